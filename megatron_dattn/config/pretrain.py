@@ -1,0 +1,26 @@
+"""The aggregate configuration of a pretraining run; each section stands beside its owner."""
+
+from dataclasses import dataclass, field
+
+from megatron_dattn.data.config import DataConfig
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.training.config import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerSettings,
+    TrainingConfig,
+)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that `pretrain_vlm.py` needs to know."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

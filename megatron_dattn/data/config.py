@@ -1,0 +1,54 @@
+"""Where the samples come from and how they become packs."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_dattn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One LLaVA-format file with its own image root."""
+
+    path: str
+    """A .json or .jsonl file in LLaVA format (prepared by tools/prepare_data.py)."""
+    image_root: str | None = None
+    """Images are looked up below this folder; the file's own folder where None."""
+    weight: float = 1.0
+    """Share of this set in the blend, relative to the other sets' weights."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The loader: data sets, template, row budgets, tolerance for bad samples."""
+
+    train: list[DatasetConfig] = field(default_factory=list)
+    validation: list[DatasetConfig] = field(default_factory=list)
+    tokenizer: str | None = None
+    """Folder with the Hugging Face tokenizer (and the image processor's preprocessor_config)."""
+    image_processor: str | None = None
+    """Folder with preprocessor_config.json; the tokenizer's folder where None."""
+    template: Literal["plain", "mistral_v3"] = "mistral_v3"
+    visual_budget: int = 5832
+    """Visual rows of one pack, padding included."""
+    text_budget: int = 4096
+    """Text rows of one pack, padding included."""
+    packing_buffer_size: int = 32
+    """Samples looked at together when packs are filled."""
+    shuffle_buffer_size: int = 1000
+    num_workers: int = 2
+    """Loader processes per data-parallel rank; 0 loads in the training process."""
+    bad_samples: Literal["skip", "fail"] = "skip"
+    """What to do with a sample that cannot be used: skip, count and report it, or stop."""
+    max_skipped_fraction: float = 0.1
+    """Stop when more than this share of the samples seen so far (of at least 100) was skipped."""
+    max_image_pixels: int = 40_000_000
+
+    def __post_init__(self) -> None:
+        for name in ("visual_budget", "text_budget", "packing_buffer_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} must be positive, got {getattr(self, name)}")
+        if not 0.0 <= self.max_skipped_fraction <= 1.0:
+            raise ConfigError(
+                f"data.max_skipped_fraction must lie in [0, 1], got {self.max_skipped_fraction}"
+            )

@@ -1,0 +1,129 @@
+"""What the model is: vision encoder, adapter, language model, attention preset.
+
+Field names follow Hugging Face's configs (`SiglipVisionConfig`, `MistralConfig`), so that a
+converted checkpoint's model file can be read beside the original's config.json.
+`model_fingerprint` is what a checkpoint is compared by before it is loaded.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_dattn.attention import PRESETS
+from megatron_dattn.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A SigLIP vision transformer (defaults: so400m, patch 14, 384 pixels)."""
+
+    hidden_size: int = 1152
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    intermediate_size: int = 4304
+    image_size: int = 384
+    """Side of the square input in pixels; pixels beyond the last whole patch are ignored."""
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    feature_layer: int = -2
+    """Which hidden state feeds the adapter, as in LLaVA: -2 drops the last layer, -1 keeps all."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"vision.hidden_size {self.hidden_size} is not a multiple of "
+            f"vision.num_attention_heads {self.num_attention_heads}",
+        )
+        _require(
+            self.image_size >= self.patch_size,
+            f"vision.image_size {self.image_size} is smaller than one patch ({self.patch_size})",
+        )
+        _require(
+            -self.num_hidden_layers <= self.feature_layer <= -1,
+            f"vision.feature_layer {self.feature_layer} must lie between "
+            f"{-self.num_hidden_layers} and -1",
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch rows and patch columns of one image."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def num_used_layers(self) -> int:
+        """Layers that are built: those above the feature layer are never run."""
+        return self.num_hidden_layers + 1 + self.feature_layer
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """RMSNorm and a two-layer MLP between encoder and language model (paper, section 3.1)."""
+
+    hidden_size: int | None = None
+    """Width of the MLP's middle; the language model's hidden size where None."""
+    norm_eps: float = 1e-5
+    max_grid: int = 64
+    """Rows (and columns) of the learnable position tables; larger grids are interpolated."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """A Mistral decoder (defaults: Mistral-7B-v0.3)."""
+
+    family: Literal["mistral"] = "mistral"
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 14336
+    vocab_size: int = 32768
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"language.num_attention_heads {self.num_attention_heads} is not a multiple of "
+            f"language.num_key_value_heads {self.num_key_value_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"language.head_dim {self.head_dim} must be even")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole vision-language model."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    attention: str = "dattn"
+    """Name of an attention preset, see megatron_dattn/attention/config.py."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.attention in PRESETS,
+            f"model.attention '{self.attention}' is unknown; choose one of {', '.join(PRESETS)}",
+        )
+
+
+def model_fingerprint(config: ModelConfig) -> str:
+    """sha256 over every field that shapes the weights (the attention preset's name included)."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,112 @@
+"""How long, how fast, from where and to where: the training loop's own settings."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_dattn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModuleLearningRates:
+    """Peak learning rate per module; 0.0 freezes the module (it has no optimizer state)."""
+
+    vision_model: float = 0.0
+    adapter: float = 1e-3
+    language_model: float = 0.0
+
+    def __post_init__(self) -> None:
+        rates = (self.vision_model, self.adapter, self.language_model)
+        if min(rates) < 0:
+            raise ConfigError(f"optimizer.learning_rates must not be negative, got {rates}")
+        if max(rates) == 0:
+            raise ConfigError("optimizer.learning_rates are all 0.0: nothing would be trained")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW with a cosine schedule (paper, Table 7)."""
+
+    learning_rates: ModuleLearningRates = field(default_factory=ModuleLearningRates)
+    min_lr_ratio: float = 0.0
+    """The cosine ends at this share of each module's peak."""
+    warmup_ratio: float = 0.03
+    """Share of train_iters over which the rates rise linearly from 0."""
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Clip the global gradient norm to this; 0.0 does not clip."""
+    max_skipped_steps: int = 10
+    """Stop after this many steps in a row with a non-finite loss or gradient."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One stage of training."""
+
+    stage: str = "stage1"
+    """Name of the stage; recorded in checkpoints, which resume only under the same name."""
+    train_iters: int = 1000
+    micro_batch_size: int = 8
+    """The most samples in one pack."""
+    global_batch_size: int = 256
+    """Samples per step: micro_batch_size * data-parallel size * accumulated micro-batches."""
+    seed: int = 1234
+    precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: the attention core alone, or whole layers."""
+    attention_backend: str = "auto"
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    eval_interval: int = 0
+    """Validate every so many steps; 0 does not validate."""
+    eval_iters: int = 10
+    """Micro-batches per data-parallel rank in one validation."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_iters", "micro_batch_size", "global_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} must be positive, got {getattr(self, name)}")
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Packs that each data-parallel rank accumulates per step.
+
+        Raises:
+            ConfigError: the global batch is not a multiple of micro-batch * ranks.
+        """
+        per_pass = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % per_pass:
+            raise ConfigError(
+                f"training.global_batch_size {self.global_batch_size} is not a multiple of "
+                f"micro_batch_size {self.micro_batch_size} * data-parallel size "
+                f"{data_parallel_size} = {per_pass}"
+            )
+        return self.global_batch_size // per_pass
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where weights come from and where they go."""
+
+    save: str | None = None
+    """Folder of this stage's checkpoints; a checkpoint already in it is resumed."""
+    load: str | None = None
+    """Start from the weights alone of this checkpoint folder (a conversion or earlier stage)."""
+    save_interval: int = 500
+    """Save every so many steps and at the end; 0 saves at the end only."""
+    keep_last: int = 2
+    """Older checkpoints are deleted; at least the two newest verified ones always stay."""
+    verify: bool = True
+    """Compare sha256 sums before loading (sizes are always compared)."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    log_interval: int = 10
+    tensorboard_dir: str | None = None
+    sample_ledger: str | None = None
+    """Folder for one JSON line per step and data-parallel rank with the consumed sample keys."""
+    progress_bar: Literal["auto", "on", "off"] = "auto"
