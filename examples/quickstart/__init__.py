@@ -1,0 +1,1 @@
+"""The demo that needs no download: data, tokenizer and backbones are made from handwritten digits."""
