@@ -1,0 +1,116 @@
+"""Declarative maps between Hugging Face and Megatron parameter names.
+
+A family (Mistral, SigLIP) is a list of `Rule`s. A rule names one Megatron parameter, the Hugging
+Face tensors it is made of with their shapes, and the `Layout` that joins them; the same layout
+splits the parameter again, so one map serves both directions.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_dattn.errors import CheckpointError
+
+
+class Layout(Protocol):
+    """How several Hugging Face tensors lie inside one Megatron parameter."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor: ...
+
+    def split(self, whole: Tensor) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """One tensor, unchanged."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        (part,) = parts
+        return part
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        return [whole]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Equal blocks below each other: gate and up projection of a gated MLP."""
+
+    count: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), dim=0)
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        return list(whole.chunk(self.count, dim=0))
+
+
+@dataclass(frozen=True)
+class GroupedQKV:
+    """Megatron's linear_qkv: per key/value group its query heads, then its key, then its value.
+
+    Source: megatron/core/transformer/attention.py, SelfAttention.get_query_key_value_tensors.
+    Works on weights [rows, hidden] and on biases [rows].
+    """
+
+    num_heads: int
+    num_groups: int
+    head_dim: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        grouped = [part.reshape(self.num_groups, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        heads = self.num_heads // self.num_groups
+        grouped = whole.reshape(self.num_groups, (heads + 2) * self.head_dim, *whole.shape[1:])
+        sizes = [heads * self.head_dim, self.head_dim, self.head_dim]
+        return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter and the Hugging Face tensors it is made of, with their shapes."""
+
+    megatron: str
+    sources: Mapping[str, tuple[int, ...]]
+    layout: Layout = Same()
+
+
+def check_tensors(
+    rules: Iterable[Rule],
+    found: Mapping[str, tuple[int, ...]],
+    *,
+    unused: Sequence[str] = (),
+    origin: str,
+) -> None:
+    """Compare what a checkpoint holds with what the rules need.
+
+    Args:
+        found: shape of every tensor in the checkpoint.
+        unused: prefixes of tensors that are known and not needed (a pooling head, say).
+        origin: the checkpoint's path, for the message.
+
+    Raises:
+        CheckpointError: listing every missing, unexpected and misshapen tensor by name.
+    """
+    needed = {name: shape for rule in rules for name, shape in rule.sources.items()}
+    problems = [f"missing {name} {list(needed[name])}" for name in needed if name not in found]
+    problems += [
+        f"unexpected {name} {list(shape)}"
+        for name, shape in found.items()
+        if name not in needed and not name.startswith(tuple(unused))
+    ]
+    problems += [
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in needed.items()
+        if name in found and tuple(found[name]) != shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{origin} does not hold the weights that its config.json describes: "
+            + "; ".join(problems)
+        )

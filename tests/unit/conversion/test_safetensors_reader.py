@@ -1,0 +1,56 @@
+"""Folders of safetensors: sharded, prefixed, damaged, pickled."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read_json
+from megatron_dattn.errors import CheckpointError
+
+
+def write_shards(folder):
+    save_file({"a.x": torch.ones(2)}, folder / "one.safetensors")
+    save_file({"b.y": torch.zeros(3, 1)}, folder / "two.safetensors")
+    index = {"weight_map": {"a.x": "one.safetensors", "b.y": "two.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_reads_shards_and_single_files(tmp_path):
+    write_shards(tmp_path)
+    weights = SafetensorsFolder(tmp_path)
+    assert weights.shapes == {"a.x": (2,), "b.y": (3, 1)}
+    assert torch.equal(weights.load("b.y"), torch.zeros(3, 1))
+
+
+def test_prefix_hides_everything_else(tmp_path):
+    write_shards(tmp_path)
+    weights = SafetensorsFolder(tmp_path, prefix="a.")
+    assert weights.shapes == {"x": (2,)}
+    assert torch.equal(weights.load("x"), torch.ones(2))
+
+
+def test_missing_and_truncated_shards_are_named(tmp_path):
+    write_shards(tmp_path)
+    shard = tmp_path / "two.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(CheckpointError, match=r"two\.safetensors is damaged"):
+        SafetensorsFolder(tmp_path)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"two\.safetensors is missing"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="safetensors only"):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_broken_json_is_one_error(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match="JSON"):
+        read_json(path)
