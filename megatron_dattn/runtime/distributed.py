@@ -1,0 +1,175 @@
+"""Start and end of a distributed run: process group, model-parallel groups, seeds, agreement.
+
+Works under torchrun (or any launcher that sets its variables) and, without a launcher, as a world
+of one process. NCCL on CUDA, gloo with the CPU runtime otherwise.
+"""
+
+import os
+import random
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_dattn.errors import ConfigError, UserError
+from megatron_dattn.runtime.cpu import enable_cpu_runtime
+
+
+def initialize_distributed(
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    timeout_seconds: float = 600.0,
+) -> None:
+    """Join the process group and build megatron-core's model- and data-parallel groups.
+
+    A process group that exists already is used as it is. The sizes are checked before any
+    communication, so a wrong one fails at once on every rank.
+
+    Args:
+        timeout_seconds: how long a collective may wait for a lost rank before it raises.
+
+    Raises:
+        ConfigError: if the sizes do not divide the world, or this rank has no CUDA device.
+    """
+    check_parallel_sizes(
+        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1")),
+        tensor_model_parallel_size,
+        pipeline_model_parallel_size,
+        context_parallel_size,
+    )
+    enable_cpu_runtime()
+    if torch.cuda.is_available():
+        _select_cuda_device()
+    if not dist.is_initialized():
+        _join_process_group(timeout_seconds)
+
+    from megatron.core import parallel_state  # after the CPU runtime had its say
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+        distributed_timeout_minutes=timeout_seconds / 60,  # type: ignore[arg-type]
+    )
+
+
+def check_parallel_sizes(
+    world_size: int, tensor_parallel: int, pipeline_parallel: int, context_parallel: int
+) -> int:
+    """The data-parallel size that these sizes leave.
+
+    Raises:
+        ConfigError: if a size is below one or their product does not divide the world size.
+    """
+    sizes = {
+        "tensor_model_parallel_size": tensor_parallel,
+        "pipeline_model_parallel_size": pipeline_parallel,
+        "context_parallel_size": context_parallel,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} is {size}; it must be at least 1")
+    product = tensor_parallel * pipeline_parallel * context_parallel
+    if world_size % product:
+        spelled = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"{spelled} = {product} does not divide the world size {world_size}; start a multiple "
+            f"of {product} processes (torchrun --nproc-per-node) or lower the sizes"
+        )
+    return world_size // product
+
+
+def _select_cuda_device() -> None:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    devices = torch.cuda.device_count()
+    if local_rank >= devices:
+        raise ConfigError(
+            f"local rank {local_rank} has no CUDA device: this machine shows {devices}; start at "
+            f"most {devices} processes per node (torchrun --nproc-per-node {devices})"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _join_process_group(timeout_seconds: float) -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    # One process without a launcher: a store in its own memory needs no port.
+    store = dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def destroy_distributed() -> None:
+    """Tear down what `initialize_distributed` built; does nothing if nothing was."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy, torch and megatron-core's tensor-parallel random states.
+
+    Pipeline stages get different streams, tensor-parallel ranks differ only inside the tracker's
+    model-parallel regions, data-parallel replicas agree.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def get_device() -> torch.device:
+    """The device of this rank's tensors."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def is_rank_0() -> bool:
+    """Whether this is the first rank of the world (also true before the world exists)."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def all_ranks_agree(error: UserError | str | None, group: dist.ProcessGroup | None = None) -> None:
+    """Turn a failure of any rank of the group into the same failure of all of them.
+
+    Call it on every rank after work that can fail on one of them alone (reading a file, writing a
+    checkpoint), before the next collective: otherwise the healthy ranks wait for the failed one
+    until the timeout. The group defaults to the world.
+
+    Args:
+        error: what went wrong on this rank, or None.
+
+    Raises:
+        UserError: of the class given on the first failing rank, if any rank gave an error.
+    """
+    if not dist.is_initialized():
+        failures = [] if error is None else [(0, error)]
+    else:
+        failed = torch.tensor([int(error is not None)], device=get_device())
+        dist.all_reduce(failed, dist.ReduceOp.SUM, group=group)
+        if not failed.item():
+            return
+        errors: list[UserError | str | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group=group)
+        ranks = dist.get_process_group_ranks(group)
+        failures = [(rank, e) for rank, e in zip(ranks, errors, strict=True) if e is not None]
+    if not failures:
+        return
+    rank, first = failures[0]
+    others = f" (and {len(failures) - 1} more ranks failed)" if len(failures) > 1 else ""
+    error_class = type(first) if isinstance(first, UserError) else UserError
+    raise error_class(f"rank {rank}: {first}{others}")

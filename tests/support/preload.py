@@ -1,0 +1,13 @@
+"""Imported once by the test fork server, so that its ranks start with everything heavy in memory.
+
+Nothing here may start a thread: the ranks are forked from this process.
+"""
+
+from megatron_dattn.runtime.cpu import enable_cpu_runtime
+
+enable_cpu_runtime()
+
+import megatron.core.dist_checkpointing  # noqa: E402
+import megatron.core.models.gpt  # noqa: E402
+import megatron.core.optimizer  # noqa: E402
+import megatron.core.pipeline_parallel  # noqa: E402, F401
