@@ -1,0 +1,133 @@
+"""The command line of a pretraining run.
+
+`--config a.yaml --config b.yaml --section.field value`: files and flags merge in the order in
+which they are written, the later one wins, and a key that no section knows is an error. Megatron's
+own spelling works for every field whose name only one section has
+(`--tensor-model-parallel-size 2` is `--parallel.tensor_model_parallel_size 2`); the table of these
+names is read off the dataclasses. Relative paths, in files as on the command line, start at the
+working directory, so that one recipe serves from wherever its data lies.
+"""
+
+import argparse
+import dataclasses
+import re
+import typing
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonargparse
+import yaml
+
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What the user asked for."""
+
+    config: PretrainConfig
+    dry_run: bool
+    """Print the plan of the run (parameters, rows, FLOPs, memory per rank) and stop."""
+
+
+def parse_command_line(argv: Sequence[str], prog: str = "pretrain_vlm.py") -> CommandLine:
+    """Read flags and files into a checked configuration.
+
+    Raises:
+        ConfigError: unknown key, value of the wrong type, values that cannot work; one line.
+        SystemExit: after printing, for `--help`.
+    """
+    parser = _build_parser(prog)
+    try:
+        parsed = parser.parse_args(expand_short_flags(argv))
+        dry_run = parsed.pop("dry_run")
+        built = parser.instantiate(parsed)
+        sections = {f.name: built[f.name] for f in dataclasses.fields(PretrainConfig)}
+        return CommandLine(PretrainConfig(**sections), dry_run)
+    except ConfigError:
+        raise
+    except (argparse.ArgumentError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(_one_line(str(error))) from error
+
+
+def load_config(*paths: str | Path) -> PretrainConfig:
+    """Merge YAML files as `--config` does."""
+    argv = [item for path in paths for item in ("--config", str(path))]
+    return parse_command_line(argv).config
+
+
+def write_config(config: PretrainConfig, path: str | Path) -> None:
+    """Write the resolved configuration; the file serves as `--config` again."""
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def expand_short_flags(argv: Sequence[str]) -> list[str]:
+    """Rewrite Megatron's spelling of a field into its full name.
+
+    A flag of a boolean field may stand alone (`--sequence-parallel`), as in Megatron.
+
+    Raises:
+        ConfigError: the name is a field of several sections; the message lists the full names.
+    """
+    fields = _fields_by_name(PretrainConfig)
+    expanded: list[str] = []
+    for position, token in enumerate(argv):
+        if not token.startswith("--"):
+            expanded.append(token)
+            continue
+        flag, equals, value = token[2:].partition("=")
+        paths = fields.get(flag.replace("-", "_"), {}) if "." not in flag else {}
+        if len(paths) > 1:
+            choices = ", ".join(f"--{path}" for path in paths)
+            raise ConfigError(f"--{flag} is ambiguous; write one of {choices}")
+        if not paths:
+            expanded.append(token)
+            continue
+        ((path, kind),) = paths.items()
+        expanded.append(f"--{path}{equals}{value}")
+        following = argv[position + 1 : position + 2]
+        stands_alone = not following or following[0].startswith("--")
+        if kind is bool and not equals and stands_alone:
+            expanded.append("true")
+    return expanded
+
+
+def _fields_by_name(config_class: type, prefix: str = "") -> dict[str, dict[str, type]]:
+    """Field name -> {full name: type} over all leaf fields of nested dataclasses."""
+    found: dict[str, dict[str, type]] = defaultdict(dict)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        path = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            for name, paths in _fields_by_name(kind, f"{path}.").items():
+                found[name].update(paths)
+        else:
+            found[field.name][path] = kind
+    return dict(found)
+
+
+def _build_parser(prog: str) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        description="Pretrain a vision-language model with Decomposed Attention.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML file; may be given repeatedly")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan of the run and stop"
+    )
+    parser.add_class_arguments(PretrainConfig, None)
+    return parser
+
+
+def _one_line(message: str) -> str:
+    """Join the parser's lines and spell its words as a user would."""
+    text = " ".join(line.strip() for line in message.splitlines() if line.strip())
+    text = text.replace("Parser key ", "").replace("Expected a typing.Literal", "Expected one of ")
+    return re.sub(r"<class '(\w+)'>", r"\1", text)

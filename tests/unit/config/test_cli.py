@@ -1,0 +1,126 @@
+"""The command line: merging, Megatron's spellings, and one clear line for every mistake."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_dattn.config.cli import (
+    expand_short_flags,
+    load_config,
+    parse_command_line,
+    write_config,
+)
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.errors import ConfigError
+
+
+def _yaml(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_no_flags_give_the_defaults() -> None:
+    command = parse_command_line([])
+    assert command.config == PretrainConfig()
+    assert not command.dry_run
+
+
+def test_later_files_and_flags_win_and_the_rest_stays(tmp_path: Path) -> None:
+    first = _yaml(
+        tmp_path,
+        "a.yaml",
+        "training: {train_iters: 5, seed: 7}\noptimizer: {learning_rates: {adapter: 1e-3}}\n"
+        "data: {train: [{path: a.json, weight: 2}]}\n",
+    )
+    second = _yaml(tmp_path, "b.yaml", "training: {train_iters: 9}\n")
+    config = parse_command_line(
+        ["--config", first, "--config", second, "--training.micro_batch_size", "2"]
+    ).config
+    assert config.training.train_iters == 9
+    assert config.training.seed == 7
+    assert config.training.micro_batch_size == 2
+    assert config.optimizer.learning_rates.adapter == 1e-3
+    assert config.data.train[0].path == "a.json"
+    assert config.data.train[0].weight == 2.0
+
+
+def test_megatron_spellings() -> None:
+    config = parse_command_line(
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size=2 "
+        "--micro-batch-size 4 --global-batch-size 8 --train-iters 3 --save out --load from "
+        "--save-interval 2 --log-interval 1 --seed 5 --use-distributed-optimizer".split()
+    ).config
+    assert config.parallel.tensor_model_parallel_size == 2
+    assert config.parallel.pipeline_model_parallel_size == 2
+    assert config.parallel.sequence_parallel
+    assert config.parallel.use_distributed_optimizer
+    assert (config.training.micro_batch_size, config.training.global_batch_size) == (4, 8)
+    assert (config.training.train_iters, config.training.seed) == (3, 5)
+    assert (config.checkpoint.save, config.checkpoint.load) == ("out", "from")
+    assert (config.checkpoint.save_interval, config.logging.log_interval) == (2, 1)
+
+
+def test_boolean_flags_take_a_value_too() -> None:
+    assert expand_short_flags(["--sequence-parallel", "false"]) == [
+        "--parallel.sequence_parallel",
+        "false",
+    ]
+    assert expand_short_flags(["--sequence-parallel=true"]) == ["--parallel.sequence_parallel=true"]
+    assert expand_short_flags(["--sequence-parallel", "--seed", "1"]) == [
+        "--parallel.sequence_parallel",
+        "true",
+        "--training.seed",
+        "1",
+    ]
+
+
+def test_every_unique_leaf_field_has_a_short_spelling() -> None:
+    for name in (f.name for f in dataclasses.fields(PretrainConfig().training)):
+        (flag,) = expand_short_flags([f"--{name.replace('_', '-')}=x"])
+        assert flag == f"--training.{name}=x"
+
+
+def test_dry_run_flag() -> None:
+    assert parse_command_line(["--dry-run"]).dry_run
+
+
+def test_resolved_config_reads_back(tmp_path: Path) -> None:
+    config = parse_command_line(["--train-iters", "7", "--data.train", "[{path: a}]"]).config
+    path = tmp_path / "config.yaml"
+    write_config(config, path)
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--nope", "3"], ["unrecognized", "--nope"]),
+        (["--training.nope", "3"], ["unrecognized", "--training.nope"]),
+        (["--hidden-size", "8"], ["ambiguous", "--model.vision.hidden_size"]),
+        (["--train-iters", "many"], ["training.train_iters", "int", "many"]),
+        (["--train-iters", "0"], ["training.train_iters", "positive", "0"]),
+        (["--precision", "fp64"], ["training.precision", "bf16", "fp64"]),
+        (["--attention", "nope"], ["model.attention", "nope", "dattn"]),
+        (["--sequence-parallel"], ["sequence_parallel", "tensor_model_parallel_size"]),
+        (["--tensor-model-parallel-size", "0"], ["tensor_model_parallel_size", "0"]),
+        (["--data.train", "[{weight: 2}]"], ["data.train", "path"]),
+        (["--optimizer.learning_rates.adapter", "0"], ["learning_rates", "nothing"]),
+        (["--config", "missing.yaml"], ["missing.yaml", "not exist"]),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(argv: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_command_line(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("text", ["training: {itres: 3}\n", "trainign: {seed: 3}\n", "a: [\n"])
+def test_unknown_keys_and_broken_yaml_in_files(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_command_line(["--config", _yaml(tmp_path, "bad.yaml", text)])
+    assert "\n" not in str(caught.value)
