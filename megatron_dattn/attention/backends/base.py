@@ -1,0 +1,46 @@
+"""What every attention backend offers: the forward and the raw backward of one part."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention.parts import Part
+
+
+class Backend(Protocol):
+    """Softmax attention over the segments of one part.
+
+    Tensors hold the part's own rows: queries [Nq, Hq, D], keys and values [Nk, Hk, D] with Hq a
+    multiple of Hk, segment after segment as `part` lists them.
+    """
+
+    name: str
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why this backend cannot run such tensors; None if it can."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output [Nq, Hq, D], in the input's dtype or a wider one, and the natural-log
+        log-sum-exp of the scaled scores [Nq, Hq], float32 (float64 for float64)."""
+        ...
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        part: Part,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value for probabilities exp(score - lse).
+
+        `out` and `lse` may belong to a softmax over more keys than this part's: the result is then
+        the part's share of that softmax's gradient.
+        """
+        ...

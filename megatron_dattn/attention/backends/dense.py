@@ -1,0 +1,101 @@
+"""The common frame of backends whose kernel takes dense batches: pad, call, unpad.
+
+Half precision is computed in float32. On a CPU this costs nothing (the BF16 flash backward is
+several times slower on short segments), and only inputs and outputs are rounded.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention.merge import merge_dtype
+from megatron_dattn.attention.padding import PaddedBatch, PaddedRows
+from megatron_dattn.attention.parts import Part
+
+
+class DenseBackend(ABC):
+    """Runs `dense_forward` and `dense_backward` over a part's padded batches.
+
+    Dense tensors are [batch, heads, width, D], log-sum-exps [batch, heads, width].
+    """
+
+    @abstractmethod
+    def dense_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp; `bias` [batch, 1, 1, key width] is added to the scores."""
+
+    @abstractmethod
+    def dense_backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bias: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        outs, lses = [], []
+        for batch in part.batches:
+            q = _pad(query, batch.queries)
+            k, v = (_pad(rows, batch.keys) for rows in (key, value))
+            out, lse = self.dense_forward(q, k, v, _bias(batch, q.dtype), part.causal, scale)
+            outs.append(batch.queries.unpad(out.transpose(1, 2)))
+            lses.append(batch.queries.unpad(lse.transpose(1, 2)))
+        return _join(outs), _join(lses)
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        part: Part,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads: tuple[list[Tensor], ...] = ([], [], [])
+        for batch in part.batches:
+            # Padded queries have zero grad_out, out and lse: finite probabilities, zero gradients.
+            do, q, o = (_pad(rows, batch.queries) for rows in (grad_out, query, out))
+            padded_lse = batch.queries.pad(lse).transpose(1, 2)
+            k, v = (_pad(rows, batch.keys) for rows in (key, value))
+            bias = _bias(batch, q.dtype)
+            dq, dk, dv = self.dense_backward(do, q, k, v, o, padded_lse, bias, part.causal, scale)
+            grads[0].append(batch.queries.unpad(dq.transpose(1, 2)))
+            grads[1].append(batch.keys.unpad(dk.transpose(1, 2)))
+            grads[2].append(batch.keys.unpad(dv.transpose(1, 2)))
+        dq, dk, dv = (_join(pieces) for pieces in grads)
+        return dq, dk, dv
+
+
+def _pad(rows: Tensor, padded_rows: PaddedRows) -> Tensor:
+    """Rows [N, heads, D] as a dense batch [batch, heads, width, D] in the computing dtype."""
+    return padded_rows.pad(rows.to(merge_dtype(rows.dtype))).transpose(1, 2)
+
+
+def _bias(batch: PaddedBatch, dtype: torch.dtype) -> Tensor | None:
+    if batch.hidden_keys is None:
+        return None
+    bias = torch.zeros_like(batch.hidden_keys, dtype=dtype)
+    return bias.masked_fill_(batch.hidden_keys, -torch.inf)[:, None, None, :]
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

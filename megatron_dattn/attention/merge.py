@@ -1,0 +1,32 @@
+"""Alpha-weighting: partial softmaxes over disjoint keys become one (paper section 2.4).
+
+Attention over a set of keys can be cut into subsets (equations 3 to 6): each subset's softmax
+output counts with its share of the exponential mass. With S the log-sum-exp of a subset's scores
+(equation 8) the share of V against T is alpha_V = sigmoid(S_V - S_T) (equation 9). The result has
+the log-sum-exp log(e^S_V + e^S_T) and is itself such a part, so any number of parts merge pairwise,
+in any order.
+"""
+
+import torch
+from torch import Tensor
+
+
+def merge_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 stays; everything else merges in float32, since BF16 would triple the error."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def alpha_merge(
+    visual_out: Tensor, visual_lse: Tensor, text_out: Tensor, text_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Equation 7: alpha_V * XA(t, V) + alpha_T * SA(t, T), and the merged log-sum-exp.
+
+    Outputs are [rows, heads, D], log-sum-exps [rows, heads]; the result is float32 (float64 for
+    float64). A row without keys has output 0 and log-sum-exp -inf; merging two of them gives
+    another, never NaN.
+    """
+    dtype = merge_dtype(visual_out.dtype)
+    # Two rows without keys: -inf - -inf is NaN and either weight will do.
+    alpha_visual = torch.sigmoid((visual_lse - text_lse).nan_to_num()).to(dtype)
+    out = torch.lerp(text_out.to(dtype), visual_out.to(dtype), alpha_visual.unsqueeze(-1))
+    return out, torch.logaddexp(visual_lse, text_lse)

@@ -1,0 +1,107 @@
+"""Ragged segments as a few dense batches, for kernels that know no ragged lengths.
+
+A part of the attention is a list of segments of different lengths. Calling a kernel once per
+segment costs more than the arithmetic when segments are short; padding everything to the longest
+wastes arithmetic when they are not alike. So neighbouring segments share a padded batch as long as
+the padding stays small.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+# A batch may compute this many times the scores its segments need...
+_MAX_WASTE = 1.5
+# ...plus this many scores: about what one more kernel call costs.
+_FREE_SCORES = 20_000
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """The rows `start ..` of a ragged tensor, laid out as `[batch, width]` with padding behind."""
+
+    start: int
+    lengths: tuple[int, ...]
+    width: int
+    slots: Tensor | None  # int64 [sum(lengths)]: place of each row in the flat batch; None: dense
+
+    @staticmethod
+    def build(start: int, lengths: Sequence[int], device: torch.device | str) -> "PaddedRows":
+        width = max(lengths)
+        slots = None
+        if min(lengths) < width:
+            ranges = [torch.arange(i * width, i * width + n) for i, n in enumerate(lengths)]
+            slots = torch.cat(ranges).to(device)
+        return PaddedRows(start, tuple(lengths), width, slots)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.lengths)
+
+    def pad(self, ragged: Tensor) -> Tensor:
+        """`[rows, ...]` to `[batch, width, ...]`; padding is zero."""
+        rows = ragged.narrow(0, self.start, self.num_rows)
+        if self.slots is not None:
+            flat = rows.new_zeros(len(self.lengths) * self.width, *rows.shape[1:])
+            rows = flat.index_copy_(0, self.slots, rows)
+        return rows.unflatten(0, (len(self.lengths), self.width))
+
+    def unpad(self, batch: Tensor) -> Tensor:
+        """`[batch, width, ...]` back to this batch's own rows `[num_rows, ...]`."""
+        flat = batch.flatten(0, 1)
+        return flat if self.slots is None else flat.index_select(0, self.slots)
+
+    def mask(self) -> Tensor | None:
+        """True where a row is padding, `[batch, width]`; None when there is no padding."""
+        if self.slots is None:
+            return None
+        padding = torch.ones(len(self.lengths) * self.width, dtype=torch.bool)
+        padding[self.slots.cpu()] = False
+        return padding.unflatten(0, (len(self.lengths), self.width)).to(self.slots.device)
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Neighbouring segments of a part as one dense problem."""
+
+    queries: PaddedRows
+    keys: PaddedRows
+    hidden_keys: Tensor | None  # bool [batch, key width], True for padding that must not be seen
+
+
+def padded_batches(
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    causal: bool,
+    device: torch.device | str,
+) -> tuple[PaddedBatch, ...]:
+    """Group neighbouring segments into padded batches.
+
+    Under a causal mask padded keys stand behind every valid query and need no mask of their own.
+    """
+    query_starts = list(accumulate(query_lengths, initial=0))
+    key_starts = list(accumulate(key_lengths, initial=0))
+    batches = []
+    for first, last in _group(query_lengths, key_lengths):
+        queries = PaddedRows.build(query_starts[first], query_lengths[first:last], device)
+        keys = PaddedRows.build(key_starts[first], key_lengths[first:last], device)
+        batches.append(PaddedBatch(queries, keys, None if causal else keys.mask()))
+    return tuple(batches)
+
+
+def _group(query_lengths: Sequence[int], key_lengths: Sequence[int]) -> list[tuple[int, int]]:
+    groups: list[tuple[int, int]] = []
+    first, needed, widest_query, widest_key = 0, 0, 0, 0
+    for i, (queries, keys) in enumerate(zip(query_lengths, key_lengths, strict=True)):
+        widest_query, widest_key = max(widest_query, queries), max(widest_key, keys)
+        needed += queries * keys
+        padded = (i + 1 - first) * widest_query * widest_key
+        if i > first and padded > _MAX_WASTE * needed + _FREE_SCORES:
+            groups.append((first, i))
+            first, needed, widest_query, widest_key = i, queries * keys, queries, keys
+    if query_lengths:
+        groups.append((first, len(query_lengths)))
+    return groups

@@ -1,0 +1,180 @@
+"""The attention of one micro-batch as a list of parts, planned once and shared by all layers.
+
+A part is a set of (query rows, key rows) segments under one rule: causal or not, rotary or not. The
+paper's T2V and T2T are two parts; their partial softmaxes are merged afterwards (equation 7).
+Conventional self-attention is a single causal part over the rows in reading order, which is what a
+flash kernel does best and so a fair baseline.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention.config import AttentionConfig
+from megatron_dattn.attention.layout import RowRange, TokenLayout
+from megatron_dattn.attention.padding import PaddedBatch, padded_batches
+from megatron_dattn.attention.rows import Rows
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Every query row sees every key row (or, in a causal part, those up to its own place)."""
+
+    queries: tuple[RowRange, ...]
+    keys: tuple[RowRange, ...]
+
+    @property
+    def num_queries(self) -> int:
+        return sum(end - start for start, end in self.queries)
+
+    @property
+    def num_keys(self) -> int:
+        return sum(end - start for start, end in self.keys)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Segments under one rule. No segment is empty; a query row stands in at most one of them."""
+
+    name: str
+    query_rows: Rows  # rows of the query tensor, segment after segment
+    key_rows: Rows  # rows of the key and value tensors, segment after segment
+    query_lengths: tuple[int, ...]  # per segment
+    key_lengths: tuple[int, ...]
+    causal: bool  # the i-th query of a segment sees its first i + 1 keys; lengths are equal
+    rotary: bool
+    device: torch.device
+
+    @cached_property
+    def query_cu_seqlens(self) -> Tensor:
+        """Segment boundaries for variable-length kernels, int32 [segments + 1]."""
+        return _cu_seqlens(self.query_lengths, self.device)
+
+    @cached_property
+    def key_cu_seqlens(self) -> Tensor:
+        return _cu_seqlens(self.key_lengths, self.device)
+
+    @cached_property
+    def batches(self) -> tuple[PaddedBatch, ...]:
+        """The segments as dense batches, for kernels without variable lengths."""
+        return padded_batches(self.query_lengths, self.key_lengths, self.causal, self.device)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Who attends to whom in one micro-batch, ready for every layer.
+
+    `scored_rows` are the rows that have queries: all of them, or the text rows when visual rows
+    output their own value. Query tensors hold those rows alone; key and value tensors hold all.
+    """
+
+    num_rows: int
+    scored_rows: RowRange
+    parts: tuple[Part, ...]
+
+    @property
+    def num_diagonal_rows(self) -> int:
+        """Leading (visual) rows whose output is their own value, equation 2."""
+        return self.scored_rows[0]
+
+    @property
+    def num_scored_rows(self) -> int:
+        return self.scored_rows[1] - self.scored_rows[0]
+
+
+def plan_attention(
+    layout: TokenLayout, config: AttentionConfig, device: torch.device | str = "cpu"
+) -> AttentionPlan:
+    """Turn a layout and a configuration into parts whose index tensors live on `device`."""
+    first_scored = layout.visual_budget if config.v2v == "diagonal" else 0
+    planned = [
+        _build_part(name, list(segments), causal, rotary, first_scored, torch.device(device))
+        for name, segments, causal, rotary in _rules(layout, config)
+    ]
+    parts = tuple(part for part in planned if part.query_lengths)
+    return AttentionPlan(layout.num_rows, (first_scored, layout.num_rows), parts)
+
+
+def _rules(
+    layout: TokenLayout, config: AttentionConfig
+) -> Iterator[tuple[str, Iterator[Segment], bool, bool]]:
+    """(name, segments, causal, rotary) of each part."""
+    if config.is_self_attention:
+        yield "self-attention", _reading_order(layout), True, True
+        return
+    yield "T2V", _text_to_visual(layout, config), False, config.t2v.rotary
+    if config.v2v == "causal":
+        yield "V2V and T2T", _within_kind(layout, with_visual=True), True, True
+    else:
+        yield "T2T", _within_kind(layout, with_visual=False), True, True
+    if config.v2t == "preceding":
+        yield "V2T", _visual_to_preceding_text(layout), False, True
+
+
+def _reading_order(layout: TokenLayout) -> Iterator[Segment]:
+    for sample in range(layout.num_samples):
+        rows = tuple((run.start, run.end) for run in layout.runs(sample))
+        yield Segment(rows, rows)
+
+
+def _within_kind(layout: TokenLayout, with_visual: bool) -> Iterator[Segment]:
+    for sample in range(layout.num_samples):
+        if with_visual:
+            yield Segment((layout.visual_rows(sample),), (layout.visual_rows(sample),))
+        yield Segment((layout.text_rows(sample),), (layout.text_rows(sample),))
+
+
+def _text_to_visual(layout: TokenLayout, config: AttentionConfig) -> Iterator[Segment]:
+    for sample in range(layout.num_samples):
+        start, end = layout.visual_rows(sample)
+        if config.t2v.scope == "all":
+            yield Segment((layout.text_rows(sample),), ((start, end),))
+            continue
+        seen = start
+        for run in layout.runs(sample):
+            if run.is_visual:
+                seen = run.end
+            else:
+                yield Segment(((run.start, run.end),), ((start, seen),))
+
+
+def _visual_to_preceding_text(layout: TokenLayout) -> Iterator[Segment]:
+    for sample in range(layout.num_samples):
+        start, _ = layout.text_rows(sample)
+        seen = start
+        for run in layout.runs(sample):
+            if run.is_visual:
+                yield Segment(((run.start, run.end),), ((start, seen),))
+            else:
+                seen = run.end
+
+
+def _build_part(
+    name: str,
+    segments: list[Segment],
+    causal: bool,
+    rotary: bool,
+    first_scored: int,
+    device: torch.device,
+) -> Part:
+    segments = [segment for segment in segments if segment.num_queries and segment.num_keys]
+    queries = [(a - first_scored, b - first_scored) for s in segments for a, b in s.queries]
+    keys = [rows for segment in segments for rows in segment.keys]
+    return Part(
+        name=name,
+        query_rows=Rows.from_ranges(queries, device),
+        key_rows=Rows.from_ranges(keys, device),
+        query_lengths=tuple(segment.num_queries for segment in segments),
+        key_lengths=tuple(segment.num_keys for segment in segments),
+        causal=causal,
+        rotary=rotary,
+        device=device,
+    )
+
+
+def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)

@@ -1,0 +1,64 @@
+"""A chosen list of rows of a packed tensor, as a slice where it is one and as an index where not.
+
+Most row lists of a plan are contiguous, and a slice reads them without copying. Everything here is
+prepared once per micro-batch and shared by all layers.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention.layout import RowRange
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`length` rows of a tensor's first dimension: from `start` on, or those that `index` names."""
+
+    length: int
+    start: int = 0
+    index: Tensor | None = None  # int64 [length]; rows may repeat
+
+    @staticmethod
+    def from_ranges(ranges: Iterable[RowRange], device: torch.device | str = "cpu") -> "Rows":
+        """The rows of all ranges, one range after the other."""
+        joined = _join_adjacent(ranges)
+        length = sum(end - start for start, end in joined)
+        if len(joined) <= 1:
+            return Rows(length, start=joined[0][0] if joined else 0)
+        index = torch.cat([torch.arange(start, end) for start, end in joined])
+        return Rows(length, index=index.to(device))
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The rows of `tensor`: a view where they are contiguous."""
+        if self.index is None:
+            return tensor.narrow(0, self.start, self.length)
+        return tensor.index_select(0, self.index)
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Overwrite the rows of `tensor` with `values`; no row may be listed twice."""
+        if self.index is None:
+            tensor.narrow(0, self.start, self.length).copy_(values)
+        else:
+            tensor.index_copy_(0, self.index, values.to(tensor.dtype))
+
+    def add(self, tensor: Tensor, values: Tensor) -> None:
+        """Add `values` to the rows of `tensor`; a row listed twice receives both."""
+        if self.index is None:
+            tensor.narrow(0, self.start, self.length).add_(values)
+        else:
+            tensor.index_add_(0, self.index, values.to(tensor.dtype))
+
+
+def _join_adjacent(ranges: Iterable[RowRange]) -> list[RowRange]:
+    joined: list[RowRange] = []
+    for start, end in ranges:
+        if start == end:
+            continue
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
