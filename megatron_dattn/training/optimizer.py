@@ -1,0 +1,153 @@
+"""AdamW with one learning rate per module, and the cosine schedule with warm-up.
+
+megatron-core groups parameters by overrides. Two of its habits shape this file: passing overrides
+replaces its rule that biases and norms do not decay (so ours are added to the standard ones), and
+on load it tells groups apart by `lr_mult` and a few flags but not by their rate (so every module
+has its own `lr_mult`, which 0.16.1 compares and saves but never multiplies by).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from megatron_dattn.training.config import OptimizerSettings
+from megatron_dattn.training.stages import (
+    MODULES,
+    learning_rate_of,
+    module_of_parameter,
+    trained_modules,
+)
+
+_GROUP_MARK = {name: float(index) for index, name in enumerate(MODULES, start=1)}
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """An optimizer group as it really is, for logs and checks."""
+
+    module: str
+    learning_rate: float
+    """Now, not at its peak."""
+    weight_decay: float
+    num_parameters: int
+    """On this rank."""
+
+
+def build_optimizer(
+    settings: OptimizerSettings,
+    model_chunks: list[nn.Module],
+    *,
+    bf16: bool,
+    use_distributed_optimizer: bool,
+) -> MegatronOptimizer:
+    """megatron-core's optimizer over DDP-wrapped chunks; frozen parameters get no state."""
+    peak = max(learning_rate_of(settings.learning_rates, name) for name in MODULES)
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=peak,
+        min_lr=peak * settings.min_lr_ratio,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=use_distributed_optimizer,
+        # A constant scale of one makes the mixed-precision optimizers look for inf and NaN.
+        loss_scale=1.0,
+    )
+    overrides = get_standard_config_overrides(config)
+    overrides.update(_module_overrides(settings))
+    return get_megatron_optimizer(config, model_chunks, config_overrides=overrides)
+
+
+def build_scheduler(
+    settings: OptimizerSettings, optimizer: MegatronOptimizer, train_iters: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then a cosine to `min_lr_ratio` of each module's peak.
+
+    Its unit is one training step. The first step of a run uses the rate at 0 steps done.
+    """
+    peak = max(learning_rate_of(settings.learning_rates, name) for name in MODULES)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=peak,
+        min_lr=peak * settings.min_lr_ratio,
+        lr_warmup_steps=num_warmup_steps(settings, train_iters),
+        lr_decay_steps=train_iters,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+    )
+
+
+def num_warmup_steps(settings: OptimizerSettings, train_iters: int) -> int:
+    """Steps of linear warm-up: the ratio rounded up, but at least one step is left to decay."""
+    return min(math.ceil(settings.warmup_ratio * train_iters), train_iters - 1)
+
+
+def parameter_groups(optimizer: MegatronOptimizer) -> list[ParameterGroup]:
+    """The optimizer's groups in order, empty ones (modules of other stages) included."""
+    names = {mark: name for name, mark in _GROUP_MARK.items()}
+    return [
+        ParameterGroup(
+            module=names[group["lr_mult"]],
+            learning_rate=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            num_parameters=sum(parameter.numel() for parameter in group["params"]),
+        )
+        for group in optimizer.param_groups
+    ]
+
+
+def current_learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
+    """Learning rate of each trained module at this moment."""
+    return {group.module: group.learning_rate for group in parameter_groups(optimizer)}
+
+
+def describe_groups(settings: OptimizerSettings, counts: dict[str, int]) -> list[str]:
+    """One line per module: what it holds and at which rate it trains."""
+    lines = []
+    for name in MODULES:
+        rate = learning_rate_of(settings.learning_rates, name)
+        fate = f"peak learning rate {rate:g}" if rate > 0 else "frozen, no optimizer state"
+        lines.append(f"{name}: {counts[name]:,} parameters, {fate}")
+    return lines
+
+
+def _module_overrides(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
+    overrides = {}
+    for module in trained_modules(settings.learning_rates):
+        rate = learning_rate_of(settings.learning_rates, module)
+        predicate = ParamWithNamePredicate(name=module, fn=_belongs_to(module))
+        override = {
+            "max_lr": rate,
+            "min_lr": rate * settings.min_lr_ratio,
+            "lr_mult": _GROUP_MARK[module],
+        }
+        # The type names five keys, but any key of an optimizer group may be overridden.
+        key = ParamKey(with_name_predicate=predicate)
+        overrides[key] = cast(ParamGroupOverride, override)
+    return overrides
+
+
+def _belongs_to(module: str) -> Callable[[nn.Parameter, str], bool]:
+    return lambda _parameter, name: module_of_parameter(name) == module

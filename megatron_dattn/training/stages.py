@@ -1,0 +1,64 @@
+"""What a stage of training trains: a module whose learning rate is 0.0 is frozen.
+
+The paper's three stages (adapter; everything on captions; everything on instructions) differ in
+nothing but data, horizon and these rates, so a stage is a recipe and not code.
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import nn
+
+from megatron_dattn.runtime.distributed import get_device
+from megatron_dattn.training.config import ModuleLearningRates
+
+MODULES = ("vision_model", "adapter", "language_model")
+
+
+def learning_rate_of(rates: ModuleLearningRates, module: str) -> float:
+    """Peak learning rate of a module."""
+    return float(getattr(rates, module))
+
+
+def trained_modules(rates: ModuleLearningRates) -> tuple[str, ...]:
+    """Modules that are not frozen."""
+    return tuple(name for name in MODULES if learning_rate_of(rates, name) > 0)
+
+
+def module_of_parameter(name: str) -> str:
+    """Which module a parameter belongs to, whatever wrappers prefix its name with `module.`."""
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    module = name.partition(".")[0]
+    assert module in MODULES, f"parameter {name} is in none of {MODULES}"
+    return module
+
+
+def freeze_modules(model: nn.Module, rates: ModuleLearningRates) -> None:
+    """Stop gradients of the modules with rate 0.0; call it before the model is wrapped for DDP."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learning_rate_of(rates, module_of_parameter(name)) > 0)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters of each module over all model-parallel ranks, replicas counted once.
+
+    Collective over the model-parallel group. Tied embeddings count once.
+    """
+    counts = dict.fromkeys(MODULES, 0)
+    first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
+    for name, parameter in model.named_parameters():
+        is_shard = getattr(parameter, "tensor_model_parallel", False)
+        if (is_shard or first_tensor_rank) and not getattr(parameter, "shared", False):
+            counts[module_of_parameter(name)] += parameter.numel()
+    total = torch.tensor(list(counts.values()), dtype=torch.int64, device=get_device())
+    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return dict(zip(counts, total.tolist(), strict=True))
+
+
+def every_pipeline_stage_trains(model: nn.Module) -> bool:
+    """Whether every rank holds at least one trainable parameter; the same answer everywhere."""
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    flag = torch.tensor([int(trains)], device=get_device())
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag.item())

@@ -1,0 +1,124 @@
+"""The house rules that a reader relies on: imports run one way, and nothing is long."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "megatron_dattn"
+SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
+
+# What each room may import of ours, besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "runtime": {"errors"},
+    "attention": {"errors"},
+    "parallel": {"errors", "runtime", "attention", "data"},
+    "data": {"errors", "runtime", "attention", "models", "parallel"},
+    "models": {"errors", "runtime", "attention", "parallel", "data"},
+    "checkpoint": {"errors", "runtime"},
+    "conversion": {"errors", "runtime", "attention", "parallel", "data", "models", "checkpoint"},
+    "hf": {"errors", "attention", "models", "data", "conversion"},
+    "training": {"errors", "runtime", "attention", "parallel", "data", "models", "checkpoint"},
+    "config": {"errors", "attention", "models", "parallel", "data", "training"},
+}
+# A room may take these single files of a room above it: they declare data and import no machinery.
+DECLARATIONS = {
+    "training": {"config.pretrain", "config.cli"},
+}
+MAX_FILE_LINES = 600
+MAX_ENTRY_LINES = 80
+MAX_LOOP_LINES = 60
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported(path: Path) -> set[str]:
+    """Full names of our modules that a file imports, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the direction"
+            assert node.module is not None
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return {name for name in names if name.split(".")[0] == PACKAGE}
+
+
+def _violations(path: Path) -> list[str]:
+    room = _module_name(path).split(".")[1:2]
+    if not room:  # the package itself: only its version
+        return []
+    found = []
+    for name in sorted(_imported(path)):
+        inner = name.removeprefix(f"{PACKAGE}.")
+        target = inner.split(".")[0]
+        declared = any(inner.startswith(part) for part in DECLARATIONS.get(room[0], ()))
+        if target != room[0] and target not in ALLOWED[room[0]] and not declared:
+            found.append(f"{_module_name(path)} imports {name}")
+    return found
+
+
+def test_every_room_is_known() -> None:
+    rooms = {path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py") for path in SOURCES}
+    assert rooms - {"__init__"} <= set(ALLOWED)
+
+
+def test_imports_run_one_way() -> None:
+    violations = [line for path in SOURCES for line in _violations(path)]
+    assert not violations, "\n".join(violations)
+
+
+def test_a_wrong_import_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the rule above is able to fail."""
+    wrong = ROOT / PACKAGE / "attention" / "wrong.py"
+    source = f"def late():\n    from {PACKAGE}.training.step import train_step\n"
+    original = Path.read_text
+
+    def read(path: Path, *args: str, **options: str) -> str:
+        return source if path == wrong else original(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert _violations(wrong) == [
+        f"{PACKAGE}.attention.wrong imports {PACKAGE}.training.step.train_step"
+    ]
+
+
+def test_attention_is_pure_tensor_math() -> None:
+    for path in (ROOT / PACKAGE / "attention").rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "torch.distributed" not in source, path
+        assert "import megatron.core" not in source, path
+        assert "from megatron.core" not in source, path
+
+
+def _is_ours(path: Path) -> bool:
+    return not any(part.startswith((".", "build")) for part in path.relative_to(ROOT).parts)
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, "tests", "tools", "examples", "benchmarks"])
+def test_no_file_is_long(folder: str) -> None:
+    long_files = {
+        str(path.relative_to(ROOT)): lines
+        for path in (ROOT / folder).rglob("*.py")
+        if _is_ours(path)
+        and (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_FILE_LINES
+    }
+    assert not long_files
+
+
+def test_entry_script_is_short() -> None:
+    lines = (ROOT / "pretrain_vlm.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < MAX_ENTRY_LINES
+
+
+def test_training_loop_fits_on_a_screen() -> None:
+    tree = ast.parse((ROOT / PACKAGE / "training" / "trainer.py").read_text(encoding="utf-8"))
+    (loop,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"]
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno + 1 < MAX_LOOP_LINES
