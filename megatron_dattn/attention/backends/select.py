@@ -6,12 +6,16 @@ from functools import cache
 import torch
 
 from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
+from megatron_dattn.attention.backends.cuda_flash import CudaFlashBackend
 from megatron_dattn.attention.backends.math import MathBackend
 from megatron_dattn.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (MathBackend(),)}
+# In order of preference; the last one supports everything.
+_PREFERENCE: tuple[Backend, ...] = (CudaFlashBackend(), CpuFlashBackend(), MathBackend())
+BACKENDS = {backend.name: backend for backend in _PREFERENCE}
 
 
 def select_backend(
