@@ -123,6 +123,21 @@ class ModelConfig:
         )
 
 
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How the model is computed, apart from its layout over ranks; weights do not depend on it."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: the attention core alone, or whole layers."""
+    attention_backend: str = "auto"
+    """A backend of megatron_dattn/attention/backends, or the best one that fits the device."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose linear layers and norms: Transformer Engine's, or megatron-core's and ours."""
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """FP8 format of the language model's linear layers (Transformer Engine only)."""
+
+
 def model_fingerprint(config: ModelConfig) -> str:
     """sha256 over every field that shapes the weights (the attention preset's name included)."""
     text = json.dumps(dataclasses.asdict(config), sort_keys=True)

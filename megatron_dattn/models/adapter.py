@@ -1,0 +1,112 @@
+"""From vision features to rows of the language model: RMSNorm, a two-layer MLP, positions.
+
+The paper (section 3.1) names "a two-layer MLP adapter with RMSNorm" without its place. We normalize
+the encoder's features before the MLP: they come from the middle of the encoder, unnormalized and
+with outlier channels, and the MLP's own output scale stays free to match the text embeddings'.
+(A norm behind the MLP would give visual rows a root mean square of 1, many times that of a
+pretrained model's text rows, and drown what the decoder layers add to the residual stream.)
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_dattn.models.norm import RMSNorm
+
+
+class RowColumnPositions(torch.nn.Module):
+    """Learnable positions of patches in their image: one vector per row plus one per column.
+
+    They stand in for the rotary positions that debiased attention does not give to visual rows
+    (paper, section 2.3). A grid of up to `max_grid` rows (columns) takes the first entries of the
+    table; a larger one stretches the whole table over its side by linear interpolation. The tables
+    start at zero, that is, as no positions at all.
+    """
+
+    def __init__(self, hidden_size: int, max_grid: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.zeros(max_grid, hidden_size, dtype=dtype))
+        self.columns = torch.nn.Parameter(torch.zeros(max_grid, hidden_size, dtype=dtype))
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """Positions of a grid's patches, row-major, [rows * columns, hidden_size]."""
+        rows, columns = _entries(self.rows, grid[0]), _entries(self.columns, grid[1])
+        return (rows.unsqueeze(1) + columns).flatten(0, 1)
+
+
+def _entries(table: Tensor, count: int) -> Tensor:
+    if count <= table.shape[0]:
+        return table[:count]
+    channels_first = table.t().unsqueeze(0)
+    return F.interpolate(channels_first, size=count, mode="linear", align_corners=True)[0].t()
+
+
+class Adapter(MegatronModule):
+    """RMSNorm -> linear -> GELU -> linear -> plus positions.
+
+    The two linear layers are cut over the tensor-parallel ranks; rows are replicated on them.
+
+    Args:
+        config: the vision encoder's, see `vision_transformer_config`.
+        input_size: width of the encoder's features.
+        hidden_size: width of the MLP's middle.
+        output_size: width of the language model.
+        norm_eps: of the RMSNorm.
+        max_grid: entries of the position tables, or None for no positions.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        norm_eps: float,
+        max_grid: int | None,
+    ) -> None:
+        super().__init__(config=config)
+        self.norm = RMSNorm(config, input_size, eps=norm_eps)
+        self.linear_fc1 = ColumnParallelLinear(
+            input_size, hidden_size, config=config, init_method=_init_for(input_size)
+        )
+        self.linear_fc2 = RowParallelLinear(
+            hidden_size,
+            output_size,
+            config=config,
+            init_method=_init_for(hidden_size),
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+        self.positions = (
+            None
+            if max_grid is None
+            else RowColumnPositions(output_size, max_grid, config.params_dtype)
+        )
+
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Rows for the language model.
+
+        Args:
+            features: [images, patches, input_size], all images of the same patch grid.
+            grid: patch rows and patch columns.
+
+        Returns:
+            [images * patches, output_size].
+        """
+        middle, _ = self.linear_fc1(self.norm(features))
+        rows, _ = self.linear_fc2(F.gelu(middle))
+        if self.positions is not None:
+            rows = rows + self.positions(grid)
+        return rows.flatten(0, 1)
+
+
+def _init_for(fan_in: int) -> partial[Tensor]:
+    """Variance 1 / (3 fan_in), that of torch's own linear layers, at any width."""
+    return partial(torch.nn.init.normal_, std=(3 * fan_in) ** -0.5)

@@ -1,0 +1,72 @@
+"""Builds this rank's share of the model after checking that the sizes can be cut that way."""
+
+import contextlib
+
+import torch
+
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.models.vlm import DAttnVLM
+from megatron_dattn.parallel.config import ParallelConfig
+
+
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    execution: ExecutionConfig,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    device: torch.device | str | None = None,
+) -> DAttnVLM:
+    """This pipeline stage's share of the model, randomly initialized.
+
+    megatron-core's process groups and random states must be set up. On the CPU the weights do not
+    depend on the tensor-parallel size; pipeline stages draw from their own random streams.
+
+    Args:
+        device: where the parameters live; the CUDA device, or else the CPU, by default. On "meta"
+            they have shapes but no memory and no values.
+
+    Raises:
+        ConfigError: sizes that cannot be cut over the ranks, or implementations that are missing.
+    """
+    check_model_sizes(model, parallel)
+    if device is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        return DAttnVLM(
+            model,
+            parallel,
+            execution,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+
+
+def check_model_sizes(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse a model that the parallel sizes cannot cut into equal shares.
+
+    Raises:
+        ConfigError: naming the field, its value and the parallel size.
+    """
+    language, vision = model.language, model.vision
+    parallel.check_model(
+        num_heads=language.num_attention_heads,
+        num_key_value_heads=language.num_key_value_heads,
+        num_layers=language.num_hidden_layers,
+    )
+    tp = parallel.tensor_model_parallel_size
+    for name, size in (
+        ("language.vocab_size", language.vocab_size),
+        ("language.intermediate_size", language.intermediate_size),
+        ("vision.num_attention_heads", vision.num_attention_heads),
+        ("vision.intermediate_size", vision.intermediate_size),
+        ("adapter.hidden_size", model.adapter.hidden_size or language.hidden_size),
+    ):
+        if size % tp:
+            raise ConfigError(
+                f"parallel.tensor_model_parallel_size {tp} does not divide model.{name} {size}"
+            )

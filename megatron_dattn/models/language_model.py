@@ -1,0 +1,128 @@
+"""The language model: megatron-core's GPTModel with rows in and labelled rows out.
+
+GPTModel brings the modules, their sharding over ranks and their checkpoint layout. Its forward pass
+assumes one token sequence with rotary positions of its own; here the rows arrive embedded, the
+positions come with the attention plan, and the head runs on the labelled text rows alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from torch import Tensor
+
+from megatron_dattn.models.config import LanguageConfig
+from megatron_dattn.models.decomposed_attention import AttentionInputs
+from megatron_dattn.models.layer_specs import Implementation, language_block_spec
+from megatron_dattn.models.sequence_rows import take_sharded_rows
+
+
+class DAttnLanguageModel(GPTModel):
+    """A decoder over packed visual and text rows.
+
+    Args:
+        config: from `language_transformer_config`.
+        language: sizes.
+        implementation: whose linear layers and norms to use.
+        pre_process: this pipeline stage has the embedding.
+        post_process: this pipeline stage has the head.
+        vp_stage: index of this model chunk under interleaved pipelining.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        language: LanguageConfig,
+        implementation: Implementation,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        num_layers = get_num_layers_to_build(config, vp_stage)
+        super().__init__(
+            config=config,
+            transformer_layer_spec=language_block_spec(implementation, num_layers),
+            vocab_size=language.vocab_size,
+            max_sequence_length=0,  # read by learned absolute positions only
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=language.tie_word_embeddings,
+            position_embedding_type="none",
+            scatter_embedding_sequence_parallel=False,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            # The head's input is not sharded by rows: `take_sharded_rows` has gathered it. So it
+            # must not gather again, and must all-reduce the gradient of its input.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings, [rows] -> [rows, 1, H], equal on every tensor-parallel rank."""
+        return self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)
+
+    def forward(self, decoder_input: Tensor | None, attention: AttentionInputs) -> Tensor:
+        """Run this stage's layers.
+
+        Args:
+            decoder_input: rows, [S, 1, H] (under sequence parallelism this rank's share of them);
+                None on stages after the first, which use what `set_input_tensor` was given.
+            attention: plan, rotary tables and backend of the micro-batch.
+
+        Returns:
+            Hidden states shaped like the input; after the final norm on the last stage.
+        """
+        return self.decoder(
+            hidden_states=decoder_input, attention_mask=None, attention_bias=attention
+        )
+
+    def logits(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        """This rank's share of the vocabulary's logits at the chosen rows.
+
+        Args:
+            hidden_states: of the last stage, [S, 1, H] (this rank's share of the rows).
+            rows: packed rows, int64 [N].
+
+        Returns:
+            [N, vocab_size / tensor-parallel size]
+        """
+        if self.config.sequence_parallel:
+            chosen = take_sharded_rows(hidden_states, rows, self.pg_collection.tp)
+        else:
+            chosen = hidden_states.index_select(0, rows)
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else None
+        logits, _ = self.output_layer(chosen.squeeze(1), weight=weight)
+        return logits
+
+    def gathered_logits(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        """Logits over the whole vocabulary, [N, vocab_size], on every tensor-parallel rank."""
+        return gather_from_tensor_model_parallel_region(
+            self.logits(hidden_states, rows), group=self.pg_collection.tp
+        )
+
+    def losses(self, hidden_states: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of each label, fp32 [N].
+
+        Args:
+            hidden_states: of the last stage.
+            rows: packed row that predicts each label, int64 [N].
+            labels: token ids, int64 [N].
+
+        With N = 0 the result is empty but hangs on the whole graph: its sum's backward pass gives
+        every parameter a zero gradient, so that data-parallel reductions stay in step.
+        """
+        num_labels = labels.shape[0]
+        if num_labels == 0:
+            rows, labels = rows.new_zeros(1), labels.new_zeros(1)
+        logits = self.logits(hidden_states, rows)
+        if self.config.tensor_model_parallel_size > 1:
+            losses = vocab_parallel_cross_entropy(logits, labels)
+        else:
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            losses = F.cross_entropy(logits.to(dtype), labels, reduction="none")
+        return losses if num_labels else losses[:0]

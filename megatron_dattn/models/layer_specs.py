@@ -1,0 +1,124 @@
+"""Transformer layers as megatron-core specs: the only place that chooses between implementations.
+
+"transformer_engine" takes linear layers and norms from Transformer Engine (fused norms, FP8);
+"local" takes them from megatron-core and from `norm.py` and runs anywhere. The attention cores are
+ours either way. Checkpoints of the two are interchangeable: the local norms are stored under the
+names that Transformer Engine's fused norm-and-linear layers use.
+"""
+
+import importlib.util
+from typing import Literal
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.decomposed_attention import DecomposedCore, DecomposedSelfAttention
+from megatron_dattn.models.norm import LayerNorm, RMSNorm
+from megatron_dattn.models.vision_attention import BidirectionalCore
+
+Implementation = Literal["local", "transformer_engine"]
+
+# A fused Transformer Engine layer owns its norm; local norms are stored under the same names.
+_FUSED_NORM_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def has_te() -> bool:
+    """Whether Transformer Engine is installed."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def resolve_implementation(requested: str, fp8: str) -> Implementation:
+    """The implementation to build for `training.transformer_impl` and `training.fp8`.
+
+    Raises:
+        ConfigError: Transformer Engine is needed but not installed, or unknown names.
+    """
+    if requested not in ("auto", "local", "transformer_engine"):
+        raise ConfigError(
+            f"training.transformer_impl '{requested}' is unknown; choose auto, local or "
+            "transformer_engine"
+        )
+    if requested == "transformer_engine" and not has_te():
+        raise ConfigError(
+            "training.transformer_impl is 'transformer_engine', but the package "
+            "transformer_engine is not installed; install megatron_dattn[gpu] or choose 'local'"
+        )
+    use_te = requested == "transformer_engine" or (requested == "auto" and has_te())
+    if fp8 != "none" and not use_te:
+        raise ConfigError(
+            f"training.fp8 '{fp8}' needs Transformer Engine; install megatron_dattn[gpu] and set "
+            "training.transformer_impl to 'auto' or 'transformer_engine', or set training.fp8 to "
+            "'none'"
+        )
+    return "transformer_engine" if use_te else "local"
+
+
+def language_block_spec(
+    implementation: Implementation, num_layers: int
+) -> TransformerBlockSubmodules:
+    """The decoder's layers of one pipeline stage, with decomposed attention, and its final norm."""
+    layer = _layer_spec(implementation, DecomposedSelfAttention, DecomposedCore, RMSNorm)
+    norm = RMSNorm if implementation == "local" else _te_norm()
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def vision_block_spec(
+    implementation: Implementation, num_layers: int
+) -> TransformerBlockSubmodules:
+    """The vision encoder's layers; it has no final norm, its features leave in mid-encoder."""
+    layer = _layer_spec(implementation, SelfAttention, BidirectionalCore, LayerNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=None)
+
+
+def _layer_spec(
+    implementation: Implementation, attention: type, core: type, local_norm: type
+) -> ModuleSpec:
+    fused = implementation == "transformer_engine"
+    column, row = _te_linears() if fused else (ColumnParallelLinear, RowParallelLinear)
+    norm = IdentityOp if fused else local_norm
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=attention,
+                # megatron-core's own local vision spec says causal here, which is a mistake; our
+                # cores do not read it, but what is written should be true.
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column, core_attention=core, linear_proj=row
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={} if fused else _FUSED_NORM_KEYS,
+        ),
+    )
+
+
+def _te_linears() -> tuple[type, type]:
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TERowParallelLinear,
+    )
+
+    return TELayerNormColumnParallelLinear, TERowParallelLinear
+
+
+def _te_norm() -> type:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm

@@ -1,0 +1,44 @@
+"""RMSNorm and LayerNorm for the local (not Transformer Engine) path.
+
+megatron-core's own wrapper around torch's norms refuses sequence parallelism. Under it every rank
+normalizes other rows, so the weights' gradients are partial sums; the attribute `sequence_parallel`
+on a parameter tells megatron-core's `finalize_model_grads` to add them up.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm with the numerics of Hugging Face's `MistralRMSNorm`.
+
+    The statistics are taken in fp32 (fp64 for fp64 inputs); the normalized row is rounded to the
+    input's dtype before the weight is applied.
+
+    Args:
+        config: gives the parameters' dtype and whether rows are sharded over the ranks.
+        hidden_size: length of a row.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalize the last dimension, [..., hidden_size] -> the same shape and dtype."""
+        return self.weight * F.rms_norm(hidden_states, (self.hidden_size,), None, self.eps)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's LayerNorm, built as megatron-core's layer specs build a norm."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,0 +1,98 @@
+"""megatron-core's TransformerConfigs for the language model and for what stands before it.
+
+The one place that translates our settings into megatron-core's. The vision encoder and the adapter
+run under a config of their own: replicated rows (no sequence parallelism), one pipeline stage, no
+FP8, because they live on the first stage only and hand over whole images.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, VisionConfig
+from megatron_dattn.parallel.config import ParallelConfig
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def language_transformer_config(
+    language: LanguageConfig, parallel: ParallelConfig, execution: ExecutionConfig
+) -> TransformerConfig:
+    """The decoder's config."""
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=language.num_hidden_layers,
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_key_value_heads,
+        kv_channels=language.head_dim,
+        ffn_hidden_size=language.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.rms_norm_eps,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=on_gpu,
+        init_method_std=language.initializer_range,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        fp8=None if execution.fp8 == "none" else execution.fp8,
+        **_common(parallel, execution),
+    )
+
+
+def vision_transformer_config(
+    vision: VisionConfig, parallel: ParallelConfig, execution: ExecutionConfig
+) -> TransformerConfig:
+    """The vision encoder's config; the adapter's linear layers use it too."""
+    return TransformerConfig(
+        num_layers=vision.num_used_layers,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        ffn_hidden_size=vision.intermediate_size,
+        normalization="LayerNorm",
+        layernorm_epsilon=vision.layer_norm_eps,
+        activation_func=partial(F.gelu, approximate="tanh"),
+        bias_activation_fusion=False,
+        **_common(parallel, execution),
+    )
+
+
+def _common(parallel: ParallelConfig, execution: ExecutionConfig) -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available()
+    on_meta = torch.get_default_device().type == "meta"  # shapes only, for --dry-run
+    dtype = _DTYPES[execution.precision]
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # Initialized on the host, a weight does not depend on how it is cut into shards.
+        "use_cpu_initialization": on_meta or not on_gpu,
+        "perform_initialization": not on_meta,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Both are torch.compile'd: worth it on a GPU, a C++ compiler run on a CPU.
+        "bias_dropout_fusion": on_gpu,
+        "masked_softmax_fusion": False,
+        "cuda_graph_scope": [],  # its default is deprecated and warns
+        "calculate_per_token_loss": True,
+        "deallocate_pipeline_outputs": True,
+        **_recompute(execution),
+    }
+
+
+def _recompute(execution: ExecutionConfig) -> dict[str, Any]:
+    if execution.recompute == "none":
+        return {}
+    if execution.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }

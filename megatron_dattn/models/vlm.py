@@ -1,0 +1,197 @@
+"""The vision-language model: images and text in, losses of labelled text rows out.
+
+Images are encoded, adapted to the language model's width and placed in front of the text as rows
+of one packed tensor; the decoder treats rows of both kinds alike except in its attention. Vision
+encoder and adapter exist on the first pipeline stage only, the head on the last. Every stage
+derives the attention plan from the layout, so every stage needs the batch (only the first its
+pixels).
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_dattn.attention import (
+    TokenLayout,
+    get_preset,
+    plan_attention,
+    rotary_tables,
+    row_positions,
+    select_backend,
+)
+from megatron_dattn.models.adapter import Adapter
+from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.models.decomposed_attention import AttentionInputs
+from megatron_dattn.models.language_model import DAttnLanguageModel
+from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.models.transformer_config import (
+    language_transformer_config,
+    vision_transformer_config,
+)
+from megatron_dattn.models.vision_encoder import VisionEncoder
+from megatron_dattn.parallel.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron_dattn.data.sample import PackedBatch
+
+IGNORED_LABEL = -100
+
+
+class DAttnVLM(MegatronModule):
+    """One pipeline stage of the vision-language model.
+
+    Args:
+        model: sizes and the attention preset.
+        parallel: layout over ranks; megatron-core's process groups must exist.
+        execution: precision, recomputation, implementations.
+        pre_process: this stage has the vision encoder, the adapter and the embedding.
+        post_process: this stage has the head.
+        vp_stage: index of this model chunk under interleaved pipelining.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        execution: ExecutionConfig,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=language_transformer_config(model.language, parallel, execution))
+        self.model_config = model
+        self.attention = get_preset(model.attention)
+        self.attention_backend = execution.attention_backend
+        self.pre_process = pre_process
+        self.post_process = post_process
+        # What megatron-core's schedules and gradient finalization ask of a model.
+        self.vp_stage = vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
+
+        implementation = resolve_implementation(execution.transformer_impl, execution.fp8)
+        self.vision_model: VisionEncoder | None = None
+        self.adapter: Adapter | None = None
+        if pre_process:
+            vision_config = vision_transformer_config(model.vision, parallel, execution)
+            self.vision_model = VisionEncoder(vision_config, model.vision, implementation)
+            has_positions = self.attention.positions.embedding == "row_column"
+            self.adapter = Adapter(
+                vision_config,
+                input_size=model.vision.hidden_size,
+                hidden_size=model.adapter.hidden_size or model.language.hidden_size,
+                output_size=model.language.hidden_size,
+                norm_eps=model.adapter.norm_eps,
+                max_grid=model.adapter.max_grid if has_positions else None,
+            )
+        self.language_model = DAttnLanguageModel(
+            self.config,
+            model.language,
+            implementation,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+
+    def forward(self, batch: "PackedBatch") -> Tensor:
+        """One micro-batch through this stage.
+
+        Args:
+            batch: tensors on this rank's device. `pixel_values` is read on the first stage only.
+
+        Returns:
+            Hidden states [S, 1, H] (this rank's share of the rows under sequence parallelism) on
+            stages before the last; there, the fp32 loss of every labelled text row, in row order.
+            A batch without labels gives an empty vector that is still connected to the graph.
+        """
+        hidden_states = self._hidden_states(batch)
+        if not self.post_process:
+            return hidden_states
+        labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
+        rows = batch.layout.output_rows(self.attention.t2v.scope).to(labelled.device)
+        return self.language_model.losses(hidden_states, rows[labelled], batch.labels[labelled])
+
+    def forward_logits(self, batch: "PackedBatch", rows: Tensor) -> Tensor:
+        """Next-token logits at chosen packed rows, for generation and evaluation.
+
+        Args:
+            batch: as for `forward`; its labels are not read.
+            rows: packed rows, int64 [N], equal on every rank.
+
+        Returns:
+            [N, vocab_size] on the last stage, hidden states on the others.
+        """
+        hidden_states = self._hidden_states(batch)
+        if not self.post_process:
+            return hidden_states
+        return self.language_model.gathered_logits(hidden_states, rows)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the previous stage's hidden states (called by the pipeline schedules)."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied embedding's weight, for its gradient reduction between first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def _hidden_states(self, batch: "PackedBatch") -> Tensor:
+        attention = self._attention_inputs(batch.layout, batch.input_ids.device)
+        decoder_input = self._decoder_input(batch) if self.pre_process else None
+        return self.language_model(decoder_input, attention)
+
+    def _decoder_input(self, batch: "PackedBatch") -> Tensor:
+        """Rows [visual, padded to the budget | text], [S, 1, H]; this rank's share of them."""
+        text = self.language_model.embed(batch.input_ids)
+        visual = self._visual_rows(batch.pixel_values)
+        expected = batch.layout.num_visual_rows
+        assert visual is None or visual.shape[0] == expected, (
+            f"{visual.shape[0]} visual rows came out of the adapter, the layout has {expected}"
+        )
+        padding = text.new_zeros(batch.layout.visual_budget - expected, *text.shape[1:])
+        parts = (padding, text) if visual is None else (visual.unsqueeze(1), padding, text)
+        rows = torch.cat(parts)
+        if self.config.sequence_parallel:
+            rows = scatter_to_sequence_parallel_region(rows, group=self.pg_collection.tp)
+        return rows
+
+    def _visual_rows(self, pixel_values: Tensor) -> Tensor | None:
+        """Encode and adapt the images, [valid visual rows, H].
+
+        Without images: None if nothing here is trained, else no rows of a blank image. Those hang
+        on the graph of every parameter, so that the data-parallel reduction of this micro-batch's
+        gradients finds the same parameters on every rank.
+        """
+        assert self.vision_model is not None, "images belong to the first pipeline stage"
+        assert self.adapter is not None
+        train_vision, no_images = _is_trained(self.vision_model), pixel_values.shape[0] == 0
+        if no_images:
+            if not (train_vision or _is_trained(self.adapter)):
+                return None
+            side = self.model_config.vision.image_size
+            pixel_values = pixel_values.new_zeros(1, 3, side, side)
+        with torch.set_grad_enabled(train_vision):
+            features = self.vision_model(pixel_values)
+        rows = self.adapter(features, self.model_config.vision.grid)
+        return rows[:0] if no_images else rows
+
+    def _attention_inputs(self, layout: TokenLayout, device: torch.device) -> AttentionInputs:
+        language = self.model_config.language
+        dtype = next(self.language_model.parameters()).dtype
+        positions = row_positions(layout, self.attention)
+        return AttentionInputs(
+            plan=plan_attention(layout, self.attention, device),
+            rotary=rotary_tables(positions, language.head_dim, language.rope_theta, device),
+            backend=select_backend(self.attention_backend, device, dtype, language.head_dim),
+        )
+
+
+def _is_trained(module: torch.nn.Module) -> bool:
+    """Whether gradients are wanted for any of its parameters."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
