@@ -1,0 +1,28 @@
+"""Checkpoints that exist completely or not at all, and are compared before they are loaded.
+
+`save_checkpoint` writes one (commit.py has the protocol), `find_checkpoint` finds the newest sound
+one, `load_checkpoint` loads it strictly, `read_manifest` tells what it is.
+"""
+
+from megatron_dattn.checkpoint.commit import save_checkpoint
+from megatron_dattn.checkpoint.discovery import (
+    FoundCheckpoint,
+    find_checkpoint,
+    find_checkpoint_together,
+    prune,
+)
+from megatron_dattn.checkpoint.load import load_checkpoint
+from megatron_dattn.checkpoint.manifest import Manifest, compare_facts, read_manifest, verify
+
+__all__ = [
+    "FoundCheckpoint",
+    "Manifest",
+    "compare_facts",
+    "find_checkpoint",
+    "find_checkpoint_together",
+    "load_checkpoint",
+    "prune",
+    "read_manifest",
+    "save_checkpoint",
+    "verify",
+]

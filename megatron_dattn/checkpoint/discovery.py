@@ -1,0 +1,197 @@
+"""Finds the checkpoint to go on with, and deletes those that are no longer needed.
+
+The folder is scanned, newest first; the first checkpoint that agrees with its manifest wins.
+`latest.json` is a hint for people: an empty, wrong or stale one changes nothing. A damaged
+checkpoint is passed over loudly; if none is left the run must not start afresh in silence.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dattn.checkpoint import files
+from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank, rank, world_size
+from megatron_dattn.checkpoint.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    read_manifest,
+    verify,
+    verify_files,
+)
+from megatron_dattn.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+# Names that tell a folder of somebody else, and whose it is.
+_FOREIGN = {
+    "latest_checkpointed_iteration.txt": "a Megatron-LM checkpoint folder",
+    "metadata.json": "a bare distributed checkpoint without manifest",
+    ".metadata": "a bare distributed checkpoint without manifest",
+    "model.safetensors": "a Hugging Face model",
+    "model.safetensors.index.json": "a Hugging Face model",
+    "pytorch_model.bin": "a Hugging Face model",
+}
+_MIN_KEPT = 2
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A verified checkpoint and why newer ones were passed over (empty if it is the newest)."""
+
+    path: Path
+    manifest: Manifest
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+
+def find_checkpoint(
+    directory: str | os.PathLike[str], verify: bool = True
+) -> FoundCheckpoint | None:
+    """The newest sound checkpoint of a run folder. Local: nothing is communicated.
+
+    Args:
+        directory: a run folder, or one checkpoint folder (`.../step-0000100`) itself.
+        verify: compare sha256 sums; sizes are always compared.
+
+    Returns:
+        None if there is no folder or no checkpoint was ever committed in it.
+
+    Raises:
+        CheckpointError: if there are checkpoints but none is usable, if latest.json says that
+            there were some, or if the folder belongs to another program.
+    """
+
+    def check(path: Path) -> Manifest:
+        return _verify_whole(path, verify)
+
+    return _search(Path(directory), check, _candidates)
+
+
+def find_checkpoint_together(
+    directory: str | os.PathLike[str], verify: bool = True
+) -> FoundCheckpoint | None:
+    """Like `find_checkpoint`, with the same answer on all ranks. Collective over the world.
+
+    Rank 0 reads the folder; every rank hashes its share of the files.
+    """
+
+    def check(path: Path) -> Manifest:
+        manifest = on_first_rank(f"reading {path}", lambda: read_manifest(path))
+        share = sorted(manifest.files)[rank() :: world_size()]
+        on_every_rank(f"verifying {path}", lambda: verify_files(path, manifest, share, sums=verify))
+        return manifest
+
+    def candidates(folder: Path) -> list[Path]:
+        return on_first_rank(f"reading {folder}", lambda: _candidates(folder))
+
+    return _search(Path(directory), check, candidates)
+
+
+def _verify_whole(path: Path, sums: bool) -> Manifest:
+    return verify(path, sums=sums)
+
+
+def _search(
+    folder: Path, check: Callable[[Path], Manifest], candidates: Callable[[Path], list[Path]]
+) -> FoundCheckpoint | None:
+    problems: list[str] = []
+    for path in candidates(folder):
+        try:
+            manifest = check(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            if rank() == 0:
+                logger.warning("PASSING OVER %s: %s", path, error)
+            continue
+        if problems and rank() == 0:
+            logger.warning("GOING BACK to %s: newer checkpoints are damaged", path)
+        return FoundCheckpoint(path, manifest, tuple(problems))
+    if problems:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is usable ({'; '.join(problems)}); repair one, or move "
+            "the folder away to start afresh"
+        )
+    return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first. Raises CheckpointError for folders of another kind."""
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, not a folder of checkpoints")
+    if (folder / MANIFEST_FILE).exists():
+        return [folder]
+    if files.step_of(folder.name) is not None:
+        raise CheckpointError(f"{folder} is damaged: {MANIFEST_FILE} is missing")
+    steps = [
+        (step, path) for path in folder.iterdir() if (step := files.step_of(path.name)) is not None
+    ]
+    if not steps:
+        _refuse_empty(folder)
+    newest_first = [path for _, path in sorted(steps, reverse=True)]
+    _compare_with_pointer(folder, newest_first)
+    return newest_first
+
+
+def _refuse_empty(folder: Path) -> None:
+    """Raise unless a folder without checkpoints is one where none was ever committed."""
+    for name, owner in _FOREIGN.items():
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder} holds {owner} ({name}), not checkpoints of this program; give another "
+                "folder, or convert it with tools/convert_checkpoint.py"
+            )
+    if (folder / files.LATEST_FILE).exists():
+        raise CheckpointError(
+            f"{folder / files.LATEST_FILE} says that there were checkpoints, but none is left; "
+            "remove it to start afresh"
+        )
+    if any(files.is_temporary(entry.name) for entry in folder.iterdir()):
+        logger.warning("%s holds an unfinished first save and no checkpoint", folder)
+
+
+def _compare_with_pointer(folder: Path, newest_first: list[Path]) -> None:
+    if not newest_first:
+        return
+    pointer = folder / files.LATEST_FILE
+    try:
+        named = json.loads(pointer.read_bytes())["checkpoint"]
+    except FileNotFoundError:
+        named = None
+    except (OSError, ValueError, KeyError, TypeError):
+        logger.warning("%s is unreadable; the newest sound checkpoint is taken", pointer)
+        return
+    if named != newest_first[0].name:
+        logger.warning("%s names %s, the newest is %s", pointer, named, newest_first[0].name)
+
+
+def prune(directory: str | os.PathLike[str], keep_last: int) -> list[Path]:
+    """Delete all but the newest checkpoints of a run folder; call it on one rank.
+
+    The newest `keep_last` (at least two) whose manifest and file sizes are right stay; sums are
+    not read again. Damaged ones newer than the oldest kept stay too, as evidence.
+
+    Returns:
+        The deleted folders.
+    """
+    folder = Path(directory)
+    sound = 0
+    deleted = []
+    for path in _candidates(folder):
+        if sound >= max(_MIN_KEPT, keep_last):
+            files.remove_folder(path)
+            deleted.append(path)
+            continue
+        try:
+            verify(path, sums=False)
+            sound += 1
+        except CheckpointError as error:
+            logger.warning("%s is not counted among the kept checkpoints: %s", path, error)
+    return deleted

@@ -1,0 +1,134 @@
+"""File-system steps that survive a power cut, and the names of a checkpoint's parts on disk.
+
+A run folder holds `step-0000100/` per committed checkpoint, `latest.json`, and for the time of a
+save `step-0000100.tmp-<process>-<id>-<host>/`. The temporary name carries its owner, so that a
+later run can tell a dead writer's left-overs from a save in progress.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from pathlib import Path
+
+LATEST_FILE = "latest.json"
+TRASH_PREFIX = ".trash-"
+
+_STEP = re.compile(r"step-(\d{7,})")
+_TEMPORARY = re.compile(r"step-\d{7,}\.tmp-(\d+)-[0-9a-f]{12}-(.+)")
+_HASH_BLOCK = 4 * 1024 * 1024
+_FOREIGN_LEFTOVER_AGE = 24 * 3600.0
+
+
+def step_folder_name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder name stands for; None for every other name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def temporary_name(step: int) -> str:
+    return f"{step_folder_name(step)}.tmp-{os.getpid()}-{uuid.uuid4().hex[:12]}-{_host()}"
+
+
+def trash_name(name: str) -> str:
+    return f"{TRASH_PREFIX}{uuid.uuid4().hex[:12]}-{name}"
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname()) or "unknown"
+
+
+def is_temporary(name: str) -> bool:
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether a temporary folder's writer is dead.
+
+    A writer of this process is (saves do not overlap), one of this host is if its process is gone,
+    one of another host is believed dead when nothing in the folder changed for a day.
+    """
+    match = _TEMPORARY.fullmatch(folder.name)
+    if match is None:
+        return False
+    if match[2] == _host():
+        process = int(match[1])
+        return process == os.getpid() or not _process_exists(process)
+    newest = max(entry.stat().st_mtime for entry in (folder, *folder.iterdir()))
+    return time.time() - newest > _FOREIGN_LEFTOVER_AGE
+
+
+def _process_exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def size_and_sha256(path: Path) -> tuple[int, str]:
+    """Bytes and sha256 of a file, read block by block."""
+    digest = hashlib.sha256()
+    size = 0
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and force it to the disk."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_synced(path: Path, data: bytes) -> None:
+    """Replace a file at once: readers and crashes see the old content or the new, never a mix."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        write_synced(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries (new names, renames) to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a checkpoint in two moves, so that a half-deleted one is never taken for a whole.
+
+    Raises:
+        OSError: if it cannot be renamed or deleted.
+    """
+    trash = folder.with_name(trash_name(folder.name))
+    folder.rename(trash)
+    shutil.rmtree(trash)

@@ -1,0 +1,191 @@
+"""Strict loading of a checkpoint into a sharded state dict.
+
+megatron-core writes into live parameters while it reads, and passes over keys and vocabulary sizes
+that do not fit. Here keys, shapes and sharding are compared on all ranks before the first tensor is
+touched, and every failure is one CheckpointError on all ranks. After a failure nothing may go on
+with the model: the entry points end.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import maybe_load_config
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.common import (
+    COMMON_STATE_FNAME,
+    TorchCommonLoadStrategy,
+)
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.validation import (
+    determine_global_metadata,
+    validate_sharding_integrity,
+)
+from megatron.core.msc_utils import MultiStorageClientFeature
+
+from megatron_dattn.checkpoint import reader
+from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank
+from megatron_dattn.checkpoint.manifest import read_manifest
+from megatron_dattn.checkpoint.writer import first_failure
+from megatron_dattn.errors import CheckpointError
+
+_SHOWN = 8
+
+Shapes = dict[str, tuple[int, ...] | None]
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    sharded_state_dict: ShardedStateDict,
+    *,
+    modules: Sequence[str] | None = None,
+) -> StateDict:
+    """Load what a sharded state dict asks for. Collective over the world; verify first.
+
+    Args:
+        path: a checkpoint folder, as `find_checkpoint` gives it.
+        sharded_state_dict: what to load; its tensors are filled in place.
+        modules: load only keys below these names (`language_model` for `language_model.*`), and
+            leave out everything else on both sides. None: request and checkpoint must agree fully.
+            Transformer Engine's `_extra_state` may differ either way.
+
+    Returns:
+        The state dict with values in place of shards, and the checkpoint's common state.
+
+    Raises:
+        CheckpointError: on all ranks alike. Keys and shapes are compared before anything is
+            written; after a failure of reading itself the tensors are undefined.
+    """
+    assert dist.is_initialized(), "initialize_distributed first (a world of one is fine)"
+    MultiStorageClientFeature.disable()
+    folder = Path(path)
+    on_first_rank(f"checking {folder}", lambda: _check_folder(folder))
+    metadata, common = on_every_rank(f"reading {folder}", lambda: _read_small_files(folder))
+    request = _below(sharded_state_dict, modules)
+    stored = _stored_below(reader.stored_shapes(metadata), modules)
+    request = on_every_rank("comparing the keys", lambda: _fit(folder, request, stored))
+
+    def load() -> StateDict:
+        try:
+            return dist_checkpointing.load(
+                request,
+                str(folder),
+                sharded_strategy=reader.SafeLoadStrategy(metadata),
+                common_strategy=_AlreadyRead(common),
+                validate_access_integrity=False,  # done in _fit, in step with the other ranks
+            )
+        except dcp.CheckpointException as error:
+            raise first_failure(f"loading {folder}", error) from error
+
+    return on_every_rank(f"loading {folder}", load)
+
+
+class _AlreadyRead(TorchCommonLoadStrategy):
+    """Hands over common state that was read before, when a failure could still be agreed on."""
+
+    def __init__(self, common: StateDict) -> None:
+        self._common = common
+
+    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
+        return self._common
+
+
+def _check_folder(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    reader.check_trusted(folder, manifest.files)
+
+
+def _read_small_files(folder: Path) -> tuple[dcp.Metadata, StateDict]:
+    try:
+        config = maybe_load_config(str(folder))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'metadata.json'} is damaged: {error}") from error
+    if config is None or config.sharded_backend != "torch_dist":
+        raise CheckpointError(f"{folder} is no distributed checkpoint of format torch_dist")
+    return reader.read_metadata(folder), read_common(folder)
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """The part of a checkpoint that is not sharded.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or holds more than plain data.
+    """
+    path = folder / COMMON_STATE_FNAME
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except Exception as error:  # a damaged archive may raise anything
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _below(state: ShardedStateDict, modules: Sequence[str] | None) -> ShardedStateDict:
+    if modules is None:
+        return state
+    prefixes = tuple(f"{name}." for name in modules)
+    selected, _ = extract_matching_values(
+        state, lambda value: getattr(value, "key", "").startswith(prefixes)
+    )
+    return selected
+
+
+def _stored_below(stored: Shapes, modules: Sequence[str] | None) -> Shapes:
+    if modules is None:
+        return stored
+    prefixes = tuple(f"{name}." for name in modules)
+    return {key: shape for key, shape in stored.items() if key.startswith(prefixes)}
+
+
+def _fit(folder: Path, request: ShardedStateDict, stored: Shapes) -> ShardedStateDict:
+    """Compare the request of all ranks with what is stored; drop extra state that is not there."""
+    sharded, _, _ = load_preprocess(request)
+    sharded, _ = extract_sharded_base(sharded)
+    _, by_rank = determine_global_metadata(sharded)
+    entries = [entry for entries in by_rank for entry in entries]
+    requested: Shapes = {
+        entry.key: entry.global_shape if isinstance(entry, ShardedTensor) else None
+        for entry in entries
+    }
+    flexible = {entry.key for entry in entries if getattr(entry, "allow_shape_mismatch", False)}
+    problems = _differences(requested, stored, flexible)
+    if problems:
+        raise CheckpointError(f"{folder} does not fit this model: {'; '.join(problems)}")
+    validate_sharding_integrity(by_rank)
+    absent = {key for key in requested if key not in stored}
+    _, kept = extract_matching_values(request, lambda value: getattr(value, "key", None) in absent)
+    return kept
+
+
+def _differences(requested: Shapes, stored: Shapes, flexible: set[str]) -> list[str]:
+    missing = [key for key in requested if key not in stored and not _is_extra(key)]
+    unexpected = [key for key in stored if key not in requested and not _is_extra(key)]
+    shapes = [
+        f"{key} {stored[key]} instead of {shape}"
+        for key, shape in requested.items()
+        if key in stored and key not in flexible and stored[key] != shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} keys are not in the checkpoint ({_some(missing)})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} keys are not in the model ({_some(unexpected)})")
+    if shapes:
+        problems.append(f"{len(shapes)} tensors have another shape ({_some(shapes)})")
+    return problems
+
+
+def _is_extra(key: str) -> bool:
+    return key.endswith("._extra_state") or "._extra_state/" in key
+
+
+def _some(items: list[str]) -> str:
+    shown = ", ".join(sorted(items)[:_SHOWN])
+    return shown if len(items) <= _SHOWN else f"{shown}, ..."

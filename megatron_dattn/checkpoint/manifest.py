@@ -1,0 +1,174 @@
+"""The manifest of a checkpoint: which files it consists of and what it is a checkpoint of.
+
+`manifest.json` is written last into a checkpoint folder. It lists every file with size and sha256
+and carries the facts (model, tokenizer, stage, progress) by which a checkpoint is accepted or
+refused. It is its own witness too: a sha256 over its canonical form, and no byte may deviate from
+that form.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_dattn.checkpoint.files import size_and_sha256, write_synced
+from megatron_dattn.errors import CheckpointError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "megatron_dattn/1"
+
+_ABSENT = "<absent>"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must look like."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of manifest.json; every field is plain JSON."""
+
+    step: int
+    facts: dict[str, Any]
+    """What this is a checkpoint of: model, modules, tokenizer, stage, progress, ..."""
+    layout: dict[str, int]
+    """Parallel sizes of the run that wrote it."""
+    files: dict[str, FileRecord]
+    """Every file of the folder but the manifest, by name."""
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: current_versions())
+    created: str = dataclasses.field(default_factory=lambda: datetime.now(UTC).isoformat())
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules whose weights it holds."""
+        return tuple(self.facts.get("modules", ()))
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of the programs that write a checkpoint now."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "megatron-core", "megatron_dattn"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write and sync manifest.json into a folder that has none yet."""
+    write_synced(folder / MANIFEST_FILE, _render(dataclasses.asdict(manifest)))
+
+
+def _render(body: dict[str, Any]) -> bytes:
+    plain = json.dumps({"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(plain.encode()).hexdigest()
+    document = {"format": FORMAT, **body, "sha256": digest}
+    return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest of a checkpoint folder, itself verified.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or of an unknown format.
+    """
+    file = Path(path) / MANIFEST_FILE
+    try:
+        data = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{path} is no checkpoint of this program: it has no {MANIFEST_FILE}"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    damaged = CheckpointError(f"{file} is damaged; use another checkpoint of the run")
+    try:
+        body = json.loads(data)
+        written_by = body.pop("format")
+        del body["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged from error
+    if written_by != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {written_by!r}, this version reads {FORMAT!r}; load it with the "
+            "version that wrote it"
+        )
+    if _render(body) != data:
+        raise damaged
+    files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
+    return Manifest(files=files, **body)
+
+
+def verify(path: str | os.PathLike[str], *, sums: bool = True) -> Manifest:
+    """Check a checkpoint against its manifest.
+
+    Args:
+        path: the checkpoint folder itself (`.../step-0000100`).
+        sums: also compare sha256, which reads every file; sizes are always compared.
+
+    Raises:
+        CheckpointError: naming the first missing or damaged file.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest, manifest.files, sums=sums)
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest, names: Iterable[str], *, sums: bool) -> None:
+    """Like `verify`, for some of the files: ranks share the work of a large checkpoint."""
+    for name in names:
+        expected = manifest.files[name]
+        file = folder / name
+        try:
+            size = file.stat().st_size
+            if size != expected.size:
+                raise CheckpointError(f"{file} is damaged: {size} bytes instead of {expected.size}")
+            if sums and size_and_sha256(file)[1] != expected.sha256:
+                raise CheckpointError(f"{file} is damaged: its sha256 differs from the manifest's")
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def compare_facts(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """One line per field in which a checkpoint differs from what the run expects.
+
+    Only the top-level keys of `expected` are compared. A line reads
+    `model.language.hidden_size: this run has 64, the checkpoint 32`.
+    """
+    wanted = _flatten(json.loads(json.dumps(expected)))
+    present = _flatten(
+        json.loads(json.dumps({key: found[key] for key in expected if key in found}))
+    )
+    return [
+        f"{key}: this run has {_show(wanted, key)}, the checkpoint {_show(present, key)}"
+        for key in sorted(wanted.keys() | present.keys())
+        if wanted.get(key, _ABSENT) != present.get(key, _ABSENT)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "nothing"

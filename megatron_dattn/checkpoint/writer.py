@@ -1,0 +1,170 @@
+"""Writes a megatron-core distributed checkpoint inside this process.
+
+megatron-core 0.16.1 forks its writers: if one dies, the save waits for ever, and rank 0's own
+files are written outside any agreement between the ranks. Here the same format
+(`torch_dist`, version 1: `.distcp` shards, `.metadata`, `common.pt`, `metadata.json`) is produced
+with torch.distributed.checkpoint's public writer and exchanges, so an error of one rank reaches
+all of them, and `megatron.core.dist_checkpointing.load` reads the result.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.msc_utils import MultiStorageClientFeature
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_dattn.checkpoint.collective import (
+    as_checkpoint_error,
+    on_every_rank,
+    on_first_rank,
+    rank,
+)
+from megatron_dattn.checkpoint.files import sync_file
+from megatron_dattn.errors import CheckpointError
+
+# A tensor is stored as a small zip archive; this covers its headers and alignment.
+_BYTES_PER_RECORD = 4096
+
+
+class _WatchedFileSystem(FileSystem):
+    """Remembers the first failing write.
+
+    torch's archive writer hides the operating system's reason behind `unexpected pos 704 vs 598`.
+    """
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
+        with _WatchedStream(path, mode, self) as stream:
+            yield stream
+
+
+class _WatchedStream(io.BufferedWriter):
+    def __init__(self, path: str | os.PathLike, mode: str, owner: _WatchedFileSystem) -> None:
+        super().__init__(io.FileIO(path, mode.replace("b", "")))
+        self._owner = owner
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._owner.error = self._owner.error or error
+            raise
+
+
+class ShardWriter(dcp.FileSystemWriter):
+    """One file per rank that has something to write, in this process, synced."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
+        self.fs = self._watched = _WatchedFileSystem()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if not plan.items:
+            nothing: Future[list[WriteResult]] = Future()
+            nothing.set_result([])
+            return nothing
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise self._watched.error or error from error
+
+    def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
+        try:
+            super().finish(metadata, results)
+        except Exception as error:
+            raise self._watched.error or error from error
+
+
+def write_distributed_checkpoint(state: ShardedStateDict, folder: Path) -> None:
+    """Write a sharded state dict into an empty folder. Collective over the world.
+
+    Args:
+        state: megatron-core's sharded state dict; what is not sharded is stored by rank 0.
+
+    Raises:
+        CheckpointError: on all ranks, if any of them failed; the folder is then worthless.
+    """
+    MultiStorageClientFeature.disable()  # it is on wherever its package is installed
+    # Its last step, the integrity check, raises on rank 0 alone.
+    sharded, common = on_every_rank("checking the shards", lambda: save_preprocess(state))
+    on_first_rank("writing the common state", lambda: _write_common(common, folder))
+    flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    tensors = mcore_to_pyt_state_dict(flat, is_loading=False)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    try:
+        dcp.save(tensors, storage_writer=ShardWriter(folder), planner=planner)
+    except dcp.CheckpointException as error:
+        raise first_failure("writing the shards", error) from error
+    on_first_rank("writing the format marker", lambda: _write_marker(folder))
+
+
+def _write_common(common: dict[str, Any], folder: Path) -> None:
+    watched = _WatchedFileSystem()
+    try:
+        with watched.create_stream(folder / COMMON_STATE_FNAME, "xb") as stream:
+            torch.save(common, stream)
+    except Exception as error:
+        raise watched.error or error from error
+    sync_file(folder / COMMON_STATE_FNAME)
+
+
+def _write_marker(folder: Path) -> None:
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    sync_file(folder / "metadata.json")
+
+
+def first_failure(purpose: str, error: dcp.CheckpointException) -> CheckpointError:
+    """torch's report of all failing ranks (a BaseException) as one error of this package."""
+    if not error.failures:
+        return CheckpointError(f"{purpose} failed: {error.args[0]}")
+    failing = min(error.failures)
+    reason = error.failures[failing][0]
+    if not isinstance(reason, Exception):
+        raise reason  # an interrupt, not a failure
+    local = as_checkpoint_error(purpose, reason)
+    return type(local)(f"rank {failing}: {local}")
+
+
+def own_files(folder: Path) -> list[str]:
+    """The files of a written checkpoint that this rank is to hash."""
+    own = [file.name for file in folder.glob(f"__{rank()}_*.distcp")]
+    if rank() == 0:
+        own += [COMMON_STATE_FNAME, ".metadata", "metadata.json"]
+    return own
+
+
+def estimate_bytes(state: ShardedStateDict) -> int:
+    """Bytes that this rank will write, headers included; objects other than tensors are small."""
+    total = 0
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor) and is_main_replica(value.replica_id):
+            assert value.data is not None, value.key
+            total += value.data.numel() * value.data.element_size()
+        total += _BYTES_PER_RECORD
+    return total
