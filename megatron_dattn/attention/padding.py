@@ -8,6 +8,7 @@ the padding stays small.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -21,46 +22,60 @@ _FREE_SCORES = 20_000
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """The rows `start ..` of a ragged tensor, laid out as `[batch, width]` with padding behind."""
+    """The rows `start ..` of a ragged tensor, laid out as `[batch, width]` with padding behind.
+
+    Padding repeats the segment's last row. A last query's softmax covers every key of its segment,
+    so probabilities that a backward pass recomputes in padding stay within 1, whatever the scores.
+    """
 
     start: int
     lengths: tuple[int, ...]
     width: int
-    slots: Tensor | None  # int64 [sum(lengths)]: place of each row in the flat batch; None: dense
+    sources: Tensor | None  # int64 [batch * width]: the row to read at each place; None: no padding
+    places: Tensor | None  # int64 [num_rows]: the place of each row, inverse of `sources`
 
     @staticmethod
     def build(start: int, lengths: Sequence[int], device: torch.device | str) -> "PaddedRows":
         width = max(lengths)
-        slots = None
-        if min(lengths) < width:
-            ranges = [torch.arange(i * width, i * width + n) for i, n in enumerate(lengths)]
-            slots = torch.cat(ranges).to(device)
-        return PaddedRows(start, tuple(lengths), width, slots)
+        if min(lengths) == width:
+            return PaddedRows(start, tuple(lengths), width, None, None)
+        steps = torch.arange(width)
+        ends = torch.tensor(lengths).cumsum(0).unsqueeze(1)
+        firsts = ends - torch.tensor(lengths).unsqueeze(1)
+        sources = torch.minimum(firsts + steps, ends - 1).flatten()
+        places = (firsts + steps < ends).flatten().nonzero().flatten()
+        return PaddedRows(start, tuple(lengths), width, sources.to(device), places.to(device))
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return sum(self.lengths)
 
     def pad(self, ragged: Tensor) -> Tensor:
-        """`[rows, ...]` to `[batch, width, ...]`; padding is zero."""
+        """`[rows, ...]` to `[batch, width, ...]`."""
         rows = ragged.narrow(0, self.start, self.num_rows)
-        if self.slots is not None:
+        if self.sources is not None:
+            rows = rows.index_select(0, self.sources)
+        return rows.unflatten(0, (len(self.lengths), self.width))
+
+    def pad_with_zeros(self, ragged: Tensor) -> Tensor:
+        """Like `pad`, but padding is zero."""
+        rows = ragged.narrow(0, self.start, self.num_rows)
+        if self.places is not None:
             flat = rows.new_zeros(len(self.lengths) * self.width, *rows.shape[1:])
-            rows = flat.index_copy_(0, self.slots, rows)
+            rows = flat.index_copy_(0, self.places, rows)
         return rows.unflatten(0, (len(self.lengths), self.width))
 
     def unpad(self, batch: Tensor) -> Tensor:
         """`[batch, width, ...]` back to this batch's own rows `[num_rows, ...]`."""
         flat = batch.flatten(0, 1)
-        return flat if self.slots is None else flat.index_select(0, self.slots)
+        return flat if self.places is None else flat.index_select(0, self.places)
 
-    def mask(self) -> Tensor | None:
-        """True where a row is padding, `[batch, width]`; None when there is no padding."""
-        if self.slots is None:
+    def padding(self) -> Tensor | None:
+        """True where a place is padding, bool `[batch, width]`; None when there is none."""
+        if self.places is None:
             return None
-        padding = torch.ones(len(self.lengths) * self.width, dtype=torch.bool)
-        padding[self.slots.cpu()] = False
-        return padding.unflatten(0, (len(self.lengths), self.width)).to(self.slots.device)
+        steps = torch.arange(self.width, device=self.places.device)
+        return steps >= torch.tensor(self.lengths, device=self.places.device).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ class PaddedBatch:
 
     queries: PaddedRows
     keys: PaddedRows
-    hidden_keys: Tensor | None  # bool [batch, key width], True for padding that must not be seen
+    key_bias: Tensor | None  # float32 [batch, 1, 1, key width]: -inf for padding, else 0
 
 
 def padded_batches(
@@ -88,8 +103,16 @@ def padded_batches(
     for first, last in _group(query_lengths, key_lengths):
         queries = PaddedRows.build(query_starts[first], query_lengths[first:last], device)
         keys = PaddedRows.build(key_starts[first], key_lengths[first:last], device)
-        batches.append(PaddedBatch(queries, keys, None if causal else keys.mask()))
+        batches.append(PaddedBatch(queries, keys, None if causal else _key_bias(keys)))
     return tuple(batches)
+
+
+def _key_bias(keys: PaddedRows) -> Tensor | None:
+    padding = keys.padding()
+    if padding is None:
+        return None
+    bias = torch.zeros(padding.shape, device=padding.device)
+    return bias.masked_fill(padding, -torch.inf)[:, None, None, :]
 
 
 def _group(query_lengths: Sequence[int], key_lengths: Sequence[int]) -> list[tuple[int, int]]:

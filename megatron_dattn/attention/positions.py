@@ -54,4 +54,4 @@ def apply_rotary(states: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = (table.unsqueeze(-2) for table in rotary)
     first, second = states.chunk(2, dim=-1)
     quarter_turn = torch.cat((-second, first), dim=-1)
-    return (states * cos + quarter_turn * sin).to(states.dtype)
+    return torch.addcmul(states * cos, quarter_turn, sin).to(states.dtype)

@@ -72,12 +72,12 @@ class DenseBackend(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads: tuple[list[Tensor], ...] = ([], [], [])
         for batch in part.batches:
-            # Padded queries have zero grad_out, out and lse: finite probabilities, zero gradients.
-            do, q, o = (_pad(rows, batch.queries) for rows in (grad_out, query, out))
-            padded_lse = batch.queries.pad(lse).transpose(1, 2)
+            # With grad_out zero in padding, padded queries send no gradient anywhere.
+            do = batch.queries.pad_with_zeros(_widen(grad_out)).transpose(1, 2)
+            q, o, s = (_pad(rows, batch.queries) for rows in (query, out, lse))
             k, v = (_pad(rows, batch.keys) for rows in (key, value))
             bias = _bias(batch, q.dtype)
-            dq, dk, dv = self.dense_backward(do, q, k, v, o, padded_lse, bias, part.causal, scale)
+            dq, dk, dv = self.dense_backward(do, q, k, v, o, s, bias, part.causal, scale)
             grads[0].append(batch.queries.unpad(dq.transpose(1, 2)))
             grads[1].append(batch.keys.unpad(dk.transpose(1, 2)))
             grads[2].append(batch.keys.unpad(dv.transpose(1, 2)))
@@ -86,15 +86,16 @@ class DenseBackend(ABC):
 
 
 def _pad(rows: Tensor, padded_rows: PaddedRows) -> Tensor:
-    """Rows [N, heads, D] as a dense batch [batch, heads, width, D] in the computing dtype."""
-    return padded_rows.pad(rows.to(merge_dtype(rows.dtype))).transpose(1, 2)
+    """Rows [N, heads, ...] as a dense batch [batch, heads, width, ...] in the computing dtype."""
+    return padded_rows.pad(_widen(rows)).transpose(1, 2)
+
+
+def _widen(rows: Tensor) -> Tensor:
+    return rows.to(merge_dtype(rows.dtype))
 
 
 def _bias(batch: PaddedBatch, dtype: torch.dtype) -> Tensor | None:
-    if batch.hidden_keys is None:
-        return None
-    bias = torch.zeros_like(batch.hidden_keys, dtype=dtype)
-    return bias.masked_fill_(batch.hidden_keys, -torch.inf)[:, None, None, :]
+    return None if batch.key_bias is None else batch.key_bias.to(dtype)
 
 
 def _join(pieces: list[Tensor]) -> Tensor:
