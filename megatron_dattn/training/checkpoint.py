@@ -1,0 +1,361 @@
+"""Saves a training run, resumes it exactly, and starts a stage from another one's weights.
+
+`Checkpointer` decides what belongs into a checkpoint and when one fits; how it reaches the disk
+whole is megatron_dattn/checkpoint's business. Resuming restores everything (weights, optimizer,
+schedule, random states, the loader's place, counters) and is refused if the model, the tokenizer,
+the stage or the way the data is split differs. All methods are collective over the world.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
+from megatron.core.utils import unwrap_model
+
+from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank, rank
+from megatron_dattn.checkpoint.commit import parallel_layout, save_checkpoint
+from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint_together, prune
+from megatron_dattn.checkpoint.files import replace_synced
+from megatron_dattn.checkpoint.load import load_checkpoint
+from megatron_dattn.checkpoint.manifest import compare_facts
+from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.training.config import CheckpointConfig
+from megatron_dattn.training.stages import MODULES
+from megatron_dattn.training.state import Progress, TrainState
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "resume_report.json"
+# A conversion of Hugging Face models has no adapter: stage 1 trains it from random values.
+_MAY_BE_ABSENT = {"adapter"}
+
+# Stores the distributed optimizer's state as if it were not distributed: it then loads under any
+# tensor-, pipeline- and data-parallel size.
+_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+class Checkpointer:
+    """Saves into, and resumes from, the folder of one stage.
+
+    Args:
+        config: where to, how many to keep, whether to compare sums.
+        model: the model's description as plain data (`asdict(ModelConfig)`), compared on load.
+        tokenizer: sha256 of the tokenizer, compared on load.
+        stage: name of the stage; only its own checkpoints are resumed.
+        recipe: further plain data that must be equal on resume but not between stages: batch
+            size, horizon, optimizer settings.
+        num_loader_workers: loader processes per data-parallel rank; part of the loader's state.
+        modules: names of the model's modules, the first parts of its state-dict keys.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        *,
+        model: Mapping[str, Any],
+        tokenizer: str,
+        stage: str,
+        recipe: Mapping[str, Any] | None = None,
+        num_loader_workers: int = 0,
+        modules: Sequence[str] = MODULES,
+    ) -> None:
+        self._config = config
+        self._folder = Path(config.save) if config.save else None
+        self._model = dict(model)
+        self._tokenizer = tokenizer
+        self._stage = stage
+        self._recipe = dict(recipe or {})
+        self._num_loader_workers = num_loader_workers
+        self._modules = tuple(modules)
+        self._parent: dict[str, Any] | None = None
+
+    def save(self, state: TrainState) -> Path:
+        """Save everything under the step of `state.progress`, then delete old checkpoints.
+
+        Returns:
+            The folder of the checkpoint.
+
+        Raises:
+            CheckpointError: on all ranks; older checkpoints are untouched. Also if a parameter is
+                not finite: such a state is never saved.
+        """
+        if self._folder is None:
+            raise CheckpointError("checkpoint.save is not set: there is no folder to save into")
+        on_every_rank("checking the parameters", lambda: _check_finite(state.model))
+        extra_files = on_every_rank("collecting the state", lambda: _local_files(state))
+        path = save_checkpoint(
+            self._folder,
+            state.progress.step,
+            _sharded_state(state, is_loading=False),
+            facts=self._facts(state),
+            extra_files=extra_files,
+        )
+        on_first_rank("deleting old checkpoints", self._prune)
+        return path
+
+    def resume(self, state: TrainState) -> bool:
+        """Restore the newest sound checkpoint of the own folder into `state`.
+
+        Returns:
+            False if there is none yet; `state` is untouched then.
+
+        Raises:
+            CheckpointError: if there are checkpoints but none is usable or fits this run.
+        """
+        if self._folder is None:
+            return False
+        found = find_checkpoint_together(self._folder, self._config.verify)
+        if found is None:
+            return False
+        identity = {"model": self._model, "tokenizer": self._tokenizer}
+        self._compare(found, identity | {"stage": self._stage, "recipe": self._recipe})
+        progress = Progress.from_json(found.manifest.facts["progress"])
+        random_state = self._random_state_note(found)
+        local = on_every_rank(
+            f"reading {found.path}",
+            lambda: self._read_local_files(found, state, random_state == "restored"),
+        )
+        loaded = load_checkpoint(found.path, _sharded_state(state, is_loading=True))
+        on_every_rank(f"restoring {found.path}", lambda: _restore(state, loaded, local, found.path))
+        for name, value in progress.to_json().items():
+            setattr(state.progress, name, value)
+        self._parent = found.manifest.facts.get("parent")
+        self._report(found, random_state)
+        return True
+
+    def load_weights(self, state: TrainState, path: str | Path) -> None:
+        """Start a stage: the weights of a conversion or an earlier stage, everything else fresh.
+
+        A checkpoint without adapter leaves the adapter as it was initialized, with a warning.
+
+        Args:
+            path: a folder of checkpoints (the newest sound one is taken) or one checkpoint.
+
+        Raises:
+            CheckpointError: if there is none, or model or tokenizer differ.
+        """
+        found = find_checkpoint_together(path, self._config.verify)
+        if found is None:
+            raise CheckpointError(
+                f"there is no checkpoint in {path}; convert the models or train the earlier stage "
+                "first, or correct checkpoint.load"
+            )
+        absent = set(self._modules) - set(found.manifest.modules)
+        if absent - _MAY_BE_ABSENT:
+            raise CheckpointError(
+                f"{found.path} holds no weights of {', '.join(sorted(absent - _MAY_BE_ABSENT))}"
+            )
+        # Weights without adapter come from elsewhere: no attention preset has shaped them.
+        ignored = ("adapter", "attention") if absent else ()
+        self._compare(found, {"model": self._model, "tokenizer": self._tokenizer}, ignored)
+        present = [name for name in self._modules if name not in absent]
+        loaded = load_checkpoint(found.path, _model_state(state.model), modules=present)
+        on_every_rank("loading the weights", lambda: _load_modules(state.model, loaded, present))
+        state.optimizer.reload_model_params()
+        self._parent = {
+            "path": str(found.path),
+            "stage": found.manifest.facts.get("stage"),
+            "step": found.step,
+        }
+        if rank() == 0:
+            logger.info("weights of %s loaded from %s", ", ".join(present), found.path)
+            for name in sorted(absent):
+                logger.warning("NO %s IN %s: IT STARTS FROM RANDOM VALUES", name, found.path)
+
+    def _facts(self, state: TrainState) -> dict[str, Any]:
+        loader = None
+        if state.loader is not None:
+            loader = self._loader_facts()
+        return {
+            "model": self._model,
+            "modules": list(self._modules),
+            "tokenizer": self._tokenizer,
+            "stage": self._stage,
+            "recipe": self._recipe,
+            "step": state.progress.step,
+            "progress": state.progress.to_json(),
+            "loader": loader,
+            "parent": self._parent,
+        }
+
+    def _loader_facts(self) -> dict[str, int]:
+        return {
+            "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+            "num_workers": self._num_loader_workers,
+        }
+
+    def _compare(
+        self, found: FoundCheckpoint, expected: dict[str, Any], ignored: Sequence[str] = ()
+    ) -> None:
+        """Refuse a checkpoint whose facts differ, but for some fields of the model."""
+        differences = [
+            line
+            for line in compare_facts(expected, found.manifest.facts)
+            if not line.startswith(tuple(f"model.{name}{end}" for name in ignored for end in ".:"))
+        ]
+        if differences:
+            raise CheckpointError(
+                f"{found.path} belongs to another run: {'; '.join(differences)}; correct the "
+                "configuration, or give another checkpoint folder"
+            )
+
+    def _random_state_note(self, found: FoundCheckpoint) -> str:
+        now = parallel_layout()
+        if now == found.manifest.layout:
+            return "restored"
+        return f"fresh, as the parallel layout changed from {found.manifest.layout} to {now}"
+
+    def _read_local_files(
+        self, found: FoundCheckpoint, state: TrainState, with_random_state: bool
+    ) -> dict[str, bytes]:
+        local = {}
+        if with_random_state:
+            local["rng"] = (found.path / _rng_file()).read_bytes()
+        if state.loader is not None:
+            self._check_loader(found)
+            local["loader"] = (found.path / _loader_file()).read_bytes()
+        return local
+
+    def _check_loader(self, found: FoundCheckpoint) -> None:
+        saved = found.manifest.facts.get("loader")
+        if saved is None:
+            raise CheckpointError(f"{found.path} does not hold the loader's place in the data")
+        differences = compare_facts({"loader": self._loader_facts()}, {"loader": saved})
+        if differences:
+            raise CheckpointError(
+                f"{found.path}: the data would be split differently: {'; '.join(differences)}; "
+                "resume with the same data-parallel size and data.num_workers, or start a stage "
+                "from its weights (checkpoint.load)"
+            )
+
+    def _prune(self) -> None:
+        assert self._folder is not None
+        try:
+            for path in prune(self._folder, self._config.keep_last):
+                logger.info("deleted %s", path)
+        except OSError as error:
+            logger.warning("old checkpoints are not deleted: %s", error)
+
+    def _report(self, found: FoundCheckpoint, random_state: str) -> None:
+        report = {
+            "resumed_from": str(found.path),
+            "step": found.step,
+            "passed_over": list(found.passed_over),
+            "random_state": random_state,
+        }
+        folder = found.path.parent
+
+        def write() -> None:
+            logger.info("resumed from %s at step %d", found.path, found.step)
+            if random_state != "restored":
+                logger.warning("random states are %s", random_state)
+            data = (json.dumps(report, indent=1) + "\n").encode()
+            replace_synced(folder / REPORT_FILE, data)
+
+        on_first_rank("writing the resume report", write)
+
+
+def _rng_file() -> str:
+    return f"rng-{rank():05d}.pt"
+
+
+def _loader_file() -> str:
+    return f"loader-dp-{parallel_state.get_data_parallel_rank():05d}.bin"
+
+
+def _local_files(state: TrainState) -> dict[str, bytes]:
+    """What this rank adds to the shards: its random states, and one loader per data rank."""
+    local = {_rng_file(): capture_rng()}
+    first_of_its_data_rank = (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_pipeline_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+    )
+    if first_of_its_data_rank and state.loader is not None:
+        local[_loader_file()] = state.loader.save_state()
+    return local
+
+
+def _check_finite(model: Sequence[torch.nn.Module]) -> None:
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise CheckpointError(f"parameter {name} is not finite: the state is not saved")
+
+
+def _model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
+    chunks = unwrap_model(list(model))
+    keys = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return {
+        key: chunk.sharded_state_dict(metadata=dict(_SHARDING))
+        for key, chunk in zip(keys, chunks, strict=True)
+    }
+
+
+def _sharded_state(state: TrainState, *, is_loading: bool) -> ShardedStateDict:
+    sharded = _model_state(state.model)
+    if not is_loading:
+        _complete_optimizer_state(state.optimizer)
+    # megatron-core tells model and optimizer shards apart by the identity of their tensors.
+    sharded["optimizer"] = state.optimizer.sharded_state_dict(
+        copy.copy(sharded), is_loading=is_loading, metadata=dict(_SHARDING)
+    )
+    if not is_loading:
+        sharded["scheduler"] = state.scheduler.state_dict()
+        sharded["content_metadata"] = dict(_SHARDING)
+    return sharded
+
+
+def _complete_optimizer_state(optimizer: Any) -> None:
+    """Give parameters without optimizer state (no update yet) the zeros that they start from."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is not None and part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
+
+
+def _restore(state: TrainState, loaded: StateDict, local: Mapping[str, bytes], path: Path) -> None:
+    _load_modules(state.model, loaded, None)
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    try:
+        state.scheduler.load_state_dict(loaded["scheduler"])
+    except AssertionError as error:  # megatron-core's way to refuse another schedule
+        raise CheckpointError(
+            f"{path} was trained with another learning-rate schedule: {error}; resume with the "
+            "same optimizer settings and training.train_iters"
+        ) from error
+    if "rng" in local:
+        restore_rng(local["rng"])
+    if state.loader is not None:
+        state.loader.restore_state(local["loader"])
+
+
+def _load_modules(
+    model: Sequence[torch.nn.Module], loaded: StateDict, modules: Sequence[str] | None
+) -> None:
+    """Hand loaded values to the modules; all keys below `modules` must be there."""
+    chunks = unwrap_model(list(model))
+    for index, chunk in enumerate(chunks):
+        values = loaded.get("model" if len(chunks) == 1 else f"model{index}", {})
+        result = chunk.load_state_dict(values, strict=False)
+        missing = [
+            key
+            for key in result.missing_keys
+            if not key.endswith("_extra_state")
+            and (modules is None or key.split(".", 1)[0] in modules)
+        ]
+        if missing or result.unexpected_keys:
+            raise CheckpointError(
+                f"the weights do not fit the model: missing {missing}, unexpected "
+                f"{result.unexpected_keys}"
+            )
