@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -71,9 +72,14 @@ class Adapter(MegatronModule):
         max_grid: int | None,
     ) -> None:
         super().__init__(config=config)
+        tp_group = get_tensor_model_parallel_group()
         self.norm = RMSNorm(config, input_size, eps=norm_eps)
         self.linear_fc1 = ColumnParallelLinear(
-            input_size, hidden_size, config=config, init_method=_init_for(input_size)
+            input_size,
+            hidden_size,
+            config=config,
+            init_method=_init_for(input_size),
+            tp_group=tp_group,
         )
         self.linear_fc2 = RowParallelLinear(
             hidden_size,
@@ -83,6 +89,7 @@ class Adapter(MegatronModule):
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
+            tp_group=tp_group,
         )
         self.positions = (
             None

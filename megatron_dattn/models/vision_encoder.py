@@ -40,21 +40,6 @@ class PatchEmbedding(torch.nn.Conv2d):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
-class PositionEmbeddings(torch.nn.Module):
-    """One learned vector per patch, added to the patch embeddings."""
-
-    def __init__(self, vision: VisionConfig, config: TransformerConfig) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(
-            torch.empty(vision.num_patches, vision.hidden_size, dtype=config.params_dtype)
-        )
-        if config.perform_initialization:
-            torch.nn.init.normal_(self.weight, std=vision.hidden_size**-0.5)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return patches + self.weight
-
-
 class VisionEncoder(MegatronModule):
     """SigLIP up to its feature layer.
 
@@ -70,8 +55,14 @@ class VisionEncoder(MegatronModule):
         super().__init__(config=config)
         self.vision = vision
         self.patch_embedding = PatchEmbedding(vision, config.params_dtype)
-        self.position_embeddings = PositionEmbeddings(vision, config)
-        self.decoder = TransformerBlock(
+        # A parameter, not an Embedding: it is used whole, and DDP's pre-forward hooks fire only
+        # for modules that are called.
+        self.position_embedding = torch.nn.Parameter(
+            torch.empty(vision.num_patches, vision.hidden_size, dtype=config.params_dtype)
+        )
+        if config.perform_initialization:
+            torch.nn.init.normal_(self.position_embedding, std=vision.hidden_size**-0.5)
+        self.encoder = TransformerBlock(
             config=config,
             spec=vision_block_spec(implementation, config.num_layers),
             post_layer_norm=False,
@@ -90,6 +81,6 @@ class VisionEncoder(MegatronModule):
             `hidden_states[feature_layer]`.
         """
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
-        patches = self.position_embeddings(self.patch_embedding(pixel_values))
+        patches = self.patch_embedding(pixel_values) + self.position_embedding
         hidden_states = patches.transpose(0, 1).contiguous()  # rows first, as megatron-core has it
-        return self.decoder(hidden_states, attention_mask=None).transpose(0, 1)
+        return self.encoder(hidden_states, attention_mask=None).transpose(0, 1)

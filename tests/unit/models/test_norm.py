@@ -1,0 +1,70 @@
+"""The local norms equal Hugging Face's and torch's, and mark their weights for sequence parallelism."""
+
+import pytest
+import torch
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+
+from megatron_dattn.models.norm import LayerNorm, RMSNorm
+from tests.support.megatron import tiny_transformer_config
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def _rms_norms(dtype):
+    ours = RMSNorm(tiny_transformer_config(params_dtype=dtype), 24, eps=1e-5)
+    theirs = MistralRMSNorm(24, eps=1e-5).to(dtype)
+    weight = torch.randn(24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        ours.weight.copy_(weight)
+        theirs.weight.copy_(weight)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_hugging_face(dtype):
+    ours, theirs = _rms_norms(dtype)
+    rows = torch.randn(7, 1, 24, generator=torch.Generator().manual_seed(1)).to(dtype) * 30
+    inputs = [rows.clone().requires_grad_() for _ in range(2)]
+    outs = [norm(x) for norm, x in zip((ours, theirs), inputs, strict=True)]
+    for out in outs:
+        out.float().pow(2).sum().backward()
+    assert outs[0].dtype == dtype
+    # Same operations in the same precisions: only the order of a sum may differ in fp32, which
+    # BF16's rounding hides in all but rare cases of one unit in the last place.
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(outs[0], outs[1], rtol=tolerance, atol=0)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=2 * tolerance, atol=1e-6)
+    # The input gradient is a difference of large terms, hence an absolute share of its maximum.
+    atol = 4 * tolerance * inputs[1].grad.abs().max().item()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=0, atol=atol)
+
+
+def test_rms_norm_keeps_float64():
+    norm, rows = _rms_norms(torch.float64)[0], torch.randn(5, 24, dtype=torch.float64)
+    expected = rows / (rows.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    torch.testing.assert_close(norm(rows), expected, rtol=1e-14, atol=0)
+
+
+def test_zero_rows_stay_zero():
+    norm, rows = _rms_norms(torch.float32)[0], torch.zeros(2, 24, requires_grad=True)
+    norm(rows).sum().backward()
+    assert norm(rows).abs().max() == 0
+    assert rows.grad.isfinite().all()
+
+
+def test_layer_norm_equals_torch():
+    ours = LayerNorm(tiny_transformer_config(normalization="LayerNorm"), 24, eps=1e-6)
+    with torch.no_grad():
+        ours.weight.normal_()
+        ours.bias.normal_()
+    rows = torch.randn(5, 24)
+    expected = torch.nn.functional.layer_norm(rows, (24,), ours.weight, ours.bias, 1e-6)
+    assert torch.equal(ours(rows), expected)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_are_marked_for_sequence_parallelism(sharded):
+    config = tiny_transformer_config()
+    config.sequence_parallel = sharded
+    for norm in (RMSNorm(config, 8), LayerNorm(config, 8)):
+        assert all(p.sequence_parallel is sharded for p in norm.parameters())
