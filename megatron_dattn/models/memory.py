@@ -1,0 +1,269 @@
+"""Parameters per module and bytes per rank, computed from the configuration alone.
+
+Parameter counts are exact (a test compares them with the built model). Bytes of weights, gradients
+and optimizer state follow from them. Activation bytes are an estimate; `_decoder_layer_bytes` and
+its neighbours state the tensors they count. Not counted: the CUDA context, communication buffers,
+the allocator's fragmentation and short-lived workspaces (see `RESERVE_BYTES`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dattn.attention.config import get_preset
+from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.parallel.config import ParallelConfig
+
+RESERVE_BYTES = 4 * 10**9
+"""Room to leave for what is not counted: context, NCCL, fragmentation. A rule of thumb."""
+
+_VALUE_BYTES = {"bf16": 2, "fp32": 4}
+# Per trained parameter. Gradients are accumulated in fp32; Adam keeps two fp32 moments, and BF16
+# weights need an fp32 copy of themselves.
+_GRADIENT_BYTES = 4
+_OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class ParameterBlock:
+    """Weights that stand together: how many are cut over tensor ranks, how many repeated."""
+
+    module: str
+    place: Literal["first", "layers", "last"]
+    """On the first pipeline stage, spread evenly over the stages, or on the last one."""
+    sharded: int
+    replicated: int
+
+
+def parameter_blocks(config: ModelConfig) -> list[ParameterBlock]:
+    """All weights of the model."""
+    return [*_vision_blocks(config.vision), _adapter_block(config), *_language_blocks(config)]
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters of vision_model, adapter and language_model; tied embeddings count once."""
+    counts: dict[str, int] = {}
+    for block in parameter_blocks(config):
+        counts[block.module] = counts.get(block.module, 0) + block.sharded + block.replicated
+    return counts
+
+
+def rank_parameters(config: ModelConfig, parallel: ParallelConfig, stage: int) -> dict[str, int]:
+    """Parameters per module that one rank of a pipeline stage holds."""
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    counts = dict.fromkeys(("vision_model", "adapter", "language_model"), 0)
+    for block in parameter_blocks(config):
+        on_rank = block.sharded // tensor + block.replicated
+        if block.place == "layers":
+            counts[block.module] += on_rank // stages
+        elif stage == (0 if block.place == "first" else stages - 1):
+            counts[block.module] += on_rank
+    if config.language.tie_word_embeddings and 0 < stage == stages - 1:
+        counts["language_model"] += _embedding_size(config.language) // tensor  # the head's copy
+    return counts
+
+
+@dataclass(frozen=True)
+class PackSize:
+    """What of a micro-batch decides its activations."""
+
+    visual_rows: int
+    text_rows: int
+    """Both with padding: the row budgets."""
+    images: int
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank, by what they hold."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    decoder: int
+    """Activations that the decoder layers keep for the backward pass."""
+    vision: int
+    """Pixels, and activations that the vision encoder and the adapter keep."""
+    head: int
+    """Logits and their gradient."""
+    at_work: int
+    """The layer whose backward pass (and recomputation) is running."""
+
+    @property
+    def total(self) -> int:
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.decoder + self.vision + self.head + self.at_work
+
+
+def rank_memory(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    execution: ExecutionConfig,
+    pack: PackSize,
+    *,
+    data_parallel_size: int,
+    num_microbatches: int,
+    trained: frozenset[str],
+    stage: int = 0,
+) -> RankMemory:
+    """Bytes on a rank of a pipeline stage while it trains.
+
+    Under pipeline parallelism (one forward, one backward) stage i keeps the activations of
+    `stages - i` micro-batches.
+    """
+    held = rank_parameters(config, parallel, stage)
+    updated = sum(count for module, count in held.items() if module in trained)
+    optimizer = updated * _OPTIMIZER_BYTES[execution.precision]
+    if parallel.use_distributed_optimizer:
+        optimizer //= data_parallel_size
+    stages = parallel.pipeline_model_parallel_size
+    in_flight = min(stages - stage, num_microbatches)
+    first, last = stage == 0, stage == stages - 1
+    layer = max(
+        _decoder_layer_bytes(config, parallel, execution, pack),
+        _vision_layer_bytes(config, parallel, execution, pack) if first else 0,
+    )
+    vision = _vision_bytes(config, parallel, execution, pack, trained) if first else 0
+    return RankMemory(
+        weights=sum(held.values()) * _VALUE_BYTES[execution.precision],
+        gradients=updated * _GRADIENT_BYTES,
+        optimizer=optimizer,
+        decoder=in_flight * _decoder_bytes(config, parallel, execution, pack),
+        vision=in_flight * vision,
+        head=_head_bytes(config, parallel, execution, pack) if last else 0,
+        # Gradients of its activations; the activations too where they are recomputed.
+        at_work=(2 if execution.recompute == "full" else 1) * layer,
+    )
+
+
+def _vision_blocks(config: VisionConfig) -> list[ParameterBlock]:
+    d, f = config.hidden_size, config.intermediate_size
+    embeddings = 3 * config.patch_size**2 * d + d + config.num_patches * d
+    # q, k, v with biases, output weight; both FFN weights and the first one's bias.
+    sharded = 3 * (d * d + d) + d * d + 2 * d * f + f
+    replicated = 2 * 2 * d + 2 * d  # two LayerNorms; biases of the row-parallel layers
+    layers = config.num_used_layers
+    return [
+        ParameterBlock("vision_model", "first", 0, embeddings),
+        ParameterBlock("vision_model", "first", layers * sharded, layers * replicated),
+    ]
+
+
+def _adapter_block(config: ModelConfig) -> ParameterBlock:
+    inputs, outputs = config.vision.hidden_size, config.language.hidden_size
+    middle = config.adapter.hidden_size or outputs
+    sharded = inputs * middle + middle + middle * outputs
+    replicated = inputs + outputs  # the norm; the second layer's bias
+    if get_preset(config.attention).positions.embedding == "row_column":
+        replicated += 2 * config.adapter.max_grid * outputs
+    return ParameterBlock("adapter", "first", sharded, replicated)
+
+
+def _embedding_size(config: LanguageConfig) -> int:
+    return config.vocab_size * config.hidden_size
+
+
+def _language_blocks(config: ModelConfig) -> list[ParameterBlock]:
+    language = config.language
+    d, f, layers = language.hidden_size, language.intermediate_size, language.num_hidden_layers
+    query, key_value = _widths(language)
+    sharded = d * (query + 2 * key_value) + query * d + 3 * d * f
+    head = 0 if language.tie_word_embeddings else _embedding_size(language)
+    return [
+        ParameterBlock("language_model", "first", _embedding_size(language), 0),
+        ParameterBlock("language_model", "layers", layers * sharded, layers * 2 * d),
+        ParameterBlock("language_model", "last", head, d),
+    ]
+
+
+def _widths(config: LanguageConfig) -> tuple[int, int]:
+    """Values per row of the queries, and of the keys (or values)."""
+    return (
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
+
+
+def _decoder_bytes(
+    config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, pack: PackSize
+) -> int:
+    """What the layers of one stage keep of one micro-batch."""
+    layers = config.language.num_hidden_layers // parallel.pipeline_model_parallel_size
+    if execution.recompute != "full":
+        return layers * _decoder_layer_bytes(config, parallel, execution, pack)
+    rows = pack.visual_rows + pack.text_rows
+    kept = rows * config.language.hidden_size * _VALUE_BYTES[execution.precision]
+    if parallel.sequence_parallel:
+        kept //= parallel.tensor_model_parallel_size
+    return layers * kept
+
+
+def _decoder_layer_bytes(
+    config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, pack: PackSize
+) -> int:
+    """What one decoder layer keeps for its backward pass, with fused norms and SwiGLU.
+
+    Per row: inputs and outputs of both norms (4d); q, k, v (q + 2e); attention output (q); gate,
+    up and their product (3f). Rows with scores also keep their merged output before it is joined
+    with the diagonal rows' (q) and the log-sum-exp (one fp32 per head), unless the attention core
+    is recomputed. Norm tensors are cut over tensor ranks under sequence parallelism only.
+    """
+    language, value = config.language, _VALUE_BYTES[execution.precision]
+    tensor = parallel.tensor_model_parallel_size
+    query, key_value = _widths(language)
+    rows = pack.visual_rows + pack.text_rows
+    norms = 4 * language.hidden_size * value * rows
+    if parallel.sequence_parallel:
+        norms //= tensor
+    cut = (2 * query + 2 * key_value + 3 * language.intermediate_size) * value * rows
+    if execution.recompute != "selective":
+        diagonal = get_preset(config.attention).v2v == "diagonal"
+        cut += pack.text_rows * query * value if diagonal else 0
+        scored = pack.text_rows if diagonal else rows
+        cut += scored * language.num_attention_heads * _FP32
+    return norms + cut // tensor
+
+
+def _vision_layer_bytes(
+    config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, pack: PackSize
+) -> int:
+    """Per patch: inputs and outputs of both norms (4d); q, k, v and output (4d); both FFN sides."""
+    vision, tensor = config.vision, parallel.tensor_model_parallel_size
+    d, f = vision.hidden_size, vision.intermediate_size
+    patches = pack.images * vision.num_patches
+    return patches * _VALUE_BYTES[execution.precision] * (4 * d + (4 * d + 2 * f) // tensor)
+
+
+def _vision_bytes(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    execution: ExecutionConfig,
+    pack: PackSize,
+    trained: frozenset[str],
+) -> int:
+    """Pixels, the encoder's layers (none when frozen), the adapter.
+
+    The adapter keeps its input, the normed input and both sides of its GELU; its output joins the
+    decoder's rows.
+    """
+    vision, value = config.vision, _VALUE_BYTES[execution.precision]
+    patches = pack.images * vision.num_patches
+    per_layer = 0
+    if "vision_model" in trained and execution.recompute == "full":
+        per_layer = patches * value * vision.hidden_size
+    elif "vision_model" in trained:
+        per_layer = _vision_layer_bytes(config, parallel, execution, pack)
+    middle = (config.adapter.hidden_size or config.language.hidden_size) * 2
+    middle //= parallel.tensor_model_parallel_size
+    adapter = patches * value * (2 * vision.hidden_size + middle + config.language.hidden_size)
+    pixels = pack.images * 3 * vision.image_size**2 * _FP32
+    return pixels + vision.num_used_layers * per_layer + adapter
+
+
+def _head_bytes(
+    config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, pack: PackSize
+) -> int:
+    """Logits, their fp32 softmax and its gradient, if every text row had a label."""
+    per_logit = 2 * _VALUE_BYTES[execution.precision] + 2 * _FP32
+    vocabulary = config.language.vocab_size // parallel.tensor_model_parallel_size
+    return pack.text_rows * vocabulary * per_logit

@@ -1,0 +1,235 @@
+"""Counted operations against torch's FlopCounterMode, the attention oracle and published formulas.
+
+Products with weights must agree exactly: the counter sees every one of them as mm or addmm.
+Attention is compared by pairs with the oracle's mask, as kernels differ in the pairs they compute.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_dattn.attention.config import PRESETS
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.attention.reference import pair_masks
+from megatron_dattn.models.config import (
+    AdapterConfig,
+    ExecutionConfig,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+)
+from megatron_dattn.models.flops import (
+    ALL_MODULES,
+    StepFlops,
+    attended_pairs,
+    executed_flops,
+    model_flops,
+)
+from tests.support.distributed import run_distributed
+
+TINY = ModelConfig(
+    vision=VisionConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
+    ),
+    adapter=AdapterConfig(hidden_size=20, max_grid=4),
+    language=LanguageConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=40,
+        vocab_size=48,
+    ),
+)
+# A text-only sample, one with an image before its text, one with two images inside it.
+PACK = TokenLayout(
+    text_lengths=(5, 7, 6),
+    images=(ImageSpan(1, 0, (2, 2)), ImageSpan(2, 2, (2, 2)), ImageSpan(2, 4, (2, 2))),
+    visual_budget=16,
+    text_budget=20,
+)
+TEXT_ONLY = TokenLayout(text_lengths=(9,), images=(), visual_budget=0, text_budget=9)
+LINEAR_PARTS = ("adapter", "projections", "ffn", "head")
+
+
+def weight_products(counter: FlopCounterMode) -> int:
+    """What the counter saw as products with a weight."""
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+def without_scores(flops: StepFlops, images: int) -> int:
+    """Forward and backward without attention scores, the vision encoder's included."""
+    vision = TINY.vision
+    scores = 4 * images * vision.num_patches**2 * vision.hidden_size * vision.num_used_layers
+    encoder = flops.parts["vision_encoder"]
+    share = 0 if encoder.forward == 0 else scores * (1 + _score_passes(encoder))
+    return flops.total - flops.parts["attention"].total - share
+
+
+def _score_passes(encoder: Any) -> int:
+    """How often scores repeat in the backward pass: 2, and once more when recomputed."""
+    if encoder.backward == 0:
+        return 0
+    return 3 if encoder.backward > 2 * encoder.forward else 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_pairs_are_those_of_the_oracle(preset: str) -> None:
+    config = PRESETS[preset]
+    seen, _ = pair_masks(PACK, config)
+    # On the diagonal a visual row "sees" itself, but that softmax over one key has no score.
+    diagonal = PACK.num_visual_rows if config.v2v == "diagonal" else 0
+    assert attended_pairs(PACK, config) == int(seen.sum()) - diagonal
+
+
+def test_self_attention_pairs_are_a_triangle() -> None:
+    one = TokenLayout((10,), (ImageSpan(0, 3, (5, 6)),), 30, 10)
+    assert attended_pairs(one, PRESETS["s_attn"]) == 40 * 41 // 2
+    assert attended_pairs(one, PRESETS["dattn"]) == 30 * 10 + 10 * 11 // 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_text_only_equals_hugging_face_mistral(frozen: bool) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    language = TINY.language
+    model = MistralForCausalLM(
+        MistralConfig(
+            hidden_size=language.hidden_size,
+            num_hidden_layers=language.num_hidden_layers,
+            num_attention_heads=language.num_attention_heads,
+            num_key_value_heads=language.num_key_value_heads,
+            head_dim=language.head_dim,
+            intermediate_size=language.intermediate_size,
+            vocab_size=language.vocab_size,
+            tie_word_embeddings=False,
+        )
+    ).requires_grad_(not frozen)
+    embeddings = torch.randn(1, 9, language.hidden_size, requires_grad=True)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(inputs_embeds=embeddings, use_cache=False).logits.sum().backward()
+    trained = ALL_MODULES if not frozen else ALL_MODULES - {"language_model"}
+    counted = model_flops(TINY, [TEXT_ONLY], trained=trained)
+    assert weight_products(counter) == sum(counted.parts[part].total for part in LINEAR_PARTS)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_vision_encoder_equals_hugging_face_siglip(trained: bool) -> None:
+    """All products, the scores' bmm and the patch convolution included."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    vision = TINY.vision
+    model = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=vision.hidden_size,
+            num_hidden_layers=vision.num_used_layers,
+            num_attention_heads=vision.num_attention_heads,
+            intermediate_size=vision.intermediate_size,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            vision_use_head=False,
+            attn_implementation="eager",
+        )
+    ).requires_grad_(trained)
+    pixels = torch.randn(3, 3, vision.image_size, vision.image_size)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        features = model(pixel_values=pixels).last_hidden_state
+        if trained:
+            features.sum().backward()
+    modules = ALL_MODULES if trained else frozenset({"language_model"})
+    counted = model_flops(TINY, [PACK], trained=modules).parts["vision_encoder"]
+    assert counter.get_total_flops() == counted.total
+
+
+def _engine_products(config: ModelConfig, trained: frozenset[str], recompute: str) -> int:
+    """One rank: count a step of the real model on PACK, every text row labelled."""
+    from megatron_dattn.data.sample import PackedBatch
+    from megatron_dattn.models.build import build_model
+    from megatron_dattn.parallel.config import ParallelConfig
+    from tests.support.megatron import init_model_parallel
+
+    init_model_parallel()
+    execution = ExecutionConfig(precision="fp32", recompute=recompute, attention_backend="math")
+    model = build_model(config, ParallelConfig(), execution)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.partition(".")[0] in trained)
+    side = config.vision.image_size
+    labels = torch.full((PACK.text_budget,), -100)
+    labels[: PACK.num_text_rows] = 1
+    batch = PackedBatch(
+        layout=PACK,
+        input_ids=torch.zeros(PACK.text_budget, dtype=torch.int64),
+        labels=labels,
+        pixel_values=torch.randn(len(PACK.images), 3, side, side),
+        sample_keys=["a", "b", "c"],
+    )
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(batch).sum().backward()
+    return weight_products(counter)
+
+
+@pytest.mark.parametrize(
+    ("preset", "trained", "recompute"),
+    [
+        ("dattn", ALL_MODULES, "none"),
+        ("dattn", ALL_MODULES, "full"),
+        ("dattn", frozenset({"adapter"}), "none"),
+        ("s_attn", ALL_MODULES, "none"),
+    ],
+)
+def test_engine_executes_what_is_counted(
+    preset: str, trained: frozenset[str], recompute: str
+) -> None:
+    config = dataclasses.replace(TINY, attention=preset)
+    (seen,) = run_distributed(_engine_products, 1, config, trained, recompute)
+    counted = executed_flops(config, [PACK], trained=trained, recompute=recompute)
+    assert seen == without_scores(counted, len(PACK.images))
+
+
+def test_dattn_needs_less_than_the_engine_and_than_self_attention() -> None:
+    dattn = model_flops(TINY, [PACK])
+    s_attn = model_flops(TINY, [PACK], attention="s_attn")
+    rows, layers = PACK.num_visual_rows, TINY.language.num_hidden_layers
+    queries = 3 * 2 * rows * 32 * (4 * 8) * layers  # forward and two gradients of a 32 x 32 product
+    assert s_attn.parts["projections"].total - dattn.parts["projections"].total == queries
+    assert s_attn.parts["ffn"] == dattn.parts["ffn"]
+    assert dattn.total < s_attn.total
+    assert dattn.total < executed_flops(TINY, [PACK]).total
+
+
+def test_padding_and_unlabelled_rows_are_free() -> None:
+    wide = dataclasses.replace(PACK, visual_budget=64, text_budget=64)
+    assert model_flops(TINY, [wide]) == model_flops(TINY, [PACK])
+    some = model_flops(TINY, [PACK], labelled_rows=3).parts["head"].forward
+    assert some == 3 * 2 * 32 * 48
+
+
+def test_a_step_is_the_sum_of_its_packs() -> None:
+    both = model_flops(TINY, [PACK, TEXT_ONLY])
+    assert both == model_flops(TINY, [PACK]) + model_flops(TINY, [TEXT_ONLY])
+
+
+def test_mistral_7b_on_nine_thousand_visual_rows() -> None:
+    """S-Attn costs 1.26 times D-Attn at |V| = 9k, |T| = 256: the FFN dominates, not the scores."""
+    config = ModelConfig()
+    layout = TokenLayout((256,), (ImageSpan(0, 0, (96, 96)),), 9216, 256)
+    language = ("projections", "attention", "ffn")
+
+    def cost(preset: str) -> int:
+        parts = model_flops(config, [layout], attention=preset).parts
+        return sum(parts[name].total for name in language)
+
+    assert cost("s_attn") / cost("dattn") == pytest.approx(1.26, abs=0.01)

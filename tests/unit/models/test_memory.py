@@ -1,0 +1,286 @@
+"""Parameter counts against the built model; bytes per rank against sums done by hand.
+
+Activation bytes are compared with what autograd keeps for the real model.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.models.config import (
+    AdapterConfig,
+    ExecutionConfig,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+)
+from megatron_dattn.models.memory import (
+    PackSize,
+    RankMemory,
+    count_parameters,
+    rank_memory,
+    rank_parameters,
+)
+from megatron_dattn.parallel.config import ParallelConfig
+from tests.support.distributed import run_distributed
+from tests.support.megatron import init_model_parallel
+
+ALL = frozenset({"vision_model", "adapter", "language_model"})
+TINY = ModelConfig(
+    vision=VisionConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=28,
+        patch_size=7,
+    ),
+    adapter=AdapterConfig(max_grid=8),
+    language=LanguageConfig(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        vocab_size=128,
+    ),
+)
+PACK = PackSize(visual_rows=64, text_rows=32, images=4)
+
+
+def memory_of(
+    config: ModelConfig = TINY,
+    parallel: ParallelConfig | None = None,
+    execution: ExecutionConfig | None = None,
+    trained: frozenset[str] = ALL,
+    data_parallel_size: int = 1,
+    num_microbatches: int = 4,
+    stage: int = 0,
+) -> RankMemory:
+    return rank_memory(
+        config,
+        parallel or ParallelConfig(),
+        execution or ExecutionConfig(),
+        PACK,
+        data_parallel_size=data_parallel_size,
+        num_microbatches=num_microbatches,
+        trained=trained,
+        stage=stage,
+    )
+
+
+def test_mistral_7b_has_its_published_size() -> None:
+    """7,248,023,552 parameters: the sum of the published checkpoint's tensors."""
+    assert count_parameters(ModelConfig())["language_model"] == 7_248_023_552
+
+
+def test_parameters_match_hugging_face_modules() -> None:
+    """The counts of transformers' own modules, less the layers and norm above the feature layer."""
+    transformers = pytest.importorskip("transformers")
+    language = TINY.language
+    mistral = transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            hidden_size=language.hidden_size,
+            num_hidden_layers=language.num_hidden_layers,
+            num_attention_heads=language.num_attention_heads,
+            num_key_value_heads=language.num_key_value_heads,
+            head_dim=language.head_dim,
+            intermediate_size=language.intermediate_size,
+            vocab_size=language.vocab_size,
+            tie_word_embeddings=False,
+        )
+    )
+    vision = TINY.vision
+    siglip = transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(
+            hidden_size=vision.hidden_size,
+            num_hidden_layers=vision.num_used_layers,
+            num_attention_heads=vision.num_attention_heads,
+            intermediate_size=vision.intermediate_size,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            vision_use_head=False,
+        )
+    )
+    norm_above = 2 * vision.hidden_size
+    counts = count_parameters(TINY)
+    assert counts["language_model"] == sum(p.numel() for p in mistral.parameters())
+    assert counts["vision_model"] == sum(p.numel() for p in siglip.parameters()) - norm_above
+
+
+def _built_parameters(config: ModelConfig, parallel: ParallelConfig) -> dict[str, int]:
+    """One rank: parameters per module of the real model."""
+    from megatron.core import parallel_state
+
+    from megatron_dattn.models.build import build_model
+
+    stages = parallel.pipeline_model_parallel_size
+    init_model_parallel(parallel.tensor_model_parallel_size, stages)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    model = build_model(
+        config,
+        parallel,
+        ExecutionConfig(precision="fp32"),
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        device="meta",
+    )
+    counts = dict.fromkeys(ALL, 0)
+    for name, parameter in model.named_parameters():
+        counts[name.partition(".")[0]] += parameter.numel()
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("attention", "tensor", "pipeline"),
+    [("dattn", 1, 1), ("s_attn", 1, 1), ("dattn", 2, 1), ("dattn", 1, 2)],
+)
+def test_parameters_are_those_of_the_built_model(
+    attention: str, tensor: int, pipeline: int
+) -> None:
+    config = dataclasses.replace(TINY, attention=attention)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+    )
+    built = run_distributed(_built_parameters, tensor * pipeline, config, parallel)
+    for rank, counts in enumerate(built):
+        stage = rank if pipeline > 1 else 0
+        assert counts == rank_parameters(config, parallel, stage)
+    if tensor == pipeline == 1:
+        assert built[0] == count_parameters(config)
+
+
+def _saved_bytes(recompute: str) -> int:
+    """One rank: bytes that autograd keeps between forward and backward, parameters excluded."""
+    from megatron_dattn.data.sample import PackedBatch
+    from megatron_dattn.models.build import build_model
+
+    init_model_parallel()
+    execution = ExecutionConfig(precision="fp32", recompute=recompute, attention_backend="math")
+    model = build_model(TINY, ParallelConfig(), execution)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    layout = TokenLayout((8,) * 4, tuple(ImageSpan(s, 0, (4, 4)) for s in range(4)), 64, 32)
+    batch = PackedBatch(
+        layout=layout,
+        input_ids=torch.zeros(32, dtype=torch.int64),
+        labels=torch.ones(32, dtype=torch.int64),
+        pixel_values=torch.randn(4, 3, 28, 28),
+        sample_keys=[str(sample) for sample in range(4)],
+    )
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = model(batch)
+    assert losses.shape == (32,)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_activations_are_near_what_autograd_keeps(recompute: str) -> None:
+    """The estimate is for fused norms and SwiGLU, which this test's local modules are not.
+
+    Per row of a decoder layer (d 64, q 64, e 32, f 96) they keep 6d + 3q + 2e + 4f values where
+    fused ones keep 4d + 2q + 2e + 3f: 736 / 1024 = 0.72. Under full recomputation neither keeps
+    them. The head is counted with the gradient of its logits, half of which lives in backward only.
+    """
+    (kept,) = run_distributed(_saved_bytes, 1, recompute)
+    memory = memory_of(execution=ExecutionConfig(precision="fp32", recompute=recompute))
+    estimate = memory.decoder + memory.vision + memory.head // 2
+    assert 0.65 * kept < estimate < 1.1 * kept
+
+
+def test_position_tables_follow_the_preset() -> None:
+    conventional = dataclasses.replace(TINY, attention="s_attn")
+    tables = 2 * TINY.adapter.max_grid * TINY.language.hidden_size
+    assert count_parameters(TINY)["adapter"] - count_parameters(conventional)["adapter"] == tables
+
+
+def test_tied_embeddings_count_once_but_live_on_both_ends() -> None:
+    language = dataclasses.replace(TINY.language, tie_word_embeddings=True)
+    tied = dataclasses.replace(TINY, language=language)
+    embedding = language.vocab_size * language.hidden_size
+    untied = count_parameters(TINY)["language_model"]
+    assert count_parameters(tied)["language_model"] == untied - embedding
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    for stage in (0, 1):
+        assert rank_parameters(tied, parallel, stage) == rank_parameters(TINY, parallel, stage)
+
+
+def test_pipeline_stages_add_up_to_the_model() -> None:
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    stages = [sum(rank_parameters(TINY, parallel, stage).values()) for stage in (0, 1)]
+    assert sum(stages) == sum(count_parameters(TINY).values())
+
+
+def test_tensor_parallel_halves_matrices_but_not_norms() -> None:
+    one = rank_parameters(TINY, ParallelConfig(), 0)["language_model"]
+    two = rank_parameters(TINY, ParallelConfig(tensor_model_parallel_size=2), 0)["language_model"]
+    norms = (2 * TINY.language.num_hidden_layers + 1) * TINY.language.hidden_size
+    assert two == (one - norms) // 2 + norms
+
+
+@pytest.mark.parametrize(("precision", "weight", "state"), [("bf16", 2, 12), ("fp32", 4, 8)])
+def test_states_cost_their_bytes(precision: str, weight: int, state: int) -> None:
+    total = sum(count_parameters(TINY).values())
+    memory = memory_of(execution=ExecutionConfig(precision=precision))
+    assert (memory.weights, memory.gradients) == (weight * total, 4 * total)
+    assert memory.optimizer == state * total
+
+
+def test_distributed_optimizer_divides_its_state_alone() -> None:
+    plain = memory_of(data_parallel_size=4)
+    divided = memory_of(
+        parallel=ParallelConfig(use_distributed_optimizer=True), data_parallel_size=4
+    )
+    assert divided.optimizer == plain.optimizer // 4
+    assert (divided.weights, divided.gradients) == (plain.weights, plain.gradients)
+
+
+def test_frozen_modules_cost_their_weights_only() -> None:
+    everything, adapter_only = memory_of(), memory_of(trained=frozenset({"adapter"}))
+    adapter = count_parameters(TINY)["adapter"]
+    assert adapter_only.weights == everything.weights
+    assert adapter_only.gradients == 4 * adapter
+    assert adapter_only.optimizer == 12 * adapter
+    assert adapter_only.vision < everything.vision
+    assert adapter_only.decoder == everything.decoder  # the gradient passes through the frozen LLM
+
+
+def test_decoder_bytes_by_hand() -> None:
+    """BF16 dattn, 64 + 32 rows: d 64, q 64, e 32, f 96, 4 heads; 4 layers."""
+    per_row = 2 * (4 * 64 + 2 * 64 + 2 * 32 + 3 * 96)
+    per_text_row = 2 * 64 + 4 * 4
+    layer = 96 * per_row + 32 * per_text_row
+    assert memory_of().decoder == 4 * layer
+    assert memory_of().at_work == layer
+
+
+def test_recomputation_and_sequence_parallelism_save_activations() -> None:
+    def decoder(recompute: str = "none", **parallel: bool | int) -> int:
+        execution = ExecutionConfig(recompute=recompute)
+        return memory_of(parallel=ParallelConfig(**parallel), execution=execution).decoder
+
+    assert decoder("full") < decoder("selective") < decoder()
+    tensor = decoder(tensor_model_parallel_size=2)
+    sequence = decoder(tensor_model_parallel_size=2, sequence_parallel=True)
+    assert decoder() / 2 == sequence < tensor < decoder()
+
+
+def test_early_pipeline_stages_hold_more_microbatches() -> None:
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    first, last = (memory_of(parallel=parallel, stage=stage) for stage in (0, 1))
+    layer = memory_of().at_work
+    assert first.decoder == 2 * 2 * layer
+    assert last.decoder == 2 * layer
+    assert (last.vision, first.head) == (0, 0)
+    alone = memory_of(parallel=parallel, num_microbatches=1)
+    assert alone.decoder == last.decoder
