@@ -1,0 +1,125 @@
+"""What the attention tests share: layouts to draw, tensors to fill, and how errors are measured."""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_dattn.attention import (
+    AttentionConfig,
+    Backend,
+    ImageSpan,
+    TokenLayout,
+    decomposed_attention,
+    plan_attention,
+    rotary_tables,
+    row_positions,
+)
+from megatron_dattn.attention.positions import Rotary
+from megatron_dattn.attention.reference import reference_attention
+
+HEAD_DIM = 8
+SCALE = HEAD_DIM**-0.5
+
+# Images before, between, back to back and after the text; a text-only sample; padding of both kinds.
+RICH_LAYOUT = TokenLayout(
+    text_lengths=(5, 3, 4, 1),
+    images=(
+        ImageSpan(0, 2, (2, 2)),
+        ImageSpan(0, 2, (1, 1)),
+        ImageSpan(0, 5, (1, 3)),
+        ImageSpan(2, 0, (1, 2)),
+        ImageSpan(3, 1, (2, 1)),
+    ),
+    visual_budget=15,
+    text_budget=16,
+)
+TEXT_ONLY_LAYOUT = TokenLayout((3, 2), (), visual_budget=2, text_budget=6)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> TokenLayout:
+    """Up to four samples of up to six text rows, each with up to three images anywhere."""
+    text_lengths = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
+    images = []
+    for sample, length in enumerate(text_lengths):
+        offsets = sorted(draw(st.lists(st.integers(0, length), max_size=3)))
+        for offset in offsets:
+            grid = draw(st.tuples(st.integers(1, 2), st.integers(1, 3)))
+            images.append(ImageSpan(sample, offset, grid))
+    visual_rows = sum(image.num_rows for image in images)
+    return TokenLayout(
+        text_lengths,
+        tuple(images),
+        visual_budget=visual_rows + draw(st.integers(0, 3)),
+        text_budget=sum(text_lengths) + draw(st.integers(0, 3)),
+    )
+
+
+@dataclass
+class Problem:
+    """Random projections for a layout, and the gradient that arrives at the output."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rotary: Rotary
+    grad_out: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> "Problem":
+        moved = (x.detach().to(device, dtype).requires_grad_() for x in self.inputs)
+        cos, sin = (table.to(device) for table in self.rotary)
+        return Problem(*moved, (cos, sin), self.grad_out.to(device, dtype))
+
+
+def make_problem(
+    layout: TokenLayout,
+    config: AttentionConfig,
+    dtype: torch.dtype = torch.float64,
+    *,
+    group: int = 2,
+    head_dim: int = HEAD_DIM,
+    seed: int = 0,
+) -> Problem:
+    """Two key heads, `group` query heads for each."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(layout.num_rows, heads, head_dim) for heads in (2 * group, 2, 2, 2 * group)]
+    # Rounded to the tested dtype first, so that the oracle sees the very same numbers.
+    draws = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    query, key, value = (x.requires_grad_() for x in draws[:3])
+    rotary = rotary_tables(row_positions(layout, config), head_dim, base=100.0)
+    return Problem(query, key, value, rotary, draws[3])
+
+
+def run_fast(
+    problem: Problem, layout: TokenLayout, config: AttentionConfig, backend: Backend
+) -> list[Tensor]:
+    """Output and gradients of query, key and value."""
+    plan = plan_attention(layout, config, problem.query.device)
+    scale = problem.query.shape[-1] ** -0.5
+    out = decomposed_attention(*problem.inputs, plan, problem.rotary, scale=scale, backend=backend)
+    return [out, *torch.autograd.grad(out, problem.inputs, problem.grad_out)]
+
+
+def run_oracle(problem: Problem, layout: TokenLayout, config: AttentionConfig) -> list[Tensor]:
+    """The same from the oracle, in float64 on the same numbers."""
+    exact = problem.to(torch.float64)
+    scale = exact.query.shape[-1] ** -0.5
+    out = reference_attention(*exact.inputs, layout, config, exact.rotary, scale=scale)
+    return [out, *torch.autograd.grad(out, exact.inputs, exact.grad_out)]
+
+
+def assert_close_norm(actual: Tensor, expected: Tensor, unit: Tensor, tolerance: float) -> None:
+    """The error's norm stays under `tolerance` of the larger of the norms of `expected`, `unit`.
+
+    A gradient can vanish exactly (a softmax over one key) where rounding leaves noise of the size
+    of `unit`, the gradient that came in.
+    """
+    error = (actual.double().cpu() - expected).norm()
+    allowed = tolerance * max(expected.norm(), unit.double().cpu().norm())
+    assert error <= allowed, f"error {error:.3g} exceeds {allowed:.3g}"

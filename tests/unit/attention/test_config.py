@@ -1,0 +1,62 @@
+"""Presets and the combinations of axes that have no meaning."""
+
+from typing import Any
+
+import pytest
+
+from megatron_dattn.attention import (
+    PRESETS,
+    AttentionConfig,
+    Positions,
+    TextToVisual,
+    get_preset,
+)
+from megatron_dattn.errors import ConfigError
+
+IN_SEQUENCE = Positions(text="gap", visual="sequence", embedding="none")
+
+
+def test_presets_are_the_cells_of_the_papers_ablation() -> None:
+    assert list(PRESETS) == ["s_attn", "dattn", "dattn_biased", "s_attn_debias"]
+    cells = {name: (c.v2v == "diagonal", not c.t2v.rotary) for name, c in PRESETS.items()}
+    assert cells == {
+        "s_attn": (False, False),
+        "dattn_biased": (True, False),
+        "dattn": (True, True),
+        "s_attn_debias": (False, True),
+    }
+
+
+def test_the_default_is_the_papers_method() -> None:
+    assert AttentionConfig() == get_preset("dattn")
+
+
+def test_only_s_attn_is_plain_self_attention() -> None:
+    assert [name for name, c in PRESETS.items() if c.is_self_attention] == ["s_attn"]
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'dattention'; choose one of s_attn, dattn, "):
+        get_preset("dattention")
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"v2t": "preceding", "t2v": TextToVisual("following")}, "visual rows no scores"),
+        (
+            {"v2v": "causal", "v2t": "preceding", "positions": IN_SEQUENCE},
+            "see, through the image, text that comes after itself",
+        ),
+        ({"v2v": "causal"}, "need positions.visual='sequence'"),
+        ({"t2v": TextToVisual(rotary=True)}, "need positions.visual='sequence'"),
+        ({"positions": IN_SEQUENCE}, "has no effect"),
+        (
+            {"v2v": "causal", "positions": Positions(text="text_only", visual="sequence")},
+            "set positions.text='gap'",
+        ),
+    ],
+)
+def test_meaningless_combinations_are_refused(axes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AttentionConfig(**axes)

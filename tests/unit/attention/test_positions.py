@@ -1,0 +1,90 @@
+"""Rotary ids of packed rows, and the rotation against its definition by complex numbers."""
+
+import pytest
+import torch
+from hypothesis import given
+
+from megatron_dattn.attention import (
+    PRESETS,
+    ImageSpan,
+    TokenLayout,
+    apply_rotary,
+    rotary_tables,
+    row_positions,
+)
+from tests.unit.attention.support import layouts
+
+# Sample 0: text text IMAGE(2) text IMAGE(1); sample 1: IMAGE(2) text text.
+LAYOUT = TokenLayout(
+    (3, 2),
+    (ImageSpan(0, 2, (1, 2)), ImageSpan(0, 3, (1, 1)), ImageSpan(1, 0, (2, 1))),
+    visual_budget=6,
+    text_budget=7,
+)
+
+
+@pytest.mark.parametrize("preset", ["s_attn", "dattn_biased", "s_attn_debias"])
+def test_sequence_positions_count_all_rows_in_reading_order(preset: str) -> None:
+    positions = row_positions(LAYOUT, PRESETS[preset]).tolist()
+    assert positions == [2, 3, 5, 0, 1, 0] + [0, 1, 4, 2, 3, 0, 0]
+
+
+def test_text_only_positions_leave_images_out() -> None:
+    positions = row_positions(LAYOUT, PRESETS["dattn"]).tolist()
+    assert positions == [0] * 6 + [0, 1, 2, 0, 1, 0, 0]
+
+
+@given(layout=layouts())
+def test_sequence_positions_number_each_sample_without_gaps(layout: TokenLayout) -> None:
+    positions = row_positions(layout, PRESETS["s_attn"])
+    for sample in range(layout.num_samples):
+        rows = [*range(*layout.visual_rows(sample)), *range(*layout.text_rows(sample))]
+        assert sorted(positions[rows].tolist()) == list(range(len(rows)))
+
+
+def test_rotation_turns_channel_pairs_by_position_times_frequency() -> None:
+    positions = torch.tensor([0, 1, 7, 300])
+    states = torch.randn(4, 3, 8, dtype=torch.float64)
+    rotated = apply_rotary(states, rotary_tables(positions, 8, base=10_000.0))
+    pairs = torch.complex(states[..., :4], states[..., 4:])
+    frequencies = 10_000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    angles = positions[:, None, None] * frequencies
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    # Angles are float32: 300 * 6e-8 relative error of an angle, twice.
+    torch.testing.assert_close(rotated, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rotated[0], states[0], atol=0, rtol=0)
+
+
+def test_rotated_scores_depend_on_distances_alone() -> None:
+    query, key = torch.randn(2, 1, 1, 16, dtype=torch.float64)
+
+    def score(query_position: int, key_position: int) -> torch.Tensor:
+        q, k = (
+            apply_rotary(rows, rotary_tables(torch.tensor([position]), 16, base=100.0))
+            for rows, position in ((query, query_position), (key, key_position))
+        )
+        return (q * k).sum()
+
+    # Float32 angles of up to 23 rad carry errors near 1e-6.
+    torch.testing.assert_close(score(9, 4), score(23, 18), atol=1e-4, rtol=0)
+    assert (score(9, 4) - score(9, 5)).abs() > 1e-3
+
+
+def test_opposite_angles_undo_the_rotation() -> None:
+    cos, sin = rotary_tables(torch.arange(5), 8, base=100.0)
+    states = torch.randn(5, 2, 8, dtype=torch.float64)
+    restored = apply_rotary(apply_rotary(states, (cos, sin)), (cos, -sin))
+    # cos^2 + sin^2 = 1 within float32 rounding of the tables.
+    torch.testing.assert_close(restored, states, atol=1e-6, rtol=0)
+
+
+def test_tables_are_float32_and_states_keep_their_dtype() -> None:
+    rotary = rotary_tables(torch.arange(3), 4, base=100.0)
+    assert {table.dtype for table in rotary} == {torch.float32}
+    assert apply_rotary(torch.randn(3, 1, 4).bfloat16(), rotary).dtype == torch.bfloat16
+
+
+def test_odd_head_dims_cannot_be_paired() -> None:
+    with pytest.raises(ValueError, match="head_dim 7 is odd"):
+        rotary_tables(torch.arange(3), 7, base=100.0)
