@@ -59,10 +59,9 @@ def load_config(*paths: str | Path) -> PretrainConfig:
     return parse_command_line(argv).config
 
 
-def write_config(config: PretrainConfig, path: str | Path) -> None:
-    """Write the resolved configuration; the file serves as `--config` again."""
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    Path(path).write_text(text, encoding="utf-8")
+def render_config(config: PretrainConfig) -> str:
+    """The resolved configuration as YAML that serves as `--config` again."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def expand_short_flags(argv: Sequence[str]) -> list[str]:

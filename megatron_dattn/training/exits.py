@@ -6,12 +6,16 @@ whether to queue the run again.
 """
 
 import json
-import os
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.errors import EXIT_USER_ERROR
+from megatron_dattn.runtime.distributed import is_rank_0
+
+logger = logging.getLogger(__name__)
 
 EXIT_NUMERICS = 17
 FILE_NAME = "exit_reason.json"
@@ -29,6 +33,10 @@ _EXIT_CODES: dict[str, int] = {
 class NumericsError(RuntimeError):
     """Loss or gradients stay non-finite: more steps would not help."""
 
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
 
 @dataclass(frozen=True)
 class ExitReason:
@@ -39,8 +47,8 @@ class ExitReason:
     """
 
     reason: Reason
-    step: int
-    """Steps done, over all runs of this stage."""
+    step: int | None = None
+    """Steps done, over all runs of this stage; None if that is not known."""
     detail: str = ""
 
     @property
@@ -48,14 +56,20 @@ class ExitReason:
         return _EXIT_CODES[self.reason]
 
 
-def write_exit_reason(folder: str | Path, ending: ExitReason) -> None:
-    """Write the file in one piece; the folder is made if it is not there."""
+def record_exit(folder: str | Path | None, ending: ExitReason) -> None:
+    """Write the file on rank 0, in one piece; the folder is made if it is not there.
+
+    A disk that refuses even this is only warned about: the ending itself is what matters.
+    """
+    if folder is None or not is_rank_0():
+        return
     path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{FILE_NAME}.tmp")
     text = json.dumps({**asdict(ending), "exit_code": ending.exit_code}, indent=2)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_synced(path, (text + "\n").encode())
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error)
 
 
 def clear_exit_reason(folder: str | Path) -> None:

@@ -24,6 +24,7 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
+from megatron_dattn.errors import ConfigError
 from megatron_dattn.training.config import OptimizerSettings
 from megatron_dattn.training.stages import (
     MODULES,
@@ -33,6 +34,7 @@ from megatron_dattn.training.stages import (
 )
 
 _GROUP_MARK = {name: float(index) for index, name in enumerate(MODULES, start=1)}
+_MODULE_OF_MARK = {mark: name for name, mark in _GROUP_MARK.items()}
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def build_scheduler(
         end_wd=settings.weight_decay,
         wd_incr_steps=train_iters,
         wd_incr_style="constant",
+        # A resumed run must ask for the schedule it was saved with; another one is refused.
+        use_checkpoint_opt_param_scheduler=False,
     )
 
 
@@ -106,16 +110,34 @@ def num_warmup_steps(settings: OptimizerSettings, train_iters: int) -> int:
 
 def parameter_groups(optimizer: MegatronOptimizer) -> list[ParameterGroup]:
     """The optimizer's groups in order, empty ones (modules of other stages) included."""
-    names = {mark: name for name, mark in _GROUP_MARK.items()}
     return [
         ParameterGroup(
-            module=names[group["lr_mult"]],
+            module=_MODULE_OF_MARK[group["lr_mult"]],
             learning_rate=float(group["lr"]),
             weight_decay=float(group["weight_decay"]),
             num_parameters=sum(parameter.numel() for parameter in group["params"]),
         )
         for group in optimizer.param_groups
     ]
+
+
+def check_peak_rates(settings: OptimizerSettings, optimizer: MegatronOptimizer) -> None:
+    """After a resume: the checkpoint's optimizer groups must have the configured peaks.
+
+    megatron-core takes the groups as they were saved, rates included, without a word.
+
+    Raises:
+        ConfigError: naming the module and both rates.
+    """
+    for group in optimizer.param_groups:
+        module = _MODULE_OF_MARK[group["lr_mult"]]
+        wanted = learning_rate_of(settings.learning_rates, module)
+        if group["max_lr"] != wanted:
+            raise ConfigError(
+                f"optimizer.learning_rates.{module} is {wanted:g}, but the checkpoint was trained "
+                f"with {group['max_lr']:g}; resume with the same rates, or start a new stage from "
+                "its weights (checkpoint.load)"
+            )
 
 
 def current_learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:

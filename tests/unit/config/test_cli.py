@@ -9,7 +9,7 @@ from megatron_dattn.config.cli import (
     expand_short_flags,
     load_config,
     parse_command_line,
-    write_config,
+    render_config,
 )
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.errors import ConfigError
@@ -47,11 +47,12 @@ def test_later_files_and_flags_win_and_the_rest_stays(tmp_path: Path) -> None:
 
 
 def test_megatron_spellings() -> None:
-    config = parse_command_line(
+    line = (
         "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size=2 "
         "--micro-batch-size 4 --global-batch-size 8 --train-iters 3 --save out --load from "
-        "--save-interval 2 --log-interval 1 --seed 5 --use-distributed-optimizer".split()
-    ).config
+        "--save-interval 2 --log-interval 1 --seed 5 --use-distributed-optimizer"
+    )
+    config = parse_command_line(line.split()).config
     assert config.parallel.tensor_model_parallel_size == 2
     assert config.parallel.pipeline_model_parallel_size == 2
     assert config.parallel.sequence_parallel
@@ -88,9 +89,7 @@ def test_dry_run_flag() -> None:
 
 def test_resolved_config_reads_back(tmp_path: Path) -> None:
     config = parse_command_line(["--train-iters", "7", "--data.train", "[{path: a}]"]).config
-    path = tmp_path / "config.yaml"
-    write_config(config, path)
-    assert load_config(path) == config
+    assert load_config(_yaml(tmp_path, "config.yaml", render_config(config))) == config
 
 
 @pytest.mark.parametrize(

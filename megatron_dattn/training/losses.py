@@ -1,0 +1,98 @@
+"""Forward and backward over a step's micro-batches, and the loss that does not depend on packing.
+
+The loss is the sum over labelled tokens divided by their number in the whole global batch, so it
+is the same however samples are packed, accumulated or spread over ranks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor, nn
+
+from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.runtime.distributed import get_device
+
+LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Summed loss and number of labelled tokens."""
+
+    loss: float
+    num_tokens: float
+
+    @property
+    def mean(self) -> float:
+        """Loss per labelled token; 0 if there was none (its gradient is 0 too)."""
+        return self.loss / self.num_tokens if self.num_tokens else self.loss
+
+
+def speaks_for_its_replica() -> bool:
+    """Whether this rank is the one of its data-parallel replica that contributes to global sums.
+
+    It is tensor-parallel rank 0 of the last pipeline stage: the one that has both loss and data.
+    """
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.is_pipeline_last_stage()
+    )
+
+
+def sum_over_world(*values: float) -> list[float]:
+    """Sum over all ranks, the same numbers on every rank; NaN and inf survive."""
+    total = torch.tensor(values, dtype=torch.float64, device=get_device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def forward_step(
+    batches: Iterator[PackedBatch], model: nn.Module
+) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
+    """One micro-batch through this rank's stage, as megatron-core's schedules want it."""
+    return model(next(batches)), sum_losses
+
+
+def sum_losses(losses: Tensor) -> LossOutput:
+    """Losses of labelled rows -> (sum, count, both detached for reports)."""
+    total = losses.sum()
+    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    return total, count, {"loss": total.detach(), "num_tokens": count}
+
+
+def run_micro_batches(
+    model_chunks: list[nn.Module],
+    batches: Iterator[PackedBatch],
+    *,
+    num_microbatches: int,
+    num_rows: int,
+    forward_only: bool,
+) -> LossSum:
+    """Run the pipeline schedule; gradients end up reduced and divided by the global token count.
+
+    Args:
+        num_rows: S, the rows of one pack.
+
+    Returns:
+        This data-parallel replica's sums on the ranks that speak for it, zeros elsewhere.
+    """
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches,
+        model=model_chunks,
+        num_microbatches=num_microbatches,
+        seq_length=num_rows,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    if not (outputs and speaks_for_its_replica()):
+        return LossSum(0.0, 0.0)
+    sums = torch.stack(
+        [torch.stack([out["loss"].double(), out["num_tokens"].double()]) for out in outputs]
+    )
+    loss, num_tokens = sums.sum(0).tolist()
+    return LossSum(loss, num_tokens)

@@ -1,0 +1,184 @@
+"""What a run says about itself: one greppable line per `log_interval`, and TensorBoard.
+
+The line keeps Megatron's wording (`iteration`, `lm loss`, `grad norm`, ...), so that scripts made
+for its logs read ours, and adds what a vision-language run needs: text and visual tokens per
+second, the learning rate of each module, the share of time spent waiting for data.
+"""
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+from megatron_dattn.runtime.distributed import is_rank_0
+from megatron_dattn.training.config import LoggingConfig
+from megatron_dattn.training.state import Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one training step did, summed over all ranks and the same on every rank."""
+
+    step: int
+    """Steps done including this one."""
+    loss: float
+    """Mean loss of a labelled token; non-finite only if the step was skipped."""
+    grad_norm: float
+    """Before clipping."""
+    skipped: bool
+    """Loss or gradient was not finite: no rank has updated its weights."""
+    learning_rates: dict[str, float]
+    """The rates this step used, by trained module."""
+    samples: int
+    text_tokens: int
+    """Valid text rows, padding not counted."""
+    visual_tokens: int
+    """Valid visual rows."""
+    flops: float
+    """Model FLOPs, padding and recomputation not counted."""
+    seconds: float
+    data_wait_seconds: float
+    """Of these, spent waiting for the loader (mean over data-parallel ranks)."""
+
+
+class Metrics:
+    """Collects the reports of an interval and writes them; only rank 0 writes."""
+
+    def __init__(
+        self,
+        config: LoggingConfig,
+        *,
+        train_iters: int,
+        first_step: int,
+        world_size: int,
+        peak_flops: float | None,
+    ) -> None:
+        """
+        Args:
+            first_step: steps that the loaded checkpoint had done; TensorBoard drops later points.
+            peak_flops: FLOP/s of one device, None where MFU has no meaning.
+        """
+        self._interval = config.log_interval
+        self._train_iters = train_iters
+        self._world_size = world_size
+        self._peak = peak_flops
+        self._reports: list[StepReport] = []
+        self._interval_start = time.perf_counter()
+        self._writer = None
+        if config.tensorboard_dir and is_rank_0():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(config.tensorboard_dir, purge_step=first_step + 1)
+
+    def record(self, report: StepReport, totals: Progress) -> None:
+        """Take a step's report; write when the interval is full or the run is at its end."""
+        self._reports.append(report)
+        if report.step % self._interval == 0 or report.step == self._train_iters:
+            self._write(totals)
+
+    def record_validation(self, step: int, loss: float) -> None:
+        """Write a validation loss at once."""
+        logger.info(
+            "validation at iteration %d | lm loss value: %.6E | lm loss PPL: %.6E |",
+            step,
+            loss,
+            math.exp(min(20.0, loss)),
+        )
+        if self._writer is not None:
+            self._writer.add_scalar("lm loss validation", loss, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, totals: Progress) -> None:
+        now = time.perf_counter()
+        interval = Interval(self._reports, wall_seconds=now - self._interval_start)
+        self._reports, self._interval_start = [], now
+        logger.info(self._line(interval, totals))
+        if self._writer is not None:
+            for tag, value in self._scalars(interval, totals).items():
+                self._writer.add_scalar(tag, value, interval.last.step)
+
+    def _line(self, interval: "Interval", totals: Progress) -> str:
+        last = interval.last
+        left = (self._train_iters - last.step) * interval.wall_seconds / interval.num_steps
+        rates = " ".join(f"{name} {rate:.3E}" for name, rate in last.learning_rates.items())
+        tflops = interval.per_second("flops") / self._world_size / 1e12
+        fields = {
+            "consumed samples": f"{totals.consumed_samples}",
+            "elapsed time per iteration (ms)": f"{1e3 * interval.seconds / interval.num_steps:.1f}",
+            "eta": str(timedelta(seconds=round(left))),
+            "learning rate": rates,
+            "lm loss": f"{interval.loss:.6E}",
+            "grad norm": f"{last.grad_norm:.3f}",
+            "text tokens/s": f"{interval.per_second('text_tokens'):.0f}",
+            "visual tokens/s": f"{interval.per_second('visual_tokens'):.0f}",
+            "samples/s": f"{interval.per_second('samples'):.1f}",
+            "data wait": f"{100 * interval.data_wait_share:.1f}%",
+            "throughput per GPU (TFLOP/s/GPU)": f"{tflops:.3f}",
+            "MFU": "n/a" if self._peak is None else f"{100 * tflops * 1e12 / self._peak:.1f}%",
+            "number of skipped iterations": f"{totals.skipped_steps}",
+            "number of skipped samples": f"{totals.skipped_samples}",
+        }
+        width = len(str(self._train_iters))
+        head = f"iteration {last.step:{width}d}/{self._train_iters} | "
+        return head + "".join(f"{name}: {value} | " for name, value in fields.items()).rstrip()
+
+    def _scalars(self, interval: "Interval", totals: Progress) -> dict[str, float]:
+        last = interval.last
+        scalars = {
+            "lm loss": interval.loss,
+            "grad norm": last.grad_norm,
+            "iteration time (s)": interval.seconds / interval.num_steps,
+            "data wait share": interval.data_wait_share,
+            "throughput/TFLOP per s per GPU": interval.per_second("flops")
+            / self._world_size
+            / 1e12,
+            "skipped/iterations": totals.skipped_steps,
+            "skipped/samples": totals.skipped_samples,
+        }
+        for name in ("text_tokens", "visual_tokens", "samples"):
+            scalars[f"throughput/{name} per s"] = interval.per_second(name)
+        for module, rate in last.learning_rates.items():
+            scalars[f"learning rate/{module}"] = rate
+        return scalars
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The steps between two log lines."""
+
+    reports: list[StepReport]
+    wall_seconds: float
+    """Checkpoints and validation included, for the time that is left."""
+
+    @property
+    def last(self) -> StepReport:
+        return self.reports[-1]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.reports)
+
+    @property
+    def seconds(self) -> float:
+        """Spent in training steps alone."""
+        return sum(report.seconds for report in self.reports)
+
+    @property
+    def loss(self) -> float:
+        """Mean over the steps that counted; NaN if none did."""
+        losses = [report.loss for report in self.reports if not report.skipped]
+        return sum(losses) / len(losses) if losses else math.nan
+
+    @property
+    def data_wait_share(self) -> float:
+        return sum(report.data_wait_seconds for report in self.reports) / self.seconds
+
+    def per_second(self, field: str) -> float:
+        """A counter of the reports per second of training."""
+        return sum(getattr(report, field) for report in self.reports) / self.seconds

@@ -1,0 +1,36 @@
+"""What the verbs of the training loop share: the parts of one run, built by `setup.py`."""
+
+from dataclasses import dataclass
+
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.training.checkpoint import Checkpointer
+from megatron_dattn.training.ledger import SampleLedger
+from megatron_dattn.training.metrics import Metrics
+from megatron_dattn.training.state import TrainState
+from megatron_dattn.training.stream import BatchStream
+from megatron_dattn.training.validate import Validation
+
+
+@dataclass
+class Run:
+    """One run of one stage on this rank."""
+
+    config: PretrainConfig
+    state: TrainState
+    """Everything a checkpoint holds: weights, optimizer, schedule, loader, counters."""
+    stream: BatchStream
+    num_microbatches: int
+    num_rows: int
+    """Rows of one pack, padding included."""
+    metrics: Metrics
+    checkpointer: Checkpointer | None
+    """None where nothing is saved."""
+    validation: Validation | None
+    ledger: SampleLedger | None
+    """Only on the ranks that load, if a ledger is kept."""
+
+    def close(self) -> None:
+        """Close what has open files."""
+        self.metrics.close()
+        if self.ledger is not None:
+            self.ledger.close()

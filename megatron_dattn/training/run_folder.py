@@ -1,0 +1,69 @@
+"""What lies beside the checkpoints of a run: its resolved configuration and its tokenizer.
+
+With both, the folder is all that a later stage, an export or a generation needs.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from megatron_dattn.checkpoint.files import replace_synced
+from megatron_dattn.config.cli import render_config
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.data.config import DataConfig
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.training.exits import clear_exit_reason
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FOLDER = "tokenizer"
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+)
+_PROCESSOR_FILE = "preprocessor_config.json"
+
+
+def tokenizer_sha256(config: DataConfig) -> str:
+    """What a checkpoint remembers its tokenizer by: the sha256 of tokenizer.json.
+
+    Raises:
+        ConfigError: the folder or the file is missing.
+    """
+    if config.tokenizer is None:
+        raise ConfigError("data.tokenizer is not set: name the folder of a Hugging Face tokenizer")
+    path = Path(config.tokenizer) / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} does not exist: data.tokenizer must name the folder of a fast Hugging Face "
+            "tokenizer"
+        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def describe_run(config: PretrainConfig, folder: Path) -> None:
+    """Write configuration and tokenizer into a run folder; call it on one rank.
+
+    A former run's exit_reason.json is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_exit_reason(folder)
+    _copy_tokenizer(config.data, folder / TOKENIZER_FOLDER)
+    replace_synced(folder / CONFIG_FILE, render_config(config).encode())
+
+
+def _copy_tokenizer(config: DataConfig, target: Path) -> None:
+    assert config.tokenizer is not None, "tokenizer_sha256 comes first"
+    source = Path(config.tokenizer)
+    if target.exists() and target.samefile(source):
+        return
+    target.mkdir(exist_ok=True)
+    for pattern in _TOKENIZER_FILES:
+        for path in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(path, target / path.name)
+    processor = Path(config.image_processor or source) / _PROCESSOR_FILE
+    if processor.is_file():
+        shutil.copyfile(processor, target / _PROCESSOR_FILE)

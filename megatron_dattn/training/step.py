@@ -1,0 +1,180 @@
+"""One training step: forward and backward over the micro-batches, then the update or none.
+
+A step whose loss or gradient is not finite anywhere updates nothing anywhere: every rank decides
+by the same sums.
+"""
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from megatron_dattn.models.flops import model_flops
+from megatron_dattn.training.losses import (
+    LossSum,
+    run_micro_batches,
+    speaks_for_its_replica,
+    sum_over_world,
+)
+from megatron_dattn.training.metrics import StepReport
+from megatron_dattn.training.optimizer import current_learning_rates
+from megatron_dattn.training.run import Run
+from megatron_dattn.training.stages import trained_modules
+from megatron_dattn.training.stream import Consumed
+
+logger = logging.getLogger(__name__)
+
+
+def measure_gradients(optimizer: MegatronOptimizer) -> tuple[float, bool]:
+    """Hand the reduced gradients to the optimizer; their global norm and whether all are finite.
+
+    The mixed-precision optimizers look at every gradient; the FP32 optimizer does not look, but
+    its norm shows any inf or NaN as well.
+    """
+    found_non_finite = optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    return norm, math.isfinite(norm) and not found_non_finite
+
+
+def update_weights(optimizer: MegatronOptimizer, grad_norm: float, clip_grad: float) -> None:
+    """Clip by the global norm (0.0 does not clip) and update, after `measure_gradients`.
+
+    `optimizer.step()` would do both without a chance to ask the other ranks in between.
+    """
+    if clip_grad > 0:
+        for inner in optimizer.chained_optimizers:
+            parameters = inner.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+
+
+def train_step(run: Run) -> StepReport:
+    """One step: fetch, forward, backward, agree, update or skip.
+
+    Collective over the world. The learning-rate schedule and the sample counters advance on
+    skipped steps too, so that step N always means the same rate and the same samples.
+
+    Raises:
+        UserError: on all ranks, if the loader of any rank failed.
+    """
+    started = time.perf_counter()
+    state = run.state
+    rates = current_learning_rates(state.optimizer)
+    for chunk in state.model:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+
+    run.stream.load(run.num_microbatches)
+    sums = run_micro_batches(
+        state.model,
+        run.stream,
+        num_microbatches=run.num_microbatches,
+        num_rows=run.num_rows,
+        forward_only=False,
+    )
+    grad_norm, finite = measure_gradients(state.optimizer)
+    consumed = run.stream.take()
+    totals = _sum_over_replicas(run, sums, consumed, finite)
+    if not totals.skip:
+        update_weights(state.optimizer, grad_norm, run.config.optimizer.clip_grad)
+    state.scheduler.step(increment=1)
+    _account(run, totals, consumed)
+    return StepReport(
+        step=state.progress.step,
+        loss=totals.loss,
+        grad_norm=grad_norm,
+        skipped=totals.skip,
+        learning_rates=rates,
+        samples=totals.samples,
+        text_tokens=totals.text_tokens,
+        visual_tokens=totals.visual_tokens,
+        flops=totals.flops,
+        seconds=time.perf_counter() - started,
+        data_wait_seconds=totals.wait_seconds / parallel_state.get_data_parallel_world_size(),
+    )
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """One step's sums over all data-parallel replicas, the same on every rank."""
+
+    loss: float
+    samples: int
+    text_tokens: int
+    visual_tokens: int
+    flops: float
+    wait_seconds: float
+    skipped_samples: int
+    """Since the stage began."""
+    skip: bool
+
+
+def _sum_over_replicas(run: Run, sums: LossSum, consumed: Consumed, finite: bool) -> _Totals:
+    """The loop's one exchange of figures; by it all ranks decide alike about the update."""
+    flops = model_flops(
+        run.config.model,
+        consumed.layouts,
+        trained=frozenset(trained_modules(run.config.optimizer.learning_rates)),
+        labelled_rows=int(sums.num_tokens),
+    ).total
+    mine = (
+        sums.loss,
+        sums.num_tokens,
+        consumed.num_samples,
+        consumed.text_tokens,
+        consumed.visual_tokens,
+        flops,
+        consumed.wait_seconds,
+        _skipped_samples(run),
+    )
+    if not speaks_for_its_replica():
+        mine = (0,) * len(mine)
+    # Any rank may have met a non-finite gradient, so this flag is summed over all of them.
+    loss, num_tokens, samples, text, visual, flops, wait, rejected, bad = sum_over_world(
+        *mine, 0.0 if finite else 1.0
+    )
+    mean = LossSum(loss, num_tokens).mean
+    if not math.isfinite(sums.loss):
+        logger.warning(
+            "loss %s in step %d, samples %s",
+            sums.loss,
+            run.state.progress.step + 1,
+            consumed.sample_keys,
+        )
+    return _Totals(
+        loss=mean,
+        samples=int(samples),
+        text_tokens=int(text),
+        visual_tokens=int(visual),
+        flops=flops,
+        wait_seconds=wait,
+        skipped_samples=int(rejected),
+        skip=bad > 0 or not math.isfinite(mean),
+    )
+
+
+def _skipped_samples(run: Run) -> int:
+    """Samples that this rank's loader could not use; its counters survive a resume."""
+    loader = run.state.loader
+    return 0 if loader is None else loader.counters().num_skipped
+
+
+def _account(run: Run, totals: _Totals, consumed: Consumed) -> None:
+    progress = run.state.progress
+    progress.step += 1
+    progress.consumed_samples += totals.samples
+    progress.consumed_packs += (
+        run.num_microbatches * parallel_state.get_data_parallel_world_size()
+    )
+    progress.text_tokens += totals.text_tokens
+    progress.visual_rows += totals.visual_tokens
+    progress.skipped_samples = totals.skipped_samples
+    progress.skipped_steps += totals.skip
+    progress.skipped_steps_in_a_row = progress.skipped_steps_in_a_row + 1 if totals.skip else 0
+    if run.ledger is not None:
+        run.ledger.write(progress.step, consumed.sample_keys)

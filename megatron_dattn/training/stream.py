@@ -1,0 +1,120 @@
+"""Micro-batches for this rank, whoever loads them, and a count of what was consumed.
+
+The loader runs on tensor-parallel rank 0 of every pipeline stage, each stage with the same
+data-parallel rank and therefore the same packs; the other tensor-parallel ranks get theirs by
+broadcast. A step's packs are fetched before the step begins: that is where a broken data set is
+noticed, and where all ranks can still agree to stop.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megatron_dattn.attention import TokenLayout
+from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.errors import DataError, UserError
+from megatron_dattn.parallel.batch import broadcast_batch
+from megatron_dattn.runtime.distributed import all_ranks_agree
+
+
+@dataclass
+class Consumed:
+    """What went through a stream since the last `take`, on this data-parallel rank."""
+
+    layouts: list[TokenLayout] = field(default_factory=list)
+    sample_keys: list[list[str]] = field(default_factory=list)
+    """Per pack; empty lists on ranks that do not load."""
+    wait_seconds: float = 0.0
+
+    @property
+    def num_samples(self) -> int:
+        return sum(layout.num_samples for layout in self.layouts)
+
+    @property
+    def text_tokens(self) -> int:
+        return sum(layout.num_text_rows for layout in self.layouts)
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(layout.num_visual_rows for layout in self.layouts)
+
+
+class BatchStream(Iterator[PackedBatch]):
+    """An iterator over micro-batches on the device; `load` first, then `next` as often."""
+
+    def __init__(
+        self, loader: Iterable[PackedBatch] | None, device: torch.device, name: str = "training"
+    ) -> None:
+        """
+        Args:
+            loader: None on tensor-parallel ranks above 0.
+            name: of the data, for errors.
+        """
+        self._loader = loader
+        self._source: Iterator[PackedBatch] | None = None
+        self._device = device
+        self._name = name
+        self._waiting: deque[PackedBatch] = deque()
+        self._consumed = Consumed()
+
+    def load(self, num_packs: int) -> None:
+        """Fetch the packs of the next step. Collective over the world.
+
+        Raises:
+            UserError: on all ranks, if the loader of any rank failed or came to its end.
+        """
+        error = self._fetch(num_packs)
+        if error is None and self._loader is not None and len(self._waiting) < num_packs:
+            error = DataError(
+                f"the {self._name} data gave {len(self._waiting)} of {num_packs} packs; give more "
+                "samples"
+            )
+        all_ranks_agree(error)
+
+    def load_at_most(self, num_packs: int) -> int:
+        """Fetch up to that many packs; how many every rank has. Collective over the world.
+
+        Raises:
+            UserError: on all ranks, if the loader of any rank failed.
+        """
+        all_ranks_agree(self._fetch(num_packs))
+        available = num_packs if self._loader is None else len(self._waiting)
+        fewest = torch.tensor([available], device=self._device)
+        dist.all_reduce(fewest, dist.ReduceOp.MIN)
+        return int(fewest.item())
+
+    def _fetch(self, num_packs: int) -> UserError | None:
+        """Wait for packs until there are that many or no more; errors are handed back."""
+        if self._loader is None:
+            return None
+        started = time.perf_counter()
+        try:
+            if self._source is None:
+                self._source = iter(self._loader)
+            missing = num_packs - len(self._waiting)
+            self._waiting.extend(itertools.islice(self._source, max(0, missing)))
+        except UserError as error:
+            return error
+        finally:
+            self._consumed.wait_seconds += time.perf_counter() - started
+        return None
+
+    def __next__(self) -> PackedBatch:
+        mine = None
+        if self._loader is not None:
+            assert self._waiting, "more packs asked for than were loaded"
+            mine = self._waiting.popleft()
+        batch = broadcast_batch(mine, self._device)
+        self._consumed.layouts.append(batch.layout)
+        self._consumed.sample_keys.append([] if mine is None else mine.sample_keys)
+        return batch
+
+    def take(self) -> Consumed:
+        """What was consumed since the last call."""
+        consumed, self._consumed = self._consumed, Consumed()
+        return consumed

@@ -1,0 +1,81 @@
+"""The training loop."""
+
+import logging
+
+from megatron_dattn.runtime.signals import SignalWatcher
+from megatron_dattn.training.exits import ExitReason, NumericsError
+from megatron_dattn.training.metrics import StepReport
+from megatron_dattn.training.progress import ProgressBar
+from megatron_dattn.training.run import Run
+from megatron_dattn.training.step import train_step
+
+logger = logging.getLogger(__name__)
+
+
+def train(run: Run) -> ExitReason:
+    """Train to the end of the stage, or until some rank is asked to stop.
+
+    Raises:
+        UserError: on all ranks: the data, or the disk for checkpoints, failed.
+        NumericsError: on all ranks: loss or gradients stay non-finite; nothing was saved since.
+    """
+    progress, last_step = run.state.progress, run.config.training.train_iters
+    bar = ProgressBar(
+        run.config.logging.progress_bar, first_step=progress.step, last_step=last_step
+    )
+    with SignalWatcher() as signals, bar:
+        while progress.step < last_step:
+            report = train_step(run)
+            run.metrics.record(report, progress)
+            bar.advance(report.loss)
+            stop_if_numbers_stay_bad(run, report)
+            validate_if_due(run)
+            stop = signals.requested_anywhere()
+            save_if_due(run, at_once=stop is not None)
+            if stop is not None:
+                logger.warning("%s after iteration %d: stopping", stop.name, progress.step)
+                return ExitReason("signal", progress.step, stop.name)
+    return ExitReason("finished", progress.step)
+
+
+def stop_if_numbers_stay_bad(run: Run, report: StepReport) -> None:
+    """Speak of a skipped step; give up at `optimizer.max_skipped_steps` in a row."""
+    if not report.skipped:
+        return
+    in_a_row = run.state.progress.skipped_steps_in_a_row
+    limit = run.config.optimizer.max_skipped_steps
+    logger.warning(
+        "iteration %d skipped on all ranks: loss %s, gradient norm %s (%d in a row, stops at %d)",
+        report.step,
+        report.loss,
+        report.grad_norm,
+        in_a_row,
+        limit,
+    )
+    if in_a_row >= limit:
+        raise NumericsError(
+            f"loss or gradients were not finite in {in_a_row} steps in a row, up to iteration "
+            f"{report.step}; lower the learning rates or look at the samples of these steps, then "
+            "resume from the last checkpoint",
+            report.step,
+        )
+
+
+def validate_if_due(run: Run) -> None:
+    """Measure the validation loss every `eval_interval` steps and after the last one."""
+    if run.validation is None:
+        return
+    step, settings = run.state.progress.step, run.config.training
+    if step % settings.eval_interval == 0 or step == settings.train_iters:
+        run.metrics.record_validation(step, run.validation.loss(run.state.model))
+
+
+def save_if_due(run: Run, *, at_once: bool = False) -> None:
+    """Save every `save_interval` steps, after the last one, and when the run is to stop."""
+    if run.checkpointer is None:
+        return
+    step = run.state.progress.step
+    interval = run.config.checkpoint.save_interval
+    is_last = step == run.config.training.train_iters
+    if at_once or is_last or (interval and step % interval == 0):
+        run.checkpointer.save(run.state)

@@ -1,0 +1,183 @@
+"""Runs of the real training step on a tiny model and ready-made packs, without files.
+
+Every layout sees the same weights and the same samples, so losses, gradient norms and weights can
+be compared between layouts. Collect them with `run_distributed`.
+"""
+
+import dataclasses
+import pickle
+from collections.abc import Iterator, Sequence
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.utils import unwrap_model
+
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.data.config import DataConfig
+from megatron_dattn.data.counters import LoaderCounters
+from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import get_device, seed_everything
+from megatron_dattn.training.config import (
+    LoggingConfig,
+    ModuleLearningRates,
+    OptimizerSettings,
+    TrainingConfig,
+)
+from megatron_dattn.training.metrics import Metrics
+from megatron_dattn.training.optimizer import build_optimizer, build_scheduler
+from megatron_dattn.training.run import Run
+from megatron_dattn.training.setup import build_training_model, start
+from megatron_dattn.training.state import TrainState
+from megatron_dattn.training.stream import BatchStream
+from tests.support.megatron import global_parameters
+from tests.support.vlm import fill_parameters, join_shards, partition_of, tiny_model_config
+
+ALL_RATES = ModuleLearningRates(vision_model=1e-3, adapter=2e-3, language_model=5e-4)
+
+
+class PackLoader:
+    """A loader over ready-made packs; each data-parallel rank takes its share of every step."""
+
+    def __init__(self, packs: Sequence[PackedBatch]) -> None:
+        self._packs = list(packs)
+        self._next = 0
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        while self._next < len(self._packs):
+            self._next += 1
+            yield self._packs[self._next - 1]
+
+    def counters(self) -> LoaderCounters:
+        return LoaderCounters(seen=self._next)
+
+    def save_state(self) -> bytes:
+        return pickle.dumps(self._next)
+
+    def restore_state(self, state: bytes) -> None:
+        self._next = pickle.loads(state)
+
+
+def training_config(
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    rates: ModuleLearningRates = ALL_RATES,
+    train_iters: int = 4,
+    num_packs: int = 1,
+    attention: str = "dattn",
+    **changes: object,
+) -> PretrainConfig:
+    """Settings of a tiny fp32 run; `num_packs` packs of one sample each make a global batch.
+
+    Keyword arguments named like a field of a section change it.
+    """
+    config = PretrainConfig(
+        model=tiny_model_config(attention),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            sequence_parallel=tensor > 1,
+            distributed_timeout_minutes=1.0,
+        ),
+        data=DataConfig(visual_budget=36, text_budget=32),
+        optimizer=OptimizerSettings(learning_rates=rates, warmup_ratio=0.0),
+        training=TrainingConfig(
+            train_iters=train_iters,
+            micro_batch_size=1,
+            global_batch_size=num_packs,
+            precision="fp32",
+            attention_backend="math",
+        ),
+        logging=LoggingConfig(log_interval=1, progress_bar="off"),
+    )
+    for name, value in changes.items():
+        config = _with(config, name, value)
+    return config
+
+
+def _with(config: PretrainConfig, name: str, value: object) -> PretrainConfig:
+    for section in ("parallel", "data", "optimizer", "training", "checkpoint", "logging"):
+        settings = getattr(config, section)
+        if hasattr(settings, name):
+            changed = dataclasses.replace(settings, **{name: value})
+            return dataclasses.replace(config, **{section: changed})
+    raise AssertionError(f"no section has a field {name}")
+
+
+def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
+    """A run on this rank over the global list of packs, step after step."""
+    start(config)
+    seed_everything(config.training.seed)
+    model = build_training_model(config)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    stages = config.parallel.pipeline_model_parallel_size
+    fill_parameters(
+        unwrap_model(model)[0], stage * config.model.language.num_hidden_layers // stages
+    )
+    optimizer = build_optimizer(
+        config.optimizer,
+        model,
+        bf16=config.training.precision == "bf16",
+        use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
+    )
+    optimizer.reload_model_params()
+    scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)
+    replicas = parallel_state.get_data_parallel_world_size()
+    loader = None
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        loader = PackLoader(packs[parallel_state.get_data_parallel_rank() :: replicas])
+    return Run(
+        config=config,
+        state=TrainState(model, optimizer, scheduler, loader),
+        stream=BatchStream(loader, get_device()),
+        num_microbatches=config.training.num_microbatches(replicas),
+        num_rows=config.data.visual_budget + config.data.text_budget,
+        metrics=Metrics(
+            config.logging,
+            train_iters=config.training.train_iters,
+            first_step=0,
+            world_size=torch.distributed.get_world_size(),
+            peak_flops=None,
+        ),
+        checkpointer=None,
+        validation=None,
+        ledger=None,
+    )
+
+
+def local_weights(run: Run) -> dict[str, tuple[torch.Tensor, int | None, int]]:
+    """This rank's weights under names of the whole model: (shard, partition axis, stride)."""
+    (model,) = unwrap_model(run.state.model)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    stages = run.config.parallel.pipeline_model_parallel_size
+    offset = stage * run.config.model.language.num_hidden_layers // stages
+    return {
+        name: (parameter.detach().clone(), *partition_of(parameter))
+        for name, parameter in global_parameters(model, offset)
+    }
+
+
+def whole_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The model's weights, joined over the tensor- and pipeline-parallel ranks, on every rank.
+
+    Collective. Replicated weights must be equal bit for bit.
+    """
+    gathered: list[dict] = [{} for _ in range(parallel_state.get_model_parallel_group().size())]
+    torch.distributed.all_gather_object(
+        gathered, local_weights(run), group=parallel_state.get_model_parallel_group()
+    )
+    shards: dict[str, list] = {}
+    for weights in gathered:
+        for name, shard in weights.items():
+            shards.setdefault(name, []).append(shard)
+    return {
+        name: join_shards([tensor for tensor, _, _ in parts], parts[0][1], parts[0][2])
+        for name, parts in shards.items()
+    }
+
+
+def leave() -> None:
+    """Forget the model-parallel groups, for the next run in the same process."""
+    parallel_state.destroy_model_parallel()
+    tensor_parallel.random._CUDA_RNG_STATE_TRACKER = None
