@@ -1,0 +1,247 @@
+"""`--dry-run`: what a run would be, computed from its configuration without building anything.
+
+It refuses what the real run would refuse (sizes that do not divide, rows that cannot be sharded)
+and prints parameters, rows, steps, FLOPs, memory and communication. It needs no GPU and no weights;
+data sets are counted if they are there.
+"""
+
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.data.config import DatasetConfig
+from megatron_dattn.data.dataset import open_dataset
+from megatron_dattn.errors import DataError
+from megatron_dattn.models.flops import executed_flops, model_flops
+from megatron_dattn.models.memory import (
+    RESERVE_BYTES,
+    PackSize,
+    RankMemory,
+    count_parameters,
+    rank_memory,
+    rank_parameters,
+)
+from megatron_dattn.training.plan import Plan, make_plan
+from megatron_dattn.training.stages import learning_rate_of
+
+GPU_SIZES_GB = (24, 40, 48, 80, 141)
+_VALUE_BYTES = {"bf16": 2, "fp32": 4}
+_GRADIENT_BYTES = 4  # gradients are accumulated and reduced in fp32
+
+
+def dry_run(config: PretrainConfig, world_size: int) -> str:
+    """The plan of a run on `world_size` ranks as text.
+
+    Raises:
+        ConfigError: the run could not start: sizes that do not fit each other.
+    """
+    plan = make_plan(config, world_size)
+    sections = (
+        _model_section(plan),
+        _layout_section(plan),
+        _data_section(plan),
+        _flops_section(plan),
+        _memory_section(plan),
+        _communication_section(plan),
+    )
+    title = (
+        f"dry run: {config.training.stage}, attention {config.model.attention}, "
+        f"{world_size} {'rank' if world_size == 1 else 'ranks'}"
+    )
+    return "\n\n".join([title, *("\n".join(section) for section in sections)])
+
+
+def _model_section(plan: Plan) -> list[str]:
+    counts = count_parameters(plan.config.model)
+    rates = plan.config.optimizer.learning_rates
+    lines = ["Parameters"]
+    for module, count in counts.items():
+        rate = learning_rate_of(rates, module)
+        fate = f"trained, peak learning rate {rate:g}" if rate > 0 else "frozen"
+        lines.append(f"  {module:<16}{count:>16,}  {fate}")
+    updated = sum(count for module, count in counts.items() if module in plan.trained)
+    lines.append(f"  {'total':<16}{sum(counts.values()):>16,}  of these trained {updated:,}")
+    return lines
+
+
+def _layout_section(plan: Plan) -> list[str]:
+    config, layout = plan.config, plan.layout
+    parallel, training = config.parallel, config.training
+    extras = [
+        name.removeprefix("use_").replace("_", " ")
+        for name in ("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce")
+        if getattr(parallel, name)
+    ]
+    patches, per_pack = config.model.vision.num_patches, training.micro_batch_size
+    return [
+        "Layout",
+        f"  ranks       tensor {parallel.tensor_model_parallel_size} x pipeline "
+        f"{parallel.pipeline_model_parallel_size} x data {plan.data_parallel_size}"
+        + "".join(f", {extra}" for extra in extras),
+        f"  pack        {layout.visual_budget} visual + {layout.text_budget} text = "
+        f"{layout.num_rows} rows; at most {per_pack} samples",
+        f"  image       {patches} rows; {layout.visual_budget // patches} fit a pack",
+        f"  step        {training.global_batch_size} samples = {per_pack} per pack x "
+        f"{plan.data_parallel_size} replicas x {plan.num_microbatches} micro-batches",
+        f"  precision   {training.precision}, recomputation {training.recompute}",
+    ]
+
+
+def _data_section(plan: Plan) -> list[str]:
+    training = plan.config.training
+    lines, counts = ["Training data"], []
+    for dataset in plan.config.data.train:
+        samples, words = _count_samples(dataset)
+        lines.append(f"  {words}")
+        counts.append(samples)
+    if not counts:
+        lines.append("  none named (data.train)")
+    total = sum(counts)
+    if counts and all(counts):
+        steps = total / training.global_batch_size
+        lines.append(
+            f"  one epoch   {total:,} samples / {training.global_batch_size} = {steps:,.1f} steps; "
+            f"train_iters {training.train_iters:,} = {training.train_iters / steps:.2f} epochs"
+        )
+    else:
+        seen = training.train_iters * training.global_batch_size
+        lines.append(
+            f"  train_iters {training.train_iters:,} x {training.global_batch_size} = at most "
+            f"{seen:,} samples"
+        )
+    return lines
+
+
+def _count_samples(dataset: DatasetConfig) -> tuple[int, str]:
+    """Samples of a data set, 0 if it cannot be opened, and what to say about it."""
+    try:
+        samples = open_dataset(dataset).num_samples
+    except DataError as error:
+        return 0, f"not counted: {error}"
+    return samples, f"{dataset.path}: {samples:,} samples, weight {dataset.weight:g}"
+
+
+def _flops_section(plan: Plan) -> list[str]:
+    config, layout = plan.config, plan.layout
+    packs = plan.data_parallel_size * plan.num_microbatches
+    presets = list(dict.fromkeys([config.model.attention, "s_attn"]))
+    counted = {
+        name: model_flops(config.model, [layout], trained=plan.trained, attention=name)
+        for name in presets
+    }
+    executed = executed_flops(
+        config.model, [layout], trained=plan.trained, recompute=plan.execution.recompute
+    )
+    own = counted[config.model.attention]
+    lines = [
+        f"FLOPs of one step: {packs} packs of {layout.num_samples} samples, each "
+        f"{config.model.vision.num_patches} visual and {layout.text_lengths[0]} text rows",
+        f"  {'':<16}" + "".join(f"{name:>14}" for name in presets),
+    ]
+    for part in own.parts:
+        values = [_flops(counted[name].parts[part].total * packs) for name in presets]
+        lines.append(f"  {part:<16}" + "".join(f"{value:>14}" for value in values))
+    totals = [_flops(counted[name].total * packs) for name in presets]
+    lines.append(f"  {'total':<16}" + "".join(f"{value:>14}" for value in totals))
+    if len(presets) > 1:
+        ratio = counted["s_attn"].total / own.total
+        lines.append(f"  s_attn / {config.model.attention}: {ratio:.2f}")
+    more = executed.total / own.total
+    lines.append(
+        f"  executed, with padding, unread queries and recomputation: {more:.2f} times that"
+    )
+    return lines
+
+
+def _memory_section(plan: Plan) -> list[str]:
+    stages = plan.config.parallel.pipeline_model_parallel_size
+    by_stage = [_stage_memory(plan, stage) for stage in range(stages)]
+    heaviest = max(range(stages), key=lambda stage: by_stage[stage].total)
+    memory = by_stage[heaviest]
+    where = f" (heaviest pipeline stage: {heaviest})" if stages > 1 else ""
+    lines = [f"Memory per rank{where}; activations are an estimate"]
+    for label, held in (
+        ("weights", memory.weights),
+        ("gradients", memory.gradients),
+        ("optimizer state", memory.optimizer),
+        ("activations of the decoder", memory.decoder),
+        ("activations of encoder and adapter", memory.vision),
+        ("logits", memory.head),
+        ("one layer's backward pass", memory.at_work),
+        ("total", memory.total),
+    ):
+        lines.append(f"  {label:<36}{_bytes(held):>10}")
+    needed = memory.total + RESERVE_BYTES
+    verdicts = [f"{size} GB {'yes' if needed <= size * 10**9 else 'NO'}" for size in GPU_SIZES_GB]
+    lines.append(f"  fits, with {_bytes(RESERVE_BYTES)} to spare: " + ", ".join(verdicts))
+    return lines
+
+
+def _stage_memory(plan: Plan, stage: int) -> RankMemory:
+    layout = plan.layout
+    return rank_memory(
+        plan.config.model,
+        plan.config.parallel,
+        plan.execution,
+        PackSize(layout.visual_budget, layout.text_budget, len(layout.images)),
+        data_parallel_size=plan.data_parallel_size,
+        num_microbatches=plan.num_microbatches,
+        trained=plan.trained,
+        stage=stage,
+    )
+
+
+def _communication_section(plan: Plan) -> list[str]:
+    """Bytes that one rank sends, by ring algorithms."""
+    lines = ["Communication, bytes sent per rank"]
+    parallel = plan.config.parallel
+    hidden = plan.layout.num_rows * plan.config.model.language.hidden_size
+    hidden *= _VALUE_BYTES[plan.execution.precision]
+    tensor = parallel.tensor_model_parallel_size
+    if tensor > 1:
+        # An all-reduce is a reduce-scatter and an all-gather. Two of them forward and two backward;
+        # sequence parallelism gathers the inputs of trained weights once more.
+        unit = hidden * (tensor - 1) // tensor
+        again = parallel.sequence_parallel and "language_model" in plan.trained
+        backward = _bytes((6 if again else 4) * unit)
+        lines.append(
+            f"  tensor      {_bytes(4 * unit)} forward, {backward} backward, per decoder layer "
+            "and micro-batch"
+        )
+    if parallel.pipeline_model_parallel_size > 1:
+        share = hidden // tensor if parallel.sequence_parallel else hidden
+        lines.append(f"  pipeline    {_bytes(share)} each way, per stage boundary and micro-batch")
+    if plan.data_parallel_size > 1:
+        lines.append(f"  data        {_bytes(_data_parallel_bytes(plan))} per step")
+    if len(lines) == 1:
+        lines.append("  none: one rank")
+    return lines
+
+
+def _data_parallel_bytes(plan: Plan) -> int:
+    """Gradients reduced and, with the distributed optimizer, weights gathered; largest stage."""
+    parallel, size = plan.config.parallel, plan.data_parallel_size
+    trained = max(
+        sum(
+            count
+            for module, count in rank_parameters(plan.config.model, parallel, stage).items()
+            if module in plan.trained
+        )
+        for stage in range(parallel.pipeline_model_parallel_size)
+    )
+    if parallel.use_distributed_optimizer:
+        per_parameter = _GRADIENT_BYTES + _VALUE_BYTES[plan.execution.precision]
+    else:
+        per_parameter = 2 * _GRADIENT_BYTES
+    return trained * per_parameter * (size - 1) // size
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def _flops(count: int) -> str:
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e6:.2f} MFLOP"

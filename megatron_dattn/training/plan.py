@@ -1,0 +1,80 @@
+"""What follows from a configuration before anything is built: sizes checked, a full pack laid out.
+
+A plan stands for the run in the dry run's sums; a configuration without one could not start.
+"""
+
+from dataclasses import dataclass
+
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.build import check_model_sizes
+from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.runtime.distributed import check_parallel_sizes
+from megatron_dattn.training.config import TrainingConfig
+from megatron_dattn.training.stages import trained_modules
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked configuration and what follows from it at once."""
+
+    config: PretrainConfig
+    world_size: int
+    data_parallel_size: int
+    num_microbatches: int
+    layout: TokenLayout
+    """A full pack: as many one-image samples as fit, the text rows shared out among them."""
+    trained: frozenset[str]
+    execution: ExecutionConfig
+
+
+def make_plan(config: PretrainConfig, world_size: int) -> Plan:
+    """Check the configuration.
+
+    Raises:
+        ConfigError: sizes that do not fit each other.
+    """
+    parallel = config.parallel
+    tensor = parallel.tensor_model_parallel_size
+    data_parallel = check_parallel_sizes(
+        world_size, tensor, parallel.pipeline_model_parallel_size, context_parallel=1
+    )
+    check_model_sizes(config.model, parallel)
+    num_microbatches = config.training.num_microbatches(data_parallel)
+    visual, text = config.data.visual_budget, config.data.text_budget
+    if parallel.sequence_parallel and (visual + text) % tensor:
+        raise ConfigError(
+            f"data.visual_budget {visual} + data.text_budget {text} = {visual + text} rows cannot "
+            f"be shared by {tensor} sequence-parallel ranks; make the sum a multiple of {tensor}"
+        )
+    return Plan(
+        config=config,
+        world_size=world_size,
+        data_parallel_size=data_parallel,
+        num_microbatches=num_microbatches,
+        layout=_full_pack(config),
+        trained=frozenset(trained_modules(config.optimizer.learning_rates)),
+        execution=_execution(config.training),
+    )
+
+
+def _execution(training: TrainingConfig) -> ExecutionConfig:
+    return ExecutionConfig(precision=training.precision, recompute=training.recompute)
+
+
+def _full_pack(config: PretrainConfig) -> TokenLayout:
+    patches, grid = config.model.vision.num_patches, config.model.vision.grid
+    visual, text = config.data.visual_budget, config.data.text_budget
+    if visual < patches:
+        raise ConfigError(
+            f"data.visual_budget {visual} is smaller than one image of {grid[0]} x {grid[1]} = "
+            f"{patches} rows; no sample with an image would fit"
+        )
+    samples = min(config.training.micro_batch_size, visual // patches, text)
+    return TokenLayout(
+        text_lengths=(text // samples,) * samples,
+        images=tuple(ImageSpan(sample, 0, grid) for sample in range(samples)),
+        visual_budget=visual,
+        text_budget=text,
+    )

@@ -1,0 +1,155 @@
+"""The dry run: what it prints for a run that would start, what it refuses of one that would not."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.data.config import DataConfig, DatasetConfig
+from megatron_dattn.data.prepare import write_jsonl
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.flops import model_flops
+from megatron_dattn.models.memory import count_parameters
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.training.config import (
+    ModuleLearningRates,
+    OptimizerSettings,
+    TrainingConfig,
+)
+from megatron_dattn.training.dry_run import dry_run
+from megatron_dattn.training.plan import make_plan
+
+TINY = PretrainConfig(
+    model=ModelConfig(
+        vision=VisionConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            image_size=28,
+            patch_size=7,
+        ),
+        language=LanguageConfig(
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=96,
+            vocab_size=128,
+        ),
+    ),
+    data=DataConfig(visual_budget=40, text_budget=24),
+    training=TrainingConfig(train_iters=30, micro_batch_size=4, global_batch_size=16),
+)
+
+
+def changed(**sections: dict) -> PretrainConfig:
+    """TINY with fields of some sections replaced."""
+    replaced = {
+        name: dataclasses.replace(getattr(TINY, name), **fields)
+        for name, fields in sections.items()
+    }
+    return dataclasses.replace(TINY, **replaced)
+
+
+def line_of(report: str, start: str) -> str:
+    (line,) = [line for line in report.splitlines() if line.strip().startswith(start)]
+    return line
+
+
+def test_full_pack_holds_what_fits() -> None:
+    """40 visual rows hold two images of 16; 24 text rows give them 12 each."""
+    plan = make_plan(TINY, world_size=2)
+    assert plan.layout.text_lengths == (12, 12)
+    assert plan.layout.num_visual_rows == 32
+    assert (plan.data_parallel_size, plan.num_microbatches) == (2, 2)
+
+
+def test_report_names_modules_steps_and_flops() -> None:
+    report = dry_run(TINY, world_size=2)
+    parameters = report.split("Layout")[0]
+    for module, count in count_parameters(TINY.model).items():
+        assert f"{count:,}" in line_of(parameters, module)
+    assert "frozen" in line_of(parameters, "language_model")
+    assert "peak learning rate 0.001" in line_of(parameters, "adapter")
+    assert "16 samples = 4 per pack x 2 replicas x 2 micro-batches" in report
+    plan = make_plan(TINY, world_size=2)
+    flops = model_flops(TINY.model, [plan.layout], trained=frozenset({"adapter"})).total
+    assert f"{4 * flops / 1e6:.2f} MFLOP" in report
+    assert "30 x 16 = at most 480 samples" in report
+
+
+def test_baseline_is_compared_once() -> None:
+    assert "s_attn / dattn: 1." in dry_run(TINY, world_size=1)
+    baseline = changed(model={"attention": "s_attn"})
+    report = dry_run(baseline, world_size=1)
+    assert "s_attn /" not in report
+    assert report.count("s_attn") == 2  # the title and one column
+
+
+def test_data_sets_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_jsonl([{"id": number, "conversations": []} for number in range(240)], path)
+    here = DatasetConfig(path=str(path))
+    report = dry_run(changed(data={"train": [here]}), world_size=1)
+    assert "240 samples" in line_of(report, str(path))
+    assert "240 samples / 16 = 15.0 steps; train_iters 30 = 2.00 epochs" in report
+    missing = DatasetConfig(path=str(tmp_path / "other.jsonl"))
+    report = dry_run(changed(data={"train": [here, missing]}), world_size=1)
+    assert "does not exist" in line_of(report, "not counted")
+    assert "one epoch" not in report
+
+
+def test_memory_verdicts_follow_the_total() -> None:
+    assert "24 GB yes" in dry_run(TINY, world_size=1)
+    big = dataclasses.replace(
+        TINY,
+        model=ModelConfig(),
+        data=DataConfig(),
+        optimizer=OptimizerSettings(ModuleLearningRates(1e-6, 1e-6, 1e-6)),
+    )
+    verdicts = line_of(dry_run(big, world_size=1), "fits, with")
+    assert "80 GB NO" in verdicts
+    assert "141 GB NO" in verdicts  # 7.67 G parameters * 18 bytes = 138 GB before any activation
+
+
+def test_communication_follows_the_layout() -> None:
+    assert "none: one rank" in dry_run(TINY, world_size=1)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    report = dry_run(dataclasses.replace(TINY, parallel=parallel), world_size=8)
+    for axis in ("tensor", "pipeline", "data"):
+        assert line_of(report.split("Communication")[1], axis)
+    assert "heaviest pipeline stage: 0" in report
+
+
+@pytest.mark.parametrize(
+    ("sections", "world_size", "words"),
+    [
+        ({"parallel": {"tensor_model_parallel_size": 2}}, 3, "3"),
+        ({"parallel": {"tensor_model_parallel_size": 4}}, 4, "num_key_value_heads 2"),
+        ({"parallel": {"pipeline_model_parallel_size": 3}}, 3, "4 layers"),
+        ({"training": {"global_batch_size": 10}}, 1, "global_batch_size 10"),
+        ({"data": {"visual_budget": 15}}, 1, "4 x 4 = 16 rows"),
+        (
+            {
+                "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+                "data": {"text_budget": 23},
+            },
+            2,
+            "multiple of 2",
+        ),
+    ],
+)
+def test_impossible_sizes_are_refused(sections: dict, world_size: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        dry_run(changed(**sections), world_size)
+    assert "\n" not in str(caught.value)
+
+
+def test_report_is_plain_text() -> None:
+    report = dry_run(TINY, world_size=1)
+    assert report.isascii()
+    assert all(line == line.rstrip() for line in report.splitlines())
