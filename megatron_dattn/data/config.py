@@ -43,11 +43,18 @@ class DataConfig:
     max_skipped_fraction: float = 0.1
     """Stop when more than this share of the samples seen so far (of at least 100) was skipped."""
     max_image_pixels: int = 40_000_000
+    long_samples: Literal["skip", "truncate"] = "skip"
+    """A conversation beyond a budget is skipped and counted, or cut after an answer that fits."""
+    image_fit: Literal["resize", "pad"] = "resize"
+    """Stretch images to the square, or pad them with the mean colour first (LLaVA-1.5)."""
 
     def __post_init__(self) -> None:
         for name in ("visual_budget", "text_budget", "packing_buffer_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be positive, got {getattr(self, name)}")
+        for name in ("shuffle_buffer_size", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
         if not 0.0 <= self.max_skipped_fraction <= 1.0:
             raise ConfigError(
                 f"data.max_skipped_fraction must lie in [0, 1], got {self.max_skipped_fraction}"

@@ -1,0 +1,56 @@
+"""Importing Energon with its doors closed.
+
+Energon reads shards through webdataset, which decodes pickles found in them unless told otherwise
+before its import, and it makes megatron-core send file access through the multi-storage client.
+Import Energon's names from here, so that neither can happen.
+"""
+
+import os
+
+os.environ["WDS_SECURE"] = "1"
+# The workers are forks; the tokenizers library would warn that its threads do not survive one.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import webdataset.utils  # noqa: E402
+from megatron.core.msc_utils import MultiStorageClientFeature  # noqa: E402
+from megatron.energon import (  # noqa: E402
+    Cooker,
+    SavableDataLoader,
+    SavableDataset,
+    TaskEncoder,
+    WorkerConfig,
+    cooker,
+    stateless,
+)
+from megatron.energon.epathlib import EPath  # noqa: E402
+from megatron.energon.errors import reraise_exception  # noqa: E402
+from megatron.energon.flavors.jsonl.crude_jsonl_dataset import (  # noqa: E402
+    CrudeJsonlDatasetFactory,
+)
+from megatron.energon.metadataset.loader_interface import (  # noqa: E402
+    DatasetBlendMode,
+    LoadedDataset,
+)
+from megatron.energon.savable_loader import BasicDataLoader  # noqa: E402
+from megatron.energon.wrappers import PackingDataset  # noqa: E402
+
+# Somebody may have imported webdataset before us; it consults this flag at every use.
+webdataset.utils.enforce_security = True
+MultiStorageClientFeature.disable()
+
+__all__ = [
+    "BasicDataLoader",
+    "Cooker",
+    "CrudeJsonlDatasetFactory",
+    "DatasetBlendMode",
+    "EPath",
+    "LoadedDataset",
+    "PackingDataset",
+    "SavableDataLoader",
+    "SavableDataset",
+    "TaskEncoder",
+    "WorkerConfig",
+    "cooker",
+    "reraise_exception",
+    "stateless",
+]

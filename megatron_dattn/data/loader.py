@@ -1,0 +1,265 @@
+"""The data loader of one data-parallel rank: an iterable of PackedBatch.
+
+Training data is blended by weight, shuffled and endless; validation data comes once, in order. Two
+loaders with the same data, settings and seed give the same batches, and a loader that is restored
+goes on with the very batch that would have come next.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dattn.data.config import DataConfig, DatasetConfig
+from megatron_dattn.data.counters import LoaderCounters, SkipPolicy
+from megatron_dattn.data.dataset import PreparedDataset, RowSource, open_dataset
+from megatron_dattn.data.encoder import RowEncoder
+from megatron_dattn.data.energon import (
+    DatasetBlendMode,
+    LoadedDataset,
+    SavableDataset,
+    WorkerConfig,
+    reraise_exception,
+)
+from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.loader_state import dump_state, load_state
+from megatron_dattn.data.packing import buffer_size
+from megatron_dattn.data.sample import LoadedPack, PackedBatch
+from megatron_dattn.data.task_encoder import VLMTaskEncoder
+from megatron_dattn.data.template import ConversationTokenizer
+from megatron_dattn.data.tokenizer import load_tokenizer, padding_id
+from megatron_dattn.data.workers import ResumableLoader, basic_loader, savable_loader
+from megatron_dattn.errors import CheckpointError, ConfigError
+from megatron_dattn.models.config import ModelConfig
+
+STATE_VERSION = 1
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    datasets: Sequence[DatasetConfig],
+    model_config: ModelConfig,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    seed: int,
+    training: bool,
+) -> "VLMLoader":
+    """Build the loader of one data-parallel rank.
+
+    Args:
+        datasets: `config.train` or `config.validation`.
+        model_config: gives the image size, the patch grid and the size of the vocabulary.
+        micro_batch_size: the most samples in one pack.
+        training: endless and shuffled; otherwise every sample once, in order.
+
+    Raises:
+        ConfigError: settings that do not fit each other.
+        DataError: a data set that is missing, not prepared, or too small for the workers.
+    """
+    if not datasets:
+        raise ConfigError(f"data.{'train' if training else 'validation'} names no data set")
+    opened = [open_dataset(dataset) for dataset in datasets]
+    workers = WorkerConfig(
+        rank=data_parallel_rank,
+        world_size=data_parallel_size,
+        num_workers=config.num_workers,
+        seed_offset=seed,
+        global_error_handler=reraise_exception,
+    )
+    if training:
+        _require_rows(opened, workers)
+    encoder, pad_id = _row_encoder(config, model_config)
+    task_encoder = VLMTaskEncoder(
+        encoder, max_samples=micro_batch_size, pad_id=pad_id, keep_order=not training
+    )
+    source = _PackSource(config, opened, workers, task_encoder, training)
+    policy = SkipPolicy(fail=config.bad_samples == "fail", max_fraction=config.max_skipped_fraction)
+    return VLMLoader(source, policy, _identity(config, source, micro_batch_size, seed))
+
+
+class VLMLoader:
+    """Iterable of PackedBatch with an exact state and counters.
+
+    While training, all iterators are the same endless one. A validation loader starts from its
+    first sample with every `iter()`.
+    """
+
+    def __init__(
+        self, source: "_PackSource", policy: SkipPolicy, identity: dict[str, Any]
+    ) -> None:
+        self._source = source
+        self._policy = policy
+        self._identity = identity
+        self._counters = LoaderCounters()
+        self._training = source.training
+        self._loader: ResumableLoader | None = source.savable_loader() if self._training else None
+        self._endless: Iterator[PackedBatch] | None = None
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        if self._loader is None:
+            self._counters = LoaderCounters()
+            return self._batches(self._source.basic_loader())
+        if self._endless is None:
+            self._endless = self._batches(self._loader)
+        return self._endless
+
+    def counters(self) -> LoaderCounters:
+        """Samples seen and skipped so far (of a validation loader: since its last `iter()`)."""
+        return self._counters.copy()
+
+    def save_state(self) -> bytes:
+        """Where the loader stands: the state after the batch that was given out last."""
+        return dump_state(
+            {
+                "version": STATE_VERSION,
+                "identity": self._identity,
+                "counters": self._counters.as_dict(),
+                "energon": self._require_training().save_state_rank(),
+            }
+        )
+
+    def restore_state(self, data: bytes) -> None:
+        """Continue where `save_state` was called; to be called before iterating.
+
+        Raises:
+            CheckpointError: the state is damaged, or was saved with other data or settings.
+        """
+        loader = self._require_training()
+        if self._endless is not None:
+            raise RuntimeError("restore_state must be called before the loader is iterated")
+        state = load_state(data)
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+            raise CheckpointError("the data loader's state was saved by another version")
+        _require_same(state["identity"], self._identity)
+        self._counters = LoaderCounters(**state["counters"])
+        loader.restore_state_rank(state["energon"])
+
+    def _batches(self, loader: Any) -> Iterator[PackedBatch]:
+        pack: LoadedPack
+        for pack in loader:
+            used = pack.batch.num_samples if pack.batch is not None else 0
+            self._policy.count(self._counters, used, pack.rejections)
+            if pack.batch is not None:
+                yield pack.batch
+
+    def _require_training(self) -> ResumableLoader:
+        if self._loader is None:
+            raise RuntimeError("a validation loader has no state: every iteration starts anew")
+        return self._loader
+
+
+@dataclass(frozen=True)
+class _PackSource:
+    """Makes Energon's chain of data sets; a new chain starts from the first sample."""
+
+    config: DataConfig
+    datasets: list[PreparedDataset]
+    workers: WorkerConfig
+    task_encoder: VLMTaskEncoder
+    training: bool
+
+    def savable_loader(self) -> ResumableLoader:
+        return savable_loader(self._chain())
+
+    def basic_loader(self) -> Any:
+        return basic_loader(self._chain())
+
+    @property
+    def packing_buffer_size(self) -> int:
+        return buffer_size(self.config.packing_buffer_size, self.task_encoder.max_samples)
+
+    def _chain(self) -> SavableDataset:
+        sources = [
+            LoadedDataset(
+                dataset=RowSource(dataset, training=self.training, worker_config=self.workers),
+                weight=dataset.weight,
+            )
+            for dataset in self.datasets
+        ]
+        if not self.training:
+            return self.task_encoder.build_val_datasets(
+                datasets=sources,
+                worker_config=self.workers,
+                batch_size=1,
+                packing_buffer_size=self.packing_buffer_size,
+            )
+        return self.task_encoder.build_train_datasets(
+            datasets=sources,
+            worker_config=self.workers,
+            batch_size=None,
+            packing_buffer_size=self.packing_buffer_size,
+            shuffle_buffer_size=self.config.shuffle_buffer_size,
+            blend_mode=DatasetBlendMode.DATASET_WEIGHT,
+        )
+
+
+def _row_encoder(config: DataConfig, model: ModelConfig) -> tuple[RowEncoder, int]:
+    tokenizer = load_tokenizer(
+        config.tokenizer, template=config.template, vocab_size=model.language.vocab_size
+    )
+    preprocessor = ImagePreprocessor.from_folder(
+        config.image_processor or config.tokenizer or "",
+        image_size=model.vision.image_size,
+        image_fit=config.image_fit,
+        max_pixels=config.max_image_pixels,
+    )
+    if model.vision.num_patches > config.visual_budget:
+        raise ConfigError(
+            f"data.visual_budget {config.visual_budget} is smaller than one image, which has "
+            f"{model.vision.num_patches} visual rows"
+        )
+    encoder = RowEncoder(
+        tokenizer=ConversationTokenizer(tokenizer, config.template),
+        preprocessor=preprocessor,
+        grid=model.vision.grid,
+        visual_budget=config.visual_budget,
+        text_budget=config.text_budget,
+        truncate=config.long_samples == "truncate",
+    )
+    return encoder, padding_id(tokenizer)
+
+
+def _require_rows(datasets: Sequence[PreparedDataset], workers: WorkerConfig) -> None:
+    num_workers = workers.world_size * max(1, workers.num_workers)
+    largest = max(datasets, key=lambda dataset: dataset.num_samples)
+    if largest.num_samples < num_workers:
+        raise ConfigError(
+            f"the largest data set, '{largest.path}', has {largest.num_samples} samples for "
+            f"{num_workers} loader workers ({workers.world_size} data-parallel ranks with "
+            f"data.num_workers {workers.num_workers}); every worker needs one"
+        )
+
+
+def _identity(
+    config: DataConfig, source: _PackSource, micro_batch_size: int, seed: int
+) -> dict[str, Any]:
+    """What must be the same for a state to mean the same samples."""
+    return {
+        "data-parallel rank": source.workers.rank,
+        "data-parallel size": source.workers.world_size,
+        "data.num_workers": config.num_workers,
+        "data.packing_buffer_size": source.packing_buffer_size,
+        "data.shuffle_buffer_size": config.shuffle_buffer_size,
+        "data.visual_budget": config.visual_budget,
+        "data.text_budget": config.text_budget,
+        "data.template": config.template,
+        "training.micro_batch_size": micro_batch_size,
+        "training.seed": seed,
+        "data sets": [(dataset.fingerprint, dataset.weight) for dataset in source.datasets],
+    }
+
+
+def _require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    for name, value in current.items():
+        if saved.get(name) == value:
+            continue
+        if name == "data sets":
+            raise CheckpointError(
+                "the data loader's state belongs to other data sets (or weights) than "
+                "data.train names now; use the data it was saved with"
+            )
+        raise CheckpointError(
+            f"the data loader's state was saved with {name} {saved.get(name)}, but it is {value} "
+            "now; the stream of samples would not be the same"
+        )

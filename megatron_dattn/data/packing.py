@@ -1,0 +1,80 @@
+"""Which samples share a pack: first fit over a buffer of samples.
+
+A pack is full when its visual rows, its text rows or its number of samples are used up. First fit
+keeps the samples' order as far as it can, so that a shuffled stream stays shuffled (sorting by size
+would fill slightly better and put all long samples together).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Sized(Protocol):
+    """Anything with row counts."""
+
+    @property
+    def num_visual_rows(self) -> int: ...
+
+    @property
+    def num_text_rows(self) -> int: ...
+
+
+@dataclass
+class _OpenPack:
+    visual_room: int
+    text_room: int
+    sample_room: int
+    members: list[int] = field(default_factory=list)
+
+    def takes(self, sample: Sized) -> bool:
+        return (
+            self.sample_room > 0
+            and sample.num_visual_rows <= self.visual_room
+            and sample.num_text_rows <= self.text_room
+        )
+
+    def add(self, index: int, sample: Sized) -> None:
+        self.visual_room -= sample.num_visual_rows
+        self.text_room -= sample.num_text_rows
+        # A rejected sample has no rows and uses no place.
+        self.sample_room -= sample.num_text_rows > 0
+        self.members.append(index)
+
+
+def pack_samples(
+    samples: Sequence[Sized],
+    *,
+    visual_budget: int,
+    text_budget: int,
+    max_samples: int,
+    keep_order: bool = False,
+) -> list[list[int]]:
+    """Distribute samples over packs; every index comes back exactly once.
+
+    Args:
+        keep_order: only ever add to the newest pack, so that the packs read one after the other
+            give the samples in their order.
+
+    Raises:
+        ValueError: a sample does not fit an empty pack.
+    """
+    packs: list[_OpenPack] = []
+    for index, sample in enumerate(samples):
+        candidates = packs[-1:] if keep_order else packs
+        pack = next((pack for pack in candidates if pack.takes(sample)), None)
+        if pack is None:
+            pack = _OpenPack(visual_budget, text_budget, max_samples)
+            if not pack.takes(sample):
+                raise ValueError(
+                    f"sample {index} has {sample.num_visual_rows} visual and "
+                    f"{sample.num_text_rows} text rows; budgets are {visual_budget} and {text_budget}"
+                )
+            packs.append(pack)
+        pack.add(index, sample)
+    return [pack.members for pack in packs]
+
+
+def buffer_size(requested: int, max_samples: int) -> int:
+    """Samples looked at together: enough that one pack can be given out and one kept back."""
+    return max(requested, 2 * max_samples)

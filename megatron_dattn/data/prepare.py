@@ -1,0 +1,190 @@
+"""From LLaVA's JSON to what the loader reads: JSON lines, their index, and a config snippet.
+
+Every row gets a `key`, the file's name and the row's zero-padded number in it, which appears in
+logs and sample ledgers: LLaVA's own ids are not unique. Rows are not judged here; the loader skips
+and counts bad ones, and `check.py` lists them beforehand.
+"""
+
+import json
+import random
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dattn.errors import DataError
+
+_OFFSET = struct.Struct("Q")
+_SAMPLING = re.compile(r"(first|end|random):(\d+)(%?)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One LLaVA file of a mixture."""
+
+    path: Path
+    image_root: Path | None = None
+    weight: float = 1.0
+    sampling: str = "all"
+    """`all`, or `first:N`, `end:N`, `random:N` where N is a number of rows or a percentage."""
+
+
+def read_rows(path: Path) -> list[Any]:
+    """All rows of a .json (one list) or .jsonl (one object per line) file.
+
+    Raises:
+        DataError: the file is missing, is not JSON or holds something else than rows.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
+    except FileNotFoundError as error:
+        raise DataError(f"'{path}' does not exist") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"'{path}' cannot be read as JSON: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"'{path}' must hold a list of rows and at least one of them")
+    return rows
+
+
+def select_rows(rows: list[Any], sampling: str, *, seed: int = 0) -> list[tuple[int, Any]]:
+    """The rows that a sampling strategy takes, with their numbers, in the order of the file."""
+    numbered = list(enumerate(rows))
+    if sampling == "all":
+        return numbered
+    match = _SAMPLING.fullmatch(sampling)
+    if match is None:
+        raise DataError(
+            f"sampling strategy '{sampling}' is unknown; use all, first:N, end:N or random:N, with "
+            "N a number or a percentage such as 10%"
+        )
+    kind, number, percent = match[1], int(match[2]), match[3]
+    count = min(len(rows), -(-len(rows) * number // 100) if percent else number)
+    if count == 0:
+        raise DataError(f"sampling strategy '{sampling}' takes no rows")
+    if kind == "first":
+        return numbered[:count]
+    if kind == "end":
+        return numbered[-count:]
+    return sorted(random.Random(seed).sample(numbered, count))
+
+
+def write_jsonl(rows: Iterable[Any], path: Path) -> int:
+    """Write rows as JSON lines with the index beside them; returns their number.
+
+    The index is Energon's: the byte offset of every line and the size of the file, as 64-bit
+    integers. Both files appear complete or not at all.
+
+    Raises:
+        DataError: one of the files exists already.
+    """
+    index_path = Path(f"{path}.idx")
+    for existing in (path, index_path):
+        if existing.exists():
+            raise DataError(f"'{existing}' exists already; remove it or choose another folder")
+    lines_part, index_part = Path(f"{path}.part"), Path(f"{index_path}.part")
+    count = 0
+    try:
+        with lines_part.open("wb") as lines, index_part.open("wb") as index:
+            for row in rows:
+                index.write(_OFFSET.pack(lines.tell()))
+                lines.write(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+                count += 1
+            index.write(_OFFSET.pack(lines.tell()))
+        lines_part.rename(path)
+        index_part.rename(index_path)
+    finally:
+        lines_part.unlink(missing_ok=True)
+        index_part.unlink(missing_ok=True)
+    return count
+
+
+def prepare(
+    sources: list[Source], output: Path, *, section: str = "train", seed: int = 0
+) -> Iterator[tuple[Source, Path, int]]:
+    """Prepare a mixture; yields each source with its file and number of rows as it is done.
+
+    After the last one, `<output>/<section>.yaml` holds the `data` section to train with: pass it to
+    pretrain_vlm.py with --config.
+
+    Raises:
+        DataError: an input cannot be read, or an output exists already.
+    """
+    config_path = output / f"{section}.yaml"
+    names = _names(sources)
+    for path in (config_path, *(output / f"{name}.jsonl" for name in names)):
+        if path.exists():
+            raise DataError(f"'{path}' exists already; remove it or choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for source, name in zip(sources, names, strict=True):
+        image_root = source.image_root or source.path.parent
+        if not image_root.is_dir():
+            raise DataError(f"image root '{image_root}' of '{source.path}' is not a folder")
+        rows = select_rows(read_rows(source.path), source.sampling, seed=seed)
+        path = output / f"{name}.jsonl"
+        count = write_jsonl(_keyed(rows, name), path)
+        entries.append(
+            {
+                "path": str(path.absolute()),
+                "image_root": str(image_root.absolute()),
+                "weight": source.weight,
+            }
+        )
+        yield source, path, count
+    config_path.write_text(yaml.safe_dump({"data": {section: entries}}, sort_keys=False))
+
+
+def read_mixture(path: Path) -> list[Source]:
+    """The sources named by a mixture file in LLaVA-NeXT's form.
+
+    `datasets:` is a list of `json_path`, and optionally `image_root`, `weight` and
+    `sampling_strategy`; relative paths count from the mixture file.
+
+    Raises:
+        DataError: the file is missing or has another form.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"mixture '{path}' cannot be read: {error}") from error
+    entries = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"mixture '{path}' must have a list 'datasets'")
+    return [_mixture_entry(path, entry) for entry in entries]
+
+
+def _mixture_entry(mixture: Path, entry: Any) -> Source:
+    known = {"json_path", "image_root", "weight", "sampling_strategy"}
+    if not isinstance(entry, dict) or "json_path" not in entry or set(entry) - known:
+        raise DataError(f"mixture '{mixture}': an entry has {sorted(known)}, got {entry!r:.200}")
+    root = entry.get("image_root")
+    return Source(
+        path=mixture.parent / entry["json_path"],
+        image_root=None if root is None else mixture.parent / root,
+        weight=float(entry.get("weight", 1.0)),
+        sampling=str(entry.get("sampling_strategy", "all")),
+    )
+
+
+def _names(sources: list[Source]) -> list[str]:
+    """File names without suffix, made distinct by numbers."""
+    names: list[str] = []
+    for source in sources:
+        name, number = source.path.stem, 2
+        while name in names:
+            name, number = f"{source.path.stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _keyed(rows: list[tuple[int, Any]], name: str) -> Iterator[Any]:
+    for number, row in rows:
+        yield {"key": f"{name}-{number:09d}", **row} if isinstance(row, dict) else row

@@ -1,0 +1,44 @@
+"""Why a sample is not used.
+
+Real data sets hold missing images, empty answers and rows that do not fit. Such a sample is never
+dropped in silence: it is rejected with one of these reasons, which are what the loader counts and
+what `tools/check_data.py` tabulates.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_dattn.errors import DataError
+
+
+class Reason(StrEnum):
+    """The kinds of unusable samples."""
+
+    BAD_ROW = "bad_row"
+    ODD_ROLES = "odd_roles"
+    NO_ANSWER = "no_answer"
+    EMPTY_ANSWER = "empty_answer"
+    NOT_A_CAPTION = "not_a_caption"
+    IMAGE_COUNT = "image_count"
+    CONTROL_TOKEN = "control_token"
+    MISSING_IMAGE = "missing_image"
+    BROKEN_IMAGE = "broken_image"
+    TOO_MUCH_TEXT = "too_much_text"
+    TOO_MANY_IMAGES = "too_many_images"
+
+
+class SampleError(DataError):
+    """One sample that cannot be used, and why."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """What is remembered of a rejected sample."""
+
+    key: str
+    reason: Reason
+    message: str

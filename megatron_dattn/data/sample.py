@@ -1,0 +1,135 @@
+"""What travels from the data workers to the model: encoded samples and the packs made of them.
+
+Energon tracks every object by two attributes, `__key__` and `__restore_key__`; the classes that
+pass through it carry them. `PackedBatch` is what the rest of the package sees.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.rejection import Rejection
+from megatron_dattn.data.template import IGNORED
+
+
+@dataclass
+class EncodedSample:
+    """One conversation as text rows, and its images at the encoder's size but still as bytes."""
+
+    __key__: str
+    __restore_key__: tuple[Any, ...]
+    input_ids: np.ndarray  # int64 [text rows]
+    labels: np.ndarray  # int64 [text rows]: the next token if it is supervised, else -100
+    image_offsets: tuple[int, ...]  # per image: text rows before it
+    images: list[np.ndarray]  # uint8 [image_size, image_size, 3] each
+    grid: tuple[int, int]  # patch rows, patch columns of every image
+
+    @property
+    def num_text_rows(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_visual_rows(self) -> int:
+        return len(self.images) * self.grid[0] * self.grid[1]
+
+
+@dataclass
+class RejectedSample:
+    """A sample that cannot be used; it takes its turn in the stream so that it is counted once."""
+
+    __key__: str
+    __restore_key__: tuple[Any, ...]
+    rejection: Rejection
+
+    num_text_rows = 0
+    num_visual_rows = 0
+
+
+@dataclass
+class PackedBatch:
+    """One micro-batch: several samples in one flat pack of rows (see TokenLayout)."""
+
+    layout: TokenLayout
+    input_ids: Tensor  # int64 [text_budget], padded with the pad id
+    labels: Tensor  # int64 [text_budget]: next text token of the same sample if supervised, or -100
+    pixel_values: Tensor  # float32 [num_images, 3, image_size, image_size]; num_images may be 0
+    sample_keys: list[str]
+
+    @property
+    def num_samples(self) -> int:
+        return self.layout.num_samples
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The batch with its tensors on a device; copies from pinned memory do not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "PackedBatch":
+        """Called by torch's DataLoader where there is a CUDA device."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def without_pixels(self) -> "PackedBatch":
+        """For the pipeline stages behind the vision encoder; the layout still knows the images."""
+        return replace(self, pixel_values=self.pixel_values[:0])
+
+    def _map(self, function: Any) -> "PackedBatch":
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            pixel_values=function(self.pixel_values),
+        )
+
+
+@dataclass
+class LoadedPack:
+    """What a worker sends: a batch (None if every sample was rejected), and the rejections."""
+
+    __key__: str
+    __restore_key__: tuple[Any, ...]
+    batch: PackedBatch | None
+    rejections: tuple[Rejection, ...]
+
+    def pin_memory(self) -> "LoadedPack":
+        return replace(self, batch=self.batch and self.batch.pin_memory())
+
+
+def build_batch(
+    samples: Sequence[EncodedSample],
+    *,
+    preprocessor: ImagePreprocessor,
+    visual_budget: int,
+    text_budget: int,
+    pad_id: int,
+) -> PackedBatch:
+    """Put samples into one pack, in their order. Raises ValueError if they exceed a budget."""
+    layout = TokenLayout(
+        text_lengths=tuple(sample.num_text_rows for sample in samples),
+        images=tuple(
+            ImageSpan(sample=index, text_offset=offset, grid=sample.grid)
+            for index, sample in enumerate(samples)
+            for offset in sample.image_offsets
+        ),
+        visual_budget=visual_budget,
+        text_budget=text_budget,
+    )
+    images = [image for sample in samples for image in sample.images]
+    return PackedBatch(
+        layout=layout,
+        input_ids=_padded([sample.input_ids for sample in samples], text_budget, pad_id),
+        labels=_padded([sample.labels for sample in samples], text_budget, IGNORED),
+        pixel_values=preprocessor.normalise(images),
+        sample_keys=[sample.__key__ for sample in samples],
+    )
+
+
+def _padded(rows: list[np.ndarray], length: int, fill: int) -> Tensor:
+    padded = np.full(length, fill, dtype=np.int64)
+    valid = np.concatenate(rows)
+    padded[: len(valid)] = valid
+    return torch.from_numpy(padded)

@@ -1,0 +1,163 @@
+"""The task encoder: what Energon calls in its workers.
+
+    row --cook--> conversation --shuffle buffer--> --encode--> rows and pixels --pack--> LoadedPack
+
+Cooking does not touch the images, so that the shuffle buffer stays small and is quickly refilled
+when a run resumes. A sample that cannot be used becomes a RejectedSample and stays in the stream up
+to the trainer's process: nothing is lost without being counted, counts need no channel of their own
+and are as exact after a resume as the samples are.
+
+No step draws random numbers, so `@stateless` does without restoring seeds, which would save and
+set three random number generators per sample.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dattn.data.conversation import Conversation, parse_row
+from megatron_dattn.data.encoder import RowEncoder
+from megatron_dattn.data.energon import Cooker, PackingDataset, TaskEncoder, cooker, stateless
+from megatron_dattn.data.packing import pack_samples
+from megatron_dattn.data.rejection import Reason, Rejection, SampleError
+from megatron_dattn.data.sample import EncodedSample, LoadedPack, RejectedSample, build_batch
+
+
+@dataclass
+class CookedSample:
+    """A conversation that is not yet tokenised, and where its images are."""
+
+    __key__: str
+    __restore_key__: tuple[Any, ...]
+    conversation: Conversation
+    image_root: str
+
+
+@stateless
+@cooker
+def cook_row(sample: dict[str, Any]) -> CookedSample | RejectedSample:
+    """Parse and normalise one line of a LLaVA file."""
+    name, index = sample["__subflavors__"]["name"], int(sample["__key__"])
+    key = f"{name}-{index:09d}"
+    restore_key = sample["__restore_key__"]
+    try:
+        row = _parse_json(sample["json"])
+        if isinstance(row, dict) and isinstance(row.get("key"), str):
+            key = row["key"]
+        conversation = parse_row(row)
+    except SampleError as error:
+        return RejectedSample(key, restore_key, Rejection(key, error.reason, str(error)))
+    return CookedSample(key, restore_key, conversation, sample["__subflavors__"]["image_root"])
+
+
+def _parse_json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise SampleError(Reason.BAD_ROW, f"the line is not valid JSON: {error}") from error
+
+
+class VLMTaskEncoder(TaskEncoder):
+    """Encodes and packs; the settings are those of the run."""
+
+    cookers = (Cooker(cook_row),)
+    decoder = None
+
+    def __init__(
+        self, encoder: RowEncoder, *, max_samples: int, pad_id: int, keep_order: bool
+    ) -> None:
+        self.encoder = encoder
+        self.max_samples = max_samples
+        self.pad_id = pad_id
+        self.keep_order = keep_order
+
+    @stateless
+    def encode_sample(
+        self, sample: CookedSample | RejectedSample
+    ) -> EncodedSample | RejectedSample:
+        if isinstance(sample, RejectedSample):
+            return sample
+        key, restore_key = sample.__key__, sample.__restore_key__
+        try:
+            row = self.encoder(sample.conversation, sample.image_root)
+        except SampleError as error:
+            return RejectedSample(key, restore_key, Rejection(key, error.reason, str(error)))
+        return EncodedSample(
+            key,
+            restore_key,
+            input_ids=row.input_ids,
+            labels=row.labels,
+            image_offsets=row.image_offsets,
+            images=row.images,
+            grid=self.encoder.grid,
+        )
+
+    def select_samples_to_pack(
+        self, samples: list[EncodedSample | RejectedSample]
+    ) -> list[list[EncodedSample | RejectedSample]]:
+        packs = pack_samples(
+            samples,
+            visual_budget=self.encoder.visual_budget,
+            text_budget=self.encoder.text_budget,
+            max_samples=self.max_samples,
+            keep_order=self.keep_order,
+        )
+        return [[samples[index] for index in pack] for pack in packs]
+
+    @stateless
+    def pack_selected_samples(self, samples: list[EncodedSample | RejectedSample]) -> LoadedPack:
+        encoded = [sample for sample in samples if isinstance(sample, EncodedSample)]
+        batch = None
+        if encoded:
+            batch = build_batch(
+                encoded,
+                preprocessor=self.encoder.preprocessor,
+                visual_budget=self.encoder.visual_budget,
+                text_budget=self.encoder.text_budget,
+                pad_id=self.pad_id,
+            )
+        return LoadedPack(
+            __key__=",".join(sample.__key__ for sample in samples),
+            __restore_key__=(),
+            batch=batch,
+            rejections=tuple(s.rejection for s in samples if isinstance(s, RejectedSample)),
+        )
+
+    def build_batch(
+        self, dataset: Any, *, packing_buffer_size: int | None, worker_config: Any, **_: Any
+    ) -> PackingDataset:
+        """A pack is a micro-batch: no batching comes after packing."""
+        assert packing_buffer_size is not None
+        return CarryingPacking(
+            dataset,
+            buffer_size=packing_buffer_size,
+            pre_packer=self.select_samples_to_pack,
+            final_packer=self.pack_selected_samples,
+            final_packer_stateless=True,
+            sample_encoder_stateless=True,
+            worker_config=worker_config,
+        )
+
+
+class CarryingPacking(PackingDataset):
+    """Packing that keeps the newest pack of a buffer back, to be filled from the next buffer.
+
+    Energon empties its buffer into packs before it reads on, which leaves every buffer's last pack
+    short. Samples that are kept back return to the reading buffer, whose content is part of the
+    saved state.
+    """
+
+    def __init__(self, dataset: Any, *, pre_packer: Any, **options: Any) -> None:
+        super().__init__(dataset, pre_packer=self._select, **options)
+        self._select_packs = pre_packer
+
+    def _select(self, samples: list[Any]) -> list[list[Any]]:
+        packs = self._select_packs(samples)
+        # The buffer is only ever short at the end of the data, where nothing comes to fill a pack.
+        if len(samples) == self.buffer_size and len(packs) > 1:
+            self._reading_buffer.extend(packs.pop())
+        return packs
+
+    def _fill_reading_buffer(self, source_iter: Any, log_progress: bool = False) -> bool:
+        # Without the progress bar per worker.
+        return super()._fill_reading_buffer(source_iter, log_progress=False)

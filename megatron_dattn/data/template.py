@@ -1,0 +1,122 @@
+"""From a conversation to text rows and labels: render once, tokenise once.
+
+The template marks what is supervised, the tokenizer says which characters each token came from, and
+the label mask is the overlap of the two. No part is ever tokenised on its own, so mask and tokens
+cannot disagree, whatever the tokenizer does with white space.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn
+from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.data.templates import read_template
+from megatron_dattn.data.tokenizer import special_token_ids
+
+IGNORED = -100
+
+Span = tuple[int, int]  # characters start .. end-1
+Shape = tuple[tuple[str, int], ...]  # role and number of images of each turn
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """A conversation as the language model gets it; the `<image>` tokens are taken out."""
+
+    input_ids: list[int]
+    labels: list[int]  # the next token if it is supervised, else IGNORED
+    image_offsets: tuple[int, ...]  # per image: text rows before it
+
+
+class ConversationTokenizer:
+    """Turns conversations into text rows under one template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        self.template = template
+        self._source = read_template(template)
+        self._special_text = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._special_ids = special_token_ids(tokenizer)
+        self._expected: dict[Shape, list[int]] = {}
+
+    def __call__(self, conversation: Conversation) -> TextRows:
+        """Render and tokenise.
+
+        Raises:
+            SampleError: the template cannot express the conversation, or its text contains control
+                tokens, which only the template may write.
+        """
+        if self.template == "plain" and len(conversation.turns) != 2:
+            raise SampleError(
+                Reason.NOT_A_CAPTION,
+                f"template 'plain' takes one question and one answer, not "
+                f"{len(conversation.turns)} turns",
+            )
+        ids, offsets, spans = self._tokenise(conversation)
+        if self._controls(ids) != self._expected_controls(conversation):
+            raise SampleError(
+                Reason.CONTROL_TOKEN, "the text contains a control token of the tokenizer"
+            )
+        return _text_rows(ids, _supervised(offsets, spans), self._image_id)
+
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The conversation's full text and the spans of it that are supervised."""
+        texts, spans = render_jinja_template(
+            [conversation.messages],
+            chat_template=self._source,
+            return_assistant_tokens_mask=True,
+            **self._special_text,
+        )
+        return texts[0], spans[0]
+
+    def _tokenise(self, conversation: Conversation) -> tuple[list[int], list[Span], list[Span]]:
+        text, spans = self.render(conversation)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets, spans
+
+    def _controls(self, ids: list[int]) -> list[int]:
+        special = self._special_ids
+        return [index for index in ids if index in special]
+
+    def _expected_controls(self, conversation: Conversation) -> list[int]:
+        """The control tokens of a harmless conversation with the same turns and images."""
+        shape = tuple((turn.role, turn.num_images) for turn in conversation.turns)
+        if shape not in self._expected:
+            turns = tuple(
+                Turn(turn.role, f"{IMAGE_TOKEN * turn.num_images}x", turn.num_images)
+                for turn in conversation.turns
+            )
+            ids, _, _ = self._tokenise(Conversation(turns, conversation.images))
+            self._expected[shape] = self._controls(ids)
+        return self._expected[shape]
+
+
+def _supervised(offsets: list[Span], spans: list[Span]) -> list[bool]:
+    """Which tokens start inside a supervised span. Both lists are in the order of the text."""
+    mask, remaining = [], iter(spans)
+    start, end = next(remaining, (0, 0))
+    for token_start, token_end in offsets:
+        while token_start >= end and (following := next(remaining, None)) is not None:
+            start, end = following
+        mask.append(start <= token_start < end and token_end > token_start)
+    return mask
+
+
+def _text_rows(ids: list[int], supervised: list[bool], image_id: int) -> TextRows:
+    rows: list[int] = []
+    labels: list[int] = []
+    image_offsets: list[int] = []
+    for index, is_supervised in zip(ids, supervised, strict=True):
+        if index == image_id:
+            image_offsets.append(len(rows))
+            continue
+        if rows:
+            labels.append(index if is_supervised else IGNORED)
+        rows.append(index)
+    labels.append(IGNORED)
+    return TextRows(rows, labels, tuple(image_offsets))

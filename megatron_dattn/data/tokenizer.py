@@ -1,0 +1,84 @@
+"""Loading the tokenizer from a local folder, and refusing one that would not work.
+
+Label masks come from character offsets, so a fast tokenizer is required. `<image>` and a template's
+control tokens must each be one special token: a model trained on their spelled-out letters would
+look alright and be wrong.
+"""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_dattn.data.conversation import IMAGE_TOKEN
+from megatron_dattn.errors import ConfigError
+
+CONTROL_TOKENS: dict[str, tuple[str, ...]] = {"plain": (), "mistral_v3": ("[INST]", "[/INST]")}
+
+
+def load_tokenizer(
+    folder: str | None, *, template: str, vocab_size: int | None = None
+) -> PreTrainedTokenizerBase:
+    """Load and check a Hugging Face tokenizer.
+
+    Args:
+        folder: a local folder; nothing is ever downloaded and no code in it is run.
+        template: the conversation template whose control tokens must exist.
+        vocab_size: rows of the model's embedding, if known.
+
+    Raises:
+        ConfigError: naming what is missing and how to mend it.
+    """
+    if folder is None:
+        raise ConfigError("data.tokenizer is not set: name the folder of a Hugging Face tokenizer")
+    if not Path(folder).is_dir():
+        raise ConfigError(f"data.tokenizer '{folder}' is not a folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_fast=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"no tokenizer can be loaded from '{folder}': {reason}") from error
+    check_tokenizer(tokenizer, folder=folder, template=template, vocab_size=vocab_size)
+    return tokenizer
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, *, folder: str, template: str, vocab_size: int | None = None
+) -> None:
+    """Raise ConfigError unless the tokenizer is fast and knows all control tokens."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer in '{folder}' is a slow one, but label masks need character offsets; "
+            "save it with a tokenizer.json"
+        )
+    special = special_token_ids(tokenizer)
+    for token in (IMAGE_TOKEN, *CONTROL_TOKENS[template]):
+        if tokenizer.convert_tokens_to_ids(token) not in special:
+            raise ConfigError(
+                f"the tokenizer in '{folder}' has no special token '{token}', which template "
+                f"'{template}' needs; rename one of its reserved tokens to it"
+            )
+    if tokenizer.bos_token is None or tokenizer.eos_token is None:
+        raise ConfigError(f"the tokenizer in '{folder}' lacks a bos_token or an eos_token")
+    highest = max(tokenizer.get_vocab().values())
+    if vocab_size is not None and highest >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer in '{folder}' has ids up to {highest}, but the model's vocab_size is "
+            f"{vocab_size}; they belong to different models"
+        )
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that only templates may produce. `<unk>` is not one: rare characters produce it."""
+    added = tokenizer.added_tokens_decoder.items()
+    ids = {index for index, token in added if token.special} | set(tokenizer.all_special_ids)
+    return frozenset(ids - {tokenizer.unk_token_id})
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills unused text rows: the pad token, else `<unk>` (Mistral), else the end."""
+    for index in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
+        if index is not None:
+            return int(index)
+    raise ConfigError("the tokenizer has neither a pad, nor an unk, nor an eos token")
