@@ -66,7 +66,7 @@ def vision_rules(config: VisionConfig) -> list[Rule]:
         ),
         Rule("patch_embedding.bias", {"embeddings.patch_embedding.bias": (hidden,)}),
         Rule(
-            "position_embeddings.weight",
+            "position_embedding",
             {"embeddings.position_embedding.weight": (config.num_patches, hidden)},
         ),
     ]
@@ -76,7 +76,7 @@ def vision_rules(config: VisionConfig) -> list[Rule]:
 
 
 def _layer_rules(config: VisionConfig, layer: int) -> list[Rule]:
-    ours, theirs = f"decoder.layers.{layer}", f"encoder.layers.{layer}"
+    name = f"encoder.layers.{layer}"
     hidden, ffn = config.hidden_size, config.intermediate_size
     qkv = GroupedQKV(
         config.num_attention_heads,
@@ -88,20 +88,20 @@ def _layer_rules(config: VisionConfig, layer: int) -> list[Rule]:
         ("weight", (hidden, hidden), (ffn, hidden), (hidden, ffn)),
         ("bias", (hidden,), (ffn,), (hidden,)),
     ):
-        attention = f"{theirs}.self_attn"
+        attention = f"{name}.self_attn"
         rules += [
-            Rule(f"{ours}.input_layernorm.{kind}", {f"{theirs}.layer_norm1.{kind}": (hidden,)}),
+            Rule(f"{name}.input_layernorm.{kind}", {f"{name}.layer_norm1.{kind}": (hidden,)}),
             Rule(
-                f"{ours}.self_attention.linear_qkv.{kind}",
-                {f"{attention}.{name}_proj.{kind}": square for name in "qkv"},
+                f"{name}.self_attention.linear_qkv.{kind}",
+                {f"{attention}.{x}_proj.{kind}": square for x in "qkv"},
                 qkv,
             ),
             Rule(
-                f"{ours}.self_attention.linear_proj.{kind}",
+                f"{name}.self_attention.linear_proj.{kind}",
                 {f"{attention}.out_proj.{kind}": square},
             ),
-            Rule(f"{ours}.pre_mlp_layernorm.{kind}", {f"{theirs}.layer_norm2.{kind}": (hidden,)}),
-            Rule(f"{ours}.mlp.linear_fc1.{kind}", {f"{theirs}.mlp.fc1.{kind}": up}),
-            Rule(f"{ours}.mlp.linear_fc2.{kind}", {f"{theirs}.mlp.fc2.{kind}": down}),
+            Rule(f"{name}.pre_mlp_layernorm.{kind}", {f"{name}.layer_norm2.{kind}": (hidden,)}),
+            Rule(f"{name}.mlp.linear_fc1.{kind}", {f"{name}.mlp.fc1.{kind}": up}),
+            Rule(f"{name}.mlp.linear_fc2.{kind}", {f"{name}.mlp.fc2.{kind}": down}),
         ]
     return rules

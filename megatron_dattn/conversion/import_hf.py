@@ -1,0 +1,184 @@
+"""Hugging Face SigLIP and Mistral folders into one Megatron checkpoint that starts stage 1.
+
+The result is a run folder like any other: `config.yaml` with the model section, `tokenizer/`, and a
+committed checkpoint of step 0. It holds no adapter; stage 1 trains that from random values. The
+checkpoint is committed last, so an interrupted conversion leaves none.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from megatron_dattn.checkpoint import save_checkpoint
+from megatron_dattn.conversion import mistral, siglip
+from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read_json
+from megatron_dattn.conversion.tokenizer import copy_tokenizer
+from megatron_dattn.conversion.weight_map import Rule, check_tensors
+from megatron_dattn.data.tokenizer import load_tokenizer
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.build import build_model
+from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import (
+    destroy_distributed,
+    initialize_distributed,
+    seed_everything,
+)
+
+logger = logging.getLogger(__name__)
+
+STAGE = "import"
+PROCESSOR_FILE = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Hugging Face folder whose tensors have been compared with its config."""
+
+    module: str
+    weights: SafetensorsFolder
+    rules: list[Rule]
+
+
+def import_checkpoint(
+    vision: Path, language: Path, output: Path, *, attention: str = "dattn", dtype: str = "bf16"
+) -> ModelConfig:
+    """Convert and save. One process; the model is held in memory once.
+
+    Args:
+        vision: SigLIP folder: config.json, safetensors, preprocessor_config.json.
+        language: Mistral folder: config.json, safetensors, tokenizer.json.
+        output: the new run folder; it must not hold a checkpoint yet.
+        attention: the preset that the configuration names (the weights do not depend on it).
+        dtype: "bf16" or "fp32", of the stored weights.
+
+    Returns:
+        The model's configuration.
+
+    Raises:
+        CheckpointError: an input does not fit or is damaged, or the output cannot be written; no
+            checkpoint exists then.
+    """
+    _check_output(output)
+    vision_json, language_json = (read_json(f / "config.json") for f in (vision, language))
+    model = ModelConfig(
+        vision=siglip.vision_config(vision_json),
+        language=mistral.language_config(language_json),
+        attention=attention,
+    )
+    sources = [
+        _vision_source(vision, vision_json, model),
+        _language_source(language, model),
+    ]
+    try:
+        _write_assets(vision, language, output, model)
+        _write_weights(sources, output, model, dtype)
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+    return model
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and any(output.iterdir()):
+        raise CheckpointError(f"{output} is not empty; convert into a new folder")
+
+
+def _vision_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> Source:
+    is_dual_encoder = config.get("model_type") == "siglip"
+    weights = SafetensorsFolder(folder, prefix="vision_model." if is_dual_encoder else "")
+    if not is_dual_encoder and any(name.startswith("vision_model.") for name in weights.shapes):
+        # transformers 4 kept the prefix in files of the vision encoder alone.
+        weights = SafetensorsFolder(folder, prefix="vision_model.")
+    num_layers = config.get("vision_config", config).get("num_hidden_layers", 12)
+    rules = siglip.vision_rules(model.vision)
+    unused = siglip.unused_prefixes(model.vision, num_layers)
+    check_tensors(rules, weights.shapes, unused=unused, origin=str(folder))
+    return Source("vision_model", weights, rules)
+
+
+def _language_source(folder: Path, model: ModelConfig) -> Source:
+    weights = SafetensorsFolder(folder)
+    rules = mistral.language_rules(model.language)
+    check_tensors(rules, weights.shapes, unused=mistral.UNUSED_PREFIXES, origin=str(folder))
+    return Source("language_model", weights, rules)
+
+
+def _write_assets(vision: Path, language: Path, output: Path, model: ModelConfig) -> None:
+    """Everything of the run folder but the checkpoint."""
+    tokenizer = output / "tokenizer"
+    image_id = copy_tokenizer(language, tokenizer)
+    load_tokenizer(
+        str(tokenizer), template="mistral_v3", vocab_size=model.language.vocab_size
+    )
+    processor = vision / PROCESSOR_FILE
+    if not processor.is_file():
+        raise CheckpointError(f"{processor} is missing: it says how images are prepared")
+    shutil.copyfile(processor, tokenizer / PROCESSOR_FILE)
+    config = {
+        "model": dataclasses.asdict(model),
+        "data": {"tokenizer": str(tokenizer.resolve())},
+    }
+    (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    logger.info("token <image> has id %d", image_id)
+
+
+def _write_weights(
+    sources: list[Source], output: Path, model_config: ModelConfig, dtype: str
+) -> None:
+    initialize_distributed()
+    try:
+        seed_everything(0)
+        execution = ExecutionConfig(
+            precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
+        )
+        model = build_model(model_config, ParallelConfig(), execution)
+        for source in sources:
+            fill_module(model.get_submodule(source.module), source.rules, source.weights)
+            logger.info("%s converted from %s", source.module, source.weights.folder)
+        save_checkpoint(
+            output,
+            0,
+            {"model": _sharded_modules(model, [source.module for source in sources])},
+            facts=_facts(sources, model_config, output),
+        )
+    finally:
+        destroy_distributed()
+
+
+def fill_module(module: nn.Module, rules: Iterable[Rule], weights: SafetensorsFolder) -> None:
+    """Copy Hugging Face tensors into a module's parameters, one parameter at a time."""
+    parameters = dict(module.named_parameters())
+    for rule in rules:
+        parameter = parameters.pop(rule.megatron)
+        joined = rule.layout.join([weights.load(name) for name in rule.sources])
+        with torch.no_grad():
+            parameter.copy_(joined.reshape(parameter.shape))
+    assert not parameters, f"no rule fills {sorted(parameters)}"
+
+
+def _sharded_modules(model: nn.Module, modules: list[str]) -> dict[str, Any]:
+    prefixes = tuple(f"{module}." for module in modules)
+    sharded: dict[str, Any] = model.sharded_state_dict()  # type: ignore[operator]
+    return {key: value for key, value in sharded.items() if key.startswith(prefixes)}
+
+
+def _facts(sources: list[Source], model: ModelConfig, output: Path) -> dict[str, Any]:
+    tokenizer = (output / "tokenizer" / "tokenizer.json").read_bytes()
+    return {
+        "model": dataclasses.asdict(model),
+        "modules": [source.module for source in sources],
+        "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "stage": STAGE,
+        "step": 0,
+        "sources": {source.module: str(source.weights.folder) for source in sources},
+    }

@@ -1,0 +1,118 @@
+"""A converted checkpoint holds exactly the Hugging Face weights, and wrong input leaves nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, read_manifest
+from megatron_dattn.conversion import mistral, siglip
+from megatron_dattn.conversion.import_hf import import_checkpoint
+from megatron_dattn.errors import CheckpointError, UserError
+from megatron_dattn.models.build import build_model
+from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import (
+    destroy_distributed,
+    initialize_distributed,
+    seed_everything,
+)
+from tests.unit.conversion.hf_models import save_language, save_vision
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("hf")
+    save_vision(base / "vision")
+    save_language(base / "language")
+    return base / "vision", base / "language"
+
+
+@pytest.fixture(scope="module")
+def converted(folders, tmp_path_factory):
+    output = tmp_path_factory.mktemp("converted") / "base"
+    config = import_checkpoint(*folders, output, dtype="fp32")
+    return output, config
+
+
+def test_every_tensor_is_bitwise_the_original(folders, converted):
+    output, config = converted
+    initialize_distributed()
+    try:
+        seed_everything(1)
+        execution = ExecutionConfig(precision="fp32")
+        model = build_model(config, ParallelConfig(), execution)
+        path = find_checkpoint(output).path
+        loaded = load_checkpoint(
+            path,
+            {"model": model.sharded_state_dict()},
+            modules=["vision_model", "language_model"],
+        )["model"]
+    finally:
+        destroy_distributed()
+    for folder, prefix, rules in (
+        (folders[0], "vision_model", siglip.vision_rules(config.vision)),
+        (folders[1], "language_model", mistral.language_rules(config.language)),
+    ):
+        originals = load_file(folder / "model.safetensors")
+        for rule in rules:
+            value = loaded[f"{prefix}.{rule.megatron}"]
+            parts = rule.layout.split(value)
+            for part, name in zip(parts, rule.sources, strict=True):
+                assert torch.equal(part.reshape(originals[name].shape), originals[name]), name
+
+
+def test_run_folder_is_self_contained(converted):
+    output, _ = converted
+    config = yaml.safe_load((output / "config.yaml").read_text())
+    assert config["model"]["language"]["rope_theta"] == 1000.0
+    assert config["model"]["vision"]["num_hidden_layers"] == 3
+    tokenizer = output / "tokenizer"
+    assert config["data"]["tokenizer"] == str(tokenizer)
+    assert (tokenizer / "preprocessor_config.json").is_file()
+    assert "<image>" in (tokenizer / "tokenizer.json").read_text()
+    manifest = read_manifest(find_checkpoint(output).path)
+    assert manifest.facts["modules"] == ["vision_model", "language_model"]
+
+
+def test_output_is_never_overwritten(folders, converted):
+    with pytest.raises(CheckpointError, match="not empty"):
+        import_checkpoint(*folders, converted[0])
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda v, m: edit_config(m, model_type="llama"), "'llama'; supported: mistral"),
+        (lambda v, m: edit_config(v, model_type="clip"), "'clip'; supported: siglip"),
+        (lambda v, m: edit_config(m, sliding_window=4096), "sliding_window 4096"),
+        (lambda v, m: edit_config(m, vocab_size=80), r"expected \[80, 48\]"),
+        (lambda v, m: drop_tensor(m), r"missing model.norm.weight \[48\]"),
+        (lambda v, m: (m / "tokenizer.json").unlink(), r"no tokenizer\.json"),
+        (lambda v, m: (v / "preprocessor_config.json").unlink(), "preprocessor_config"),
+        (lambda v, m: (v / "config.json").unlink(), r"config\.json is missing"),
+        (lambda v, m: (v / "model.safetensors").write_bytes(b"x" * 20), "damaged"),
+    ],
+)
+def test_wrong_input_is_one_error_and_leaves_nothing(folders, tmp_path, damage, message):
+    vision, language = tmp_path / "vision", tmp_path / "language"
+    shutil.copytree(folders[0], vision)
+    shutil.copytree(folders[1], language)
+    damage(vision, language)
+    with pytest.raises(UserError, match=message):
+        import_checkpoint(vision, language, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
