@@ -59,7 +59,8 @@ def parse_row(row: Any) -> Conversation:
     placeholders = sum(turn.num_images for turn in turns)
     if placeholders != len(images):
         raise SampleError(
-            Reason.IMAGE_COUNT, f"{placeholders} {IMAGE_TOKEN} placeholders for {len(images)} images"
+            Reason.IMAGE_COUNT,
+            f"{placeholders} {IMAGE_TOKEN} placeholders for {len(images)} images",
         )
     return Conversation(turns, images)
 

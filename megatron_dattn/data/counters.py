@@ -75,6 +75,7 @@ class SkipPolicy:
     def _stop(self, counters: LoaderCounters) -> None:
         reasons = ", ".join(f"{reason} {number}" for reason, number in counters.skipped.items())
         raise DataError(
-            f"{counters.num_skipped} of {counters.seen} samples could not be used ({reasons}), more "
-            f"than data.max_skipped_fraction {self.max_fraction}; tools/check_data.py lists them"
+            f"{counters.num_skipped} of {counters.seen} samples could not be used ({reasons}), "
+            f"more than data.max_skipped_fraction {self.max_fraction}; tools/check_data.py "
+            "lists them"
         )

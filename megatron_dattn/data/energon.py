@@ -11,9 +11,9 @@ os.environ["WDS_SECURE"] = "1"
 # The workers are forks; the tokenizers library would warn that its threads do not survive one.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import webdataset.utils  # noqa: E402
-from megatron.core.msc_utils import MultiStorageClientFeature  # noqa: E402
-from megatron.energon import (  # noqa: E402
+import webdataset.utils
+from megatron.core.msc_utils import MultiStorageClientFeature
+from megatron.energon import (
     Cooker,
     SavableDataLoader,
     SavableDataset,
@@ -22,17 +22,17 @@ from megatron.energon import (  # noqa: E402
     cooker,
     stateless,
 )
-from megatron.energon.epathlib import EPath  # noqa: E402
-from megatron.energon.errors import reraise_exception  # noqa: E402
-from megatron.energon.flavors.jsonl.crude_jsonl_dataset import (  # noqa: E402
+from megatron.energon.epathlib import EPath
+from megatron.energon.errors import reraise_exception
+from megatron.energon.flavors.jsonl.crude_jsonl_dataset import (
     CrudeJsonlDatasetFactory,
 )
-from megatron.energon.metadataset.loader_interface import (  # noqa: E402
+from megatron.energon.metadataset.loader_interface import (
     DatasetBlendMode,
     LoadedDataset,
 )
-from megatron.energon.savable_loader import BasicDataLoader  # noqa: E402
-from megatron.energon.wrappers import PackingDataset  # noqa: E402
+from megatron.energon.savable_loader import BasicDataLoader
+from megatron.energon.wrappers import PackingDataset
 
 # Somebody may have imported webdataset before us; it consults this flag at every use.
 webdataset.utils.enforce_security = True

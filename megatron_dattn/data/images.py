@@ -132,7 +132,7 @@ class ImagePreprocessor:
         settings, path = _read_settings(Path(folder))
         kind = str(settings.get("image_processor_type", ""))
         if not kind.startswith("SiglipImageProcessor"):
-            raise ConfigError(f"{path} describes '{kind}', but the encoder needs a SigLIP processor")
+            raise ConfigError(f"{path} describes '{kind}'; the encoder needs a SigLIP processor")
         for step in ("do_resize", "do_rescale", "do_normalize"):
             if settings.get(step, True) is False:
                 raise ConfigError(f"{path} switches {step} off, which SigLIP needs")
@@ -156,7 +156,7 @@ class ImagePreprocessor:
         image = decode_image(data, max_pixels=self.max_pixels)
         if self.image_fit == "pad":
             side, fill = max(image.size), tuple(int(255 * value) for value in self.mean)
-            square = Image.new("RGB", (side, side), fill)  # type: ignore[arg-type]
+            square = Image.new("RGB", (side, side), fill)
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = square
         if image.size != (self.image_size, self.image_size):
@@ -187,6 +187,6 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], Path]:
         if isinstance(settings, dict):
             return settings, path
     raise ConfigError(
-        f"'{folder}' has no preprocessor_config.json; set data.image_processor to the folder of the "
-        "vision encoder's Hugging Face checkpoint"
+        f"'{folder}' has no preprocessor_config.json; set data.image_processor to the folder of "
+        "the vision encoder's Hugging Face checkpoint"
     )

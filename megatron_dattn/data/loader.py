@@ -85,9 +85,7 @@ class VLMLoader:
     first sample with every `iter()`.
     """
 
-    def __init__(
-        self, source: "_PackSource", policy: SkipPolicy, identity: dict[str, Any]
-    ) -> None:
+    def __init__(self, source: "_PackSource", policy: SkipPolicy, identity: dict[str, Any]) -> None:
         self._source = source
         self._policy = policy
         self._identity = identity

@@ -68,7 +68,8 @@ def pack_samples(
             if not pack.takes(sample):
                 raise ValueError(
                     f"sample {index} has {sample.num_visual_rows} visual and "
-                    f"{sample.num_text_rows} text rows; budgets are {visual_budget} and {text_budget}"
+                    f"{sample.num_text_rows} text rows; the budgets are {visual_budget} and "
+                    f"{text_budget}"
                 )
             packs.append(pack)
         pack.add(index, sample)

@@ -6,6 +6,7 @@ cannot disagree, whatever the tokenizer does with white space.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -13,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.templates import read_template
-from megatron_dattn.data.tokenizer import special_token_ids
+from megatron_dattn.data.tokenizer import special_token_ids, token_id
 
 IGNORED = -100
 
@@ -40,7 +41,7 @@ class ConversationTokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
-        self._image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._image_id = token_id(tokenizer, IMAGE_TOKEN)
         self._special_ids = special_token_ids(tokenizer)
         self._expected: dict[Shape, list[int]] = {}
 
@@ -66,12 +67,14 @@ class ConversationTokenizer:
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The conversation's full text and the spans of it that are supervised."""
-        texts, spans = render_jinja_template(
+        # The declared return type of this function is that of its older form.
+        rendered: Any = render_jinja_template(
             [conversation.messages],
             chat_template=self._source,
             return_assistant_tokens_mask=True,
             **self._special_text,
         )
+        texts, spans = rendered
         return texts[0], spans[0]
 
     def _tokenise(self, conversation: Conversation) -> tuple[list[int], list[Span], list[Span]]:

@@ -76,6 +76,13 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(ids - {tokenizer.unk_token_id})
 
 
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token, which must exist."""
+    index = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(index, int)
+    return index
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills unused text rows: the pad token, else `<unk>` (Mistral), else the end."""
     for index in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
