@@ -88,6 +88,8 @@ def fill_parameters(model: DAttnVLM, layer_offset: int = 0) -> None:
         shape = list(param.shape)
         if axis is not None:
             shape[axis] *= size
+        if model.share_embeddings_and_output_weights:  # the last stage's copy of the embedding
+            name = name.replace("output_layer", "embedding.word_embeddings")
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         full = torch.randn(shape, generator=generator) * 0.1
         if "norm" in name and name.endswith("weight"):
@@ -162,7 +164,7 @@ def make_batch(
 def load_hugging_face(
     model: DAttnVLM, *, vision: dict[str, Tensor] | None = None, text: dict[str, Tensor]
 ) -> None:
-    """Copy state dicts of a `SiglipVisionModel` and a `MistralForCausalLM` into one rank's model."""
+    """Copy state dicts of a `SiglipVisionModel` and a `MistralForCausalLM` into our model."""
     config = model.model_config
     _load(model.language_model, language_rules(config.language), text)
     if vision is not None:

@@ -1,4 +1,4 @@
-"""The local norms equal Hugging Face's and torch's, and mark their weights for sequence parallelism."""
+"""The local norms equal Hugging Face's and torch's; their weights know sequence parallelism."""
 
 import pytest
 import torch

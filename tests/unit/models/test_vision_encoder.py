@@ -45,7 +45,9 @@ def _pair(feature_layer: int, dtype: torch.dtype) -> tuple[VisionEncoder, Siglip
 
 def _images(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
-    return torch.randn(count, 3, VISION.image_size, VISION.image_size, generator=generator).to(dtype)
+    return torch.randn(count, 3, VISION.image_size, VISION.image_size, generator=generator).to(
+        dtype
+    )
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2, -3])

@@ -1,0 +1,235 @@
+"""Every layout over ranks gives the losses, gradients and checkpoints of one process.
+
+One training step through megatron-core's own machinery: its DDP, its pipeline schedule, its
+gradient finalization. The micro-batches are the awkward ones: ragged samples, one of them without
+an image, a pack without images, a pack without labels.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.parallel.config import ParallelConfig
+from tests.support.distributed import run_distributed
+from tests.support.megatron import global_parameters, init_model_parallel
+from tests.support.vlm import join_shards, make_batch, partition_of, tiny_model, tiny_model_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layout and what is trained under it."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    preset: str = "dattn"
+    recompute: str = "none"
+    frozen: tuple[str, ...] = ()
+    tie: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        fields = dataclasses.fields(self)
+        changed = {f.name: getattr(self, f.name) for f in fields}
+        return ",".join(
+            f"{f.name}={changed[f.name]}" for f in fields if changed[f.name] != f.default
+        )
+
+
+@dataclasses.dataclass
+class Result:
+    """What one rank knows after the step."""
+
+    losses: dict[str, Tensor]  # by first sample key; on last stages
+    gradients: dict[str, tuple[Tensor, int | None, int]]  # shard, cut axis, stride
+    tensor_rank: int
+
+
+def _batches() -> list[PackedBatch]:
+    return [
+        make_batch([9, 5, 8], [(3,), (), (0, 5)], seed=1),
+        make_batch([11, 6], seed=2),
+        make_batch([7], [(7,)], seed=3, unlabelled=True),
+        make_batch([4, 10], [(), (1, 1)], seed=4),
+    ]
+
+
+def _model(case: Case) -> DistributedDataParallel:
+    init_model_parallel(case.tensor, case.pipeline)
+    model = tiny_model(
+        tiny_model_config(case.preset, tie_word_embeddings=case.tie),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=case.tensor,
+            pipeline_model_parallel_size=case.pipeline,
+            sequence_parallel=case.sequence_parallel,
+        ),
+        recompute=case.recompute,
+    )
+    for name in case.frozen:
+        if getattr(model, name) is not None:
+            getattr(model, name).requires_grad_(False)
+    # Overlapped reduction waits for every gradient of every micro-batch's last backward pass.
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=case.data > 1)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallel(model.config, settings, model)
+    model.config.no_sync_func = ddp.no_sync
+    return ddp
+
+
+def _train_step(case: Case) -> Result:
+    ddp = _model(case)
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    mine = _batches()[parallel_state.get_data_parallel_rank() :: case.data]
+    losses: dict[str, Tensor] = {}
+
+    def loss_function(batch: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        losses[batch.sample_keys[0]] = output.detach().clone()
+        return output.sum(), torch.tensor(output.numel(), dtype=torch.int), {}
+
+    def forward_step(batches: Iterator[PackedBatch], model: Any) -> Any:
+        batch = next(batches)
+        output = model(batch if first else batch.without_pixels())
+        return output, partial(loss_function, batch)
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(mine),
+        model=[ddp],
+        num_microbatches=len(mine),
+        seq_length=mine[0].layout.num_rows,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return Result(losses if last else {}, _gradients(ddp, case), _tensor_rank())
+
+
+def _gradients(
+    ddp: DistributedDataParallel, case: Case
+) -> dict[str, tuple[Tensor, int | None, int]]:
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    offset = stage * 2 // case.pipeline
+    return {
+        name: (param.main_grad.clone(), *partition_of(param))
+        for name, param in global_parameters(ddp.module, offset)
+        if param.requires_grad
+    }
+
+
+def _tensor_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def _joined(results: Iterable[Result]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses and whole gradients from all ranks; what is replicated must agree exactly."""
+    losses: dict[str, Tensor] = {}
+    shards: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    cuts: dict[str, tuple[int | None, int]] = {}
+    for result in results:
+        for key, loss in result.losses.items():
+            torch.testing.assert_close(losses.setdefault(key, loss), loss, rtol=0, atol=0)
+        for name, (shard, axis, stride) in result.gradients.items():
+            known = shards[name].setdefault(result.tensor_rank, shard)
+            torch.testing.assert_close(known, shard, rtol=0, atol=0, msg=name)
+            cuts[name] = axis, stride
+    gradients = {
+        name: join_shards([parts[rank] for rank in sorted(parts)], *cuts[name])
+        for name, parts in shards.items()
+    }
+    return losses, gradients
+
+
+@cache
+def _one_process(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return _joined(run_distributed(_train_step, 1, case))
+
+
+def _assert_equal_to_one_process(case: Case) -> None:
+    losses, gradients = _joined(run_distributed(_train_step, case.world_size, case))
+    expected_losses, expected = _one_process(
+        Case(preset=case.preset, frozen=case.frozen, tie=case.tie)
+    )
+    assert losses.keys() == expected_losses.keys()
+    for key, loss in expected_losses.items():
+        # fp32: the same products, summed in another order across ranks.
+        torch.testing.assert_close(losses[key], loss, rtol=1e-5, atol=1e-5)
+    if case.tie and case.pipeline > 1:  # the last stage's copy of the embedding
+        assert "language_model.output_layer.weight" in gradients
+        tied = gradients.pop("language_model.output_layer.weight")
+        assert torch.equal(tied, gradients["language_model.embedding.word_embeddings.weight"])
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # A share of the parameter's largest entry: single entries may nearly cancel.
+        atol = 2e-5 * gradient.abs().max().item() + 1e-9
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=atol, msg=name)
+        assert gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tensor=2),
+        Case(tensor=2, sequence_parallel=True),
+        Case(tensor=2, sequence_parallel=True, preset="s_attn"),
+        Case(tensor=2, sequence_parallel=True, recompute="full"),
+        Case(tensor=2, sequence_parallel=True, recompute="selective", tie=True),
+        Case(tensor=2, sequence_parallel=True, frozen=("vision_model", "language_model")),
+        Case(pipeline=2),
+        Case(pipeline=2, tie=True),
+        Case(pipeline=2, frozen=("vision_model", "language_model")),
+        Case(data=2),
+        Case(data=2, frozen=("vision_model",)),
+        Case(tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
+    ],
+    ids=str,
+)
+def test_a_step_equals_one_process(case: Case) -> None:
+    _assert_equal_to_one_process(case)
+
+
+def _sharded_tensors(case: Case) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
+    """(key, global shape, global offset, values) of everything this rank would store."""
+    stored = []
+    for entry in _model(case).module.sharded_state_dict().values():
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        for part in parts:
+            if isinstance(part, ShardedTensor):
+                values = part.data.reshape(part.local_shape)
+                values = values.reshape((1,) * part.prepend_axis_num + tuple(values.shape))
+                stored.append((part.key, part.global_shape, part.global_offset, values.detach()))
+    return stored
+
+
+def _assembled(results: Iterable[list[Any]]) -> dict[str, Tensor]:
+    whole: dict[str, Tensor] = {}
+    for stored in results:
+        for key, shape, offset, values in stored:
+            target = whole.setdefault(key, torch.full(shape, torch.nan))
+            places = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
+            target[places] = values
+    return whole
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_checkpoints_do_not_know_the_layout(tie: bool) -> None:
+    case = Case(tensor=2, pipeline=2, sequence_parallel=True, tie=tie)
+    stored = _assembled(run_distributed(_sharded_tensors, 4, case))
+    expected = _assembled(run_distributed(_sharded_tensors, 1, Case(tie=tie)))
+    assert stored.keys() == expected.keys()
+    for key, values in expected.items():
+        assert torch.equal(stored[key], values), key

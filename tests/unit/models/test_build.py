@@ -1,0 +1,78 @@
+"""Building: sizes that do not fit are refused, weights are repeatable, meta costs nothing."""
+
+import pytest
+import torch
+
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.build import build_model, check_model_sizes
+from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import seed_everything
+from tests.support.vlm import tiny_model_config
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+@pytest.mark.parametrize(
+    ("language", "tp", "words"),
+    [
+        ({"vocab_size": 63}, 2, "2 does not divide model.language.vocab_size 63"),
+        ({"num_key_value_heads": 1}, 2, "does not divide language.num_key_value_heads 1"),
+        ({"intermediate_size": 57}, 2, "model.language.intermediate_size 57"),
+        ({}, 4, "language.num_key_value_heads 2"),
+    ],
+)
+def test_sizes_that_cannot_be_cut_are_refused(language, tp, words):
+    model = tiny_model_config(**language)
+    with pytest.raises(ConfigError, match=words):
+        check_model_sizes(model, ParallelConfig(tensor_model_parallel_size=tp))
+
+
+def test_layers_must_fill_the_pipeline():
+    parallel = ParallelConfig(pipeline_model_parallel_size=3)
+    with pytest.raises(ConfigError, match=r"3 does not divide the language model's 2 layers"):
+        check_model_sizes(tiny_model_config(), parallel)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    models = []
+    for _ in range(2):
+        seed_everything(4)
+        execution = ExecutionConfig(precision="fp32")
+        models.append(build_model(tiny_model_config(), ParallelConfig(), execution))
+    pairs = zip(models[0].named_parameters(), models[1].parameters(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), b in pairs)
+
+
+def test_stages_hold_their_parts_only():
+    execution = ExecutionConfig(precision="fp32")
+    config = tiny_model_config()
+    first = build_model(config, ParallelConfig(), execution, post_process=False)
+    last = build_model(config, ParallelConfig(), execution, pre_process=False)
+    assert not hasattr(first.language_model, "output_layer")
+    assert last.vision_model is None
+    assert last.adapter is None
+    assert not hasattr(last.language_model, "embedding")
+
+
+@pytest.mark.parametrize("preset", ["dattn", "s_attn"])
+def test_positions_exist_where_the_preset_says(preset):
+    execution = ExecutionConfig(precision="fp32")
+    model = build_model(tiny_model_config(preset), ParallelConfig(), execution)
+    names = [name for name, _ in model.named_parameters() if "positions" in name]
+    expected = ["adapter.positions.rows", "adapter.positions.columns"]
+    assert names == (expected if preset == "dattn" else [])
+
+
+def test_the_7b_model_on_the_meta_device():
+    model = build_model(ModelConfig(), ParallelConfig(), ExecutionConfig(), device="meta")
+    counts = {
+        name: sum(p.numel() for p in getattr(model, name).parameters())
+        for name in ("vision_model", "adapter", "language_model")
+    }
+    assert {param.device.type for param in model.parameters()} == {"meta"}
+    # Mistral-7B-v0.3 has 7,248,023,552 parameters; 26 of so400m's 27 layers are built.
+    assert counts["language_model"] == 7_248_023_552
+    layer = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
+    assert counts["vision_model"] == 26 * layer + 1152 * (3 * 14 * 14 + 1) + 729 * 1152
+    assert counts["adapter"] == 1152 + 1153 * 4096 + 4097 * 4096 + 2 * 64 * 4096
