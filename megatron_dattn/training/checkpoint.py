@@ -27,6 +27,7 @@ from megatron_dattn.checkpoint.manifest import compare_facts
 from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.training.config import CheckpointConfig
+from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
 from megatron_dattn.training.stages import MODULES
 from megatron_dattn.training.state import Progress, TrainState
 
@@ -214,7 +215,10 @@ class Checkpointer:
         now = parallel_layout()
         if now == found.manifest.layout:
             return "restored"
-        return f"fresh, as the parallel layout changed from {found.manifest.layout} to {now}"
+        return (
+            f"fresh, as the parallel layout changed from {_spell(found.manifest.layout)} to "
+            f"{_spell(now)}"
+        )
 
     def _read_local_files(
         self, found: FoundCheckpoint, state: TrainState, with_random_state: bool
@@ -266,6 +270,10 @@ class Checkpointer:
         on_first_rank("writing the resume report", write)
 
 
+def _spell(layout: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in sorted(layout.items()))
+
+
 def _rng_file() -> str:
     return f"rng-{rank():05d}.pt"
 
@@ -305,11 +313,8 @@ def _model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
 
 def _sharded_state(state: TrainState, *, is_loading: bool) -> ShardedStateDict:
     sharded = _model_state(state.model)
-    if not is_loading:
-        _complete_optimizer_state(state.optimizer)
-    # megatron-core tells model and optimizer shards apart by the identity of their tensors.
-    sharded["optimizer"] = state.optimizer.sharded_state_dict(
-        copy.copy(sharded), is_loading=is_loading, metadata=dict(_SHARDING)
+    sharded["optimizer"] = sharded_optimizer_state(
+        state.optimizer, copy.copy(sharded), is_loading=is_loading, metadata=dict(_SHARDING)
     )
     if not is_loading:
         sharded["scheduler"] = state.scheduler.state_dict()
@@ -317,16 +322,10 @@ def _sharded_state(state: TrainState, *, is_loading: bool) -> ShardedStateDict:
     return sharded
 
 
-def _complete_optimizer_state(optimizer: Any) -> None:
-    """Give parameters without optimizer state (no update yet) the zeros that they start from."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.optimizer is not None and part.init_state_fn is not None:
-            part.init_state_fn(part.optimizer, part.config)
-
-
 def _restore(state: TrainState, loaded: StateDict, local: Mapping[str, bytes], path: Path) -> None:
     _load_modules(state.model, loaded, None)
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    restore_optimizer(state.optimizer, loaded["optimizer"])
+    state.scheduler.num_steps = 0  # loading adds the saved steps to those already made
     try:
         state.scheduler.load_state_dict(loaded["scheduler"])
     except AssertionError as error:  # megatron-core's way to refuse another schedule
