@@ -2,8 +2,12 @@
 
 It refuses what the real run would refuse (sizes that do not divide, rows that cannot be sharded)
 and prints parameters, rows, steps, FLOPs, memory and communication. It needs no GPU and no weights;
-data sets are counted if they are there.
+data sets are counted if they are there. A laptop plans a big run by the environment:
+
+    WORLD_SIZE=8 python pretrain_vlm.py --config model.yaml --config stage2.yaml --dry-run
 """
+
+import os
 
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
@@ -24,6 +28,22 @@ from megatron_dattn.training.stages import learning_rate_of
 GPU_SIZES_GB = (24, 40, 48, 80, 141)
 _VALUE_BYTES = {"bf16": 2, "fp32": 4}
 _GRADIENT_BYTES = 4  # gradients are accumulated and reduced in fp32
+
+
+def print_plan(config: PretrainConfig) -> None:
+    """Print the dry run, once, for WORLD_SIZE ranks (torchrun sets it; anyone may).
+
+    Where it is not set, for the smallest world that the parallel sizes allow.
+
+    Raises:
+        ConfigError: the run could not start.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    given = os.environ.get("WORLD_SIZE")
+    print(dry_run(config, int(given) if given else config.parallel.model_parallel_size))
+    if not given:
+        print("\nFor the plan on 8 ranks, say: set the environment variable WORLD_SIZE=8.")
 
 
 def dry_run(config: PretrainConfig, world_size: int) -> str:

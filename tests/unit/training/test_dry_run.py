@@ -18,7 +18,7 @@ from megatron_dattn.training.config import (
     OptimizerSettings,
     TrainingConfig,
 )
-from megatron_dattn.training.dry_run import dry_run
+from megatron_dattn.training.dry_run import dry_run, print_plan
 from megatron_dattn.training.plan import make_plan
 
 TINY = PretrainConfig(
@@ -153,3 +153,19 @@ def test_report_is_plain_text() -> None:
     report = dry_run(TINY, world_size=1)
     assert report.isascii()
     assert all(line == line.rstrip() for line in report.splitlines())
+
+
+def test_world_size_comes_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    two_stages = changed(parallel={"pipeline_model_parallel_size": 2})
+    print_plan(two_stages)
+    assert "2 ranks" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    print_plan(two_stages)
+    assert "data 2" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    print_plan(two_stages)
+    assert capsys.readouterr().out == ""
