@@ -9,7 +9,7 @@ contiguous runs of them: no digit and no form is ever in two splits.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -30,9 +30,10 @@ class DigitBank:
     labels: np.ndarray
     indices: np.ndarray
 
-    def of_label(self, label: int) -> np.ndarray:
-        """Rows of this bank that show the digit `label`."""
-        return np.flatnonzero(self.labels == label)
+    @cached_property
+    def rows_by_label(self) -> tuple[tuple[int, ...], ...]:
+        """For each digit 0..9 the rows of this bank that show it."""
+        return tuple(tuple(np.flatnonzero(self.labels == label).tolist()) for label in range(10))
 
 
 def split_indices(split: str) -> range:

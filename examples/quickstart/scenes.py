@@ -15,8 +15,8 @@ from PIL import Image
 from examples.quickstart.digits import DigitBank
 
 CELL_SIZE = 32
-DIGIT_SIZES = (22, 28)
-MAX_ROTATION_DEGREES = 8.0
+DIGIT_SIZES = (24, 28)
+MAX_ROTATION_DEGREES = 6.0
 PLACE_NAMES = {
     2: ("top left", "top right", "bottom left", "bottom right"),
     3: (
@@ -62,8 +62,8 @@ class Scene:
 def sample_scene(rng: random.Random, grid: int) -> Scene:
     """A random scene of at least one digit.
 
-    Half of the later digits in a scene may repeat an earlier one with a probability above chance,
-    because otherwise "how many 7s" would nearly always be 0 or 1.
+    A digit repeats an earlier one more often than chance would have it, because otherwise "how many
+    7s" would nearly always be 0 or 1.
     """
     num_cells = grid**2
     num_digits = rng.randint(1, num_cells)
@@ -101,7 +101,7 @@ def render_scene(
     for cell, digit in enumerate(scene.cells):
         if digit is None:
             continue
-        row = int(rng.choice(list(bank.of_label(digit))))
+        row = rng.choice(bank.rows_by_label[digit])
         mask = _digit_mask(bank.images[row], rng)
         strength = rng.uniform(0.8, 1.0)
         mask = mask.point([round(value * strength) for value in range(256)])
