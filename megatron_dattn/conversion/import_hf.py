@@ -117,9 +117,7 @@ def _write_assets(vision: Path, language: Path, output: Path, model: ModelConfig
     """Everything of the run folder but the checkpoint."""
     tokenizer = output / "tokenizer"
     image_id = copy_tokenizer(language, tokenizer)
-    load_tokenizer(
-        str(tokenizer), template="mistral_v3", vocab_size=model.language.vocab_size
-    )
+    load_tokenizer(str(tokenizer), template="mistral_v3", vocab_size=model.language.vocab_size)
     processor = vision / PROCESSOR_FILE
     if not processor.is_file():
         raise CheckpointError(f"{processor} is missing: it says how images are prepared")

@@ -5,6 +5,7 @@ the label mask is the overlap of the two. No part is ever tokenised on its own, 
 cannot disagree, whatever the tokenizer does with white space.
 """
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from megatron_dattn.data.templates import read_template
 from megatron_dattn.data.tokenizer import special_token_ids, token_id
 
 IGNORED = -100
+
+# A compiled template keeps its spans in itself while it renders, and is shared by all users.
+_render_lock = threading.Lock()
 
 Span = tuple[int, int]  # characters start .. end-1
 Shape = tuple[tuple[str, int], ...]  # role and number of images of each turn
@@ -65,15 +69,35 @@ class ConversationTokenizer:
             )
         return _text_rows(ids, _supervised(offsets, spans), self._image_id)
 
+    def prompt(self, conversation: Conversation) -> TextRows:
+        """The rows that an answer continues, from a conversation whose last turn is a question.
+
+        Raises:
+            SampleError: as for a whole conversation.
+        """
+        if self.template == "plain":  # it has no question to end with: stop where captions begin
+            conversation = Conversation(
+                (*conversation.turns, Turn("assistant", "")), conversation.images
+            )
+        ids, offsets, spans = self._tokenise(conversation)
+        if self._controls(ids) != self._expected_controls(conversation):
+            raise SampleError(
+                Reason.CONTROL_TOKEN, "the text contains a control token of the tokenizer"
+            )
+        if self.template == "plain":
+            ids = ids[: _supervised(offsets, spans).index(True)]
+        return _text_rows(ids, [False] * len(ids), self._image_id)
+
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The conversation's full text and the spans of it that are supervised."""
-        # The declared return type of this function is that of its older form.
-        rendered: Any = render_jinja_template(
-            [conversation.messages],
-            chat_template=self._source,
-            return_assistant_tokens_mask=True,
-            **self._special_text,
-        )
+        with _render_lock:
+            # The declared return type of this function is that of its older form.
+            rendered: Any = render_jinja_template(
+                [conversation.messages],
+                chat_template=self._source,
+                return_assistant_tokens_mask=True,
+                **self._special_text,
+            )
         texts, spans = rendered
         return texts[0], spans[0]
 

@@ -1,0 +1,96 @@
+"""Loads the newest checkpoint of a run folder for generation, on one process.
+
+The run folder is self-contained: `config.yaml` says what the model is, `tokenizer/` holds tokenizer
+and image processor. A checkpoint of any parallel layout loads.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint
+from megatron_dattn.config.cli import load_config
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.template import ConversationTokenizer
+from megatron_dattn.data.tokenizer import load_tokenizer
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.build import build_model
+from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.vlm import DAttnVLM
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to answer, with what turns questions into its inputs."""
+
+    model: DAttnVLM
+    tokenizer: PreTrainedTokenizerBase
+    conversations: ConversationTokenizer
+    preprocessor: ImagePreprocessor
+    config: PretrainConfig
+
+
+def load_model(run_folder: str | Path, *, template: str | None = None) -> LoadedModel:
+    """Load the newest sound checkpoint of a run folder.
+
+    The process group of one process is set up if there is none; `destroy_distributed` ends it.
+
+    Args:
+        template: conversation template; the one that the run was trained with where None.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint, or it lacks a module.
+        ConfigError: the folder's configuration or tokenizer does not fit.
+    """
+    folder = Path(run_folder)
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder} holds no config.yaml: is it the folder of a run?")
+    found = find_checkpoint(folder)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no checkpoint yet")
+    config = load_config(folder / "config.yaml")
+    _check_modules(found.path, found.manifest.modules)
+    tokenizer_folder = str(folder / "tokenizer")
+    template = template or config.data.template
+    tokenizer = load_tokenizer(
+        tokenizer_folder, template=template, vocab_size=config.model.language.vocab_size
+    )
+    preprocessor = ImagePreprocessor.from_folder(
+        tokenizer_folder,
+        image_size=config.model.vision.image_size,
+        image_fit=config.data.image_fit,
+        max_pixels=config.data.max_image_pixels,
+    )
+    initialize_distributed()
+    seed_everything(config.training.seed)
+    execution = ExecutionConfig(precision=config.training.precision, transformer_impl="local")
+    model = build_model(config.model, ParallelConfig(), execution)
+    loaded = load_checkpoint(
+        found.path, {"model": model.sharded_state_dict()}, modules=found.manifest.modules
+    )
+    model.load_state_dict(loaded["model"])
+    logger.info("loaded %s", found.path)
+    return LoadedModel(
+        model.eval(), tokenizer, ConversationTokenizer(tokenizer, template), preprocessor, config
+    )
+
+
+def _check_modules(path: Path, modules: tuple[str, ...]) -> None:
+    missing = {"vision_model", "adapter", "language_model"} - set(modules)
+    if missing:
+        raise CheckpointError(
+            f"{path} has no {', '.join(sorted(missing))}: train at least stage 1 before generating"
+        )
+
+
+def model_device(model: torch.nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device

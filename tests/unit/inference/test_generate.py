@@ -1,0 +1,150 @@
+"""Generation from a checkpoint: Hugging Face's tokens for text, and no mixing of prompts."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_dattn.conversion.import_hf import import_checkpoint
+from megatron_dattn.errors import CheckpointError, DataError
+from megatron_dattn.inference import Prompt, generate, load_model
+from megatron_dattn.models.build import build_model
+from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import (
+    destroy_distributed,
+    initialize_distributed,
+    seed_everything,
+)
+from tests.unit.conversion.hf_models import save_language, save_vision
+
+ROOT = Path(__file__).parents[3]
+QUESTIONS = ["what is this?", "a longer question about it.", "why?"]
+
+
+def make_run_folder(base: Path, folder: Path, attention: str) -> None:
+    """A run folder as a finished stage leaves it: the imported weights and a random adapter."""
+    imported = base / f"imported-{attention}"
+    config = import_checkpoint(
+        base / "vision", base / "language", imported, attention=attention, dtype="fp32"
+    )
+    initialize_distributed()
+    seed_everything(7)
+    model = build_model(config, ParallelConfig(), ExecutionConfig(precision="fp32"))
+    found = find_checkpoint(imported)
+    loaded = load_checkpoint(
+        found.path,
+        {"model": model.sharded_state_dict()},
+        modules=["vision_model", "language_model"],
+    )
+    model.load_state_dict(loaded["model"], strict=False)
+    shutil.copytree(imported / "tokenizer", folder / "tokenizer")
+    text = (imported / "config.yaml").read_text() + "training: {precision: fp32}\n"
+    (folder / "config.yaml").write_text(text)
+    modules = ["vision_model", "adapter", "language_model"]
+    facts = {**found.manifest.facts, "modules": modules}
+    save_checkpoint(folder, 1, {"model": model.sharded_state_dict()}, facts=facts)
+    destroy_distributed()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("generate")
+    save_vision(base / "vision")
+    language = save_language(base / "language")
+    make_run_folder(base, base / "dattn", "dattn")
+    make_run_folder(base, base / "s_attn", "s_attn")
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 255, (28, 28, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(base / f"{index}.png")
+    return base, language
+
+
+@pytest.fixture(params=["dattn", "s_attn"])
+def loaded(base, request):
+    yield load_model(base[0] / request.param)
+    destroy_distributed()
+
+
+def prompts_of(loaded, folder):
+    images = [[], [folder / "0.png"], [folder / "1.png", folder / "0.png"]]
+    return [
+        Prompt.from_question(loaded, question, paths)
+        for question, paths in zip(QUESTIONS, images, strict=True)
+    ]
+
+
+def test_text_only_answers_are_hugging_faces(base, loaded):
+    language = base[1]
+    prompt = Prompt.from_question(loaded, QUESTIONS[1])
+    expected = language.generate(
+        torch.tensor([prompt.rows.input_ids]), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )[0, len(prompt.rows.input_ids) :]
+    (answer,) = generate(loaded, [prompt], max_new_tokens=12)
+    assert answer == loaded.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert answer
+
+
+def test_prompts_in_one_pack_do_not_mix(base, loaded):
+    prompts = prompts_of(loaded, base[0])
+    together = generate(loaded, prompts, max_new_tokens=8)
+    alone = [generate(loaded, [prompt], max_new_tokens=8)[0] for prompt in prompts]
+    assert together == alone
+
+
+def test_the_image_matters(base, loaded):
+    images = [[base[0] / "0.png"], [base[0] / "1.png"]]
+    prompts = [Prompt.from_question(loaded, "what?", paths) for paths in images]
+    first, second = generate(loaded, prompts, max_new_tokens=16)
+    assert first != second
+
+
+def test_each_prompt_stops_at_its_own_end_token(base, loaded, monkeypatch):
+    letter, end = loaded.tokenizer.convert_tokens_to_ids("a"), loaded.tokenizer.eos_token_id
+    script = [[letter, letter, letter], [letter, end, letter], [end, letter], [letter]]
+    running = []
+
+    def scripted(batch, rows):
+        running.append(batch.layout.num_samples)
+        tokens = torch.tensor(script[len(running) - 1])
+        return torch.nn.functional.one_hot(tokens, len(loaded.tokenizer)).float()
+
+    monkeypatch.setattr(loaded.model, "forward_logits", scripted)
+    answers = generate(loaded, prompts_of(loaded, base[0]), max_new_tokens=4)
+    assert answers == ["aa", "a", "aaaa"]
+    assert running == [3, 3, 2, 1]
+
+
+def test_questions_cannot_smuggle_images(loaded):
+    with pytest.raises(DataError, match="<image>"):
+        Prompt.from_question(loaded, "see <image>")
+    with pytest.raises(DataError, match="control token"):
+        Prompt.from_question(loaded, "x [/INST] y")
+
+
+def test_wrong_folders_are_one_error(base, tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.yaml"):
+        load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="has no adapter"):
+        load_model(base[0] / "imported-dattn")
+
+
+def test_command_line(base, tmp_path):
+    tool = [sys.executable, "tools/generate.py", "--max-new-tokens", "4"]
+    call = [*tool, "--checkpoint", base[0] / "dattn", "--question", "why?"]
+    done = subprocess.run(
+        [*call, "--image", base[0] / "0.png"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    missing = subprocess.run(
+        [*call, "--image", tmp_path / "none.png"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert missing.returncode == 2
+    assert "none.png" in missing.stderr.splitlines()[-1]
+    assert "Traceback" not in missing.stderr

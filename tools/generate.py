@@ -1,0 +1,52 @@
+"""Answer a question about images from a run's newest checkpoint.
+
+    python tools/generate.py --checkpoint runs/stage3 --image cat.jpg --question "What is this?"
+
+Without --image the question is text only; --image may be given several times.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="image file")
+    parser.add_argument("--question", default="", help="what to ask")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument(
+        "--template", help="conversation template; the run's own by default (plain captions)"
+    )
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    setup_logging(stream=sys.stderr)
+    silence_import_warnings()
+    # Imported late: --help should not wait for torch and megatron-core.
+    from megatron_dattn.inference import Prompt, generate, load_model
+    from megatron_dattn.runtime.distributed import destroy_distributed
+
+    try:
+        loaded = load_model(arguments.checkpoint, template=arguments.template)
+        prompt = Prompt.from_question(loaded, arguments.question, arguments.image)
+        (answer,) = generate(loaded, [prompt], max_new_tokens=arguments.max_new_tokens)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    finally:
+        destroy_distributed()
+    print(answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
