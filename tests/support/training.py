@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
 from megatron_dattn.config.pretrain import PretrainConfig
@@ -180,4 +180,3 @@ def whole_weights(run: Run) -> dict[str, torch.Tensor]:
 def leave() -> None:
     """Forget the model-parallel groups, for the next run in the same process."""
     parallel_state.destroy_model_parallel()
-    tensor_parallel.random._CUDA_RNG_STATE_TRACKER = None

@@ -1,0 +1,291 @@
+"""The real training step under every layout: same losses, same weights, same decisions.
+
+All runs start from the same weights and see the same samples, in fp32 on gloo ranks. Tolerances:
+layouts differ only in the order of fp32 sums, about 1e-7 relative; after a few AdamW steps, whose
+update is near sign(gradient) for tiny gradients, single weights may differ by a good part of one
+learning rate (1e-3), so weights are compared through the norm of the difference.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dattn.training.config import ModuleLearningRates
+from tests.support.distributed import run_distributed
+
+STEPS = 3
+PACKS = 4
+MODULES = ("vision_model", "adapter", "language_model")
+ADAPTER_ONLY = ModuleLearningRates(vision_model=0.0, adapter=1e-3, language_model=0.0)
+
+Curve = list[tuple[float, float]]
+
+
+def _packs(number: int) -> list:
+    """Ragged packs of one sample each: no image, one, two in the middle of the text."""
+    from tests.support.vlm import make_batch
+
+    places: tuple[tuple[int, ...], ...] = ((), (0,), (2, 5), (3,))
+    return [make_batch([9 + i % 3], [places[i % 4]], seed=i) for i in range(number)]
+
+
+def _train(settings: dict[str, Any], steps: int = STEPS) -> tuple[Curve, dict[str, torch.Tensor]]:
+    """Losses and gradient norms of some steps, and the whole model's weights afterwards."""
+    from megatron_dattn.training.step import train_step
+    from tests.support.training import build_run, training_config, whole_weights
+
+    settings = {"num_packs": PACKS, "train_iters": steps, **settings}
+    run = build_run(training_config(**settings), _packs(steps * settings["num_packs"]))
+    reports = [train_step(run) for _ in range(steps)]
+    assert not any(report.skipped for report in reports)
+    return [(report.loss, report.grad_norm) for report in reports], whole_weights(run)
+
+
+def _assert_same(found: tuple, expected: tuple, tolerance: float = 2e-5) -> None:
+    for (loss, norm), (expected_loss, expected_norm) in zip(found[0], expected[0], strict=True):
+        assert loss == pytest.approx(expected_loss, rel=tolerance)
+        assert norm == pytest.approx(expected_norm, rel=10 * tolerance)
+    assert found[1].keys() == expected[1].keys()
+    for name, weight in expected[1].items():
+        difference = (found[1][name] - weight).norm() / weight.norm()
+        assert difference < 10 * tolerance, name
+
+
+@pytest.fixture(scope="module")
+def one_process() -> tuple:
+    (result,) = run_distributed(_train, 1, {})
+    return result
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, {"tensor": 2}),
+        (2, {"pipeline": 2}),
+        (2, {}),
+        (2, {"use_distributed_optimizer": True}),
+        (2, {"tensor": 2, "recompute": "full"}),
+    ],
+    ids=["tp2+sp", "pp2", "dp2", "dp2-distributed-optimizer", "tp2+sp-recompute"],
+)
+def test_layouts_train_alike(ranks: int, settings: dict[str, Any], one_process: tuple) -> None:
+    for result in run_distributed(_train, ranks, settings):
+        _assert_same(result, one_process)
+
+
+def _accumulated_and_whole() -> tuple:
+    """The same four samples as four micro-batches, and as one pack."""
+    from megatron_dattn.training.step import train_step
+    from tests.support.training import build_run, leave, training_config, whole_weights
+    from tests.support.vlm import make_batch
+
+    lengths, places = [9, 10, 11, 9], [(), (0,), (2, 5), (3,)]
+    results = []
+    for packs in (
+        [
+            make_batch([length], [place], budgets=(36, 48), first_sample=i)
+            for i, (length, place) in enumerate(zip(lengths, places, strict=True))
+        ],
+        [make_batch(lengths, places, budgets=(36, 48))],
+        [
+            make_batch(lengths[:3], places[:3], budgets=(36, 48)),
+            make_batch(lengths[3:], places[3:], budgets=(36, 48), first_sample=3),
+        ],
+    ):
+        config = training_config(num_packs=len(packs), train_iters=1, text_budget=48)
+        run = build_run(config, packs)
+        report = train_step(run)
+        results.append(([(report.loss, report.grad_norm)], whole_weights(run)))
+        leave()
+    return tuple(results)
+
+
+def test_loss_and_update_do_not_depend_on_packing_or_accumulation() -> None:
+    ((separate, together, mixed),) = run_distributed(_accumulated_and_whole, 1)
+    _assert_same(together, separate)
+    _assert_same(mixed, separate)
+
+
+def _stage_one(settings: dict[str, Any]) -> tuple:
+    from megatron_dattn.training.optimizer import parameter_groups
+    from megatron_dattn.training.step import train_step
+    from tests.support.training import build_run, training_config, whole_weights
+
+    config = training_config(num_packs=PACKS, rates=ADAPTER_ONLY, **settings)
+    run = build_run(config, _packs(2 * PACKS))
+    before = whole_weights(run)
+    for _ in range(2):
+        train_step(run)
+    trained = {group.module for group in parameter_groups(run.state.optimizer)}
+    sharded = run.state.model[0].ddp_config.use_distributed_optimizer
+    return before, whole_weights(run), trained, sharded
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2, "use_distributed_optimizer": True})],
+    ids=["one", "tp2+sp", "pp2-frozen-stage"],
+)
+def test_frozen_modules_do_not_move(ranks: int, settings: dict[str, Any]) -> None:
+    for before, after, trained, sharded in run_distributed(_stage_one, ranks, settings):
+        assert trained == {"adapter"}
+        assert not sharded, "a frozen stage must switch the distributed optimizer off"
+        for name, weight in before.items():
+            if name.startswith("adapter."):
+                assert not torch.equal(after[name], weight), name
+            else:
+                assert torch.equal(after[name], weight), name
+
+
+def _first_step_sizes() -> dict[str, float]:
+    """Largest change of each module's weights in AdamW's first step without decay."""
+    from megatron_dattn.training.step import train_step
+    from tests.support.training import ALL_RATES, build_run, training_config, whole_weights
+
+    run = build_run(training_config(num_packs=PACKS), _packs(PACKS))
+    before = whole_weights(run)
+    train_step(run)
+    after = whole_weights(run)
+    largest = dict.fromkeys(MODULES, 0.0)
+    for name, weight in before.items():
+        module = name.partition(".")[0]
+        change = (after[name] - weight).abs().max().item()
+        largest[module] = max(largest[module], change / getattr(ALL_RATES, module))
+    return largest
+
+
+def test_each_module_trains_at_its_own_rate() -> None:
+    """AdamW's first update is rate * gradient / |gradient|: exactly one rate per weight."""
+    ((sizes),) = run_distributed(_first_step_sizes, 1)
+    for module in MODULES:
+        assert sizes[module] == pytest.approx(1.0, rel=1e-2), module
+
+
+def _with_bad_numbers(settings: dict[str, Any], kind: str, bad_steps: set[int], rank: int) -> tuple:
+    """Train while one rank sees bad numbers in some steps; what it decided and how it ended."""
+    import torch.distributed as dist
+
+    from megatron_dattn.training.exits import NumericsError
+    from megatron_dattn.training.trainer import train
+    from tests.support.training import build_run, training_config, whole_weights
+
+    settings = {"num_packs": PACKS, "train_iters": 5, "max_skipped_steps": 2, **settings}
+    run = build_run(training_config(**settings), _packs(5 * PACKS))
+    snapshots: list[dict[str, torch.Tensor]] = []
+
+    def poison(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        bad = dist.get_rank() == rank and run.state.progress.step + 1 in bad_steps
+        if not bad:
+            return output
+        if kind == "loss":
+            return output * math.nan
+        output.register_hook(lambda gradient: gradient * math.inf)  # the loss stays finite
+        return output
+
+    run.state.model[0].register_forward_hook(poison)
+    record = run.metrics.record
+
+    def remember(report: Any, totals: Any) -> None:
+        snapshots.append({"skipped": report.skipped, **whole_weights(run)})
+        record(report, totals)
+
+    run.metrics.record = remember  # type: ignore[method-assign]
+    try:
+        ending: Any = train(run).reason
+    except NumericsError as error:
+        ending = error.step
+    return ending, snapshots, run.state.progress.skipped_steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "rank"),
+    [
+        ({}, "loss", 1),
+        ({}, "gradient", 0),
+        ({"pipeline": 2}, "loss", 1),
+        ({"pipeline": 2}, "gradient", 0),
+        ({"precision": "bf16"}, "gradient", 1),
+    ],
+    ids=["dp2-loss", "dp2-gradient", "pp2-loss", "pp2-gradient", "dp2-bf16-gradient"],
+)
+def test_bad_numbers_on_one_rank_skip_the_step_on_all(
+    settings: dict[str, Any], kind: str, rank: int
+) -> None:
+    bad_steps = {2, 4}  # never two in a row: the run reaches its end
+    results = run_distributed(_with_bad_numbers, 2, settings, kind, bad_steps, rank)
+    for ending, snapshots, skipped in results:
+        assert ending == "finished"
+        assert skipped == 2
+        assert [s.pop("skipped") for s in snapshots] == [False, True, False, True, False]
+        for step in bad_steps:
+            _assert_equal(snapshots[step - 1], snapshots[step - 2])
+        assert all(weight.isfinite().all() for weight in snapshots[-1].values())
+        _assert_equal(snapshots[-1], results[0][1][-1])
+
+
+def test_bad_numbers_that_persist_stop_the_run() -> None:
+    for ending, snapshots, _ in run_distributed(_with_bad_numbers, 2, {}, "loss", {3, 4, 5}, 1):
+        assert ending == 4, "two skipped steps in a row are the limit here"
+        assert len(snapshots) == 4
+
+
+def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name in expected.keys() - {"skipped"}:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def _loader_that_fails_on(rank: int) -> str:
+    import torch.distributed as dist
+
+    from megatron_dattn.errors import DataError
+    from megatron_dattn.training.step import train_step
+    from tests.support.training import build_run, training_config
+
+    packs = _packs(4 if dist.get_rank() == rank else 8)  # too few for the third step
+    run = build_run(training_config(num_packs=4, train_iters=3), packs)
+    try:
+        for _ in range(3):
+            train_step(run)
+    except DataError as error:
+        return f"{run.state.progress.step}: {error}"
+    return "trained on"
+
+
+def test_an_error_of_one_loader_reaches_every_rank() -> None:
+    first, second = run_distributed(_loader_that_fails_on, 2, 1)
+    assert first == second
+    assert first.startswith("1: rank 1: the training data gave 0 of 2 packs")
+
+
+def _with_and_without_validation(validate: bool) -> tuple:
+    from megatron_dattn.training.step import train_step
+    from megatron_dattn.training.validate import Validation
+    from tests.support.training import PackLoader, build_run, training_config, whole_weights
+
+    run = build_run(training_config(num_packs=PACKS), _packs(3 * PACKS))
+    tensor_rank_0 = run.state.loader is not None
+    validation = Validation(
+        lambda: PackLoader(_packs(3)) if tensor_rank_0 else None,
+        max_microbatches=5,
+        num_rows=run.num_rows,
+    )
+    losses = []
+    for _ in range(3):
+        train_step(run)
+        if validate:
+            losses += [validation.loss(run.state.model), validation.loss(run.state.model)]
+    return whole_weights(run), torch.get_rng_state(), losses
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_validation_leaves_no_trace(ranks: int) -> None:
+    plain = run_distributed(_with_and_without_validation, ranks, False)
+    validated = run_distributed(_with_and_without_validation, ranks, True)
+    for (weights, rng, _), (other_weights, other_rng, losses) in zip(plain, validated, strict=True):
+        _assert_equal(other_weights, weights)
+        assert torch.equal(rng, other_rng)
+        assert losses[0] == losses[1]
+        assert losses[0] != losses[2]
+        assert losses == validated[0][2]

@@ -1,0 +1,118 @@
+"""Groups, rates, decay and schedule of the optimizer, and its refusal of other rates on resume."""
+
+import math
+
+import pytest
+
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.training.config import ModuleLearningRates, OptimizerSettings
+from megatron_dattn.training.optimizer import num_warmup_steps
+from tests.support.distributed import run_distributed
+
+
+@pytest.mark.parametrize(
+    ("ratio", "iters", "steps"),
+    [(0.0, 10, 0), (0.03, 100, 3), (0.03, 101, 4), (0.5, 1, 0), (1.0, 10, 9)],
+)
+def test_warmup_steps(ratio: float, iters: int, steps: int) -> None:
+    assert num_warmup_steps(OptimizerSettings(warmup_ratio=ratio), iters) == steps
+
+
+def _groups_and_schedule() -> tuple:
+    from megatron_dattn.training.optimizer import current_learning_rates, parameter_groups
+    from tests.support.training import ALL_RATES, build_run, training_config
+
+    config = training_config(train_iters=10, warmup_ratio=0.2, min_lr_ratio=0.1, weight_decay=0.3)
+    run = build_run(config, [])
+    optimizer, scheduler = run.state.optimizer, run.state.scheduler
+    groups = parameter_groups(optimizer)
+    rates = []
+    for _ in range(11):
+        rates.append(current_learning_rates(optimizer))
+        scheduler.step(increment=1)
+    sizes = {
+        (module, decays): sum(
+            p.numel()
+            for name, p in run.state.model[0].named_parameters()
+            if f"{module}." in name and (p.dim() > 1 and not name.endswith("bias")) == decays
+        )
+        for module in ("vision_model", "adapter", "language_model")
+        for decays in (True, False)
+    }
+    return ALL_RATES, groups, sizes, rates
+
+
+@pytest.fixture(scope="module")
+def groups_and_schedule() -> tuple:
+    (answer,) = run_distributed(_groups_and_schedule, 1)
+    return answer
+
+
+def test_every_module_has_its_rate_and_norms_do_not_decay(groups_and_schedule: tuple) -> None:
+    peaks, groups, sizes, _ = groups_and_schedule
+    found = {(g.module, g.weight_decay > 0): g for g in groups}
+    assert len(found) == len(groups)
+    for (module, decays), size in sizes.items():
+        if size == 0:
+            continue
+        group = found.pop((module, decays))
+        assert group.num_parameters == size
+        assert group.weight_decay == (0.3 if decays else 0.0)
+    assert not found
+    assert peaks.adapter != peaks.language_model != peaks.vision_model
+
+
+def test_cosine_with_warmup_of_every_module(groups_and_schedule: tuple) -> None:
+    peaks, _, _, rates = groups_and_schedule
+    for module, peak in vars(peaks).items():
+        for step in range(11):
+            if step <= 2:
+                expected = peak * step / 2
+            else:
+                cosine = 0.5 * (1 + math.cos(math.pi * (step - 2) / 8))
+                expected = peak * (0.1 + 0.9 * cosine)
+            assert rates[step][module] == pytest.approx(expected, rel=1e-12), (module, step)
+
+
+def _groups_after_load(rates_of_second: ModuleLearningRates) -> list[tuple[str, float, int]]:
+    """A state dict saved under the usual rates, loaded into an optimizer with others."""
+    import copy
+
+    from megatron_dattn.training.optimizer import check_peak_rates, parameter_groups
+    from tests.support.training import build_run, leave, training_config
+
+    saved = build_run(training_config(), []).state.optimizer
+    saved_groups = [(g.module, g.learning_rate, g.num_parameters) for g in parameter_groups(saved)]
+    state = copy.deepcopy(saved.state_dict())
+    leave()
+    config = training_config(rates=rates_of_second)
+    optimizer = build_run(config, []).state.optimizer
+    optimizer.load_state_dict(state)
+    check_peak_rates(config.optimizer, optimizer)
+    loaded = [(g.module, g.learning_rate, g.num_parameters) for g in parameter_groups(optimizer)]
+    assert loaded == saved_groups
+    return loaded
+
+
+def test_groups_do_not_collapse_on_load() -> None:
+    """megatron-core matches groups by lr_mult and flags only; equal ones would become one."""
+    rates = ModuleLearningRates(vision_model=1e-3, adapter=2e-3, language_model=5e-4)
+    (loaded,) = run_distributed(_groups_after_load, 1, rates)
+    assert {module: rate for module, rate, _ in loaded} == vars(rates)
+
+
+def _refused_rates() -> str:
+    try:
+        _groups_after_load(
+            ModuleLearningRates(vision_model=1e-3, adapter=2e-3, language_model=7e-4)
+        )
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_other_rates_are_refused_on_resume() -> None:
+    (message,) = run_distributed(_refused_rates, 1)
+    assert "optimizer.learning_rates.language_model" in message
+    assert "0.0007" in message
+    assert "0.0005" in message
