@@ -77,7 +77,7 @@ class SafetensorsFolder:
     def _scan(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith(self._prefix)]
+                names = [n for n in file.keys() if n.startswith(self._prefix)]  # noqa: SIM118
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(

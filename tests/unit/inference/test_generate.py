@@ -117,7 +117,7 @@ def test_each_prompt_stops_at_its_own_end_token(base, loaded, monkeypatch):
 
     monkeypatch.setattr(loaded.model, "forward_logits", scripted)
     answers = generate(loaded, prompts_of(loaded, base[0]), max_new_tokens=4)
-    assert answers == ["aa", "a", "aaaa"]
+    assert [answer.replace(" ", "") for answer in answers] == ["aa", "a", "aaaa"]
     assert running == [3, 3, 2, 1]
 
 
