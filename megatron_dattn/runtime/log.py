@@ -10,8 +10,29 @@ import sys
 import warnings
 from typing import TextIO
 
+import torch
+
 # Their INFO lines (and transformers' warnings about generation) say nothing about the run.
 _NOISY_LOGGERS = ("megatron.core", "megatron.energon", "transformers", "torch", "PIL", "matplotlib")
+
+# Warnings of libraries about their own inner calls: nothing that a user could act upon.
+_HARMLESS_WARNINGS = (
+    # transformer_config.py:1705 about the default of its own field.
+    ("full scope is deprecated", r"megatron\.core\.transformer"),
+    # optimizer.py:66 asks a view of a parameter for its gradient, and means it.
+    (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\.core\.optimizer"),
+    # param_and_grad_buffer.py and mappings.py use the old names of two collectives.
+    (
+        r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is depr",
+        r"torch\.distributed",
+    ),
+)
+_WITHOUT_GPU_PACKAGES = (
+    r"Transformer Engine and Apex are not installed",
+    r"Apex is not installed\. Falling back to Torch Norm",
+    # tensor_parallel/layers.py:730, advice for the order of CUDA streams.
+    r".*CUDA_DEVICE_MAX_CONNECTIONS",
+)
 
 _seen: set[tuple[str, int, str]] = set()
 
@@ -46,24 +67,24 @@ def setup_logging(rank: int = 0, level: str = "INFO", stream: TextIO | None = No
 
 
 def quiet_libraries() -> None:
-    """Let libraries speak from WARNING on (transformers from ERROR on)."""
+    """Let libraries speak from WARNING on (transformers from ERROR on), without false alarms."""
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     # transformers sets its level at its first use, from this variable.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    for message, module in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, module=module)
 
 
 def silence_import_warnings() -> None:
-    """Hide the notices of megatron-core's import that Transformer Engine and apex are missing.
+    """Where there is no GPU, hide megatron-core's notices that GPU packages are missing.
 
-    They are true and harmless where there is no GPU. It only helps before the import.
+    Most are given when megatron-core is imported, so call it before that.
     """
-    for message in (
-        r"Transformer Engine and Apex are not installed",
-        r"Apex is not installed. Falling back to Torch Norm",
-    ):
-        warnings.filterwarnings("ignore", message=message, module=r"megatron\.core")
+    if not torch.cuda.is_available():
+        for message in _WITHOUT_GPU_PACKAGES:
+            warnings.filterwarnings("ignore", message=message, module=r"megatron\.core")
 
 
 def log_once(logger: logging.Logger, level: int, message: str) -> None:

@@ -83,8 +83,11 @@ class _Rank:
             os.kill(self.process.pid, STACKS_SIGNAL)
 
     def end(self) -> None:
-        if self.process.is_alive():
-            self.process.kill()
+        """End the rank and whatever it started: data workers would outlive it."""
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # if it had no time to found its group
         self.process.join()
         self.results.close()
 
@@ -145,6 +148,7 @@ def _run_rank(
     timeout: float,
     results: connection.Connection,
 ) -> None:
+    os.setpgid(0, 0)
     _redirect_output(log)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     # Gloo would otherwise look up this machine's name, which not every sandbox can.

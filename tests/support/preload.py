@@ -4,7 +4,9 @@ Nothing here may start a thread: the ranks are forked from this process.
 """
 
 from megatron_dattn.runtime.cpu import enable_cpu_runtime
+from megatron_dattn.runtime.log import quiet_libraries
 
+quiet_libraries()
 enable_cpu_runtime()
 
 import megatron.core.dist_checkpointing  # noqa: E402
