@@ -22,7 +22,7 @@ from megatron_dattn.attention.reference import reference_attention
 HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5
 
-# Images before, between, back to back and after the text; a text-only sample; padding of both kinds.
+# Images before, between, back to back and after the text; a text-only sample; padding rows.
 RICH_LAYOUT = TokenLayout(
     text_lengths=(5, 3, 4, 1),
     images=(
@@ -72,7 +72,7 @@ class Problem:
         return self.query, self.key, self.value
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> "Problem":
-        moved = (x.detach().to(device, dtype).requires_grad_() for x in self.inputs)
+        moved = (x.detach().clone().to(device, dtype).requires_grad_() for x in self.inputs)
         cos, sin = (table.to(device) for table in self.rotary)
         return Problem(*moved, (cos, sin), self.grad_out.to(device, dtype))
 

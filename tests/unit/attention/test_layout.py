@@ -1,5 +1,7 @@
 """TokenLayout: what it refuses, what it derives, and its way between ranks."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -41,7 +43,7 @@ def test_runs_hold_every_row_of_a_sample_once(layout: TokenLayout) -> None:
         expected = [*range(*layout.visual_rows(sample)), *range(*layout.text_rows(sample))]
         assert sorted(rows) == sorted(expected)
         kinds = [run.is_visual for run in runs]
-        assert all(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+        assert all(a != b for a, b in pairwise(kinds))
 
 
 @given(layout=layouts())

@@ -26,7 +26,7 @@ LAYOUT = TokenLayout(
 @pytest.mark.parametrize("preset", ["s_attn", "dattn_biased", "s_attn_debias"])
 def test_sequence_positions_count_all_rows_in_reading_order(preset: str) -> None:
     positions = row_positions(LAYOUT, PRESETS[preset]).tolist()
-    assert positions == [2, 3, 5, 0, 1, 0] + [0, 1, 4, 2, 3, 0, 0]
+    assert positions == [2, 3, 5, 0, 1, 0, 0, 1, 4, 2, 3, 0, 0]
 
 
 def test_text_only_positions_leave_images_out() -> None:

@@ -1,0 +1,94 @@
+"""Decomposed attention on the CUDA flash kernel against the float64 oracle.
+
+Run on a GPU machine with `pytest -m gpu tests/gpu`.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_dattn.attention import (
+    PRESETS,
+    ImageSpan,
+    TokenLayout,
+    plan_attention,
+    select_backend,
+)
+from tests.unit.attention.naive import constant_alpha_gradients
+from tests.unit.attention.support import (
+    RICH_LAYOUT,
+    TEXT_ONLY_LAYOUT,
+    assert_close_norm,
+    make_problem,
+    run_fast,
+    run_oracle,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# Longer than a kernel tile (128 rows) in queries and keys, ragged, with a text-only sample.
+LONG_LAYOUT = TokenLayout(
+    (150, 40, 3),
+    (ImageSpan(0, 20, (12, 17)), ImageSpan(0, 20, (3, 5)), ImageSpan(2, 3, (13, 13))),
+    visual_budget=400,
+    text_budget=200,
+)
+LAYOUTS = {"rich": RICH_LAYOUT, "text-only": TEXT_ONLY_LAYOUT, "long": LONG_LAYOUT}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flash_stays_near_the_oracle(preset: str, group: int, head_dim: int, layout: str) -> None:
+    config = PRESETS[preset]
+    dtype = torch.bfloat16
+    problem = make_problem(LAYOUTS[layout], config, dtype, group=group, head_dim=head_dim)
+    backend = select_backend("cuda_flash", "cuda", dtype, head_dim)
+    actual = run_fast(problem.to(dtype, "cuda"), LAYOUTS[layout], config, backend)
+    for got, expected in zip(actual, run_oracle(problem, LAYOUTS[layout], config), strict=True):
+        assert got.dtype == dtype
+        # BF16 keeps 8 bits: each of a few roundings (rotation, probabilities, partial outputs,
+        # gradients) errs by up to 4e-3.
+        assert_close_norm(got, expected, problem.grad_out, 2e-2)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_matrix_products_on_the_gpu_are_exact(preset: str) -> None:
+    config = PRESETS[preset]
+    problem = make_problem(RICH_LAYOUT, config)
+    backend = select_backend("math", "cuda", torch.float64, 8)
+    actual = run_fast(problem.to(torch.float64, "cuda"), RICH_LAYOUT, config, backend)
+    for got, expected in zip(actual, run_oracle(problem, RICH_LAYOUT, config), strict=True):
+        torch.testing.assert_close(got.cpu(), expected, atol=1e-12, rtol=0)
+
+
+def test_the_kernel_reports_rows_without_keys_as_minus_infinity() -> None:
+    config = PRESETS["dattn"]
+    t2v = plan_attention(RICH_LAYOUT, config, "cuda").parts[0]
+    keyless_first = replace(t2v, key_lengths=(0, 8, 4))
+    problem = make_problem(RICH_LAYOUT, config, head_dim=64).to(torch.bfloat16, "cuda")
+    backend = select_backend("cuda_flash", "cuda", torch.bfloat16, 64)
+    query = t2v.query_rows.take(problem.query[RICH_LAYOUT.visual_budget :])
+    key, value = (t2v.key_rows.take(x) for x in (problem.key, problem.value))
+    with torch.no_grad():
+        out, lse = backend.forward(query, key, value, keyless_first, 1.0)
+    assert torch.isneginf(lse[:5]).all()
+    assert not out[:5].any()
+    assert torch.isfinite(lse[5:]).all()
+
+
+def test_a_constant_alpha_gives_wrong_gradients() -> None:
+    """The negative control: what autograd through alpha would give with this kernel."""
+    config = PRESETS["dattn"]
+    problem = make_problem(LONG_LAYOUT, config, torch.bfloat16, head_dim=64)
+    backend = select_backend("cuda_flash", "cuda", torch.bfloat16, 64)
+    moved = problem.to(torch.bfloat16, "cuda")
+    wrong = constant_alpha_gradients(moved, LONG_LAYOUT, config, backend)
+    exact = run_oracle(problem, LONG_LAYOUT, config)
+    for got, expected in zip(wrong, exact[1:3], strict=True):
+        assert (got.double().cpu() - expected).norm() > 0.05 * expected.norm()

@@ -1,0 +1,167 @@
+"""The CPU backends against plain softmax attention, segment by segment."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
+from megatron_dattn.attention.backends.math import MathBackend
+from megatron_dattn.attention.parts import Part
+from megatron_dattn.attention.rows import Rows
+
+SCALE = 0.3
+KEY_HEADS, GROUP, DIM = 2, 3, 8
+
+# (query lengths, key lengths, causal): ragged, equal, and too different for one padded batch.
+SHAPES = {
+    "ragged causal": ((3, 1, 5), (3, 1, 5), True),
+    "equal causal": ((4, 4), (4, 4), True),
+    "ragged keys": ((3, 1, 5), (2, 7, 4), False),
+    "equal keys": ((3, 1, 5), (4, 4, 4), False),
+    "several batches": ((2, 300, 3), (4, 300, 1), False),
+    "several causal batches": ((2, 400, 3), (2, 400, 3), True),
+}
+
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+every_backend = pytest.mark.parametrize("backend", [MathBackend(), CpuFlashBackend()])
+
+
+def make_part(shape: str) -> Part:
+    query_lengths, key_lengths, causal = SHAPES[shape]
+    return Part(
+        name=shape,
+        query_rows=Rows(sum(query_lengths)),
+        key_rows=Rows(sum(key_lengths)),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        causal=causal,
+        rotary=False,
+        device=torch.device("cpu"),
+    )
+
+
+def make_inputs(part: Part, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(part.query_rows.length, KEY_HEADS * GROUP, DIM)]
+    shapes += [(part.key_rows.length, KEY_HEADS, DIM)] * 2
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for s in shapes
+    ]
+
+
+def plain_attention(inputs: list[Tensor], part: Part) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, one segment after the other."""
+    query, key, value = inputs
+    key, value = (x.repeat_interleave(GROUP, dim=1) for x in (key, value))
+    outs, lses = [], []
+    segments = zip(
+        query.split(part.query_lengths),
+        key.split(part.key_lengths),
+        value.split(part.key_lengths),
+        strict=True,
+    )
+    for q, k, v in segments:
+        scores = torch.einsum("qhd,khd->qhk", q, k) * SCALE
+        if part.causal:
+            future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1).unsqueeze(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        outs.append(torch.einsum("qhk,khd->qhd", scores.softmax(-1), v))
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(lses)
+
+
+@every_shape
+@every_backend
+def test_output_and_log_sum_exp(backend: Backend, shape: str) -> None:
+    part = make_part(shape)
+    inputs = make_inputs(part)
+    for actual, expected in zip(
+        backend.forward(*inputs, part, SCALE), plain_attention(inputs, part), strict=True
+    ):
+        assert actual.dtype == torch.float64
+        torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+
+
+@every_shape
+@every_backend
+def test_gradients(backend: Backend, shape: str) -> None:
+    part = make_part(shape)
+    inputs = make_inputs(part)
+    out, lse = plain_attention(inputs, part)
+    grad_out = torch.randn_like(out)
+    expected = torch.autograd.grad(out, inputs, grad_out)
+    detached = [x.detach() for x in (*inputs, out, lse)]
+    actual = backend.backward(grad_out, *detached, part, SCALE)
+    for got, exact in zip(actual, expected, strict=True):
+        # Sums over up to 400 keys.
+        torch.testing.assert_close(got, exact, atol=1e-11, rtol=0)
+
+
+@every_backend
+def test_two_parts_share_the_gradient_of_their_joint_softmax(backend: Backend) -> None:
+    """Given the joint (out, lse), each part's backward is its columns of the joint gradient."""
+    whole = make_part("ragged keys")
+    query, key, value = make_inputs(whole)
+    out, lse = plain_attention([query, key, value], whole)
+    grad_out = torch.randn_like(out)
+    expected = torch.autograd.grad(out, (query, key, value), grad_out)
+
+    halves: list[tuple[Part, Tensor]] = []
+    starts, lengths = [0, 2, 9], whole.key_lengths
+    for first in (True, False):
+        rows, sizes = [], []
+        for start, length in zip(starts, lengths, strict=True):
+            middle = length // 2
+            chosen = (
+                range(start, start + middle) if first else range(start + middle, start + length)
+            )
+            rows += list(chosen)
+            sizes.append(len(chosen))
+        part = make_part("ragged keys")
+        part = Part(
+            "half",
+            part.query_rows,
+            Rows(len(rows)),
+            part.query_lengths,
+            tuple(sizes),
+            causal=False,
+            rotary=False,
+            device=part.device,
+        )
+        halves.append((part, torch.tensor(rows)))
+
+    grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+    for part, index in halves:
+        inputs = [x.detach() for x in (query, key[index], value[index], out, lse)]
+        dq, dk, dv = backend.backward(grad_out, *inputs, part, SCALE)
+        grad_query += dq
+        grad_key[index] = dk
+        grad_value[index] = dv
+    for got, exact in zip((grad_query, grad_key, grad_value), expected, strict=True):
+        torch.testing.assert_close(got, exact, atol=1e-12, rtol=0)
+
+
+@every_backend
+def test_half_precision_is_computed_in_float32(backend: Backend) -> None:
+    part = make_part("ragged keys")
+    inputs = make_inputs(part, torch.bfloat16)
+    out, lse = backend.forward(*inputs, part, SCALE)
+    expected_out, expected_lse = plain_attention([x.double() for x in inputs], part)
+    assert out.dtype == lse.dtype == torch.float32
+    # Float32 arithmetic on BF16 inputs, without one BF16 rounding (4e-3) on the way.
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=0)
+
+
+@every_backend
+def test_padding_stays_finite_whatever_the_scores(backend: Backend) -> None:
+    """Scores of thousands: exp() of anything that is not a true probability would overflow."""
+    part = make_part("ragged causal")
+    query, key, value = (x.detach().float() for x in make_inputs(part))
+    query = query * 5000
+    out, lse = backend.forward(query, key, value, part, SCALE)
+    gradients = backend.backward(torch.ones_like(out), query, key, value, out, lse, part, SCALE)
+    for tensor in (out, lse, *gradients):
+        assert torch.isfinite(tensor).all()

@@ -1,0 +1,42 @@
+"""Choosing a backend: automatically, by name, and not at all."""
+
+import logging
+
+import pytest
+import torch
+
+from megatron_dattn.attention import select_backend
+from megatron_dattn.attention.backends import select
+from megatron_dattn.errors import UserError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_cpu_gets_its_flash_kernel(dtype: torch.dtype) -> None:
+    assert select_backend("auto", "cpu", dtype, 32).name == "cpu_flash"
+
+
+def test_what_no_kernel_supports_is_done_by_matrix_products() -> None:
+    assert select_backend("auto", "meta", torch.float32, 32).name == "math"
+
+
+@pytest.mark.parametrize("name", ["math", "cpu_flash"])
+def test_a_backend_can_be_asked_for_by_name(name: str) -> None:
+    assert select_backend(name, torch.device("cpu"), torch.float32, 32).name == name
+
+
+def test_a_choice_that_cannot_run_is_refused_with_the_reason() -> None:
+    with pytest.raises(UserError, match="'cuda_flash' cannot be used: it needs a CUDA device"):
+        select_backend("cuda_flash", "cpu", torch.bfloat16, 128)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="'flash4'; choose auto or one of cuda_flash, cpu_flash"):
+        select_backend("flash4", "cpu", torch.float32, 32)
+
+
+def test_a_choice_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
+    select._announce.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            select_backend("auto", "cpu", torch.float32, 40)
+    assert caplog.messages == ["attention backend: cpu_flash (cpu, torch.float32, head_dim 40)"]

@@ -1,0 +1,299 @@
+"""Decomposed attention against the oracle: output, all gradients, and who can influence whom."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_dattn.attention import (
+    PRESETS,
+    Backend,
+    TokenLayout,
+    attend_scored_rows,
+    decomposed_attention,
+    diagonal_attention,
+    plan_attention,
+    select_backend,
+)
+from megatron_dattn.attention.reference import pair_masks
+from tests.unit.attention.naive import constant_alpha_gradients, naive_attention
+from tests.unit.attention.support import (
+    HEAD_DIM,
+    RICH_LAYOUT,
+    SCALE,
+    TEXT_ONLY_LAYOUT,
+    Problem,
+    assert_close_norm,
+    layouts,
+    make_problem,
+    run_fast,
+    run_oracle,
+)
+
+CPU_BACKENDS = ["math", "cpu_flash"]
+every_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
+every_preset = pytest.mark.parametrize("preset", PRESETS)
+
+
+def backend_named(name: str) -> Backend:
+    return select_backend(name, "cpu", torch.float64, HEAD_DIM)
+
+
+@every_backend
+@every_preset
+@settings(max_examples=40, deadline=None)
+@given(layout=layouts(), group=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
+def test_float64_equals_the_oracle(
+    preset: str, backend: str, layout: TokenLayout, group: int, seed: int
+) -> None:
+    config = PRESETS[preset]
+    problem = make_problem(layout, config, group=group, seed=seed)
+    actual = run_fast(problem, layout, config, backend_named(backend))
+    for got, expected in zip(actual, run_oracle(problem, layout, config), strict=True):
+        # A few hundred float64 roundings of numbers of order 1 to 10.
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+# Float32: 6e-8 per rounding, logits up to 10, sums of some ten terms. BF16: inputs are shared with
+# the oracle, but rotated queries and keys, the output and the gradients are rounded to 8 bits
+# (4e-3 at most each), and softmax carries the first of these on to all gradients.
+@every_backend
+@every_preset
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@settings(max_examples=8, deadline=None)
+@given(layout=layouts(), group=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
+def test_lower_precision_stays_near_the_oracle(
+    preset: str,
+    backend: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    layout: TokenLayout,
+    group: int,
+    seed: int,
+) -> None:
+    config = PRESETS[preset]
+    problem = make_problem(layout, config, dtype, group=group, seed=seed)
+    actual = run_fast(problem, layout, config, backend_named(backend))
+    for got, expected in zip(actual, run_oracle(problem, layout, config), strict=True):
+        assert got.dtype == dtype
+        assert_close_norm(got, expected, problem.grad_out, tolerance)
+
+
+@every_backend
+@every_preset
+def test_large_logits_stay_finite_and_exact(preset: str, backend: str) -> None:
+    config = PRESETS[preset]
+    problem = make_problem(RICH_LAYOUT, config)
+    with torch.no_grad():
+        problem.query.mul_(100.0)
+    actual = run_fast(problem, RICH_LAYOUT, config, backend_named(backend))
+    for got, expected in zip(actual, run_oracle(problem, RICH_LAYOUT, config), strict=True):
+        # Logits of some hundreds: their float64 rounding is 1e-13, times keys and queries.
+        torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+
+
+@every_backend
+@every_preset
+def test_gradcheck(preset: str, backend: str) -> None:
+    config = PRESETS[preset]
+    problem = make_problem(RICH_LAYOUT, config, group=2)
+    plan = plan_attention(RICH_LAYOUT, config)
+
+    def attention(*inputs: Tensor) -> Tensor:
+        return decomposed_attention(
+            *inputs, plan, problem.rotary, scale=SCALE, backend=backend_named(backend)
+        )
+
+    assert torch.autograd.gradcheck(attention, problem.inputs, fast_mode=True)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def test_autograd_through_alpha_without_the_lse_gradient_is_wrong() -> None:
+    """The negative control: a flash kernel's log-sum-exp is a constant to autograd."""
+    config = PRESETS["dattn"]
+    problem = make_problem(RICH_LAYOUT, config)
+    expected = run_oracle(problem, RICH_LAYOUT, config)
+
+    def errors(*, lse_has_gradient: bool) -> list[float]:
+        out = naive_attention(problem, RICH_LAYOUT, config, lse_has_gradient=lse_has_gradient)
+        gradients = torch.autograd.grad(out, problem.inputs, problem.grad_out)
+        actual = [out, *gradients]
+        return [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
+
+    out, query, key, value = errors(lse_has_gradient=False)
+    assert out < 1e-12
+    assert value < 1e-12
+    assert query > 0.05
+    assert key > 0.05
+    # And that gradient is all that is missing.
+    assert max(errors(lse_has_gradient=True)) < 1e-12
+
+
+@every_backend
+def test_a_kernel_whose_alpha_is_a_constant_gives_wrong_gradients(backend: str) -> None:
+    """The same control with the real kernels."""
+    config = PRESETS["dattn"]
+    problem = make_problem(RICH_LAYOUT, config)
+    wrong = constant_alpha_gradients(problem, RICH_LAYOUT, config, backend_named(backend))
+    out = naive_attention(problem, RICH_LAYOUT, config, lse_has_gradient=False)
+    by_autograd = torch.autograd.grad(out, (problem.query, problem.key), problem.grad_out)
+    expected = run_oracle(problem, RICH_LAYOUT, config)[1:3]
+    for gradient, same_mistake, right in zip(wrong, by_autograd, expected, strict=True):
+        torch.testing.assert_close(gradient, same_mistake, atol=1e-12, rtol=0)
+        assert relative_error(gradient, right) > 0.05
+
+
+def outputs(problem: Problem, value: Tensor, layout: TokenLayout, preset: str) -> Tensor:
+    plan = plan_attention(layout, PRESETS[preset])
+    with torch.no_grad():
+        return decomposed_attention(
+            problem.query,
+            problem.key,
+            value,
+            plan,
+            problem.rotary,
+            scale=SCALE,
+            backend=backend_named("cpu_flash"),
+        )
+
+
+@every_preset
+def test_a_row_moves_exactly_the_rows_that_see_it(preset: str) -> None:
+    """No leak between samples, through padding, or past a causal or diagonal mask."""
+    layout, config = RICH_LAYOUT, PRESETS[preset]
+    seen, _ = pair_masks(layout, config)
+    if config.v2v == "diagonal":
+        visual = torch.arange(layout.visual_budget)
+        seen[visual, visual] = True  # visual padding repeats its own value too
+    problem = make_problem(layout, config)
+    before = outputs(problem, problem.value, layout, preset)
+    for row in range(layout.num_rows):
+        moved_value = problem.value.detach().clone()
+        moved_value[row] += 100.0
+        after = outputs(problem, moved_value, layout, preset)
+        moved = (after != before).flatten(1).any(dim=1)
+        assert moved.tolist() == seen[:, row].tolist(), f"row {row}"
+
+
+@pytest.mark.parametrize("preset", ["dattn", "dattn_biased"])
+def test_a_diagonal_visual_row_never_changes_another(preset: str) -> None:
+    """Neither through its query, its key nor its value."""
+    layout = RICH_LAYOUT
+    problem = make_problem(layout, PRESETS[preset])
+    before = outputs(problem, problem.value, layout, preset)[: layout.visual_budget]
+    for row in range(layout.visual_budget):
+        moved = problem.to(torch.float64)
+        with torch.no_grad():
+            for tensor in moved.inputs:
+                tensor[row] += 100.0
+        after = outputs(moved, moved.value, layout, preset)[: layout.visual_budget]
+        changed = (after != before).flatten(1).any(dim=1)
+        assert changed.nonzero().flatten().tolist() == [row]
+
+
+@every_preset
+def test_padding_is_finite_and_gives_and_takes_nothing(preset: str) -> None:
+    layout, config = RICH_LAYOUT, PRESETS[preset]
+    problem = make_problem(layout, config)
+    visual = range(layout.num_visual_rows, layout.visual_budget)
+    text = range(layout.visual_budget + layout.num_text_rows, layout.num_rows)
+    padding = [*visual, *text]
+    problem.grad_out[padding] = 0.0  # no loss is taken there
+    out, *gradients = run_fast(problem, layout, config, backend_named("cpu_flash"))
+    assert torch.isfinite(out).all()
+    if config.v2v == "causal":
+        assert not out[padding].any()
+    for gradient in gradients:
+        assert not gradient[padding].any()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_gives_the_same_gradients(reentrant: bool) -> None:
+    config = PRESETS["dattn"]
+    problem = make_problem(RICH_LAYOUT, config)
+    plan = plan_attention(RICH_LAYOUT, config)
+
+    def attention(*inputs: Tensor) -> Tensor:
+        return decomposed_attention(
+            *inputs, plan, problem.rotary, scale=SCALE, backend=backend_named("cpu_flash")
+        )
+
+    def gradients(out: Tensor) -> list[Tensor]:
+        for tensor in problem.inputs:
+            tensor.grad = None
+        out.backward(problem.grad_out)
+        return [tensor.grad for tensor in problem.inputs if tensor.grad is not None]
+
+    stored = gradients(attention(*problem.inputs))
+    recomputed = gradients(checkpoint(attention, *problem.inputs, use_reentrant=reentrant))
+    assert len(stored) == len(recomputed) == 3
+    for got, expected in zip(recomputed, stored, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_one_plan_serves_several_layers() -> None:
+    config = PRESETS["dattn"]
+    problem = make_problem(RICH_LAYOUT, config, group=1)
+    plan = plan_attention(RICH_LAYOUT, config)
+    states = problem.value
+    for _ in range(2):
+        states = decomposed_attention(
+            states,
+            states,
+            states,
+            plan,
+            problem.rotary,
+            scale=SCALE,
+            backend=backend_named("cpu_flash"),
+        )
+    (gradient,) = torch.autograd.grad(states, problem.value, problem.grad_out)
+    assert torch.isfinite(gradient).all()
+    assert gradient.any()
+
+
+def test_scored_rows_can_be_computed_without_visual_queries() -> None:
+    config = PRESETS["dattn"]
+    problem = make_problem(RICH_LAYOUT, config)
+    plan = plan_attention(RICH_LAYOUT, config)
+    backend = backend_named("cpu_flash")
+    arguments = (problem.key, problem.value, plan, problem.rotary)
+    whole = decomposed_attention(problem.query, *arguments, scale=SCALE, backend=backend)
+    text = attend_scored_rows(problem.query[15:], *arguments, scale=SCALE, backend=backend)
+    visual = diagonal_attention(problem.value[:15], num_query_heads=4)
+    assert torch.equal(whole, torch.cat((visual, text)))
+
+
+@every_preset
+def test_a_pack_without_images_or_without_anything_works(preset: str) -> None:
+    config = PRESETS[preset]
+    nothing = TokenLayout((), (), visual_budget=1, text_budget=3)
+    for layout in (TEXT_ONLY_LAYOUT, nothing):
+        problem = make_problem(layout, config)
+        actual = run_fast(problem, layout, config, backend_named("cpu_flash"))
+        for got, expected in zip(actual, run_oracle(problem, layout, config), strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+def test_tensors_of_another_pack_are_refused() -> None:
+    config = PRESETS["dattn"]
+    problem = make_problem(RICH_LAYOUT, config)
+    plan = plan_attention(TEXT_ONLY_LAYOUT, config)
+    with pytest.raises(ValueError, match=r"\(29, 31, 31\) rows; the plan is for \(6, 8, 8\)"):
+        decomposed_attention(
+            *problem.inputs, plan, problem.rotary, scale=1.0, backend=backend_named("math")
+        )
+
+
+def test_heads_that_do_not_form_groups_are_refused() -> None:
+    plan = plan_attention(TEXT_ONLY_LAYOUT, PRESETS["s_attn"])
+    query, key = torch.randn(8, 3, 4), torch.randn(8, 2, 4)
+    rotary = (torch.ones(8, 4), torch.zeros(8, 4))
+    with pytest.raises(ValueError, match="do not form groups"):
+        decomposed_attention(
+            query, key, key, plan, rotary, scale=1.0, backend=backend_named("math")
+        )

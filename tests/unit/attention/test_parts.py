@@ -1,0 +1,86 @@
+"""Plans: the parts cover exactly the pairs that the oracle names, each once."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from megatron_dattn.attention import PRESETS, TokenLayout, plan_attention
+from megatron_dattn.attention.parts import AttentionPlan, Part
+from megatron_dattn.attention.reference import pair_masks
+from tests.unit.attention.support import RICH_LAYOUT, TEXT_ONLY_LAYOUT, layouts
+
+
+def pair_counts(part: Part, plan: AttentionPlan) -> Tensor:
+    """How often the part scores each (query row, key row) pair of the pack, int64 [S, S]."""
+    packed_rows = torch.arange(plan.num_rows)
+    queries = part.query_rows.take(packed_rows[plan.num_diagonal_rows :]).split(part.query_lengths)
+    keys = part.key_rows.take(packed_rows).split(part.key_lengths)
+    counts = torch.zeros(plan.num_rows, plan.num_rows, dtype=torch.int64)
+    for segment_queries, segment_keys in zip(queries, keys, strict=True):
+        for place, query in enumerate(segment_queries):
+            visible = segment_keys[: place + 1] if part.causal else segment_keys
+            counts[query, visible] += 1
+    return counts
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@settings(max_examples=50, deadline=None)
+@given(layout=layouts())
+def test_parts_score_every_pair_of_the_preset_once(preset: str, layout: TokenLayout) -> None:
+    config = PRESETS[preset]
+    plan = plan_attention(layout, config)
+    seen, rotated = pair_masks(layout, config)
+    seen[: plan.num_diagonal_rows] = False  # diagonal rows have no scores
+    for rotary in (False, True):
+        parts = [part for part in plan.parts if part.rotary == rotary]
+        counts = sum((pair_counts(part, plan) for part in parts), torch.zeros_like(seen).long())
+        assert torch.equal(counts, (seen & (rotated == rotary)).long())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@settings(max_examples=25, deadline=None)
+@given(layout=layouts())
+def test_parts_keep_their_promises(preset: str, layout: TokenLayout) -> None:
+    for part in plan_attention(layout, PRESETS[preset]).parts:
+        assert part.query_lengths
+        assert min(part.query_lengths + part.key_lengths) >= 1
+        assert part.query_rows.length == sum(part.query_lengths)
+        assert part.key_rows.length == sum(part.key_lengths)
+        query_rows = part.query_rows.take(torch.arange(layout.num_rows)).tolist()
+        assert len(set(query_rows)) == len(query_rows)
+        if part.causal:
+            assert part.query_lengths == part.key_lengths
+
+
+def test_s_attn_is_one_causal_part_in_reading_order() -> None:
+    plan = plan_attention(RICH_LAYOUT, PRESETS["s_attn"])
+    (part,) = plan.parts
+    assert (part.causal, part.rotary, plan.num_diagonal_rows) == (True, True, 0)
+    assert part.query_lengths == (13, 3, 6, 3)
+    first_sample = part.query_rows.take(torch.arange(31))[:13].tolist()
+    assert first_sample == [15, 16, 0, 1, 2, 3, 4, 17, 18, 19, 5, 6, 7]
+
+
+def test_dattn_is_unrotated_t2v_and_causal_t2t_of_text_rows() -> None:
+    plan = plan_attention(RICH_LAYOUT, PRESETS["dattn"])
+    t2v, t2t = plan.parts
+    assert plan.scored_rows == (15, 31)
+    assert (t2v.causal, t2v.rotary, t2t.causal, t2t.rotary) == (False, False, True, True)
+    assert (t2v.query_lengths, t2v.key_lengths) == ((5, 4, 1), (8, 2, 2))
+    assert t2t.query_lengths == t2t.key_lengths == (5, 3, 4, 1)
+    assert t2v.key_cu_seqlens.tolist() == [0, 8, 10, 12]
+    assert t2t.query_cu_seqlens.dtype == torch.int32
+    # The large tensors, keys and values, are read in place.
+    assert t2v.key_rows.index is None
+    assert t2t.key_rows.index is None
+
+
+def test_text_alone_needs_no_t2v() -> None:
+    plan = plan_attention(TEXT_ONLY_LAYOUT, PRESETS["dattn"])
+    assert [part.name for part in plan.parts] == ["T2T"]
+
+
+def test_padding_alone_needs_no_parts() -> None:
+    empty = TokenLayout((), (), visual_budget=2, text_budget=2)
+    assert plan_attention(empty, PRESETS["s_attn"]).parts == ()

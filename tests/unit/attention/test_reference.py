@@ -1,0 +1,116 @@
+"""The oracle itself: against hand-written masks and against two independent formulations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_dattn.attention import (
+    PRESETS,
+    ImageSpan,
+    TokenLayout,
+    apply_rotary,
+    rotary_tables,
+    row_positions,
+)
+from megatron_dattn.attention.reference import pair_masks
+from tests.unit.attention.support import (
+    HEAD_DIM,
+    RICH_LAYOUT,
+    SCALE,
+    TEXT_ONLY_LAYOUT,
+    make_problem,
+    run_oracle,
+)
+
+# One sample, read as: text a, image (v w), text b c, image x, text d. Then a row of padding each,
+# and a second sample of one text row e. Packed: v w x - | a b c d e -.
+LAYOUT = TokenLayout(
+    (4, 1), (ImageSpan(0, 1, (1, 2)), ImageSpan(0, 3, (1, 1))), visual_budget=4, text_budget=6
+)
+ROWS = "vwx-abcde-"
+
+# Which keys each query row sees.
+SEES = {
+    "s_attn": {
+        "v": "av", "w": "avw", "x": "avwbcx",
+        "a": "a", "b": "avwb", "c": "avwbc", "d": "avwbcxd", "e": "e",
+    },
+    "dattn": {
+        "v": "v", "w": "w", "x": "x",
+        "a": "vwxa", "b": "vwxab", "c": "vwxabc", "d": "vwxabcd", "e": "e",
+    },
+}  # fmt: skip
+SEES["dattn_biased"] = SEES["dattn"]
+SEES["s_attn_debias"] = SEES["s_attn"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_row_sees_what_the_preset_says(preset: str) -> None:
+    seen, _ = pair_masks(LAYOUT, PRESETS[preset])
+    actual = {row: {ROWS[k] for k in range(len(ROWS)) if seen[q, k]} for q, row in enumerate(ROWS)}
+    expected = {row: set(SEES[preset].get(row, "")) for row in ROWS}
+    assert actual == expected
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_only_text_to_visual_pairs_are_ever_unrotated(preset: str) -> None:
+    config = PRESETS[preset]
+    seen, rotated = pair_masks(LAYOUT, config)
+    unrotated_pairs = {(ROWS[q], ROWS[k]) for q, k in (seen & ~rotated).nonzero().tolist()}
+    text_to_visual = {(q, k) for q in "abcde" for k in SEES[preset][q] if k in "vwx"}
+    assert unrotated_pairs == (set() if config.t2v.rotary else text_to_visual)
+
+
+def test_s_attn_is_causal_attention_in_reading_order() -> None:
+    config = PRESETS["s_attn"]
+    problem = make_problem(LAYOUT, config, group=1)
+    order = [ROWS.index(row) for row in "avwbcxd"]
+    rotary = rotary_tables(torch.arange(len(order)), HEAD_DIM, base=100.0)
+    query, key = (apply_rotary(x[order], rotary) for x in (problem.query, problem.key))
+    expected = F.scaled_dot_product_attention(
+        query.transpose(0, 1),
+        key.transpose(0, 1),
+        problem.value[order].transpose(0, 1),
+        is_causal=True,
+        scale=SCALE,
+    ).transpose(0, 1)
+    out = run_oracle(problem, LAYOUT, config)[0]
+    torch.testing.assert_close(out[order], expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("preset", ["dattn", "s_attn_debias"])
+@pytest.mark.parametrize("layout", [RICH_LAYOUT, TEXT_ONLY_LAYOUT], ids=["rich", "text-only"])
+def test_debiasing_is_one_softmax_over_doubled_heads(preset: str, layout: TokenLayout) -> None:
+    """Queries [rotated | plain] against text keys [rotated | 0] and visual keys [0 | plain]."""
+    config = PRESETS[preset]
+    problem = make_problem(layout, config, group=1)
+    rotary = rotary_tables(row_positions(layout, config), HEAD_DIM, base=100.0)
+    query, key, value = (x.transpose(0, 1) for x in problem.inputs)
+    rotated_query, rotated_key = (
+        apply_rotary(x, rotary).transpose(0, 1) for x in (problem.query, problem.key)
+    )
+    text = slice(layout.visual_budget, layout.num_rows)
+    keys = torch.zeros(*key.shape[:2], 2 * HEAD_DIM, dtype=key.dtype)
+    keys[:, text, :HEAD_DIM] = rotated_key[:, text]
+    keys[:, : layout.visual_budget, HEAD_DIM:] = key[:, : layout.visual_budget]
+    seen, _ = pair_masks(layout, config)
+    has_keys = seen.any(-1)
+    out = F.scaled_dot_product_attention(
+        torch.cat((rotated_query, query), dim=-1)[:, text],
+        keys,
+        torch.cat((value, torch.zeros_like(value)), dim=-1),
+        attn_mask=(seen | ~has_keys[:, None])[text],
+        scale=SCALE,
+    )[..., :HEAD_DIM].transpose(0, 1)
+    valid = has_keys[text]
+    expected = run_oracle(problem, layout, config)[0][text]
+    torch.testing.assert_close(out[valid], expected[valid], atol=1e-12, rtol=0)
+    assert torch.equal(expected[~valid], torch.zeros_like(expected[~valid]))
+
+
+def test_diagonal_rows_output_their_own_value() -> None:
+    config = PRESETS["dattn"]
+    problem = make_problem(LAYOUT, config, group=2)
+    out = run_oracle(problem, LAYOUT, config)[0]
+    expected = problem.value[:4].repeat_interleave(2, dim=1)
+    assert torch.equal(out[:4], expected)
