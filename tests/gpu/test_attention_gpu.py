@@ -86,9 +86,12 @@ def test_a_constant_alpha_gives_wrong_gradients() -> None:
     """The negative control: what autograd through alpha would give with this kernel."""
     config = PRESETS["dattn"]
     problem = make_problem(LONG_LAYOUT, config, torch.bfloat16, head_dim=64)
+    with torch.no_grad():
+        problem.query.mul_(3.0)  # sharper attention, where alpha moves more
     backend = select_backend("cuda_flash", "cuda", torch.bfloat16, 64)
     moved = problem.to(torch.bfloat16, "cuda")
     wrong = constant_alpha_gradients(moved, LONG_LAYOUT, config, backend)
     exact = run_oracle(problem, LONG_LAYOUT, config)
     for got, expected in zip(wrong, exact[1:3], strict=True):
-        assert (got.double().cpu() - expected).norm() > 0.05 * expected.norm()
+        # Five times what rounding explains (test_flash_stays_near_the_oracle).
+        assert (got.double().cpu() - expected).norm() > 0.1 * expected.norm()
