@@ -16,10 +16,16 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 def capture_rng() -> bytes:
     """The state of all generators of this process."""
     python_version, python_words, python_gauss = random.getstate()
-    name, words, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, words, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": (python_version, torch.tensor(python_words, dtype=torch.int64), python_gauss),
-        "numpy": (name, torch.from_numpy(words.astype(np.int64)), position, has_gauss, cached),
+        "numpy": (
+            name,
+            torch.from_numpy(np.asarray(words).astype(np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "tracker": dict(get_cuda_rng_tracker().get_states()),

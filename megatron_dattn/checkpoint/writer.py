@@ -59,7 +59,9 @@ class _WatchedFileSystem(FileSystem):
         self.error: OSError | None = None
 
     @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
+    def create_stream(
+        self, path: str | os.PathLike, mode: str
+    ) -> Generator[io.BufferedWriter, None, None]:
         with _WatchedStream(path, mode, self) as stream:
             yield stream
 
