@@ -88,9 +88,8 @@ class _MergedAttention(torch.autograd.Function):
         scale: float,
         backend: Backend,
     ) -> Tensor:
-        dtype = merge_dtype(query.dtype)
-        out = query.new_zeros(query.shape, dtype=dtype)
-        lse = query.new_full(query.shape[:2], -torch.inf, dtype=dtype)
+        out = query.new_zeros(query.shape, dtype=_sum_dtype(query, plan))
+        lse = query.new_full(query.shape[:2], -torch.inf, dtype=merge_dtype(query.dtype))
         for part in plan.parts:
             q, k, v = _read(part, query, key, value, (cos, sin), plan)
             part_out, part_lse = backend.forward(q, k, v, part, scale)
@@ -109,7 +108,7 @@ class _MergedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, cos, sin, out, lse = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
-        grad_query = torch.zeros_like(query, dtype=merge_dtype(query.dtype))
+        grad_query = torch.zeros_like(query, dtype=_sum_dtype(query, plan))
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         for part in plan.parts:
             rows = part.query_rows
@@ -124,6 +123,11 @@ class _MergedAttention(torch.autograd.Function):
             part.key_rows.add(grad_key, dk)
             part.key_rows.add(grad_value, dv)
         return grad_query.to(query.dtype), grad_key, grad_value, None, None, None, None, None
+
+
+def _sum_dtype(query: Tensor, plan: AttentionPlan) -> torch.dtype:
+    """Several parts add up in the merge's precision; the result of a single one is final."""
+    return merge_dtype(query.dtype) if len(plan.parts) > 1 else query.dtype
 
 
 def _read(
