@@ -108,7 +108,7 @@ def _redirect_tensor_methods() -> None:
 
     # data.py:84, language_module.py:244, rope_utils.py:64, exchange_utils.py:336, utils.py:898.
     torch.Tensor.cuda = stay  # type: ignore[assignment,method-assign]
-    torch.nn.Module.cuda = stay  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = stay  # type: ignore[method-assign]
     original = torch.Tensor.type
 
     @functools.wraps(original)
@@ -183,7 +183,7 @@ def _use_host_optimizer() -> None:
 
     optimizer = importlib.import_module("megatron.core.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    if not optimizer.USING_PYTORCH_OPTIMIZER:  # type: ignore[attr-defined]
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
         return  # Transformer Engine or apex brought its own
     # __init__.py:359 chooses the class and the arguments by this flag, distrib_optimizer.py:640-682
     # and 818 the place where the step count lives; 515 checks the class.

@@ -54,7 +54,7 @@ def initialize_distributed(
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
-        distributed_timeout_minutes=timeout_seconds / 60,  # type: ignore[arg-type]
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
 
 
@@ -170,6 +170,6 @@ def all_ranks_agree(error: UserError | str | None, group: dist.ProcessGroup | No
     if not failures:
         return
     rank, first = failures[0]
-    others = f" (and {len(failures) - 1} more ranks failed)" if len(failures) > 1 else ""
+    others = f" (and {len(failures) - 1} more failed)" if len(failures) > 1 else ""
     error_class = type(first) if isinstance(first, UserError) else UserError
     raise error_class(f"rank {rank}: {first}{others}")

@@ -6,7 +6,7 @@ pass over parameter, gradient and both moments, bitwise equal to torch.optim.Ada
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -60,7 +60,7 @@ class HostAdam(torch.optim.Optimizer):
         step = torch.tensor(float(group["step"]))
         self._update(
             params,
-            [param.grad for param in params],
+            [cast(torch.Tensor, param.grad) for param in params],
             [self.state[param]["exp_avg"] for param in params],
             [self.state[param]["exp_avg_sq"] for param in params],
             [],  # amsgrad is off

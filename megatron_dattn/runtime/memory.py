@@ -14,4 +14,5 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """Largest resident set size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    peak = peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return max(peak, resident_bytes())  # the kernel updates the peak a little late

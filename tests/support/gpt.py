@@ -1,8 +1,8 @@
 """Trains megatron-core's own GPTModel for a few steps through its whole engine.
 
-Used to show that the CPU runtime carries the engine under every parallel layout. All layouts see the
-same weights and the same global batch, so their losses and gradient norms must agree, with each
-other and with the plain PyTorch loop at the end of this file.
+Used to show that the CPU runtime carries the engine under every parallel layout. All layouts see
+the same weights and the same global batch, so their losses and gradient norms must agree, with each
+other and with the plain PyTorch loop of `train_plainly`.
 """
 
 from collections.abc import Iterator

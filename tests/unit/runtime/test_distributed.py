@@ -1,0 +1,148 @@
+"""Start-up, its errors, seeds, and failures shared between ranks."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_dattn.errors import CheckpointError, ConfigError, UserError
+from megatron_dattn.runtime import distributed
+from megatron_dattn.runtime.distributed import (
+    all_ranks_agree,
+    check_parallel_sizes,
+    destroy_distributed,
+    get_device,
+    initialize_distributed,
+    is_rank_0,
+    seed_everything,
+)
+from tests.support.distributed import run_distributed
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher, and no process group before or after."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    destroy_distributed()
+    yield
+    destroy_distributed()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "data_parallel"), [((1, 1, 1, 1), 1), ((8, 2, 2, 1), 2), ((16, 2, 2, 2), 2)]
+)
+def test_data_parallel_size(sizes: tuple[int, ...], data_parallel: int) -> None:
+    assert check_parallel_sizes(*sizes) == data_parallel
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((6, 4, 1, 1), ["tensor_model_parallel_size 4", "= 4", "world size 6", "multiple of 4"]),
+        ((2, 2, 2, 1), ["= 4", "world size 2", "torchrun"]),
+        ((1, 1, 1, 2), ["context_parallel_size 2"]),
+        ((4, 0, 1, 1), ["tensor_model_parallel_size is 0"]),
+        ((4, 1, -2, 1), ["pipeline_model_parallel_size is -2"]),
+    ],
+)
+def test_impossible_sizes_are_named(sizes: tuple[int, ...], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_parallel_sizes(*sizes)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_process_without_a_launcher() -> None:
+    initialize_distributed()
+    assert dist.get_world_size() == 1
+    assert is_rank_0()
+    assert parallel_state.get_data_parallel_world_size() == 1
+    total = torch.ones(1, device=get_device())
+    dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+    assert total.item() == 1
+    destroy_distributed()
+    assert not dist.is_initialized()
+    assert not parallel_state.model_parallel_is_initialized()
+    destroy_distributed()
+    initialize_distributed()  # once more: nothing stayed behind
+
+
+@pytest.mark.usefixtures("alone")
+def test_wrong_sizes_fail_before_any_communication(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")  # with no MASTER_ADDR: joining would fail otherwise
+    with pytest.raises(ConfigError, match="world size 3"):
+        initialize_distributed(tensor_model_parallel_size=2)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.usefixtures("alone")
+def test_more_processes_than_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(distributed, "enable_cpu_runtime", lambda: None)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="local rank 2 has no CUDA device: this machine shows 2"):
+        initialize_distributed()
+
+
+def groups_of_this_rank() -> tuple[int, int, int, float]:
+    initialize_distributed(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, timeout_seconds=30
+    )
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        is_rank_0(),
+    )
+
+
+def test_model_parallel_groups() -> None:
+    ranks = run_distributed(groups_of_this_rank, 4)
+    assert ranks == [(0, 0, 1, True), (1, 0, 1, False), (0, 1, 1, False), (1, 1, 1, False)]
+
+
+@pytest.mark.usefixtures("alone")
+def test_seeds_every_generator() -> None:
+    initialize_distributed()
+
+    def draw() -> list[float]:
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            inside = torch.rand(1).item()
+        return [random.random(), float(np.random.rand()), torch.rand(1).item(), inside]
+
+    seed_everything(5)
+    first = draw()
+    seed_everything(5)
+    assert draw() == first
+    seed_everything(6)
+    assert all(a != b for a, b in zip(draw(), first, strict=True))
+
+
+def fail_on(*errors: UserError | str | None) -> tuple[type, str] | None:
+    try:
+        all_ranks_agree(errors[dist.get_rank()])
+    except UserError as error:
+        return type(error), str(error)
+    return None
+
+
+def test_a_failure_of_one_rank_is_everybodys() -> None:
+    assert run_distributed(fail_on, 2, None, None) == [None, None]
+    one = run_distributed(fail_on, 2, None, CheckpointError("disk full"))
+    assert one == [(CheckpointError, "rank 1: disk full")] * 2
+    both = run_distributed(fail_on, 2, "no file", ConfigError("no flag"))
+    assert both == [(UserError, "rank 0: no file (and 1 more failed)")] * 2
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_failure_before_the_process_group_exists() -> None:
+    all_ranks_agree(None)
+    with pytest.raises(ConfigError, match="rank 0: no file"):
+        all_ranks_agree(ConfigError("no file"))

@@ -1,0 +1,99 @@
+"""The log lines of rank 0 and of the others."""
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_dattn.runtime.log import (
+    log_once,
+    quiet_libraries,
+    setup_logging,
+    silence_import_warnings,
+)
+
+TIME = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\]"
+
+
+@pytest.fixture(autouse=True)
+def restore_logging() -> Iterator[None]:
+    names = ["", "py.warnings", "transformers", "megatron.core"]
+    levels = {name: logging.getLogger(name).level for name in names}
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    with warnings.catch_warnings():
+        yield
+        logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def lines(rank: int) -> list[str]:
+    stream = io.StringIO()
+    warnings.simplefilter("always")
+    setup_logging(rank, stream=stream)
+    logger = logging.getLogger("megatron_dattn.test")
+    logger.debug("details")
+    logger.info("iteration 10 | loss 1.5")
+    logger.warning("slow disk")
+    logging.getLogger("megatron.core.optimizer").info("Setting up optimizer")
+    warnings.warn("old name", stacklevel=1)
+    return stream.getvalue().splitlines()
+
+
+def test_rank_0_prints_plain_lines() -> None:
+    first, second, third, *_ = lines(0)
+    assert re.fullmatch(TIME + r" iteration 10 \| loss 1\.5", first)
+    assert re.fullmatch(TIME + " WARNING slow disk", second)
+    assert "old name" in third
+
+
+def test_other_ranks_only_warn() -> None:
+    (only,) = lines(3)
+    assert re.fullmatch(TIME + r" \[rank 3\] WARNING slow disk", only)
+
+
+def test_set_up_again_does_not_repeat_lines() -> None:
+    lines(0)
+    assert sum("iteration 10" in line for line in lines(0)) == 1
+
+
+def test_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("megatron_dattn.test_log_once")
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        for message in ("a", "b", "a"):
+            log_once(logger, logging.INFO, message)
+    assert caplog.messages == ["a", "b"]
+
+
+def shown(message: str, module: str, category: type[Warning] = UserWarning) -> bool:
+    """Whether a warning given in a module comes through the present filters."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.warn_explicit(message, category, f"{module}.py", 1, module=module)
+    return bool(caught)
+
+
+def test_filters_are_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    warnings.resetwarnings()
+    silence_import_warnings()
+    quiet_libraries()
+    missing = "Transformer Engine and Apex are not installed. Falling back to Torch optimizers."
+    assert not shown(missing, "megatron.core.optimizer")
+    assert shown(missing, "another.package")
+    assert shown("Transformer Engine is broken", "megatron.core.optimizer")
+    renamed = "`torch.distributed.all_gather_into_tensor` is deprecated. Please use another."
+    assert not shown(renamed, "torch.distributed.c10d_logger", FutureWarning)
+    assert shown("`torch.distributed.send` is deprecated", "torch.distributed.c10d_logger")
+
+
+def test_missing_gpu_packages_are_mentioned_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    warnings.resetwarnings()
+    silence_import_warnings()
+    assert shown("Transformer Engine and Apex are not installed.", "megatron.core.optimizer")
