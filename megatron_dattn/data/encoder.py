@@ -39,7 +39,7 @@ class RowEncoder:
         Raises:
             SampleError: the sample cannot be used; its reason says why.
         """
-        rows, image_paths = self._within_budget(conversation)
+        rows, image_paths = self.text_rows(conversation)
         images = [self.preprocessor.fit(read_image_file(image_root, p)) for p in image_paths]
         return EncodedRow(
             input_ids=np.array(rows.input_ids, dtype=np.int64),
@@ -48,7 +48,12 @@ class RowEncoder:
             images=images,
         )
 
-    def _within_budget(self, conversation: Conversation) -> tuple[TextRows, tuple[str, ...]]:
+    def text_rows(self, conversation: Conversation) -> tuple[TextRows, tuple[str, ...]]:
+        """The text rows and the images that belong to them, within the budgets.
+
+        Raises:
+            SampleError: the conversation does not fit, or the template cannot express it.
+        """
         while True:
             rows = self.tokenizer(conversation)
             excess = self._excess(rows)

@@ -1,0 +1,134 @@
+"""What is wrong with a data set, found before training: the rules of the loader, without Energon.
+
+Every problem of every row is counted by the loader's own reasons. Without a tokenizer the text is
+not measured.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_dattn.data.conversation import Conversation, parse_row
+from megatron_dattn.data.encoder import RowEncoder
+from megatron_dattn.data.images import decode_image, read_image_file
+from megatron_dattn.data.rejection import Reason, Rejection, SampleError
+
+MAX_EXAMPLES = 10  # per reason
+
+_ROWS_AT_A_TIME = 1024  # handed to the threads at once
+
+
+@dataclass(frozen=True)
+class RowChecker:
+    """Checks one row; an encoder adds the checks of text and budgets."""
+
+    image_root: Path
+    max_pixels: int
+    encoder: RowEncoder | None = None
+
+    def __call__(self, row: Any) -> list[SampleError]:
+        """All problems of a row."""
+        try:
+            conversation = parse_row(row)
+        except SampleError as error:
+            return [error]
+        return [*self._text_problems(conversation), *self._image_problems(conversation)]
+
+    def _text_problems(self, conversation: Conversation) -> Iterator[SampleError]:
+        if self.encoder is not None:
+            try:
+                self.encoder.text_rows(conversation)
+            except SampleError as error:
+                yield error
+
+    def _image_problems(self, conversation: Conversation) -> Iterator[SampleError]:
+        for path in conversation.images:
+            try:
+                data = read_image_file(str(self.image_root), path)
+                decode_image(data, max_pixels=self.max_pixels)
+            except SampleError as error:
+                yield SampleError(error.reason, f"image {path!r}: {error}")
+
+
+@dataclass
+class Report:
+    """The findings about one file."""
+
+    path: str
+    num_rows: int = 0
+    num_images: int = 0
+    num_bad_rows: int = 0
+    duplicate_ids: int = 0
+    """Rows whose `id` an earlier row has. Harmless: the loader numbers the rows itself."""
+    problems: Counter[Reason] = field(default_factory=Counter)
+    examples: dict[Reason, list[Rejection]] = field(default_factory=dict)
+
+    def add(self, index: int, row: Any, problems: list[SampleError]) -> None:
+        self.num_rows += 1
+        self.num_bad_rows += bool(problems)
+        if isinstance(row, dict) and row.get("image") is not None:
+            self.num_images += len(row["image"]) if isinstance(row["image"], list) else 1
+        key = f"row {index}"
+        if isinstance(row, dict) and isinstance(row.get("id"), str | int):
+            key = f"row {index} (id {row['id']})"
+        for problem in problems:
+            self.problems[problem.reason] += 1
+            examples = self.examples.setdefault(problem.reason, [])
+            if len(examples) < MAX_EXAMPLES:
+                examples.append(Rejection(key, problem.reason, str(problem)))
+
+    def has_problems(self, *, ignore_missing: bool) -> bool:
+        """Whether anything is wrong, apart from missing images if those are expected."""
+        ignored = {Reason.MISSING_IMAGE} if ignore_missing else set()
+        return bool(set(self.problems) - ignored)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the JSON report."""
+        return {
+            "path": self.path,
+            "rows": self.num_rows,
+            "images": self.num_images,
+            "bad_rows": self.num_bad_rows,
+            "duplicate_ids": self.duplicate_ids,
+            "problems": {
+                str(reason): {
+                    "count": count,
+                    "examples": [
+                        {"row": example.key, "message": example.message}
+                        for example in self.examples[reason]
+                    ],
+                }
+                for reason, count in self.problems.most_common()
+            },
+        }
+
+    def table(self) -> str:
+        """For people: one line per reason with its first example."""
+        lines = [
+            f"{self.path}: {self.num_rows} rows, {self.num_images} images, "
+            f"{self.num_bad_rows} rows with problems, {self.duplicate_ids} repeated ids (harmless)"
+        ]
+        for reason, count in self.problems.most_common():
+            first = self.examples[reason][0]
+            lines.append(f"  {reason:<16} {count:>8}   e.g. {first.key}: {first.message}")
+        return "\n".join(lines)
+
+
+def check_rows(
+    rows: list[Any], checker: RowChecker, *, path: str, num_threads: int = 1
+) -> Iterator[Report]:
+    """Check rows; yields the growing report after each one."""
+    report = Report(path)
+    seen: set[str] = set()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            chunk = rows[start : start + _ROWS_AT_A_TIME]
+            for row, problems in zip(chunk, pool.map(checker, chunk), strict=True):
+                row_id = row.get("id") if isinstance(row, dict) else None
+                report.duplicate_ids += row_id is not None and str(row_id) in seen
+                seen.add(str(row_id))
+                report.add(report.num_rows, row, problems)
+                yield report

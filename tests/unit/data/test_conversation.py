@@ -1,0 +1,117 @@
+"""LLaVA rows: what is kept, what is moved, what is refused and why."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dattn.data.conversation import Conversation, Turn, parse_row
+from megatron_dattn.data.rejection import Reason, SampleError
+from tests.unit.data.builders import row
+
+
+def chat(*texts: str, image: Any = None, roles: tuple[str, ...] = ("human", "gpt")) -> dict:
+    turns = [{"from": roles[i % len(roles)], "value": text} for i, text in enumerate(texts)]
+    return {"conversations": turns} if image is None else {"image": image, "conversations": turns}
+
+
+def test_a_single_placeholder_moves_to_the_front_of_its_turn() -> None:
+    for text in ("What is it?\n<image>", "<image>\nWhat is it?", "  What is <image>it? "):
+        conversation = parse_row(row(text, " A cat. ", "cat.jpg"))
+        assert conversation.turns[0] == Turn("user", "<image>\nWhat is it?", 1)
+        assert conversation.turns[1] == Turn("assistant", "A cat.")
+        assert conversation.images == ("cat.jpg",)
+
+
+def test_several_placeholders_of_one_turn_keep_their_places() -> None:
+    conversation = parse_row(row("Is <image> before <image>?", "Yes", ["a.png", "b.png"]))
+    assert conversation.turns[0] == Turn("user", "Is <image> before <image>?", 2)
+
+
+def test_images_may_be_spread_over_turns() -> None:
+    conversation = parse_row(chat("<image>\na", "b", "c <image>", "d", image=["1.png", "2.png"]))
+    assert [turn.num_images for turn in conversation.turns] == [1, 0, 1, 0]
+    assert conversation.turns[2].text == "<image>\nc"
+
+
+def test_a_placeholder_alone_is_a_question() -> None:
+    assert parse_row(row("<image>", "A cat.", "cat.jpg")).turns[0].text == "<image>"
+
+
+def test_text_only_rows_and_a_leading_answer() -> None:
+    assert parse_row(row("hi", "hello")) == Conversation(
+        (Turn("user", "hi"), Turn("assistant", "hello"))
+    )
+    leading = chat("dropped", "hi", "hello", roles=("gpt", "human"))
+    assert parse_row(leading) == parse_row(row("hi", "hello"))
+
+
+def test_without_last_exchange_drops_its_images_too() -> None:
+    conversation = parse_row(chat("<image>\na", "b", "<image>\nc", "d", image=["1.png", "2.png"]))
+    assert conversation.without_last_exchange() == parse_row(row("<image>\na", "b", "1.png"))
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (chat("q"), Reason.NO_ANSWER),
+        (chat("a", roles=("gpt",)), Reason.NO_ANSWER),
+        (chat("q", "a", "q"), Reason.NO_ANSWER),
+        (chat("q", " \n"), Reason.EMPTY_ANSWER),
+        (chat("q", "q", "a", roles=("human", "human", "gpt")), Reason.ODD_ROLES),
+        (chat("q", "a", roles=("human", "system")), Reason.ODD_ROLES),
+        (chat("q", "a", roles=("human", None)), Reason.ODD_ROLES),  # type: ignore[arg-type]
+        (chat("a", "a", "q", "a", roles=("gpt", "gpt", "human", "gpt")), Reason.ODD_ROLES),
+        (chat("q", "a", image="x.png"), Reason.IMAGE_COUNT),
+        (chat("<image>", "a"), Reason.IMAGE_COUNT),
+        (chat("<image><image>", "a", image="x.png"), Reason.IMAGE_COUNT),
+        (chat("q", "see <image>", image="x.png"), Reason.CONTROL_TOKEN),
+        (chat("<image>", "a", image=""), Reason.BAD_ROW),
+        (chat("<image>", "a", image=[3]), Reason.BAD_ROW),
+        ({**chat("q", "a"), "video": "x.mp4"}, Reason.BAD_ROW),
+        (chat("q \ud800", "a"), Reason.BAD_ROW),
+        ({"conversations": []}, Reason.BAD_ROW),
+        ({"conversations": "q"}, Reason.BAD_ROW),
+        ({"conversations": ["q", "a"]}, Reason.BAD_ROW),
+        ({"conversations": [{"from": "human", "value": 3}]}, Reason.BAD_ROW),
+        ({}, Reason.BAD_ROW),
+        ([], Reason.BAD_ROW),
+        (None, Reason.BAD_ROW),
+    ],
+)
+def test_unusable_rows_are_refused_with_a_reason(bad: Any, reason: Reason) -> None:
+    with pytest.raises(SampleError) as caught:
+        parse_row(bad)
+    assert caught.value.reason == reason
+    assert str(caught.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=8,
+)
+turns = st.fixed_dictionaries(
+    {
+        "from": st.sampled_from(["human", "gpt", "system"]) | json_values,
+        "value": st.sampled_from(["<image>\nq", "a", "", "<image><image>"]) | json_values,
+    }
+)
+rows = st.fixed_dictionaries(
+    {"conversations": st.lists(turns, max_size=4) | json_values},
+    optional={"image": json_values | st.just("x.png"), "id": json_values},
+)
+
+
+@settings(deadline=None)
+@given(json_values | rows)
+def test_any_json_gives_a_conversation_or_a_sample_error(value: Any) -> None:
+    try:
+        conversation = parse_row(value)
+    except SampleError:
+        return
+    roles = [turn.role for turn in conversation.turns]
+    assert roles == ["user", "assistant"] * (len(roles) // 2)
+    assert len(conversation.images) == sum(turn.num_images for turn in conversation.turns)
+    assert all(conversation.answers)

@@ -1,0 +1,224 @@
+"""Opening untrusted images and SigLIP's preprocessing."""
+
+import io
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+from transformers import AutoImageProcessor
+
+from megatron_dattn.data.images import (
+    FORMATS,
+    MAX_SIDE,
+    ImagePreprocessor,
+    decode_image,
+    read_image_file,
+)
+from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.errors import ConfigError
+from tests.unit.data.builders import save_processor
+
+MAX_PIXELS = 40_000_000
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def noise(width: int = 13, height: int = 9, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    return decode_image(data, max_pixels=max_pixels)
+
+
+def assert_refused(data: bytes, text: str, max_pixels: int = MAX_PIXELS) -> None:
+    with pytest.raises(SampleError, match=text) as caught:
+        decode(data, max_pixels)
+    assert caught.value.reason == Reason.BROKEN_IMAGE
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds a few bytes of data."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(bytes(64)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_allowed_formats_open(format: str) -> None:
+    assert decode(encoded(noise(), format)).size == (13, 9)
+
+
+@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "PPM", "ICO", "EPS"])
+def test_other_formats_are_refused_whatever_their_name(format: str) -> None:
+    assert_refused(encoded(noise(16, 16), format), "JPEG, PNG, WEBP")
+
+
+def test_sizes_are_refused_from_the_header() -> None:
+    # Decoding would fail on the missing data; the size is named instead, so nothing was decoded.
+    assert_refused(png_header(8000, 8000), "8000x8000")
+    assert_refused(png_header(60_000, 1), "60000x1")
+    assert_refused(png_header(MAX_SIDE + 1, 2), str(MAX_SIDE))
+    assert_refused(encoded(noise(10, 10)), "10x10", max_pixels=99)
+    assert_refused(png_header(20_000, 20_000), "too large|20000x20000")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_truncated_files_are_refused_even_if_a_library_allows_them(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encoded(noise(64, 64), format)
+    for size in (len(data) // 2, len(data) * 9 // 10, 12, 0):
+        assert_refused(data[:size], "damaged|not an image")
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=64), st.integers(0, 2**32), st.sampled_from(FORMATS))
+def test_damaged_bytes_give_an_image_or_a_sample_error(
+    garbage: bytes, place: int, format: str
+) -> None:
+    data = bytearray(encoded(noise(24, 24), format))
+    start = place % len(data)
+    data[start : start + len(garbage)] = garbage
+    try:
+        image = decode(bytes(data))
+    except SampleError as error:
+        assert error.reason == Reason.BROKEN_IMAGE
+    else:
+        assert image.mode == "RGB"
+
+
+def test_exif_rotation_is_applied() -> None:
+    image = noise(12, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
+    upright = decode(encoded(image, exif=exif))
+    assert upright.size == (8, 12)
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(image), k=-1))
+
+
+def test_colour_modes_have_defined_results() -> None:
+    grey = np.arange(96, dtype=np.uint8).reshape(8, 12)
+    assert np.array_equal(
+        np.asarray(decode(encoded(Image.fromarray(grey)))), np.stack([grey] * 3, axis=-1)
+    )
+    deep = (np.arange(96, dtype=np.uint16).reshape(8, 12) * 600).astype(np.uint16)
+    assert np.array_equal(
+        np.asarray(decode(encoded(Image.fromarray(deep))))[..., 0], (deep >> 8).astype(np.uint8)
+    )
+    palette = noise().quantize(16)
+    assert np.array_equal(np.asarray(decode(encoded(palette))), np.asarray(palette.convert("RGB")))
+    cmyk = noise(mode="CMYK")
+    opened = Image.open(io.BytesIO(encoded(cmyk, "JPEG")))
+    assert np.array_equal(
+        np.asarray(decode(encoded(cmyk, "JPEG"))), np.asarray(opened.convert("RGB"))
+    )
+
+
+def test_transparency_is_dropped_as_hugging_face_does() -> None:
+    image = noise(mode="RGBA")
+    image.putalpha(0)
+    assert np.array_equal(np.asarray(decode(encoded(image))), np.asarray(noise()))
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    first, second = noise(), Image.new("RGB", (13, 9), "red")
+    data = encoded(first, "WEBP", save_all=True, append_images=[second], lossless=True)
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(first))
+
+
+def test_reading_stays_below_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (root / "sub" / "a.png").write_bytes(b"inside")
+    assert read_image_file(str(root), "sub/a.png") == b"inside"
+    assert read_image_file(str(root), "sub/../sub/a.png") == b"inside"
+    for path in ("../secret.png", "sub/../../secret.png", str(tmp_path / "secret.png"), "a\0b"):
+        with pytest.raises(SampleError, match="leaves its image root"):
+            read_image_file(str(root), path)
+
+
+def test_missing_and_odd_files_are_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for path in ("none.png", "pipe.png", "folder.png"):
+        with pytest.raises(SampleError, match=path) as caught:
+            read_image_file(str(tmp_path), path)
+        assert caught.value.reason == Reason.MISSING_IMAGE
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (33, 20), (7, 50), (1, 1), (300, 200)])
+def test_preprocessing_equals_hugging_face(tmp_path: Path, width: int, height: int) -> None:
+    folder = save_processor(tmp_path / "processor")
+    image = noise(width, height)
+    ours = ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
+    theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    expected = theirs(images=image, return_tensors="pt")["pixel_values"]
+    actual = ours.normalise([ours.fit(encoded(image))])
+    assert actual.dtype == torch.float32
+    # Both start from the same bytes; one rounding of float32 per step may differ.
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_padding_keeps_the_proportions() -> None:
+    processor = ImagePreprocessor(image_size=16, image_fit="pad")
+    pixels = processor.fit(encoded(Image.new("RGB", (16, 8), "red")))
+    assert (pixels[:3] == 127).all()
+    assert (pixels[6:10] == (255, 0, 0)).all()
+    assert (pixels[-3:] == 127).all()
+
+
+def test_no_images_make_an_empty_tensor() -> None:
+    assert ImagePreprocessor(image_size=16).normalise([]).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessor"),
+        ({"do_normalize": False}, "do_normalize"),
+        ({"size": {"height": 32, "width": 32}}, "image_size is 16"),
+        ({"size": {"shortest_edge": 16}}, "image_size is 16"),
+    ],
+)
+def test_processors_that_do_not_fit_are_refused(tmp_path: Path, change: dict, text: str) -> None:
+    folder = save_processor(tmp_path / "processor")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ConfigError, match=text):
+        ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
+
+
+def test_nested_and_missing_settings(tmp_path: Path) -> None:
+    folder = save_processor(tmp_path / "processor")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"data\.image_processor"):
+        ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    processor = ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
+    assert processor.image_size == 16

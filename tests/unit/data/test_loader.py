@@ -1,0 +1,367 @@
+"""The loader end to end: order, resume, bad samples, and errors before anything starts."""
+
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dattn.data.config import DatasetConfig
+from megatron_dattn.data.loader import VLMLoader
+from megatron_dattn.data.rejection import Reason
+from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.errors import CheckpointError, ConfigError, DataError
+from tests.unit.data.builders import (
+    data_config,
+    make_dataset,
+    make_loader,
+    make_rows,
+    model_config,
+    row,
+    save_image,
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetConfig:
+    """50 good samples."""
+    folder = tmp_path_factory.mktemp("dataset")
+    return make_dataset(folder, make_rows(folder, 50))
+
+
+def take(loader: VLMLoader, count: int) -> list[PackedBatch]:
+    return list(itertools.islice(iter(loader), count))
+
+
+def keys(batches: list[PackedBatch]) -> list[list[str]]:
+    return [batch.sample_keys for batch in batches]
+
+
+def assert_equal(left: list[PackedBatch], right: list[PackedBatch]) -> None:
+    assert keys(left) == keys(right)
+    for one, other in zip(left, right, strict=True):
+        assert one.layout == other.layout
+        for name in ("input_ids", "labels", "pixel_values"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_continues_with_the_next_batch(
+    processor: Path, dataset: DatasetConfig, num_workers: int
+) -> None:
+    config = data_config(processor, num_workers=num_workers)
+    whole = make_loader(config, [dataset])
+    first = take(whole, 7)
+    state, counters = whole.save_state(), whole.counters()
+    after = take(whole, 12)  # beyond an epoch of 50 samples
+    resumed = make_loader(config, [dataset])
+    resumed.restore_state(state)
+    assert resumed.counters() == counters
+    assert_equal(take(resumed, 6), after[:6])
+    # Once more, from a loader that was itself resumed.
+    again = make_loader(config, [dataset])
+    again.restore_state(resumed.save_state())
+    assert_equal(take(again, 6), after[6:])
+    assert again.counters() == whole.counters()
+    assert counters.seen == sum(batch.num_samples for batch in first)
+
+
+def test_a_state_saved_before_the_first_batch_restores(
+    processor: Path, dataset: DatasetConfig
+) -> None:
+    for num_workers in (0, 2):
+        config = data_config(processor, num_workers=num_workers)
+        loader = make_loader(config, [dataset])
+        state = loader.save_state()
+        resumed = make_loader(config, [dataset])
+        resumed.restore_state(state)
+        assert_equal(take(resumed, 3), take(loader, 3))
+
+
+def test_bad_samples_are_counted_once_across_a_resume(processor: Path, tmp_path: Path) -> None:
+    rows = make_rows(tmp_path, 60)
+    for index in range(0, 60, 6):
+        rows[index] = row("<image>", "x", "missing.png")
+    config = data_config(processor, max_skipped_fraction=0.5)
+    dataset = make_dataset(tmp_path, rows)
+    whole = make_loader(config, [dataset])
+    take(whole, 4)
+    resumed = make_loader(config, [dataset])
+    resumed.restore_state(whole.save_state())
+    assert_equal(take(resumed, 20), take(whole, 20))
+    assert resumed.counters() == whole.counters()
+    assert whole.counters().skipped[Reason.MISSING_IMAGE] > 10
+
+
+def test_training_is_shuffled_and_depends_on_the_seed(
+    processor: Path, dataset: DatasetConfig
+) -> None:
+    config = data_config(processor)
+    first = take(make_loader(config, [dataset]), 5)
+    assert_equal(first, take(make_loader(config, [dataset]), 5))
+    assert keys(first) != keys(take(make_loader(config, [dataset], seed=6), 5))
+    flat = [key for batch in keys(first) for key in batch]
+    assert flat != sorted(flat)
+
+
+def test_an_epoch_of_training_has_every_sample_once(
+    processor: Path, dataset: DatasetConfig
+) -> None:
+    """Without shuffle buffer and look-ahead in the way: a pack per sample."""
+    config = data_config(processor, shuffle_buffer_size=0, packing_buffer_size=1)
+    batches = take(make_loader(config, [dataset], micro_batch_size=1), 50)
+    assert len({key for batch in keys(batches) for key in batch}) == 50
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_data_parallel_ranks_share_the_samples(
+    processor: Path, dataset: DatasetConfig, num_workers: int, training: bool
+) -> None:
+    config = data_config(processor, num_workers=num_workers)
+    seen: list[set[str]] = []
+    for rank in range(2):
+        loader = make_loader(
+            config, [dataset], training=training, data_parallel_rank=rank, data_parallel_size=2
+        )
+        seen.append({key for batch in take(loader, 40) for key in batch.sample_keys})
+    assert not seen[0] & seen[1]
+    assert len(seen[0] | seen[1]) == 50
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_validation_gives_each_sample_once_and_starts_anew(
+    processor: Path, dataset: DatasetConfig, num_workers: int
+) -> None:
+    config = data_config(processor, num_workers=num_workers)
+    loader = make_loader(config, [dataset], training=False)
+    take(loader, 2)
+    batches = list(loader)
+    flat = [key for batch in keys(batches) for key in batch]
+    expected = [f"set-{index:09d}" for index in range(50)]
+    assert (flat if num_workers == 0 else sorted(flat)) == expected
+    assert_equal(batches, list(loader))
+    assert loader.counters().seen == 50
+    with pytest.raises(RuntimeError, match="validation"):
+        loader.save_state()
+
+
+def test_packs_hold_what_the_budgets_allow(processor: Path, dataset: DatasetConfig) -> None:
+    batches = take(make_loader(data_config(processor), [dataset]), 30)
+    for batch in batches:
+        assert batch.layout.visual_budget == 16
+        assert batch.layout.text_budget == len(batch.input_ids) == len(batch.labels) == 256
+        assert batch.pixel_values.shape == (len(batch.layout.images), 3, 16, 16)
+        assert 1 <= batch.num_samples <= 4
+        assert (batch.labels != -100).any()
+    # 4 samples and 4 images are the limits; about a third of the rows could waste some.
+    assert sum(batch.num_samples for batch in batches) > 3.3 * len(batches)
+
+
+def test_blending_follows_the_weights(processor: Path, tmp_path: Path) -> None:
+    rows = make_rows(tmp_path, 20)
+    often = make_dataset(tmp_path, rows, name="often")
+    rare = make_dataset(tmp_path, rows, name="rare")
+    datasets = [DatasetConfig(often.path, weight=3.0), DatasetConfig(rare.path, weight=1.0)]
+    batches = take(make_loader(data_config(processor, num_workers=0), datasets), 100)
+    flat = [key.split("-")[0] for batch in keys(batches) for key in batch]
+    # 350 to 400 draws with p = 0.75: five standard deviations are 0.12.
+    assert abs(flat.count("often") / len(flat) - 0.75) < 0.12
+
+
+def bad_rows(folder: Path) -> dict[Reason, dict[str, Any]]:
+    """One row for each way of going wrong."""
+    save_image(folder / "images" / "good.png", seed=1)
+    (folder / "images" / "cut.png").write_bytes((folder / "images" / "good.png").read_bytes()[:300])
+    good = "images/good.png"
+    return {
+        Reason.BAD_ROW: {"conversations": 3},
+        Reason.ODD_ROLES: {"conversations": [{"from": "system", "value": "x"}]},
+        Reason.NO_ANSWER: {"conversations": [{"from": "human", "value": "x"}]},
+        Reason.EMPTY_ANSWER: row("x", " "),
+        Reason.IMAGE_COUNT: row("x", "y", good),
+        Reason.CONTROL_TOKEN: row("[INST] x", "y"),
+        Reason.MISSING_IMAGE: row("<image>", "y", "images/none.png"),
+        Reason.BROKEN_IMAGE: row("<image>", "y", "images/cut.png"),
+        Reason.TOO_MUCH_TEXT: row("x", "a red square " * 400),
+        Reason.TOO_MANY_IMAGES: row("<image>" * 5, "y", [good] * 5),
+    }
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_kind_of_bad_sample_is_skipped_and_counted(
+    processor: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int
+) -> None:
+    rows = make_rows(tmp_path, 30)
+    bad = bad_rows(tmp_path)
+    for position, value in enumerate(bad.values()):
+        rows.insert(3 * position, value)
+    dataset = make_dataset(tmp_path, rows)
+    config = data_config(processor, num_workers=num_workers)
+    loader = make_loader(config, [dataset], training=False)
+    batches = list(loader)
+    assert sum(batch.num_samples for batch in batches) == 30
+    counters = loader.counters()
+    assert counters.skipped == {str(reason): 1 for reason in bad}
+    assert counters.seen == 40
+    for position, reason in enumerate(bad):
+        lines = [line for line in caplog.messages if f"({reason}, " in line]
+        assert len(lines) == 1
+        assert f"set-{3 * position:09d}" in lines[0]
+
+
+def test_bad_samples_stop_the_run_where_that_is_wanted(processor: Path, tmp_path: Path) -> None:
+    rows = [*make_rows(tmp_path, 10), row("<image>", "y", "images/none.png")]
+    dataset = make_dataset(tmp_path, rows)
+    config = data_config(processor, bad_samples="fail", num_workers=2)
+    with pytest.raises(DataError, match=r"set-000000010 .*images/none\.png") as caught:
+        take(make_loader(config, [dataset]), 20)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_set_without_a_usable_sample_stops_the_run(
+    processor: Path, tmp_path: Path, num_workers: int
+) -> None:
+    dataset = make_dataset(tmp_path, [row("<image>", "y", f"{i}.png") for i in range(10)])
+    config = data_config(processor, num_workers=num_workers)
+    with pytest.raises(DataError, match="100 of 1.. samples could not|missing_image 1"):
+        take(make_loader(config, [dataset]), 1)
+
+
+def test_long_conversations_are_cut_after_an_answer_if_wanted(
+    processor: Path, tmp_path: Path
+) -> None:
+    save_image(tmp_path / "a.png", seed=1)
+    long = row("<image>\nx", "first answer", "a.png")
+    long["conversations"] += row("y", "a red square " * 400)["conversations"]
+    dataset = make_dataset(tmp_path, [long, row("x", "a red square " * 400)])
+    config = data_config(processor, long_samples="truncate")
+    loader = make_loader(config, [dataset], training=False)
+    (batch,) = list(loader)
+    assert batch.sample_keys == ["set-000000000"]
+    assert loader.counters().skipped == {"too_much_text": 1}
+
+
+def test_lines_that_are_no_json_are_skipped(processor: Path, tmp_path: Path) -> None:
+    rows = [*make_rows(tmp_path, 4), {"x": 1}, {"y": 1}]
+    dataset = make_dataset(tmp_path, rows)
+    path = Path(dataset.path)
+    data = path.read_bytes()
+    at = data.index(b'{"x": 1}')
+    # Same length, so that the index still fits.
+    path.write_bytes(data[:at] + b'{"\xff": 1}' + data[at + 8 :].replace(b'{"y": 1}', b'{"y": [}'))
+    loader = make_loader(data_config(processor), [dataset], training=False)
+    assert sum(batch.num_samples for batch in loader) == 4
+    assert loader.counters().skipped == {"bad_row": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"text_budget": 128}, "data.text_budget"),
+        ({"packing_buffer_size": 16}, "data.packing_buffer_size"),
+        ({"num_workers": 2}, "data.num_workers"),
+        ({"template": "plain"}, "data.template"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(
+    processor: Path, dataset: DatasetConfig, change: dict[str, Any], name: str
+) -> None:
+    state = make_loader(data_config(processor), [dataset]).save_state()
+    other = make_loader(data_config(processor, **change), [dataset])
+    with pytest.raises(CheckpointError, match=name):
+        other.restore_state(state)
+
+
+def test_a_state_of_another_rank_or_other_data_is_refused(
+    processor: Path, dataset: DatasetConfig, tmp_path: Path
+) -> None:
+    config = data_config(processor)
+    state = make_loader(config, [dataset]).save_state()
+    with pytest.raises(CheckpointError, match="data-parallel size 1, but it is 2"):
+        make_loader(config, [dataset], data_parallel_size=2).restore_state(state)
+    other = make_dataset(tmp_path, make_rows(tmp_path, 51))
+    with pytest.raises(CheckpointError, match="other data sets"):
+        make_loader(config, [other]).restore_state(state)
+
+
+def test_restoring_a_running_loader_is_our_mistake(processor: Path, dataset: DatasetConfig) -> None:
+    loader = make_loader(data_config(processor), [dataset])
+    take(loader, 1)
+    with pytest.raises(RuntimeError, match="before"):
+        loader.restore_state(loader.save_state())
+
+
+def test_a_dead_worker_is_an_error_and_not_a_wait(processor: Path, dataset: DatasetConfig) -> None:
+    loader = make_loader(data_config(processor, num_workers=2), [dataset])
+    take(loader, 2)
+    assert loader._loader is not None
+    workers = loader._loader._iterator._workers
+    os.kill(workers[0].pid, signal.SIGTERM)  # meant for the trainer: workers go on
+    assert len(take(loader, 4)) == 4
+    workers[1].kill()
+    with pytest.raises(RuntimeError, match=r"worker .* (died|is killed)"):
+        loader.save_state()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"tokenizer": None}, ConfigError, "data.tokenizer is not set"),
+        ({"tokenizer": "/nowhere"}, ConfigError, "/nowhere"),
+        ({"visual_budget": 3}, ConfigError, "visual_budget 3 is smaller than one image"),
+        ({"image_processor": "/nowhere"}, ConfigError, "preprocessor_config.json"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    processor: Path,
+    dataset: DatasetConfig,
+    settings: dict[str, Any],
+    error: type[Exception],
+    text: str,
+) -> None:
+    with pytest.raises(error, match=text):
+        make_loader(data_config(processor, **settings), [dataset])
+
+
+def test_models_that_do_not_fit_the_processor_are_refused(
+    processor: Path, dataset: DatasetConfig
+) -> None:
+    with pytest.raises(ConfigError, match="image_size is 32"):
+        make_loader(data_config(processor), [dataset], model_config=model_config(image_size=32))
+    with pytest.raises(ConfigError, match="vocab_size is 100"):
+        make_loader(data_config(processor), [dataset], model_config=model_config(vocab_size=100))
+
+
+def test_too_few_samples_for_the_workers_are_refused(processor: Path, tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, make_rows(tmp_path, 3))
+    with pytest.raises(ConfigError, match="3 samples for 4 loader workers"):
+        make_loader(data_config(processor, num_workers=2), [dataset], data_parallel_size=2)
+    with pytest.raises(ConfigError, match="names no data set"):
+        make_loader(data_config(processor), [])
+
+
+def test_unprepared_and_changed_data_sets_are_refused(processor: Path, tmp_path: Path) -> None:
+    config = data_config(processor)
+    dataset = make_dataset(tmp_path, make_rows(tmp_path, 5))
+
+    def refused(changed: DatasetConfig, text: str) -> None:
+        with pytest.raises(DataError, match=text):
+            make_loader(config, [changed])
+
+    raw = tmp_path / "raw.json"
+    raw.write_text(json.dumps(make_rows(tmp_path, 5)))
+    refused(DatasetConfig(str(raw)), "tools/prepare_data.py")
+    refused(DatasetConfig(str(tmp_path / "none.jsonl")), "does not exist")
+    refused(DatasetConfig(dataset.path, image_root="/nowhere"), "image root")
+    refused(DatasetConfig(dataset.path, weight=0.0), "weight")
+    with Path(dataset.path).open("a") as file:
+        file.write("{}\n")
+    refused(dataset, "was changed after its index")
+    Path(f"{dataset.path}.idx").unlink()
+    refused(dataset, "has no index")

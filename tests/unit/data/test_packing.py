@@ -1,0 +1,87 @@
+"""First-fit packing: nothing lost, nothing repeated, budgets held."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dattn.data.packing import buffer_size, pack_samples
+
+BUDGET = 10
+
+
+@dataclass(frozen=True)
+class Rows:
+    num_visual_rows: int
+    num_text_rows: int
+
+
+samples = st.lists(
+    st.builds(Rows, st.integers(0, BUDGET), st.integers(1, BUDGET)) | st.just(Rows(0, 0)),
+    max_size=30,
+)
+
+
+def pack(rows: list[Rows], max_samples: int = 4, keep_order: bool = False) -> list[list[int]]:
+    return pack_samples(
+        rows,
+        visual_budget=BUDGET,
+        text_budget=BUDGET,
+        max_samples=max_samples,
+        keep_order=keep_order,
+    )
+
+
+@settings(deadline=None)
+@given(samples, st.integers(1, 6), st.booleans())
+def test_every_sample_is_packed_once_within_the_budgets(
+    rows: list[Rows], max_samples: int, keep_order: bool
+) -> None:
+    packs = pack(rows, max_samples, keep_order)
+    assert sorted(index for members in packs for index in members) == list(range(len(rows)))
+    for members in packs:
+        assert members
+        assert members == sorted(members)
+        assert sum(rows[index].num_visual_rows for index in members) <= BUDGET
+        assert sum(rows[index].num_text_rows for index in members) <= BUDGET
+        assert sum(rows[index].num_text_rows > 0 for index in members) <= max_samples
+    assert packs == pack(rows, max_samples, keep_order)
+
+
+@settings(deadline=None)
+@given(samples)
+def test_keep_order_keeps_the_order(rows: list[Rows]) -> None:
+    packed = [index for members in pack(rows, keep_order=True) for index in members]
+    assert packed == list(range(len(rows)))
+
+
+@settings(deadline=None)
+@given(samples)
+def test_no_two_packs_could_be_one(rows: list[Rows]) -> None:
+    """First fit: the first sample of a pack did not fit any earlier pack."""
+    packs = pack(rows)
+    for later, members in enumerate(packs):
+        opener = rows[members[0]]
+        for earlier in packs[:later]:
+            before = [rows[index] for index in earlier if index < members[0]]
+            assert (
+                sum(r.num_visual_rows for r in before) + opener.num_visual_rows > BUDGET
+                or sum(r.num_text_rows for r in before) + opener.num_text_rows > BUDGET
+                or sum(r.num_text_rows > 0 for r in before) == 4
+            )
+
+
+def test_a_small_sample_fills_an_earlier_pack() -> None:
+    assert pack([Rows(6, 1), Rows(6, 1), Rows(4, 1)]) == [[0, 2], [1]]
+    assert pack([Rows(6, 1), Rows(6, 1), Rows(4, 1)], keep_order=True) == [[0], [1, 2]]
+
+
+def test_a_sample_beyond_the_budgets_is_our_mistake() -> None:
+    with pytest.raises(ValueError, match="11 visual"):
+        pack([Rows(11, 1)])
+
+
+def test_the_buffer_holds_at_least_two_packs() -> None:
+    assert buffer_size(32, 8) == 32
+    assert buffer_size(32, 64) == 128

@@ -1,0 +1,40 @@
+"""Tokenizers that would train the wrong thing are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_dattn.data.tokenizer import load_tokenizer, padding_id, special_token_ids
+from megatron_dattn.errors import ConfigError
+from tests.unit.data.builders import save_processor
+
+
+def test_a_good_tokenizer_loads(processor: Path) -> None:
+    tokenizer = load_tokenizer(str(processor), template="mistral_v3", vocab_size=512)
+    assert padding_id(tokenizer) == tokenizer.unk_token_id == 0
+    special = special_token_ids(tokenizer)
+    assert tokenizer.convert_tokens_to_ids("[control_8]") in special
+    assert tokenizer.unk_token_id not in special
+
+
+@pytest.mark.parametrize("token", ["<image>", "[INST]"])
+def test_a_missing_control_token_is_named(tmp_path: Path, token: str) -> None:
+    folder = save_processor(tmp_path / "processor")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace(json.dumps(token), json.dumps("<other>")))
+    with pytest.raises(ConfigError, match=f"no special token '{token}'".replace("[", r"\[")):
+        load_tokenizer(str(folder), template="mistral_v3")
+
+
+def test_the_plain_template_needs_no_instruction_tokens(tmp_path: Path) -> None:
+    folder = save_processor(tmp_path / "processor")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"[INST]"', '"[OTHER]"'))
+    load_tokenizer(str(folder), template="plain")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        load_tokenizer(str(tmp_path), template="plain")

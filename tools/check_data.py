@@ -1,0 +1,97 @@
+"""Find what is wrong with LLaVA-format data before training on it.
+
+    python tools/check_data.py data.json --image-root images/ --tokenizer run/tokenizer
+
+Reads every row and decodes every image by the rules of the data loader; prints a table by reason
+and, with --report, writes a JSON file. Exits with 0 if all is well and with 2 otherwise; with
+--missing skip, missing images are reported but do not count. Without --tokenizer, lengths and
+control tokens are not checked.
+"""
+
+import argparse
+import json
+import sys
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from megatron_dattn.data.check import Report
+    from megatron_dattn.data.encoder import RowEncoder
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("inputs", type=Path, nargs="+", help=".json or .jsonl files")
+    parser.add_argument("--image-root", type=Path, help="images' folder; else each input's own")
+    parser.add_argument("--missing", choices=["fail", "skip"], default="fail")
+    parser.add_argument("--report", type=Path, help="JSON file to write")
+    parser.add_argument("--threads", type=int, default=4, help="images decoded at a time")
+    parser.add_argument("--max-image-pixels", type=int, default=40_000_000)
+    parser.add_argument("--tokenizer", help="folder of the tokenizer")
+    parser.add_argument("--template", choices=["plain", "mistral_v3"], default="mistral_v3")
+    parser.add_argument("--visual-budget", type=int, default=5832)
+    parser.add_argument("--text-budget", type=int, default=4096)
+    parser.add_argument("--image-size", type=int, default=384)
+    parser.add_argument("--patch-size", type=int, default=14)
+    return parser.parse_args(arguments)
+
+
+def make_encoder(arguments: argparse.Namespace) -> "RowEncoder | None":
+    """The loader's encoder with the run's budgets, if a tokenizer is given."""
+    if arguments.tokenizer is None:
+        return None
+    from megatron_dattn.data.encoder import RowEncoder
+    from megatron_dattn.data.images import ImagePreprocessor
+    from megatron_dattn.data.template import ConversationTokenizer
+    from megatron_dattn.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.tokenizer, template=arguments.template)
+    side = arguments.image_size // arguments.patch_size
+    return RowEncoder(
+        tokenizer=ConversationTokenizer(tokenizer, arguments.template),
+        preprocessor=ImagePreprocessor(arguments.image_size),
+        grid=(side, side),
+        visual_budget=arguments.visual_budget,
+        text_budget=arguments.text_budget,
+    )
+
+
+def check_file(path: Path, arguments: argparse.Namespace, encoder: "RowEncoder | None") -> "Report":
+    from tqdm import tqdm
+
+    from megatron_dattn.data.check import RowChecker, check_rows
+    from megatron_dattn.data.prepare import read_rows
+
+    rows = read_rows(path)
+    checker = RowChecker(arguments.image_root or path.parent, arguments.max_image_pixels, encoder)
+    reports = check_rows(rows, checker, path=str(path), num_threads=arguments.threads)
+    # disable=None: no bar where there is no terminal.
+    last = deque(tqdm(reports, total=len(rows), desc=path.name, disable=None), maxlen=1)
+    return last[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        encoder = make_encoder(options)
+        reports = [check_file(path, options, encoder) for path in options.inputs]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    for report in reports:
+        print(report.table())
+    if options.report is not None:
+        content = {"files": [report.as_dict() for report in reports]}
+        options.report.write_text(json.dumps(content, indent=2) + "\n")
+    ignore_missing = options.missing == "skip"
+    failed = any(report.has_problems(ignore_missing=ignore_missing) for report in reports)
+    return EXIT_USER_ERROR if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

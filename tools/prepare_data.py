@@ -1,0 +1,57 @@
+"""Prepare LLaVA-format data for training.
+
+    python tools/prepare_data.py llava_v1_5_mix665k.json --image-root images/ --output prepared/
+    python tools/prepare_data.py --mixture stage3.yaml --output prepared/
+
+Writes one .jsonl and its index per input, and `prepared/train.yaml` to pass to pretrain_vlm.py with
+--config. A mixture is a YAML file with a list `datasets` of `json_path`, `image_root`, `weight` and
+`sampling_strategy` (all, first:1000, end:10%, random:50%). Images are left where they are.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("inputs", type=Path, nargs="*", help=".json or .jsonl files")
+    parser.add_argument("--mixture", type=Path, help="YAML file that names the inputs")
+    parser.add_argument("--image-root", type=Path, help="images' folder; else each input's own")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the prepared files")
+    parser.add_argument("--section", choices=["train", "validation"], default="train")
+    parser.add_argument("--seed", type=int, default=0, help="for sampling strategy random")
+    return parser.parse_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    # Imported late: --help should not wait for it.
+    from megatron_dattn.data.prepare import Source, prepare, read_mixture
+
+    if bool(arguments.inputs) == (arguments.mixture is not None):
+        raise ConfigError("name either input files or --mixture")
+    if arguments.mixture is not None:
+        sources = read_mixture(arguments.mixture)
+    else:
+        sources = [Source(path, arguments.image_root) for path in arguments.inputs]
+    done = prepare(sources, arguments.output, section=arguments.section, seed=arguments.seed)
+    for number, (source, path, count) in enumerate(done, start=1):
+        print(f"[{number}/{len(sources)}] {source.path}: {count} rows -> {path}", flush=True)
+    print(f"train with --config {arguments.output / arguments.section}.yaml")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        run(parse_arguments(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
