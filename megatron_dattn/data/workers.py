@@ -5,8 +5,10 @@ group, but only the trainer may decide what happens, since saving the loader's s
 workers. A worker that is gone is an error, where Energon would wait for its answer for ever.
 """
 
+import atexit
 import queue
 import signal
+import weakref
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ def savable_loader(dataset: SavableDataset) -> "ResumableLoader":
 
 def basic_loader(dataset: SavableDataset) -> BasicDataLoader:
     """A loader for one pass over the data."""
-    return _prepared(BasicDataLoader(dataset, **_options(dataset.worker_config.num_workers)))
+    return _prepared(OnePassLoader(dataset, **_options(dataset.worker_config.num_workers)))
 
 
 def _options(num_workers: int) -> dict[str, Any]:
@@ -56,7 +58,37 @@ class _WorkerStart:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class ResumableLoader(SavableDataLoader):
+class _EndsItsWorkers:
+    """Mixin: ends the workers when the process ends.
+
+    torch ends persistent workers at exit with SIGTERM (unless memory is pinned), which ours do not
+    hear, and would then wait for them for ever.
+    """
+
+    num_workers: int
+
+    def _get_iterator(self) -> Any:
+        iterator = super()._get_iterator()  # type: ignore[misc]
+        if self.num_workers:
+            atexit.register(_end_workers, weakref.ref(iterator))
+        return iterator
+
+
+def _end_workers(reference: weakref.ref) -> None:
+    iterator = reference()
+    if iterator is None:
+        return
+    iterator._shutdown_workers()  # asks them, and waits for some seconds
+    for worker in iterator._workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+class OnePassLoader(_EndsItsWorkers, BasicDataLoader):
+    """BasicDataLoader whose workers end with the process."""
+
+
+class ResumableLoader(_EndsItsWorkers, SavableDataLoader):
     """SavableDataLoader that notices dead workers when it asks for their state."""
 
     def _worker_command(self, *command: Any) -> list[Any]:
