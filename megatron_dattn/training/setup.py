@@ -28,6 +28,7 @@ from megatron_dattn.runtime.distributed import (
     all_ranks_agree,
     get_device,
     initialize_distributed,
+    is_rank_0,
     seed_everything,
 )
 from megatron_dattn.training.checkpoint import Checkpointer
@@ -112,13 +113,14 @@ def uses_distributed_optimizer(config: PretrainConfig, model: nn.Module) -> bool
     state of a rank that has none. Little is lost, as then only a small part of the model trains.
     """
     wanted = config.parallel.use_distributed_optimizer
-    if wanted and not every_pipeline_stage_trains(model):
+    if not wanted or every_pipeline_stage_trains(model):
+        return wanted
+    if is_rank_0():
         logger.warning(
             "a pipeline stage is frozen as a whole: parallel.use_distributed_optimizer is off for "
             "this stage of training"
         )
-        return False
-    return wanted
+    return False
 
 
 def build_state(config: PretrainConfig) -> TrainState:
@@ -222,7 +224,7 @@ def restore(config: PretrainConfig, checkpointer: Checkpointer, state: TrainStat
         check_peak_rates(config.optimizer, state.optimizer)
     elif config.checkpoint.load:
         checkpointer.load_weights(state, config.checkpoint.load)
-    else:
+    elif is_rank_0():
         logger.warning("checkpoint.load is not set: the model starts from random weights")
     folder = config.checkpoint.save
     if folder is not None:

@@ -20,6 +20,7 @@ from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import DataError, UserError
 from megatron_dattn.parallel.batch import broadcast_batch
 from megatron_dattn.runtime.distributed import all_ranks_agree
+from megatron_dattn.training.random_states import untouched_random_states
 
 
 @dataclass
@@ -94,10 +95,11 @@ class BatchStream(Iterator[PackedBatch]):
             return None
         started = time.perf_counter()
         try:
-            if self._source is None:
-                self._source = iter(self._loader)
-            missing = num_packs - len(self._waiting)
-            self._waiting.extend(itertools.islice(self._source, max(0, missing)))
+            with untouched_random_states():
+                if self._source is None:
+                    self._source = iter(self._loader)
+                missing = num_packs - len(self._waiting)
+                self._waiting.extend(itertools.islice(self._source, max(0, missing)))
         except UserError as error:
             return error
         finally:

@@ -2,6 +2,7 @@
 
 import logging
 
+from megatron_dattn.runtime.distributed import is_rank_0
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training.exits import ExitReason, NumericsError
 from megatron_dattn.training.metrics import StepReport
@@ -33,7 +34,7 @@ def train(run: Run) -> ExitReason:
             stop = signals.requested_anywhere()
             save_if_due(run, at_once=stop is not None)
             if stop is not None:
-                logger.warning("%s after iteration %d: stopping", stop.name, progress.step)
+                logger.info("%s: stopping after iteration %d", stop.name, progress.step)
                 return ExitReason("signal", progress.step, stop.name)
     return ExitReason("finished", progress.step)
 
@@ -44,14 +45,16 @@ def stop_if_numbers_stay_bad(run: Run, report: StepReport) -> None:
         return
     in_a_row = run.state.progress.skipped_steps_in_a_row
     limit = run.config.optimizer.max_skipped_steps
-    logger.warning(
-        "iteration %d skipped on all ranks: loss %s, gradient norm %s (%d in a row, stops at %d)",
-        report.step,
-        report.loss,
-        report.grad_norm,
-        in_a_row,
-        limit,
-    )
+    if is_rank_0():
+        logger.warning(
+            "iteration %d skipped on all ranks: loss %s, gradient norm %s (%d in a row, stops at "
+            "%d)",
+            report.step,
+            report.loss,
+            report.grad_norm,
+            in_a_row,
+            limit,
+        )
     if in_a_row >= limit:
         raise NumericsError(
             f"loss or gradients were not finite in {in_a_row} steps in a row, up to iteration "

@@ -1,19 +1,16 @@
 """The validation loss while training: measured aside, without a trace in the training state."""
 
 import contextlib
-import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
-import numpy as np
 import torch
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import nn
 
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.distributed import get_device
 from megatron_dattn.training.losses import LossSum, run_micro_batches, sum_over_world
+from megatron_dattn.training.random_states import untouched_random_states
 from megatron_dattn.training.stream import BatchStream
 
 
@@ -45,7 +42,7 @@ class Validation:
         Raises:
             UserError: on all ranks, if the validation data cannot be read or has no label.
         """
-        with _untouched_random_states(), _evaluation_mode(model_chunks), torch.no_grad():
+        with untouched_random_states(), _evaluation_mode(model_chunks), torch.no_grad():
             stream = BatchStream(self._make_loader(), get_device(), "validation")
             num_microbatches = stream.load_at_most(self._max_microbatches)
             if num_microbatches == 0:
@@ -72,21 +69,3 @@ def _evaluation_mode(model_chunks: list[nn.Module]) -> Iterator[None]:
     finally:
         for chunk in model_chunks:
             chunk.train()
-
-
-@contextlib.contextmanager
-def _untouched_random_states() -> Iterator[None]:
-    """Put every random state back as it was: training goes on as if nothing had happened."""
-    states: list[tuple[Callable[[Any], object], Any]] = [
-        (random.setstate, random.getstate()),
-        (np.random.set_state, np.random.get_state()),
-        (torch.set_rng_state, torch.get_rng_state()),
-        (get_cuda_rng_tracker().set_states, get_cuda_rng_tracker().get_states()),
-    ]
-    if torch.cuda.is_available():
-        states.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
-    try:
-        yield
-    finally:
-        for restore, state in states:
-            restore(state)

@@ -1,0 +1,106 @@
+"""Mistakes of users: one clear line on rank 0, exit code 2 everywhere, no checkpoint harmed."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.functional.workspace import ROOT, Workspace, make_workspace, pretrain
+from tests.support.distributed import run_distributed
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def _main(argv: list[str]) -> tuple[int, str]:
+    """The entry script on the ranks of `run_distributed`: exit code and standard error."""
+    spec = importlib.util.spec_from_file_location("pretrain_vlm", ROOT / "pretrain_vlm.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    handlers = logging.getLogger().handlers[:]
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return script.main(argv), stderr.getvalue()
+    finally:
+        logging.getLogger().handlers[:] = handlers
+
+
+def _assert_one_line(answers: list[tuple[int, str]], words: list[str]) -> None:
+    (code, message), *others = answers
+    assert code == 2
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    for word in words:
+        assert word in message
+    assert others == [(2, "")] * len(others)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "words"),
+    [
+        (1, ["--nope", "1"], ["--nope"]),
+        (1, ["--train-iters", "many"], ["train_iters", "int", "many"]),
+        (1, ["--config", "missing.yaml"], ["missing.yaml"]),
+        (2, ["--tensor-model-parallel-size", "3"], ["tensor_model_parallel_size 3", "size 2"]),
+        (2, ["--global-batch-size", "10"], ["global_batch_size 10", "4"]),
+        (
+            2,
+            [*"--tensor-model-parallel-size 2 --sequence-parallel --text-budget 161".split()],  # noqa: SIM905
+            ["161", "tensor_model_parallel_size 2"],
+        ),
+        (2, ["--data.tokenizer", "nowhere"], ["nowhere"]),
+        (2, ["--data.train", "[{path: nowhere.jsonl}]"], ["nowhere.jsonl"]),
+        (1, ["--visual-budget", "3"], ["visual_budget 3", "4"]),
+        (1, ["--eval-interval", "2", "--data.validation", "[]"], ["data.validation"]),
+        (2, ["--load", "nowhere"], ["nowhere", "checkpoint"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else str(value),
+)
+def test_mistakes(workspace: Workspace, ranks: int, flags: list[str], words: list[str]) -> None:
+    argv = [*workspace.flags("mistakes"), *flags]
+    _assert_one_line(run_distributed(_main, ranks, argv), words)
+
+
+def test_a_user_error_is_written_down(workspace: Workspace) -> None:
+    run_distributed(_main, 1, [*workspace.flags("noted"), "--load", "nowhere"])
+    note = json.loads((workspace.folder / "noted" / "exit_reason.json").read_text())
+    assert note["reason"] == "user_error"
+    assert note["exit_code"] == 2
+    assert "nowhere" in note["detail"]
+
+
+def test_checkpoints_of_another_run_are_refused_and_stay(workspace: Workspace) -> None:
+    flags = workspace.flags("first", train_iters=2)
+    assert run_distributed(_main, 1, flags) == [(0, "")]
+    folder = workspace.folder / "first"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for changes, words in (
+        (["--model.language.intermediate_size", "48"], ["intermediate_size", "64", "48"]),
+        (["--attention", "s_attn"], ["attention", "dattn", "s_attn"]),
+        (["--stage", "stage9"], ["stage", "stage1", "stage9"]),
+        (["--train-iters", "5"], ["schedule", "train_iters"]),
+        (["--optimizer.learning_rates.adapter", "1e-3"], ["learning_rates.adapter", "0.002"]),
+    ):
+        _assert_one_line(run_distributed(_main, 1, [*flags, *changes]), words)
+    note = folder / "exit_reason.json"
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    del before[note], after[note]
+    report = folder / "resume_report.json"  # a resume that went far enough to be reported
+    after.pop(report, None)
+    assert after == before
+
+
+def test_the_script_itself_without_torchrun(workspace: Workspace) -> None:
+    done = pretrain([*workspace.flags("mistakes"), "--nope"])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: unrecognized arguments: --nope\n"
