@@ -105,14 +105,13 @@ def _prepare(folder: Path, final: Path) -> None:
 def remove_abandoned(folder: Path) -> None:
     """Remove what dead writers left in a run folder: temporary folders and unfinished deletions."""
     for entry in sorted(folder.iterdir()):
-        dead = files.is_abandoned(entry)
-        if not dead and not entry.name.startswith(files.TRASH_PREFIX):
-            continue
-        if dead:
-            logger.warning("removing %s, left behind by a save that did not finish", entry)
         try:
-            shutil.rmtree(entry)
-        except OSError as error:
+            dead = files.is_abandoned(entry)
+            if dead:
+                logger.warning("removing %s, left behind by a save that did not finish", entry)
+            if dead or entry.name.startswith(files.TRASH_PREFIX):
+                shutil.rmtree(entry)
+        except OSError as error:  # it can wait for the next save
             logger.warning("%s cannot be removed: %s", entry, error)
 
 

@@ -38,10 +38,11 @@ REPORT_FILE = "resume_report.json"
 _MAY_BE_ABSENT = {"adapter"}
 
 # Stores the distributed optimizer's state as if it were not distributed: it then loads under any
-# tensor-, pipeline- and data-parallel size.
+# tensor-, pipeline- and data-parallel size. It is gathered in host memory, on the first rank of the
+# data-parallel group: gathered on the device it might not fit in the middle of a run.
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
 

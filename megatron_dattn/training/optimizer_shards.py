@@ -31,6 +31,8 @@ def sharded_optimizer_state(
     if not is_loading and part.optimizer is not None:
         part.init_state_fn(part.optimizer, part.config)
     state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    if state.get("param_state", ...) is None:
+        del state["param_state"]  # gathered on another data-parallel rank
     if _MASTER_WEIGHTS in state:
         state[_MASTER_WEIGHTS] = {
             str(group): {str(place): shard for place, shard in enumerate(shards)}
@@ -58,7 +60,5 @@ def restore_optimizer(optimizer: MegatronOptimizer, loaded: StateDict) -> None:
 def single_optimizer(optimizer: Any) -> Any:
     """The optimizer inside megatron-core's chain, which holds several only for expert layers."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    assert len(parts) == 1, (
-        f"{len(parts)} chained optimizers: experts are not supported"
-    )
+    assert len(parts) == 1, f"{len(parts)} chained optimizers: experts are not supported"
     return parts[0]

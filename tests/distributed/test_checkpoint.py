@@ -34,17 +34,34 @@ def train_and_resume(folder: str, setup: Setup) -> tuple[list, list, dict, dict]
     return expected, second.train(3), first.digests(), second.digests()
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed"])
-def test_resumed_run_equals_the_uninterrupted_one(
-    tmp_path: Path, bf16: bool, distributed_optimizer: bool
-) -> None:
-    setup = Setup(bf16=bf16, distributed_optimizer=distributed_optimizer)
-    for expected, losses, before, after in run_distributed(
-        train_and_resume, 2, str(tmp_path), setup
-    ):
-        assert losses == expected
-        assert after == before
+def resume_each(folder: str, setups: list[Setup]) -> list[tuple]:
+    return [train_and_resume(f"{folder}/{i}", setup) for i, setup in enumerate(setups)]
+
+
+def assert_each_resumes_exactly(folder: Path, setups: list[Setup]) -> None:
+    for results in run_distributed(resume_each, 2, str(folder), setups, timeout=180):
+        for setup, (expected, losses, before, after) in zip(setups, results, strict=True):
+            assert losses == expected, setup
+            assert after == before, setup
+
+
+KINDS = [
+    {"bf16": bf16, "distributed_optimizer": distributed_optimizer}
+    for bf16 in (False, True)
+    for distributed_optimizer in (False, True)
+]
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    assert_each_resumes_exactly(tmp_path, [Setup(**kind) for kind in KINDS])
+
+
+def test_resume_of_pipeline_stages_with_empty_groups(tmp_path: Path) -> None:
+    """Vision encoder and adapter are on the first stage only; with the adapter alone to train, the
+    last stage trains nothing at all."""
+    rates = [(1e-3, 2e-2, 5e-3), (0.0, 1e-2, 0.0)]
+    setups = [Setup(pipeline_parallel=2, rates=r, **kind) for r in rates for kind in KINDS]
+    assert_each_resumes_exactly(tmp_path, setups)
 
 
 LAYOUTS = {"TP2": (2, 1), "DP2": (1, 1), "PP2": (1, 2)}
@@ -104,35 +121,6 @@ def test_another_layout_resumes_the_same_weights_and_moments(
         expected = [max(pair) for pair in zip(expected, other[0][1], strict=True)]
         losses = [max(pair) for pair in zip(losses, other[1][1], strict=True)]
         assert losses == pytest.approx(expected, rel=2e-2 if bf16 else 1e-5), change
-
-
-def resume_two_stages(folder: str, bf16: bool, rates: tuple[float, float, float]) -> list[tuple]:
-    results = []
-    for distributed_optimizer in (False, True):
-        setup = Setup(
-            pipeline_parallel=2,
-            bf16=bf16,
-            distributed_optimizer=distributed_optimizer,
-            rates=rates,
-        )
-        place = Path(folder) / str(distributed_optimizer)
-        results.append(train_and_resume(str(place), setup))
-    return results
-
-
-# Groups of vision encoder and adapter are empty on the last stage; with the adapter alone it trains
-# nothing at all.
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "rates", [(1e-3, 2e-2, 5e-3), (0.0, 1e-2, 0.0)], ids=["all modules", "adapter only"]
-)
-def test_resume_of_pipeline_stages_with_empty_groups(
-    tmp_path: Path, bf16: bool, rates: tuple[float, float, float]
-) -> None:
-    for results in run_distributed(resume_two_stages, 2, str(tmp_path), bf16, rates):
-        for expected, losses, before, after in results:
-            assert losses == expected
-            assert after == before
 
 
 def resume_with_other_data_parallel_size(folder: str) -> str:
