@@ -1,13 +1,14 @@
 """Every layout over ranks gives the losses, gradients and checkpoints of one process.
 
-One training step through megatron-core's own machinery: its DDP, its pipeline schedule, its
+Training steps through megatron-core's own machinery: its DDP, its pipeline schedule, its
 gradient finalization. The micro-batches are the awkward ones: ragged samples, one of them without
 an image, a pack without images, a pack without labels.
 """
 
 import dataclasses
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -26,6 +27,8 @@ from tests.support.distributed import run_distributed
 from tests.support.megatron import global_parameters, init_model_parallel
 from tests.support.vlm import join_shards, make_batch, partition_of, tiny_model, tiny_model_config
 
+Joined = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, whole gradients
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -41,8 +44,14 @@ class Case:
     tie: bool = False
 
     @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+    def ranks(self) -> tuple[int, int, int]:
+        """Sizes of the tensor-, pipeline- and data-parallel axes."""
+        return self.tensor, self.pipeline, self.data
+
+    @property
+    def alone(self) -> "Case":
+        """The same training in one process, without recomputation."""
+        return Case(preset=self.preset, frozen=self.frozen, tie=self.tie)
 
     def __str__(self) -> str:
         fields = dataclasses.fields(self)
@@ -62,16 +71,16 @@ class Result:
 
 
 def _batches() -> list[PackedBatch]:
+    """With two data-parallel ranks the awkward two come last, when reductions are started."""
     return [
         make_batch([9, 5, 8], [(3,), (), (0, 5)], seed=1),
-        make_batch([11, 6], seed=2),
+        make_batch([4, 10], [(), (1, 1)], seed=2),
         make_batch([7], [(7,)], seed=3, unlabelled=True),
-        make_batch([4, 10], [(), (1, 1)], seed=4),
+        make_batch([11, 6], seed=4),
     ]
 
 
 def _model(case: Case) -> DistributedDataParallel:
-    init_model_parallel(case.tensor, case.pipeline)
     model = tiny_model(
         tiny_model_config(case.preset, tie_word_embeddings=case.tie),
         parallel=ParallelConfig(
@@ -84,7 +93,7 @@ def _model(case: Case) -> DistributedDataParallel:
     for name in case.frozen:
         if getattr(model, name) is not None:
             getattr(model, name).requires_grad_(False)
-    # Overlapped reduction waits for every gradient of every micro-batch's last backward pass.
+    # Overlapped reduction waits for every parameter's gradient in the last backward pass.
     settings = DistributedDataParallelConfig(overlap_grad_reduce=case.data > 1)
     model.config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallel(model.config, settings, model)
@@ -107,15 +116,18 @@ def _train_step(case: Case) -> Result:
         output = model(batch if first else batch.without_pixels())
         return output, partial(loss_function, batch)
 
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(mine),
-        model=[ddp],
-        num_microbatches=len(mine),
-        seq_length=mine[0].layout.num_rows,
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    # DDP learns in its first step which gradients come, and in the second relies on it.
+    for batches in (mine[::-1], mine):
+        ddp.zero_grad_buffer()
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[ddp],
+            num_microbatches=len(batches),
+            seq_length=batches[0].layout.num_rows,
+            micro_batch_size=1,
+            forward_only=False,
+        )
     return Result(losses if last else {}, _gradients(ddp, case), _tensor_rank())
 
 
@@ -135,7 +147,7 @@ def _tensor_rank() -> int:
     return parallel_state.get_tensor_model_parallel_rank()
 
 
-def _joined(results: Iterable[Result]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _joined(results: Iterable[Result]) -> Joined:
     """Losses and whole gradients from all ranks; what is replicated must agree exactly."""
     losses: dict[str, Tensor] = {}
     shards: dict[str, dict[int, Tensor]] = defaultdict(dict)
@@ -154,16 +166,41 @@ def _joined(results: Iterable[Result]) -> tuple[dict[str, Tensor], dict[str, Ten
     return losses, gradients
 
 
+def _train_cases(ranks: tuple[int, int, int], cases: Sequence[Case]) -> list[Result]:
+    init_model_parallel(*ranks[:2])
+    return [_train_step(case) for case in cases]
+
+
 @cache
-def _one_process(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return _joined(run_distributed(_train_step, 1, case))
+def _results(
+    ranks: tuple[int, int, int],
+) -> dict[Case, Joined]:
+    """Losses and gradients of all cases of one layout, from one start of its ranks."""
+    cases = list(dict.fromkeys(c for case in CASES for c in (case, case.alone) if c.ranks == ranks))
+    by_rank = run_distributed(_train_cases, math.prod(ranks), ranks, cases)
+    return {case: _joined(r[i] for r in by_rank) for i, case in enumerate(cases)}
 
 
-def _assert_equal_to_one_process(case: Case) -> None:
-    losses, gradients = _joined(run_distributed(_train_step, case.world_size, case))
-    expected_losses, expected = _one_process(
-        Case(preset=case.preset, frozen=case.frozen, tie=case.tie)
-    )
+CASES = [
+    Case(tensor=2),
+    Case(tensor=2, sequence_parallel=True),
+    Case(tensor=2, sequence_parallel=True, preset="s_attn"),
+    Case(tensor=2, sequence_parallel=True, recompute="full"),
+    Case(tensor=2, sequence_parallel=True, recompute="selective", tie=True),
+    Case(tensor=2, sequence_parallel=True, frozen=("vision_model", "language_model")),
+    Case(pipeline=2),
+    Case(pipeline=2, tie=True),
+    Case(pipeline=2, frozen=("vision_model", "language_model")),
+    Case(data=2),
+    Case(data=2, frozen=("vision_model",)),
+    Case(tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_equals_one_process(case: Case) -> None:
+    losses, gradients = _results(case.ranks)[case]
+    expected_losses, expected = _results(case.alone.ranks)[case.alone]
     assert losses.keys() == expected_losses.keys()
     for key, loss in expected_losses.items():
         # fp32: the same products, summed in another order across ranks.
@@ -180,42 +217,25 @@ def _assert_equal_to_one_process(case: Case) -> None:
         assert gradient.abs().max() > 0, name
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(tensor=2),
-        Case(tensor=2, sequence_parallel=True),
-        Case(tensor=2, sequence_parallel=True, preset="s_attn"),
-        Case(tensor=2, sequence_parallel=True, recompute="full"),
-        Case(tensor=2, sequence_parallel=True, recompute="selective", tie=True),
-        Case(tensor=2, sequence_parallel=True, frozen=("vision_model", "language_model")),
-        Case(pipeline=2),
-        Case(pipeline=2, tie=True),
-        Case(pipeline=2, frozen=("vision_model", "language_model")),
-        Case(data=2),
-        Case(data=2, frozen=("vision_model",)),
-        Case(tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
-    ],
-    ids=str,
-)
-def test_a_step_equals_one_process(case: Case) -> None:
-    _assert_equal_to_one_process(case)
+def _sharded_tensors(
+    ranks: tuple[int, int, int], cases: Sequence[Case]
+) -> list[list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]]:
+    """Per case (key, global shape, global offset, values) of everything this rank would store."""
+    init_model_parallel(*ranks[:2])
+    return [list(_stored(_model(case))) for case in cases]
 
 
-def _sharded_tensors(case: Case) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
-    """(key, global shape, global offset, values) of everything this rank would store."""
-    stored = []
-    for entry in _model(case).module.sharded_state_dict().values():
+def _stored(ddp: DistributedDataParallel) -> Iterator[tuple[str, Any, Any, Tensor]]:
+    for entry in ddp.module.sharded_state_dict().values():
         parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
         for part in parts:
             if isinstance(part, ShardedTensor):
-                values = part.data.reshape(part.local_shape)
-                values = values.reshape((1,) * part.prepend_axis_num + tuple(values.shape))
-                stored.append((part.key, part.global_shape, part.global_offset, values.detach()))
-    return stored
+                shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+                values = part.data.detach().reshape(shape)
+                yield part.key, part.global_shape, part.global_offset, values
 
 
-def _assembled(results: Iterable[list[Any]]) -> dict[str, Tensor]:
+def _assembled(results: Iterable[Sequence[Any]]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for stored in results:
         for key, shape, offset, values in stored:
@@ -225,11 +245,13 @@ def _assembled(results: Iterable[list[Any]]) -> dict[str, Tensor]:
     return whole
 
 
-@pytest.mark.parametrize("tie", [False, True])
-def test_checkpoints_do_not_know_the_layout(tie: bool) -> None:
-    case = Case(tensor=2, pipeline=2, sequence_parallel=True, tie=tie)
-    stored = _assembled(run_distributed(_sharded_tensors, 4, case))
-    expected = _assembled(run_distributed(_sharded_tensors, 1, Case(tie=tie)))
-    assert stored.keys() == expected.keys()
-    for key, values in expected.items():
-        assert torch.equal(stored[key], values), key
+def test_checkpoints_do_not_know_the_layout() -> None:
+    cases = [Case(tensor=2, pipeline=2, sequence_parallel=True, tie=tie) for tie in (False, True)]
+    by_rank = run_distributed(_sharded_tensors, 4, cases[0].ranks, cases)
+    one_process = run_distributed(_sharded_tensors, 1, (1, 1, 1), [case.alone for case in cases])
+    for index in range(len(cases)):
+        stored = _assembled(result[index] for result in by_rank)
+        expected = _assembled(result[index] for result in one_process)
+        assert stored.keys() == expected.keys()
+        for key, values in expected.items():
+            assert torch.equal(stored[key], values), key
