@@ -1,4 +1,4 @@
-"""Draws docs/images/decomposition.svg: who attends to whom in S-Attn and in D-Attn.
+"""Draws docs/images/decomposition.png: who attends to whom in S-Attn and in D-Attn.
 
 Run from the repository root: python docs/draw_decomposition.py
 """
@@ -8,14 +8,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "decomposition"
+
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from megatron_dattn.attention import ImageSpan, TokenLayout, get_preset
-from megatron_dattn.attention.reference import visible_pairs
+from megatron_dattn.attention.reference import pair_masks
 
 NUM_VISUAL, NUM_TEXT = 9, 6
 COLORS = {"V2V": "#4c72b0", "V2T": "#8c8c8c", "T2V": "#dd8452", "T2T": "#55a868"}
@@ -30,11 +29,9 @@ def draw(axes: Axes, preset: str, title: str) -> None:
         text_budget=NUM_TEXT,
     )
     config = get_preset(preset)
-    visible = visible_pairs(layout, config).numpy()
-    if config.v2v == "diagonal":
-        visible[np.arange(NUM_VISUAL), np.arange(NUM_VISUAL)] = True
+    visible, _ = pair_masks(layout, config)
     distances_fade = config.t2v.rotary
-    for query, key in np.argwhere(visible):
+    for query, key in visible.nonzero().tolist():
         kind = ("V" if query < NUM_VISUAL else "T") + "2" + ("V" if key < NUM_VISUAL else "T")
         fades = kind == "T2V" and distances_fade
         alpha = 0.95 - 0.055 * (query - key) if fades else 0.85
@@ -63,9 +60,9 @@ def main() -> None:
     handles = [Rectangle((0, 0), 1, 1, color=COLORS[kind]) for kind in names]
     figure.legend(handles, names.values(), loc="lower center", ncols=3, frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    target = Path(__file__).parent / "images" / "decomposition.svg"
+    target = Path(__file__).parent / "images" / "decomposition.png"
     target.parent.mkdir(exist_ok=True)
-    figure.savefig(target, metadata={"Date": None})
+    figure.savefig(target, dpi=130)
     print(f"wrote {target}")
 
 

@@ -1,0 +1,183 @@
+"""The whole job on one small machine: backbones, conversion, three stages, evaluation, pictures.
+
+    python examples/quickstart/demo.py --attention dattn --output runs/demo-dattn
+
+Every step is a command that also works by hand, and is printed before it runs. A step whose result
+exists is not repeated, so the same call continues an interrupted demo; training continues from its
+last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("stage1", "stage2", "stage3")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command; `result` exists once it is done (None: run it every time)."""
+
+    title: str
+    command: list[str]
+    result: Path | None = None
+
+
+def plan(output: Path, attention: str, processes: int) -> list[Step]:
+    """The demo's commands in order."""
+    data, base = output / "data", output / "base"
+    siglip, mistral = output / "backbones" / "siglip", output / "backbones" / "mistral"
+    steps = [
+        Step(
+            "compose handwritten digits into images with captions and questions",
+            [*module("make_data"), "--output", str(data)],
+            data / "heldout.json",
+        ),
+        Step(
+            "train a sentencepiece tokenizer",
+            [*module("make_tokenizer"), "--output", str(output / "tokenizer")],
+            output / "tokenizer" / "tokenizer.json",
+        ),
+        Step(
+            "pretrain the backbones and save them as Hugging Face checkpoints",
+            [*module("make_backbones"), "--tokenizer", str(output / "tokenizer")]
+            + ["--output", str(output / "backbones")],
+            mistral / "model.safetensors",
+        ),
+        Step(
+            "convert them for Megatron",
+            [*tool("convert_checkpoint"), "import", "--vision", str(siglip)]
+            + ["--language", str(mistral), "--output", str(base)]
+            + ["--attention", attention, "--dtype", "fp32"],
+            base / "latest.json",
+        ),
+    ]
+    for stage in STAGES:
+        steps += prepare_steps(stage, data)
+    previous = base
+    for stage in STAGES:
+        steps.append(train_step(stage, output, previous, processes))
+        previous = output / stage
+    steps += [
+        Step(
+            "draw the loss curves",
+            [*tool("plot_training"), *(str(output / stage / "tensorboard") for stage in STAGES)]
+            + ["--output", str(output / "loss.png")],
+        ),
+        Step(
+            "ask the held-out questions",
+            [*module("evaluate"), "--checkpoint", str(output / "stage3")]
+            + ["--data", str(data), "--output", str(output)],
+        ),
+    ]
+    return steps
+
+
+def module(name: str) -> list[str]:
+    return [sys.executable, "-m", f"examples.quickstart.{name}"]
+
+
+def tool(name: str) -> list[str]:
+    return [sys.executable, f"tools/{name}.py"]
+
+
+def prepare_steps(stage: str, data: Path) -> list[Step]:
+    """Index the stage's training and validation file for the loader."""
+    prepared = data / "prepared" / stage
+    return [
+        Step(
+            f"prepare the {section} data of {stage}",
+            [*tool("prepare_data"), str(data / name), "--image-root", str(data)]
+            + ["--output", str(prepared), "--section", section],
+            prepared / f"{section}.yaml",
+        )
+        for section, name in (
+            ("train", f"{stage}.json"),
+            ("validation", f"{stage}_validation.json"),
+        )
+    ]
+
+
+def train_step(stage: str, output: Path, previous: Path, processes: int) -> Step:
+    """`torchrun pretrain_vlm.py` for one stage, with tensor and sequence parallelism."""
+    prepared = output / "data" / "prepared" / stage
+    folder = output / stage
+    configs = [
+        output / "base" / "config.yaml",
+        ROOT / "examples" / "quickstart" / f"{stage}.yaml",
+        prepared / "train.yaml",
+        prepared / "validation.yaml",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "pretrain_vlm.py"]
+    for config in configs:
+        command += ["--config", str(config)]
+    command += ["--tensor-model-parallel-size", str(processes)]
+    command += ["--sequence-parallel", "true" if processes > 1 else "false"]
+    command += ["--load", str(previous), "--save", str(folder)]
+    command += ["--tensorboard-dir", str(folder / "tensorboard")]
+    return Step(f"train {stage}", command, folder / "exit_reason.json")
+
+
+def is_done(step: Step) -> bool:
+    """Whether a step's result is there; a training run must have ended by itself."""
+    if step.result is None or not step.result.exists():
+        return False
+    if step.result.name != "exit_reason.json":
+        return True
+    return json.loads(step.result.read_text())["reason"] == "finished"
+
+
+def run(steps: list[Step]) -> None:
+    """Run what is not done yet. Exits with the failing command's status."""
+    for number, step in enumerate(steps, start=1):
+        print(f"\n[{number}/{len(steps)}] {step.title}", flush=True)
+        if is_done(step):
+            print(f"    done before: {step.result}", flush=True)
+            continue
+        print(f"    {shlex.join(step.command)}", flush=True)
+        start = time.monotonic()
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+        status = subprocess.run(step.command, cwd=ROOT, env=environment, check=False).returncode
+        if status:
+            print(
+                f"error: step {number} ({step.title}) ended with status {status}; "
+                "mend it and start the same command again",
+                file=sys.stderr,
+            )
+            sys.exit(status)
+        print(f"    {time.monotonic() - start:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--attention", default="dattn", help="attention preset")
+    parser.add_argument("--output", type=Path, default=None, help="folder for everything made")
+    parser.add_argument("--processes", type=int, default=2, help="tensor-parallel processes")
+    arguments = parser.parse_args()
+    output = (arguments.output or Path(f"runs/demo-{arguments.attention}")).resolve()
+    start = time.monotonic()
+    run(plan(output, arguments.attention, arguments.processes))
+    print(f"\nThe demo took {time.monotonic() - start:.0f} s. In {output}:")
+    print("    loss.png         loss curves of the three stages")
+    print("    samples.png      held-out images with the model's answers")
+    print("    accuracy.json    the table above as numbers")
+    print("    stage3/          the trained model; ask it:")
+    image = output / "data" / "images" / "heldout" / "000000.png"
+    print(
+        f"    {sys.executable} tools/generate.py --checkpoint {output / 'stage3'} "
+        f"--image {image} --question 'Read all digits in order.'"
+    )
+
+
+if __name__ == "__main__":
+    main()
