@@ -293,7 +293,7 @@ def test_stage_must_be_named(cluster: Cluster) -> None:
 
 
 def test_stages_wait_for_one_another(cluster: Cluster) -> None:
-    command = ["bash", SLURM / "submit_stages.sh", "--nodes", "4"]
+    command = ["bash", SLURM / "submit_stages.sh", "--nodes", "4", "--", "--training.seed", "7"]
     answer = subprocess.run(
         command, env=cluster.environment, capture_output=True, text=True, check=True
     )
@@ -308,7 +308,7 @@ def test_stages_wait_for_one_another(cluster: Cluster) -> None:
     assert "--dependency=afterok:102 --kill-on-invalid-dep=yes" in third
     for stage, call in zip(("stage1", "stage2", "stage3"), (first, second, third), strict=True):
         assert call.startswith(f"{stage} --parsable --job-name dattn-{stage}")
-        assert call.endswith(f"--nodes 4 {SLURM}/train.sbatch")
+        assert call.endswith(f"--nodes 4 {SLURM}/train.sbatch --training.seed 7")
 
 
 def test_batch_script_asks_slurm_for_time_to_save() -> None:
