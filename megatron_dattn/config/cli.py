@@ -118,9 +118,7 @@ def _build_parser(prog: str) -> jsonargparse.ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file; may be given repeatedly")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan of the run and stop"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     parser.add_class_arguments(PretrainConfig, None)
     return parser
 

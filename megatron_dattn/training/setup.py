@@ -75,7 +75,7 @@ def start(config: PretrainConfig) -> None:
     seed_everything(config.training.seed)
 
 
-def build_training_model(config: PretrainConfig) -> list[nn.Module]:
+def build_training_model(config: PretrainConfig) -> list[DistributedDataParallel]:
     """This rank's share of the model, frozen where it is not trained and wrapped for training.
 
     Returns:

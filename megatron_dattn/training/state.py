@@ -9,6 +9,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_dattn.data.counters import LoaderCounters
 from megatron_dattn.errors import CheckpointError
 
 
@@ -55,6 +56,8 @@ class StatefulLoader(Protocol):
     def save_state(self) -> bytes: ...
 
     def restore_state(self, state: bytes) -> None: ...
+
+    def counters(self) -> LoaderCounters: ...
 
 
 @dataclass

@@ -66,7 +66,7 @@ def train_step(run: Run) -> StepReport:
     state = run.state
     rates = current_learning_rates(state.optimizer)
     for chunk in state.model:
-        chunk.zero_grad_buffer()
+        chunk.zero_grad_buffer()  # type: ignore[operator]
     state.optimizer.zero_grad()
 
     run.stream.load(run.num_microbatches)
@@ -116,36 +116,25 @@ class _Totals:
 
 def _sum_over_replicas(run: Run, sums: LossSum, consumed: Consumed, finite: bool) -> _Totals:
     """The loop's one exchange of figures; by it all ranks decide alike about the update."""
-    flops = model_flops(
-        run.config.model,
-        consumed.layouts,
-        trained=frozenset(trained_modules(run.config.optimizer.learning_rates)),
-        labelled_rows=int(sums.num_tokens),
-    ).total
-    mine = (
+    if not math.isfinite(sums.loss):
+        step = run.state.progress.step + 1
+        logger.warning("loss %s in step %d, samples %s", sums.loss, step, consumed.sample_keys)
+    mine: list[float] = [
         sums.loss,
         sums.num_tokens,
         consumed.num_samples,
         consumed.text_tokens,
         consumed.visual_tokens,
-        flops,
+        _flops(run, sums, consumed),
         consumed.wait_seconds,
         _skipped_samples(run),
-    )
+    ]
     if not speaks_for_its_replica():
-        mine = (0,) * len(mine)
+        mine = [0.0] * len(mine)
     # Any rank may have met a non-finite gradient, so this flag is summed over all of them.
-    loss, num_tokens, samples, text, visual, flops, wait, rejected, bad = sum_over_world(
-        *mine, 0.0 if finite else 1.0
-    )
+    totals = sum_over_world(*mine, 0.0 if finite else 1.0)
+    loss, num_tokens, samples, text, visual, flops, wait, rejected, bad = totals
     mean = LossSum(loss, num_tokens).mean
-    if not math.isfinite(sums.loss):
-        logger.warning(
-            "loss %s in step %d, samples %s",
-            sums.loss,
-            run.state.progress.step + 1,
-            consumed.sample_keys,
-        )
     return _Totals(
         loss=mean,
         samples=int(samples),
@@ -158,6 +147,15 @@ def _sum_over_replicas(run: Run, sums: LossSum, consumed: Consumed, finite: bool
     )
 
 
+def _flops(run: Run, sums: LossSum, consumed: Consumed) -> float:
+    return model_flops(
+        run.config.model,
+        consumed.layouts,
+        trained=frozenset(trained_modules(run.config.optimizer.learning_rates)),
+        labelled_rows=int(sums.num_tokens),
+    ).total
+
+
 def _skipped_samples(run: Run) -> int:
     """Samples that this rank's loader could not use; its counters survive a resume."""
     loader = run.state.loader
@@ -168,9 +166,7 @@ def _account(run: Run, totals: _Totals, consumed: Consumed) -> None:
     progress = run.state.progress
     progress.step += 1
     progress.consumed_samples += totals.samples
-    progress.consumed_packs += (
-        run.num_microbatches * parallel_state.get_data_parallel_world_size()
-    )
+    progress.consumed_packs += run.num_microbatches * parallel_state.get_data_parallel_world_size()
     progress.text_tokens += totals.text_tokens
     progress.visual_rows += totals.visual_tokens
     progress.skipped_samples = totals.skipped_samples

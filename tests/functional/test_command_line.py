@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import logging
-from pathlib import Path
 
 import pytest
 
@@ -88,7 +87,8 @@ def test_checkpoints_of_another_run_are_refused_and_stay(workspace: Workspace) -
         (["--attention", "s_attn"], ["attention", "dattn", "s_attn"]),
         (["--stage", "stage9"], ["stage", "stage1", "stage9"]),
         (["--train-iters", "5"], ["schedule", "train_iters"]),
-        (["--optimizer.learning_rates.adapter", "1e-3"], ["learning_rates.adapter", "0.002"]),
+        (["--optimizer.learning_rates.adapter", "1e-3"], ["learning rate", "0.001", "0.002"]),
+        (["--optimizer.learning_rates.language_model", "5e-4"], ["language_model", "0.0005"]),
     ):
         _assert_one_line(run_distributed(_main, 1, [*flags, *changes]), words)
     note = folder / "exit_reason.json"

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed and started again equal the run that nobody touched, bit for bit."""
+"""Runs that are stopped or killed and started again equal the one that nobody touched, bitwise."""
 
 import json
 import os
