@@ -1,6 +1,7 @@
 """Builds this rank's share of the model after checking that the sizes can be cut that way."""
 
 import contextlib
+import dataclasses
 
 import torch
 
@@ -33,6 +34,9 @@ def build_model(
         ConfigError: sizes that cannot be cut over the ranks, or implementations that are missing.
     """
     check_model_sizes(model, parallel)
+    if device is not None and torch.device(device).type == "meta":
+        # Transformer Engine would allocate; local modules have the same parameters.
+        execution = dataclasses.replace(execution, transformer_impl="local", fp8="none")
     if device is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     with contextlib.nullcontext() if device is None else torch.device(device):

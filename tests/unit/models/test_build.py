@@ -65,7 +65,8 @@ def test_positions_exist_where_the_preset_says(preset):
 
 
 def test_the_7b_model_on_the_meta_device():
-    model = build_model(ModelConfig(), ParallelConfig(), ExecutionConfig(), device="meta")
+    fp8 = ExecutionConfig(transformer_impl="transformer_engine", fp8="hybrid")
+    model = build_model(ModelConfig(), ParallelConfig(), fp8, device="meta")
     counts = {
         name: sum(p.numel() for p in getattr(model, name).parameters())
         for name in ("vision_model", "adapter", "language_model")

@@ -1,6 +1,7 @@
 """The choice between local and Transformer Engine modules, and what checkpoints call the norms."""
 
 import pytest
+from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_dattn.errors import UserError
 from megatron_dattn.models import layer_specs
@@ -29,6 +30,21 @@ def test_impossible_choices_are_refused_by_name(monkeypatch, requested, fp8, ins
     monkeypatch.setattr(layer_specs, "has_te", lambda: installed)
     with pytest.raises(UserError, match=words):
         resolve_implementation(requested, fp8)
+
+
+def test_transformer_engine_layers_own_their_norms(monkeypatch):
+    column, row, norm = (type(name, (), {}) for name in ("Column", "Row", "Norm"))
+    monkeypatch.setattr(layer_specs, "_te_linears", lambda: (column, row))
+    monkeypatch.setattr(layer_specs, "_te_norm", lambda: norm)
+    block = layer_specs.language_block_spec("transformer_engine", 3)
+    layer = block.layer_specs[0].submodules
+    assert len(block.layer_specs) == 3
+    assert block.layer_norm is norm
+    assert layer.input_layernorm is layer.pre_mlp_layernorm is IdentityOp
+    assert layer.self_attention.submodules.linear_qkv is layer.mlp.submodules.linear_fc1 is column
+    assert layer.self_attention.submodules.linear_proj is layer.mlp.submodules.linear_fc2 is row
+    assert layer.sharded_state_dict_keys_map == {}
+    assert layer_specs.vision_block_spec("transformer_engine", 2).layer_norm is None
 
 
 @pytest.mark.usefixtures("one_process")
