@@ -11,7 +11,7 @@ from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.build import check_model_sizes
 from megatron_dattn.models.config import ExecutionConfig
 from megatron_dattn.runtime.distributed import check_parallel_sizes
-from megatron_dattn.training.config import TrainingConfig
+from megatron_dattn.training.setup import check_rows, execution_config
 from megatron_dattn.training.stages import trained_modules
 
 
@@ -36,18 +36,15 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
         ConfigError: sizes that do not fit each other.
     """
     parallel = config.parallel
-    tensor = parallel.tensor_model_parallel_size
     data_parallel = check_parallel_sizes(
-        world_size, tensor, parallel.pipeline_model_parallel_size, context_parallel=1
+        world_size,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        context_parallel=1,
     )
     check_model_sizes(config.model, parallel)
     num_microbatches = config.training.num_microbatches(data_parallel)
-    visual, text = config.data.visual_budget, config.data.text_budget
-    if parallel.sequence_parallel and (visual + text) % tensor:
-        raise ConfigError(
-            f"data.visual_budget {visual} + data.text_budget {text} = {visual + text} rows cannot "
-            f"be shared by {tensor} sequence-parallel ranks; make the sum a multiple of {tensor}"
-        )
+    check_rows(config)
     return Plan(
         config=config,
         world_size=world_size,
@@ -55,12 +52,8 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
         num_microbatches=num_microbatches,
         layout=_full_pack(config),
         trained=frozenset(trained_modules(config.optimizer.learning_rates)),
-        execution=_execution(config.training),
+        execution=execution_config(config.training),
     )
-
-
-def _execution(training: TrainingConfig) -> ExecutionConfig:
-    return ExecutionConfig(precision=training.precision, recompute=training.recompute)
 
 
 def _full_pack(config: PretrainConfig) -> TokenLayout:

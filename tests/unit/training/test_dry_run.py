@@ -139,7 +139,7 @@ def test_communication_follows_the_layout() -> None:
                 "data": {"text_budget": 23},
             },
             2,
-            "multiple of 2",
+            "63 rows are not a multiple",
         ),
     ],
 )
