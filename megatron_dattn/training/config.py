@@ -40,6 +40,18 @@ class OptimizerSettings:
     max_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite loss or gradient."""
 
+    def __post_init__(self) -> None:
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.max_skipped_steps < 1:
+            raise ConfigError(
+                f"optimizer.max_skipped_steps must be positive, got {self.max_skipped_steps}"
+            )
+        for name in ("weight_decay", "clip_grad"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name} must not be negative")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -65,9 +77,14 @@ class TrainingConfig:
     """Micro-batches per data-parallel rank in one validation."""
 
     def __post_init__(self) -> None:
-        for name in ("train_iters", "micro_batch_size", "global_batch_size"):
+        for name in ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} must be positive, got {getattr(self, name)}")
+        if self.eval_interval < 0:
+            raise ConfigError(
+                f"training.eval_interval must not be negative, got {self.eval_interval}; 0 does "
+                "not validate"
+            )
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Packs that each data-parallel rank accumulates per step.
@@ -100,6 +117,13 @@ class CheckpointConfig:
     verify: bool = True
     """Compare sha256 sums before loading (sizes are always compared)."""
 
+    def __post_init__(self) -> None:
+        for name in ("save_interval", "keep_last"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"checkpoint.{name} must not be negative, got {getattr(self, name)}"
+                )
+
 
 @dataclass(frozen=True)
 class LoggingConfig:
@@ -110,3 +134,7 @@ class LoggingConfig:
     sample_ledger: str | None = None
     """Folder for one JSON line per step and data-parallel rank with the consumed sample keys."""
     progress_bar: Literal["auto", "on", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.log_interval < 1:
+            raise ConfigError(f"logging.log_interval must be positive, got {self.log_interval}")

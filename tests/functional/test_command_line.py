@@ -5,9 +5,12 @@ import importlib.util
 import io
 import json
 import logging
+import re
 
 import pytest
 
+from megatron_dattn.checkpoint import find_checkpoint
+from megatron_dattn.training.ledger import read_ledger
 from tests.functional.workspace import ROOT, Workspace, make_workspace, pretrain
 from tests.support.distributed import run_distributed
 
@@ -97,6 +100,64 @@ def test_checkpoints_of_another_run_are_refused_and_stay(workspace: Workspace) -
     report = folder / "resume_report.json"  # a resume that went far enough to be reported
     after.pop(report, None)
     assert after == before
+
+
+def _losses(log: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"lm loss: (\S+)", log)]
+
+
+def _main_with_log(argv: list[str]) -> tuple[int, str]:
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        code, _ = _main(argv)
+    return code, stdout.getvalue()
+
+
+def test_a_stage_starts_from_another_ones_weights_under_any_layout(workspace: Workspace) -> None:
+    """The whole way (loader on every stage, broadcast, resharded weights) gives the same losses.
+
+    fp32 sums in another order differ by about 1e-7 relative, which three AdamW steps amplify.
+    """
+    first = workspace.flags("stage1", train_iters=2)
+    ((code, _),) = run_distributed(_main_with_log, 1, first)
+    assert code == 0
+    load = {"stage": "stage2", "load": workspace.folder / "stage1", "train_iters": 3}
+    curves = []
+    for name, ranks, layout in (
+        ("one", 1, {}),
+        ("tp2", 2, {"tensor_model_parallel_size": 2, "sequence_parallel": "true"}),
+        ("pp2", 2, {"pipeline_model_parallel_size": 2}),
+    ):
+        flags = workspace.flags(f"stage2-{name}", **load, **layout)
+        answers = run_distributed(_main_with_log, ranks, flags)
+        assert [code for code, _ in answers] == [0] * ranks
+        curves.append(_losses(answers[0][1]))
+        ledger = workspace.folder / f"stage2-{name}" / "ledger" / "samples-dp00000.jsonl"
+        assert read_ledger(ledger) == read_ledger(
+            workspace.folder / "stage2-one" / "ledger" / "samples-dp00000.jsonl"
+        )
+    assert len(curves[0]) == 3
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_numbers_that_stay_bad_end_the_run_with_their_own_code(workspace: Workspace) -> None:
+    """A learning rate of 1e30 ruins the weights in the second step; none of it is saved."""
+    flags = workspace.flags("ruined", save_interval=100)
+    flags += ["--optimizer.learning_rates.language_model", "1e30", "--max-skipped-steps", "2"]
+    ((code, message),) = run_distributed(_main, 1, flags)
+    assert code == 17
+    assert message.startswith("error: loss or gradients were not finite in 2 steps in a row")
+    note = json.loads((workspace.folder / "ruined" / "exit_reason.json").read_text())
+    assert (note["reason"], note["exit_code"], note["step"]) == ("numerics", 17, 4)
+    assert find_checkpoint(workspace.folder / "ruined") is None
+
+
+def test_dry_run_touches_nothing(workspace: Workspace) -> None:
+    ((code, plan),) = run_distributed(_main_with_log, 1, [*workspace.flags("planned"), "--dry-run"])
+    assert code == 0
+    assert "Parameters" in plan
+    assert not (workspace.folder / "planned").exists()
 
 
 def test_the_script_itself_without_torchrun(workspace: Workspace) -> None:

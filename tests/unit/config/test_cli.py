@@ -106,6 +106,10 @@ def test_resolved_config_reads_back(tmp_path: Path) -> None:
         (["--tensor-model-parallel-size", "0"], ["tensor_model_parallel_size", "0"]),
         (["--data.train", "[{weight: 2}]"], ["data.train", "path"]),
         (["--optimizer.learning_rates.adapter", "0"], ["learning_rates", "nothing"]),
+        (["--log-interval", "0"], ["logging.log_interval", "0"]),
+        (["--warmup-ratio", "3"], ["optimizer.warmup_ratio", "3"]),
+        (["--save-interval", "-1"], ["checkpoint.save_interval", "-1"]),
+        (["--eval-interval=-1"], ["training.eval_interval", "-1"]),
         (["--config", "missing.yaml"], ["missing.yaml", "not exist"]),
     ],
 )
