@@ -42,8 +42,9 @@ class ParameterGroup:
     """An optimizer group as it really is, for logs and checks."""
 
     module: str
+    peak_rate: float
     learning_rate: float
-    """Now, not at its peak."""
+    """Now."""
     weight_decay: float
     num_parameters: int
     """On this rank."""
@@ -113,6 +114,7 @@ def parameter_groups(optimizer: MegatronOptimizer) -> list[ParameterGroup]:
     return [
         ParameterGroup(
             module=_MODULE_OF_MARK[group["lr_mult"]],
+            peak_rate=float(group["max_lr"]),
             learning_rate=float(group["lr"]),
             weight_decay=float(group["weight_decay"]),
             num_parameters=sum(parameter.numel() for parameter in group["params"]),
@@ -129,14 +131,13 @@ def check_peak_rates(settings: OptimizerSettings, optimizer: MegatronOptimizer) 
     Raises:
         ConfigError: naming the module and both rates.
     """
-    for group in optimizer.param_groups:
-        module = _MODULE_OF_MARK[group["lr_mult"]]
-        wanted = learning_rate_of(settings.learning_rates, module)
-        if group["max_lr"] != wanted:
+    for group in parameter_groups(optimizer):
+        wanted = learning_rate_of(settings.learning_rates, group.module)
+        if group.peak_rate != wanted:
             raise ConfigError(
-                f"optimizer.learning_rates.{module} is {wanted:g}, but the checkpoint was trained "
-                f"with {group['max_lr']:g}; resume with the same rates, or start a new stage from "
-                "its weights (checkpoint.load)"
+                f"optimizer.learning_rates.{group.module} is {wanted:g}, but the checkpoint was "
+                f"trained with {group.peak_rate:g}; resume with the same rates, or start a new "
+                "stage from its weights (checkpoint.load)"
             )
 
 
@@ -145,14 +146,13 @@ def current_learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
     return {group.module: group.learning_rate for group in parameter_groups(optimizer)}
 
 
-def describe_groups(settings: OptimizerSettings, counts: dict[str, int]) -> list[str]:
-    """One line per module: what it holds and at which rate it trains."""
-    lines = []
-    for name in MODULES:
-        rate = learning_rate_of(settings.learning_rates, name)
-        fate = f"peak learning rate {rate:g}" if rate > 0 else "frozen, no optimizer state"
-        lines.append(f"{name}: {counts[name]:,} parameters, {fate}")
-    return lines
+def describe_optimizer(optimizer: MegatronOptimizer) -> list[str]:
+    """The groups as they are in effect, one line each; frozen modules have none."""
+    return [
+        f"optimizer group: {group.module}, peak learning rate {group.peak_rate:g}, weight decay "
+        f"{group.weight_decay:g}, {group.num_parameters:,} parameters on this rank"
+        for group in parameter_groups(optimizer)
+    ]
 
 
 def _module_overrides(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:

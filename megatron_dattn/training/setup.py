@@ -39,13 +39,14 @@ from megatron_dattn.training.optimizer import (
     build_optimizer,
     build_scheduler,
     check_peak_rates,
-    describe_groups,
+    describe_optimizer,
 )
 from megatron_dattn.training.peak_flops import device_peak
 from megatron_dattn.training.run import Run
 from megatron_dattn.training.run_folder import describe_run, tokenizer_sha256
 from megatron_dattn.training.stages import (
     count_parameters,
+    describe_modules,
     every_pipeline_stage_trains,
     freeze_modules,
 )
@@ -90,7 +91,7 @@ def build_training_model(config: PretrainConfig) -> list[DistributedDataParallel
     )
     freeze_modules(model, config.optimizer.learning_rates)
     counts = count_parameters(model)
-    for line in describe_groups(config.optimizer, counts):
+    for line in describe_modules(config.optimizer.learning_rates, counts):
         logger.info(line)
     transformer_config = model.config
     ddp_config = DistributedDataParallelConfig(
@@ -133,6 +134,8 @@ def build_state(config: PretrainConfig) -> TrainState:
         use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
     )
     scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)
+    for line in describe_optimizer(optimizer):
+        logger.info(line)
     loader = agreed(lambda: make_loader(config, config.data.train, training=True))
     return TrainState(model, optimizer, scheduler, loader)
 

@@ -56,6 +56,15 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return dict(zip(counts, total.tolist(), strict=True))
 
 
+def describe_modules(rates: ModuleLearningRates, counts: dict[str, int]) -> list[str]:
+    """One line per module: what it holds, and whether it is trained."""
+    return [
+        f"{name}: {counts[name]:,} parameters, "
+        + ("trained" if learning_rate_of(rates, name) > 0 else "frozen, no optimizer state")
+        for name in MODULES
+    ]
+
+
 def every_pipeline_stage_trains(model: nn.Module) -> bool:
     """Whether every rank holds at least one trainable parameter; the same answer everywhere."""
     trains = any(parameter.requires_grad for parameter in model.parameters())

@@ -68,7 +68,7 @@ def one_process() -> tuple:
         (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True}),
         (2, {"tensor": 2, "recompute": "full"}),
     ],
-    ids=["tp2+sp", "pp2", "dp2", "dp2-distributed-optimizer", "tp2+sp-recompute"],
+    ids=["tp2+sp", "pp2", "dp2", "dp2-distributed-overlapped", "tp2+sp-recompute"],
 )
 def test_layouts_train_alike(ranks: int, settings: dict[str, Any], one_process: tuple) -> None:
     for result in run_distributed(_train, ranks, settings):
@@ -125,8 +125,8 @@ def _stage_one(settings: dict[str, Any]) -> tuple:
 
 @pytest.mark.parametrize(
     ("ranks", "settings"),
-    [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2, "use_distributed_optimizer": True})],
-    ids=["one", "tp2+sp", "pp2-frozen-stage"],
+    [(2, {"tensor": 2}), (2, {"pipeline": 2, "use_distributed_optimizer": True})],
+    ids=["tp2+sp", "pp2-frozen-stage"],
 )
 def test_frozen_modules_do_not_move(ranks: int, settings: dict[str, Any]) -> None:
     for before, after, trained, sharded in run_distributed(_stage_one, ranks, settings):
@@ -158,7 +158,7 @@ def _first_step_sizes() -> dict[str, float]:
 
 def test_each_module_trains_at_its_own_rate() -> None:
     """AdamW's first update is rate * gradient / |gradient|: exactly one rate per weight."""
-    ((sizes),) = run_distributed(_first_step_sizes, 1)
+    (sizes,) = run_distributed(_first_step_sizes, 1)
     for module in MODULES:
         assert sizes[module] == pytest.approx(1.0, rel=1e-2), module
 
@@ -259,33 +259,37 @@ def test_an_error_of_one_loader_reaches_every_rank() -> None:
     assert first.startswith("1: rank 1: the training data gave 0 of 2 packs")
 
 
-def _with_and_without_validation(validate: bool) -> tuple:
+def _with_and_without_validation() -> tuple:
+    """Weights and random state of two runs, one of which validates, and its validation losses."""
     from megatron_dattn.training.step import train_step
     from megatron_dattn.training.validate import Validation
-    from tests.support.training import PackLoader, build_run, training_config, whole_weights
+    from tests.support.training import PackLoader, build_run, leave, training_config, whole_weights
 
-    run = build_run(training_config(num_packs=PACKS), _packs(3 * PACKS))
-    tensor_rank_0 = run.state.loader is not None
-    validation = Validation(
-        lambda: PackLoader(_packs(3)) if tensor_rank_0 else None,
-        max_microbatches=5,
-        num_rows=run.num_rows,
-    )
-    losses = []
-    for _ in range(3):
-        train_step(run)
-        if validate:
-            losses += [validation.loss(run.state.model), validation.loss(run.state.model)]
-    return whole_weights(run), torch.get_rng_state(), losses
+    outcomes = []
+    losses: list[float] = []
+    for validates in (False, True):
+        run = build_run(training_config(num_packs=PACKS), _packs(3 * PACKS))
+        loads = run.state.loader is not None
+        validation = Validation(
+            lambda loads=loads: PackLoader(_packs(3)) if loads else None,
+            max_microbatches=5,
+            num_rows=run.num_rows,
+        )
+        for _ in range(3):
+            train_step(run)
+            if validates:
+                losses += [validation.loss(run.state.model), validation.loss(run.state.model)]
+        outcomes.append((whole_weights(run), torch.get_rng_state()))
+        leave()
+    return outcomes, losses
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_validation_leaves_no_trace(ranks: int) -> None:
-    plain = run_distributed(_with_and_without_validation, ranks, False)
-    validated = run_distributed(_with_and_without_validation, ranks, True)
-    for (weights, rng, _), (other_weights, other_rng, losses) in zip(plain, validated, strict=True):
+    results = run_distributed(_with_and_without_validation, ranks)
+    for ((weights, rng), (other_weights, other_rng)), losses in results:
         _assert_equal(other_weights, weights)
         assert torch.equal(rng, other_rng)
         assert losses[0] == losses[1]
         assert losses[0] != losses[2]
-        assert losses == validated[0][2]
+        assert losses == results[0][1]
