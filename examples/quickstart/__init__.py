@@ -1,1 +1,1 @@
-"""The demo that needs no download: data, tokenizer and backbones are made from handwritten digits."""
+"""The demo that needs no download: everything is made from handwritten digits."""

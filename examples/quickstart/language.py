@@ -1,8 +1,9 @@
-"""What is said about a scene: captions, dense captions, questions with answers, text-only questions.
+"""What is said about a scene: captions, dense captions, questions with answers.
 
 Every function takes the scene and a random generator and returns text alone, so the tokenizer and
 the language model can learn the demo's language from random scenes without seeing a picture.
-Answers are short and unique, so that they can be compared word by word.
+Answers are short and unique, so that they can be compared word by word. A few questions need no
+picture at all.
 """
 
 import random
@@ -24,7 +25,7 @@ class Turn:
 
 
 def join_words(words: list[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """Enumerate: `a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -37,7 +38,7 @@ def short_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def dense_caption(scene: Scene, rng: random.Random) -> str:
-    """Stages 2: every digit and where it stands, and the empty places."""
+    """Stage 2: every digit and where it stands, and the empty places."""
     if rng.random() < 0.5:
         shown = [
             f"{place}: {'empty' if digit is None else digit}"

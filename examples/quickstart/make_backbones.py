@@ -11,6 +11,7 @@ published large ones.
 import argparse
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import torch
 from transformers import AutoTokenizer
 
 from examples.quickstart.language_backbone import pretrain_language
+from examples.quickstart.scenes import PLACE_NAMES
 from examples.quickstart.vision_backbone import pretrain_vision, save_vision
-from megatron_dattn.errors import DataError
+from megatron_dattn.errors import EXIT_USER_ERROR, DataError, UserError
 
 
 def make_backbones(
@@ -43,20 +45,25 @@ def make_backbones(
         shutil.copy(file, output / "mistral" / file.name)
 
 
-def main() -> None:
-    """Command line."""
+def main() -> int:
+    """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="made by make_tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--grid", type=int, default=2, help="cells per side")
+    parser.add_argument("--grid", type=int, default=2, choices=sorted(PLACE_NAMES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
-    make_backbones(options.tokenizer, options.output, options.grid, options.seed)
+    try:
+        make_backbones(options.tokenizer, options.output, options.grid, options.seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     print(f"{options.output}: siglip and mistral, {time.perf_counter() - start:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,7 @@ handwriting of different forms (see digits.py). The same seed writes the same by
 import argparse
 import json
 import random
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from examples.quickstart.language import (
 )
 from examples.quickstart.questions import Question
 from examples.quickstart.scenes import PLACE_NAMES, Scene, render_scene, sample_scene
-from megatron_dattn.errors import DataError
+from megatron_dattn.errors import EXIT_USER_ERROR, DataError, UserError
 
 CAPTION_PROMPT = "Which digits are in the picture?"
 DENSE_PROMPT = "Describe the picture."
@@ -103,7 +104,7 @@ def _as_pairs(turns: list[Turn]) -> list[tuple[str, str]]:
 def stage_rows(options: DataOptions, split: str, pictures: list[Picture], stage: int) -> list[dict]:
     """The LLaVA rows of one stage (1 short captions, 2 dense captions, 3 conversations)."""
     rng = _rng(options, split, f"stage{stage}")
-    rows = []
+    rows: list[dict] = []
 
     def add(image: str | None, turns: list[tuple[str, str]]) -> None:
         rows.append(llava_row(f"stage{stage}-{split}-{len(rows):06d}", image, turns))
@@ -186,7 +187,18 @@ def parse_options() -> DataOptions:
     return DataOptions(**vars(parser.parse_args()))
 
 
-if __name__ == "__main__":
-    options = parse_options()
-    for name, rows in make_data(options).items():
+def main() -> int:
+    """Command line; returns the exit code."""
+    try:
+        options = parse_options()
+        written = make_data(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    for name, rows in written.items():
         print(f"{options.output / name}: {rows} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,15 +10,16 @@ The folder holds sentencepiece's own `tokenizer.model` and the `tokenizer.json` 
 
 import argparse
 import io
+import sys
 from pathlib import Path
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken
 from transformers import LlamaTokenizer
 
 from examples.quickstart.corpus import sentences
-from megatron_dattn.errors import DataError
+from examples.quickstart.scenes import PLACE_NAMES
+from megatron_dattn.errors import EXIT_USER_ERROR, DataError, UserError
 
 CONTROL_TOKENS = (
     *("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
@@ -30,7 +31,7 @@ NUM_SCENES = 2000
 
 
 def train_sentencepiece(seed: int, grid: int, vocab_size: int) -> bytes:
-    """Train a byte-pair model with byte fallback on the demo's sentences; returns the model file."""
+    """Train a byte-pair model with byte fallback on the demo's sentences; its file as bytes."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -75,14 +76,13 @@ def to_hugging_face(model: bytes) -> LlamaTokenizer:
     As in Mistral's own conversion: no normalisation, a space before the first word of a text,
     control tokens recognised in text.
     """
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocab = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     plain = {
-        piece.piece: vocab[piece.piece] for piece in proto.pieces if piece.type == kinds.NORMAL
+        piece: index
+        for piece, index in vocab.items()
+        if not (pieces.is_control(index) or pieces.is_byte(index) or pieces.is_unknown(index))
     }
-    control = [piece.piece for piece in proto.pieces if piece.type == kinds.CONTROL]
-    reserved = [token for token in control if token not in ("<s>", "</s>")]
     return LlamaTokenizer(
         vocab=vocab,
         merges=merges_of(plain),
@@ -90,7 +90,7 @@ def to_hugging_face(model: bytes) -> LlamaTokenizer:
         bos_token="<s>",
         eos_token="</s>",
         additional_special_tokens=[
-            AddedToken(token, special=True, normalized=False) for token in reserved
+            AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS
         ],
         add_bos_token=True,
         add_prefix_space=True,
@@ -112,17 +112,22 @@ def make_tokenizer(
     return tokenizer
 
 
-def main() -> None:
-    """Command line."""
+def main() -> int:
+    """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--grid", type=int, default=2, help="cells per side")
+    parser.add_argument("--grid", type=int, default=2, choices=sorted(PLACE_NAMES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     options = parser.parse_args()
-    tokenizer = make_tokenizer(options.output, options.seed, options.grid, options.vocab_size)
+    try:
+        tokenizer = make_tokenizer(options.output, options.seed, options.grid, options.vocab_size)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     print(f"{options.output}: a tokenizer of {len(tokenizer)} entries")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

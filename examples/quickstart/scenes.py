@@ -1,9 +1,9 @@
 """Scenes: digits on a grid of cells, some cells empty, and their rendering as small RGB pictures.
 
-A scene is decided before its handwriting: first which digit stands in which cell, then which written
-digit shows it. So text can be made from random scenes without any picture, and a picture of a split
-uses that split's handwriting alone. Each cell is 32 pixels wide; the digit inside it varies in size,
-place, slant and brightness, and the colours of ink and ground vary per picture.
+A scene is decided before its handwriting: first which digit stands in which cell, then which
+written digit shows it. So text can be made from random scenes without any picture, and a picture of
+a split uses that split's handwriting alone. Each cell is 32 pixels wide; the digit inside it varies
+in size, place, slant and brightness, and the colours of ink and ground vary per picture.
 """
 
 import random

@@ -1,8 +1,9 @@
 """A tiny SigLIP vision encoder, taught to read digits before it meets the language model.
 
-The encoder is transformers' own `SiglipVisionModel`. It is pretrained with a throw-away head that
-names each cell's digit (or "empty") from the mean of the cell's patches; the pictures are drawn on
-the way with training handwriting alone. What is saved is an ordinary SigLIP checkpoint.
+The encoder is transformers' own `SiglipVisionModel`. It is pretrained with throw-away heads that
+name each cell's digit (or "empty") from the mean of the cell's patches: one head reads the last
+layer, one the layer before it, which is the one that LLaVA-style models use. The pictures are drawn
+on the way with training handwriting alone. What is saved is an ordinary SigLIP checkpoint.
 """
 
 import json
@@ -28,10 +29,10 @@ FULL_BOARD_SHARE = 0.8
 
 
 def vision_config(grid: int) -> SiglipVisionConfig:
-    """The encoder's shape: four 96-wide layers, 2 x 2 patches of 8 pixels per cell."""
+    """The encoder's shape: four 64-wide layers, 2 x 2 patches of 8 pixels per cell."""
     return SiglipVisionConfig(
-        hidden_size=96,
-        intermediate_size=384,
+        hidden_size=64,
+        intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=PIXELS_PER_CELL * grid,
@@ -76,14 +77,14 @@ def pretrain_vision(
     seed: int = 0,
     num_steps: int = 500,
     batch_size: int = 64,
-    peak_lr: float = 3e-3,
+    peak_lr: float = 4e-3,
     log_every: int = 100,
 ) -> SiglipVisionModel:
     """Make and train the encoder; prints the share of cells named correctly as it goes."""
     torch.manual_seed(seed)
     model = SiglipVisionModel(vision_config(grid))
-    head = nn.Linear(model.config.hidden_size, NUM_CLASSES)
-    parameters = [*model.parameters(), *head.parameters()]
+    heads = nn.ModuleList(nn.Linear(model.config.hidden_size, NUM_CLASSES) for _ in range(2))
+    parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=peak_lr, total_steps=num_steps, pct_start=0.1
@@ -92,15 +93,20 @@ def pretrain_vision(
     batches = picture_batches(grid, batch_size, seed)
     for step in range(1, num_steps + 1):
         pixels, classes = next(batches)
-        cells = pool_cells(model(pixel_values=pixels).last_hidden_state, grid)
-        logits = head(cells).flatten(0, 1)
-        loss = nn.functional.cross_entropy(logits, classes.flatten())
+        targets = classes.flatten()
+        output = model(pixel_values=pixels, output_hidden_states=True)
+        features = (output.last_hidden_state, output.hidden_states[-2])
+        logits = [
+            head(pool_cells(one, grid)).flatten(0, 1)
+            for head, one in zip(heads, features, strict=True)
+        ]
+        loss = sum((nn.functional.cross_entropy(one, targets) for one in logits), torch.tensor(0.0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % log_every == 0 or step == num_steps:
-            share = (logits.argmax(-1) == classes.flatten()).float().mean().item()
+            share = (logits[1].argmax(-1) == targets).float().mean().item()
             print(f"vision step {step}/{num_steps}: loss {loss.item():.3f}, cells {share:.1%}")
     return model.eval()
 
