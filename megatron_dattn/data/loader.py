@@ -63,7 +63,8 @@ def build_loader(
     workers = WorkerConfig(
         rank=data_parallel_rank,
         world_size=data_parallel_size,
-        num_workers=config.num_workers,
+        # Validation is short and starts anew each time: forking workers would take longer.
+        num_workers=config.num_workers if training else 0,
         seed_offset=seed,
         global_error_handler=reraise_exception,
     )

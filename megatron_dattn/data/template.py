@@ -62,12 +62,8 @@ class ConversationTokenizer:
                 f"template 'plain' takes one question and one answer, not "
                 f"{len(conversation.turns)} turns",
             )
-        ids, offsets, spans = self._tokenise(conversation)
-        if self._controls(ids) != self._expected_controls(conversation):
-            raise SampleError(
-                Reason.CONTROL_TOKEN, "the text contains a control token of the tokenizer"
-            )
-        return _text_rows(ids, _supervised(offsets, spans), self._image_id)
+        ids, supervised = self._checked(conversation)
+        return _text_rows(ids, supervised, self._image_id)
 
     def prompt(self, conversation: Conversation) -> TextRows:
         """The rows that an answer continues, from a conversation whose last turn is a question.
@@ -79,13 +75,9 @@ class ConversationTokenizer:
             conversation = Conversation(
                 (*conversation.turns, Turn("assistant", "")), conversation.images
             )
-        ids, offsets, spans = self._tokenise(conversation)
-        if self._controls(ids) != self._expected_controls(conversation):
-            raise SampleError(
-                Reason.CONTROL_TOKEN, "the text contains a control token of the tokenizer"
-            )
+        ids, supervised = self._checked(conversation)
         if self.template == "plain":
-            ids = ids[: _supervised(offsets, spans).index(True)]
+            ids = ids[: supervised.index(True)]
         return _text_rows(ids, [False] * len(ids), self._image_id)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
@@ -100,6 +92,15 @@ class ConversationTokenizer:
             )
         texts, spans = rendered
         return texts[0], spans[0]
+
+    def _checked(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        """Token ids, and which of them are supervised; the control tokens are the template's."""
+        ids, offsets, spans = self._tokenise(conversation)
+        if self._controls(ids) != self._expected_controls(conversation):
+            raise SampleError(
+                Reason.CONTROL_TOKEN, "the text contains a control token of the tokenizer"
+            )
+        return ids, _supervised(offsets, spans)
 
     def _tokenise(self, conversation: Conversation) -> tuple[list[int], list[Span], list[Span]]:
         text, spans = self.render(conversation)

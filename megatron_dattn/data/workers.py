@@ -6,6 +6,7 @@ workers. A worker that is gone is an error, where Energon would wait for its ans
 """
 
 import atexit
+import os
 import queue
 import signal
 import weakref
@@ -18,31 +19,27 @@ from megatron_dattn.data.energon import BasicDataLoader, SavableDataLoader, Sava
 PREFETCHED_PACKS = 2  # per worker
 STATE_INTERVAL = 10.0  # seconds between the states a worker keeps; a resume re-reads at most this
 
+# In the trainer's process the garbage collector and its time are the trainer's.
+_IN_PROCESS: dict[str, Any] = {"gc_collect_every_n_steps": 0, "watchdog_timeout_seconds": None}
+
 
 def savable_loader(dataset: SavableDataset) -> "ResumableLoader":
     """A loader whose state can be saved, for training."""
-    loader = ResumableLoader(
-        dataset, checkpoint_every_sec=STATE_INTERVAL, **_options(dataset.worker_config.num_workers)
-    )
-    return _prepared(loader)
-
-
-def basic_loader(dataset: SavableDataset) -> BasicDataLoader:
-    """A loader for one pass over the data."""
-    return _prepared(OnePassLoader(dataset, **_options(dataset.worker_config.num_workers)))
-
-
-def _options(num_workers: int) -> dict[str, Any]:
-    if num_workers:
-        return {"prefetch_factor": PREFETCHED_PACKS}
-    # In the trainer's process the garbage collector and its time are the trainer's.
-    return {"gc_collect_every_n_steps": 0, "watchdog_timeout_seconds": None}
-
-
-def _prepared(loader: Any) -> Any:
+    if dataset.worker_config.num_workers:
+        options: dict[str, Any] = {"prefetch_factor": PREFETCHED_PACKS}
+    else:
+        options = _IN_PROCESS
+    loader = ResumableLoader(dataset, checkpoint_every_sec=STATE_INTERVAL, **options)
     loader.pin_memory = torch.cuda.is_available()
     if loader.num_workers:
         loader.worker_init_fn = _WorkerStart(loader.worker_init_fn)
+    return loader
+
+
+def basic_loader(dataset: SavableDataset) -> BasicDataLoader:
+    """A loader for one pass over the data, in this process."""
+    loader = BasicDataLoader(dataset, **_IN_PROCESS)
+    loader.pin_memory = torch.cuda.is_available()
     return loader
 
 
@@ -58,25 +55,8 @@ class _WorkerStart:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _EndsItsWorkers:
-    """Mixin: ends the workers when the process ends.
-
-    torch ends persistent workers at exit with SIGTERM (unless memory is pinned), which ours do not
-    hear, and would then wait for them for ever.
-    """
-
-    num_workers: int
-
-    def _get_iterator(self) -> Any:
-        iterator = super()._get_iterator()  # type: ignore[misc]
-        if self.num_workers:
-            atexit.register(_end_workers, weakref.ref(iterator))
-        return iterator
-
-
-def _end_workers(reference: weakref.ref) -> None:
-    iterator = reference()
-    if iterator is None:
+def _end_workers(iterator: Any, process: int) -> None:
+    if os.getpid() != process:  # a worker has inherited the duty, but not the workers
         return
     iterator._shutdown_workers()  # asks them, and waits for some seconds
     for worker in iterator._workers:
@@ -84,12 +64,22 @@ def _end_workers(reference: weakref.ref) -> None:
             worker.kill()
 
 
-class OnePassLoader(_EndsItsWorkers, BasicDataLoader):
-    """BasicDataLoader whose workers end with the process."""
+class ResumableLoader(SavableDataLoader):
+    """SavableDataLoader that notices dead workers, and whose workers end with it.
 
+    The workers end when the loader is no longer used, at the latest when the process ends. torch
+    alone would send SIGTERM at the end of the process, which they do not hear, and wait for ever;
+    and when a loader is garbage, its queues may be closed before the workers are told to stop.
+    """
 
-class ResumableLoader(_EndsItsWorkers, SavableDataLoader):
-    """SavableDataLoader that notices dead workers when it asks for their state."""
+    def _get_iterator(self) -> Any:
+        iterator = super()._get_iterator()
+        if self.num_workers:
+            end = weakref.finalize(self, _end_workers, iterator, os.getpid())
+            # Earlier than multiprocessing's own handler, where finalizers would come too late.
+            end.atexit = False
+            atexit.register(end)
+        return iterator
 
     def _worker_command(self, *command: Any) -> list[Any]:
         for commands in self.cmd_queues:

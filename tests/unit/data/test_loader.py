@@ -117,8 +117,7 @@ def test_an_epoch_of_training_has_every_sample_once(
     assert len({key for batch in keys(batches) for key in batch}) == 50
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("training", "num_workers"), [(True, 0), (True, 2), (False, 0)])
 def test_data_parallel_ranks_share_the_samples(
     processor: Path, dataset: DatasetConfig, num_workers: int, training: bool
 ) -> None:
@@ -133,17 +132,14 @@ def test_data_parallel_ranks_share_the_samples(
     assert len(seen[0] | seen[1]) == 50
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
 def test_validation_gives_each_sample_once_and_starts_anew(
-    processor: Path, dataset: DatasetConfig, num_workers: int
+    processor: Path, dataset: DatasetConfig
 ) -> None:
-    config = data_config(processor, num_workers=num_workers)
-    loader = make_loader(config, [dataset], training=False)
+    loader = make_loader(data_config(processor, num_workers=2), [dataset], training=False)
     take(loader, 2)
     batches = list(loader)
     flat = [key for batch in keys(batches) for key in batch]
-    expected = [f"set-{index:09d}" for index in range(50)]
-    assert (flat if num_workers == 0 else sorted(flat)) == expected
+    assert flat == [f"set-{index:09d}" for index in range(50)]
     assert_equal(batches, list(loader))
     assert loader.counters().seen == 50
     with pytest.raises(RuntimeError, match="validation"):
@@ -192,17 +188,15 @@ def bad_rows(folder: Path) -> dict[Reason, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
 def test_every_kind_of_bad_sample_is_skipped_and_counted(
-    processor: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int
+    processor: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = make_rows(tmp_path, 30)
     bad = bad_rows(tmp_path)
     for position, value in enumerate(bad.values()):
         rows.insert(3 * position, value)
     dataset = make_dataset(tmp_path, rows)
-    config = data_config(processor, num_workers=num_workers)
-    loader = make_loader(config, [dataset], training=False)
+    loader = make_loader(data_config(processor), [dataset], training=False)
     batches = list(loader)
     assert sum(batch.num_samples for batch in batches) == 30
     counters = loader.counters()
@@ -229,7 +223,7 @@ def test_a_data_set_without_a_usable_sample_stops_the_run(
 ) -> None:
     dataset = make_dataset(tmp_path, [row("<image>", "y", f"{i}.png") for i in range(10)])
     config = data_config(processor, num_workers=num_workers)
-    with pytest.raises(DataError, match="100 of 1.. samples could not|missing_image 1"):
+    with pytest.raises(DataError, match=r"1\d\d of 1\d\d samples could not be used \(missing"):
         take(make_loader(config, [dataset]), 1)
 
 

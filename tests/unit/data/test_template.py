@@ -211,7 +211,7 @@ def test_masks_agree_with_transformers(tokenizer: PreTrainedTokenizerFast) -> No
     )
     rows = MISTRAL(chat)
     assert rows.input_ids == encoded["input_ids"]
-    mask = encoded["assistant_masks"][1:] + [0]
+    mask = [*encoded["assistant_masks"][1:], 0]
     assert [int(label != IGNORED) for label in rows.labels] == mask
 
 
@@ -221,3 +221,17 @@ def test_turns_with_the_same_shape_share_one_reference() -> None:
         template(Conversation((Turn("user", word), Turn("assistant", word))))
     template(parse_row(row("<image>", "a", "x.png")))
     assert len(template._expected) == 2
+
+
+@pytest.mark.parametrize("template", [MISTRAL, PLAIN], ids=["mistral_v3", "plain"])
+def test_a_tokenised_prompt_is_the_beginning_of_its_training_rows(
+    template: ConversationTokenizer,
+) -> None:
+    chat = conversation("<image>\nwhat is it ?", "a red square", images=1)
+    rows = template(chat)
+    prompt = template.prompt(Conversation(chat.turns[:1], chat.images))
+    length = len(prompt.input_ids)
+    assert prompt.input_ids == rows.input_ids[:length]
+    assert prompt.image_offsets == rows.image_offsets
+    assert rows.labels[length - 1] != IGNORED
+    assert set(rows.labels[: length - 1]) <= {IGNORED}
