@@ -41,7 +41,7 @@ def test_forms_begin_where_the_file_counts_from_zero() -> None:
 
 
 def test_every_form_holds_the_same_sequence() -> None:
-    """The stack of forms is what the split rests on: after three runs of 0..9 each goes on alike."""
+    """What the split rests on: after three runs of 0..9 every form goes on alike."""
     targets = "".join(map(str, load_digits().target))
     for start, end in zip(FORM_STARTS, (*FORM_STARTS[1:], NUM_DIGITS), strict=True):
         form = targets[start:end]
