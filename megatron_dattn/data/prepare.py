@@ -187,4 +187,4 @@ def _names(sources: list[Source]) -> list[str]:
 
 def _keyed(rows: list[tuple[int, Any]], name: str) -> Iterator[Any]:
     for number, row in rows:
-        yield {"key": f"{name}-{number:09d}", **row} if isinstance(row, dict) else row
+        yield {**row, "key": f"{name}-{number:09d}"} if isinstance(row, dict) else row

@@ -1,0 +1,80 @@
+"""The check tool finds what the loader would skip."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.data.builders import make_rows, row
+from tests.unit.data.test_loader import bad_rows
+from tools import check_data
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def options(processor: Path) -> list[str]:
+    return [
+        *("--tokenizer", str(processor), "--image-size", "16", "--patch-size", "8"),
+        *("--visual-budget", "16", "--text-budget", "256"),
+    ]
+
+
+def test_good_data_passes(
+    processor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "data.json", make_rows(tmp_path, 20))
+    assert check_data.main([path, *options(processor)]) == 0
+    assert "20 rows" in capsys.readouterr().out
+
+
+def test_every_problem_is_reported(
+    processor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_rows(tmp_path, 5)
+    for value in rows[:3]:
+        value["id"] = "same"
+    bad = bad_rows(tmp_path)
+    path = write(tmp_path / "data.json", [*rows, *bad.values()])
+    report_path = tmp_path / "report.json"
+    arguments = [path, "--report", str(report_path), *options(processor)]
+    assert check_data.main(arguments) == 2
+    (report,) = json.loads(report_path.read_text())["files"]
+    problems = report["problems"]
+    assert set(problems) == {str(reason) for reason in bad}
+    assert all(problem["count"] == 1 for problem in problems.values())
+    assert problems["missing_image"]["examples"][0]["row"] == "row 11"
+    assert report["rows"] == 15
+    assert report["bad_rows"] == 10
+    assert report["duplicate_ids"] == 2
+    table = capsys.readouterr().out
+    for reason in bad:
+        assert reason in table
+
+
+def test_missing_images_can_be_accepted(tmp_path: Path) -> None:
+    rows = [*make_rows(tmp_path, 5), row("<image>", "y", "none.png")]
+    path = write(tmp_path / "data.json", rows)
+    assert check_data.main([path]) == 2
+    assert check_data.main([path, "--missing", "skip"]) == 0
+    path = write(tmp_path / "data.json", [*rows, row("x", "")])
+    assert check_data.main([path, "--missing", "skip"]) == 2
+
+
+def test_one_row_can_have_several_problems(processor: Path, tmp_path: Path) -> None:
+    rows = [row("<image><image>" + "a red square " * 400, "y", ["none.png", "gone.png"])]
+    report_path = tmp_path / "report.json"
+    path = write(tmp_path / "data.json", rows)
+    assert check_data.main([path, "--report", str(report_path), *options(processor)]) == 2
+    (report,) = json.loads(report_path.read_text())["files"]
+    counts = {reason: problem["count"] for reason, problem in report["problems"].items()}
+    assert counts == {"missing_image": 2, "too_much_text": 1}
+    assert report["bad_rows"] == 1
+
+
+def test_an_unreadable_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_data.main([str(tmp_path / "none.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

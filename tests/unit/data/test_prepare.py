@@ -1,0 +1,142 @@
+"""From LLaVA's JSON to JSON lines with an index, and the command around it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from megatron.energon.flavors.jsonl.jsonl_prepare import JsonlPreparator
+
+from megatron_dattn.data.config import DatasetConfig
+from megatron_dattn.data.prepare import read_mixture, read_rows, select_rows, write_jsonl
+from megatron_dattn.errors import DataError
+from tests.unit.data.builders import data_config, make_loader, make_rows
+from tools import prepare_data
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in" / "llava.json"
+    rows = make_rows(path.parent, 10)
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_the_index_is_energons(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    assert write_jsonl([{"x": "\u00e9\n"}, {}, {"y": 2}], path) == 3
+    index = Path(f"{path}.idx").read_bytes()
+    JsonlPreparator.prepare_dataset(str(path))
+    assert Path(f"{path}.idx").read_bytes() == index
+
+
+def test_the_command_writes_what_the_loader_reads(
+    source: Path, tmp_path: Path, processor: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert prepare_data.main([str(source), "--output", str(output)]) == 0
+    assert "10 rows" in capsys.readouterr().out
+    section = yaml.safe_load((output / "train.yaml").read_text())
+    (entry,) = section["data"]["train"]
+    dataset = DatasetConfig(**entry)
+    batches = list(make_loader(data_config(processor), [dataset], training=False))
+    keys = [key for batch in batches for key in batch.sample_keys]
+    assert keys == [f"llava-{index:09d}" for index in range(10)]
+    rows = read_rows(output / "llava.jsonl")
+    original = read_rows(source)
+    assert [{**row, "key": None} for row in rows] == [{**row, "key": None} for row in original]
+
+
+def test_nothing_is_overwritten(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert prepare_data.main([str(source), "--output", str(output)]) == 0
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    assert prepare_data.main([str(source), "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert "exists already" in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    def rows() -> object:
+        yield {}
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_jsonl(rows(), tmp_path / "a.jsonl")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixture_samples_weighs_and_names(source: Path, tmp_path: Path) -> None:
+    mixture = tmp_path / "mixture.yaml"
+    entries = [
+        {"json_path": "in/llava.json", "sampling_strategy": "first:3", "weight": 2},
+        {"json_path": "in/llava.json", "sampling_strategy": "end:20%", "image_root": "in"},
+    ]
+    mixture.write_text(yaml.safe_dump({"datasets": entries}))
+    output = tmp_path / "out"
+    arguments = ["--mixture", str(mixture), "--output", str(output), "--section", "validation"]
+    assert prepare_data.main(arguments) == 0
+    section = yaml.safe_load((output / "validation.yaml").read_text())["data"]["validation"]
+    assert [Path(entry["path"]).name for entry in section] == ["llava.jsonl", "llava-2.jsonl"]
+    assert [entry["weight"] for entry in section] == [2.0, 1.0]
+    assert [row["key"] for row in read_rows(output / "llava-2.jsonl")] == [
+        "llava-2-000000008",
+        "llava-2-000000009",
+    ]
+
+
+def test_sampling_strategies() -> None:
+    rows = [f"row{index}" for index in range(10)]
+    assert select_rows(rows, "all") == list(enumerate(rows))
+    assert select_rows(rows, "first:2") == [(0, "row0"), (1, "row1")]
+    assert select_rows(rows, "end:15%") == [(8, "row8"), (9, "row9")]
+    drawn = select_rows(rows, "random:5", seed=1)
+    assert len(drawn) == 5
+    assert drawn == sorted(drawn) == select_rows(rows, "random:5", seed=1)
+    assert drawn != select_rows(rows, "random:5", seed=2)
+    for strategy in ("some", "first:", "first:0", "random:1.5"):
+        with pytest.raises(DataError, match=strategy.replace(".", r"\.")):
+            select_rows(rows, strategy)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("none.json", None, "does not exist"),
+        ("bad.json", "{", "cannot be read as JSON"),
+        ("bad.jsonl", '{"a": 1}\n{', "cannot be read as JSON"),
+        ("object.json", "{}", "must hold a list"),
+        ("empty.json", "[]", "at least one"),
+    ],
+)
+def test_unreadable_inputs_are_named(
+    tmp_path: Path, name: str, content: str | None, text: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=text) as caught:
+        read_rows(tmp_path / name)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "datasets: []", "datasets: [{path: x}]", "datasets: [{json_path: x, n: 1}]"]
+)
+def test_mixtures_of_another_form_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mixture.yaml"
+    path.write_text(content)
+    with pytest.raises(DataError, match="mixture"):
+        read_mixture(path)
+
+
+def test_inputs_and_a_mixture_exclude_each_other(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare_data.main(["--output", str(tmp_path / "o")]) == 2
+    arguments = [str(source), "--mixture", "m.yaml", "--output", str(tmp_path / "o")]
+    assert prepare_data.main(arguments) == 2
+    assert capsys.readouterr().err.count("--mixture") == 2
