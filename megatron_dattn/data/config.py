@@ -11,7 +11,7 @@ class DatasetConfig:
     """One LLaVA-format file with its own image root."""
 
     path: str
-    """A .json or .jsonl file in LLaVA format (prepared by tools/prepare_data.py)."""
+    """A .jsonl file in LLaVA format, prepared by tools/prepare_data.py."""
     image_root: str | None = None
     """Images are looked up below this folder; the file's own folder where None."""
     weight: float = 1.0

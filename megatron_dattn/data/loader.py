@@ -243,6 +243,7 @@ def _identity(
         "data.visual_budget": config.visual_budget,
         "data.text_budget": config.text_budget,
         "data.template": config.template,
+        "data.long_samples": config.long_samples,
         "training.micro_batch_size": micro_batch_size,
         "training.seed": seed,
         "data sets": [(dataset.fingerprint, dataset.weight) for dataset in source.datasets],
