@@ -69,6 +69,7 @@ def plan(output: Path, attention: str, processes: int) -> list[Step]:
         Step(
             "draw the loss curves",
             [*tool("plot_training"), *(str(output / stage / "tensorboard") for stage in STAGES)]
+            + ["--names", *STAGES]
             + ["--output", str(output / "loss.png")],
         ),
         Step(
