@@ -46,7 +46,7 @@ def main() -> int:
             attention=arguments.attention,
             dtype=arguments.dtype,
         )
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
