@@ -100,9 +100,11 @@ class VLMTaskEncoder(TaskEncoder):
         A state remembers which samples share a pack and a resumed run encodes them anew. Should a
         sample have been repaired in between, it must not find its pack full.
         """
-        rejected = [[sample] for sample in samples if isinstance(sample, RejectedSample)]
         encoded = [sample for sample in samples if isinstance(sample, EncodedSample)]
-        packs = pack_samples(
+        packs: list[list[EncodedSample | RejectedSample]] = [
+            [sample] for sample in samples if isinstance(sample, RejectedSample)
+        ]
+        chosen = pack_samples(
             encoded,
             visual_budget=self.encoder.visual_budget,
             text_budget=self.encoder.text_budget,
@@ -110,7 +112,8 @@ class VLMTaskEncoder(TaskEncoder):
             keep_order=self.keep_order,
         )
         # The last one may be kept back to be filled up: that is for samples.
-        return [*rejected, *([encoded[index] for index in pack] for pack in packs)]
+        packs.extend([encoded[index] for index in pack] for pack in chosen)
+        return packs
 
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample | RejectedSample]) -> LoadedPack:
