@@ -6,6 +6,8 @@ VENV ?= .venv
 ATTENTION ?= dattn
 OUTPUT ?= runs/demo-$(ATTENTION)
 PYTEST_ARGS ?=
+# More words for pip when it installs torch, such as an index with builds for machines without GPU.
+TORCH_ARGS ?=
 
 RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
@@ -22,7 +24,7 @@ help:
 # torch first: a range in another package would otherwise pull a build for another machine.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH_ARGS) "$$(grep '^torch==' requirements.lock)"
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@

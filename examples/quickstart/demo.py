@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -26,11 +27,14 @@ STAGES = ("stage1", "stage2", "stage3")
 
 @dataclass(frozen=True)
 class Step:
-    """One command; `result` exists once it is done (None: run it every time)."""
+    """One command."""
 
     title: str
     command: list[str]
     result: Path | None = None
+    """Exists once the step is done; None: run it every time."""
+    folder: Path | None = None
+    """Made by this step alone: a half-made one is removed before the step runs again."""
 
 
 def plan(output: Path, attention: str, processes: int) -> list[Step]:
@@ -42,6 +46,7 @@ def plan(output: Path, attention: str, processes: int) -> list[Step]:
             "compose handwritten digits into images with captions and questions",
             [*module("make_data"), "--output", str(data)],
             data / "heldout.json",
+            data,
         ),
         Step(
             "train a sentencepiece tokenizer",
@@ -60,6 +65,7 @@ def plan(output: Path, attention: str, processes: int) -> list[Step]:
             + ["--language", str(mistral), "--output", str(base)]
             + ["--attention", attention, "--dtype", "fp32"],
             base / "latest.json",
+            base,
         ),
     ]
     for stage in STAGES:
@@ -99,8 +105,9 @@ def prepare_steps(stage: str, data: Path) -> list[Step]:
         Step(
             f"prepare the {section} data of {stage}",
             [*tool("prepare_data"), str(data / name), "--image-root", str(data)]
-            + ["--output", str(prepared), "--section", section],
-            prepared / f"{section}.yaml",
+            + ["--output", str(prepared / section), "--section", section],
+            prepared / section / f"{section}.yaml",
+            prepared / section,
         )
         for section, name in (
             ("train", f"{stage}.json"),
@@ -116,8 +123,8 @@ def train_step(stage: str, output: Path, previous: Path, processes: int) -> Step
     configs = [
         output / "base" / "config.yaml",
         ROOT / "examples" / "quickstart" / f"{stage}.yaml",
-        prepared / "train.yaml",
-        prepared / "validation.yaml",
+        prepared / "train" / "train.yaml",
+        prepared / "validation" / "validation.yaml",
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "pretrain_vlm.py"]
@@ -147,6 +154,8 @@ def run(steps: list[Step]) -> None:
             print(f"    done before: {step.result}", flush=True)
             continue
         print(f"    {shlex.join(step.command)}", flush=True)
+        if step.folder is not None:
+            shutil.rmtree(step.folder, ignore_errors=True)
         start = time.monotonic()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
         status = subprocess.run(step.command, cwd=ROOT, env=environment, check=False).returncode

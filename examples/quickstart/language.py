@@ -38,20 +38,20 @@ def short_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def dense_caption(scene: Scene, rng: random.Random) -> str:
-    """Stage 2: every digit and where it stands, and the empty places."""
+    """Stage 2: every digit and where it stands, by place or by digit.
+
+    Half go by place in reading order, empty places too; half go by digit in random order, so that
+    what follows a digit has to be looked up in the picture.
+    """
     if rng.random() < 0.5:
         shown = [
             f"{place}: {'empty' if digit is None else digit}"
             for place, digit in zip(scene.places, scene.cells, strict=True)
         ]
-        return ", ".join(shown) + "."
-    parts = [
-        f"a {digit} at the {place}"
-        for place, digit in zip(scene.places, scene.cells, strict=True)
-        if digit is not None
-    ]
-    rest = "" if len(parts) == len(scene.cells) else ", the rest is empty"
-    return join_words(parts) + rest + "."
+    else:
+        digits = rng.sample(scene.digits, len(scene.digits))
+        shown = [f"{digit} {scene.place_of(digit)}" for digit in digits]
+    return ", ".join(shown) + "."
 
 
 def ask_digit_at(scene: Scene, rng: random.Random) -> Turn:
@@ -64,11 +64,10 @@ def ask_digit_at(scene: Scene, rng: random.Random) -> Turn:
 
 
 def ask_where(scene: Scene, rng: random.Random) -> Turn:
-    """Where a digit stands: a place, several places, or nowhere."""
-    digit = rng.choice(scene.digits) if rng.random() < 0.85 else rng.randrange(10)
-    places = [scene.places[cell] for cell in scene.cells_of(digit)]
+    """Where a digit stands."""
+    digit = rng.choice(scene.digits)
     question = rng.choice((f"Where is the digit {digit}?", f"Where is the {digit}?"))
-    return Turn(question, join_words(places) if places else "nowhere", "where")
+    return Turn(question, scene.place_of(digit), "where")
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Turn:
@@ -77,28 +76,31 @@ def ask_count(scene: Scene, rng: random.Random) -> Turn:
     return Turn(question, str(len(scene.digits)), "how_many")
 
 
-def ask_count_of(scene: Scene, rng: random.Random) -> Turn:
-    """How many times one digit is there; often one that is present, often one that is not."""
-    digit = rng.choice(scene.digits) if rng.random() < 0.6 else rng.randrange(10)
-    question = f"How many times is the digit {digit} there?"
-    return Turn(question, str(len(scene.cells_of(digit))), "how_many_of")
-
-
-def _single_digits(scene: Scene) -> list[int]:
-    return [digit for digit in scene.digits if len(scene.cells_of(digit)) == 1]
+def ask_presence(scene: Scene, rng: random.Random) -> Turn:
+    """Whether a digit is there; as often one that is as one that is not."""
+    absent = [digit for digit in range(10) if digit not in scene.digits]
+    digit = rng.choice(scene.digits if rng.random() < 0.5 else absent)
+    question = rng.choice((f"Is there a {digit}?", f"Do you see a {digit}?"))
+    return Turn(question, "yes" if digit in scene.digits else "no", "is_there")
 
 
 def can_ask_side(scene: Scene) -> bool:
-    """Whether two digits stand alone of their kind, so that "left of" has one meaning."""
-    return len(_single_digits(scene)) >= 2
+    """Whether two digits stand in different columns, so that one is left of the other."""
+    return len({scene.column(scene.cell_of(digit)) for digit in scene.digits}) > 1
 
 
 def ask_side(scene: Scene, rng: random.Random) -> Turn:
-    """Whether one digit stands left (or right) of another, by column; needs `can_ask_side`."""
-    first, second = rng.sample(_single_digits(scene), 2)
+    """Whether one digit stands left (or right) of another; needs `can_ask_side`."""
+    pairs = [
+        (first, second)
+        for first in scene.digits
+        for second in scene.digits
+        if scene.column(scene.cell_of(first)) != scene.column(scene.cell_of(second))
+    ]
+    first, second = rng.choice(pairs)
     side = rng.choice(("left", "right"))
-    step = scene.column(scene.cells_of(second)[0]) - scene.column(scene.cells_of(first)[0])
-    holds = step > 0 if side == "left" else step < 0
+    is_left = scene.column(scene.cell_of(first)) < scene.column(scene.cell_of(second))
+    holds = is_left == (side == "left")
     return Turn(f"Is the {first} {side} of the {second}?", "yes" if holds else "no", "left_right")
 
 
@@ -112,7 +114,7 @@ ASKERS: dict[str, Callable[[Scene, random.Random], Turn]] = {
     "digit_at": ask_digit_at,
     "where": ask_where,
     "how_many": ask_count,
-    "how_many_of": ask_count_of,
+    "is_there": ask_presence,
     "left_right": ask_side,
     "read_all": ask_read_all,
 }

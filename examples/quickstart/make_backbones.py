@@ -9,10 +9,11 @@ published large ones.
 """
 
 import argparse
-import os
+import multiprocessing
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -32,17 +33,37 @@ def make_backbones(
     vision_steps: int | None = None,
     language_steps: int | None = None,
 ) -> None:
-    """Pretrain both models and save them; None means the default number of steps."""
+    """Pretrain both models side by side and save them; None means the default number of steps."""
     if not (tokenizer_folder / "tokenizer.json").is_file():
         raise DataError(f"{tokenizer_folder} holds no tokenizer.json; run make_tokenizer first")
+    # One thread each: at this size two processes are faster than two threads. Spawned, not forked:
+    # a fork of a process that has used torch's threads may hang.
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(_make_vision, output / "siglip", grid, seed, vision_steps),
+            pool.submit(
+                _make_language, tokenizer_folder, output / "mistral", grid, seed, language_steps
+            ),
+        ]
+        for job in jobs:
+            job.result()
+
+
+def _make_vision(folder: Path, grid: int, seed: int, num_steps: int | None) -> None:
+    torch.set_num_threads(1)
+    options = {} if num_steps is None else {"num_steps": num_steps}
+    save_vision(pretrain_vision(grid=grid, seed=seed, **options), folder)
+
+
+def _make_language(
+    tokenizer_folder: Path, folder: Path, grid: int, seed: int, num_steps: int | None
+) -> None:
+    torch.set_num_threads(1)
+    options = {} if num_steps is None else {"num_steps": num_steps}
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    vision_options = {} if vision_steps is None else {"num_steps": vision_steps}
-    save_vision(pretrain_vision(grid=grid, seed=seed, **vision_options), output / "siglip")
-    language_options = {} if language_steps is None else {"num_steps": language_steps}
-    model = pretrain_language(tokenizer, grid=grid, seed=seed, **language_options)
-    model.save_pretrained(output / "mistral")
+    pretrain_language(tokenizer, grid=grid, seed=seed, **options).save_pretrained(folder)
     for file in tokenizer_folder.iterdir():
-        shutil.copy(file, output / "mistral" / file.name)
+        shutil.copy(file, folder / file.name)
 
 
 def main() -> int:
@@ -52,9 +73,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--grid", type=int, default=2, choices=sorted(PLACE_NAMES))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     start = time.perf_counter()
     try:
         make_backbones(options.tokenizer, options.output, options.grid, options.seed)

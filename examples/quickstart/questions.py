@@ -17,7 +17,7 @@ CATEGORY_TITLES = {
     "digit_at": "which digit is at a place",
     "where": "where is a digit",
     "how_many": "how many digits",
-    "how_many_of": "how many of one digit",
+    "is_there": "is a digit there",
     "left_right": "is one left / right of another",
     "read_all": "read all digits in order",
 }

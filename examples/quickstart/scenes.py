@@ -50,9 +50,13 @@ class Scene:
         """The digits present, in reading order."""
         return [digit for digit in self.cells if digit is not None]
 
-    def cells_of(self, digit: int) -> list[int]:
-        """The cells that show `digit`, in reading order."""
-        return [cell for cell, shown in enumerate(self.cells) if shown == digit]
+    def cell_of(self, digit: int) -> int:
+        """The cell that shows `digit`."""
+        return self.cells.index(digit)
+
+    def place_of(self, digit: int) -> str:
+        """The name of the cell that shows `digit`."""
+        return self.places[self.cell_of(digit)]
 
     def column(self, cell: int) -> int:
         """Column of a cell, counted from the left."""
@@ -60,19 +64,15 @@ class Scene:
 
 
 def sample_scene(rng: random.Random, grid: int) -> Scene:
-    """A random scene of at least one digit.
+    """A random scene of at least one digit; no digit stands there twice (nine cells, ten digits).
 
-    A digit repeats an earlier one more often than chance would have it, because otherwise "how many
-    7s" would nearly always be 0 or 1.
+    So "where is the 5" has one answer, and the questions stay about seeing.
     """
     num_cells = grid**2
     num_digits = rng.randint(1, num_cells)
-    digits: list[int] = []
-    for _ in range(num_digits):
-        repeats = bool(digits) and rng.random() < 0.15
-        digits.append(rng.choice(digits) if repeats else rng.randrange(10))
     cells: list[int | None] = [None] * num_cells
-    for cell, digit in zip(rng.sample(range(num_cells), num_digits), digits, strict=True):
+    places = rng.sample(range(num_cells), num_digits)
+    for cell, digit in zip(places, rng.sample(range(10), num_digits), strict=True):
         cells[cell] = digit
     return Scene(grid=grid, cells=tuple(cells))
 

@@ -65,17 +65,17 @@ def picture_batches(
         yield torch.from_numpy(np.stack(pixels)), torch.tensor(classes)
 
 
-def pool_cells(features: Tensor, grid: int) -> Tensor:
-    """Mean of each cell's patches: [n, patches, hidden] -> [n, grid * grid, hidden]."""
+def patch_targets(classes: Tensor, grid: int) -> Tensor:
+    """Each patch is named after its cell's digit: [n, grid * grid] -> [n, patches]."""
     per_cell = PIXELS_PER_CELL // PATCH_SIZE
-    blocks = features.unflatten(1, (grid, per_cell, grid, per_cell))
-    return blocks.mean(dim=(2, 4)).flatten(1, 2)
+    board = classes.unflatten(1, (grid, grid))
+    return board.repeat_interleave(per_cell, 1).repeat_interleave(per_cell, 2).flatten(1)
 
 
 def pretrain_vision(
     grid: int = 2,
     seed: int = 0,
-    num_steps: int = 500,
+    num_steps: int = 1000,
     batch_size: int = 64,
     peak_lr: float = 4e-3,
     log_every: int = 100,
@@ -93,13 +93,10 @@ def pretrain_vision(
     batches = picture_batches(grid, batch_size, seed)
     for step in range(1, num_steps + 1):
         pixels, classes = next(batches)
-        targets = classes.flatten()
+        targets = patch_targets(classes, grid).flatten()
         output = model(pixel_values=pixels, output_hidden_states=True)
         features = (output.last_hidden_state, output.hidden_states[-2])
-        logits = [
-            head(pool_cells(one, grid)).flatten(0, 1)
-            for head, one in zip(heads, features, strict=True)
-        ]
+        logits = [head(one).flatten(0, 1) for head, one in zip(heads, features, strict=True)]
         loss = sum((nn.functional.cross_entropy(one, targets) for one in logits), torch.tensor(0.0))
         optimizer.zero_grad()
         loss.backward()

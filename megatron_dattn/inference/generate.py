@@ -68,7 +68,7 @@ def generate(
     Returns:
         The answers, in the order of the prompts, without special tokens.
     """
-    stop_id = loaded.tokenizer.eos_token_id
+    stop_ids = loaded.stop_ids
     answers: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
     for _ in range(max_new_tokens):
@@ -77,7 +77,7 @@ def generate(
         batch = _pack(loaded, [(prompts[i], answers[i]) for i in running])
         for index, token in zip(running, _next_tokens(loaded, batch), strict=True):
             answers[index].append(token)
-        running = [i for i in running if answers[i][-1] != stop_id]
+        running = [i for i in running if answers[i][-1] not in stop_ids]
     texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [str(text).strip() for text in texts]
 

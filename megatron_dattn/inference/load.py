@@ -37,6 +37,14 @@ class LoadedModel:
     preprocessor: ImagePreprocessor
     config: PretrainConfig
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the end token, and for plain captions the line break."""
+        stops = {int(self.tokenizer.eos_token_id)}
+        if self.conversations.template == "plain":
+            stops.add(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
+        return frozenset(stops)
+
 
 def load_model(run_folder: str | Path, *, template: str | None = None) -> LoadedModel:
     """Load the newest sound checkpoint of a run folder.

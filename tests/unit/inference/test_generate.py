@@ -121,6 +121,22 @@ def test_each_prompt_stops_at_its_own_end_token(base, loaded, monkeypatch):
     assert running == [3, 3, 2, 1]
 
 
+def test_captions_end_with_their_line(base, monkeypatch):
+    loaded = load_model(base[0] / "dattn", template="plain")
+    letter = loaded.tokenizer.convert_tokens_to_ids("a")
+    (line_break,) = loaded.tokenizer.encode("\n", add_special_tokens=False)
+    script = iter([letter, line_break])
+
+    def scripted(batch, rows):
+        token = torch.tensor([next(script)])
+        return torch.nn.functional.one_hot(token, len(loaded.tokenizer)).float()
+
+    monkeypatch.setattr(loaded.model, "forward_logits", scripted)
+    prompt = Prompt.from_question(loaded, "", [base[0] / "0.png"])
+    assert generate(loaded, [prompt], max_new_tokens=9) == ["a"]
+    destroy_distributed()
+
+
 def test_questions_cannot_smuggle_images(loaded):
     with pytest.raises(DataError, match="<image>"):
         Prompt.from_question(loaded, "see <image>")

@@ -20,8 +20,8 @@ from examples.quickstart.make_backbones import make_backbones
 from examples.quickstart.make_tokenizer import make_tokenizer
 from examples.quickstart.vision_backbone import (
     EMPTY,
+    patch_targets,
     picture_batches,
-    pool_cells,
     preprocess,
     pretrain_vision,
 )
@@ -100,10 +100,10 @@ def test_language_documents_start_with_bos_and_are_deterministic(
     assert not torch.equal(first, other)
 
 
-def test_cells_are_pooled_from_their_own_patches() -> None:
-    patch_cell = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
-    features = patch_cell.flatten().float()[None, :, None]
-    assert pool_cells(features, grid=2).flatten().tolist() == [0.0, 1.0, 2.0, 3.0]
+def test_each_patch_is_named_after_its_own_cell() -> None:
+    targets = patch_targets(torch.tensor([[0, 1, 2, 3]]), grid=2)
+    expected = [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    assert targets.view(4, 4).tolist() == expected
 
 
 def test_pretraining_learns(

@@ -20,9 +20,9 @@ def _written_configs(output: Path) -> None:
     (output / "base").mkdir(parents=True)
     (output / "base" / "config.yaml").write_text("model: {attention: s_attn}\n")
     for stage in STAGES:
-        folder = output / "data" / "prepared" / stage
-        folder.mkdir(parents=True)
         for section in ("train", "validation"):
+            folder = output / "data" / "prepared" / stage / section
+            folder.mkdir(parents=True)
             text = f"data: {{{section}: [{{path: {stage}.jsonl}}]}}\n"
             (folder / f"{section}.yaml").write_text(text)
 
@@ -81,3 +81,12 @@ def test_what_is_done_is_not_repeated(tmp_path: Path) -> None:
     step = Step("once", [sys.executable, "-c", code], result)
     run([step, step])
     assert result.read_text() == "x"
+
+
+def test_what_is_half_made_is_made_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "half").touch()
+    code = f"import os; os.mkdir({str(folder)!r}); open({str(folder / 'result')!r}, 'w')"
+    run([Step("make", [sys.executable, "-c", code], folder / "result", folder)])
+    assert [path.name for path in folder.iterdir()] == ["result"]
