@@ -1,8 +1,9 @@
 """The oracle: what a preset means, written to be obviously right and as slow as it likes.
 
 Every packed row is described in words, `sees` says of one pair of rows whether the first sees the
-second, and one dense softmax runs over the keys that a row sees (equation 3). No parts, no merging,
-no kernels: nothing here is shared with the fast path but the layout's own fields. Use float64 and
+second, and a dense softmax runs over the keys that a row sees (equation 3): one over all, or one
+over images and one over the rest where the merge says so. No parts, no log-sum-exps, no kernels:
+nothing here is shared with the fast path but the layout's own fields. Use float64 and
 small layouts; autograd gives the gradients.
 """
 
@@ -24,18 +25,27 @@ class DescribedRow:
     sample: int = -1
     index: int = -1  # visual: place among the pack's visual rows; text: place in its own text
     text_before: int = -1  # visual: text rows of the sample that stand before the image
+    image: int = -1  # visual: place of the image in the pack
+    ring: int = -1  # visual: distance of the patch to the border of its image
+    in_prompt: bool = False  # text: whether it stands before all supervised text
 
 
 def describe_rows(layout: TokenLayout) -> list[DescribedRow]:
     """All packed rows in order."""
     visual: list[DescribedRow] = []
-    for image in layout.images:
-        for _ in range(image.grid[0] * image.grid[1]):
-            visual.append(DescribedRow("visual", image.sample, len(visual), image.text_offset))
+    for number, image in enumerate(layout.images):
+        height, width = image.grid
+        for i in range(height):
+            for j in range(width):
+                ring = min(i, j, height - 1 - i, width - 1 - j)
+                row = (image.sample, len(visual), image.text_offset, number, ring)
+                visual.append(DescribedRow("visual", *row))
     text: list[DescribedRow] = []
+    prompts = layout.prompt_lengths or (0,) * layout.num_samples
     for sample, length in enumerate(layout.text_lengths):
         for index in range(length):
-            text.append(DescribedRow("text", sample, index))
+            in_prompt = index < prompts[sample]
+            text.append(DescribedRow("text", sample, index, in_prompt=in_prompt))
     visual += [DescribedRow("padding")] * (layout.visual_budget - len(visual))
     text += [DescribedRow("padding")] * (layout.text_budget - len(text))
     return visual + text
@@ -49,12 +59,27 @@ def sees(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> boo
         case "text", "text":
             return key.index <= query.index
         case "visual", "visual":
-            return key.index <= query.index if config.v2v == "causal" else key == query
+            return _patch_sees_patch(query, key, config)
         case "visual", "text":
-            return config.v2t == "preceding" and key.index < query.text_before
+            if config.v2t == "prompt" and key.in_prompt:
+                return True
+            return config.v2t != "none" and key.index < query.text_before
         case "text", "visual":
             return config.t2v.scope == "all" or key.text_before <= query.index
     raise AssertionError(f"a {query.kind} row cannot query a {key.kind} row")
+
+
+def _patch_sees_patch(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:
+    match config.v2v:
+        case "causal":
+            return key.index <= query.index
+        case "ring":
+            outer = key.image == query.image and key.ring <= query.ring
+            return key.image < query.image or outer
+        case "diagonal":
+            return key == query
+        case "none":
+            return False
 
 
 def is_rotated(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:
@@ -79,6 +104,7 @@ def reference_attention(
     rotary: Rotary,
     *,
     scale: float,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """What `decomposed_attention` computes, [S, Hq, D]; arguments as there.
 
@@ -93,10 +119,32 @@ def reference_attention(
         "qhd,khd->hqk", apply_rotary(query, rotary), apply_rotary(keys, rotary)
     )
     scores = torch.where(rotated, rotated_scores, plain_scores) * scale
-    # A large negative number instead of -inf: rows without keys then have no NaN in any gradient.
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    probabilities = torch.softmax(scores, dim=-1) * seen
-    out = torch.einsum("hqk,khd->qhd", probabilities, values)
+
+    def softmax_over(chosen: Tensor) -> Tensor:
+        # A large negative number instead of -inf: rows without keys then have no NaN in gradients.
+        masked = scores.masked_fill(~chosen, torch.finfo(scores.dtype).min)
+        return torch.einsum("hqk,khd->qhd", torch.softmax(masked, dim=-1) * chosen, values)
+
+    if config.merge == "alpha":
+        out = softmax_over(seen)
+    else:
+        is_t2v = torch.zeros_like(seen)
+        is_t2v[layout.visual_budget :, : layout.visual_budget] = True
+        image, rest = softmax_over(seen & is_t2v), softmax_over(seen & ~is_t2v)
+        sees_image = (seen & is_t2v).any(dim=1)[:, None, None]
+        out = _join(image, rest, config, gate, sees_image)
     if config.v2v == "diagonal":
         out = torch.cat((values[: layout.visual_budget], out[layout.visual_budget :]))
     return out
+
+
+def _join(
+    image: Tensor, rest: Tensor, config: AttentionConfig, gate: Tensor | None, sees_image: Tensor
+) -> Tensor:
+    if config.merge == "sum":
+        return image + rest
+    assert gate is not None, f"merge {config.merge!r} has a gate"
+    if config.merge == "tanh":
+        return image * torch.tanh(gate[:, None]) + rest
+    weight = torch.sigmoid(gate[:, None])
+    return torch.where(sees_image, weight * image + (1 - weight) * rest, rest)
