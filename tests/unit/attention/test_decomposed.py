@@ -290,6 +290,25 @@ def test_a_pack_without_images_or_without_anything_works(preset: str) -> None:
             torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
+@every_backend
+@pytest.mark.parametrize("merge", ["alpha", "sum", "tanh", "sigmoid"])
+def test_only_a_joint_softmax_ties_visual_gradients_to_the_text(merge: str, backend: str) -> None:
+    """Otherwise T2V has its own (out, lse), whatever the scores of T2T are."""
+    config = PRESETS["dattn" if merge == "alpha" else f"dattn_{merge}"]
+    visual = slice(0, RICH_LAYOUT.num_visual_rows)
+    gradients = []
+    for factor in (1.0, 3.0):
+        problem = make_problem(RICH_LAYOUT, config)
+        with torch.no_grad():
+            problem.key[RICH_LAYOUT.visual_budget :] *= factor
+        _, _, grad_key, *_ = run_fast(problem, RICH_LAYOUT, config, backend_named(backend))
+        gradients.append(grad_key[visual])
+    if merge == "alpha":
+        assert relative_error(*gradients) > 0.05
+    else:
+        assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("preset", ["dattn_tanh", "dattn_sigmoid"])
 def test_a_gate_without_images_has_a_gradient_of_zero(preset: str) -> None:
     """A data-parallel reduction waits for the gates of every rank."""
