@@ -33,17 +33,27 @@ def decomposed_attention(
     scale: float,
     backend: Backend,
     gate: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention output of every packed row, [S, Hq, D], before the output projection.
 
     `query` [S, Hq, D], `key` and `value` [S, Hk, D] are as projected, without rotation; Hq is a
     multiple of Hk. `rotary` holds the tables of all S rows. `gate` [Hq] or [1] belongs to the
-    merges "tanh" and "sigmoid". Rows that see nothing (padding) give zero, or their own value where
-    visual rows do, and send no gradient to other rows.
+    merges "tanh" and "sigmoid". `softcap` c turns every score s into c * tanh(s / c). Rows that see
+    nothing (padding) give zero, or their own value where visual rows do, and send no gradient to
+    other rows.
     """
     first_scored, _ = plan.scored_rows
     scored = attend_scored_rows(
-        query[first_scored:], key, value, plan, rotary, scale=scale, backend=backend, gate=gate
+        query[first_scored:],
+        key,
+        value,
+        plan,
+        rotary,
+        scale=scale,
+        backend=backend,
+        gate=gate,
+        softcap=softcap,
     )
     if first_scored == 0:
         return scored
@@ -63,6 +73,7 @@ def attend_scored_rows(
     scale: float,
     backend: Backend,
     gate: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention output of the rows that have scores, [plan.num_scored_rows, Hq, D].
 
@@ -73,7 +84,9 @@ def attend_scored_rows(
     first_scored, _ = plan.scored_rows
 
     def attend(parts: tuple[Part, ...]) -> Tensor:
-        joint = _JointSoftmax.apply(query, key, value, *rotary, parts, first_scored, scale, backend)
+        joint = _JointSoftmax.apply(
+            query, key, value, *rotary, parts, first_scored, scale, softcap, backend
+        )
         assert isinstance(joint, Tensor)
         return joint
 
@@ -106,13 +119,14 @@ class _JointSoftmax(torch.autograd.Function):
         parts: tuple[Part, ...],
         first_scored: int,
         scale: float,
+        softcap: float | None,
         backend: Backend,
     ) -> Tensor:
         out = query.new_zeros(query.shape, dtype=_sum_dtype(query, parts))
         lse = query.new_full(query.shape[:2], -torch.inf, dtype=merge_dtype(query.dtype))
         for part in parts:
             q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
-            part_out, part_lse = backend.forward(q, k, v, part, scale)
+            part_out, part_lse = backend.forward(q, k, v, part, scale, softcap)
             rows = part.query_rows
             if part is not parts[0]:
                 part_out, part_lse = alpha_merge(rows.take(out), rows.take(lse), part_out, part_lse)
@@ -120,7 +134,8 @@ class _JointSoftmax(torch.autograd.Function):
             rows.put(lse, part_lse)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, cos, sin, out, lse)
-        ctx.parts, ctx.first_scored, ctx.scale, ctx.backend = parts, first_scored, scale, backend
+        ctx.parts, ctx.first_scored, ctx.backend = parts, first_scored, backend
+        ctx.scale, ctx.softcap = scale, softcap
         return out
 
     @staticmethod
@@ -134,16 +149,15 @@ class _JointSoftmax(torch.autograd.Function):
         for part in parts:
             rows = part.query_rows
             q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
-            dq, dk, dv = ctx.backend.backward(
-                rows.take(grad_out), q, k, v, rows.take(out), rows.take(lse), part, ctx.scale
-            )
+            do, o, s = (rows.take(tensor) for tensor in (grad_out, out, lse))
+            dq, dk, dv = ctx.backend.backward(do, q, k, v, o, s, part, ctx.scale, ctx.softcap)
             if part.rotary:
                 query_rotary, key_rotary = _rotary_of(part, (cos, -sin), first_scored)
                 dq, dk = apply_rotary(dq, query_rotary), apply_rotary(dk, key_rotary)
             rows.add(grad_query, dq)
             part.key_rows.add(grad_key, dk)
             part.key_rows.add(grad_value, dv)
-        return grad_query.to(query.dtype), grad_key, grad_value, *[None] * 6
+        return grad_query.to(query.dtype), grad_key, grad_value, *[None] * 7
 
 
 def _sum_dtype(query: Tensor, parts: tuple[Part, ...]) -> torch.dtype:

@@ -7,7 +7,7 @@ flash kernel does best and so a fair baseline.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -51,6 +51,7 @@ class Part:
     causal: bool  # the i-th query of a segment sees its first i + 1 keys; lengths are equal
     rotary: bool
     device: torch.device
+    window: int | None = None  # in a causal part: a query sees this many keys at most, the last
 
     @cached_property
     def query_cu_seqlens(self) -> Tensor:
@@ -97,13 +98,28 @@ class AttentionPlan:
 
 
 def plan_attention(
-    layout: TokenLayout, config: AttentionConfig, device: torch.device | str = "cpu"
+    layout: TokenLayout,
+    config: AttentionConfig,
+    device: torch.device | str = "cpu",
+    *,
+    window: int | None = None,
 ) -> AttentionPlan:
-    """Turn a layout and a configuration into parts whose index tensors live on `device`."""
+    """Turn a layout and a configuration into parts whose index tensors live on `device`.
+
+    `window` is the sliding window of a layer that has one: a row sees so many of the rows that a
+    causal part shows it, itself included. It counts rows of that part: reading order in plain
+    self-attention, text or visual rows alone elsewhere. T2V and V2T have no window: an image is not
+    far from any text.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} rows hides a row from itself")
     device = torch.device(device)
     first_scored = 0 if config.scores_visual_rows else layout.visual_budget
     planned = [
-        _build_part(name, list(segments), causal, rotary, first_scored, device)
+        replace(
+            _build_part(name, list(segments), causal, rotary, first_scored, device),
+            window=window if causal else None,
+        )
         for name, segments, causal, rotary in _rules(layout, config)
     ]
     parts = tuple(part for part in planned if part.query_lengths)

@@ -27,6 +27,7 @@ class DescribedRow:
     text_before: int = -1  # visual: text rows of the sample that stand before the image
     image: int = -1  # visual: place of the image in the pack
     ring: int = -1  # visual: distance of the patch to the border of its image
+    place: int = -1  # place in the sample's reading order
     in_prompt: bool = False  # text: whether it stands before all supervised text
 
 
@@ -38,21 +39,30 @@ def describe_rows(layout: TokenLayout) -> list[DescribedRow]:
         for i in range(height):
             for j in range(width):
                 ring = min(i, j, height - 1 - i, width - 1 - j)
-                row = (image.sample, len(visual), image.text_offset, number, ring)
+                earlier = sum(row.sample == image.sample for row in visual)
+                place = image.text_offset + earlier
+                row = (image.sample, len(visual), image.text_offset, number, ring, place)
                 visual.append(DescribedRow("visual", *row))
     text: list[DescribedRow] = []
     prompts = layout.prompt_lengths or (0,) * layout.num_samples
     for sample, length in enumerate(layout.text_lengths):
         for index in range(length):
+            before = sum(v.sample == sample and v.text_before <= index for v in visual)
             in_prompt = index < prompts[sample]
-            text.append(DescribedRow("text", sample, index, in_prompt=in_prompt))
+            text.append(
+                DescribedRow("text", sample, index, place=index + before, in_prompt=in_prompt)
+            )
     visual += [DescribedRow("padding")] * (layout.visual_budget - len(visual))
     text += [DescribedRow("padding")] * (layout.text_budget - len(text))
     return visual + text
 
 
-def sees(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:
+def sees(
+    query: DescribedRow, key: DescribedRow, config: AttentionConfig, window: int | None = None
+) -> bool:
     """Whether the score of this (query, key) pair takes part in the query's softmax."""
+    if window is not None and _distance(query, key, config) >= window:
+        return False
     if "padding" in (query.kind, key.kind) or query.sample != key.sample:
         return False
     match query.kind, key.kind:
@@ -67,6 +77,14 @@ def sees(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> boo
         case "text", "visual":
             return config.t2v.scope == "all" or key.text_before <= query.index
     raise AssertionError(f"a {query.kind} row cannot query a {key.kind} row")
+
+
+def _distance(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> int:
+    """How far back the key lies, for a sliding window; 0 where there is none."""
+    if config.is_self_attention:
+        return query.place - key.place
+    is_causal = query.kind == "text" or config.v2v == "causal"
+    return query.index - key.index if query.kind == key.kind and is_causal else 0
 
 
 def _patch_sees_patch(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:
@@ -87,10 +105,12 @@ def is_rotated(query: DescribedRow, key: DescribedRow, config: AttentionConfig) 
     return config.t2v.rotary or (query.kind, key.kind) != ("text", "visual")
 
 
-def pair_masks(layout: TokenLayout, config: AttentionConfig) -> tuple[Tensor, Tensor]:
+def pair_masks(
+    layout: TokenLayout, config: AttentionConfig, window: int | None = None
+) -> tuple[Tensor, Tensor]:
     """`sees` and `is_rotated` of every (query row, key row) pair, bool [S, S] each."""
     rows = describe_rows(layout)
-    seen = [[sees(query, key, config) for key in rows] for query in rows]
+    seen = [[sees(query, key, config, window) for key in rows] for query in rows]
     rotated = [[is_rotated(query, key, config) for key in rows] for query in rows]
     return torch.tensor(seen), torch.tensor(rotated)
 
@@ -105,13 +125,15 @@ def reference_attention(
     *,
     scale: float,
     gate: Tensor | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """What `decomposed_attention` computes, [S, Hq, D]; arguments as there.
+    """What `decomposed_attention` computes, [S, Hq, D]; arguments as there and in `plan_attention`.
 
     A row that sees nothing gives zero, except that under v2v="diagonal" every visual row, padding
     too, gives its own value: a softmax over one key is 1 whatever its score.
     """
-    seen, rotated = (mask.to(query.device) for mask in pair_masks(layout, config))
+    seen, rotated = (mask.to(query.device) for mask in pair_masks(layout, config, window))
     group = query.shape[1] // key.shape[1]
     keys, values = (rows.repeat_interleave(group, dim=1) for rows in (key, value))
     plain_scores = torch.einsum("qhd,khd->hqk", query, keys)
@@ -119,6 +141,8 @@ def reference_attention(
         "qhd,khd->hqk", apply_rotary(query, rotary), apply_rotary(keys, rotary)
     )
     scores = torch.where(rotated, rotated_scores, plain_scores) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
 
     def softmax_over(chosen: Tensor) -> Tensor:
         # A large negative number instead of -inf: rows without keys then have no NaN in gradients.

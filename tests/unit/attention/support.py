@@ -109,23 +109,47 @@ def make_problem(
 
 
 def run_fast(
-    problem: Problem, layout: TokenLayout, config: AttentionConfig, backend: Backend
+    problem: Problem,
+    layout: TokenLayout,
+    config: AttentionConfig,
+    backend: Backend,
+    *,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> list[Tensor]:
     """Output and gradients of query, key and value, and of the gate if there is one."""
-    plan = plan_attention(layout, config, problem.query.device)
-    scale = problem.query.shape[-1] ** -0.5
+    plan = plan_attention(layout, config, problem.query.device, window=window)
     out = decomposed_attention(
-        *problem.inputs, plan, problem.rotary, scale=scale, backend=backend, gate=problem.gate
+        *problem.inputs,
+        plan,
+        problem.rotary,
+        scale=problem.query.shape[-1] ** -0.5,
+        backend=backend,
+        gate=problem.gate,
+        softcap=softcap,
     )
     return [out, *torch.autograd.grad(out, problem.differentiable, problem.grad_out)]
 
 
-def run_oracle(problem: Problem, layout: TokenLayout, config: AttentionConfig) -> list[Tensor]:
+def run_oracle(
+    problem: Problem,
+    layout: TokenLayout,
+    config: AttentionConfig,
+    *,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> list[Tensor]:
     """The same from the oracle, in float64 on the same numbers."""
     exact = problem.to(torch.float64)
-    scale = exact.query.shape[-1] ** -0.5
     out = reference_attention(
-        *exact.inputs, layout, config, exact.rotary, scale=scale, gate=exact.gate
+        *exact.inputs,
+        layout,
+        config,
+        exact.rotary,
+        scale=exact.query.shape[-1] ** -0.5,
+        gate=exact.gate,
+        softcap=softcap,
+        window=window,
     )
     return [out, *torch.autograd.grad(out, exact.differentiable, exact.grad_out)]
 

@@ -56,6 +56,23 @@ def test_float64_equals_the_oracle(
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("backend", "softcap"), [("math", 1.5), ("math", None), ("cpu_flash", None)]
+)
+@every_preset
+@settings(max_examples=15, deadline=None)
+@given(layout=layouts(), window=st.integers(1, 8))
+def test_softcaps_and_sliding_windows_equal_the_oracle(
+    preset: str, backend: str, softcap: float | None, layout: TokenLayout, window: int
+) -> None:
+    config = PRESETS[preset]
+    problem = make_problem(layout, config)
+    rules = {"softcap": softcap, "window": window}
+    actual = run_fast(problem, layout, config, backend_named(backend), **rules)
+    for got, expected in zip(actual, run_oracle(problem, layout, config, **rules), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
 # Float32: 6e-8 per rounding, logits up to 10, sums of some ten terms. BF16: inputs are shared with
 # the oracle, but rotated queries and keys, the output and the gradients are rounded to 8 bits
 # (4e-3 at most each), and softmax carries the first of these on to all gradients.

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dattn.attention import PRESETS, TokenLayout, plan_attention
@@ -21,18 +22,23 @@ def pair_counts(part: Part, plan: AttentionPlan) -> Tensor:
     counts = torch.zeros(plan.num_rows, plan.num_rows, dtype=torch.int64)
     for segment_queries, segment_keys in zip(queries, keys, strict=True):
         for place, query in enumerate(segment_queries):
-            visible = segment_keys[: place + 1] if part.causal else segment_keys
+            visible = segment_keys
+            if part.causal:
+                first = 0 if part.window is None else max(0, place + 1 - part.window)
+                visible = segment_keys[first : place + 1]
             counts[query, visible] += 1
     return counts
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @settings(max_examples=50, deadline=None)
-@given(layout=layouts())
-def test_parts_score_every_pair_of_the_preset_once(preset: str, layout: TokenLayout) -> None:
+@given(layout=layouts(), window=st.none() | st.integers(1, 8))
+def test_parts_score_every_pair_of_the_preset_once(
+    preset: str, layout: TokenLayout, window: int | None
+) -> None:
     config = PRESETS[preset]
-    plan = plan_attention(layout, config)
-    seen, rotated = pair_masks(layout, config)
+    plan = plan_attention(layout, config, window=window)
+    seen, rotated = pair_masks(layout, config, window)
     seen[: plan.scored_rows[0]] = False  # diagonal rows have no scores
     for rotary in (False, True):
         parts = [p for p in (*plan.parts, *plan.visual_parts) if p.rotary == rotary]
@@ -91,6 +97,11 @@ def test_attention_to_the_prompt_needs_a_layout_that_knows_it() -> None:
     layout = replace(RICH_LAYOUT, prompt_lengths=None)
     with pytest.raises(ValueError, match="no prompt_lengths"):
         plan_attention(layout, PRESETS["aki"])
+
+
+def test_a_window_that_hides_everything_is_refused() -> None:
+    with pytest.raises(ValueError, match="window of 0 rows"):
+        plan_attention(RICH_LAYOUT, PRESETS["dattn"], window=0)
 
 
 def test_text_alone_needs_no_t2v() -> None:

@@ -67,6 +67,15 @@ def test_each_row_sees_what_the_preset_says(preset: str) -> None:
     assert actual == expected
 
 
+def test_a_window_slides_over_the_rows_of_its_own_part() -> None:
+    """Over reading order in S-Attn, so that images fall out of it; over text alone in D-Attn."""
+    d = ROWS.index("d")  # read last, after a v w b c x
+    expected = {"s_attn": {*"cxd"}, "dattn": {*"vwx", *"bcd"}, "s_attn_debias": {*"vwx", *"bcd"}}
+    for preset, keys in expected.items():
+        seen, _ = pair_masks(LAYOUT, PRESETS[preset], window=3)
+        assert {ROWS[key] for key in seen[d].nonzero().flatten().tolist()} == keys
+
+
 def test_a_concentric_image_is_seen_from_the_border_inwards() -> None:
     layout = TokenLayout((2,), (ImageSpan(0, 1, (3, 4)), ImageSpan(0, 1, (1, 1))), 13, 2)
     seen, _ = pair_masks(layout, PRESETS["cca"])
