@@ -99,6 +99,28 @@ def test_attention_to_the_prompt_needs_a_layout_that_knows_it() -> None:
         plan_attention(layout, PRESETS["aki"])
 
 
+def test_frozen_visual_rows_are_read_as_ever() -> None:
+    """The plan of a layer that leaves visual rows alone."""
+    config = PRESETS["s_attn"]
+    frozen = replace(config, v2v="none", v2t="none")
+    plan = plan_attention(RICH_LAYOUT, frozen)
+    assert plan.scored_rows == (15, 31)
+    whole, _ = pair_masks(RICH_LAYOUT, config)
+    counts = sum(pair_counts(part, plan) for part in plan.parts)
+    assert torch.equal(counts[15:] > 0, whole[15:])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_visual_rows_that_are_gone_are_a_layout_without_images(preset: str) -> None:
+    """The plan of the layers after them: over the same rows, text sees text alone."""
+    plan = plan_attention(replace(RICH_LAYOUT, images=()), PRESETS[preset])
+    assert plan.num_rows == RICH_LAYOUT.num_rows
+    assert not plan.visual_parts
+    (part,) = plan.parts
+    assert part.causal
+    assert part.query_lengths == RICH_LAYOUT.text_lengths
+
+
 def test_a_window_that_hides_everything_is_refused() -> None:
     with pytest.raises(ValueError, match="window of 0 rows"):
         plan_attention(RICH_LAYOUT, PRESETS["dattn"], window=0)
