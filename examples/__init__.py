@@ -1,1 +1,1 @@
-"""Recipes and small complete projects; a package so that `python -m examples.<name>.<step>` finds them."""
+"""Recipes and small complete projects, run as `python -m examples.<name>.<step>`."""

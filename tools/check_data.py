@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from megatron_dattn.data.encoder import RowEncoder
 
 
+def positive(text: str) -> int:
+    """A number of at least one."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -30,14 +38,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-root", type=Path, help="images' folder; else each input's own")
     parser.add_argument("--missing", choices=["fail", "skip"], default="fail")
     parser.add_argument("--report", type=Path, help="JSON file to write")
-    parser.add_argument("--threads", type=int, default=4, help="images decoded at a time")
-    parser.add_argument("--max-image-pixels", type=int, default=40_000_000)
+    parser.add_argument("--threads", type=positive, default=4, help="images decoded at a time")
+    parser.add_argument("--max-image-pixels", type=positive, default=40_000_000)
     parser.add_argument("--tokenizer", help="folder of the tokenizer")
     parser.add_argument("--template", choices=["plain", "mistral_v3"], default="mistral_v3")
-    parser.add_argument("--visual-budget", type=int, default=5832)
-    parser.add_argument("--text-budget", type=int, default=4096)
-    parser.add_argument("--image-size", type=int, default=384)
-    parser.add_argument("--patch-size", type=int, default=14)
+    parser.add_argument("--visual-budget", type=positive, default=5832)
+    parser.add_argument("--text-budget", type=positive, default=4096)
+    parser.add_argument("--image-size", type=positive, default=384)
+    parser.add_argument("--patch-size", type=positive, default=14)
     return parser.parse_args(arguments)
 
 
@@ -80,14 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         encoder = make_encoder(options)
         reports = [check_file(path, options, encoder) for path in options.inputs]
-    except UserError as error:
+        for report in reports:
+            print(report.table())
+        if options.report is not None:
+            content = {"files": [report.as_dict() for report in reports]}
+            options.report.write_text(json.dumps(content, indent=2) + "\n")
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    for report in reports:
-        print(report.table())
-    if options.report is not None:
-        content = {"files": [report.as_dict() for report in reports]}
-        options.report.write_text(json.dumps(content, indent=2) + "\n")
     ignore_missing = options.missing == "skip"
     failed = any(report.has_problems(ignore_missing=ignore_missing) for report in reports)
     return EXIT_USER_ERROR if failed else 0

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +33,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    setup_logging()
+    silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
     from megatron_dattn.conversion.import_hf import import_checkpoint
 
@@ -43,7 +46,7 @@ def main() -> int:
             attention=arguments.attention,
             dtype=arguments.dtype,
         )
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0

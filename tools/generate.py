@@ -22,7 +22,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--question", default="", help="what to ask")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument(
-        "--template", help="conversation template; the run's own by default (plain captions)"
+        "--template",
+        choices=["plain", "mistral_v3"],
+        help="conversation template; the run's own by default (plain captions)",
     )
     return parser.parse_args(arguments)
 

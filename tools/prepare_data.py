@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     try:
         run(parse_arguments(arguments))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0

@@ -17,6 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dattn.attention import PRESETS
+from megatron_dattn.errors import EXIT_USER_ERROR
+
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("stage1", "stage2", "stage3")
 
@@ -69,6 +72,7 @@ def plan(output: Path, attention: str, processes: int) -> list[Step]:
         Step(
             "draw the loss curves",
             [*tool("plot_training"), *(str(output / stage / "tensorboard") for stage in STAGES)]
+            + ["--names", *STAGES]
             + ["--output", str(output / "loss.png")],
         ),
         Step(
@@ -153,6 +157,13 @@ def run(steps: list[Step]) -> None:
                 file=sys.stderr,
             )
             sys.exit(status)
+        if step.result is not None and not is_done(step):
+            print(
+                f"error: step {number} ({step.title}) was stopped before its end; start the same "
+                "command again to go on",
+                file=sys.stderr,
+            )
+            sys.exit(EXIT_USER_ERROR)
         print(f"    {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -160,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--attention", default="dattn", help="attention preset")
+    parser.add_argument("--attention", default="dattn", choices=PRESETS, help="attention preset")
     parser.add_argument("--output", type=Path, default=None, help="folder for everything made")
     parser.add_argument("--processes", type=int, default=2, help="tensor-parallel processes")
     arguments = parser.parse_args()

@@ -29,9 +29,12 @@ from examples.quickstart.questions import (
     score,
 )
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
-from megatron_dattn.inference import LoadedModel, Prompt, generate, load_model
-from megatron_dattn.runtime.distributed import destroy_distributed
-from megatron_dattn.runtime.log import setup_logging
+from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+
+silence_import_warnings()
+
+from megatron_dattn.inference import LoadedModel, Prompt, generate, load_model  # noqa: E402
+from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
 
 MAX_NEW_TOKENS = 24
 NUM_SAMPLES = 12

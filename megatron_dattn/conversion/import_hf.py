@@ -6,7 +6,6 @@ checkpoint is committed last, so an interrupted conversion leaves none.
 """
 
 import dataclasses
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterable
@@ -23,7 +22,8 @@ from megatron_dattn.conversion import mistral, siglip
 from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read_json
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.weight_map import Rule, check_tensors
-from megatron_dattn.data.tokenizer import load_tokenizer
+from megatron_dattn.data.images import PROCESSOR_FILES
+from megatron_dattn.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ExecutionConfig, ModelConfig
@@ -37,7 +37,6 @@ from megatron_dattn.runtime.distributed import (
 logger = logging.getLogger(__name__)
 
 STAGE = "import"
-PROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,8 @@ def import_checkpoint(
 
 
 def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output} is a file; convert into a new folder")
     if output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output} is not empty; convert into a new folder")
 
@@ -118,10 +119,13 @@ def _write_assets(vision: Path, language: Path, output: Path, model: ModelConfig
     tokenizer = output / "tokenizer"
     image_id = copy_tokenizer(language, tokenizer)
     load_tokenizer(str(tokenizer), template="mistral_v3", vocab_size=model.language.vocab_size)
-    processor = vision / PROCESSOR_FILE
-    if not processor.is_file():
-        raise CheckpointError(f"{processor} is missing: it says how images are prepared")
-    shutil.copyfile(processor, tokenizer / PROCESSOR_FILE)
+    processors = [vision / name for name in PROCESSOR_FILES if (vision / name).is_file()]
+    if not processors:
+        raise CheckpointError(
+            f"{vision / PROCESSOR_FILES[0]} is missing: it says how images are prepared"
+        )
+    for processor in processors:
+        shutil.copyfile(processor, tokenizer / processor.name)
     config = {
         "model": dataclasses.asdict(model),
         "data": {"tokenizer": str(tokenizer.resolve())},
@@ -171,11 +175,10 @@ def _sharded_modules(model: nn.Module, modules: list[str]) -> dict[str, Any]:
 
 
 def _facts(sources: list[Source], model: ModelConfig, output: Path) -> dict[str, Any]:
-    tokenizer = (output / "tokenizer" / "tokenizer.json").read_bytes()
     return {
         "model": dataclasses.asdict(model),
         "modules": [source.module for source in sources],
-        "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "tokenizer": tokenizer_sha256(str(output / "tokenizer")),
         "stage": STAGE,
         "step": 0,
         "sources": {source.module: str(source.weights.folder) for source in sources},

@@ -6,7 +6,11 @@ from megatron_dattn.conversion.weight_map import GroupedQKV, Rule, Stacked
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig
 
-ARCHITECTURE = "MistralForCausalLM"
+# config.json always has these; for the others Hugging Face has defaults.
+_REQUIRED = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    "vocab_size",
+)
 
 UNUSED_PREFIXES: tuple[str, ...] = ()
 
@@ -21,6 +25,9 @@ def language_config(config: dict[str, Any]) -> LanguageConfig:
         raise CheckpointError(
             f"the language model is of type '{config.get('model_type')}'; supported: mistral"
         )
+    missing = [name for name in _REQUIRED if not isinstance(config.get(name), int)]
+    if missing:
+        raise CheckpointError(f"the language model's config.json lacks {', '.join(missing)}")
     if config.get("sliding_window") is not None:
         raise CheckpointError(
             f"sliding_window {config['sliding_window']} is not supported; use a model without it "

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dattn.conversion.safetensors_reader import read_json
+from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.errors import CheckpointError
 
-IMAGE_TOKEN = "<image>"
 RESERVED_NAMES = (
     re.compile(r"\[control_(\d+)\]"),
     re.compile(r"<\|reserved_special_token_(\d+)\|>"),

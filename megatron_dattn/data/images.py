@@ -21,6 +21,9 @@ from PIL import Image, ImageFile, ImageOps
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.errors import ConfigError
 
+# Where Hugging Face keeps an image processor's settings: the file of its own that older exports
+# write, and the one that newer exports share with the text's.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_SIDE = 16_384
 MAX_FILE_BYTES = 256 * 1024 * 1024
@@ -173,9 +176,7 @@ class ImagePreprocessor:
 
 
 def _read_settings(folder: Path) -> tuple[dict[str, Any], Path]:
-    """Older exports have a file of their own, newer ones nest it in the processor's."""
-    places = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
-    for name, key in places:
+    for name, key in zip(PROCESSOR_FILES, (None, "image_processor"), strict=True):
         path = folder / name
         if not path.is_file():
             continue

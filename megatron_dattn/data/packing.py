@@ -37,8 +37,7 @@ class _OpenPack:
     def add(self, index: int, sample: Sized) -> None:
         self.visual_room -= sample.num_visual_rows
         self.text_room -= sample.num_text_rows
-        # A rejected sample has no rows and uses no place.
-        self.sample_room -= sample.num_text_rows > 0
+        self.sample_room -= 1
         self.members.append(index)
 
 

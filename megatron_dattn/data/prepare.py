@@ -153,7 +153,7 @@ def read_mixture(path: Path) -> list[Source]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"mixture '{path}' cannot be read: {error}") from error
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
@@ -165,11 +165,15 @@ def _mixture_entry(mixture: Path, entry: Any) -> Source:
     known = {"json_path", "image_root", "weight", "sampling_strategy"}
     if not isinstance(entry, dict) or "json_path" not in entry or set(entry) - known:
         raise DataError(f"mixture '{mixture}': an entry has {sorted(known)}, got {entry!r:.200}")
-    root = entry.get("image_root")
+    root, weight = entry.get("image_root"), entry.get("weight", 1.0)
+    if not isinstance(entry["json_path"], str) or not isinstance(root, str | None):
+        raise DataError(f"mixture '{mixture}': json_path and image_root are paths, got {entry!r}")
+    if not isinstance(weight, int | float) or not weight > 0:
+        raise DataError(f"mixture '{mixture}': a weight is a positive number, got {weight!r}")
     return Source(
         path=mixture.parent / entry["json_path"],
         image_root=None if root is None else mixture.parent / root,
-        weight=float(entry.get("weight", 1.0)),
+        weight=float(weight),
         sampling=str(entry.get("sampling_strategy", "all")),
     )
 

@@ -47,9 +47,6 @@ class RejectedSample:
     __restore_key__: tuple[Any, ...]
     rejection: Rejection
 
-    num_text_rows = 0
-    num_visual_rows = 0
-
 
 @dataclass
 class PackedBatch:

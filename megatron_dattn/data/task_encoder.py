@@ -95,14 +95,25 @@ class VLMTaskEncoder(TaskEncoder):
     def select_samples_to_pack(
         self, samples: list[EncodedSample | RejectedSample]
     ) -> list[list[EncodedSample | RejectedSample]]:
-        packs = pack_samples(
-            samples,
+        """Packs of a buffer; every rejected sample has one to itself.
+
+        A state remembers which samples share a pack and a resumed run encodes them anew. Should a
+        sample have been repaired in between, it must not find its pack full.
+        """
+        encoded = [sample for sample in samples if isinstance(sample, EncodedSample)]
+        packs: list[list[EncodedSample | RejectedSample]] = [
+            [sample] for sample in samples if isinstance(sample, RejectedSample)
+        ]
+        chosen = pack_samples(
+            encoded,
             visual_budget=self.encoder.visual_budget,
             text_budget=self.encoder.text_budget,
             max_samples=self.max_samples,
             keep_order=self.keep_order,
         )
-        return [[samples[index] for index in pack] for pack in packs]
+        # The last one may be kept back to be filled up: that is for samples.
+        packs.extend([encoded[index] for index in pack] for pack in chosen)
+        return packs
 
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample | RejectedSample]) -> LoadedPack:

@@ -5,6 +5,7 @@ control tokens must each be one special token: a model trained on their spelled-
 look alright and be wrong.
 """
 
+import hashlib
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -67,6 +68,23 @@ def check_tokenizer(
             f"the tokenizer in '{folder}' has ids up to {highest}, but the model's vocab_size is "
             f"{vocab_size}; they belong to different models"
         )
+
+
+def tokenizer_sha256(folder: str | None) -> str:
+    """What a checkpoint remembers its tokenizer by: the sha256 of tokenizer.json.
+
+    Raises:
+        ConfigError: the folder or the file is missing.
+    """
+    if folder is None:
+        raise ConfigError("data.tokenizer is not set: name the folder of a Hugging Face tokenizer")
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} does not exist: data.tokenizer must name the folder of a fast Hugging Face "
+            "tokenizer"
+        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

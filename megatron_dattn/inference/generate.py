@@ -78,7 +78,8 @@ def generate(
         for index, token in zip(running, _next_tokens(loaded, batch), strict=True):
             answers[index].append(token)
         running = [i for i in running if answers[i][-1] != stop_id]
-    return [loaded.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+    texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [str(text).strip() for text in texts]
 
 
 def _next_tokens(loaded: LoadedModel, batch: PackedBatch) -> list[int]:

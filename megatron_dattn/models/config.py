@@ -2,12 +2,8 @@
 
 Field names follow Hugging Face's configs (`SiglipVisionConfig`, `MistralConfig`), so that a
 converted checkpoint's model file can be read beside the original's config.json.
-`model_fingerprint` is what a checkpoint is compared by before it is loaded.
 """
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +14,12 @@ from megatron_dattn.errors import ConfigError
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _require_positive(section: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value > 0, f"{prefix}.{name} must be positive, got {value}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class VisionConfig:
     """Which hidden state feeds the adapter, as in LLaVA: -2 drops the last layer, -1 keeps all."""
 
     def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            "vision",
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+            *("patch_size", "layer_norm_eps"),
+        )
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"vision.hidden_size {self.hidden_size} is not a multiple of "
@@ -79,6 +87,10 @@ class AdapterConfig:
     max_grid: int = 64
     """Rows (and columns) of the learnable position tables; larger grids are interpolated."""
 
+    def __post_init__(self) -> None:
+        names = ("norm_eps", "max_grid", *(() if self.hidden_size is None else ("hidden_size",)))
+        _require_positive(self, "adapter", *names)
+
 
 @dataclass(frozen=True)
 class LanguageConfig:
@@ -98,6 +110,12 @@ class LanguageConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            "language",
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "intermediate_size", "vocab_size", "rope_theta", "rms_norm_eps"),
+        )
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"language.num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -141,9 +159,3 @@ class ExecutionConfig:
     """Whose linear layers and norms: Transformer Engine's, or megatron-core's and ours."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """FP8 format of the language model's linear layers (Transformer Engine only)."""
-
-
-def model_fingerprint(config: ModelConfig) -> str:
-    """sha256 over every field that shapes the weights (the attention preset's name included)."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -154,8 +154,10 @@ def all_ranks_agree(error: UserError | str | None, group: dist.ProcessGroup | No
         error: what went wrong on this rank, or None.
 
     Raises:
-        UserError: of the class given on the first failing rank, if any rank gave an error.
+        UserError: of the class given on the first failing rank, if any rank gave an error. It names
+            that rank, unless all ranks failed alike.
     """
+    num_ranks = 1
     if not dist.is_initialized():
         failures = [] if error is None else [(0, error)]
     else:
@@ -163,13 +165,16 @@ def all_ranks_agree(error: UserError | str | None, group: dist.ProcessGroup | No
         dist.all_reduce(failed, dist.ReduceOp.SUM, group=group)
         if not failed.item():
             return
-        errors: list[UserError | str | None] = [None] * dist.get_world_size(group)
+        num_ranks = dist.get_world_size(group)
+        errors: list[UserError | str | None] = [None] * num_ranks
         dist.all_gather_object(errors, error, group=group)
         ranks = dist.get_process_group_ranks(group)
         failures = [(rank, e) for rank, e in zip(ranks, errors, strict=True) if e is not None]
     if not failures:
         return
     rank, first = failures[0]
-    others = f" (and {len(failures) - 1} more failed)" if len(failures) > 1 else ""
     error_class = type(first) if isinstance(first, UserError) else UserError
+    if len(failures) == num_ranks and len({str(failure) for _, failure in failures}) == 1:
+        raise error_class(str(first))
+    others = f" (and {len(failures) - 1} more failed)" if len(failures) > 1 else ""
     raise error_class(f"rank {rank}: {first}{others}")

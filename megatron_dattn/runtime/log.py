@@ -34,8 +34,6 @@ _WITHOUT_GPU_PACKAGES = (
     r".*CUDA_DEVICE_MAX_CONNECTIONS",
 )
 
-_seen: set[tuple[str, int, str]] = set()
-
 
 class _LineFormatter(logging.Formatter):
     def __init__(self, rank: int) -> None:
@@ -85,11 +83,3 @@ def silence_import_warnings() -> None:
     if not torch.cuda.is_available():
         for message in _WITHOUT_GPU_PACKAGES:
             warnings.filterwarnings("ignore", message=message, module=r"megatron\.core")
-
-
-def log_once(logger: logging.Logger, level: int, message: str) -> None:
-    """Log a message at its first occurrence in this process only."""
-    key = (logger.name, level, message)
-    if key not in _seen:
-        _seen.add(key)
-        logger.log(level, message)

@@ -56,7 +56,7 @@ class Checkpointer:
         tokenizer: sha256 of the tokenizer, compared on load.
         stage: name of the stage; only its own checkpoints are resumed.
         recipe: further plain data that must be equal on resume but not between stages: batch
-            size, horizon, optimizer settings.
+            size, optimizer settings.
         num_loader_workers: loader processes per data-parallel rank; part of the loader's state.
         modules: names of the model's modules, the first parts of its state-dict keys.
     """

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError
 
 
@@ -44,6 +45,11 @@ class OptimizerSettings:
         for name in ("min_lr_ratio", "warmup_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.adam_eps <= 0:
+            raise ConfigError(f"optimizer.adam_eps must be positive, got {self.adam_eps}")
         if self.max_skipped_steps < 1:
             raise ConfigError(
                 f"optimizer.max_skipped_steps must be positive, got {self.max_skipped_steps}"
@@ -69,6 +75,7 @@ class TrainingConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: the attention core alone, or whole layers."""
     attention_backend: str = "auto"
+    """A backend of megatron_dattn/attention/backends, or the best one that fits the device."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     eval_interval: int = 0
@@ -80,6 +87,11 @@ class TrainingConfig:
         for name in ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} must be positive, got {getattr(self, name)}")
+        if self.attention_backend not in ("auto", *BACKENDS):
+            raise ConfigError(
+                f"training.attention_backend '{self.attention_backend}' is unknown; choose auto or "
+                f"one of {', '.join(BACKENDS)}"
+            )
         if self.eval_interval < 0:
             raise ConfigError(
                 f"training.eval_interval must not be negative, got {self.eval_interval}; 0 does "

@@ -12,7 +12,7 @@ import os
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.dataset import open_dataset
-from megatron_dattn.errors import DataError
+from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.models.flops import executed_flops, model_flops
 from megatron_dattn.models.memory import (
     RESERVE_BYTES,
@@ -41,6 +41,8 @@ def print_plan(config: PretrainConfig) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         return
     given = os.environ.get("WORLD_SIZE")
+    if given and not (given.isdecimal() and int(given) > 0):
+        raise ConfigError(f"environment variable WORLD_SIZE is {given!r}, not a number of ranks")
     print(dry_run(config, int(given) if given else config.parallel.model_parallel_size))
     if not given:
         print("\nFor the plan on 8 ranks, say: set the environment variable WORLD_SIZE=8.")

@@ -3,7 +3,6 @@
 With both, the folder is all that a later stage, an export or a generation needs.
 """
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.config.cli import render_config
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DataConfig
-from megatron_dattn.errors import ConfigError
+from megatron_dattn.data.images import PROCESSOR_FILES
 from megatron_dattn.training.exits import clear_exit_reason
 
 CONFIG_FILE = "config.yaml"
@@ -24,24 +23,6 @@ _TOKENIZER_FILES = (
     "vocab*",
     "merges.txt",
 )
-_PROCESSOR_FILE = "preprocessor_config.json"
-
-
-def tokenizer_sha256(config: DataConfig) -> str:
-    """What a checkpoint remembers its tokenizer by: the sha256 of tokenizer.json.
-
-    Raises:
-        ConfigError: the folder or the file is missing.
-    """
-    if config.tokenizer is None:
-        raise ConfigError("data.tokenizer is not set: name the folder of a Hugging Face tokenizer")
-    path = Path(config.tokenizer) / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{path} does not exist: data.tokenizer must name the folder of a fast Hugging Face "
-            "tokenizer"
-        )
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def describe_run(config: PretrainConfig, folder: Path) -> None:
@@ -64,6 +45,7 @@ def _copy_tokenizer(config: DataConfig, target: Path) -> None:
     for pattern in _TOKENIZER_FILES:
         for path in filter(Path.is_file, source.glob(pattern)):
             shutil.copyfile(path, target / path.name)
-    processor = Path(config.image_processor or source) / _PROCESSOR_FILE
-    if processor.is_file():
-        shutil.copyfile(processor, target / _PROCESSOR_FILE)
+    for name in PROCESSOR_FILES:
+        processor = Path(config.image_processor or source) / name
+        if processor.is_file():
+            shutil.copyfile(processor, target / name)

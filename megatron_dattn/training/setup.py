@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -17,10 +18,12 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
+from megatron_dattn.attention import select_backend
 from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import VLMLoader, build_loader
+from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ExecutionConfig
@@ -43,7 +46,7 @@ from megatron_dattn.training.optimizer import (
 )
 from megatron_dattn.training.peak_flops import device_peak
 from megatron_dattn.training.run import Run
-from megatron_dattn.training.run_folder import describe_run, tokenizer_sha256
+from megatron_dattn.training.run_folder import describe_run
 from megatron_dattn.training.stages import (
     count_parameters,
     describe_modules,
@@ -159,13 +162,18 @@ def make_loader(
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """Do work that can fail on one rank alone; its UserError is raised on all of them."""
+    """Do work that can fail on one rank alone; its UserError is raised on all of them.
+
+    What the file system refuses counts as a UserError: its words name the path.
+    """
     result: T | None = None
     error: UserError | None = None
     try:
         result = work()
     except UserError as caught:
         error = caught
+    except OSError as caught:
+        error = UserError(str(caught))
     all_ranks_agree(error)
     return cast(T, result)
 
@@ -180,16 +188,18 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
         UserError: on all ranks: settings, data or checkpoints that do not fit.
     """
     check_rows(config)
+    check_backend(config)
     num_microbatches = config.training.num_microbatches(
         parallel_state.get_data_parallel_world_size()
     )
-    tokenizer = agreed(lambda: tokenizer_sha256(config.data))
+    tokenizer = agreed(lambda: tokenizer_sha256(config.data.tokenizer))
     state = build_state(config)
     checkpointer = Checkpointer(
         config.checkpoint,
         model=dataclasses.asdict(config.model),
         tokenizer=tokenizer,
         stage=config.training.stage,
+        recipe=fixed_settings(config),
         num_loader_workers=config.data.num_workers,
     )
     restore(config, checkpointer, state)
@@ -199,16 +209,10 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
         stream=BatchStream(state.loader, get_device()),
         num_microbatches=num_microbatches,
         num_rows=config.data.visual_budget + config.data.text_budget,
-        metrics=Metrics(
-            config.logging,
-            train_iters=config.training.train_iters,
-            first_step=state.progress.step,
-            world_size=dist.get_world_size(),
-            peak_flops=device_peak(config.training.precision),
-        ),
+        metrics=agreed(lambda: make_metrics(config, state)),
         checkpointer=checkpointer if config.checkpoint.save else None,
         validation=make_validation(config),
-        ledger=make_ledger(config, state),
+        ledger=agreed(lambda: make_ledger(config, state)),
     )
     describe_start(run)
     try:
@@ -232,6 +236,32 @@ def restore(config: PretrainConfig, checkpointer: Checkpointer, state: TrainStat
     folder = config.checkpoint.save
     if folder is not None:
         on_first_rank(f"writing into {folder}", lambda: describe_run(config, Path(folder)))
+
+
+def fixed_settings(config: PretrainConfig) -> dict[str, dict[str, float]]:
+    """Settings that a resumed run must not change, and that nothing else compares.
+
+    The schedule compares the horizon and the rates, the loader's state what shapes the samples.
+    megatron-core would take the betas and eps of the checkpoint without a word.
+    """
+    optimizer = config.optimizer
+    return {
+        "training": {"global_batch_size": config.training.global_batch_size},
+        "optimizer": {
+            name: getattr(optimizer, name) for name in ("adam_beta1", "adam_beta2", "adam_eps")
+        },
+    }
+
+
+def make_metrics(config: PretrainConfig, state: TrainState) -> Metrics:
+    """The log of this run; on rank 0 it opens TensorBoard's file."""
+    return Metrics(
+        config.logging,
+        train_iters=config.training.train_iters,
+        first_step=state.progress.step,
+        world_size=dist.get_world_size(),
+        peak_flops=device_peak(config.training.precision),
+    )
 
 
 def make_validation(config: PretrainConfig) -> Validation | None:
@@ -272,6 +302,13 @@ def check_rows(config: PretrainConfig) -> None:
             f"{config.data.text_budget} = {rows} rows are not a multiple of "
             f"parallel.tensor_model_parallel_size {tp}, which parallel.sequence_parallel needs"
         )
+
+
+def check_backend(config: PretrainConfig) -> None:
+    """Refuse an attention backend that cannot run here, before a step is begun."""
+    dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
+    head_dim = config.model.language.head_dim
+    select_backend(config.training.attention_backend, get_device(), dtype, head_dim)
 
 
 def describe_start(run: Run) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,9 @@ def _assert_one_line(answers: list[tuple[int, str]], words: list[str]) -> None:
         (1, ["--visual-budget", "3"], ["visual_budget 3", "4"]),
         (1, ["--eval-interval", "2", "--data.validation", "[]"], ["data.validation"]),
         (2, ["--load", "nowhere"], ["nowhere", "checkpoint"]),
+        (1, ["--attention-backend", "cuda_flash"], ["cuda_flash", "cpu"]),
+        (2, ["--tensorboard-dir", f"{__file__}/inside"], ["test_command_line.py/inside"]),
+        (2, ["--logging.sample_ledger", f"{__file__}/inside"], ["test_command_line.py/inside"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else str(value),
 )
@@ -91,6 +95,8 @@ def test_checkpoints_of_another_run_are_refused_and_stay(workspace: Workspace) -
         (["--stage", "stage9"], ["stage", "stage1", "stage9"]),
         (["--train-iters", "5"], ["schedule", "train_iters"]),
         (["--optimizer.learning_rates.adapter", "1e-3"], ["learning rate", "0.001", "0.002"]),
+        (["--global-batch-size", "4"], ["global_batch_size", "8", "4"]),
+        (["--adam-beta2", "0.95"], ["adam_beta2", "0.999", "0.95"]),
         (["--optimizer.learning_rates.language_model", "5e-4"], ["language_model", "0.0005"]),
     ):
         _assert_one_line(run_distributed(_main, 1, [*flags, *changes]), words)
@@ -139,6 +145,46 @@ def test_a_stage_starts_from_another_ones_weights_under_any_layout(workspace: Wo
     assert len(curves[0]) == 3
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def _keys(ledger: Path) -> dict[int, set[str]]:
+    """Sample keys that each step consumed."""
+    return {
+        step: {key for pack in packs for key in pack} for step, packs in read_ledger(ledger).items()
+    }
+
+
+def test_a_missing_image_that_must_stop_the_run_costs_no_checkpoint(tmp_path: Path) -> None:
+    """A sample of the fifth step names an image that is not there: the run ends and can go on."""
+    workspace = make_workspace(tmp_path)
+    settings = {"bad_samples": "fail", "save_interval": 1}
+    assert run_distributed(_main, 1, workspace.flags("whole", **settings)) == [(0, "")]
+    consumed = _keys(tmp_path / "whole" / "ledger" / "samples-dp00000.jsonl")
+    early = set.union(*(consumed[step] for step in range(1, 5)))
+    data = tmp_path / "data" / "train.jsonl"
+    good = data.read_bytes()
+    lines = good.splitlines(keepends=True)
+    number = next(
+        number
+        for key in sorted(consumed[5] - early)
+        if b"images/" in lines[number := int(key.rpartition("-")[2])]
+    )
+    # Of the same length: the index of the lines stays true.
+    lines[number] = lines[number].replace(b"images/", b"images?")
+    data.write_bytes(b"".join(lines))
+    flags = workspace.flags("stopped", **settings)
+    words = [f"train-{number:09d}", "missing_image", "images?", "data.bad_samples"]
+    _assert_one_line(run_distributed(_main, 1, flags), words)
+    found = find_checkpoint(tmp_path / "stopped")
+    assert found is not None
+    assert 1 <= found.step < 5
+    data.write_bytes(good)
+    assert run_distributed(_main, 1, flags) == [(0, "")]
+    packs = read_ledger(tmp_path / "stopped" / "ledger" / "samples-dp00000.jsonl")
+    assert list(packs) == list(range(1, 9))
+    assert max(len(pack) for step in packs.values() for pack in step) == 2
+    first_epoch = [key for step in range(1, 6) for pack in packs[step] for key in pack]
+    assert f"train-{number:09d}" in first_epoch
 
 
 def test_numbers_that_stay_bad_end_the_run_with_their_own_code(workspace: Workspace) -> None:

@@ -24,13 +24,22 @@ TIMEOUT = 240.0
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return make_workspace(tmp_path_factory.mktemp("workspace"), train_iters=TRAIN_ITERS)
+    """With a short stage 1, from whose weights every run of these tests starts stage 2."""
+    workspace = make_workspace(tmp_path_factory.mktemp("workspace"), train_iters=TRAIN_ITERS)
+    done = pretrain(workspace.flags("stage1", train_iters=1))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return workspace
+
+
+def _stage_two(workspace: Workspace, run: str, save_interval: int) -> list[str]:
+    load = workspace.folder / "stage1"
+    return workspace.flags(run, stage="stage2", load=load, save_interval=save_interval)
 
 
 @pytest.fixture(scope="module")
 def untouched(workspace: Workspace) -> Path:
     """The run folder of an uninterrupted run."""
-    done = pretrain(workspace.flags("untouched", save_interval=3), ranks=RANKS)
+    done = pretrain(_stage_two(workspace, "untouched", 3), ranks=RANKS)
     assert done.returncode == 0, done.stdout + done.stderr
     return workspace.folder / "untouched"
 
@@ -106,13 +115,16 @@ def test_an_untouched_run(untouched: Path) -> None:
     assert note == {"reason": "finished", "step": TRAIN_ITERS, "detail": "", "exit_code": 0}
     ledgers = _ledgers(untouched)
     assert [len(ledger) for ledger in ledgers] == [TRAIN_ITERS] * RANKS
+    found = find_checkpoint(untouched)
+    assert found is not None
+    assert found.manifest.facts["parent"]["stage"] == "stage1"
     assert all(len(packs) == 2 for ledger in ledgers for packs in ledger.values())
     assert (untouched / "config.yaml").is_file()
     assert (untouched / "tokenizer" / "preprocessor_config.json").is_file()
 
 
 def test_killed_in_the_middle(workspace: Workspace, untouched: Path, tmp_path: Path) -> None:
-    flags, folder = workspace.flags("killed", save_interval=3), workspace.folder / "killed"
+    flags, folder = _stage_two(workspace, "killed", 3), workspace.folder / "killed"
     log = tmp_path / "log"
     launcher = start_pretraining(flags, ranks=RANKS, log=log)
     _wait_for(lambda: _steps_done(folder) >= 5 or launcher.poll() is not None)
@@ -129,7 +141,7 @@ def test_killed_in_the_middle(workspace: Workspace, untouched: Path, tmp_path: P
 
 
 def test_sigterm_to_one_rank(workspace: Workspace, untouched: Path, tmp_path: Path) -> None:
-    flags, folder = workspace.flags("stopped", save_interval=100), workspace.folder / "stopped"
+    flags, folder = _stage_two(workspace, "stopped", 100), workspace.folder / "stopped"
     log = tmp_path / "log"
     launcher = start_pretraining(flags, ranks=RANKS, log=log)
     _wait_for(lambda: _steps_done(folder) >= 2 or launcher.poll() is not None)

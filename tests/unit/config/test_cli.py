@@ -110,6 +110,11 @@ def test_resolved_config_reads_back(tmp_path: Path) -> None:
         (["--warmup-ratio", "3"], ["optimizer.warmup_ratio", "3"]),
         (["--save-interval", "-1"], ["checkpoint.save_interval", "-1"]),
         (["--eval-interval=-1"], ["training.eval_interval", "-1"]),
+        (["--model.vision.patch_size", "0"], ["vision.patch_size", "positive", "0"]),
+        (["--model.language.num_key_value_heads", "0"], ["language.num_key_value_heads", "0"]),
+        (["--max-grid", "0"], ["adapter.max_grid", "0"]),
+        (["--attention-backend", "nope"], ["training.attention_backend", "nope", "cpu_flash"]),
+        (["--adam-beta2", "1.5"], ["optimizer.adam_beta2", "1.5"]),
         (["--config", "missing.yaml"], ["missing.yaml", "not exist"]),
     ],
 )

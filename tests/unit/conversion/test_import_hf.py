@@ -100,6 +100,8 @@ def drop_tensor(folder):
         (lambda v, m: edit_config(m, model_type="llama"), "'llama'; supported: mistral"),
         (lambda v, m: edit_config(v, model_type="clip"), "'clip'; supported: siglip"),
         (lambda v, m: edit_config(m, sliding_window=4096), "sliding_window 4096"),
+        (lambda v, m: edit_config(m, hidden_size=None), "lacks hidden_size"),
+        (lambda v, m: edit_config(v, patch_size=0), r"vision\.patch_size must be positive"),
         (lambda v, m: edit_config(m, vocab_size=80), r"expected \[80, 48\]"),
         (lambda v, m: drop_tensor(m), r"missing model.norm.weight \[48\]"),
         (lambda v, m: (m / "tokenizer.json").unlink(), r"no tokenizer\.json"),

@@ -78,3 +78,11 @@ def test_one_row_can_have_several_problems(processor: Path, tmp_path: Path) -> N
 def test_an_unreadable_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_data.main([str(tmp_path / "none.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "data.json", make_rows(tmp_path, 1))
+    assert check_data.main([path, "--report", str(tmp_path / "none" / "report.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

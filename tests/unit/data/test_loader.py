@@ -97,6 +97,28 @@ def test_bad_samples_are_counted_once_across_a_resume(processor: Path, tmp_path:
     assert whole.counters().skipped[Reason.MISSING_IMAGE] > 10
 
 
+def test_samples_that_were_repaired_after_the_state_was_saved_fit(
+    processor: Path, tmp_path: Path
+) -> None:
+    """A state remembers planned packs; samples that were unusable then must not overfill them."""
+    rows = make_rows(tmp_path, 60)
+    for index in range(0, 60, 3):
+        rows[index] = row("<image>", "x", f"later/{index}.png")
+    config = data_config(processor, max_skipped_fraction=0.5)
+    dataset = make_dataset(tmp_path, rows)
+    states = []
+    loader = make_loader(config, [dataset])
+    for batch, _ in zip(loader, range(8), strict=False):
+        assert batch.num_samples <= 4
+        states.append(loader.save_state())
+    for index in range(0, 60, 3):
+        save_image(tmp_path / "later" / f"{index}.png", seed=index)
+    for state in states:
+        resumed = make_loader(config, [dataset])
+        resumed.restore_state(state)
+        assert max(batch.num_samples for batch in take(resumed, 12)) <= 4
+
+
 def test_training_is_shuffled_and_depends_on_the_seed(
     processor: Path, dataset: DatasetConfig
 ) -> None:

@@ -124,13 +124,31 @@ def test_unreadable_inputs_are_named(
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "datasets: []", "datasets: [{path: x}]", "datasets: [{json_path: x, n: 1}]"]
+    "content",
+    [
+        "[]",
+        "datasets: []",
+        "datasets: [{path: x}]",
+        "datasets: [{json_path: x, n: 1}]",
+        "datasets: [{json_path: 5}]",
+        "datasets: [{json_path: x, weight: heavy}]",
+        "datasets: [{json_path: x, weight: 0}]",
+        "\xff",
+    ],
 )
 def test_mixtures_of_another_form_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "mixture.yaml"
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match="mixture"):
         read_mixture(path)
+
+
+def test_an_output_that_is_a_file_is_one_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "o").touch()
+    assert prepare_data.main([str(source), "--output", str(tmp_path / "o")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_inputs_and_a_mixture_exclude_each_other(

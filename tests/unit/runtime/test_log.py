@@ -9,12 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_dattn.runtime.log import (
-    log_once,
-    quiet_libraries,
-    setup_logging,
-    silence_import_warnings,
-)
+from megatron_dattn.runtime.log import quiet_libraries, setup_logging, silence_import_warnings
 
 TIME = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\]"
 
@@ -61,14 +56,6 @@ def test_other_ranks_only_warn() -> None:
 def test_set_up_again_does_not_repeat_lines() -> None:
     lines(0)
     assert sum("iteration 10" in line for line in lines(0)) == 1
-
-
-def test_log_once(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("megatron_dattn.test_log_once")
-    with caplog.at_level(logging.INFO, logger=logger.name):
-        for message in ("a", "b", "a"):
-            log_once(logger, logging.INFO, message)
-    assert caplog.messages == ["a", "b"]
 
 
 def shown(message: str, module: str, category: type[Warning] = UserWarning) -> bool:

@@ -169,3 +169,8 @@ def test_world_size_comes_from_the_environment(
     monkeypatch.setenv("RANK", "1")
     print_plan(two_stages)
     assert capsys.readouterr().out == ""
+    monkeypatch.delenv("RANK")
+    for wrong in ("0", "many"):
+        monkeypatch.setenv("WORLD_SIZE", wrong)
+        with pytest.raises(ConfigError, match=f"WORLD_SIZE is '{wrong}'"):
+            print_plan(two_stages)

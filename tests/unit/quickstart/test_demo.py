@@ -1,0 +1,83 @@
+"""The demo's plan: training commands parse, and a stopped step is not taken for a done one."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.quickstart.demo import STAGES, Step, is_done, plan, run
+from megatron_dattn.config.cli import parse_command_line
+
+
+def _training_steps(output: Path, processes: int = 2) -> list[Step]:
+    steps = plan(output, "s_attn", processes)
+    return [step for step in steps if "pretrain_vlm.py" in step.command]
+
+
+def _written_configs(output: Path) -> None:
+    """What the steps before training write, as far as the command line reads it."""
+    (output / "base").mkdir(parents=True)
+    (output / "base" / "config.yaml").write_text("model: {attention: s_attn}\n")
+    for stage in STAGES:
+        folder = output / "data" / "prepared" / stage
+        folder.mkdir(parents=True)
+        for section in ("train", "validation"):
+            text = f"data: {{{section}: [{{path: {stage}.jsonl}}]}}\n"
+            (folder / f"{section}.yaml").write_text(text)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_commands_parse_and_chain(tmp_path: Path, processes: int) -> None:
+    _written_configs(tmp_path)
+    previous = tmp_path / "base"
+    steps = _training_steps(tmp_path, processes)
+    for stage, step in zip(STAGES, steps, strict=True):
+        flags = step.command[step.command.index("pretrain_vlm.py") + 1 :]
+        config = parse_command_line(flags).config
+        assert config.training.stage == stage
+        assert config.model.attention == "s_attn"
+        assert config.parallel.tensor_model_parallel_size == processes
+        assert config.parallel.sequence_parallel == (processes > 1)
+        assert config.checkpoint.load == str(previous)
+        assert config.data.train[0].path == config.data.validation[0].path == f"{stage}.jsonl"
+        previous = tmp_path / stage
+        assert config.checkpoint.save == str(previous)
+
+
+def test_the_preset_reaches_the_conversion(tmp_path: Path) -> None:
+    (convert,) = [step for step in plan(tmp_path, "s_attn", 2) if "import" in step.command]
+    assert convert.command[convert.command.index("--attention") + 1] == "s_attn"
+
+
+def test_only_a_finished_run_is_done(tmp_path: Path) -> None:
+    step = Step("train", [], tmp_path / "exit_reason.json")
+    assert not is_done(step)
+    for reason, done in (("signal", False), ("user_error", False), ("finished", True)):
+        (tmp_path / "exit_reason.json").write_text(json.dumps({"reason": reason}))
+        assert is_done(step) == done
+
+
+def test_a_failed_or_stopped_step_ends_the_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = Step("later", [sys.executable, "-c", "print('ran')"])
+    fails = Step("fails", [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(SystemExit) as ending:
+        run([fails, later])
+    assert ending.value.code == 3
+    stopped = Step("stopped", [sys.executable, "-c", ""], tmp_path / "none")
+    with pytest.raises(SystemExit) as ending:
+        run([stopped, later])
+    assert ending.value.code == 2
+    captured = capsys.readouterr()
+    assert "later" not in captured.out
+    assert "stopped before its end" in captured.err
+
+
+def test_what_is_done_is_not_repeated(tmp_path: Path) -> None:
+    result = tmp_path / "result"
+    code = f"open({str(result)!r}, 'a').write('x')"
+    step = Step("once", [sys.executable, "-c", code], result)
+    run([step, step])
+    assert result.read_text() == "x"
