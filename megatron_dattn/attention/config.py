@@ -48,9 +48,12 @@ class AttentionConfig:
     """
 
     # "causal": a visual row sees the earlier ones of its sample and itself. "ring": it sees earlier
-    # images, and its own from the border up to its own ring. "diagonal": its output is its own
-    # value (equation 2), no score is computed. "none": its attention output is zero.
-    v2v: Literal["causal", "ring", "diagonal", "none"] = "diagonal"
+    # images, and its own from the border up to its own ring. "window": it sees the patches around
+    # it in its own image. "diagonal": its output is its own value (equation 2), no score is
+    # computed. "none": its attention output is zero.
+    v2v: Literal["causal", "ring", "window", "diagonal", "none"] = "diagonal"
+    # The side, in patches, of the square around a patch that v2v="window" shows it.
+    v2v_window: int | None = None
     # "preceding": a visual row sees the text before its image, as in a causal language model.
     # "prompt": it sees the sample's prompt too, also where that stands after the image.
     v2t: Literal["none", "preceding", "prompt"] = "none"
@@ -68,7 +71,7 @@ class AttentionConfig:
     @property
     def scores_visual_rows(self) -> bool:
         """Whether visual rows attend to anything but themselves, and so need queries."""
-        return self.v2v in ("causal", "ring")
+        return self.v2v in ("causal", "ring", "window")
 
     @property
     def outputs_visual_rows(self) -> bool:
@@ -96,6 +99,11 @@ class AttentionConfig:
 def _conflicts(config: AttentionConfig) -> Iterator[str]:
     """Why axes do not go together, and the remedy."""
     visual, text = config.positions.visual, config.positions.text
+    side = config.v2v_window
+    if config.v2v == "window" and (side is None or side < 1 or side % 2 == 0):
+        yield f"v2v='window' needs an odd v2v_window, to have a patch in its centre; it is {side}"
+    if config.v2v != "window" and side is not None:
+        yield f"v2v_window={side} has no effect with v2v='{config.v2v}'; leave it out"
     if not config.scores_visual_rows and config.v2t != "none":
         yield (
             f"v2v='{config.v2v}' gives visual rows no scores, so they cannot see text; "
@@ -108,8 +116,8 @@ def _conflicts(config: AttentionConfig) -> Iterator[str]:
         )
     if config.rotates_visual_rows and visual == "none":
         yield (
-            "scored visual rows (v2v='causal' or 'ring') and t2v.rotary=true rotate visual rows, "
-            "which need positions.visual='sequence' or 'ring'"
+            "v2v='causal', 'ring' or 'window' and t2v.rotary=true rotate visual rows, which need "
+            "positions.visual='sequence' or 'ring'"
         )
     if not config.rotates_visual_rows and visual != "none":
         yield (

@@ -88,4 +88,14 @@ def _visual_pairs(layout: TokenLayout, config: AttentionConfig) -> int:
                 size = sum(end - first for first, end in ring)
                 seen += size
                 pairs += size * seen
+    if config.v2v_window is not None:
+        for image in layout.images:
+            height, width = image.grid
+            pairs += _near_pairs(height, config.v2v_window) * _near_pairs(width, config.v2v_window)
     return pairs
+
+
+def _near_pairs(length: int, window: int) -> int:
+    """Ordered pairs of places on a line that a window around the first has in common with it."""
+    reach = window // 2
+    return sum(max(0, length - abs(offset)) for offset in range(-reach, reach + 1))

@@ -9,7 +9,7 @@ flash kernel does best and so a fair baseline.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
@@ -149,6 +149,8 @@ def _rules(
         yield "T2T", _within_kind(layout, with_visual=False), True, True
     if config.v2v == "ring":
         yield "V2V", _within_rings(layout), False, True
+    if config.v2v_window is not None:
+        yield "V2V", _within_windows(layout, config.v2v_window // 2), False, True
     if config.v2t != "none":
         yield "V2T", _visual_to_text(layout, config), False, True
 
@@ -186,6 +188,17 @@ def _within_rings(layout: TokenLayout) -> Iterator[Segment]:
         for ring in image_rings(image, start):
             seen += ring
             yield Segment(tuple(ring), tuple(seen))
+
+
+def _within_windows(layout: TokenLayout, reach: int) -> Iterator[Segment]:
+    for image, (start, _) in zip(layout.images, layout.image_rows, strict=True):
+        height, width = image.grid
+        for i, j in product(range(height), range(width)):
+            left, right = max(0, j - reach), min(width, j + reach + 1)
+            lines = range(max(0, i - reach), min(height, i + reach + 1))
+            keys = tuple((start + k * width + left, start + k * width + right) for k in lines)
+            row = start + i * width + j
+            yield Segment(((row, row + 1),), keys)
 
 
 def _visual_to_text(layout: TokenLayout, config: AttentionConfig) -> Iterator[Segment]:

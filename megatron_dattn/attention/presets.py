@@ -79,6 +79,13 @@ PRESETS: dict[str, AttentionConfig] = {
         t2v=_AS_TEXT,
         positions=Positions(text="gap", visual="ring", embedding="none"),
     ),
+    # The neighbourhoods of YOPO, which prunes what visual tokens do: a patch sees the 5 x 5 patches
+    # around it, before and behind, and the text before its image. YOPO's other prunings (of heads,
+    # FFN neurons and later layers) belong to the model. No parameters. Cost: as `s_attn` with at
+    # most 25 n pairs of V2V.
+    "yopo_window": AttentionConfig(
+        v2v="window", v2v_window=5, v2t="preceding", t2v=_AS_TEXT, positions=_SEQUENCE
+    ),
 }
 
 

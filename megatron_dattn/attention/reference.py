@@ -26,6 +26,7 @@ class DescribedRow:
     index: int = -1  # visual: place among the pack's visual rows; text: place in its own text
     text_before: int = -1  # visual: text rows of the sample that stand before the image
     image: int = -1  # visual: place of the image in the pack
+    patch: tuple[int, int] = (-1, -1)  # visual: row and column in the image
     ring: int = -1  # visual: distance of the patch to the border of its image
     place: int = -1  # place in the sample's reading order
     in_prompt: bool = False  # text: whether it stands before all supervised text
@@ -41,7 +42,7 @@ def describe_rows(layout: TokenLayout) -> list[DescribedRow]:
                 ring = min(i, j, height - 1 - i, width - 1 - j)
                 earlier = sum(row.sample == image.sample for row in visual)
                 place = image.text_offset + earlier
-                row = (image.sample, len(visual), image.text_offset, number, ring, place)
+                row = (image.sample, len(visual), image.text_offset, number, (i, j), ring, place)
                 visual.append(DescribedRow("visual", *row))
     text: list[DescribedRow] = []
     prompts = layout.prompt_lengths or (0,) * layout.num_samples
@@ -94,6 +95,10 @@ def _patch_sees_patch(query: DescribedRow, key: DescribedRow, config: AttentionC
         case "ring":
             outer = key.image == query.image and key.ring <= query.ring
             return key.image < query.image or outer
+        case "window":
+            assert config.v2v_window is not None
+            apart = (abs(a - b) for a, b in zip(query.patch, key.patch, strict=True))
+            return key.image == query.image and max(apart) <= (config.v2v_window - 1) / 2
         case "diagonal":
             return key == query
         case "none":

@@ -47,7 +47,7 @@ def layouts(draw: st.DrawFn) -> TokenLayout:
     for sample, length in enumerate(text_lengths):
         offsets = sorted(draw(st.lists(st.integers(0, length), max_size=3)))
         for offset in offsets:
-            grid = draw(st.tuples(st.integers(1, 3), st.integers(1, 4)))
+            grid = draw(st.tuples(st.integers(1, 3), st.integers(1, 5)))
             images.append(ImageSpan(sample, offset, grid))
     visual_rows = sum(image.num_rows for image in images)
     return TokenLayout(
