@@ -97,6 +97,7 @@ def make_batches(model: ModelConfig, count: int, samples: int) -> list[PackedBat
             images=tuple(ImageSpan(i, 1, model.vision.grid) for i in range(samples)),
             visual_budget=samples * model.vision.num_patches,
             text_budget=text_budget,
+            prompt_lengths=(1,) * samples,  # labels are drawn anywhere behind it
         )
         side = model.vision.image_size
         pixels = torch.randn(samples, 3, side, side, generator=generator)

@@ -1,16 +1,20 @@
-"""What a decoder layer's attention does with visual rows: a few axes, and presets that name them.
+"""What a decoder layer's attention does with visual rows: a few axes, and what they exclude.
 
 Visual (V) and text (T) rows meet in four kinds of pairs, written query-to-key: V2V, V2T, T2V, T2T.
-T2T is the causal attention of the language model in every preset; the axes below say what happens
-in the other three and which positions the rotary embedding uses. The oracle in `reference.py` is
-the executable meaning of each value.
+T2T is the causal attention of the language model in every configuration; the axes below say what
+happens in the other three, which positions the rotary embedding uses, and how T2V and T2T join.
+The oracle in `reference.py` is the executable meaning of each value; `presets.py` names the
+combinations that have been published.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dattn.attention.layout import TextScope
 from megatron_dattn.errors import ConfigError
+
+TextScope = Literal["all", "following"]
+Merge = Literal["alpha", "sum", "tanh", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,11 @@ class TextToVisual:
 class Positions:
     """Where the rotary embedding, and the learnable one, place the rows."""
 
-    # "gap": text ids continue after an image's rows. "text_only": text rows are counted alone.
+    # "gap": text ids continue after an image's ids. "text_only": text rows are counted alone.
     text: Literal["gap", "text_only"] = "text_only"
-    # "sequence": visual rows count like text in reading order. "none": they have no rotary id.
-    visual: Literal["sequence", "none"] = "none"
+    # "sequence": visual rows count like text in reading order. "ring": the patches of one ring of
+    # the image share an id, counted from the border inwards. "none": they have no rotary id.
+    visual: Literal["sequence", "ring", "none"] = "none"
     # "row_column": a learnable two-dimensional embedding on visual rows before the first layer.
     embedding: Literal["none", "row_column"] = "row_column"
 
@@ -42,91 +47,85 @@ class AttentionConfig:
     Raises ConfigError for combinations that have no meaning.
     """
 
-    # "diagonal": a visual row's output is its own value (equation 2); no score is computed.
-    v2v: Literal["causal", "diagonal"] = "diagonal"
+    # "causal": a visual row sees the earlier ones of its sample and itself. "ring": it sees earlier
+    # images, and its own from the border up to its own ring. "window": it sees the patches around
+    # it in its own image. "diagonal": its output is its own value (equation 2), no score is
+    # computed. "none": its attention output is zero.
+    v2v: Literal["causal", "ring", "window", "diagonal", "none"] = "diagonal"
+    # The side, in patches, of the square around a patch that v2v="window" shows it.
+    v2v_window: int | None = None
     # "preceding": a visual row sees the text before its image, as in a causal language model.
-    v2t: Literal["none", "preceding"] = "none"
+    # "prompt": it sees the sample's prompt too, also where that stands after the image.
+    v2t: Literal["none", "preceding", "prompt"] = "none"
     t2v: TextToVisual = field(default_factory=TextToVisual)
     positions: Positions = field(default_factory=Positions)
-    # "alpha": one softmax over all keys a row sees, computed in parts (equations 3 to 9).
-    merge: Literal["alpha"] = "alpha"
+    # "alpha": one softmax over all keys a row sees, computed in parts (equations 3 to 9). The
+    # others keep a softmax for T2V and one for T2T and add the results: plainly ("sum"), T2V times
+    # tanh(gate), or T2V times sigmoid(gate) and T2T times the rest. A gate is learnable, per head.
+    merge: Merge = "alpha"
 
     def __post_init__(self) -> None:
-        if self.v2v == "diagonal" and self.v2t == "preceding":
-            raise ConfigError(
-                "attention: v2v='diagonal' gives visual rows no scores, so they cannot see text; "
-                "set v2t='none' or v2v='causal'"
-            )
-        if self.v2t == "preceding" and self.t2v.scope == "all":
-            raise ConfigError(
-                "attention: with v2t='preceding' and t2v.scope='all' a text row would see, through "
-                "the image, text that comes after itself; set t2v.scope='following' or v2t='none'"
-            )
-        if self.rotates_visual_rows and self.positions.visual == "none":
-            raise ConfigError(
-                "attention: v2v='causal' and t2v.rotary=true rotate visual rows, which need "
-                "positions.visual='sequence'"
-            )
-        if not self.rotates_visual_rows and self.positions.visual == "sequence":
-            raise ConfigError(
-                "attention: positions.visual='sequence' has no effect with v2v='diagonal' and "
-                "t2v.rotary=false; set positions.visual='none'"
-            )
-        if self.positions.visual == "sequence" and self.positions.text == "text_only":
-            raise ConfigError(
-                "attention: positions.text='text_only' gives text the ids that "
-                "positions.visual='sequence' gives to images; set positions.text='gap'"
-            )
+        for conflict in _conflicts(self):
+            raise ConfigError(f"attention: {conflict}")
+
+    @property
+    def scores_visual_rows(self) -> bool:
+        """Whether visual rows attend to anything but themselves, and so need queries."""
+        return self.v2v in ("causal", "ring", "window")
+
+    @property
+    def outputs_visual_rows(self) -> bool:
+        """Whether attention adds anything to visual rows, and so needs their output projection."""
+        return self.v2v != "none"
 
     @property
     def rotates_visual_rows(self) -> bool:
         """Whether any score uses the rotary position of a visual row."""
-        return self.v2v == "causal" or self.t2v.rotary
+        return self.scores_visual_rows or self.t2v.rotary
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the merge takes a learnable gate."""
+        return self.merge in ("tanh", "sigmoid")
 
     @property
     def is_self_attention(self) -> bool:
         """Whether this is plain causal self-attention over the rows in reading order."""
         sees_all_before = self.v2v == "causal" and self.v2t == "preceding"
-        return sees_all_before and self.t2v == TextToVisual(scope="following", rotary=True)
+        as_text = self.t2v == TextToVisual(scope="following", rotary=True)
+        return sees_all_before and as_text and self.merge == "alpha"
 
 
-_SEQUENCE_POSITIONS = Positions(text="gap", visual="sequence", embedding="none")
-
-PRESETS: dict[str, AttentionConfig] = {
-    # The paper's baseline and LLaVA's attention: visual rows are treated as text. One causal
-    # softmax in reading order with one-dimensional rotary positions over all rows. Table 2, row 1.
-    "s_attn": AttentionConfig(
-        v2v="causal",
-        v2t="preceding",
-        t2v=TextToVisual(scope="following", rotary=True),
-        positions=_SEQUENCE_POSITIONS,
-    ),
-    # The paper's method: V2V diagonal (section 2.2), T2V non-causal without rotary positions
-    # (section 2.3), merged with T2T by alpha-weighting (section 2.4). Learnable row and column
-    # embeddings stand in for the missing positions. The paper leaves the text ids open; counting
-    # text alone keeps them inside the range the language model was trained on however large |V|.
-    "dattn": AttentionConfig(),
-    # Diagonal V2V with the rotary positions kept in T2V: all rows have sequence ids, so visual rows
-    # far from a text row are disfavoured (figure 2). Table 2, row 2: what debiasing is worth.
-    "dattn_biased": AttentionConfig(
-        t2v=TextToVisual(scope="all", rotary=True),
-        positions=_SEQUENCE_POSITIONS,
-    ),
-    # The cell that Table 2 leaves out: S-Attn with debiased T2V. V2V and V2T are causal with
-    # sequence positions; text after an image sees all of it without rotary positions, and visual
-    # rows get the learnable embedding. Text before an image must not see it here: the image has
-    # seen that text, later words included, and would tell the answer.
-    "s_attn_debias": AttentionConfig(
-        v2v="causal",
-        v2t="preceding",
-        t2v=TextToVisual(scope="following", rotary=False),
-        positions=Positions(text="gap", visual="sequence", embedding="row_column"),
-    ),
-}
-
-
-def get_preset(name: str) -> AttentionConfig:
-    """The preset of that name. Raises ConfigError with the names there are."""
-    if name not in PRESETS:
-        raise ConfigError(f"unknown attention preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+def _conflicts(config: AttentionConfig) -> Iterator[str]:
+    """Why axes do not go together, and the remedy."""
+    visual, text = config.positions.visual, config.positions.text
+    side = config.v2v_window
+    if config.v2v == "window" and (side is None or side < 1 or side % 2 == 0):
+        yield f"v2v='window' needs an odd v2v_window, to have a patch in its centre; it is {side}"
+    if config.v2v != "window" and side is not None:
+        yield f"v2v_window={side} has no effect with v2v='{config.v2v}'; leave it out"
+    if not config.scores_visual_rows and config.v2t != "none":
+        yield (
+            f"v2v='{config.v2v}' gives visual rows no scores, so they cannot see text; "
+            "set v2t='none' or v2v='causal'"
+        )
+    if config.v2t != "none" and config.t2v.scope == "all":
+        yield (
+            f"with v2t='{config.v2t}' and t2v.scope='all' a text row would see, through the "
+            "image, text that comes after itself; set t2v.scope='following' or v2t='none'"
+        )
+    if config.rotates_visual_rows and visual == "none":
+        yield (
+            "v2v='causal', 'ring' or 'window' and t2v.rotary=true rotate visual rows, which need "
+            "positions.visual='sequence' or 'ring'"
+        )
+    if not config.rotates_visual_rows and visual != "none":
+        yield (
+            f"positions.visual='{visual}' has no effect with v2v='{config.v2v}' and "
+            "t2v.rotary=false; set positions.visual='none'"
+        )
+    if visual != "none" and text == "text_only":
+        yield (
+            "positions.text='text_only' gives text the ids that "
+            f"positions.visual='{visual}' gives to images; set positions.text='gap'"
+        )

@@ -1,13 +1,14 @@
 """Decomposed attention over the packed rows of a micro-batch: D-Attn, S-Attn and what lies between.
 
 `decomposed_attention` is the whole operation: visual rows output their own value (equation 2) and
-the others attend part by part, merged by alpha-weighting (equation 7).
+the others attend part by part, merged by alpha-weighting (equation 7) or as the plan says.
 
 The gradient needs care. Flash kernels return the log-sum-exp S but ignore its gradient, so autograd
 through sigmoid(S_V - S_T) would give wrong query and key gradients without a word. But the merged
 result IS one softmax over all keys, and a flash backward only needs that softmax's output and
 log-sum-exp: it recomputes each probability as exp(score - S). Given the MERGED pair, the backward
-of each part yields exactly its columns of the joint gradient.
+of each part yields exactly its columns of the joint gradient. A merge that leaves T2V a softmax of
+its own has two such pairs and no weight that depends on S, so autograd joins them.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_dattn.attention.backends.base import Backend
-from megatron_dattn.attention.merge import alpha_merge, merge_dtype
+from megatron_dattn.attention.merge import alpha_merge, merge_dtype, weighted_merge
 from megatron_dattn.attention.parts import AttentionPlan, Part
 from megatron_dattn.attention.positions import Rotary, apply_rotary
 
@@ -31,18 +32,33 @@ def decomposed_attention(
     *,
     scale: float,
     backend: Backend,
+    gate: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention output of every packed row, [S, Hq, D], before the output projection.
 
     `query` [S, Hq, D], `key` and `value` [S, Hk, D] are as projected, without rotation; Hq is a
-    multiple of Hk. `rotary` holds the tables of all S rows. Rows that see nothing (padding) give
-    zero, or their own value where visual rows do, and send no gradient to other rows.
+    multiple of Hk. `rotary` holds the tables of all S rows. `gate` [Hq] or [1] belongs to the
+    merges "tanh" and "sigmoid". `softcap` c turns every score s into c * tanh(s / c). Rows that see
+    nothing (padding) give zero, or their own value where visual rows do, and send no gradient to
+    other rows.
     """
+    first_scored, _ = plan.scored_rows
     scored = attend_scored_rows(
-        query[plan.num_diagonal_rows :], key, value, plan, rotary, scale=scale, backend=backend
+        query[first_scored:],
+        key,
+        value,
+        plan,
+        rotary,
+        scale=scale,
+        backend=backend,
+        gate=gate,
+        softcap=softcap,
     )
-    if plan.num_diagonal_rows == 0:
+    if first_scored == 0:
         return scored
+    if plan.num_diagonal_rows == 0:
+        return torch.cat((scored.new_zeros(first_scored, *scored.shape[1:]), scored))
     diagonal = diagonal_attention(value[: plan.num_diagonal_rows], query.shape[1])
     return torch.cat((diagonal, scored))
 
@@ -56,15 +72,31 @@ def attend_scored_rows(
     *,
     scale: float,
     backend: Backend,
+    gate: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention output of the rows that have scores, [plan.num_scored_rows, Hq, D].
 
-    For models that project no query of diagonal rows: `query` holds the scored rows alone, `key`,
+    For models that project no query of other rows: `query` holds the scored rows alone, `key`,
     `value` and `rotary` all S rows.
     """
     _check_shapes(query, key, value, plan)
-    cos, sin = rotary
-    return _MergedAttention.apply(query, key, value, cos, sin, plan, scale, backend)
+    first_scored, _ = plan.scored_rows
+
+    def attend(parts: tuple[Part, ...]) -> Tensor:
+        joint = _JointSoftmax.apply(
+            query, key, value, *rotary, parts, first_scored, scale, softcap, backend
+        )
+        assert isinstance(joint, Tensor)
+        return joint
+
+    if plan.merge == "alpha":
+        if gate is not None:
+            raise ValueError("merge 'alpha' takes no gate")
+        return attend(plan.parts)
+    return weighted_merge(
+        attend(plan.visual_parts), attend(plan.parts), plan.merge, gate, plan.sees_images
+    )
 
 
 def diagonal_attention(value: Tensor, num_query_heads: int) -> Tensor:
@@ -73,8 +105,8 @@ def diagonal_attention(value: Tensor, num_query_heads: int) -> Tensor:
     return value if group == 1 else value.repeat_interleave(group, dim=1)
 
 
-class _MergedAttention(torch.autograd.Function):
-    """All parts of a plan, merged; its backward passes the merged (out, lse) to every part."""
+class _JointSoftmax(torch.autograd.Function):
+    """Parts as one softmax; its backward passes the merged (out, lse) to every part."""
 
     @staticmethod
     def forward(
@@ -84,69 +116,72 @@ class _MergedAttention(torch.autograd.Function):
         value: Tensor,
         cos: Tensor,
         sin: Tensor,
-        plan: AttentionPlan,
+        parts: tuple[Part, ...],
+        first_scored: int,
         scale: float,
+        softcap: float | None,
         backend: Backend,
     ) -> Tensor:
-        out = query.new_zeros(query.shape, dtype=_sum_dtype(query, plan))
+        out = query.new_zeros(query.shape, dtype=_sum_dtype(query, parts))
         lse = query.new_full(query.shape[:2], -torch.inf, dtype=merge_dtype(query.dtype))
-        for part in plan.parts:
-            q, k, v = _read(part, query, key, value, (cos, sin), plan)
-            part_out, part_lse = backend.forward(q, k, v, part, scale)
+        for part in parts:
+            q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
+            part_out, part_lse = backend.forward(q, k, v, part, scale, softcap)
             rows = part.query_rows
-            if part is not plan.parts[0]:
+            if part is not parts[0]:
                 part_out, part_lse = alpha_merge(rows.take(out), rows.take(lse), part_out, part_lse)
             rows.put(out, part_out)
             rows.put(lse, part_lse)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, cos, sin, out, lse)
-        ctx.plan, ctx.scale, ctx.backend = plan, scale, backend
+        ctx.parts, ctx.first_scored, ctx.backend = parts, first_scored, backend
+        ctx.scale, ctx.softcap = scale, softcap
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, cos, sin, out, lse = ctx.saved_tensors
-        plan: AttentionPlan = ctx.plan
-        grad_query = torch.zeros_like(query, dtype=_sum_dtype(query, plan))
+        parts: tuple[Part, ...] = ctx.parts
+        first_scored: int = ctx.first_scored
+        grad_query = torch.zeros_like(query, dtype=_sum_dtype(query, parts))
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        for part in plan.parts:
+        for part in parts:
             rows = part.query_rows
-            q, k, v = _read(part, query, key, value, (cos, sin), plan)
-            dq, dk, dv = ctx.backend.backward(
-                rows.take(grad_out), q, k, v, rows.take(out), rows.take(lse), part, ctx.scale
-            )
+            q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
+            do, o, s = (rows.take(tensor) for tensor in (grad_out, out, lse))
+            dq, dk, dv = ctx.backend.backward(do, q, k, v, o, s, part, ctx.scale, ctx.softcap)
             if part.rotary:
-                query_rotary, key_rotary = _rotary_of(part, (cos, -sin), plan)
+                query_rotary, key_rotary = _rotary_of(part, (cos, -sin), first_scored)
                 dq, dk = apply_rotary(dq, query_rotary), apply_rotary(dk, key_rotary)
             rows.add(grad_query, dq)
             part.key_rows.add(grad_key, dk)
             part.key_rows.add(grad_value, dv)
-        return grad_query.to(query.dtype), grad_key, grad_value, None, None, None, None, None
+        return grad_query.to(query.dtype), grad_key, grad_value, *[None] * 7
 
 
-def _sum_dtype(query: Tensor, plan: AttentionPlan) -> torch.dtype:
+def _sum_dtype(query: Tensor, parts: tuple[Part, ...]) -> torch.dtype:
     """Several parts add up in the merge's precision; the result of a single one is final."""
-    return merge_dtype(query.dtype) if len(plan.parts) > 1 else query.dtype
+    return merge_dtype(query.dtype) if len(parts) > 1 else query.dtype
 
 
 def _read(
-    part: Part, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, plan: AttentionPlan
+    part: Part, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, first_scored: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The part's own rows, rotated if its scores are; backward repeats this to save memory."""
     q, k, v = part.query_rows.take(query), part.key_rows.take(key), part.key_rows.take(value)
     if part.rotary:
-        query_rotary, key_rotary = _rotary_of(part, rotary, plan)
+        query_rotary, key_rotary = _rotary_of(part, rotary, first_scored)
         q, k = apply_rotary(q, query_rotary), apply_rotary(k, key_rotary)
     return q, k, v
 
 
-def _rotary_of(part: Part, rotary: Rotary, plan: AttentionPlan) -> tuple[Rotary, Rotary]:
+def _rotary_of(part: Part, rotary: Rotary, first_scored: int) -> tuple[Rotary, Rotary]:
     """Tables of the part's queries and of its keys."""
     cos, sin = rotary
-    first, _ = plan.scored_rows
-    query_rotary = part.query_rows.take(cos[first:]), part.query_rows.take(sin[first:])
-    return query_rotary, (part.key_rows.take(cos), part.key_rows.take(sin))
+    queries, keys = part.query_rows, part.key_rows
+    query_rotary = queries.take(cos[first_scored:]), queries.take(sin[first_scored:])
+    return query_rotary, (keys.take(cos), keys.take(sin))
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> None:

@@ -13,15 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 RowRange = tuple[int, int]  # packed rows start .. end-1
-TextScope = Literal["all", "following"]  # which text rows see an image: all, or those after it
 
-_HEADER_FIELDS = 4
+_HEADER_FIELDS = 5
 _IMAGE_FIELDS = 4
 
 
@@ -44,7 +42,11 @@ class Run:
 
     start: int  # packed row
     end: int
-    is_visual: bool
+    images: tuple[int, ...] = ()  # indices into `TokenLayout.images`; none for text
+
+    @property
+    def is_visual(self) -> bool:
+        return bool(self.images)
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,13 @@ class TokenLayout:
     images: tuple[ImageSpan, ...]  # ordered by (sample, place in the text)
     visual_budget: int
     text_budget: int
+    # Leading text rows per sample that are nobody's label: up to and with the row that predicts the
+    # first supervised token. None where nobody needs it.
+    prompt_lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_text(self.text_lengths)
+        _check_prompts(self.prompt_lengths, self.text_lengths)
         _check_images(self.images, self.text_lengths)
         _check_budget("visual", sum(image.num_rows for image in self.images), self.visual_budget)
         _check_budget("text", sum(self.text_lengths), self.text_budget)
@@ -114,6 +120,14 @@ class TokenLayout:
         start, end = self.text_cu_seqlens[sample], self.text_cu_seqlens[sample + 1]
         return self.visual_budget + start, self.visual_budget + end
 
+    def prompt_length(self, sample: int) -> int:
+        """Text rows of a sample's prompt. Raises ValueError if the layout does not know them."""
+        if self.prompt_lengths is None:
+            raise ValueError(
+                "this layout has no prompt_lengths, which attention with v2t='prompt' needs"
+            )
+        return self.prompt_lengths[sample]
+
     def sample_images(self, sample: int) -> tuple[int, ...]:
         """Indices into `images` of a sample's images."""
         return self._images_by_sample[sample]
@@ -129,50 +143,40 @@ class TokenLayout:
         for index in self.sample_images(sample):
             place = text_start + self.images[index].text_offset
             start, end = self.image_rows[index]
+            together: tuple[int, ...] = ()
             if place > cursor:
-                runs.append(Run(cursor, place, is_visual=False))
+                runs.append(Run(cursor, place))
                 cursor = place
             elif runs:
-                start = runs.pop().start
-            runs.append(Run(start, end, is_visual=True))
+                previous = runs.pop()
+                start, together = previous.start, previous.images
+            runs.append(Run(start, end, (*together, index)))
         if text_end > cursor:
-            runs.append(Run(cursor, text_end, is_visual=False))
+            runs.append(Run(cursor, text_end))
         return tuple(runs)
-
-    def output_rows(self, scope: TextScope) -> Tensor:
-        """The packed row whose hidden state predicts the label of each text row. [text_budget].
-
-        It is the text row itself, except where text does not see later images (scope
-        "following"): a text row directly followed by an image would predict the next text token
-        without having seen that image, so the image's last row predicts in its place (the last
-        image's, if several follow each other), as in LLaVA.
-        """
-        rows = torch.arange(self.visual_budget, self.num_rows)
-        if scope == "all":
-            return rows
-        for image, (_, end) in zip(self.images, self.image_rows, strict=True):
-            before_image = self.text_cu_seqlens[image.sample] + image.text_offset - 1
-            if image.text_offset > 0:
-                rows[before_image] = end - 1
-        return rows
 
     def encode(self) -> Tensor:
         """The layout as one int64 vector, for sending between ranks. `decode` inverts it."""
+        prompts = self.prompt_lengths
         header = (self.num_samples, len(self.images), self.visual_budget, self.text_budget)
         spans = (n for image in self.images for n in (image.sample, image.text_offset, *image.grid))
-        return torch.tensor([*header, *self.text_lengths, *spans], dtype=torch.int64)
+        return torch.tensor(
+            [*header, int(prompts is not None), *self.text_lengths, *spans, *(prompts or ())],
+            dtype=torch.int64,
+        )
 
     @staticmethod
     def decode(encoded: Tensor) -> "TokenLayout":
         """The layout that `encode` wrote; trailing numbers (a fixed-size buffer) are ignored."""
         numbers = encoded.tolist()
-        num_samples, num_images, visual_budget, text_budget = numbers[:_HEADER_FIELDS]
+        num_samples, num_images, visual_budget, text_budget, prompts = numbers[:_HEADER_FIELDS]
         spans_at = _HEADER_FIELDS + num_samples
         spans_end = spans_at + _IMAGE_FIELDS * num_images
-        if len(numbers) < spans_end:
+        end = spans_end + num_samples * prompts
+        if len(numbers) < end:
             raise ValueError(
                 f"an encoded layout of {num_samples} samples and {num_images} images has "
-                f"{spans_end} numbers, but only {len(numbers)} arrived"
+                f"{end} numbers, but only {len(numbers)} arrived"
             )
         images = (numbers[i : i + _IMAGE_FIELDS] for i in range(spans_at, spans_end, _IMAGE_FIELDS))
         return TokenLayout(
@@ -180,6 +184,7 @@ class TokenLayout:
             images=tuple(ImageSpan(s, offset, (rows, cols)) for s, offset, rows, cols in images),
             visual_budget=visual_budget,
             text_budget=text_budget,
+            prompt_lengths=tuple(numbers[spans_end:end]) if prompts else None,
         )
 
     @cached_property
@@ -198,6 +203,16 @@ def _check_text(text_lengths: tuple[int, ...]) -> None:
     for sample, length in enumerate(text_lengths):
         if length < 1:
             raise ValueError(f"sample {sample} has {length} text rows; every sample needs one")
+
+
+def _check_prompts(prompt_lengths: tuple[int, ...] | None, text_lengths: tuple[int, ...]) -> None:
+    if prompt_lengths is None:
+        return
+    if len(prompt_lengths) != len(text_lengths):
+        raise ValueError(f"{len(prompt_lengths)} prompt lengths for {len(text_lengths)} samples")
+    for sample, (prompt, text) in enumerate(zip(prompt_lengths, text_lengths, strict=True)):
+        if not 0 <= prompt <= text:
+            raise ValueError(f"sample {sample} has {prompt} prompt rows, but {text} text rows")
 
 
 def _check_images(images: tuple[ImageSpan, ...], text_lengths: tuple[int, ...]) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig
-from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.layout import Run, TokenLayout
+from megatron_dattn.attention.rings import image_rings
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, each [rows, D]
 
@@ -19,13 +20,25 @@ def row_positions(layout: TokenLayout, config: AttentionConfig) -> Tensor:
     for sample in range(layout.num_samples):
         position = 0
         for run in layout.runs(sample):
-            if run.is_visual and config.positions.text == "text_only":
-                continue
-            next_position = position + run.end - run.start
             if not run.is_visual or config.positions.visual == "sequence":
-                positions[run.start : run.end] = torch.arange(position, next_position)
-            position = next_position
+                positions[run.start : run.end] = torch.arange(run.end - run.start) + position
+            elif config.positions.visual == "ring":
+                position = _place_rings(positions, run, layout, position)
+                continue
+            if not run.is_visual or config.positions.text == "gap":
+                position += run.end - run.start
     return positions
+
+
+def _place_rings(positions: Tensor, run: Run, layout: TokenLayout, position: int) -> int:
+    """Give every ring of the run's images the next id; the id that follows them all."""
+    for index in run.images:
+        start, _ = layout.image_rows[index]
+        for ring in image_rings(layout.images[index], start):
+            for first, end in ring:
+                positions[first:end] = position
+            position += 1
+    return position
 
 
 def rotary_tables(

@@ -1,8 +1,9 @@
 """The oracle: what a preset means, written to be obviously right and as slow as it likes.
 
 Every packed row is described in words, `sees` says of one pair of rows whether the first sees the
-second, and one dense softmax runs over the keys that a row sees (equation 3). No parts, no merging,
-no kernels: nothing here is shared with the fast path but the layout's own fields. Use float64 and
+second, and a dense softmax runs over the keys that a row sees (equation 3): one over all, or one
+over images and one over the rest where the merge says so. No parts, no log-sum-exps, no kernels:
+nothing here is shared with the fast path but the layout's own fields. Use float64 and
 small layouts; autograd gives the gradients.
 """
 
@@ -24,37 +25,84 @@ class DescribedRow:
     sample: int = -1
     index: int = -1  # visual: place among the pack's visual rows; text: place in its own text
     text_before: int = -1  # visual: text rows of the sample that stand before the image
+    image: int = -1  # visual: place of the image in the pack
+    patch: tuple[int, int] = (-1, -1)  # visual: row and column in the image
+    ring: int = -1  # visual: distance of the patch to the border of its image
+    place: int = -1  # place in the sample's reading order
+    in_prompt: bool = False  # text: whether it stands before all supervised text
 
 
 def describe_rows(layout: TokenLayout) -> list[DescribedRow]:
     """All packed rows in order."""
     visual: list[DescribedRow] = []
-    for image in layout.images:
-        for _ in range(image.grid[0] * image.grid[1]):
-            visual.append(DescribedRow("visual", image.sample, len(visual), image.text_offset))
+    for number, image in enumerate(layout.images):
+        height, width = image.grid
+        for i in range(height):
+            for j in range(width):
+                ring = min(i, j, height - 1 - i, width - 1 - j)
+                earlier = sum(row.sample == image.sample for row in visual)
+                place = image.text_offset + earlier
+                row = (image.sample, len(visual), image.text_offset, number, (i, j), ring, place)
+                visual.append(DescribedRow("visual", *row))
     text: list[DescribedRow] = []
+    prompts = layout.prompt_lengths or (0,) * layout.num_samples
     for sample, length in enumerate(layout.text_lengths):
         for index in range(length):
-            text.append(DescribedRow("text", sample, index))
+            before = sum(v.sample == sample and v.text_before <= index for v in visual)
+            in_prompt = index < prompts[sample]
+            text.append(
+                DescribedRow("text", sample, index, place=index + before, in_prompt=in_prompt)
+            )
     visual += [DescribedRow("padding")] * (layout.visual_budget - len(visual))
     text += [DescribedRow("padding")] * (layout.text_budget - len(text))
     return visual + text
 
 
-def sees(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:
+def sees(
+    query: DescribedRow, key: DescribedRow, config: AttentionConfig, window: int | None = None
+) -> bool:
     """Whether the score of this (query, key) pair takes part in the query's softmax."""
+    if window is not None and _distance(query, key, config) >= window:
+        return False
     if "padding" in (query.kind, key.kind) or query.sample != key.sample:
         return False
     match query.kind, key.kind:
         case "text", "text":
             return key.index <= query.index
         case "visual", "visual":
-            return key.index <= query.index if config.v2v == "causal" else key == query
+            return _patch_sees_patch(query, key, config)
         case "visual", "text":
-            return config.v2t == "preceding" and key.index < query.text_before
+            if config.v2t == "prompt" and key.in_prompt:
+                return True
+            return config.v2t != "none" and key.index < query.text_before
         case "text", "visual":
             return config.t2v.scope == "all" or key.text_before <= query.index
     raise AssertionError(f"a {query.kind} row cannot query a {key.kind} row")
+
+
+def _distance(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> int:
+    """How far back the key lies, for a sliding window; 0 where there is none."""
+    if config.is_self_attention:
+        return query.place - key.place
+    is_causal = query.kind == "text" or config.v2v == "causal"
+    return query.index - key.index if query.kind == key.kind and is_causal else 0
+
+
+def _patch_sees_patch(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:
+    match config.v2v:
+        case "causal":
+            return key.index <= query.index
+        case "ring":
+            outer = key.image == query.image and key.ring <= query.ring
+            return key.image < query.image or outer
+        case "window":
+            assert config.v2v_window is not None
+            apart = (abs(a - b) for a, b in zip(query.patch, key.patch, strict=True))
+            return key.image == query.image and max(apart) <= (config.v2v_window - 1) / 2
+        case "diagonal":
+            return key == query
+        case "none":
+            return False
 
 
 def is_rotated(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:
@@ -62,10 +110,12 @@ def is_rotated(query: DescribedRow, key: DescribedRow, config: AttentionConfig) 
     return config.t2v.rotary or (query.kind, key.kind) != ("text", "visual")
 
 
-def pair_masks(layout: TokenLayout, config: AttentionConfig) -> tuple[Tensor, Tensor]:
+def pair_masks(
+    layout: TokenLayout, config: AttentionConfig, window: int | None = None
+) -> tuple[Tensor, Tensor]:
     """`sees` and `is_rotated` of every (query row, key row) pair, bool [S, S] each."""
     rows = describe_rows(layout)
-    seen = [[sees(query, key, config) for key in rows] for query in rows]
+    seen = [[sees(query, key, config, window) for key in rows] for query in rows]
     rotated = [[is_rotated(query, key, config) for key in rows] for query in rows]
     return torch.tensor(seen), torch.tensor(rotated)
 
@@ -79,13 +129,16 @@ def reference_attention(
     rotary: Rotary,
     *,
     scale: float,
+    gate: Tensor | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """What `decomposed_attention` computes, [S, Hq, D]; arguments as there.
+    """What `decomposed_attention` computes, [S, Hq, D]; arguments as there and in `plan_attention`.
 
     A row that sees nothing gives zero, except that under v2v="diagonal" every visual row, padding
     too, gives its own value: a softmax over one key is 1 whatever its score.
     """
-    seen, rotated = (mask.to(query.device) for mask in pair_masks(layout, config))
+    seen, rotated = (mask.to(query.device) for mask in pair_masks(layout, config, window))
     group = query.shape[1] // key.shape[1]
     keys, values = (rows.repeat_interleave(group, dim=1) for rows in (key, value))
     plain_scores = torch.einsum("qhd,khd->hqk", query, keys)
@@ -93,10 +146,34 @@ def reference_attention(
         "qhd,khd->hqk", apply_rotary(query, rotary), apply_rotary(keys, rotary)
     )
     scores = torch.where(rotated, rotated_scores, plain_scores) * scale
-    # A large negative number instead of -inf: rows without keys then have no NaN in any gradient.
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    probabilities = torch.softmax(scores, dim=-1) * seen
-    out = torch.einsum("hqk,khd->qhd", probabilities, values)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+
+    def softmax_over(chosen: Tensor) -> Tensor:
+        # A large negative number instead of -inf: rows without keys then have no NaN in gradients.
+        masked = scores.masked_fill(~chosen, torch.finfo(scores.dtype).min)
+        return torch.einsum("hqk,khd->qhd", torch.softmax(masked, dim=-1) * chosen, values)
+
+    if config.merge == "alpha":
+        out = softmax_over(seen)
+    else:
+        is_t2v = torch.zeros_like(seen)
+        is_t2v[layout.visual_budget :, : layout.visual_budget] = True
+        image, rest = softmax_over(seen & is_t2v), softmax_over(seen & ~is_t2v)
+        sees_image = (seen & is_t2v).any(dim=1)[:, None, None]
+        out = _join(image, rest, config, gate, sees_image)
     if config.v2v == "diagonal":
         out = torch.cat((values[: layout.visual_budget], out[layout.visual_budget :]))
     return out
+
+
+def _join(
+    image: Tensor, rest: Tensor, config: AttentionConfig, gate: Tensor | None, sees_image: Tensor
+) -> Tensor:
+    if config.merge == "sum":
+        return image + rest
+    assert gate is not None, f"merge {config.merge!r} has a gate"
+    if config.merge == "tanh":
+        return image * torch.tanh(gate[:, None]) + rest
+    weight = torch.sigmoid(gate[:, None])
+    return torch.where(sees_image, weight * image + (1 - weight) * rest, rest)

@@ -28,7 +28,10 @@ class Rows:
         length = sum(end - start for start, end in joined)
         if len(joined) <= 1:
             return Rows(length, start=joined[0][0] if joined else 0)
-        index = torch.cat([torch.arange(start, end) for start, end in joined])
+        starts, ends = torch.tensor(joined).unbind(1)
+        lengths = ends - starts
+        # Row i of the result is i further than the rows that all ranges before its own have.
+        index = torch.arange(length) + (ends - lengths.cumsum(0)).repeat_interleave(lengths)
         return Rows(length, index=index.to(device))
 
     def take(self, tensor: Tensor) -> Tensor:

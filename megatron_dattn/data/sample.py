@@ -114,6 +114,7 @@ def build_batch(
         ),
         visual_budget=visual_budget,
         text_budget=text_budget,
+        prompt_lengths=tuple(_prompt_length(sample.labels) for sample in samples),
     )
     images = [image for sample in samples for image in sample.images]
     return PackedBatch(
@@ -123,6 +124,12 @@ def build_batch(
         pixel_values=preprocessor.normalise(images),
         sample_keys=[sample.__key__ for sample in samples],
     )
+
+
+def _prompt_length(labels: np.ndarray) -> int:
+    """Leading rows that no label teaches to predict: up to the first row that has a label."""
+    supervised = np.flatnonzero(labels != IGNORED)
+    return int(supervised[0]) + 1 if len(supervised) else len(labels)
 
 
 def _padded(rows: list[np.ndarray], length: int, fill: int) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.attention import ImageSpan, TokenLayout, output_rows
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn
 from megatron_dattn.data.images import read_image_file
 from megatron_dattn.data.rejection import SampleError
@@ -86,7 +86,7 @@ def _next_tokens(loaded: LoadedModel, batch: PackedBatch) -> list[int]:
     """The likeliest next token of every sample."""
     model, layout = loaded.model, batch.layout
     last = torch.tensor([end - 1 for end in layout.text_cu_seqlens[1:]])
-    rows = layout.output_rows(model.attention.t2v.scope)[last].to(batch.input_ids.device)
+    rows = output_rows(layout, model.attention)[last].to(batch.input_ids.device)
     return model.forward_logits(batch, rows).argmax(dim=-1).tolist()
 
 
@@ -107,6 +107,7 @@ def _pack(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> P
             images=spans,
             visual_budget=sum(span.num_rows for span in spans),
             text_budget=len(input_ids),
+            prompt_lengths=tuple(len(prompt.rows.input_ids) for prompt, _ in samples),
         ),
         input_ids=input_ids,
         labels=torch.full_like(input_ids, -100),

@@ -132,12 +132,17 @@ class ModelConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     attention: str = "dattn"
-    """Name of an attention preset, see megatron_dattn/attention/config.py."""
+    """Name of an attention preset, see megatron_dattn/attention/presets.py."""
 
     def __post_init__(self) -> None:
         _require(
             self.attention in PRESETS,
             f"model.attention '{self.attention}' is unknown; choose one of {', '.join(PRESETS)}",
+        )
+        _require(
+            not PRESETS[self.attention].has_gate,
+            f"model.attention '{self.attention}' merges by learnable gates, which the layers of "
+            "this model do not have; choose dattn (alpha-weighting) or dattn_sum",
         )
 
 

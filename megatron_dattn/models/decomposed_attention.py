@@ -16,12 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_dattn.attention import (
-    AttentionPlan,
-    Backend,
-    attend_scored_rows,
-    diagonal_attention,
-)
+from megatron_dattn.attention import AttentionPlan, Backend, decomposed_attention
 
 
 @dataclass(frozen=True)
@@ -52,19 +47,15 @@ class DecomposedCore(torch.nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attention: AttentionInputs
     ) -> Tensor:
         """[S, heads, head_dim] each, key and value with fewer heads -> [S, 1, heads * head_dim]."""
-        plan = attention.plan
-        out = attend_scored_rows(
-            query[plan.num_diagonal_rows :],
+        out = decomposed_attention(
+            query,
             key,
             value,
-            plan,
+            attention.plan,
             attention.rotary,
             scale=self.scale,
             backend=attention.backend,
         )
-        if plan.num_diagonal_rows:
-            diagonal = diagonal_attention(value[: plan.num_diagonal_rows], query.shape[1])
-            out = torch.cat((diagonal, out))
         return out.reshape(out.shape[0], 1, -1)
 
 

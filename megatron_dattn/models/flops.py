@@ -23,8 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dattn.attention.config import AttentionConfig, get_preset
-from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention import TokenLayout, attended_pairs, get_preset
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 
 ALL_MODULES = frozenset({"vision_model", "adapter", "language_model"})
@@ -93,8 +92,9 @@ def model_flops(
         _Rows(
             visual=pack.num_visual_rows,
             text=pack.num_text_rows,
-            visual_queries=pack.num_visual_rows if visual_rows_have_queries(preset) else 0,
-            pairs=attended_pairs(pack, preset),
+            visual_queries=pack.num_visual_rows if preset.scores_visual_rows else 0,
+            visual_outputs=pack.num_visual_rows if preset.outputs_visual_rows else 0,
+            pairs=sum(attended_pairs(pack, preset).values()),
             images=len(pack.images),
         )
         for pack in packs
@@ -125,7 +125,8 @@ def executed_flops(
             visual=pack.visual_budget,
             text=pack.text_budget,
             visual_queries=pack.visual_budget,
-            pairs=attended_pairs(pack, preset),
+            visual_outputs=pack.visual_budget,
+            pairs=sum(attended_pairs(pack, preset).values()),
             # A pack without images sends a blank one through modules that train.
             images=len(pack.images) or int(below_language),
         )
@@ -136,27 +137,6 @@ def executed_flops(
     return _count(config, rows, labelled_rows, trained, recomputed=recompute == "full")
 
 
-def visual_rows_have_queries(preset: AttentionConfig) -> bool:
-    """Whether a visual row attends to anything but itself."""
-    return preset.v2v != "diagonal" or preset.v2t != "none"
-
-
-def attended_pairs(layout: TokenLayout, preset: AttentionConfig) -> int:
-    """(query, key) pairs with a score, over all samples of the pack; equal for every head."""
-    pairs = 0
-    for text, visual in zip(layout.text_lengths, layout.visual_lengths, strict=True):
-        pairs += text * (text + 1) // 2
-        if preset.v2v == "causal":
-            pairs += visual * (visual + 1) // 2
-    for image in layout.images:
-        before, length = image.text_offset, layout.text_lengths[image.sample]
-        seeing = length if preset.t2v.scope == "all" else length - before
-        pairs += image.num_rows * seeing
-        if preset.v2t == "preceding":
-            pairs += image.num_rows * before
-    return pairs
-
-
 @dataclass(frozen=True)
 class _Rows:
     """What of one pack is multiplied: row counts, attended pairs, images."""
@@ -164,6 +144,7 @@ class _Rows:
     visual: int
     text: int
     visual_queries: int
+    visual_outputs: int
     pairs: int
     images: int
 
@@ -249,8 +230,8 @@ def _decoder(
     query = config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
     rows = pack.visual + pack.text
-    queries = pack.visual_queries + pack.text
-    projections = 2 * d * (queries * query + rows * 2 * key_value + rows * query) * layers
+    queries, outputs = pack.visual_queries + pack.text, pack.visual_outputs + pack.text
+    projections = 2 * d * (queries * query + rows * 2 * key_value + outputs * query) * layers
     ffn = 2 * rows * 3 * d * f * layers
     scores = 4 * query * pack.pairs * layers
     backward, own = bool(trained), "language_model" in trained

@@ -9,7 +9,7 @@ the allocator's fragmentation and short-lived workspaces (see `RESERVE_BYTES`).
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dattn.attention.config import get_preset
+from megatron_dattn.attention import get_preset
 from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 
@@ -205,7 +205,7 @@ def _decoder_layer_bytes(
 
     Per row: inputs and outputs of both norms (4d); q, k, v (q + 2e); attention output (q); gate,
     up and their product (3f). Rows with scores also keep their merged output before it is joined
-    with the diagonal rows' (q) and the log-sum-exp (one fp32 per head), unless the attention core
+    with the visual rows' (q) and the log-sum-exp (one fp32 per head), unless the attention core
     is recomputed. Norm tensors are cut over tensor ranks under sequence parallelism only.
     """
     language, value = config.language, _VALUE_BYTES[execution.precision]
@@ -217,9 +217,9 @@ def _decoder_layer_bytes(
         norms //= tensor
     cut = (2 * query + 2 * key_value + 3 * language.intermediate_size) * value * rows
     if execution.recompute != "selective":
-        diagonal = get_preset(config.attention).v2v == "diagonal"
-        cut += pack.text_rows * query * value if diagonal else 0
-        scored = pack.text_rows if diagonal else rows
+        text_only = not get_preset(config.attention).scores_visual_rows
+        cut += pack.text_rows * query * value if text_only else 0
+        scored = pack.text_rows if text_only else rows
         cut += scored * language.num_attention_heads * _FP32
     return norms + cut // tensor
 

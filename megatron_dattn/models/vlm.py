@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_dattn.attention import (
     TokenLayout,
     get_preset,
+    output_rows,
     plan_attention,
     rotary_tables,
     row_positions,
@@ -115,7 +116,7 @@ class DAttnVLM(MegatronModule):
         if not self.post_process:
             return hidden_states
         labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
-        rows = batch.layout.output_rows(self.attention.t2v.scope).to(labelled.device)
+        rows = output_rows(batch.layout, self.attention).to(labelled.device)
         return self.language_model.losses(hidden_states, rows[labelled], batch.labels[labelled])
 
     def forward_logits(self, batch: "PackedBatch", rows: Tensor) -> Tensor:

@@ -65,9 +65,11 @@ def _full_pack(config: PretrainConfig) -> TokenLayout:
             f"{patches} rows; no sample with an image would fit"
         )
     samples = min(config.training.micro_batch_size, visual // patches, text)
+    text_lengths = (text // samples,) * samples
     return TokenLayout(
-        text_lengths=(text // samples,) * samples,
+        text_lengths=text_lengths,
         images=tuple(ImageSpan(sample, 0, grid) for sample in range(samples)),
         visual_budget=visual,
         text_budget=text,
+        prompt_lengths=text_lengths,  # the most that visual rows can see of it
     )

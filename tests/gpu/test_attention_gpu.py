@@ -36,6 +36,7 @@ LONG_LAYOUT = TokenLayout(
     (ImageSpan(0, 20, (12, 17)), ImageSpan(0, 20, (3, 5)), ImageSpan(2, 3, (13, 13))),
     visual_budget=400,
     text_budget=200,
+    prompt_lengths=(60, 10, 3),
 )
 LAYOUTS = {"rich": RICH_LAYOUT, "text-only": TEXT_ONLY_LAYOUT, "long": LONG_LAYOUT}
 
@@ -54,6 +55,19 @@ def test_flash_stays_near_the_oracle(preset: str, group: int, head_dim: int, lay
         assert got.dtype == dtype
         # BF16 keeps 8 bits: each of a few roundings (rotation, probabilities, partial outputs,
         # gradients) errs by up to 4e-3.
+        assert_close_norm(got, expected, problem.grad_out, 2e-2)
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 130])
+@pytest.mark.parametrize("preset", ["s_attn", "dattn"])
+def test_a_sliding_window_stays_near_the_oracle(preset: str, window: int) -> None:
+    config, dtype = PRESETS[preset], torch.bfloat16
+    problem = make_problem(LONG_LAYOUT, config, dtype, group=4, head_dim=64)
+    backend = select_backend("cuda_flash", "cuda", dtype, 64)
+    moved = problem.to(dtype, "cuda")
+    actual = run_fast(moved, LONG_LAYOUT, config, backend, window=window)
+    exact = run_oracle(problem, LONG_LAYOUT, config, window=window)
+    for got, expected in zip(actual, exact, strict=True):
         assert_close_norm(got, expected, problem.grad_out, 2e-2)
 
 

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -143,19 +144,22 @@ def make_batch(
         for sample, offsets in enumerate(images)
         for offset in offsets
     )
-    layout = TokenLayout(tuple(texts), spans, *budgets)
     input_ids = torch.zeros(budgets[1], dtype=torch.int64)
     labels = torch.full((budgets[1],), -100)
-    pixels = []
+    pixels, prompts = [], []
+    ends = list(accumulate(texts))
     for sample, (length, offsets) in enumerate(zip(texts, images, strict=True)):
         generator = torch.Generator().manual_seed(1000 * seed + first_sample + sample)
         ids = torch.randint(0, LANGUAGE.vocab_size, (length,), generator=generator)
-        start, end = (row - budgets[0] for row in layout.text_rows(sample))
+        start, end = ends[sample] - length, ends[sample]
         input_ids[start:end] = ids
         if not unlabelled:
             supervised = torch.rand(length - 1, generator=generator) < 0.67
             labels[start : end - 1] = torch.where(supervised, ids[1:], -100)
+        labelled = (labels[start:end] != -100).nonzero().flatten().tolist()
+        prompts.append(labelled[0] + 1 if labelled else length)
         pixels.append(torch.randn(len(offsets), 3, 44, 44, generator=generator))
+    layout = TokenLayout(tuple(texts), spans, *budgets, tuple(prompts))
     keys = [f"{seed}/{first_sample + sample}" for sample in range(len(texts))]
     return PackedBatch(layout, input_ids, labels, torch.cat(pixels), keys)
 

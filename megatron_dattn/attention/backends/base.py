@@ -9,7 +9,7 @@ from megatron_dattn.attention.parts import Part
 
 
 class Backend(Protocol):
-    """Softmax attention over the segments of one part.
+    """Softmax attention over the segments of one part, its sliding window included.
 
     Tensors hold the part's own rows: queries [Nq, Hq, D], keys and values [Nk, Hk, D] with Hq a
     multiple of Hk, segment after segment as `part` lists them.
@@ -17,14 +17,29 @@ class Backend(Protocol):
 
     name: str
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def unsupported(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        softcap: float | None = None,
+    ) -> str | None:
         """Why this backend cannot run such tensors; None if it can."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        part: Part,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output [Nq, Hq, D], in the input's dtype or a wider one, and the natural-log
-        log-sum-exp of the scaled scores [Nq, Hq], float32 (float64 for float64)."""
+        log-sum-exp of the scores [Nq, Hq], float32 (float64 for float64).
+
+        Scores are scaled, then, with a softcap c, become c * tanh(score / c).
+        """
         ...
 
     def backward(
@@ -37,6 +52,7 @@ class Backend(Protocol):
         lse: Tensor,
         part: Part,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value for probabilities exp(score - lse).
 

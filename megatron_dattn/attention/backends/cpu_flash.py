@@ -1,14 +1,15 @@
 """Attention by torch's flash kernel for CPUs: no score matrix, grouped heads without copies.
 
-Two conventions of the kernel matter here. Its causal mask is aligned at the top left, which is the
-same as ours because causal segments are square. An empty query or key batch kills the process; a
-part holds no empty segments, so none arises.
+Three conventions of the kernel matter here. Its causal mask is aligned at the top left, which is
+the same as ours because causal segments are square. An empty query or key batch kills the process;
+a part holds no empty segments, so none arises. It knows no window: batches longer than the window
+carry a mask of width x width.
 """
 
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.backends.dense import DenseBackend
+from megatron_dattn.attention.backends.dense import DenseBackend, ScoreRule, hidden_places
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -17,8 +18,16 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 class CpuFlashBackend(DenseBackend):
     name = "cpu_flash"
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return None if device.type == "cpu" else f"it runs on a CPU, not on {device.type}"
+    def unsupported(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        softcap: float | None = None,
+    ) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on a CPU, not on {device.type}"
+        return None if softcap is None else "its kernel has no softcap"
 
     def dense_forward(
         self,
@@ -26,10 +35,10 @@ class CpuFlashBackend(DenseBackend):
         key: Tensor,
         value: Tensor,
         bias: Tensor | None,
-        causal: bool,
-        scale: float,
+        rule: ScoreRule,
     ) -> tuple[Tensor, Tensor]:
-        return _forward(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        mask, causal = _mask(query, bias, rule)
+        return _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=rule.scale)
 
     def dense_backward(
         self,
@@ -40,9 +49,22 @@ class CpuFlashBackend(DenseBackend):
         out: Tensor,
         lse: Tensor,
         bias: Tensor | None,
-        causal: bool,
-        scale: float,
+        rule: ScoreRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        mask, causal = _mask(query, bias, rule)
         return _backward(
-            grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+            grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=rule.scale
         )
+
+
+def _mask(query: Tensor, bias: Tensor | None, rule: ScoreRule) -> tuple[Tensor | None, bool]:
+    """The mask to add to the scores, and whether the kernel's own causal mask is still needed."""
+    assert rule.softcap is None, "select_backend refuses a softcap by name"
+    width = query.shape[2]
+    if rule.window is None or rule.window >= width:
+        return bias, rule.causal
+    hidden = hidden_places(rule, width, query.device)
+    assert bias is None
+    assert hidden is not None
+    mask = query.new_zeros(width, width).masked_fill_(hidden, -torch.inf)
+    return mask.expand(query.shape[0], 1, width, width), False

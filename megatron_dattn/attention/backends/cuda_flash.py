@@ -25,7 +25,13 @@ _MIN_CAPABILITY = (8, 0)
 class CudaFlashBackend:
     name = "cuda_flash"
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def unsupported(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        softcap: float | None = None,
+    ) -> str | None:
         if device.type != "cuda":
             return f"it needs a CUDA device, not {device.type}"
         if not torch.backends.cuda.is_flash_attention_available():
@@ -36,11 +42,18 @@ class CudaFlashBackend:
             return f"it computes in bfloat16 or float16, not {dtype}"
         if head_dim > _MAX_HEAD_DIM or head_dim % 8:
             return f"head_dim {head_dim} is not a multiple of 8 up to {_MAX_HEAD_DIM}"
-        return None
+        return None if softcap is None else "its kernel has no softcap"
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        part: Part,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
+        assert softcap is None, "select_backend refuses a softcap by name"
         group = _foldable_group(query, key, part)
         out, lse, *_ = _forward(
             _fold(query, group),
@@ -54,6 +67,7 @@ class CudaFlashBackend:
             part.causal,
             False,
             scale=scale,
+            **_window(part),
         )
         lse = lse.masked_fill(lse == torch.inf, -torch.inf)
         return _unfold(out, group), _unfold(lse.T.unsqueeze(-1), group).squeeze(-1)
@@ -68,7 +82,9 @@ class CudaFlashBackend:
         lse: Tensor,
         part: Part,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        assert softcap is None, "select_backend refuses a softcap by name"
         group = _foldable_group(query, key, part)
         random_state = torch.empty(2, dtype=torch.uint64, device=query.device)
         grad_query, grad_key, grad_value = _backward(
@@ -87,8 +103,16 @@ class CudaFlashBackend:
             random_state,  # read only when there is dropout
             random_state,
             scale=scale,
+            **_window(part),
         )
         return _unfold(grad_query, group), grad_key, grad_value
+
+
+def _window(part: Part) -> dict[str, int]:
+    """Keys that a query sees before and behind its own place."""
+    return (
+        {} if part.window is None else {"window_size_left": part.window - 1, "window_size_right": 0}
+    )
 
 
 def _foldable_group(query: Tensor, key: Tensor, part: Part) -> int:

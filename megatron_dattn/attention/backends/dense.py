@@ -5,6 +5,7 @@ several times slower on short segments), and only inputs and outputs are rounded
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,16 @@ from torch import Tensor
 from megatron_dattn.attention.merge import merge_dtype
 from megatron_dattn.attention.padding import PaddedBatch, PaddedRows
 from megatron_dattn.attention.parts import Part
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How a dense batch's scores come about, besides its key padding."""
+
+    scale: float
+    softcap: float | None
+    causal: bool
+    window: int | None  # in a causal batch: a query sees this many keys, itself included
 
 
 class DenseBackend(ABC):
@@ -27,8 +38,7 @@ class DenseBackend(ABC):
         key: Tensor,
         value: Tensor,
         bias: Tensor | None,
-        causal: bool,
-        scale: float,
+        rule: ScoreRule,
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp; `bias` [batch, 1, 1, key width] is added to the scores."""
 
@@ -42,19 +52,25 @@ class DenseBackend(ABC):
         out: Tensor,
         lse: Tensor,
         bias: Tensor | None,
-        causal: bool,
-        scale: float,
+        rule: ScoreRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, part: Part, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        part: Part,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
+        rule = ScoreRule(scale, softcap, part.causal, part.window)
         outs, lses = [], []
         for batch in part.batches:
             q = _pad(query, batch.queries)
             k, v = (_pad(rows, batch.keys) for rows in (key, value))
-            out, lse = self.dense_forward(q, k, v, _bias(batch, q.dtype), part.causal, scale)
+            out, lse = self.dense_forward(q, k, v, _bias(batch, q.dtype), rule)
             outs.append(batch.queries.unpad(out.transpose(1, 2)))
             lses.append(batch.queries.unpad(lse.transpose(1, 2)))
         return _join(outs), _join(lses)
@@ -69,7 +85,9 @@ class DenseBackend(ABC):
         lse: Tensor,
         part: Part,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        rule = ScoreRule(scale, softcap, part.causal, part.window)
         grads: tuple[list[Tensor], ...] = ([], [], [])
         for batch in part.batches:
             # With grad_out zero in padding, padded queries send no gradient anywhere.
@@ -77,7 +95,7 @@ class DenseBackend(ABC):
             q, o, s = (_pad(rows, batch.queries) for rows in (query, out, lse))
             k, v = (_pad(rows, batch.keys) for rows in (key, value))
             bias = _bias(batch, q.dtype)
-            dq, dk, dv = self.dense_backward(do, q, k, v, o, s, bias, part.causal, scale)
+            dq, dk, dv = self.dense_backward(do, q, k, v, o, s, bias, rule)
             grads[0].append(batch.queries.unpad(dq.transpose(1, 2)))
             grads[1].append(batch.keys.unpad(dk.transpose(1, 2)))
             grads[2].append(batch.keys.unpad(dv.transpose(1, 2)))
@@ -100,3 +118,13 @@ def _bias(batch: PaddedBatch, dtype: torch.dtype) -> Tensor | None:
 
 def _join(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def hidden_places(rule: ScoreRule, width: int, device: torch.device) -> Tensor | None:
+    """True where a causal batch's query (row) does not see a key (column), bool [width, width]."""
+    if not rule.causal:
+        return None
+    hidden = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
+    if rule.window is not None and rule.window < width:
+        hidden |= torch.ones_like(hidden).tril(-rule.window)
+    return hidden

@@ -19,7 +19,12 @@ BACKENDS = {backend.name: backend for backend in _PREFERENCE}
 
 
 def select_backend(
-    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    softcap: float | None = None,
 ) -> Backend:
     """The backend called `name`, or with "auto" the first that supports such tensors.
 
@@ -29,11 +34,11 @@ def select_backend(
     device = torch.device(device)
     if name == "auto":
         backend = next(
-            b for b in BACKENDS.values() if b.unsupported(device, dtype, head_dim) is None
+            b for b in BACKENDS.values() if b.unsupported(device, dtype, head_dim, softcap) is None
         )
     elif name in BACKENDS:
         backend = BACKENDS[name]
-        reason = backend.unsupported(device, dtype, head_dim)
+        reason = backend.unsupported(device, dtype, head_dim, softcap)
         if reason is not None:
             raise UserError(f"attention backend {name!r} cannot be used: {reason}; choose 'auto'")
     else:

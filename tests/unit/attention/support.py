@@ -34,8 +34,9 @@ RICH_LAYOUT = TokenLayout(
     ),
     visual_budget=15,
     text_budget=16,
+    prompt_lengths=(3, 3, 1, 0),
 )
-TEXT_ONLY_LAYOUT = TokenLayout((3, 2), (), visual_budget=2, text_budget=6)
+TEXT_ONLY_LAYOUT = TokenLayout((3, 2), (), visual_budget=2, text_budget=6, prompt_lengths=(1, 2))
 
 
 @st.composite
@@ -46,7 +47,7 @@ def layouts(draw: st.DrawFn) -> TokenLayout:
     for sample, length in enumerate(text_lengths):
         offsets = sorted(draw(st.lists(st.integers(0, length), max_size=3)))
         for offset in offsets:
-            grid = draw(st.tuples(st.integers(1, 2), st.integers(1, 3)))
+            grid = draw(st.tuples(st.integers(1, 3), st.integers(1, 5)))
             images.append(ImageSpan(sample, offset, grid))
     visual_rows = sum(image.num_rows for image in images)
     return TokenLayout(
@@ -54,6 +55,7 @@ def layouts(draw: st.DrawFn) -> TokenLayout:
         tuple(images),
         visual_budget=visual_rows + draw(st.integers(0, 3)),
         text_budget=sum(text_lengths) + draw(st.integers(0, 3)),
+        prompt_lengths=tuple(draw(st.integers(0, length)) for length in text_lengths),
     )
 
 
@@ -66,15 +68,24 @@ class Problem:
     value: Tensor
     rotary: Rotary
     grad_out: Tensor
+    gate: Tensor | None  # [Hq], where the merge has one
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value
 
+    @property
+    def differentiable(self) -> tuple[Tensor, ...]:
+        return self.inputs if self.gate is None else (*self.inputs, self.gate)
+
     def to(self, dtype: torch.dtype, device: str = "cpu") -> "Problem":
-        moved = (x.detach().clone().to(device, dtype).requires_grad_() for x in self.inputs)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone().to(device, dtype).requires_grad_()
+
+        moved = (move(x) for x in self.inputs)
         cos, sin = (table.to(device) for table in self.rotary)
-        return Problem(*moved, (cos, sin), self.grad_out.to(device, dtype))
+        gate = None if self.gate is None else move(self.gate)
+        return Problem(*moved, (cos, sin), self.grad_out.to(device, dtype), gate)
 
 
 def make_problem(
@@ -92,26 +103,55 @@ def make_problem(
     # Rounded to the tested dtype first, so that the oracle sees the very same numbers.
     draws = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     query, key, value = (x.requires_grad_() for x in draws[:3])
+    gate = torch.randn(2 * group, generator=generator).to(dtype).requires_grad_()
     rotary = rotary_tables(row_positions(layout, config), head_dim, base=100.0)
-    return Problem(query, key, value, rotary, draws[3])
+    return Problem(query, key, value, rotary, draws[3], gate if config.has_gate else None)
 
 
 def run_fast(
-    problem: Problem, layout: TokenLayout, config: AttentionConfig, backend: Backend
+    problem: Problem,
+    layout: TokenLayout,
+    config: AttentionConfig,
+    backend: Backend,
+    *,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> list[Tensor]:
-    """Output and gradients of query, key and value."""
-    plan = plan_attention(layout, config, problem.query.device)
-    scale = problem.query.shape[-1] ** -0.5
-    out = decomposed_attention(*problem.inputs, plan, problem.rotary, scale=scale, backend=backend)
-    return [out, *torch.autograd.grad(out, problem.inputs, problem.grad_out)]
+    """Output and gradients of query, key and value, and of the gate if there is one."""
+    plan = plan_attention(layout, config, problem.query.device, window=window)
+    out = decomposed_attention(
+        *problem.inputs,
+        plan,
+        problem.rotary,
+        scale=problem.query.shape[-1] ** -0.5,
+        backend=backend,
+        gate=problem.gate,
+        softcap=softcap,
+    )
+    return [out, *torch.autograd.grad(out, problem.differentiable, problem.grad_out)]
 
 
-def run_oracle(problem: Problem, layout: TokenLayout, config: AttentionConfig) -> list[Tensor]:
+def run_oracle(
+    problem: Problem,
+    layout: TokenLayout,
+    config: AttentionConfig,
+    *,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> list[Tensor]:
     """The same from the oracle, in float64 on the same numbers."""
     exact = problem.to(torch.float64)
-    scale = exact.query.shape[-1] ** -0.5
-    out = reference_attention(*exact.inputs, layout, config, exact.rotary, scale=scale)
-    return [out, *torch.autograd.grad(out, exact.inputs, exact.grad_out)]
+    out = reference_attention(
+        *exact.inputs,
+        layout,
+        config,
+        exact.rotary,
+        scale=exact.query.shape[-1] ** -0.5,
+        gate=exact.gate,
+        softcap=softcap,
+        window=window,
+    )
+    return [out, *torch.autograd.grad(out, exact.differentiable, exact.grad_out)]
 
 
 def assert_close_norm(actual: Tensor, expected: Tensor, unit: Tensor, tolerance: float) -> None:

@@ -1,5 +1,6 @@
 """Presets and the combinations of axes that have no meaning."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ IN_SEQUENCE = Positions(text="gap", visual="sequence", embedding="none")
 
 
 def test_presets_are_the_cells_of_the_papers_ablation() -> None:
-    assert list(PRESETS) == ["s_attn", "dattn", "dattn_biased", "s_attn_debias"]
-    cells = {name: (c.v2v == "diagonal", not c.t2v.rotary) for name, c in PRESETS.items()}
+    cells = {
+        name: (PRESETS[name].v2v == "diagonal", not PRESETS[name].t2v.rotary)
+        for name in ("s_attn", "dattn", "dattn_biased", "s_attn_debias")
+    }
     assert cells == {
         "s_attn": (False, False),
         "dattn_biased": (True, False),
@@ -29,6 +32,11 @@ def test_presets_are_the_cells_of_the_papers_ablation() -> None:
 
 def test_the_default_is_the_papers_method() -> None:
     assert AttentionConfig() == get_preset("dattn")
+
+
+def test_the_merges_change_nothing_else() -> None:
+    for merge in ("sum", "tanh", "sigmoid"):
+        assert replace(PRESETS[f"dattn_{merge}"], merge="alpha") == PRESETS["dattn"]
 
 
 def test_only_s_attn_is_plain_self_attention() -> None:
@@ -48,7 +56,17 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
             {"v2v": "causal", "v2t": "preceding", "positions": IN_SEQUENCE},
             "see, through the image, text that comes after itself",
         ),
+        (
+            {"v2v": "causal", "v2t": "prompt", "positions": IN_SEQUENCE},
+            "v2t='prompt' and t2v.scope='all'",
+        ),
+        ({"v2v": "none", "v2t": "prompt", "t2v": TextToVisual("following")}, "v2v='none' gives"),
+        ({"v2v": "window"}, "needs an odd v2v_window, .* it is None"),
+        ({"v2v": "window", "v2v_window": 4}, "needs an odd v2v_window, .* it is 4"),
+        ({"v2v_window": 3}, "v2v_window=3 has no effect"),
         ({"v2v": "causal"}, "need positions.visual='sequence'"),
+        ({"v2v": "ring"}, "need positions.visual='sequence' or 'ring'"),
+        ({"positions": Positions(text="gap", visual="ring")}, "visual='ring' has no effect"),
         ({"t2v": TextToVisual(rotary=True)}, "need positions.visual='sequence'"),
         ({"positions": IN_SEQUENCE}, "has no effect"),
         (

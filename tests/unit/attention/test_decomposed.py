@@ -56,6 +56,23 @@ def test_float64_equals_the_oracle(
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("backend", "softcap"), [("math", 1.5), ("math", None), ("cpu_flash", None)]
+)
+@every_preset
+@settings(max_examples=15, deadline=None)
+@given(layout=layouts(), window=st.integers(1, 8))
+def test_softcaps_and_sliding_windows_equal_the_oracle(
+    preset: str, backend: str, softcap: float | None, layout: TokenLayout, window: int
+) -> None:
+    config = PRESETS[preset]
+    problem = make_problem(layout, config)
+    rules = {"softcap": softcap, "window": window}
+    actual = run_fast(problem, layout, config, backend_named(backend), **rules)
+    for got, expected in zip(actual, run_oracle(problem, layout, config, **rules), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
 # Float32: 6e-8 per rounding, logits up to 10, sums of some ten terms. BF16: inputs are shared with
 # the oracle, but rotated queries and keys, the output and the gradients are rounded to 8 bits
 # (4e-3 at most each), and softmax carries the first of these on to all gradients.
@@ -101,12 +118,19 @@ def test_gradcheck(preset: str, backend: str) -> None:
     problem = make_problem(RICH_LAYOUT, config, group=2)
     plan = plan_attention(RICH_LAYOUT, config)
 
-    def attention(*inputs: Tensor) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None = None) -> Tensor:
         return decomposed_attention(
-            *inputs, plan, problem.rotary, scale=SCALE, backend=backend_named(backend)
+            query,
+            key,
+            value,
+            plan,
+            problem.rotary,
+            scale=SCALE,
+            backend=backend_named(backend),
+            gate=gate,
         )
 
-    assert torch.autograd.gradcheck(attention, problem.inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(attention, problem.differentiable, fast_mode=True)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -159,6 +183,7 @@ def outputs(problem: Problem, value: Tensor, layout: TokenLayout, preset: str) -
             problem.rotary,
             scale=SCALE,
             backend=backend_named("cpu_flash"),
+            gate=problem.gate,
         )
 
 
@@ -180,8 +205,10 @@ def test_a_row_moves_exactly_the_rows_that_see_it(preset: str) -> None:
         assert moved.tolist() == seen[:, row].tolist(), f"row {row}"
 
 
-@pytest.mark.parametrize("preset", ["dattn", "dattn_biased"])
-def test_a_diagonal_visual_row_never_changes_another(preset: str) -> None:
+@pytest.mark.parametrize(
+    "preset", [name for name, config in PRESETS.items() if not config.scores_visual_rows]
+)
+def test_an_unscored_visual_row_never_changes_another(preset: str) -> None:
     """Neither through its query, its key nor its value."""
     layout = RICH_LAYOUT
     problem = make_problem(layout, PRESETS[preset])
@@ -193,7 +220,8 @@ def test_a_diagonal_visual_row_never_changes_another(preset: str) -> None:
                 tensor[row] += 100.0
         after = outputs(moved, moved.value, layout, preset)[: layout.visual_budget]
         changed = (after != before).flatten(1).any(dim=1)
-        assert changed.nonzero().flatten().tolist() == [row]
+        own = [] if PRESETS[preset].v2v == "none" else [row]
+        assert changed.nonzero().flatten().tolist() == own
 
 
 @every_preset
@@ -206,9 +234,9 @@ def test_padding_is_finite_and_gives_and_takes_nothing(preset: str) -> None:
     problem.grad_out[padding] = 0.0  # no loss is taken there
     out, *gradients = run_fast(problem, layout, config, backend_named("cpu_flash"))
     assert torch.isfinite(out).all()
-    if config.v2v == "causal":
+    if config.v2v != "diagonal":
         assert not out[padding].any()
-    for gradient in gradients:
+    for gradient in gradients[:3]:
         assert not gradient[padding].any()
 
 
@@ -277,6 +305,57 @@ def test_a_pack_without_images_or_without_anything_works(preset: str) -> None:
         actual = run_fast(problem, layout, config, backend_named("cpu_flash"))
         for got, expected in zip(actual, run_oracle(problem, layout, config), strict=True):
             torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+@every_backend
+@pytest.mark.parametrize("merge", ["alpha", "sum", "tanh", "sigmoid"])
+def test_only_a_joint_softmax_ties_visual_gradients_to_the_text(merge: str, backend: str) -> None:
+    """Otherwise T2V has its own (out, lse), whatever the scores of T2T are."""
+    config = PRESETS["dattn" if merge == "alpha" else f"dattn_{merge}"]
+    visual = slice(0, RICH_LAYOUT.num_visual_rows)
+    gradients = []
+    for factor in (1.0, 3.0):
+        problem = make_problem(RICH_LAYOUT, config)
+        with torch.no_grad():
+            problem.key[RICH_LAYOUT.visual_budget :] *= factor
+        _, _, grad_key, *_ = run_fast(problem, RICH_LAYOUT, config, backend_named(backend))
+        gradients.append(grad_key[visual])
+    if merge == "alpha":
+        assert relative_error(*gradients) > 0.05
+    else:
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("preset", ["dattn_tanh", "dattn_sigmoid"])
+def test_a_gate_without_images_has_a_gradient_of_zero(preset: str) -> None:
+    """A data-parallel reduction waits for the gates of every rank."""
+    config = PRESETS[preset]
+    problem = make_problem(TEXT_ONLY_LAYOUT, config)
+    *_, gradient = run_fast(problem, TEXT_ONLY_LAYOUT, config, backend_named("cpu_flash"))
+    assert gradient.shape == (4,)
+    assert not gradient.any()
+
+
+def test_one_gate_may_serve_all_heads() -> None:
+    config = PRESETS["dattn_sigmoid"]
+    problem = make_problem(RICH_LAYOUT, config)
+    out, *_ = run_fast(problem, RICH_LAYOUT, config, backend_named("cpu_flash"))
+    problem.gate = torch.full((1,), 0.3, dtype=torch.float64, requires_grad=True)
+    scalar, *_, gradient = run_fast(problem, RICH_LAYOUT, config, backend_named("cpu_flash"))
+    problem.gate = torch.full((4,), 0.3, dtype=torch.float64, requires_grad=True)
+    heads, *_, gradients = run_fast(problem, RICH_LAYOUT, config, backend_named("cpu_flash"))
+    assert torch.equal(scalar, heads)
+    assert not torch.equal(scalar, out)
+    torch.testing.assert_close(gradient, gradients.sum(0, keepdim=True), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("preset", ["dattn", "dattn_sum", "dattn_tanh"])
+def test_a_gate_where_none_belongs_and_its_absence_are_refused(preset: str) -> None:
+    config = PRESETS[preset]
+    problem = make_problem(RICH_LAYOUT, config)
+    problem.gate = None if config.has_gate else torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"merge '{config.merge}'"):
+        run_fast(problem, RICH_LAYOUT, config, backend_named("math"))
 
 
 def test_tensors_of_another_pack_are_refused() -> None:

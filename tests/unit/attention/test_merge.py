@@ -1,4 +1,4 @@
-"""Alpha-weighting equals one joint softmax, for any number of parts, keyless rows included."""
+"""Alpha-weighting equals one joint softmax, keyless rows included; other merges their formula."""
 
 from itertools import permutations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import alpha_merge
+from megatron_dattn.attention import alpha_merge, weighted_merge
+from megatron_dattn.attention.config import Merge
 
 ROWS, HEADS, DIM = 5, 3, 4
 
@@ -75,3 +76,41 @@ def test_half_precision_parts_merge_in_float32() -> None:
     exact, _ = alpha_merge(rounded[0].double(), visual[1], rounded[1].double(), text[1])
     # Float32 arithmetic on the rounded parts: far below one BF16 rounding (4e-3).
     torch.testing.assert_close(out.double(), exact, atol=1e-6, rtol=0)
+
+
+def test_a_constant_weight_per_head_joins_two_softmaxes() -> None:
+    visual, text = torch.randn(2, ROWS, HEADS, DIM, dtype=torch.float64)
+    gate = torch.randn(HEADS, dtype=torch.float64)
+    everywhere = torch.ones(ROWS, dtype=torch.bool)
+    weight = gate[:, None].tanh()
+    added = weighted_merge(visual, text, "tanh", gate, everywhere)
+    torch.testing.assert_close(added, text + weight * visual, atol=1e-14, rtol=0)
+    weight = gate[:, None].sigmoid()
+    shared = weighted_merge(visual, text, "sigmoid", gate, everywhere)
+    torch.testing.assert_close(shared, (1 - weight) * text + weight * visual, atol=1e-14, rtol=0)
+    assert torch.equal(weighted_merge(visual, text, "sum", None, everywhere), visual + text)
+
+
+def test_a_closed_tanh_gate_is_the_language_model_alone() -> None:
+    visual, text = torch.randn(2, ROWS, HEADS, DIM)
+    out = weighted_merge(visual, text, "tanh", torch.zeros(1), torch.ones(ROWS, dtype=torch.bool))
+    assert torch.equal(out, text)
+
+
+@pytest.mark.parametrize("merge", ["sum", "tanh", "sigmoid"])
+def test_rows_without_images_keep_their_text(merge: Merge) -> None:
+    text = torch.randn(ROWS, HEADS, DIM)
+    gate = None if merge == "sum" else torch.randn(HEADS)
+    nothing = torch.zeros_like(text), text
+    out = weighted_merge(*nothing, merge, gate, torch.zeros(ROWS, dtype=torch.bool))
+    assert torch.equal(out, text)
+
+
+def test_gates_are_computed_in_float32() -> None:
+    visual, text = torch.randn(2, ROWS, HEADS, DIM).bfloat16()
+    gate = torch.randn(HEADS).bfloat16()
+    out = weighted_merge(visual, text, "tanh", gate, torch.ones(ROWS, dtype=torch.bool))
+    assert out.dtype == torch.bfloat16
+    exact = text.double() + gate.double().tanh()[:, None] * visual.double()
+    # One rounding to BF16, at most half of 2**-7 of the value.
+    torch.testing.assert_close(out.double(), exact, atol=1e-6, rtol=2**-8)

@@ -1,8 +1,11 @@
 """Plans: the parts cover exactly the pairs that the oracle names, each once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dattn.attention import PRESETS, TokenLayout, plan_attention
@@ -14,26 +17,31 @@ from tests.unit.attention.support import RICH_LAYOUT, TEXT_ONLY_LAYOUT, layouts
 def pair_counts(part: Part, plan: AttentionPlan) -> Tensor:
     """How often the part scores each (query row, key row) pair of the pack, int64 [S, S]."""
     packed_rows = torch.arange(plan.num_rows)
-    queries = part.query_rows.take(packed_rows[plan.num_diagonal_rows :]).split(part.query_lengths)
+    queries = part.query_rows.take(packed_rows[plan.scored_rows[0] :]).split(part.query_lengths)
     keys = part.key_rows.take(packed_rows).split(part.key_lengths)
     counts = torch.zeros(plan.num_rows, plan.num_rows, dtype=torch.int64)
     for segment_queries, segment_keys in zip(queries, keys, strict=True):
         for place, query in enumerate(segment_queries):
-            visible = segment_keys[: place + 1] if part.causal else segment_keys
+            visible = segment_keys
+            if part.causal:
+                first = 0 if part.window is None else max(0, place + 1 - part.window)
+                visible = segment_keys[first : place + 1]
             counts[query, visible] += 1
     return counts
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @settings(max_examples=50, deadline=None)
-@given(layout=layouts())
-def test_parts_score_every_pair_of_the_preset_once(preset: str, layout: TokenLayout) -> None:
+@given(layout=layouts(), window=st.none() | st.integers(1, 8))
+def test_parts_score_every_pair_of_the_preset_once(
+    preset: str, layout: TokenLayout, window: int | None
+) -> None:
     config = PRESETS[preset]
-    plan = plan_attention(layout, config)
-    seen, rotated = pair_masks(layout, config)
-    seen[: plan.num_diagonal_rows] = False  # diagonal rows have no scores
+    plan = plan_attention(layout, config, window=window)
+    seen, rotated = pair_masks(layout, config, window)
+    seen[: plan.scored_rows[0]] = False  # diagonal rows have no scores
     for rotary in (False, True):
-        parts = [part for part in plan.parts if part.rotary == rotary]
+        parts = [p for p in (*plan.parts, *plan.visual_parts) if p.rotary == rotary]
         counts = sum((pair_counts(part, plan) for part in parts), torch.zeros_like(seen).long())
         assert torch.equal(counts, (seen & (rotated == rotary)).long())
 
@@ -42,7 +50,8 @@ def test_parts_score_every_pair_of_the_preset_once(preset: str, layout: TokenLay
 @settings(max_examples=25, deadline=None)
 @given(layout=layouts())
 def test_parts_keep_their_promises(preset: str, layout: TokenLayout) -> None:
-    for part in plan_attention(layout, PRESETS[preset]).parts:
+    plan = plan_attention(layout, PRESETS[preset])
+    for part in (*plan.parts, *plan.visual_parts):
         assert part.query_lengths
         assert min(part.query_lengths + part.key_lengths) >= 1
         assert part.query_rows.length == sum(part.query_lengths)
@@ -74,6 +83,47 @@ def test_dattn_is_unrotated_t2v_and_causal_t2t_of_text_rows() -> None:
     # The large tensors, keys and values, are read in place.
     assert t2v.key_rows.index is None
     assert t2t.key_rows.index is None
+
+
+def test_a_merge_of_two_softmaxes_keeps_t2v_apart() -> None:
+    plan = plan_attention(RICH_LAYOUT, PRESETS["dattn_sum"])
+    assert [part.name for part in plan.parts] == ["T2T"]
+    assert [part.name for part in plan.visual_parts] == ["T2V"]
+    # Samples 0, 2 and 3 have images; the last three rows are padding.
+    assert plan.sees_images.tolist() == [True] * 5 + [False] * 3 + [True] * 5 + [False] * 3
+
+
+def test_attention_to_the_prompt_needs_a_layout_that_knows_it() -> None:
+    layout = replace(RICH_LAYOUT, prompt_lengths=None)
+    with pytest.raises(ValueError, match="no prompt_lengths"):
+        plan_attention(layout, PRESETS["aki"])
+
+
+def test_frozen_visual_rows_are_read_as_ever() -> None:
+    """The plan of a layer that leaves visual rows alone."""
+    config = PRESETS["s_attn"]
+    frozen = replace(config, v2v="none", v2t="none")
+    plan = plan_attention(RICH_LAYOUT, frozen)
+    assert plan.scored_rows == (15, 31)
+    whole, _ = pair_masks(RICH_LAYOUT, config)
+    counts = sum(pair_counts(part, plan) for part in plan.parts)
+    assert torch.equal(counts[15:] > 0, whole[15:])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_visual_rows_that_are_gone_are_a_layout_without_images(preset: str) -> None:
+    """The plan of the layers after them: over the same rows, text sees text alone."""
+    plan = plan_attention(replace(RICH_LAYOUT, images=()), PRESETS[preset])
+    assert plan.num_rows == RICH_LAYOUT.num_rows
+    assert not plan.visual_parts
+    (part,) = plan.parts
+    assert part.causal
+    assert part.query_lengths == RICH_LAYOUT.text_lengths
+
+
+def test_a_window_that_hides_everything_is_refused() -> None:
+    with pytest.raises(ValueError, match="window of 0 rows"):
+        plan_attention(RICH_LAYOUT, PRESETS["dattn"], window=0)
 
 
 def test_text_alone_needs_no_t2v() -> None:

@@ -23,7 +23,7 @@ LAYOUT = TokenLayout(
 )
 
 
-@pytest.mark.parametrize("preset", ["s_attn", "dattn_biased", "s_attn_debias"])
+@pytest.mark.parametrize("preset", ["s_attn", "dattn_biased", "ee_mllm", "aki"])
 def test_sequence_positions_count_all_rows_in_reading_order(preset: str) -> None:
     positions = row_positions(LAYOUT, PRESETS[preset]).tolist()
     assert positions == [2, 3, 5, 0, 1, 0, 0, 1, 4, 2, 3, 0, 0]
@@ -32,6 +32,15 @@ def test_sequence_positions_count_all_rows_in_reading_order(preset: str) -> None
 def test_text_only_positions_leave_images_out() -> None:
     positions = row_positions(LAYOUT, PRESETS["dattn"]).tolist()
     assert positions == [0] * 6 + [0, 1, 2, 0, 1, 0, 0]
+
+
+def test_rings_count_from_the_border_and_text_goes_on_after_the_centre() -> None:
+    # Text, images of 4 x 3 and of 1 x 2 (a single ring), text.
+    images = (ImageSpan(0, 1, (4, 3)), ImageSpan(0, 1, (1, 2)))
+    layout = TokenLayout((3,), images, visual_budget=15, text_budget=4)
+    positions = row_positions(layout, PRESETS["cca"]).tolist()
+    assert positions[:12] == [1, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 1]
+    assert positions[12:] == [3, 3, 0, 0, 4, 5, 0]
 
 
 @given(layout=layouts())

@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
 
 from megatron_dattn.attention import (
     PRESETS,
     ImageSpan,
     TokenLayout,
     apply_rotary,
+    output_rows,
     rotary_tables,
     row_positions,
 )
@@ -18,6 +20,7 @@ from tests.unit.attention.support import (
     RICH_LAYOUT,
     SCALE,
     TEXT_ONLY_LAYOUT,
+    layouts,
     make_problem,
     run_oracle,
 )
@@ -25,7 +28,11 @@ from tests.unit.attention.support import (
 # One sample, read as: text a, image (v w), text b c, image x, text d. Then a row of padding each,
 # and a second sample of one text row e. Packed: v w x - | a b c d e -.
 LAYOUT = TokenLayout(
-    (4, 1), (ImageSpan(0, 1, (1, 2)), ImageSpan(0, 3, (1, 1))), visual_budget=4, text_budget=6
+    (4, 1),
+    (ImageSpan(0, 1, (1, 2)), ImageSpan(0, 3, (1, 1))),
+    visual_budget=4,
+    text_budget=6,
+    prompt_lengths=(2, 0),  # a b
 )
 ROWS = "vwx-abcde-"
 
@@ -39,12 +46,21 @@ SEES = {
         "v": "v", "w": "w", "x": "x",
         "a": "vwxa", "b": "vwxab", "c": "vwxabc", "d": "vwxabcd", "e": "e",
     },
+    "ee_mllm": {
+        "v": "v", "w": "w", "x": "x",
+        "a": "a", "b": "avwb", "c": "avwbc", "d": "avwbcxd", "e": "e",
+    },
 }  # fmt: skip
-SEES["dattn_biased"] = SEES["dattn"]
 SEES["s_attn_debias"] = SEES["s_attn"]
+for name in ("dattn_biased", "dattn_sum", "dattn_tanh", "dattn_sigmoid", "vidi"):
+    SEES[name] = SEES["dattn"]
+SEES["naavit"] = SEES["ee_mllm"] | {"v": "", "w": "", "x": ""}
+SEES["aki"] = SEES["s_attn"] | {"v": "avb", "w": "avwb"}
+SEES["yopo_window"] = SEES["s_attn"] | {"v": "avw", "x": "axbc"}  # its own image alone
+SEES["cca"] = SEES["s_attn"] | {"v": "avw"}  # a grid of 1 x 2 is one ring
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", SEES)
 def test_each_row_sees_what_the_preset_says(preset: str) -> None:
     seen, _ = pair_masks(LAYOUT, PRESETS[preset])
     actual = {row: {ROWS[k] for k in range(len(ROWS)) if seen[q, k]} for q, row in enumerate(ROWS)}
@@ -52,7 +68,85 @@ def test_each_row_sees_what_the_preset_says(preset: str) -> None:
     assert actual == expected
 
 
+def test_a_patch_sees_the_square_around_it() -> None:
+    layout = TokenLayout((1,), (ImageSpan(0, 0, (4, 7)),), 28, 1)
+    seen, _ = pair_masks(layout, PRESETS["yopo_window"])
+    corner = {i * 7 + j for i in range(3) for j in range(3)}
+    inside = {i * 7 + j for i in range(4) for j in range(1, 6)}
+    assert set(seen[0].nonzero().flatten().tolist()) == corner
+    assert set(seen[1 * 7 + 3].nonzero().flatten().tolist()) == inside
+
+
+def test_a_window_slides_over_the_rows_of_its_own_part() -> None:
+    """Over reading order in S-Attn, so that images fall out of it; over text alone in D-Attn."""
+    d = ROWS.index("d")  # read last, after a v w b c x
+    expected = {"s_attn": {*"cxd"}, "dattn": {*"vwx", *"bcd"}, "s_attn_debias": {*"vwx", *"bcd"}}
+    for preset, keys in expected.items():
+        seen, _ = pair_masks(LAYOUT, PRESETS[preset], window=3)
+        assert {ROWS[key] for key in seen[d].nonzero().flatten().tolist()} == keys
+
+
+def test_a_concentric_image_is_seen_from_the_border_inwards() -> None:
+    layout = TokenLayout((2,), (ImageSpan(0, 1, (3, 4)), ImageSpan(0, 1, (1, 1))), 13, 2)
+    seen, _ = pair_masks(layout, PRESETS["cca"])
+    centre, first_text = {5, 6}, {13}
+    border = set(range(12)) - centre
+    for row in range(12):
+        expected = border | first_text | (centre if row in centre else set())
+        assert set(seen[row].nonzero().flatten().tolist()) == expected
+    assert seen[12].tolist() == [True] * 14 + [False]  # a later image sees the whole earlier one
+
+
 @pytest.mark.parametrize("preset", PRESETS)
+@settings(max_examples=30, deadline=None)
+@given(layout=layouts())
+def test_no_label_and_no_later_image_reaches_a_prediction(preset: str, layout: TokenLayout) -> None:
+    """Through however many layers: `reaches` is the transitive closure of the mask.
+
+    Every text row from the last one of the prompt on is labelled with the row after it.
+    """
+    config = PRESETS[preset]
+    seen, _ = pair_masks(layout, config)
+    reaches = seen | torch.eye(layout.num_rows, dtype=torch.bool)
+    while not torch.equal(wider := (reaches.float() @ reaches.float()) > 0, reaches):
+        reaches = wider
+    predicting = output_rows(layout, config).tolist()
+    prompts = layout.prompt_lengths
+    assert prompts is not None
+    for sample in range(layout.num_samples):
+        start, end = layout.text_rows(sample)
+        others = [row for row in range(layout.num_rows) if not _of_sample(row, sample, layout)]
+        first = start + max(prompts[sample] - 1, 0) if config.v2t == "prompt" else start
+        for text in range(first, end):
+            row = predicting[text - layout.visual_budget]
+            assert not reaches[row, text + 1 : end].any()
+            assert not reaches[row, others].any()
+            if config.t2v.scope == "following" and config.v2t != "prompt":
+                later = [
+                    image_row
+                    for index in layout.sample_images(sample)
+                    if layout.images[index].text_offset > text - start
+                    for image_row in range(*layout.image_rows[index])
+                ]
+                assert not reaches[text, later].any()
+
+
+def test_a_prompt_does_come_back_through_the_image() -> None:
+    """Why labels must not stand in it; and the check above would notice."""
+    seen, _ = pair_masks(LAYOUT, PRESETS["aki"])
+    a, b = ROWS.index("a"), ROWS.index("b")
+    image = ROWS.index("v")
+    assert seen[image, b]
+    assert seen[b, image]
+    assert not seen[a, b]
+
+
+def _of_sample(row: int, sample: int, layout: TokenLayout) -> bool:
+    ranges = (layout.visual_rows(sample), layout.text_rows(sample))
+    return any(start <= row < end for start, end in ranges)
+
+
+@pytest.mark.parametrize("preset", SEES)
 def test_only_text_to_visual_pairs_are_ever_unrotated(preset: str) -> None:
     config = PRESETS[preset]
     seen, rotated = pair_masks(LAYOUT, config)

@@ -1,7 +1,7 @@
-"""Counted operations against torch's FlopCounterMode, the attention oracle and published formulas.
+"""Counted operations against torch's FlopCounterMode, the attention room and published formulas.
 
 Products with weights must agree exactly: the counter sees every one of them as mm or addmm.
-Attention is compared by pairs with the oracle's mask, as kernels differ in the pairs they compute.
+Attention is counted by pairs, as kernels differ in the pairs they compute.
 """
 
 import dataclasses
@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_dattn.attention.config import PRESETS
+from megatron_dattn.attention import PRESETS, LayerSizes, layer_flops
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
-from megatron_dattn.attention.reference import pair_masks
 from megatron_dattn.models.config import (
     AdapterConfig,
     ExecutionConfig,
@@ -24,7 +23,6 @@ from megatron_dattn.models.config import (
 from megatron_dattn.models.flops import (
     ALL_MODULES,
     StepFlops,
-    attended_pairs,
     executed_flops,
     model_flops,
 )
@@ -56,6 +54,7 @@ PACK = TokenLayout(
     images=(ImageSpan(1, 0, (2, 2)), ImageSpan(2, 2, (2, 2)), ImageSpan(2, 4, (2, 2))),
     visual_budget=16,
     text_budget=20,
+    prompt_lengths=(2, 4, 6),
 )
 TEXT_ONLY = TokenLayout(text_lengths=(9,), images=(), visual_budget=0, text_budget=9)
 LINEAR_PARTS = ("adapter", "projections", "ffn", "head")
@@ -84,18 +83,19 @@ def _score_passes(encoder: Any) -> int:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_pairs_are_those_of_the_oracle(preset: str) -> None:
-    config = PRESETS[preset]
-    seen, _ = pair_masks(PACK, config)
-    # On the diagonal a visual row "sees" itself, but that softmax over one key has no score.
-    diagonal = PACK.num_visual_rows if config.v2v == "diagonal" else 0
-    assert attended_pairs(PACK, config) == int(seen.sum()) - diagonal
-
-
-def test_self_attention_pairs_are_a_triangle() -> None:
-    one = TokenLayout((10,), (ImageSpan(0, 3, (5, 6)),), 30, 10)
-    assert attended_pairs(one, PRESETS["s_attn"]) == 40 * 41 // 2
-    assert attended_pairs(one, PRESETS["dattn"]) == 30 * 10 + 10 * 11 // 2
+def test_decoder_layers_are_those_of_the_attention_room(preset: str) -> None:
+    language = TINY.language
+    sizes = LayerSizes(
+        language.hidden_size,
+        language.num_attention_heads,
+        language.num_key_value_heads,
+        language.head_dim,
+        language.intermediate_size,
+    )
+    counted = model_flops(TINY, [PACK], trained=frozenset(), attention=preset).parts
+    expected = layer_flops(PACK, PRESETS[preset], sizes)
+    for name in ("projections", "attention", "ffn"):
+        assert counted[name].forward == getattr(expected, name) * language.num_hidden_layers
 
 
 @pytest.mark.parametrize("frozen", [False, True])

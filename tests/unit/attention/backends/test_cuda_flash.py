@@ -38,18 +38,24 @@ def _segments(cu_q: Tensor, cu_k: Tensor) -> list[tuple[slice, slice]]:
     return [(slice(a, b), slice(c, d)) for a, b, c, d in bounds]
 
 
-def _scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
+def _scores(
+    query: Tensor, key: Tensor, causal: bool, scale: float, left: int | None, right: int | None
+) -> Tensor:
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    ones, last = torch.ones(scores.shape[-2:], dtype=torch.bool), len(key) - len(query)
     if causal:
-        ones = torch.ones(scores.shape[-2:], dtype=torch.bool)
-        scores = scores.masked_fill(ones.triu(1 + len(key) - len(query)), -torch.inf)
+        assert right in (None, 0)
+        scores = scores.masked_fill(ones.triu(1 + last), -torch.inf)
+    if left is not None:
+        scores = scores.masked_fill(ones.tril(last - left - 1), -torch.inf)
     return scores
 
 
 def fake_forward(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
     dropout: float, causal: bool, debug: bool, *, scale: float,
+    window_size_left: int | None = None, window_size_right: int | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     assert (dropout, debug) == (0.0, False)
     _check_call(query, key, cu_q, cu_k, [max_q, max_k])
@@ -57,7 +63,8 @@ def fake_forward(
     out = torch.zeros_like(query)
     lse = query.new_full((query.shape[1], query.shape[0]), torch.inf)
     for q, k in _segments(cu_q, cu_k):
-        scores = _scores(query[q], key[k], causal, scale)
+        window = window_size_left, window_size_right
+        scores = _scores(query[q], key[k], causal, scale, *window)
         if scores.shape[-1]:
             values = value[k].repeat_interleave(group, dim=1)
             out[q] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
@@ -69,6 +76,7 @@ def fake_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float, causal: bool,
     rng_state: Tensor, unused: Tensor, *, scale: float,
+    window_size_left: int | None = None, window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     assert (dropout, rng_state.dtype) == (0.0, torch.uint64)
     assert lse.is_contiguous()
@@ -78,7 +86,9 @@ def fake_backward(
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     for q, k in _segments(cu_q, cu_k):
         keys, values = (x[k].repeat_interleave(group, dim=1) for x in (key, value))
-        probabilities = (_scores(query[q], key[k], causal, scale) - lse[:, q, None]).exp()
+        window = window_size_left, window_size_right
+        scores = _scores(query[q], key[k], causal, scale, *window)
+        probabilities = (scores - lse[:, q, None]).exp()
         grad_p = torch.einsum("qhd,khd->hqk", grad_out[q], values)
         centre = (grad_out[q] * out[q]).sum(-1).T.unsqueeze(-1)
         grad_s = probabilities * (grad_p - centre) * scale
@@ -105,6 +115,17 @@ def test_equals_the_oracle(backend: CudaFlashBackend, layout: Any, preset: str, 
     problem = make_problem(layout, config, group=group)
     actual = run_fast(problem, layout, config, backend)
     for got, expected in zip(actual, run_oracle(problem, layout, config), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("preset", ["s_attn", "dattn"])
+def test_the_window_is_the_kernels(backend: CudaFlashBackend, preset: str, window: int) -> None:
+    config = PRESETS[preset]
+    problem = make_problem(RICH_LAYOUT, config)
+    actual = run_fast(problem, RICH_LAYOUT, config, backend, window=window)
+    exact = run_oracle(problem, RICH_LAYOUT, config, window=window)
+    for got, expected in zip(actual, exact, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 

@@ -29,6 +29,19 @@ def test_a_choice_that_cannot_run_is_refused_with_the_reason() -> None:
         select_backend("cuda_flash", "cpu", torch.bfloat16, 128)
 
 
+@pytest.mark.parametrize("name", ["cpu_flash", "cuda_flash"])
+def test_a_softcap_that_a_kernel_lacks_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = name.removesuffix("_flash")
+    with pytest.raises(UserError, match=f"'{name}' cannot be used: its kernel has no softcap"):
+        select_backend(name, device, torch.bfloat16, 64, softcap=50.0)
+    assert select_backend("auto", device, torch.bfloat16, 64, softcap=50.0).name == "math"
+    assert select_backend("auto", device, torch.bfloat16, 64).name == name
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="'flash4'; choose auto or one of cuda_flash, cpu_flash"):
         select_backend("flash4", "cpu", torch.float32, 32)

@@ -1,0 +1,101 @@
+"""What one decoder layer costs under a configuration: scored pairs and operations.
+
+Two operations per multiply-add, forward, matrix products only. With n visual and t text rows,
+hidden size d, query width q = heads * head_dim, key/value width e and FFN width f:
+
+    projections   2d(q + 2e) t + 2d * 2e n  + 2dq n where visual rows have queries
+                  + 2qd t  + 2qd n where visual rows have an attention output
+    attention     4q * pairs
+    FFN           6df (n + t)
+"""
+
+from dataclasses import dataclass
+
+from megatron_dattn.attention.config import AttentionConfig
+from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.rings import image_rings
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """A decoder layer with grouped heads and a gated FFN; the defaults are Mistral-7B's."""
+
+    hidden_size: int = 4096
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 14336
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """Operations of one layer's forward pass."""
+
+    projections: int
+    attention: int
+    ffn: int
+
+    @property
+    def total(self) -> int:
+        return self.projections + self.attention + self.ffn
+
+
+def layer_flops(layout: TokenLayout, config: AttentionConfig, sizes: LayerSizes) -> LayerFlops:
+    """Operations over the valid rows of a pack."""
+    d, visual, text = sizes.hidden_size, layout.num_visual_rows, layout.num_text_rows
+    query = sizes.num_attention_heads * sizes.head_dim
+    key_value = sizes.num_key_value_heads * sizes.head_dim
+    queries = text + visual * config.scores_visual_rows
+    outputs = text + visual * config.outputs_visual_rows
+    per_row = queries * query + (visual + text) * 2 * key_value + outputs * query
+    return LayerFlops(
+        projections=2 * d * per_row,
+        attention=4 * query * sum(attended_pairs(layout, config).values()),
+        ffn=6 * d * sizes.intermediate_size * (visual + text),
+    )
+
+
+def attended_pairs(layout: TokenLayout, config: AttentionConfig) -> dict[str, int]:
+    """(query, key) pairs with a score, over all samples of the pack, by kind; equal for all heads.
+
+    A diagonal row's softmax over itself has no score.
+    """
+    pairs = {
+        "V2V": _visual_pairs(layout, config),
+        "V2T": 0,
+        "T2V": 0,
+        "T2T": sum(length * (length + 1) // 2 for length in layout.text_lengths),
+    }
+    for image in layout.images:
+        before, length = image.text_offset, layout.text_lengths[image.sample]
+        seeing = length if config.t2v.scope == "all" else length - before
+        pairs["T2V"] += image.num_rows * seeing
+        if config.v2t == "prompt":
+            before = max(before, layout.prompt_length(image.sample))
+        if config.v2t != "none":
+            pairs["V2T"] += image.num_rows * before
+    return pairs
+
+
+def _visual_pairs(layout: TokenLayout, config: AttentionConfig) -> int:
+    if config.v2v == "causal":
+        return sum(length * (length + 1) // 2 for length in layout.visual_lengths)
+    pairs = 0
+    if config.v2v == "ring":
+        for image, (start, _) in zip(layout.images, layout.image_rows, strict=True):
+            seen = start - layout.visual_rows(image.sample)[0]
+            for ring in image_rings(image, start):
+                size = sum(end - first for first, end in ring)
+                seen += size
+                pairs += size * seen
+    if config.v2v_window is not None:
+        for image in layout.images:
+            height, width = image.grid
+            pairs += _near_pairs(height, config.v2v_window) * _near_pairs(width, config.v2v_window)
+    return pairs
+
+
+def _near_pairs(length: int, window: int) -> int:
+    """Ordered pairs of places on a line that a window around the first has in common with it."""
+    reach = window // 2
+    return sum(max(0, length - abs(offset)) for offset in range(-reach, reach + 1))
