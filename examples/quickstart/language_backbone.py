@@ -31,7 +31,8 @@ def language_config(tokenizer: PreTrainedTokenizerBase) -> MistralConfig:
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         sliding_window=None,
-        initializer_range=0.08,  # about hidden_size ** -0.5: at 0.02 so small a model starts almost dead
+        # About hidden_size ** -0.5: with the usual 0.02 so narrow a model starts almost silent.
+        initializer_range=0.08,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
