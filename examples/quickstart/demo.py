@@ -78,7 +78,7 @@ def plan(output: Path, attention: str, processes: int) -> list[Step]:
         Step(
             "draw the loss curves",
             [*tool("plot_training"), *(str(output / stage / "tensorboard") for stage in STAGES)]
-            + ["--names", *STAGES]
+            + ["--names", *STAGES, "--smoothing", "0.6"]
             + ["--output", str(output / "loss.png")],
         ),
         Step(
