@@ -1,6 +1,6 @@
 """Time whole training steps side by side: the engine against plain PyTorch, D-Attn against S-Attn.
 
-    python tools/bench_step.py --rounds 20 --threads 2 --output benchmarks/step_cpu.md
+    python -m tools.bench_step --rounds 20 --threads 2 --output benchmarks/step_cpu.md
 
 One process, the demo's model, the same batches and weights. Every round runs each variant once, in
 alternating order; what counts is the median over rounds of the ratio within a round. The first
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from plain_vlm import PlainVLM
 from torch import Tensor, nn
 
 from examples.quickstart.language_backbone import language_config
@@ -49,6 +48,7 @@ from megatron_dattn.training.setup import build_training_model, start
 from megatron_dattn.training.state import TrainState
 from megatron_dattn.training.step import train_step
 from megatron_dattn.training.stream import BatchStream
+from tools.plain_vlm import PlainVLM
 
 VOCAB_SIZE = 448
 TEXT_LENGTHS = (12, 44)
@@ -262,7 +262,7 @@ def report(seconds: dict[str, list[float]], losses: list[float], arguments: list
         f"- machine: {_processor()}, {torch.get_num_threads()} threads, {platform.system()}",
         f"- versions: Python {platform.python_version()}, torch {torch.__version__}",
         f"- commit: {_commit()}",
-        f"- command: `python tools/bench_step.py {' '.join(arguments)}`",
+        f"- command: `python -m tools.bench_step {' '.join(arguments)}`",
         f"- {len(engine)} rounds, one process, fp32; forward, backward, clipping, AdamW",
         "- losses of the first steps agree between engine and plain PyTorch: "
         + ", ".join(f"{loss:.6f}" for loss in losses),
