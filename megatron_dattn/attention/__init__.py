@@ -6,18 +6,27 @@ choices, `reference.py` for their meaning, `decomposed.py` for the operation.
 
 from megatron_dattn.attention.backends import Backend, select_backend
 from megatron_dattn.attention.config import AttentionConfig, Positions, TextToVisual
-from megatron_dattn.attention.cost import LayerFlops, LayerSizes, attended_pairs, layer_flops
+from megatron_dattn.attention.cost import (
+    LayerFlops,
+    LayerSizes,
+    attended_pairs,
+    decoder_flops,
+    layer_flops,
+)
 from megatron_dattn.attention.decomposed import (
+    attend_images,
     attend_scored_rows,
     decomposed_attention,
     diagonal_attention,
 )
+from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.merge import alpha_merge, weighted_merge
 from megatron_dattn.attention.outputs import output_rows
 from megatron_dattn.attention.parts import AttentionPlan, plan_attention
 from megatron_dattn.attention.positions import apply_rotary, rotary_tables, row_positions
 from megatron_dattn.attention.presets import PRESETS, get_preset
+from megatron_dattn.attention.visual_rows import VisualRows, kept_grid, num_shared
 
 __all__ = [
     "PRESETS",
@@ -26,18 +35,25 @@ __all__ = [
     "Backend",
     "ImageSpan",
     "LayerFlops",
+    "LayerRule",
     "LayerSizes",
     "Positions",
     "TextToVisual",
     "TokenLayout",
+    "VisualRows",
     "alpha_merge",
     "apply_rotary",
+    "attend_images",
     "attend_scored_rows",
     "attended_pairs",
+    "decoder_flops",
     "decomposed_attention",
     "diagonal_attention",
     "get_preset",
+    "kept_grid",
     "layer_flops",
+    "layer_rules",
+    "num_shared",
     "output_rows",
     "plan_attention",
     "rotary_tables",

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_dattn.attention.visual_rows import VisualRows
 from megatron_dattn.errors import ConfigError
 
 TextScope = Literal["all", "following"]
-Merge = Literal["alpha", "sum", "tanh", "sigmoid"]
+Merge = Literal["alpha", "sum", "tanh", "sigmoid", "cascade"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Positions:
     # "sequence": visual rows count like text in reading order. "ring": the patches of one ring of
     # the image share an id, counted from the border inwards. "none": they have no rotary id.
     visual: Literal["sequence", "ring", "none"] = "none"
-    # "row_column": a learnable two-dimensional embedding on visual rows before the first layer.
-    embedding: Literal["none", "row_column"] = "row_column"
+    # Added to visual rows before the first layer. "row_column": a learnable vector for each row of
+    # patches and for each column. "fractional": an MLP of the place as a share of the image's side.
+    embedding: Literal["none", "row_column", "fractional"] = "row_column"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class AttentionConfig:
     # "alpha": one softmax over all keys a row sees, computed in parts (equations 3 to 9). The
     # others keep a softmax for T2V and one for T2T and add the results: plainly ("sum"), T2V times
     # tanh(gate), or T2V times sigmoid(gate) and T2T times the rest. A gate is learnable, per head.
+    # "cascade": T2V is a cross-attention with projections of its own, before the self-attention.
     merge: Merge = "alpha"
+    visual: VisualRows = field(default_factory=VisualRows)
 
     def __post_init__(self) -> None:
         for conflict in _conflicts(self):
@@ -89,6 +93,13 @@ class AttentionConfig:
         return self.merge in ("tanh", "sigmoid")
 
     @property
+    def visual_rows_predict(self) -> bool:
+        """Whether an image's row predicts the text after it: it has read the text before it, and
+        the last layer computes it."""
+        frozen_last = self.visual.frozen is not None and self.visual.frozen[1] == 1.0
+        return self.v2t != "none" and self.visual.exit == 1.0 and not frozen_last
+
+    @property
     def is_self_attention(self) -> bool:
         """Whether this is plain causal self-attention over the rows in reading order."""
         sees_all_before = self.v2v == "causal" and self.v2t == "preceding"
@@ -98,6 +109,11 @@ class AttentionConfig:
 
 def _conflicts(config: AttentionConfig) -> Iterator[str]:
     """Why axes do not go together, and the remedy."""
+    yield from _conflicts_of_attention(config)
+    yield from _conflicts_of_rows(config)
+
+
+def _conflicts_of_attention(config: AttentionConfig) -> Iterator[str]:
     visual, text = config.positions.visual, config.positions.text
     side = config.v2v_window
     if config.v2v == "window" and (side is None or side < 1 or side % 2 == 0):
@@ -129,3 +145,21 @@ def _conflicts(config: AttentionConfig) -> Iterator[str]:
             "positions.text='text_only' gives text the ids that "
             f"positions.visual='{visual}' gives to images; set positions.text='gap'"
         )
+
+
+def _conflicts_of_rows(config: AttentionConfig) -> Iterator[str]:
+    rows = config.visual
+    if rows.source == "reproject" and config.v2v != "none":
+        yield (
+            f"visual.source='reproject' leaves visual rows no state that v2v='{config.v2v}' could "
+            "add to; set v2v='none'"
+        )
+    if rows.source == "reproject" and config.positions.embedding != "none":
+        yield "visual.source='reproject' has no rows to embed; set positions.embedding='none'"
+    if rows.keep < 1.0 and (config.v2v in ("ring", "window") or config.positions.visual == "ring"):
+        yield (
+            f"visual.keep={rows.keep} leaves no grid of patches, which rings and windows need; set "
+            "visual.keep=1"
+        )
+    if rows.heads < 1.0 and config.merge != "alpha":
+        yield f"visual.heads={rows.heads} is defined for merge='alpha', not '{config.merge}'"

@@ -1,17 +1,23 @@
-"""What one decoder layer costs under a configuration: scored pairs and operations.
+"""What decoder layers cost under a configuration: scored pairs and operations.
 
 Two operations per multiply-add, forward, matrix products only. With n visual and t text rows,
-hidden size d, query width q = heads * head_dim, key/value width e and FFN width f:
+hidden size d, query width q = heads * head_dim, key/value width e and FFN width f, a layer costs
 
     projections   2d(q + 2e) t + 2d * 2e n  + 2dq n where visual rows have queries
                   + 2qd t  + 2qd n where visual rows have an attention output
     attention     4q * pairs
-    FFN           6df (n + t)
+    FFN           6df t + 6d(share of f) n
+
+and besides, where the configuration says so,
+
+    reprojection  2(v + d) d n for encoder features of width v, through an MLP of width d
+    cascade       2d * 2q t + 2d * 2e n for the cross-attention's own projections
 """
 
 from dataclasses import dataclass
 
 from megatron_dattn.attention.config import AttentionConfig
+from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.rings import image_rings
 
@@ -25,33 +31,64 @@ class LayerSizes:
     num_key_value_heads: int = 8
     head_dim: int = 128
     intermediate_size: int = 14336
+    vision_hidden_size: int = 1152
+    """Width of the encoder's features, SigLIP's so400m by default."""
+
+    @property
+    def query_width(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        return self.num_key_value_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """Operations of one layer's forward pass."""
+    """Operations of a forward pass."""
 
-    projections: int
-    attention: int
-    ffn: int
+    projections: int = 0
+    attention: int = 0
+    ffn: int = 0
 
     @property
     def total(self) -> int:
         return self.projections + self.attention + self.ffn
 
+    def __add__(self, other: "LayerFlops") -> "LayerFlops":
+        return LayerFlops(
+            self.projections + other.projections,
+            self.attention + other.attention,
+            self.ffn + other.ffn,
+        )
 
-def layer_flops(layout: TokenLayout, config: AttentionConfig, sizes: LayerSizes) -> LayerFlops:
-    """Operations over the valid rows of a pack."""
+
+def decoder_flops(
+    layout: TokenLayout, config: AttentionConfig, sizes: LayerSizes, num_layers: int
+) -> LayerFlops:
+    """Operations of all layers over the valid rows of a pack; nothing is skipped."""
+    rules = layer_rules(config, num_layers, skip_unread=False)
+    return sum((layer_flops(layout, rule, sizes) for rule in rules), LayerFlops())
+
+
+def layer_flops(layout: TokenLayout, rule: LayerRule, sizes: LayerSizes) -> LayerFlops:
+    """Operations of one layer over the valid rows of a pack."""
+    layout, config = rule.layout(layout), rule.attention
     d, visual, text = sizes.hidden_size, layout.num_visual_rows, layout.num_text_rows
-    query = sizes.num_attention_heads * sizes.head_dim
-    key_value = sizes.num_key_value_heads * sizes.head_dim
+    query, key_value = sizes.query_width, sizes.key_value_width
     queries = text + visual * config.scores_visual_rows
     outputs = text + visual * config.outputs_visual_rows
     per_row = queries * query + (visual + text) * 2 * key_value + outputs * query
+    if config.merge == "cascade" and visual:
+        per_row += 2 * query * text + 2 * key_value * visual
+    if config.visual.source == "reproject":
+        per_row += (sizes.vision_hidden_size + d) * visual
+    ffn = sizes.intermediate_size * text
+    ffn += round(rule.visual_ffn * sizes.intermediate_size) * visual
     return LayerFlops(
         projections=2 * d * per_row,
         attention=4 * query * sum(attended_pairs(layout, config).values()),
-        ffn=6 * d * sizes.intermediate_size * (visual + text),
+        ffn=6 * d * ffn,
     )
 
 

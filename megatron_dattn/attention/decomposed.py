@@ -33,15 +33,17 @@ def decomposed_attention(
     scale: float,
     backend: Backend,
     gate: Tensor | None = None,
+    head_mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Attention output of every packed row, [S, Hq, D], before the output projection.
 
     `query` [S, Hq, D], `key` and `value` [S, Hk, D] are as projected, without rotation; Hq is a
     multiple of Hk. `rotary` holds the tables of all S rows. `gate` [Hq] or [1] belongs to the
-    merges "tanh" and "sigmoid". `softcap` c turns every score s into c * tanh(s / c). Rows that see
-    nothing (padding) give zero, or their own value where visual rows do, and send no gradient to
-    other rows.
+    merges "tanh" and "sigmoid". `head_mask` [Hk] of ones and zeros silences visual rows in key
+    heads: their values count as zero, and so does what they read. `softcap` c turns every score s
+    into c * tanh(s / c). Rows that see nothing (padding) give zero, or their own value where visual
+    rows do, and send no gradient to other rows.
     """
     first_scored, _ = plan.scored_rows
     scored = attend_scored_rows(
@@ -53,14 +55,17 @@ def decomposed_attention(
         scale=scale,
         backend=backend,
         gate=gate,
+        head_mask=head_mask,
         softcap=softcap,
     )
     if first_scored == 0:
         return scored
     if plan.num_diagonal_rows == 0:
         return torch.cat((scored.new_zeros(first_scored, *scored.shape[1:]), scored))
-    diagonal = diagonal_attention(value[: plan.num_diagonal_rows], query.shape[1])
-    return torch.cat((diagonal, scored))
+    own_values = value[: plan.num_diagonal_rows]
+    if head_mask is not None:
+        own_values = own_values * head_mask.to(value.dtype).unsqueeze(-1)
+    return torch.cat((diagonal_attention(own_values, query.shape[1]), scored))
 
 
 def attend_scored_rows(
@@ -73,36 +78,84 @@ def attend_scored_rows(
     scale: float,
     backend: Backend,
     gate: Tensor | None = None,
+    head_mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Attention output of the rows that have scores, [plan.num_scored_rows, Hq, D].
 
     For models that project no query of other rows: `query` holds the scored rows alone, `key`,
-    `value` and `rotary` all S rows.
+    `value` and `rotary` all S rows. Under merge "cascade" T2V is not part of it, see
+    `attend_images`.
     """
     _check_shapes(query, key, value, plan)
-    first_scored, _ = plan.scored_rows
+    if head_mask is not None:
+        value = _silence(value, head_mask, plan.num_visual_rows)
 
     def attend(parts: tuple[Part, ...]) -> Tensor:
-        joint = _JointSoftmax.apply(
-            query, key, value, *rotary, parts, first_scored, scale, softcap, backend
-        )
-        assert isinstance(joint, Tensor)
-        return joint
+        return _attend(parts, query, key, value, plan, rotary, scale, softcap, backend)
 
-    if plan.merge == "alpha":
+    if plan.merge in ("alpha", "cascade"):
         if gate is not None:
-            raise ValueError("merge 'alpha' takes no gate")
-        return attend(plan.parts)
-    return weighted_merge(
-        attend(plan.visual_parts), attend(plan.parts), plan.merge, gate, plan.sees_images
-    )
+            raise ValueError(f"merge '{plan.merge}' takes no gate")
+        out = attend(plan.parts)
+    else:
+        out = weighted_merge(
+            attend(plan.visual_parts), attend(plan.parts), plan.merge, gate, plan.sees_images
+        )
+    if head_mask is not None and plan.scored_rows[0] == 0:
+        heads = head_mask.repeat_interleave(query.shape[1] // key.shape[1])
+        out = _silence(out, heads, plan.num_visual_rows)
+    return out
+
+
+def attend_images(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    rotary: Rotary,
+    *,
+    scale: float,
+    backend: Backend,
+    softcap: float | None = None,
+) -> Tensor:
+    """T2V alone, of a plan whose merge leaves it a softmax of its own; shapes as in
+    `attend_scored_rows`. Rows that see no image give zero.
+
+    For merge "cascade", where query, key and value have projections of their own. Of `key` and
+    `value` only visual rows are read: they may hold those alone.
+    """
+    return _attend(plan.visual_parts, query, key, value, plan, rotary, scale, softcap, backend)
 
 
 def diagonal_attention(value: Tensor, num_query_heads: int) -> Tensor:
     """Equation 2: softmax over oneself is 1, so each head outputs its value. [rows, Hq, D]."""
     group = num_query_heads // value.shape[1]
     return value if group == 1 else value.repeat_interleave(group, dim=1)
+
+
+def _silence(states: Tensor, heads: Tensor, num_rows: int) -> Tensor:
+    """Set chosen heads of the leading rows to zero, [S, heads, D]; `heads` holds ones and zeros."""
+    leading = states[:num_rows] * heads.to(states.dtype).unsqueeze(-1)
+    return torch.cat((leading, states[num_rows:]))
+
+
+def _attend(
+    parts: tuple[Part, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    rotary: Rotary,
+    scale: float,
+    softcap: float | None,
+    backend: Backend,
+) -> Tensor:
+    joint = _JointSoftmax.apply(
+        query, key, value, *rotary, parts, plan.scored_rows[0], scale, softcap, backend
+    )
+    assert isinstance(joint, Tensor)
+    return joint
 
 
 class _JointSoftmax(torch.autograd.Function):

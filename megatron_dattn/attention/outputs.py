@@ -15,11 +15,12 @@ def output_rows(layout: TokenLayout, config: AttentionConfig) -> Tensor:
     then a text row directly followed by an image would predict the next text token without that
     image, so the image predicts in its place (the last image, if several follow each other), as in
     LLaVA. Its last row does, or under v2v="ring" the last of its centre: the rows that see all of
-    the image. Where visual rows read no text they know nothing of what was said and cannot predict;
-    text that sees only earlier images then predicts without the one that follows.
+    the image. Where visual rows read no text they know nothing of what was said and cannot predict,
+    nor where they are frozen or gone before the last layer; text that sees only earlier images then
+    predicts without the one that follows.
     """
     rows = torch.arange(layout.visual_budget, layout.num_rows)
-    if config.v2t == "none":
+    if not config.visual_rows_predict:
         return rows
     for image, (start, end) in zip(layout.images, layout.image_rows, strict=True):
         if image.text_offset == 0:

@@ -77,6 +77,7 @@ class AttentionPlan:
     """
 
     num_rows: int
+    num_visual_rows: int  # leading rows, padding included
     scored_rows: RowRange
     num_diagonal_rows: int  # leading (visual) rows whose output is their own value, equation 2
     parts: tuple[Part, ...]  # of one joint softmax; T2V too where the merge is "alpha"
@@ -126,6 +127,7 @@ def plan_attention(
     apart = [part for part in parts if part.name == _T2V and config.merge != "alpha"]
     return AttentionPlan(
         num_rows=layout.num_rows,
+        num_visual_rows=layout.visual_budget,
         scored_rows=(first_scored, layout.num_rows),
         num_diagonal_rows=layout.visual_budget if config.v2v == "diagonal" else 0,
         parts=tuple(part for part in parts if part not in apart),

@@ -7,6 +7,7 @@ share is t (Q + K + V + O + F) + n (K + V + O + F) unless a preset says otherwis
 """
 
 from megatron_dattn.attention.config import AttentionConfig, Positions, TextToVisual
+from megatron_dattn.attention.visual_rows import VisualRows
 from megatron_dattn.errors import ConfigError
 
 _AS_TEXT = TextToVisual(scope="following", rotary=True)
@@ -39,8 +40,8 @@ PRESETS: dict[str, AttentionConfig] = {
         t2v=TextToVisual(scope="following", rotary=False),
         positions=Positions(text="gap", visual="sequence", embedding="row_column"),
     ),
-    # The merges of the paper's Table 3 (its fourth, cascade, is a further attention module). Masks,
-    # positions and embedding are those of `dattn`; T2V and T2T each have a softmax of their own.
+    # The other merges of the paper's Table 3, and the plain sum. Masks, positions and embedding are
+    # those of `dattn`; T2V and T2T each have a softmax of their own.
     # `dattn_sum` adds them, which doubles attention's scale at the start. Cost: as `dattn`.
     "dattn_sum": AttentionConfig(merge="sum"),
     # T2T + tanh(g) T2V, Flamingo's gate, here one g per query head and layer. With g = 0 the layer
@@ -49,11 +50,17 @@ PRESETS: dict[str, AttentionConfig] = {
     # (1 - s) T2T + s T2V with s = sigmoid(g), one g per query head and layer: alpha-weighting with
     # a constant alpha. Rows that see no image keep their T2T whole.
     "dattn_sigmoid": AttentionConfig(merge="sigmoid"),
+    # T2V is a cross-attention module of its own in front of every self-attention, as in Flamingo:
+    # t + W_o' XA(t, V), then T2T. Parameters: query, key, value and output projections per layer,
+    # 1.34 billion for Mistral-7B, which is the paper's 9.0 B against 7.6 B. Their output starts at
+    # zero, so the language model is at first itself. Cost: as `dattn` and t (Q + O) + n (K + V).
+    "dattn_cascade": AttentionConfig(merge="cascade"),
     # The later video models of the paper's authors: T2V over all visual rows without positions,
-    # added to T2T without a gate; text is counted alone. To attention this is `dattn_sum`. What is
-    # Vidi's own lies outside: normalised sinusoidal positions, a last norm of the visual rows that
-    # starts at the text embedding's scale, and no sliding window in T2V. Cost: as `dattn`.
-    "vidi": AttentionConfig(merge="sum"),
+    # added to T2T without a gate; text is counted alone. To attention this is `dattn_sum`. Vidi's
+    # positions are an MLP of a patch's place as a share of the image's side, and visual rows pass a
+    # last norm that starts at the scale of the text embeddings: 2 MLPs and 4 norms of parameters.
+    # T2V has no sliding window, here as everywhere. Cost: as `dattn`.
+    "vidi": AttentionConfig(merge="sum", positions=Positions(embedding="fractional")),
     # EE-MLLM's composite attention: no V2V, the layer's value, output and FFN weights align the
     # visual rows; one rotary softmax over images and text, and text before an image does not see
     # it. `dattn_biased` with the causal scope. No parameters. Cost: p = n t' + T2T for t' rows of
@@ -79,12 +86,59 @@ PRESETS: dict[str, AttentionConfig] = {
         t2v=_AS_TEXT,
         positions=Positions(text="gap", visual="ring", embedding="none"),
     ),
-    # The neighbourhoods of YOPO, which prunes what visual tokens do: a patch sees the 5 x 5 patches
-    # around it, before and behind, and the text before its image. YOPO's other prunings (of heads,
-    # FFN neurons and later layers) belong to the model. No parameters. Cost: as `s_attn` with at
-    # most 25 n pairs of V2V.
-    "yopo_window": AttentionConfig(
-        v2v="window", v2v_window=5, v2t="preceding", t2v=_AS_TEXT, positions=_SEQUENCE
+    # SAISA: `naavit` whose visual rows have no state: every layer makes keys and values from the
+    # encoder's features by a two-layer MLP of its own. Parameters: those MLPs, v d + d^2 per layer
+    # for features of width v. Cost: t (Q + K + V + O + F) + n (K + V + 2 (v d + d^2)), pairs as
+    # `ee_mllm`.
+    "saisa": AttentionConfig(
+        v2v="none",
+        t2v=_AS_TEXT,
+        positions=_SEQUENCE,
+        visual=VisualRows(source="reproject", ffn=0.0),
+    ),
+    # ShortV: `s_attn` whose visual rows stay as they are in the layers that matter least to them:
+    # no query, no output, no FFN, while text reads their keys and values. The authors find the
+    # layers by measuring each (19 of 32 for LLaVA-1.5-7B); here the later 60 %. No parameters.
+    # Cost of a frozen layer: t (Q + K + V + O + F) + n (K + V), pairs as `ee_mllm`.
+    "shortv": AttentionConfig(
+        v2v="causal",
+        v2t="preceding",
+        t2v=_AS_TEXT,
+        positions=_SEQUENCE,
+        visual=VisualRows(frozen=(0.4, 1.0)),
+    ),
+    # Visual rows leave after half of the layers (DyVTE learns where; this is a fixed exit): the
+    # later layers see text alone, at its old positions. No parameters. Cost: as `s_attn` up to the
+    # exit, then t (Q + K + V + O + F) and T2T.
+    "exit": AttentionConfig(
+        v2v="causal",
+        v2t="preceding",
+        t2v=_AS_TEXT,
+        positions=_SEQUENCE,
+        visual=VisualRows(exit=0.5),
+    ),
+    # FasterVLM: `s_attn` over the quarter of the patches that the encoder's own attention prefers.
+    # The authors rank them by the class token's attention; SigLIP has none, so by the attention a
+    # patch receives on average. No parameters. Cost: as `s_attn` with n / 4.
+    "fastervlm": AttentionConfig(
+        v2v="causal",
+        v2t="preceding",
+        t2v=_AS_TEXT,
+        positions=_SEQUENCE,
+        visual=VisualRows(keep=0.25),
+    ),
+    # YOPO prunes what visual tokens do: a patch sees the 5 x 5 patches around it, before and after,
+    # and the text before its image; some heads see no image; visual rows pass half of the FFN's
+    # neurons; they leave after half of the layers. The authors choose the heads of each layer by
+    # measurement; here the first three quarters of the key heads stay. No parameters. Cost up to
+    # the exit: t (Q + K + V + O + F) + n (Q + K + V + O + F / 2), at most 25 n pairs of V2V.
+    "yopo": AttentionConfig(
+        v2v="window",
+        v2v_window=5,
+        v2t="preceding",
+        t2v=_AS_TEXT,
+        positions=_SEQUENCE,
+        visual=VisualRows(ffn=0.5, heads=0.75, exit=0.5),
     ),
 }
 

@@ -130,17 +130,24 @@ def reference_attention(
     *,
     scale: float,
     gate: Tensor | None = None,
+    head_mask: Tensor | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    images_alone: bool = False,
 ) -> Tensor:
     """What `decomposed_attention` computes, [S, Hq, D]; arguments as there and in `plan_attention`.
 
     A row that sees nothing gives zero, except that under v2v="diagonal" every visual row, padding
-    too, gives its own value: a softmax over one key is 1 whatever its score.
+    too, gives its own value: a softmax over one key is 1 whatever its score. With `images_alone`
+    it is the cross-attention of merge "cascade": text rows over images.
     """
     seen, rotated = (mask.to(query.device) for mask in pair_masks(layout, config, window))
     group = query.shape[1] // key.shape[1]
     keys, values = (rows.repeat_interleave(group, dim=1) for rows in (key, value))
+    audible = torch.ones_like(query[..., :1])
+    if head_mask is not None:
+        audible[: layout.visual_budget] = head_mask.repeat_interleave(group).unsqueeze(-1)
+    values = values * audible
     plain_scores = torch.einsum("qhd,khd->hqk", query, keys)
     rotated_scores = torch.einsum(
         "qhd,khd->hqk", apply_rotary(query, rotary), apply_rotary(keys, rotary)
@@ -160,11 +167,13 @@ def reference_attention(
         is_t2v = torch.zeros_like(seen)
         is_t2v[layout.visual_budget :, : layout.visual_budget] = True
         image, rest = softmax_over(seen & is_t2v), softmax_over(seen & ~is_t2v)
+        if images_alone:
+            return image
         sees_image = (seen & is_t2v).any(dim=1)[:, None, None]
         out = _join(image, rest, config, gate, sees_image)
     if config.v2v == "diagonal":
         out = torch.cat((values[: layout.visual_budget], out[layout.visual_budget :]))
-    return out
+    return out * audible
 
 
 def _join(
@@ -172,6 +181,8 @@ def _join(
 ) -> Tensor:
     if config.merge == "sum":
         return image + rest
+    if config.merge == "cascade":
+        return rest
     assert gate is not None, f"merge {config.merge!r} has a gate"
     if config.merge == "tanh":
         return image * torch.tanh(gate[:, None]) + rest

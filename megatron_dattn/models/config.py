@@ -7,7 +7,7 @@ converted checkpoint's model file can be read beside the original's config.json.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dattn.attention import PRESETS
+from megatron_dattn.attention import PRESETS, AttentionConfig, VisualRows
 from megatron_dattn.errors import ConfigError
 
 
@@ -140,9 +140,40 @@ class ModelConfig:
             f"model.attention '{self.attention}' is unknown; choose one of {', '.join(PRESETS)}",
         )
         _require(
-            not PRESETS[self.attention].has_gate,
-            f"model.attention '{self.attention}' merges by learnable gates, which the layers of "
-            "this model do not have; choose dattn (alpha-weighting) or dattn_sum",
+            _is_supported(PRESETS[self.attention]),
+            f"model.attention '{self.attention}' needs parts that the layers of this model do not "
+            "have yet",
+        )
+
+
+def _is_supported(preset: AttentionConfig) -> bool:
+    plain = preset.visual == VisualRows() and preset.positions.embedding != "fractional"
+    return plain and preset.merge in ("alpha", "sum")
+
+
+@dataclass(frozen=True)
+class ExactSavings:
+    """Work that no result depends on, and that is therefore not done.
+
+    Outputs and gradients are the same with and without, but for the order of roundings. Where a
+    preset needs the work (visual rows that attend need queries) the switch has no effect.
+    """
+
+    visual_queries: bool = True
+    """Project queries of text rows only, where visual rows do not attend."""
+    folded_output: bool = True
+    """Project a diagonal visual row's values by the output weight summed over each key head's group
+    of query heads, instead of repeating them for every query head."""
+    unread_rows: bool = True
+    """In the last layer that sees images, give visual rows keys and values only."""
+    ffn_chunk_rows: int = 0
+    """Run the second half of a layer (norm and FFN) on this many rows at a time and recompute each
+    chunk in the backward pass, so that its activations do not grow with the pack; 0 does not."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.ffn_chunk_rows >= 0,
+            f"training.savings.ffn_chunk_rows must not be negative, got {self.ffn_chunk_rows}",
         )
 
 
@@ -159,3 +190,4 @@ class ExecutionConfig:
     """Whose linear layers and norms: Transformer Engine's, or megatron-core's and ours."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """FP8 format of the language model's linear layers (Transformer Engine only)."""
+    savings: ExactSavings = field(default_factory=ExactSavings)

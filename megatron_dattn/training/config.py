@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.config import ExactSavings
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class TrainingConfig:
     """A backend of megatron_dattn/attention/backends, or the best one that fits the device."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    savings: ExactSavings = field(default_factory=ExactSavings)
+    """Work on visual rows that no result depends on."""
     eval_interval: int = 0
     """Validate every so many steps; 0 does not validate."""
     eval_iters: int = 10

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from megatron_dattn.attention import (
     AttentionConfig,
+    AttentionPlan,
     Backend,
     ImageSpan,
     TokenLayout,
+    attend_images,
     decomposed_attention,
     plan_attention,
     rotary_tables,
@@ -69,6 +71,7 @@ class Problem:
     rotary: Rotary
     grad_out: Tensor
     gate: Tensor | None  # [Hq], where the merge has one
+    head_mask: Tensor | None = None  # [Hk], where heads do not see images
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +88,8 @@ class Problem:
         moved = (move(x) for x in self.inputs)
         cos, sin = (table.to(device) for table in self.rotary)
         gate = None if self.gate is None else move(self.gate)
-        return Problem(*moved, (cos, sin), self.grad_out.to(device, dtype), gate)
+        mask = None if self.head_mask is None else self.head_mask.to(device)
+        return Problem(*moved, (cos, sin), self.grad_out.to(device, dtype), gate, mask)
 
 
 def make_problem(
@@ -105,7 +109,30 @@ def make_problem(
     query, key, value = (x.requires_grad_() for x in draws[:3])
     gate = torch.randn(2 * group, generator=generator).to(dtype).requires_grad_()
     rotary = rotary_tables(row_positions(layout, config), head_dim, base=100.0)
-    return Problem(query, key, value, rotary, draws[3], gate if config.has_gate else None)
+    mask = torch.tensor([1.0, 0.0]) if config.visual.heads < 1.0 else None
+    return Problem(query, key, value, rotary, draws[3], gate if config.has_gate else None, mask)
+
+
+def fast_output(
+    problem: Problem, plan: AttentionPlan, backend: Backend, *, softcap: float | None = None
+) -> Tensor:
+    """All of a plan's attention; where images are read apart ("cascade"), both results added."""
+    arguments = (*problem.inputs, plan, problem.rotary)
+    scale = problem.query.shape[-1] ** -0.5
+    out = decomposed_attention(
+        *arguments,
+        scale=scale,
+        backend=backend,
+        gate=problem.gate,
+        head_mask=problem.head_mask,
+        softcap=softcap,
+    )
+    if plan.merge != "cascade":
+        return out
+    first, _ = plan.scored_rows
+    query, *others = arguments
+    images = attend_images(query[first:], *others, scale=scale, backend=backend, softcap=softcap)
+    return out + torch.cat((out.new_zeros(first, *out.shape[1:]), images))
 
 
 def run_fast(
@@ -119,15 +146,7 @@ def run_fast(
 ) -> list[Tensor]:
     """Output and gradients of query, key and value, and of the gate if there is one."""
     plan = plan_attention(layout, config, problem.query.device, window=window)
-    out = decomposed_attention(
-        *problem.inputs,
-        plan,
-        problem.rotary,
-        scale=problem.query.shape[-1] ** -0.5,
-        backend=backend,
-        gate=problem.gate,
-        softcap=softcap,
-    )
+    out = fast_output(problem, plan, backend, softcap=softcap)
     return [out, *torch.autograd.grad(out, problem.differentiable, problem.grad_out)]
 
 
@@ -141,16 +160,17 @@ def run_oracle(
 ) -> list[Tensor]:
     """The same from the oracle, in float64 on the same numbers."""
     exact = problem.to(torch.float64)
-    out = reference_attention(
-        *exact.inputs,
-        layout,
-        config,
-        exact.rotary,
-        scale=exact.query.shape[-1] ** -0.5,
-        gate=exact.gate,
-        softcap=softcap,
-        window=window,
-    )
+    arguments = (*exact.inputs, layout, config, exact.rotary)
+    options = {
+        "scale": exact.query.shape[-1] ** -0.5,
+        "gate": exact.gate,
+        "head_mask": exact.head_mask,
+        "softcap": softcap,
+        "window": window,
+    }
+    out = reference_attention(*arguments, **options)
+    if config.merge == "cascade":
+        out = out + reference_attention(*arguments, **options, images_alone=True)
     return [out, *torch.autograd.grad(out, exact.differentiable, exact.grad_out)]
 
 

@@ -10,6 +10,7 @@ from megatron_dattn.attention import (
     AttentionConfig,
     Positions,
     TextToVisual,
+    VisualRows,
     get_preset,
 )
 from megatron_dattn.errors import ConfigError
@@ -35,12 +36,19 @@ def test_the_default_is_the_papers_method() -> None:
 
 
 def test_the_merges_change_nothing_else() -> None:
-    for merge in ("sum", "tanh", "sigmoid"):
+    for merge in ("sum", "tanh", "sigmoid", "cascade"):
         assert replace(PRESETS[f"dattn_{merge}"], merge="alpha") == PRESETS["dattn"]
 
 
-def test_only_s_attn_is_plain_self_attention() -> None:
-    assert [name for name, c in PRESETS.items() if c.is_self_attention] == ["s_attn"]
+def test_plain_self_attention_is_recognized() -> None:
+    plain = [name for name, config in PRESETS.items() if config.is_self_attention]
+    assert plain == ["s_attn", "shortv", "exit", "fastervlm"]
+    assert {replace(PRESETS[name], visual=VisualRows()) for name in plain} == {PRESETS["s_attn"]}
+
+
+def test_an_image_predicts_only_where_its_last_layer_has_read_the_text_before() -> None:
+    predicting = {name for name, config in PRESETS.items() if config.visual_rows_predict}
+    assert predicting == {"s_attn", "s_attn_debias", "aki", "cca", "fastervlm"}
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
@@ -73,6 +81,21 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
             {"v2v": "causal", "positions": Positions(text="text_only", visual="sequence")},
             "set positions.text='gap'",
         ),
+        ({"visual": VisualRows(source="reproject", ffn=0.0)}, "no state that v2v='diagonal'"),
+        (
+            {"v2v": "none", "visual": VisualRows(source="reproject", ffn=0.0)},
+            "no rows to embed",
+        ),
+        (
+            {
+                "v2v": "window",
+                "v2v_window": 3,
+                "positions": IN_SEQUENCE,
+                "visual": VisualRows(keep=0.5),
+            },
+            "keep=0.5 leaves no grid",
+        ),
+        ({"merge": "sum", "visual": VisualRows(heads=0.5)}, "defined for merge='alpha', not 'sum'"),
     ],
 )
 def test_meaningless_combinations_are_refused(axes: dict[str, Any], message: str) -> None:

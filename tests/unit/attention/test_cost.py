@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from megatron_dattn.attention import (
     PRESETS,
     ImageSpan,
+    LayerRule,
     LayerSizes,
     TokenLayout,
     attended_pairs,
+    decoder_flops,
     layer_flops,
+    layer_rules,
 )
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import layouts
@@ -43,7 +46,7 @@ def test_concentric_pairs_of_the_published_grid() -> None:
 
 
 # d 6, q 8, e 4, f 10; 4 visual rows before 2 text rows.
-SIZES = LayerSizes(6, 4, 2, 2, 10)
+SIZES = LayerSizes(6, 4, 2, 2, 10, 5)
 LAYOUT = TokenLayout((2,), (ImageSpan(0, 0, (2, 2)),), 4, 2)
 
 
@@ -52,8 +55,33 @@ LAYOUT = TokenLayout((2,), (ImageSpan(0, 0, (2, 2)),), 4, 2)
     [("s_attn", 6, 6, 21), ("dattn", 2, 6, 8 + 3), ("naavit", 2, 2, 8 + 3)],
 )
 def test_operations_counted_by_hand(preset: str, queries: int, outputs: int, pairs: int) -> None:
-    flops = layer_flops(LAYOUT, PRESETS[preset], SIZES)
+    flops = layer_flops(LAYOUT, LayerRule(PRESETS[preset]), SIZES)
     assert flops.projections == 2 * 6 * (8 * queries + 2 * 4 * 6 + 8 * outputs)
     assert flops.attention == 4 * 8 * pairs
     assert flops.ffn == 3 * 2 * 6 * 10 * 6
     assert flops.total == flops.projections + flops.attention + flops.ffn
+
+
+def test_cascade_has_projections_of_its_own() -> None:
+    own = layer_flops(LAYOUT, LayerRule(PRESETS["dattn_cascade"]), SIZES)
+    plain = layer_flops(LAYOUT, LayerRule(PRESETS["dattn"]), SIZES)
+    # Query and output of 2 text rows (width 8), key and value of 4 visual rows (width 4).
+    assert own.projections - plain.projections == 2 * 6 * (2 * 8 * 2 + 2 * 4 * 4)
+    assert (own.attention, own.ffn) == (plain.attention, plain.ffn)
+
+
+def test_reprojected_rows_pay_for_their_mlp_and_for_no_ffn() -> None:
+    own = layer_flops(LAYOUT, layer_rules(PRESETS["saisa"], 2, skip_unread=False)[0], SIZES)
+    plain = layer_flops(LAYOUT, LayerRule(PRESETS["naavit"]), SIZES)
+    assert own.projections - plain.projections == 2 * (5 + 6) * 6 * 4
+    assert own.ffn == 6 * 6 * 10 * 2
+
+
+def test_frozen_and_absent_rows_cost_what_remains() -> None:
+    text_alone = TokenLayout((2,), (), 4, 2)
+    full = layer_flops(LAYOUT, LayerRule(PRESETS["s_attn"]), SIZES)
+    gone = layer_flops(text_alone, LayerRule(PRESETS["s_attn"]), SIZES)
+    assert decoder_flops(LAYOUT, PRESETS["exit"], SIZES, 4).total == 2 * (full + gone).total
+    # A frozen visual row costs its key and value; the text that follows reads them.
+    frozen = gone.total + 2 * 6 * 2 * 4 * 4 + 4 * 8 * 8
+    assert decoder_flops(LAYOUT, PRESETS["shortv"], SIZES, 5).total == 2 * full.total + 3 * frozen

@@ -1,5 +1,7 @@
 """Decomposed attention against the oracle: output, all gradients, and who can influence whom."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ from tests.unit.attention.support import (
     TEXT_ONLY_LAYOUT,
     Problem,
     assert_close_norm,
+    fast_output,
     layouts,
     make_problem,
     run_fast,
@@ -119,16 +122,8 @@ def test_gradcheck(preset: str, backend: str) -> None:
     plan = plan_attention(RICH_LAYOUT, config)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None = None) -> Tensor:
-        return decomposed_attention(
-            query,
-            key,
-            value,
-            plan,
-            problem.rotary,
-            scale=SCALE,
-            backend=backend_named(backend),
-            gate=gate,
-        )
+        moved = replace(problem, query=query, key=key, value=value, gate=gate)
+        return fast_output(moved, plan, backend_named(backend))
 
     assert torch.autograd.gradcheck(attention, problem.differentiable, fast_mode=True)
 
@@ -175,16 +170,7 @@ def test_a_kernel_whose_alpha_is_a_constant_gives_wrong_gradients(backend: str) 
 def outputs(problem: Problem, value: Tensor, layout: TokenLayout, preset: str) -> Tensor:
     plan = plan_attention(layout, PRESETS[preset])
     with torch.no_grad():
-        return decomposed_attention(
-            problem.query,
-            problem.key,
-            value,
-            plan,
-            problem.rotary,
-            scale=SCALE,
-            backend=backend_named("cpu_flash"),
-            gate=problem.gate,
-        )
+        return fast_output(replace(problem, value=value), plan, backend_named("cpu_flash"))
 
 
 @every_preset

@@ -56,7 +56,7 @@ for name in ("dattn_biased", "dattn_sum", "dattn_tanh", "dattn_sigmoid", "vidi")
     SEES[name] = SEES["dattn"]
 SEES["naavit"] = SEES["ee_mllm"] | {"v": "", "w": "", "x": ""}
 SEES["aki"] = SEES["s_attn"] | {"v": "avb", "w": "avwb"}
-SEES["yopo_window"] = SEES["s_attn"] | {"v": "avw", "x": "axbc"}  # its own image alone
+SEES["yopo"] = SEES["s_attn"] | {"v": "avw", "x": "axbc"}  # its own image alone
 SEES["cca"] = SEES["s_attn"] | {"v": "avw"}  # a grid of 1 x 2 is one ring
 
 
@@ -70,7 +70,7 @@ def test_each_row_sees_what_the_preset_says(preset: str) -> None:
 
 def test_a_patch_sees_the_square_around_it() -> None:
     layout = TokenLayout((1,), (ImageSpan(0, 0, (4, 7)),), 28, 1)
-    seen, _ = pair_masks(layout, PRESETS["yopo_window"])
+    seen, _ = pair_masks(layout, PRESETS["yopo"])
     corner = {i * 7 + j for i in range(3) for j in range(3)}
     inside = {i * 7 + j for i in range(4) for j in range(1, 6)}
     assert set(seen[0].nonzero().flatten().tolist()) == corner

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_dattn.attention import PRESETS, LayerSizes, layer_flops
+from megatron_dattn.attention import PRESETS, LayerRule, LayerSizes, layer_flops
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.models.config import (
     AdapterConfig,
@@ -93,7 +93,7 @@ def test_decoder_layers_are_those_of_the_attention_room(preset: str) -> None:
         language.intermediate_size,
     )
     counted = model_flops(TINY, [PACK], trained=frozenset(), attention=preset).parts
-    expected = layer_flops(PACK, PRESETS[preset], sizes)
+    expected = layer_flops(PACK, LayerRule(PRESETS[preset]), sizes)
     for name in ("projections", "attention", "ffn"):
         assert counted[name].forward == getattr(expected, name) * language.num_hidden_layers
 

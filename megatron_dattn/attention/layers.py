@@ -1,0 +1,57 @@
+"""What each decoder layer does with visual rows, from the configuration and the decoder's depth.
+
+Layers differ for two reasons. A preset may freeze visual rows in some layers or let them leave
+after one. And what no later layer reads need not be computed: in the last layer that sees images,
+visual rows give keys and values, but need no output, unless they predict tokens themselves.
+"""
+
+from dataclasses import dataclass, replace
+
+from megatron_dattn.attention.config import AttentionConfig
+from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.visual_rows import num_shared
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """One layer. Equal rules share one plan."""
+
+    attention: AttentionConfig
+    """The configuration of this layer: its v2v and v2t are "none" where visual rows stay."""
+    sees_images: bool = True
+    """Whether visual rows are still there to be read."""
+    visual_ffn: float = 1.0
+    """Share of the FFN's neurons for visual rows."""
+
+    def layout(self, layout: TokenLayout) -> TokenLayout:
+        """The pack as this layer sees it, for planning: without images once they are gone."""
+        return layout if self.sees_images else replace(layout, images=())
+
+
+def layer_rules(
+    config: AttentionConfig, num_layers: int, *, skip_unread: bool
+) -> tuple[LayerRule, ...]:
+    """The rule of every layer of a decoder, first to last.
+
+    `skip_unread` leaves out what no later layer reads; outputs that are read do not change by it.
+    """
+    rows = config.visual
+    last = num_shared(num_layers, rows.exit) - 1
+    frozen = _frozen_layers(config, num_layers)
+    if skip_unread and not config.visual_rows_predict:
+        frozen.add(last)
+    rules = []
+    for layer in range(num_layers):
+        if layer in frozen or layer > last:
+            still = replace(config, v2v="none", v2v_window=None, v2t="none")
+            rules.append(LayerRule(still, layer <= last, 0.0))
+        else:
+            rules.append(LayerRule(config, True, rows.ffn))
+    return tuple(rules)
+
+
+def _frozen_layers(config: AttentionConfig, num_layers: int) -> set[int]:
+    if config.visual.frozen is None:
+        return set()
+    first, end = (round(share * num_layers) for share in config.visual.frozen)
+    return set(range(first, end))

@@ -1,0 +1,75 @@
+"""Rules per layer: who freezes, who leaves, and what nobody reads."""
+
+import pytest
+
+from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, layer_rules
+from megatron_dattn.attention.visual_rows import VisualRows, kept_grid
+from megatron_dattn.errors import ConfigError
+
+LAYOUT = TokenLayout((2, 1), (ImageSpan(0, 1, (2, 2)),), visual_budget=6, text_budget=4)
+
+
+def outline(preset: str, num_layers: int, *, skip_unread: bool) -> str:
+    """A letter per layer: Full, with Part of the FFN, Read only, Gone."""
+    letters = []
+    for rule in layer_rules(PRESETS[preset], num_layers, skip_unread=skip_unread):
+        if not rule.sees_images:
+            letters.append("G")
+        elif rule.attention.v2v == "none" and rule.visual_ffn == 0.0:
+            letters.append("R")
+        else:
+            letters.append("F" if rule.visual_ffn == 1.0 else "P")
+    return "".join(letters)
+
+
+@pytest.mark.parametrize(
+    ("preset", "everything", "what_is_read"),
+    [
+        ("dattn", "FFFFFF", "FFFFFR"),
+        # The image's last row predicts the token after it: it is read.
+        ("s_attn", "FFFFFF", "FFFFFF"),
+        ("naavit", "FFFFFF", "FFFFFR"),
+        ("saisa", "RRRRRR", "RRRRRR"),
+        ("shortv", "FFRRRR", "FFRRRR"),
+        ("exit", "FFFGGG", "FFRGGG"),
+        ("yopo", "PPPGGG", "PPRGGG"),
+        ("fastervlm", "FFFFFF", "FFFFFF"),
+    ],
+)
+def test_rules_of_six_layers(preset: str, everything: str, what_is_read: str) -> None:
+    assert outline(preset, 6, skip_unread=False) == everything
+    assert outline(preset, 6, skip_unread=True) == what_is_read
+
+
+def test_a_single_layer_still_sees_images() -> None:
+    assert outline("exit", 1, skip_unread=False) == "F"
+    assert outline("dattn", 1, skip_unread=True) == "R"
+
+
+def test_rows_that_are_gone_leave_the_layout_but_not_the_budget() -> None:
+    first, last = layer_rules(PRESETS["exit"], 2, skip_unread=False)
+    assert first.layout(LAYOUT) == LAYOUT
+    assert last.layout(LAYOUT) == TokenLayout((2, 1), (), visual_budget=6, text_budget=4)
+
+
+def test_kept_patches_form_a_line() -> None:
+    assert kept_grid((4, 6), VisualRows()) == (4, 6)
+    assert kept_grid((4, 6), VisualRows(keep=0.25)) == (1, 6)
+    assert kept_grid((1, 2), VisualRows(keep=0.1)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"keep": 0.0}, r"visual\.keep is a share above 0 and up to 1; it is 0\.0"),
+        ({"heads": 1.5}, r"visual\.heads is a share"),
+        ({"exit": -0.5}, r"visual\.exit is a share"),
+        ({"ffn": 1.5}, r"visual\.ffn is a share from 0 to 1"),
+        ({"frozen": (0.5, 0.5)}, r"visual\.frozen is a range"),
+        ({"source": "reproject"}, "set ffn=0 with 'reproject'"),
+        ({"source": "reproject", "ffn": 0.0, "frozen": (0.0, 1.0)}, "frozen has no effect"),
+    ],
+)
+def test_impossible_shares_are_refused(rows: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        VisualRows(**rows)  # type: ignore[arg-type]
