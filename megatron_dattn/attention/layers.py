@@ -24,8 +24,8 @@ class LayerRule:
     """Share of the FFN's neurons for visual rows."""
 
     def layout(self, layout: TokenLayout) -> TokenLayout:
-        """The pack as this layer sees it, for planning: without images once they are gone."""
-        return layout if self.sees_images else replace(layout, images=())
+        """The pack as this layer sees it, for planning: text rows alone once images are gone."""
+        return layout if self.sees_images else replace(layout, images=(), visual_budget=0)
 
 
 def layer_rules(

@@ -1,36 +1,32 @@
 """Decomposed attention as a megatron-core self-attention layer.
 
-The projections are megatron-core's, shared by visual and text rows and cut over the tensor-parallel
-ranks by heads; what happens between them is `megatron_dattn.attention`. Everything that depends on
-the micro-batch alone arrives in one object through the `attention_bias` argument: the only one that
-TransformerBlock hands to every layer untouched, also inside recomputation, where it travels in a
-closure.
+The weights are megatron-core's, shared by visual and text rows and cut over the tensor-parallel
+ranks by heads; what happens between the projections is `megatron_dattn.attention`.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_dattn.attention import AttentionPlan, Backend, decomposed_attention
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What every layer's attention needs to know about the micro-batch."""
-
-    plan: AttentionPlan
-    rotary: tuple[Tensor, Tensor]
-    """Cosine and sine of every packed row's position, each [S, head_dim]."""
-    backend: Backend
+from megatron_dattn.attention import (
+    AttentionConfig,
+    attend_scored_rows,
+    diagonal_attention,
+    num_shared,
+)
+from megatron_dattn.models.attention_inputs import LayerInputs
+from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.projections import fold_output_weight, project_queries_keys_values
 
 
 class DecomposedCore(torch.nn.Module):
-    """The attention of this rank's heads over all packed rows.
+    """The attention of this rank's heads, for the rows that have scores.
 
     Built as megatron-core builds a `core_attention`; arguments that describe masks or context
     parallelism have no meaning here.
@@ -44,51 +40,152 @@ class DecomposedCore(torch.nn.Module):
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention: AttentionInputs
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        head_mask: Tensor | None,
+        inputs: LayerInputs,
     ) -> Tensor:
-        """[S, heads, head_dim] each, key and value with fewer heads -> [S, 1, heads * head_dim]."""
-        out = decomposed_attention(
+        """[rows, heads, head_dim] each, query of scored rows alone -> [scored rows, heads * D]."""
+        out = attend_scored_rows(
             query,
             key,
             value,
-            attention.plan,
-            attention.rotary,
+            inputs.plan,
+            inputs.rotary,
             scale=self.scale,
-            backend=attention.backend,
+            backend=inputs.backend,
+            gate=gate,
+            head_mask=head_mask,
         )
-        return out.reshape(out.shape[0], 1, -1)
+        return out.flatten(1)
 
 
 class DecomposedSelfAttention(SelfAttention):
-    """Self-attention over packed visual and text rows, by the micro-batch's plan."""
+    """Self-attention over packed visual and text rows, by the micro-batch's plan.
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        attention_bias: AttentionInputs,
-        **unused: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    Args:
+        preset: the model's attention. A merge with gates gives the layer the parameter `gate`, one
+            number per query head, 0 at first.
+        savings: what to leave out.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, preset: AttentionConfig,
+        savings: ExactSavings, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(config, *args, **kwargs)
+        self.savings = savings
+        self.gate: torch.nn.Parameter | None = None
+        if preset.has_gate:
+            self.gate = _head_parameter(self.num_attention_heads_per_partition, config.params_dtype)
+        self.heads_with_images = num_shared(config.num_query_groups, preset.visual.heads)
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, inputs: LayerInputs
+    ) -> Tensor:
         """Attend and project.
 
         Args:
-            hidden_states: normalized rows, [S, 1, H]; [S / tensor-parallel size, 1, H] under
-                sequence parallelism, where the projections gather and scatter them.
-            attention_bias: the micro-batch's plan, rotary tables and backend.
+            hidden_states: normalized local rows, [V_r | T_r], [rows, 1, H].
+            inputs: plan, rotary tables and backend of the micro-batch.
 
         Returns:
-            The projected output, shaped like `hidden_states`, and its bias (None).
+            What attention adds to the local rows: to both kinds, or, where visual rows have no
+            attention output, to the text rows alone.
         """
-        query, key, value = (
-            states.squeeze(1) for states in self.get_query_key_value_tensors(hidden_states)
-        )
+        query, key, value = self._project_in(hidden_states, inputs)
+        head_mask = self._head_mask(value)
+        text = self._attend(query, key, value, head_mask, inputs)
+        visual = value[: inputs.plan.num_diagonal_rows]
+        if head_mask is not None:
+            visual = visual * head_mask.to(visual.dtype).unsqueeze(-1)
+        return self._project_out(visual, text, inputs)
 
-        def core(*states: Tensor) -> Tensor:
-            return self.core_attention(*states, attention_bias)
+    def _project_in(
+        self, hidden_states: Tensor, inputs: LayerInputs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query of the scored rows, key and value of all rows."""
+        first_scored, _ = inputs.plan.scored_rows
+        if self.savings.visual_queries and first_scored:
+            return project_queries_keys_values(
+                hidden_states,
+                self.linear_qkv.weight,
+                inputs.shards,
+                self.num_query_groups_per_partition,
+                self.hidden_size_per_attention_head,
+            )
+        query, key, value = (
+            inputs.shards.from_rank_order(states.squeeze(1))
+            for states in self.get_query_key_value_tensors(hidden_states)
+        )
+        return query[first_scored:], key, value
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        head_mask: Tensor | None,
+        inputs: LayerInputs,
+    ) -> Tensor:
+        def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self.core_attention(query, key, value, self.gate, head_mask, inputs)
 
         if self.checkpoint_core_attention and self.training:
-            out = tensor_parallel.checkpoint(core, False, query, key, value)
-        else:
-            out = core(query, key, value)
-        return self.linear_proj(out)
+            return tensor_parallel.checkpoint(core, False, query, key, value)
+        return core(query, key, value)
+
+    def _project_out(self, visual: Tensor, scored: Tensor, inputs: LayerInputs) -> Tensor:
+        """Values of diagonal rows [rows, groups, D] (none, perhaps) and the scored rows' outputs."""
+        shards = inputs.shards
+        if visual.shape[0] and self.savings.folded_output:
+            groups, head_dim = visual.shape[1:]
+            weight = self.linear_proj.weight
+            folded = fold_output_weight(weight, groups, head_dim)
+            out = shards.leave(visual.flatten(1) @ folded.T, scored @ weight.T)
+            return out.unsqueeze(1)
+        if visual.shape[0]:
+            heads = self.num_attention_heads_per_partition
+            scored = torch.cat((diagonal_attention(visual, heads).flatten(1), scored))
+        if scored.shape[0] == inputs.plan.num_rows:
+            scored = shards.to_rank_order(scored)
+        out, _ = self.linear_proj(scored.unsqueeze(1))
+        return out
+
+    def _head_mask(self, value: Tensor) -> Tensor | None:
+        """Ones for this rank's key heads that deal with images; None if all do."""
+        if self.heads_with_images == self.config.num_query_groups:
+            return None
+        here = self.num_query_groups_per_partition
+        first = self.pg_collection.tp.rank() * here
+        heads = torch.arange(first, first + here, device=value.device)
+        return (heads < self.heads_with_images).to(torch.float32)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """megatron-core's, and the gate, which is cut over the ranks by heads."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.gate is not None:
+            state |= make_sharded_tensors_for_checkpoint(
+                {"gate": self.gate},
+                prefix,
+                {"gate": 0},
+                sharded_offsets,
+                tp_group=self.pg_collection.tp,
+                dp_cp_group=self.pg_collection.dp_cp,
+            )
+        return state
+
+
+def _head_parameter(num_heads: int, dtype: torch.dtype) -> torch.nn.Parameter:
+    """Zeros, one per query head of this rank, marked as a shard of a longer vector."""
+    parameter = torch.nn.Parameter(torch.zeros(num_heads, dtype=dtype))
+    tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+    return parameter

@@ -14,10 +14,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
 
-from megatron_dattn.models.config import LanguageConfig
-from megatron_dattn.models.decomposed_attention import AttentionInputs
+from megatron_dattn.attention import AttentionConfig
+from megatron_dattn.models.config import ExactSavings, LanguageConfig
+from megatron_dattn.models.attention_inputs import AttentionInputs
 from megatron_dattn.models.layer_specs import Implementation, language_block_spec
-from megatron_dattn.models.sequence_rows import take_sharded_rows
+from megatron_dattn.models.row_shards import RowShards
 
 
 class DAttnLanguageModel(GPTModel):
@@ -27,6 +28,9 @@ class DAttnLanguageModel(GPTModel):
         config: from `language_transformer_config`.
         language: sizes.
         implementation: whose linear layers and norms to use.
+        preset: which rows see which.
+        savings: what to leave out.
+        feature_size: width of the vision encoder's features.
         pre_process: this pipeline stage has the embedding.
         post_process: this pipeline stage has the head.
         vp_stage: index of this model chunk under interleaved pipelining.
@@ -38,6 +42,9 @@ class DAttnLanguageModel(GPTModel):
         language: LanguageConfig,
         implementation: Implementation,
         *,
+        preset: AttentionConfig,
+        savings: ExactSavings,
+        feature_size: int,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -45,7 +52,13 @@ class DAttnLanguageModel(GPTModel):
         num_layers = get_num_layers_to_build(config, vp_stage)
         super().__init__(
             config=config,
-            transformer_layer_spec=language_block_spec(implementation, num_layers),
+            transformer_layer_spec=language_block_spec(
+                implementation,
+                num_layers,
+                preset=preset,
+                savings=savings,
+                feature_size=feature_size,
+            ),
             vocab_size=language.vocab_size,
             max_sequence_length=0,  # read by learned absolute positions only
             pre_process=pre_process,
@@ -56,7 +69,7 @@ class DAttnLanguageModel(GPTModel):
             vp_stage=vp_stage,
         )
         if post_process:
-            # The head's input is not sharded by rows: `take_sharded_rows` has gathered it. So it
+            # The head's input is not sharded by rows: `RowShards.take` has gathered it. So it
             # must not gather again, and must all-reduce the gradient of its input.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
@@ -71,55 +84,57 @@ class DAttnLanguageModel(GPTModel):
         Args:
             decoder_input: rows, [S, 1, H] (under sequence parallelism this rank's share of them);
                 None on stages after the first, which use what `set_input_tensor` was given.
-            attention: plan, rotary tables and backend of the micro-batch.
+            attention: what the layers need to know about the micro-batch.
 
         Returns:
-            Hidden states shaped like the input; after the final norm on the last stage.
+            Hidden states shaped like the input; on the last stage after the final norm, and of the
+            text rows alone if nobody reads the visual ones.
         """
         return self.decoder(
             hidden_states=decoder_input, attention_mask=None, attention_bias=attention
         )
 
-    def logits(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+    def logits(self, hidden_states: Tensor, rows: Tensor, shards: RowShards) -> Tensor:
         """This rank's share of the vocabulary's logits at the chosen rows.
 
         Args:
-            hidden_states: of the last stage, [S, 1, H] (this rank's share of the rows).
+            hidden_states: of the last stage, local rows of both kinds or text rows alone.
             rows: packed rows, int64 [N].
+            shards: how the rows are spread over the ranks.
 
         Returns:
             [N, vocab_size / tensor-parallel size]
         """
-        if self.config.sequence_parallel:
-            chosen = take_sharded_rows(hidden_states, rows, self.pg_collection.tp)
-        else:
-            chosen = hidden_states.index_select(0, rows)
+        chosen = shards.take(hidden_states, rows)
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else None
         logits, _ = self.output_layer(chosen.squeeze(1), weight=weight)
         return logits
 
-    def gathered_logits(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+    def gathered_logits(self, hidden_states: Tensor, rows: Tensor, shards: RowShards) -> Tensor:
         """Logits over the whole vocabulary, [N, vocab_size], on every tensor-parallel rank."""
         return gather_from_tensor_model_parallel_region(
-            self.logits(hidden_states, rows), group=self.pg_collection.tp
+            self.logits(hidden_states, rows, shards), group=self.pg_collection.tp
         )
 
-    def losses(self, hidden_states: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def losses(
+        self, hidden_states: Tensor, rows: Tensor, labels: Tensor, shards: RowShards
+    ) -> Tensor:
         """Cross entropy of each label, fp32 [N].
 
         Args:
             hidden_states: of the last stage.
             rows: packed row that predicts each label, int64 [N].
             labels: token ids, int64 [N].
+            shards: how the rows are spread over the ranks.
 
         With N = 0 the result is empty but hangs on the whole graph: its sum's backward pass gives
         every parameter a zero gradient, so that data-parallel reductions stay in step.
         """
         num_labels = labels.shape[0]
         if num_labels == 0:
-            rows, labels = rows.new_zeros(1), labels.new_zeros(1)
-        logits = self.logits(hidden_states, rows)
+            rows, labels = rows.new_full((1,), shards.visual), labels.new_zeros(1)
+        logits = self.logits(hidden_states, rows, shards)
         if self.config.tensor_model_parallel_size > 1:
             losses = vocab_parallel_cross_entropy(logits, labels)
         else:

@@ -19,19 +19,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.decoder_layer import DecoderLayer
 from megatron_dattn.models.decomposed_attention import DecomposedCore, DecomposedSelfAttention
 from megatron_dattn.models.norm import LayerNorm, RMSNorm
 from megatron_dattn.models.vision_attention import BidirectionalCore
 
 Implementation = Literal["local", "transformer_engine"]
-
-# A fused Transformer Engine layer owns its norm; local norms are stored under the same names.
-_FUSED_NORM_KEYS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
-
 
 def has_te() -> bool:
     """Whether Transformer Engine is installed."""
@@ -65,57 +61,117 @@ def resolve_implementation(requested: str, fp8: str) -> Implementation:
 
 
 def language_block_spec(
-    implementation: Implementation, num_layers: int
+    implementation: Implementation,
+    num_layers: int,
+    *,
+    preset: AttentionConfig,
+    savings: ExactSavings,
+    feature_size: int,
 ) -> TransformerBlockSubmodules:
-    """The decoder's layers of one pipeline stage, with decomposed attention, and its final norm."""
-    layer = _layer_spec(implementation, DecomposedSelfAttention, DecomposedCore, RMSNorm)
+    """The decoder's layers of one pipeline stage, with decomposed attention, and its final norm.
+
+    The norm before the attention is a module of its own in both implementations, because its rows
+    are multiplied with parts of the fused weight. Before the FFN it is fused where it can be.
+    """
+    fused_ffn = implementation == "transformer_engine" and preset.visual.ffn in (0.0, 1.0)
     norm = RMSNorm if implementation == "local" else _te_norm()
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    column, row = _linears(implementation)
+    layers = [
+        ModuleSpec(
+            module=DecoderLayer,
+            params={
+                "preset": preset,
+                "savings": savings,
+                "feature_size": feature_size,
+                "last_on_stage": number == num_layers - 1,
+            },
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=norm,
+                self_attention=ModuleSpec(
+                    module=DecomposedSelfAttention,
+                    params={
+                        "attn_mask_type": AttnMaskType.no_mask,
+                        "preset": preset,
+                        "savings": savings,
+                    },
+                    submodules=SelfAttentionSubmodules(
+                        linear_qkv=column, core_attention=DecomposedCore, linear_proj=row
+                    ),
+                ),
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=IdentityOp if fused_ffn else norm,
+                mlp=_mlp_spec(_te_norm_linear() if fused_ffn else column, row),
+                mlp_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map=_norm_keys(attention=True, ffn=not fused_ffn),
+            ),
+        )
+        for number in range(num_layers)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def vision_block_spec(
     implementation: Implementation, num_layers: int
 ) -> TransformerBlockSubmodules:
     """The vision encoder's layers; it has no final norm, its features leave in mid-encoder."""
-    layer = _layer_spec(implementation, SelfAttention, BidirectionalCore, LayerNorm)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=None)
-
-
-def _layer_spec(
-    implementation: Implementation, attention: type, core: type, local_norm: type
-) -> ModuleSpec:
     fused = implementation == "transformer_engine"
-    column, row = _te_linears() if fused else (ColumnParallelLinear, RowParallelLinear)
-    norm = IdentityOp if fused else local_norm
-    return ModuleSpec(
+    norm = IdentityOp if fused else LayerNorm
+    column, row = _linears(implementation)
+    first = _te_norm_linear() if fused else column
+    layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=attention,
+                module=SelfAttention,
                 # megatron-core's own local vision spec says causal here, which is a mistake; our
-                # cores do not read it, but what is written should be true.
+                # core does not read it, but what is written should be true.
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=core, linear_proj=row
+                    linear_qkv=first, core_attention=BidirectionalCore, linear_proj=row
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=_mlp_spec(first, row),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={} if fused else _FUSED_NORM_KEYS,
+            sharded_state_dict_keys_map=_norm_keys(attention=not fused, ffn=not fused),
         ),
     )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=None)
 
 
-def _te_linears() -> tuple[type, type]:
+def _mlp_spec(first: type, second: type) -> ModuleSpec:
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=first, linear_fc2=second))
+
+
+def _norm_keys(*, attention: bool, ffn: bool) -> dict[str, str]:
+    """Checkpoint names of norms that are modules of their own."""
+    keys = {}
+    if attention:
+        keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    if ffn:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return keys
+
+
+def _linears(implementation: Implementation) -> tuple[type, type]:
+    """Column- and row-parallel linear layers."""
+    if implementation == "local":
+        return ColumnParallelLinear, RowParallelLinear
     from megatron.core.extensions.transformer_engine import (
-        TELayerNormColumnParallelLinear,
+        TEColumnParallelLinear,
         TERowParallelLinear,
     )
 
-    return TELayerNormColumnParallelLinear, TERowParallelLinear
+    return TEColumnParallelLinear, TERowParallelLinear
+
+
+def _te_norm_linear() -> type:
+    """A norm and a column-parallel linear layer in one."""
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
+
+    return TELayerNormColumnParallelLinear
 
 
 def _te_norm() -> type:

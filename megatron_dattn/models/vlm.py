@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -19,17 +18,16 @@ from torch import Tensor
 from megatron_dattn.attention import (
     TokenLayout,
     get_preset,
+    layer_rules,
     output_rows,
-    plan_attention,
-    rotary_tables,
-    row_positions,
     select_backend,
 )
 from megatron_dattn.models.adapter import Adapter
+from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import ExecutionConfig, ModelConfig
-from megatron_dattn.models.decomposed_attention import AttentionInputs
 from megatron_dattn.models.language_model import DAttnLanguageModel
 from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.models.row_shards import RowShards
 from megatron_dattn.models.transformer_config import (
     language_transformer_config,
     vision_transformer_config,
@@ -92,10 +90,18 @@ class DAttnVLM(MegatronModule):
                 norm_eps=model.adapter.norm_eps,
                 max_grid=model.adapter.max_grid if has_positions else None,
             )
+        self.rules = layer_rules(
+            self.attention,
+            model.language.num_hidden_layers,
+            skip_unread=execution.savings.unread_rows,
+        )
         self.language_model = DAttnLanguageModel(
             self.config,
             model.language,
             implementation,
+            preset=self.attention,
+            savings=execution.savings,
+            feature_size=model.vision.hidden_size,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -117,14 +123,16 @@ class DAttnVLM(MegatronModule):
             return hidden_states
         labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
         rows = output_rows(batch.layout, self.attention).to(labelled.device)
-        return self.language_model.losses(hidden_states, rows[labelled], batch.labels[labelled])
+        return self.language_model.losses(
+            hidden_states, rows[labelled], batch.labels[labelled], self._shards(batch.layout)
+        )
 
     def forward_logits(self, batch: "PackedBatch", rows: Tensor) -> Tensor:
         """Next-token logits at chosen packed rows, for generation and evaluation.
 
         Args:
             batch: as for `forward`; its labels are not read.
-            rows: packed rows, int64 [N], equal on every rank.
+            rows: packed rows, int64 [N], equal on every rank: of those that `output_rows` names.
 
         Returns:
             [N, vocab_size] on the last stage, hidden states on the others.
@@ -132,7 +140,8 @@ class DAttnVLM(MegatronModule):
         hidden_states = self._hidden_states(batch)
         if not self.post_process:
             return hidden_states
-        return self.language_model.gathered_logits(hidden_states, rows)
+        shards = self._shards(batch.layout)
+        return self.language_model.gathered_logits(hidden_states, rows, shards)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the previous stage's hidden states (called by the pipeline schedules)."""
@@ -148,7 +157,7 @@ class DAttnVLM(MegatronModule):
         return self.language_model(decoder_input, attention)
 
     def _decoder_input(self, batch: "PackedBatch") -> Tensor:
-        """Rows [visual, padded to the budget | text], [S, 1, H]; this rank's share of them."""
+        """This rank's share of the rows [visual, padded to the budget | text], [rows, 1, H]."""
         text = self.language_model.embed(batch.input_ids)
         visual = self._visual_rows(batch.pixel_values)
         expected = batch.layout.num_visual_rows
@@ -157,10 +166,7 @@ class DAttnVLM(MegatronModule):
         )
         padding = text.new_zeros(batch.layout.visual_budget - expected, *text.shape[1:])
         parts = (padding, text) if visual is None else (visual.unsqueeze(1), padding, text)
-        rows = torch.cat(parts)
-        if self.config.sequence_parallel:
-            rows = scatter_to_sequence_parallel_region(rows, group=self.pg_collection.tp)
-        return rows
+        return self._shards(batch.layout).scatter(torch.cat(parts))
 
     def _visual_rows(self, pixel_values: Tensor) -> Tensor | None:
         """Encode and adapt the images, [valid visual rows, H].
@@ -185,11 +191,23 @@ class DAttnVLM(MegatronModule):
     def _attention_inputs(self, layout: TokenLayout, device: torch.device) -> AttentionInputs:
         language = self.model_config.language
         dtype = next(self.language_model.parameters()).dtype
-        positions = row_positions(layout, self.attention)
-        return AttentionInputs(
-            plan=plan_attention(layout, self.attention, device),
-            rotary=rotary_tables(positions, language.head_dim, language.rope_theta, device),
-            backend=select_backend(self.attention_backend, device, dtype, language.head_dim),
+        return prepare_attention(
+            layout,
+            self.attention,
+            self.rules,
+            self._shards(layout),
+            select_backend(self.attention_backend, device, dtype, language.head_dim),
+            head_dim=language.head_dim,
+            rotary_base=language.rope_theta,
+            device=device,
+        )
+
+    def _shards(self, layout: TokenLayout) -> RowShards:
+        return RowShards(
+            layout.visual_budget,
+            layout.text_budget,
+            self.pg_collection.tp,
+            self.config.sequence_parallel,
         )
 
 

@@ -46,10 +46,10 @@ def test_a_single_layer_still_sees_images() -> None:
     assert outline("dattn", 1, skip_unread=True) == "R"
 
 
-def test_rows_that_are_gone_leave_the_layout_but_not_the_budget() -> None:
+def test_rows_that_are_gone_leave_the_layout() -> None:
     first, last = layer_rules(PRESETS["exit"], 2, skip_unread=False)
     assert first.layout(LAYOUT) == LAYOUT
-    assert last.layout(LAYOUT) == TokenLayout((2, 1), (), visual_budget=6, text_budget=4)
+    assert last.layout(LAYOUT) == TokenLayout((2, 1), (), visual_budget=0, text_budget=4)
 
 
 def test_kept_patches_form_a_line() -> None:

@@ -1,0 +1,87 @@
+"""What the decoder layers need to know about a micro-batch, prepared once for all of them.
+
+It reaches every layer through TransformerBlock's `attention_bias` argument: the only one that is
+handed on untouched, also inside recomputation, where it travels in a closure.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention import (
+    AttentionConfig,
+    AttentionPlan,
+    Backend,
+    LayerRule,
+    TokenLayout,
+    plan_attention,
+    rotary_tables,
+    row_positions,
+)
+from megatron_dattn.models.row_shards import RowShards
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one layer needs."""
+
+    rule: LayerRule
+    plan: AttentionPlan
+    """Over all rows, or over the text rows alone in a layer that sees no images."""
+    rotary: tuple[Tensor, Tensor]
+    """Cosine and sine of the plan's rows, each [rows, head_dim]."""
+    shards: RowShards
+    """Of the plan's rows."""
+    backend: Backend
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What all layers need. Layers with equal rules share a plan."""
+
+    by_layer: tuple[LayerInputs, ...]
+    """Of the whole decoder, first to last, whatever the pipeline stage."""
+    shards: RowShards
+    """Of the rows that enter the decoder."""
+
+    def layer(self, number: int) -> LayerInputs:
+        """What the layer needs that megatron-core counts as `number`, from 1."""
+        return self.by_layer[number - 1]
+
+    def reads_images(self, number: int) -> bool:
+        """Whether that layer exists and sees images."""
+        return number <= len(self.by_layer) and self.layer(number).rule.sees_images
+
+
+def prepare_attention(
+    layout: TokenLayout,
+    config: AttentionConfig,
+    rules: tuple[LayerRule, ...],
+    shards: RowShards,
+    backend: Backend,
+    *,
+    head_dim: int,
+    rotary_base: float,
+    device: torch.device,
+) -> AttentionInputs:
+    """Plans and rotary tables of a pack.
+
+    Args:
+        config: of the model; its positions hold in all layers.
+        rules: one per layer, see `layer_rules`.
+    """
+    cos, sin = rotary_tables(row_positions(layout, config), head_dim, rotary_base, device)
+    prepared: dict[LayerRule, LayerInputs] = {}
+    for rule in rules:
+        if rule in prepared:
+            continue
+        seen = rule.layout(layout)
+        prepared[rule] = LayerInputs(
+            rule=rule,
+            plan=plan_attention(seen, rule.attention, device),
+            rotary=(cos[-seen.num_rows :], sin[-seen.num_rows :]),
+            shards=shards if rule.sees_images else shards.text_alone(),
+            backend=backend,
+        )
+    return AttentionInputs(tuple(prepared[rule] for rule in rules), shards)

@@ -1,0 +1,65 @@
+"""T2V as a module of its own, in front of the self-attention: the merge that the paper calls cascade.
+
+As in Flamingo (Alayrac et al., 2022), text rows first read the images through query, key, value and
+output projections that the language model does not have, then each other through its own. The paper
+(Table 3) gives the parameters (one more attention per layer) and leaves open order, norm and start.
+Here both read the layer's normalized input, and the output projection starts at zero: the layer is
+at first the language model's.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_dattn.attention import attend_images
+from megatron_dattn.models.attention_inputs import LayerInputs
+
+
+class ImageCrossAttention(MegatronModule):
+    """Attention of text rows over the images of their sample, without positions.
+
+    Heads are those of the self-attention, cut over the tensor-parallel ranks in the same way.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        assert config.kv_channels is not None, "TransformerConfig fills these two in"
+        assert config.num_query_groups is not None
+        self.head_dim = config.kv_channels
+        query = config.num_attention_heads * self.head_dim
+        key_value = 2 * config.num_query_groups * self.head_dim
+        options = {"config": config, "bias": False, "tp_group": pg_collection.tp}
+        init = config.init_method
+        hidden = config.hidden_size
+        self.linear_q = ColumnParallelLinear(hidden, query, init_method=init, **options)
+        self.linear_kv = ColumnParallelLinear(hidden, key_value, init_method=init, **options)
+        self.linear_proj = RowParallelLinear(
+            query,
+            hidden,
+            init_method=torch.nn.init.zeros_,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            **options,
+        )
+
+    def forward(self, visual: Tensor, text: Tensor, inputs: LayerInputs) -> Tensor:
+        """What images add to the text rows, shaped like `text`.
+
+        Args:
+            visual: normalized local visual rows, [rows, 1, H].
+            text: normalized local text rows, [rows, 1, H].
+        """
+        query = self.linear_q(text)[0].unflatten(2, (-1, self.head_dim)).squeeze(1)
+        key_value = self.linear_kv(visual)[0].unflatten(2, (-1, 2, self.head_dim)).squeeze(1)
+        out = attend_images(
+            query,
+            *key_value.unbind(2),
+            inputs.plan,
+            inputs.rotary,
+            scale=self.head_dim**-0.5,
+            backend=inputs.backend,
+        )
+        return self.linear_proj(out.flatten(1).unsqueeze(1))[0]

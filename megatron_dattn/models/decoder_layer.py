@@ -1,0 +1,162 @@
+"""A decoder layer over visual and text rows: attention, then the FFN, each with its residual.
+
+megatron-core's TransformerLayer brings the modules, their sharding and their checkpoint layout; the
+forward pass is ours, because it is here that the two kinds of rows differ: which of them attend,
+which pass the FFN, and which are there at all (`LayerRule`). With the rule of plain presets it is
+the language model's own layer.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_dattn.attention import AttentionConfig
+from megatron_dattn.models.attention_inputs import AttentionInputs, LayerInputs
+from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.cross_attention import ImageCrossAttention
+from megatron_dattn.models.partial_ffn import partial_ffn
+from megatron_dattn.models.visual_projector import VisualProjector
+
+
+# Local rows: all of them in one tensor, or visual and text rows apart.
+States = tuple[Tensor, ...]
+
+
+class DecoderLayer(TransformerLayer):
+    """One layer.
+
+    Args:
+        preset: the model's attention; "cascade" adds an `ImageCrossAttention`, reprojected visual
+            rows a `VisualProjector`.
+        savings: what to leave out.
+        feature_size: width of the vision encoder's features.
+        last_on_stage: whether the next layer belongs to another pipeline stage.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *,
+        preset: AttentionConfig,
+        savings: ExactSavings,
+        feature_size: int,
+        last_on_stage: bool,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, **kwargs)
+        self.preset = preset
+        self.savings = savings
+        self.last_on_stage = last_on_stage
+        self.visual_projector: VisualProjector | None = None
+        if preset.visual.source == "reproject":
+            self.visual_projector = VisualProjector(
+                config, feature_size=feature_size, norm_eps=config.layernorm_epsilon
+            )
+        # megatron-core's name for attention over another sequence.
+        self.cross_attention: ImageCrossAttention | None = None
+        if preset.merge == "cascade":
+            self.cross_attention = ImageCrossAttention(
+                config, ProcessGroupCollection.use_mpu_process_groups()
+            )
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attention_bias: AttentionInputs,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """The layer's output for this rank's rows.
+
+        Args:
+            hidden_states: local rows [V_r | T_r], [rows, 1, H]; text rows alone where no layer
+                from here on sees images.
+
+        Returns:
+            The same, without the visual rows once nobody reads them any more; and None, where
+            megatron-core's layers return a context.
+        """
+        inputs = attention_bias.layer(self.layer_number)
+        if inputs.rule.sees_images:
+            states = self._attend(hidden_states, inputs)
+            states = self._transform(states, inputs)
+        else:
+            text = hidden_states[-inputs.shards.local_text :]
+            (text,) = self._attend(text, inputs)
+            states = text[:0], self._ffn(text)
+        return self._emit(states, attention_bias), None
+
+    def _attend(self, hidden_states: Tensor, inputs: LayerInputs) -> States:
+        """The attention block with its residual."""
+        rows = hidden_states
+        visual, text = inputs.shards.split(rows)
+        if self.visual_projector is not None and visual.shape[0]:
+            rows = torch.cat((self.visual_projector(visual), text))
+        normed = self.input_layernorm(rows)
+        if self.cross_attention is not None and visual.shape[0]:
+            normed_visual, normed_text = inputs.shards.split(normed)
+            text = text + self.cross_attention(normed_visual, normed_text, inputs)
+            normed = torch.cat((normed_visual, self.input_layernorm(text)))
+            hidden_states = torch.cat((visual, text))
+        added = self.self_attention(normed, inputs)
+        if added.shape[0] == hidden_states.shape[0]:
+            return (hidden_states + added,)
+        return visual, text + added
+
+    def _transform(self, states: States, inputs: LayerInputs) -> States:
+        """The FFN block with its residual; visual rows may pass a part of it or none."""
+        share = inputs.rule.visual_ffn
+        if share == 1.0:
+            return (self._ffn(_join(states)),)
+        visual, text = states if len(states) == 2 else inputs.shards.split(*states)
+        if share > 0.0:
+            visual = visual + partial_ffn(self.mlp, self.pre_mlp_layernorm(visual), share)
+        return visual, self._ffn(text)
+
+    def _ffn(self, rows: Tensor) -> Tensor:
+        """Norm, FFN and residual; in recomputed chunks if the savings say so."""
+        limit = self.savings.ffn_chunk_rows // self._row_ranks
+        if not 0 < limit < rows.shape[0]:
+            return self._ffn_of(rows)
+        if not (self.training and torch.is_grad_enabled()):
+            return torch.cat([self._ffn_of(chunk) for chunk in rows.split(limit)])
+        return torch.cat([self._checkpoint(self._ffn_of, chunk) for chunk in rows.split(limit)])
+
+    def _ffn_of(self, rows: Tensor) -> Tensor:
+        added, _ = self.mlp(self.pre_mlp_layernorm(rows))
+        return rows + added
+
+    def _emit(self, states: States, attention: AttentionInputs) -> Tensor:
+        """The rows that the next layer, the next pipeline stage or the head wants."""
+        is_last = self.layer_number == len(attention.by_layer)
+        unread = self.savings.unread_rows and not self.preset.visual_rows_predict
+        if attention.reads_images(self.layer_number + 1) or (is_last and not unread):
+            return _join(states)
+        text = states[-1][-attention.shards.local_text :]
+        if is_last or not self.last_on_stage:
+            return text
+        # Stages exchange tensors of one fixed shape.
+        return torch.cat((text.new_zeros(attention.shards.local_visual, *text.shape[1:]), text))
+
+    @property
+    def _row_ranks(self) -> int:
+        return self.tp_group.size() if self.config.sequence_parallel else 1
+
+    def _checkpoint(self, function: Any, rows: Tensor) -> Tensor:
+        if self.config.fp8:
+            from megatron.core.extensions.transformer_engine import te_checkpoint
+
+            tracker = tensor_parallel.random.get_cuda_rng_tracker
+            return te_checkpoint(function, False, tracker, self.tp_group, rows)
+        return tensor_parallel.checkpoint(function, False, rows)
+
+
+def _join(states: States) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(states)

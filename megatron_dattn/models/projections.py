@@ -1,0 +1,100 @@
+"""Attention's projections with rows of two kinds: what visual rows do not need is not computed.
+
+The weights are those of megatron-core's fused `linear_qkv` and `linear_proj`, so that checkpoints
+do not depend on how they are used. Two exact savings:
+
+- visual rows that do not attend need no query: `project_queries_keys_values` multiplies them with
+  the key and value rows of the fused weight alone;
+- a diagonal row's output is `W_o` times its values, repeated for every query head of a group. That
+  is the sum of W_o over the group times the values once: `fold_output_weight`.
+
+Both read one weight twice. megatron-core's fused weight-gradient accumulation would lose one of the
+two gradients without a word (its hook drops `param.grad` once the kernel has written `main_grad`);
+it is off in our configs, and here the products are autograd's own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_dattn.models.row_shards import RowShards
+
+
+def project_queries_keys_values(
+    local: Tensor, weight: Tensor, shards: RowShards, num_groups: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of text rows, keys and values of all rows.
+
+    Args:
+        local: normalized rows of this rank, `[V_r | T_r]`, [rows, 1, H].
+        weight: this rank's share of the fused weight, [groups * (queries + 2) * head_dim, H]; in
+            every group stand its query heads, then its key, then its value.
+        num_groups: key heads of this rank.
+
+    Returns:
+        Query [text rows, query heads, head_dim]; key and value [all rows, groups, head_dim].
+    """
+    query, key_value = _ProjectRows.apply(local.squeeze(1), weight, shards, num_groups, head_dim)
+    key, value = key_value.unflatten(1, (2, num_groups, head_dim)).unbind(1)
+    return query.unflatten(1, (-1, head_dim)), key, value
+
+
+def fold_output_weight(weight: Tensor, num_groups: int, head_dim: int) -> Tensor:
+    """W_o summed over the query heads of each group: [H, Hq * D] to [H, groups * D]."""
+    return weight.unflatten(1, (num_groups, -1, head_dim)).sum(2).flatten(1)
+
+
+class _ProjectRows(torch.autograd.Function):
+    """Gathers the rows, multiplies, and gathers them again in the backward pass.
+
+    Keeping the gathered rows for it would undo the memory that sequence parallelism saves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, local: Tensor, weight: Tensor, shards: RowShards, num_groups: int, head_dim: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(local, weight)
+        ctx.shards, ctx.heads = shards, (num_groups, head_dim)
+        rows = shards.enter(local)
+        query_weight, key_value_weight = _parts(weight, num_groups, head_dim)
+        return rows[-shards.text :] @ query_weight.T, rows @ key_value_weight.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_query: Tensor, grad_key_value: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        local, weight = ctx.saved_tensors
+        shards: RowShards = ctx.shards
+        query_weight, key_value_weight = _parts(weight, *ctx.heads)
+        grad_local, grad_weight = None, None
+        if ctx.needs_input_grad[0]:
+            grad_rows = grad_key_value @ key_value_weight
+            grad_rows[-shards.text :].addmm_(grad_query, query_weight)
+            grad_local = shards.leave(grad_rows)
+        if ctx.needs_input_grad[1]:
+            rows = shards.enter(local)
+            grad_weight = _join_parts(
+                grad_query.T @ rows[-shards.text :], grad_key_value.T @ rows, weight, *ctx.heads
+            )
+        return grad_local, grad_weight, None, None, None
+
+
+def _parts(weight: Tensor, num_groups: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Rows of the fused weight that make queries, and those that make keys and then values."""
+    heads = weight.unflatten(0, (num_groups, -1, head_dim))
+    key_value = heads[:, -2:].transpose(0, 1)
+    return heads[:, :-2].flatten(0, 2), key_value.flatten(0, 2)
+
+
+def _join_parts(
+    query: Tensor, key_value: Tensor, weight: Tensor, num_groups: int, head_dim: int
+) -> Tensor:
+    """The inverse of `_parts`, shaped like `weight`."""
+    joined = torch.empty_like(weight).unflatten(0, (num_groups, -1, head_dim))
+    joined[:, :-2] = query.view(num_groups, -1, head_dim, weight.shape[1])
+    joined[:, -2:] = key_value.view(2, num_groups, head_dim, weight.shape[1]).transpose(0, 1)
+    return joined.flatten(0, 2)
