@@ -17,6 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_dattn.attention import get_preset
+from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.norm import RMSNorm
 
 
@@ -58,7 +60,7 @@ class Adapter(MegatronModule):
         hidden_size: width of the MLP's middle.
         output_size: width of the language model.
         norm_eps: of the RMSNorm.
-        max_grid: entries of the position tables, or None for no positions.
+        positions: added to the rows; None for none.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Adapter(MegatronModule):
         hidden_size: int,
         output_size: int,
         norm_eps: float,
-        max_grid: int | None,
+        positions: RowColumnPositions | None,
     ) -> None:
         super().__init__(config=config)
         tp_group = get_tensor_model_parallel_group()
@@ -78,24 +80,20 @@ class Adapter(MegatronModule):
             input_size,
             hidden_size,
             config=config,
-            init_method=_init_for(input_size),
+            init_method=init_for(input_size),
             tp_group=tp_group,
         )
         self.linear_fc2 = RowParallelLinear(
             hidden_size,
             output_size,
             config=config,
-            init_method=_init_for(hidden_size),
+            init_method=init_for(hidden_size),
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
             tp_group=tp_group,
         )
-        self.positions = (
-            None
-            if max_grid is None
-            else RowColumnPositions(output_size, max_grid, config.params_dtype)
-        )
+        self.positions = positions
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """Rows for the language model.
@@ -114,6 +112,30 @@ class Adapter(MegatronModule):
         return rows.flatten(0, 1)
 
 
-def _init_for(fan_in: int) -> partial[Tensor]:
+def build_adapter(config: TransformerConfig, model: ModelConfig) -> Adapter | None:
+    """The adapter that a model's preset asks for; None where the layers project features anew.
+
+    Args:
+        config: the vision encoder's, see `vision_transformer_config`.
+        model: sizes and the preset.
+    """
+    preset = get_preset(model.attention)
+    if preset.visual.source == "reproject":
+        return None
+    output_size = model.language.hidden_size
+    positions = None
+    if preset.positions.embedding == "row_column":
+        positions = RowColumnPositions(output_size, model.adapter.max_grid, config.params_dtype)
+    return Adapter(
+        config,
+        input_size=model.vision.hidden_size,
+        hidden_size=model.adapter.hidden_size or output_size,
+        output_size=output_size,
+        norm_eps=model.adapter.norm_eps,
+        positions=positions,
+    )
+
+
+def init_for(fan_in: int) -> partial[Tensor]:
     """Variance 1 / (3 fan_in), that of torch's own linear layers, at any width."""
     return partial(torch.nn.init.normal_, std=(3 * fan_in) ** -0.5)

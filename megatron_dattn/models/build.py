@@ -5,6 +5,7 @@ import dataclasses
 
 import torch
 
+from megatron_dattn.attention import get_preset
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import ExecutionConfig, ModelConfig
 from megatron_dattn.models.vlm import DAttnVLM
@@ -63,12 +64,16 @@ def check_model_sizes(model: ModelConfig, parallel: ParallelConfig) -> None:
         num_layers=language.num_hidden_layers,
     )
     tp = parallel.tensor_model_parallel_size
+    if get_preset(model.attention).visual.source == "reproject":
+        middle = ("language.hidden_size", language.hidden_size)  # of every layer's projector
+    else:
+        middle = ("adapter.hidden_size", model.adapter.hidden_size or language.hidden_size)
     for name, size in (
         ("language.vocab_size", language.vocab_size),
         ("language.intermediate_size", language.intermediate_size),
         ("vision.num_attention_heads", vision.num_attention_heads),
         ("vision.intermediate_size", vision.intermediate_size),
-        ("adapter.hidden_size", model.adapter.hidden_size or language.hidden_size),
+        middle,
     ):
         if size % tp:
             raise ConfigError(

@@ -144,6 +144,18 @@ class ModelConfig:
             f"model.attention '{self.attention}' needs parts that the layers of this model do not "
             "have yet",
         )
+        _check_sizes_for_preset(self)
+
+
+def _check_sizes_for_preset(model: ModelConfig) -> None:
+    preset = PRESETS[model.attention]
+    features, hidden = model.vision.hidden_size, model.language.hidden_size
+    _require(
+        preset.visual.source != "reproject" or features <= hidden,
+        f"model.attention '{model.attention}' carries the encoder's features through the decoder, "
+        f"but vision.hidden_size {features} is larger than language.hidden_size {hidden}; choose "
+        "another preset or a smaller encoder",
+    )
 
 
 def _is_supported(preset: AttentionConfig) -> bool:

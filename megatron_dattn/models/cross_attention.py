@@ -1,4 +1,4 @@
-"""T2V as a module of its own, in front of the self-attention: the merge that the paper calls cascade.
+"""T2V as a module of its own before the self-attention: the merge that the paper calls cascade.
 
 As in Flamingo (Alayrac et al., 2022), text rows first read the images through query, key, value and
 output projections that the language model does not have, then each other through its own. The paper
@@ -54,9 +54,11 @@ class ImageCrossAttention(MegatronModule):
         """
         query = self.linear_q(text)[0].unflatten(2, (-1, self.head_dim)).squeeze(1)
         key_value = self.linear_kv(visual)[0].unflatten(2, (-1, 2, self.head_dim)).squeeze(1)
+        key, value = key_value.unbind(2)
         out = attend_images(
             query,
-            *key_value.unbind(2),
+            key,
+            value,
             inputs.plan,
             inputs.rotary,
             scale=self.head_dim**-0.5,

@@ -22,7 +22,6 @@ from megatron_dattn.models.cross_attention import ImageCrossAttention
 from megatron_dattn.models.partial_ffn import partial_ffn
 from megatron_dattn.models.visual_projector import VisualProjector
 
-
 # Local rows: all of them in one tensor, or visual and text rows apart.
 States = tuple[Tensor, ...]
 
@@ -65,7 +64,7 @@ class DecoderLayer(TransformerLayer):
                 config, ProcessGroupCollection.use_mpu_process_groups()
             )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,

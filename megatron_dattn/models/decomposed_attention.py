@@ -83,9 +83,7 @@ class DecomposedSelfAttention(SelfAttention):
             self.gate = _head_parameter(self.num_attention_heads_per_partition, config.params_dtype)
         self.heads_with_images = num_shared(config.num_query_groups, preset.visual.heads)
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, inputs: LayerInputs
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, inputs: LayerInputs) -> Tensor:
         """Attend and project.
 
         Args:
@@ -139,7 +137,7 @@ class DecomposedSelfAttention(SelfAttention):
         return core(query, key, value)
 
     def _project_out(self, visual: Tensor, scored: Tensor, inputs: LayerInputs) -> Tensor:
-        """Values of diagonal rows [rows, groups, D] (none, perhaps) and the scored rows' outputs."""
+        """From values of diagonal rows, [rows, groups, D], and outputs of scored rows."""
         shards = inputs.shards
         if visual.shape[0] and self.savings.folded_output:
             groups, head_dim = visual.shape[1:]

@@ -10,21 +10,30 @@ size d, query width q = heads * head_dim, key/value width e, FFN width f, per de
     attention     4q * pairs;  s_attn: (n+t)^2/2   dattn: n t + t^2/2   (causal pairs: k(k+1)/2)
     FFN           6df (n + t)
 
-plus 2d * vocabulary per labelled row. All layers count alike: W_o of a visual row is counted at
-its full width and the last layer's visual rows are counted, as the paper's equations are written,
-although both can be saved exactly. A product costs the same again for the gradient of its input
-(where anything before it trains) and again for the gradient of its weight (where it trains).
+plus 2d * vocabulary per labelled row. W_o of a visual row is counted at its full width and the last
+layer's visual rows are counted, as the paper's equations are written, although both can be saved
+exactly. A product costs the same again for the gradient of its input (where anything before it
+trains) and again for the gradient of its weight (where it trains). Presets that freeze, drop,
+select or reproject visual rows count what their layers do (`attention/cost.py`).
 
-`executed_flops` is what the engine runs today: padded rows, the fused QKV projection of visual
-rows with a query nobody reads, and the forward pass repeated by full recomputation.
+`executed_flops` is what the engine runs: padded rows, less what the exact savings leave out, and
+the forward pass repeated by full recomputation.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dattn.attention import TokenLayout, attended_pairs, get_preset
-from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.attention import (
+    AttentionConfig,
+    LayerRule,
+    TokenLayout,
+    attended_pairs,
+    get_preset,
+    kept_grid,
+    layer_rules,
+)
+from megatron_dattn.models.config import ExactSavings, ModelConfig, VisionConfig
 
 ALL_MODULES = frozenset({"vision_model", "adapter", "language_model"})
 
@@ -87,21 +96,13 @@ def model_flops(
         attention: another preset to count for, e.g. "s_attn" beside "dattn".
     """
     preset = get_preset(attention or config.attention)
+    rules = layer_rules(preset, config.language.num_hidden_layers, skip_unread=False)
     packs = tuple(layouts)
-    rows = [
-        _Rows(
-            visual=pack.num_visual_rows,
-            text=pack.num_text_rows,
-            visual_queries=pack.num_visual_rows if preset.scores_visual_rows else 0,
-            visual_outputs=pack.num_visual_rows if preset.outputs_visual_rows else 0,
-            pairs=sum(attended_pairs(pack, preset).values()),
-            images=len(pack.images),
-        )
-        for pack in packs
-    ]
+    layers = [_layer_rows(config, pack, rule) for pack in packs for rule in rules]
+    images = sum(len(pack.images) for pack in packs)
     if labelled_rows is None:
         labelled_rows = sum(pack.num_text_rows for pack in packs)
-    return _count(config, rows, labelled_rows, trained, recomputed=False)
+    return _count(config, preset, layers, images, labelled_rows, trained, recomputed=False)
 
 
 def executed_flops(
@@ -111,70 +112,93 @@ def executed_flops(
     trained: frozenset[str] = ALL_MODULES,
     labelled_rows: int | None = None,
     recompute: Literal["none", "selective", "full"] = "none",
+    savings: ExactSavings | None = None,
 ) -> StepFlops:
     """Operations that the engine runs for the same packs; arguments as in `model_flops`.
 
     Attention is counted by attended pairs here too, so a backend that computes masked pairs, or
     recomputes scores in its backward, runs more.
     """
+    savings = savings or ExactSavings()
     preset = get_preset(config.attention)
+    num_layers = config.language.num_hidden_layers
+    rules = layer_rules(preset, num_layers, skip_unread=savings.unread_rows)
     packs = tuple(layouts)
-    below_language = bool(trained - {"language_model"})
-    rows = [
-        _Rows(
-            visual=pack.visual_budget,
-            text=pack.text_budget,
-            visual_queries=pack.visual_budget,
-            visual_outputs=pack.visual_budget,
-            pairs=sum(attended_pairs(pack, preset).values()),
-            # A pack without images sends a blank one through modules that train.
-            images=len(pack.images) or int(below_language),
-        )
-        for pack in packs
-    ]
+    layers = [_layer_rows(config, pack, rule, savings) for pack in packs for rule in rules]
+    # A pack without images sends a blank one through modules that train.
+    blank = int(bool(trained - {"language_model"}))
+    images = sum(len(pack.images) or blank for pack in packs)
     if labelled_rows is None:
         labelled_rows = sum(pack.num_text_rows for pack in packs)
-    return _count(config, rows, labelled_rows, trained, recomputed=recompute == "full")
+    full = recompute == "full"
+    return _count(config, preset, layers, images, labelled_rows, trained, recomputed=full)
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What of one pack is multiplied: row counts, attended pairs, images."""
+class _LayerRows:
+    """What one layer multiplies with its weights for one pack."""
 
-    visual: int
-    text: int
-    visual_queries: int
-    visual_outputs: int
+    queries: int
+    keys: int
+    outputs: float
+    """Full-width output projections; a folded one is 1 / (query heads per key head)."""
+    ffn: float
+    """Rows through the FFN; those that pass a share of it count as that share."""
     pairs: int
-    images: int
+    cross_text: int = 0
+    """Rows that a cross-attention of the layer's own reads from, and those it reads."""
+    cross_visual: int = 0
+    projected: int = 0
+    """Visual rows that the layer makes from the encoder's features."""
+
+
+def _layer_rows(
+    config: ModelConfig, pack: TokenLayout, rule: LayerRule, executed: ExactSavings | None = None
+) -> _LayerRows:
+    """By the mathematics, or as executed: with padding, and with these savings."""
+    pack, attention = rule.layout(pack), rule.attention
+    text, visual = pack.num_text_rows, pack.num_visual_rows
+    queries, folding = attention.scores_visual_rows, 1
+    if executed is not None:
+        text, visual = pack.text_budget, pack.visual_budget
+        queries = queries or not executed.visual_queries
+        if attention.v2v == "diagonal" and executed.folded_output:
+            language = config.language
+            folding = language.num_attention_heads // language.num_key_value_heads
+    cascade = attention.merge == "cascade" and rule.sees_images
+    return _LayerRows(
+        queries=text + visual * queries,
+        keys=text + visual,
+        outputs=text + visual * attention.outputs_visual_rows / folding,
+        ffn=text + visual * rule.visual_ffn,
+        pairs=sum(attended_pairs(pack, attention).values()),
+        cross_text=text * cascade,
+        cross_visual=visual * cascade,
+        projected=visual * (attention.visual.source == "reproject"),
+    )
 
 
 def _count(
     config: ModelConfig,
-    packs: list[_Rows],
+    preset: AttentionConfig,
+    layers: list[_LayerRows],
+    images: int,
     labelled_rows: int,
     trained: frozenset[str],
     recomputed: bool,
 ) -> StepFlops:
     unknown = trained - ALL_MODULES
     assert not unknown, f"no such modules: {sorted(unknown)}"
-    images = sum(pack.images for pack in packs)
-    counted = StepFlops(
-        {
-            "vision_encoder": _vision_encoder(
-                config.vision, images, "vision_model" in trained, recomputed
-            ),
-            "adapter": _adapter(config, images, trained),
-            "projections": PartFlops(),
-            "attention": PartFlops(),
-            "ffn": PartFlops(),
-        }
-    )
-    for pack in packs:
-        counted += _decoder(config.language, pack, trained, recomputed)
+    vision = _vision_encoder(config.vision, images, "vision_model" in trained, recomputed)
     # The loss always sends a gradient back through the head when anything trains.
     head = 2 * labelled_rows * config.language.hidden_size * config.language.vocab_size
-    return counted + StepFlops({"head": _product(head, bool(trained), "language_model" in trained)})
+    parts = {
+        "vision_encoder": vision,
+        "adapter": _adapter(config, preset, images, trained),
+        **_decoder(config, layers, trained, recomputed),
+        "head": _product(head, bool(trained), "language_model" in trained),
+    }
+    return StepFlops(parts)
 
 
 def _product(
@@ -208,37 +232,49 @@ def _vision_encoder(
     )
 
 
-def _adapter(config: ModelConfig, images: int, trained: frozenset[str]) -> PartFlops:
-    """The two layers of the MLP; the norm before them trains too and needs their gradient."""
-    rows = images * config.vision.num_patches
+def _adapter(
+    config: ModelConfig, preset: AttentionConfig, images: int, trained: frozenset[str]
+) -> PartFlops:
+    """The two layers of the MLP; the norm before them trains too and needs their gradient.
+
+    Where every decoder layer projects the features itself, there is no adapter.
+    """
+    if preset.visual.source == "reproject":
+        return PartFlops()
+    rows, columns = kept_grid(config.vision.grid, preset.visual)
     width = config.adapter.hidden_size or config.language.hidden_size
-    forward = 2 * rows * width * (config.vision.hidden_size + config.language.hidden_size)
+    widths = config.vision.hidden_size + config.language.hidden_size
     own = "adapter" in trained
-    return _product(forward, own or "vision_model" in trained, own)
+    return _product(
+        2 * images * rows * columns * width * widths, own or "vision_model" in trained, own
+    )
 
 
 def _decoder(
-    config: LanguageConfig, pack: _Rows, trained: frozenset[str], recomputed: bool
-) -> StepFlops:
-    """All decoder layers over one pack.
+    config: ModelConfig, layers: list[_LayerRows], trained: frozenset[str], recomputed: bool
+) -> dict[str, PartFlops]:
+    """All decoder layers over all packs.
 
     The first layer's text rows need no input gradient while the language model is frozen; this
     1 / num_hidden_layers of the text rows' share is counted all the same, as the engine computes
     it (text and visual rows stand in one tensor).
     """
-    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    query = config.num_attention_heads * config.head_dim
-    key_value = config.num_key_value_heads * config.head_dim
-    rows = pack.visual + pack.text
-    queries, outputs = pack.visual_queries + pack.text, pack.visual_outputs + pack.text
-    projections = 2 * d * (queries * query + rows * 2 * key_value + outputs * query) * layers
-    ffn = 2 * rows * 3 * d * f * layers
-    scores = 4 * query * pack.pairs * layers
-    backward, own = bool(trained), "language_model" in trained
-    return StepFlops(
-        {
-            "projections": _product(projections, backward, own, recomputed),
-            "attention": _scores(scores, backward, recomputed),
-            "ffn": _product(ffn, backward, own, recomputed),
-        }
-    )
+    language = config.language
+    d, f = language.hidden_size, language.intermediate_size
+    query = language.num_attention_heads * language.head_dim
+    key_value = 2 * language.num_key_value_heads * language.head_dim
+    own, added, pairs, ffn = 0.0, 0, 0, 0.0
+    for rows in layers:
+        own += rows.queries * query + rows.keys * key_value + rows.outputs * query
+        added += rows.cross_text * 2 * query + rows.cross_visual * key_value
+        added += rows.projected * (config.vision.hidden_size + d)
+        ffn += rows.ffn * 3 * f
+        pairs += rows.pairs
+    backward, trains = bool(trained), "language_model" in trained
+    # Weights that the preset adds to a layer learn at the adapter's rate.
+    added_part = _product(2 * d * added, backward, "adapter" in trained, recomputed)
+    return {
+        "projections": _product(round(2 * d * own), backward, trains, recomputed) + added_part,
+        "attention": _scores(4 * query * pairs, backward, recomputed),
+        "ffn": _product(round(2 * d * ffn), backward, trains, recomputed),
+    }

@@ -29,6 +29,7 @@ from megatron_dattn.models.vision_attention import BidirectionalCore
 
 Implementation = Literal["local", "transformer_engine"]
 
+
 def has_te() -> bool:
     """Whether Transformer Engine is installed."""
     return importlib.util.find_spec("transformer_engine") is not None

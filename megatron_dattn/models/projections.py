@@ -73,7 +73,7 @@ class _ProjectRows(torch.autograd.Function):
         grad_local, grad_weight = None, None
         if ctx.needs_input_grad[0]:
             grad_rows = grad_key_value @ key_value_weight
-            grad_rows[-shards.text :].addmm_(grad_query, query_weight)
+            grad_rows[-shards.text :] += grad_query @ query_weight
             grad_local = shards.leave(grad_rows)
         if ctx.needs_input_grad[1]:
             rows = shards.enter(local)

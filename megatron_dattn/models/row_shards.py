@@ -93,7 +93,10 @@ class RowShards:
             return rows
         shards = rows.unflatten(0, (self.ranks, -1))
         return torch.cat(
-            (shards[:, : self.local_visual].flatten(0, 1), shards[:, self.local_visual :].flatten(0, 1))
+            (
+                shards[:, : self.local_visual].flatten(0, 1),
+                shards[:, self.local_visual :].flatten(0, 1),
+            )
         )
 
     def to_rank_order(self, rows: Tensor) -> Tensor:
@@ -111,7 +114,7 @@ class RowShards:
         The language-model head needs the labelled text rows only, a small share. So instead of
         gathering everything each rank fills in the chosen rows it holds and the ranks add up. The
         gradient that comes back must be equal on every rank too (a following column-parallel layer
-        that all-reduces its input gradient takes care of that); each rank keeps its own rows' share.
+        that all-reduces its input gradient takes care of that); each rank keeps its rows' share.
 
         Args:
             local: this rank's rows, of both kinds or text alone.

@@ -22,7 +22,7 @@ from megatron_dattn.attention import (
     output_rows,
     select_backend,
 )
-from megatron_dattn.models.adapter import Adapter
+from megatron_dattn.models.adapter import Adapter, build_adapter
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import ExecutionConfig, ModelConfig
 from megatron_dattn.models.language_model import DAttnLanguageModel
@@ -33,6 +33,7 @@ from megatron_dattn.models.transformer_config import (
     vision_transformer_config,
 )
 from megatron_dattn.models.vision_encoder import VisionEncoder
+from megatron_dattn.models.visual_projector import features_as_rows
 from megatron_dattn.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class DAttnVLM(MegatronModule):
         model: sizes and the attention preset.
         parallel: layout over ranks; megatron-core's process groups must exist.
         execution: precision, recomputation, implementations.
-        pre_process: this stage has the vision encoder, the adapter and the embedding.
+        pre_process: this stage has the vision encoder, the embedding and, unless every layer
+            projects the features anew, the adapter.
         post_process: this stage has the head.
         vp_stage: index of this model chunk under interleaved pipelining.
     """
@@ -81,15 +83,7 @@ class DAttnVLM(MegatronModule):
         if pre_process:
             vision_config = vision_transformer_config(model.vision, parallel, execution)
             self.vision_model = VisionEncoder(vision_config, model.vision, implementation)
-            has_positions = self.attention.positions.embedding == "row_column"
-            self.adapter = Adapter(
-                vision_config,
-                input_size=model.vision.hidden_size,
-                hidden_size=model.adapter.hidden_size or model.language.hidden_size,
-                output_size=model.language.hidden_size,
-                norm_eps=model.adapter.norm_eps,
-                max_grid=model.adapter.max_grid if has_positions else None,
-            )
+            self.adapter = build_adapter(vision_config, model)
         self.rules = layer_rules(
             self.attention,
             model.language.num_hidden_layers,
@@ -166,7 +160,12 @@ class DAttnVLM(MegatronModule):
         )
         padding = text.new_zeros(batch.layout.visual_budget - expected, *text.shape[1:])
         parts = (padding, text) if visual is None else (visual.unsqueeze(1), padding, text)
-        return self._shards(batch.layout).scatter(torch.cat(parts))
+        rows = self._shards(batch.layout).scatter(torch.cat(parts))
+        if self.adapter is None and torch.is_grad_enabled() and not rows.requires_grad:
+            # Recomputed layers pass on gradients, also to their own parameters, only if their input
+            # wants one; here it may come from frozen modules alone.
+            rows.requires_grad_()
+        return rows
 
     def _visual_rows(self, pixel_values: Tensor) -> Tensor | None:
         """Encode and adapt the images, [valid visual rows, H].
@@ -176,16 +175,18 @@ class DAttnVLM(MegatronModule):
         gradients finds the same parameters on every rank.
         """
         assert self.vision_model is not None, "images belong to the first pipeline stage"
-        assert self.adapter is not None
         train_vision, no_images = _is_trained(self.vision_model), pixel_values.shape[0] == 0
         if no_images:
-            if not (train_vision or _is_trained(self.adapter)):
+            if not (train_vision or (self.adapter is not None and _is_trained(self.adapter))):
                 return None
             side = self.model_config.vision.image_size
             pixel_values = pixel_values.new_zeros(1, 3, side, side)
         with torch.set_grad_enabled(train_vision):
             features = self.vision_model(pixel_values)
-        rows = self.adapter(features, self.model_config.vision.grid)
+        if self.adapter is None:
+            rows = features_as_rows(features, self.config.hidden_size)
+        else:
+            rows = self.adapter(features, self.model_config.vision.grid)
         return rows[:0] if no_images else rows
 
     def _attention_inputs(self, layout: TokenLayout, device: torch.device) -> AttentionInputs:

@@ -149,7 +149,11 @@ def _flops_section(plan: Plan) -> list[str]:
         for name in presets
     }
     executed = executed_flops(
-        config.model, [layout], trained=plan.trained, recompute=plan.execution.recompute
+        config.model,
+        [layout],
+        trained=plan.trained,
+        recompute=plan.execution.recompute,
+        savings=plan.execution.savings,
     )
     own = counted[config.model.attention]
     lines = [

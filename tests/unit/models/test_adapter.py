@@ -21,7 +21,7 @@ def _adapter(max_grid: int | None) -> Adapter:
         hidden_size=24,
         output_size=20,
         norm_eps=1e-5,
-        max_grid=max_grid,
+        positions=None if max_grid is None else RowColumnPositions(20, max_grid, torch.float32),
     )
 
 

@@ -3,8 +3,10 @@
 import pytest
 from megatron.core.transformer.identity_op import IdentityOp
 
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.errors import UserError
 from megatron_dattn.models import layer_specs
+from megatron_dattn.models.config import ExactSavings
 from megatron_dattn.models.layer_specs import resolve_implementation
 from tests.support.vlm import tiny_model
 
@@ -33,18 +35,26 @@ def test_impossible_choices_are_refused_by_name(monkeypatch, requested, fp8, ins
 
 
 def test_transformer_engine_layers_own_their_norms(monkeypatch):
-    column, row, norm = (type(name, (), {}) for name in ("Column", "Row", "Norm"))
-    monkeypatch.setattr(layer_specs, "_te_linears", lambda: (column, row))
+    names = ("Column", "Row", "NormColumn", "Norm")
+    column, row, norm_column, norm = (type(name, (), {}) for name in names)
+    monkeypatch.setattr(layer_specs, "_linears", lambda implementation: (column, row))
+    monkeypatch.setattr(layer_specs, "_te_norm_linear", lambda: norm_column)
     monkeypatch.setattr(layer_specs, "_te_norm", lambda: norm)
-    block = layer_specs.language_block_spec("transformer_engine", 3)
-    layer = block.layer_specs[0].submodules
-    assert len(block.layer_specs) == 3
-    assert block.layer_norm is norm
-    assert layer.input_layernorm is layer.pre_mlp_layernorm is IdentityOp
-    assert layer.self_attention.submodules.linear_qkv is layer.mlp.submodules.linear_fc1 is column
-    assert layer.self_attention.submodules.linear_proj is layer.mlp.submodules.linear_fc2 is row
-    assert layer.sharded_state_dict_keys_map == {}
-    assert layer_specs.vision_block_spec("transformer_engine", 2).layer_norm is None
+    options = {"savings": ExactSavings(), "feature_size": 8}
+    for preset, fused in (("dattn", True), ("yopo", False)):
+        block = layer_specs.language_block_spec(
+            "transformer_engine", 3, preset=PRESETS[preset], **options
+        )
+        layer = block.layer_specs[0].submodules
+        assert [spec.params["last_on_stage"] for spec in block.layer_specs] == [False, False, True]
+        assert block.layer_norm is layer.input_layernorm is norm
+        assert layer.pre_mlp_layernorm is (IdentityOp if fused else norm)
+        assert layer.mlp.submodules.linear_fc1 is (norm_column if fused else column)
+        assert layer.self_attention.submodules.linear_qkv is column
+        assert layer.self_attention.submodules.linear_proj is layer.mlp.submodules.linear_fc2 is row
+    vision = layer_specs.vision_block_spec("transformer_engine", 2)
+    assert vision.layer_norm is None
+    assert vision.layer_specs[0].submodules.input_layernorm is IdentityOp
 
 
 @pytest.mark.usefixtures("one_process")

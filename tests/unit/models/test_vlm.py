@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.models.config import _is_supported
+from megatron_dattn.models.config import ExactSavings, _is_supported
 from megatron_dattn.models.vlm import DAttnVLM
 from tests.support.vlm import (
     LANGUAGE,
@@ -134,7 +134,9 @@ def _llava_text_logits(
 @pytest.mark.parametrize("preset", ["dattn", "dattn_biased"])
 def test_a_visual_row_never_changes_another_one(preset):
     """At every layer: what diagonal V2V attention promises."""
-    model, batch = tiny_model(tiny_model_config(preset)), make_batch([6, 4], [(2, 2), (1,)])
+    every_row = ExactSavings(unread_rows=False)
+    model = tiny_model(tiny_model_config(preset), savings=every_row)
+    batch = make_batch([6, 4], [(2, 2), (1,)])
     states: list[Tensor] = []
     for layer in model.language_model.decoder.layers:
         layer.register_forward_hook(lambda module, args, out: states.append(out[0]))

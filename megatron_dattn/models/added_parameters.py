@@ -1,0 +1,23 @@
+"""Parameters inside the language model that its pretrained original does not have.
+
+Some presets add parameters to the decoder layers: gates, cross-attention, projectors of visual
+rows. They are new, as the adapter is, so everything that treats modules differently counts them as
+the adapter's: learning rates, freezing, parameter counts, and whether a checkpoint holds them.
+"""
+
+import re
+
+# Checkpoints stack the layers into one tensor, whose key has no layer number.
+_ADDED = re.compile(
+    r"language_model\.decoder\.layers\.(\d+\.)?"
+    r"(self_attention\.gate$|cross_attention\.|visual_projector\.)"
+)
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter, or a key of a checkpoint, is such an addition.
+
+    Args:
+        name: with the whole model's prefix, but none of the wrappers' (`module.`).
+    """
+    return _ADDED.match(name) is not None

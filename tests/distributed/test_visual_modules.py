@@ -1,0 +1,61 @@
+"""What surrounds the decoder layers in some presets, cut over two ranks: the same results."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.transformer_config import language_transformer_config
+from megatron_dattn.models.visual_projector import VisualProjector
+from megatron_dattn.parallel.config import ParallelConfig
+from tests.support.distributed import run_distributed
+from tests.support.megatron import init_model_parallel
+from tests.support.vlm import LANGUAGE, VISION, fill_parameters, join_shards, partition_of
+
+ROWS = 6
+# Name -> this rank's gradient, the axis it is cut along, its stride.
+Gradients = dict[str, tuple[Tensor, int | None, int]]
+
+
+def _project(tensor: int, sequence_parallel: bool) -> tuple[Tensor, Tensor, Gradients]:
+    """This rank's rows, the gradient of its input, and its gradients, summed where partial."""
+    init_model_parallel(tensor)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor, sequence_parallel=sequence_parallel
+    )
+    config = language_transformer_config(LANGUAGE, parallel, ExecutionConfig(precision="fp32"))
+    projector = VisualProjector(config, feature_size=VISION.hidden_size, norm_eps=1e-5)
+    projector.share_embeddings_and_output_weights = False
+    fill_parameters(projector)
+    generator = torch.Generator().manual_seed(3)
+    rows, weights = torch.randn(2, ROWS, 1, LANGUAGE.hidden_size, generator=generator)
+    if sequence_parallel:
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        rows, weights = rows.chunk(tensor)[rank], weights.chunk(tensor)[rank]
+    rows = rows.clone().requires_grad_()
+    projected = projector(rows)
+    (projected * weights).sum().backward()
+    gradients: Gradients = {}
+    for name, parameter in projector.named_parameters():
+        if getattr(parameter, "sequence_parallel", False):  # as megatron-core's finalization does
+            dist.all_reduce(parameter.grad)
+        gradients[name] = (parameter.grad, *partition_of(parameter))
+    return projected.detach(), rows.grad, gradients
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_projector_equals_one_process(sequence_parallel: bool) -> None:
+    ((expected, input_gradient, whole),) = run_distributed(_project, 1, 1, False)
+    ranks = run_distributed(_project, 2, 2, sequence_parallel)
+    for index, one_process in ((0, expected), (1, input_gradient)):
+        parts = [rank[index] for rank in ranks]
+        joined = torch.cat(parts) if sequence_parallel else parts[0]
+        # fp32 sums in another order.
+        torch.testing.assert_close(joined, one_process, rtol=1e-5, atol=1e-5)
+    for name, (gradient, *_) in whole.items():
+        shards, (_, axis, stride) = [rank[2][name][0] for rank in ranks], ranks[0][2][name]
+        joined = join_shards(shards, axis, stride)
+        torch.testing.assert_close(joined, gradient, rtol=1e-4, atol=1e-5, msg=name)
+        assert gradient.abs().max() > 0, name

@@ -1,0 +1,95 @@
+"""A layer's projector of visual rows, and the model's first stage where there is no adapter."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.models import config as model_config
+from megatron_dattn.models.build import check_model_sizes
+from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.transformer_config import language_transformer_config
+from megatron_dattn.models.visual_projector import VisualProjector, features_as_rows
+from megatron_dattn.parallel.config import ParallelConfig
+from tests.support.vlm import LANGUAGE, VISION, make_batch, tiny_model, tiny_model_config
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def _projector() -> VisualProjector:
+    execution = ExecutionConfig(precision="fp32")
+    config = language_transformer_config(LANGUAGE, ParallelConfig(), execution)
+    return VisualProjector(config, feature_size=VISION.hidden_size, norm_eps=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_norm_then_two_layers_over_the_features_alone(count: int) -> None:
+    projector = _projector().double()
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.normal_()
+    features = torch.randn(1, count, VISION.hidden_size, dtype=torch.float64)
+    first, second = projector.linear_fc1, projector.linear_fc2
+    normed = F.rms_norm(features[0], (VISION.hidden_size,), projector.norm.weight, 1e-5)
+    middle = F.gelu(F.linear(normed, first.weight, first.bias))
+    expected = F.linear(middle, second.weight, second.bias)
+    rows = features_as_rows(features, LANGUAGE.hidden_size).unsqueeze(1)
+    assert rows.shape == (count, 1, LANGUAGE.hidden_size)
+    torch.testing.assert_close(projector(rows).squeeze(1), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_initial_rows_have_moderate_size() -> None:
+    torch.manual_seed(0)
+    rows = features_as_rows(torch.randn(2, 6, VISION.hidden_size) * 50, LANGUAGE.hidden_size)
+    assert 0.03 < _projector()(rows.unsqueeze(1)).std() < 0.5  # whatever the features' scale
+
+
+@pytest.fixture
+def saisa(monkeypatch: pytest.MonkeyPatch) -> model_config.ModelConfig:
+    monkeypatch.setattr(model_config, "_is_supported", lambda preset: True)
+    return tiny_model_config("saisa")
+
+
+def test_visual_rows_are_the_features_and_there_is_no_adapter(saisa) -> None:
+    model, batch = tiny_model(saisa), make_batch([9, 5], [(3, 6), ()])
+    assert model.adapter is None
+    with torch.no_grad():
+        rows = model._decoder_input(batch)
+        features = model.vision_model(batch.pixel_values).flatten(0, 1)
+    assert torch.equal(rows[:18, 0, : VISION.hidden_size], features)
+    assert not rows[:36, 0, VISION.hidden_size :].any()
+    assert not rows[18:36].any()  # the rest of the budget
+
+
+@pytest.mark.parametrize("images", [[(3,)], []], ids=["image", "text alone"])
+@pytest.mark.parametrize("frozen", [(), ("vision_model",), ("vision_model", "language_model")])
+def test_the_first_layer_gets_gradients_whatever_is_frozen(saisa, images, frozen) -> None:
+    """Recomputed layers train only if their input wants a gradient, also without an adapter."""
+    model = tiny_model(saisa)
+    for name in frozen:
+        getattr(model, name).requires_grad_(False)
+    rows = model._decoder_input(make_batch([9], images))
+    assert rows.requires_grad
+    rows.sum().backward()
+    for parameter in model.vision_model.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
+
+
+def test_validation_needs_no_gradient(saisa) -> None:
+    with torch.no_grad():
+        assert not tiny_model(saisa)._decoder_input(make_batch([9], [(3,)])).requires_grad
+
+
+def test_features_wider_than_the_language_model_are_refused(saisa) -> None:
+    vision = dataclasses.replace(VISION, hidden_size=48)
+    with pytest.raises(ConfigError, match=r"vision\.hidden_size 48 .* language\.hidden_size 40"):
+        dataclasses.replace(saisa, vision=vision)
+
+
+def test_projectors_must_be_cut_evenly(saisa) -> None:
+    language = dataclasses.replace(LANGUAGE, hidden_size=41)
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"2 does not divide model\.language\.hidden_size 41"):
+        check_model_sizes(dataclasses.replace(saisa, language=language), parallel)
