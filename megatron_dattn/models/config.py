@@ -7,7 +7,7 @@ converted checkpoint's model file can be read beside the original's config.json.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dattn.attention import PRESETS, AttentionConfig, VisualRows
+from megatron_dattn.attention import PRESETS, AttentionConfig
 from megatron_dattn.errors import ConfigError
 
 
@@ -159,8 +159,7 @@ def _check_sizes_for_preset(model: ModelConfig) -> None:
 
 
 def _is_supported(preset: AttentionConfig) -> bool:
-    plain = preset.visual == VisualRows() and preset.positions.embedding != "fractional"
-    return plain and preset.merge in ("alpha", "sum")
+    return preset.visual.keep == 1.0 and preset.positions.embedding != "fractional"
 
 
 @dataclass(frozen=True)

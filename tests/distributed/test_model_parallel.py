@@ -22,11 +22,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.models.config import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed
 from tests.support.megatron import global_parameters, init_model_parallel
 from tests.support.vlm import join_shards, make_batch, partition_of, tiny_model, tiny_model_config
 
+SAVING = ExactSavings()
+NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=False)
+CHUNKED = ExactSavings(ffn_chunk_rows=16)
 Joined = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, whole gradients
 
 
@@ -40,6 +44,7 @@ class Case:
     sequence_parallel: bool = False
     preset: str = "dattn"
     recompute: str = "none"
+    savings: ExactSavings = SAVING
     frozen: tuple[str, ...] = ()
     tie: bool = False
 
@@ -50,8 +55,8 @@ class Case:
 
     @property
     def alone(self) -> "Case":
-        """The same training in one process, without recomputation."""
-        return Case(preset=self.preset, frozen=self.frozen, tie=self.tie)
+        """The same training in one process, without recomputation, nothing left out."""
+        return Case(preset=self.preset, savings=NAIVE, frozen=self.frozen, tie=self.tie)
 
     def __str__(self) -> str:
         fields = dataclasses.fields(self)
@@ -89,6 +94,7 @@ def _model(case: Case) -> DistributedDataParallel:
             sequence_parallel=case.sequence_parallel,
         ),
         recompute=case.recompute,
+        savings=case.savings,
     )
     for name in case.frozen:
         if getattr(model, name) is not None:
@@ -181,6 +187,8 @@ def _results(
     return {case: _joined(r[i] for r in by_rank) for i, case in enumerate(cases)}
 
 
+# Presets whose layers differ in modules, in rows or from each other.
+OTHER_PRESETS = ("dattn_tanh", "dattn_sigmoid", "dattn_cascade", "saisa", "shortv", "exit", "yopo")
 CASES = [
     Case(tensor=2),
     Case(tensor=2, sequence_parallel=True),
@@ -194,6 +202,11 @@ CASES = [
     Case(data=2),
     Case(data=2, frozen=("vision_model",)),
     Case(tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
+    Case(tensor=2, sequence_parallel=True, savings=NAIVE),
+    Case(tensor=2, sequence_parallel=True, savings=CHUNKED),
+    Case(pipeline=2, savings=CHUNKED, recompute="full"),
+    *(Case(tensor=2, sequence_parallel=True, preset=preset) for preset in OTHER_PRESETS),
+    *(Case(pipeline=2, preset=preset, recompute="full") for preset in OTHER_PRESETS),
 ]
 
 
