@@ -85,10 +85,15 @@ class AdapterConfig:
     """Width of the MLP's middle; the language model's hidden size where None."""
     norm_eps: float = 1e-5
     max_grid: int = 64
-    """Rows (and columns) of the learnable position tables; larger grids are interpolated."""
+    """Rows (and columns) of the learnable position tables; larger grids are interpolated. With
+    fractional positions: the number of places that every side of an image is stretched to."""
+    text_scale: float = 0.02
+    """Standard deviation of the language model's token embeddings: what the adapter's last norm
+    starts at, where the preset's positions are fractional; without effect elsewhere."""
 
     def __post_init__(self) -> None:
-        names = ("norm_eps", "max_grid", *(() if self.hidden_size is None else ("hidden_size",)))
+        optional = () if self.hidden_size is None else ("hidden_size",)
+        names = ("norm_eps", "max_grid", "text_scale", *optional)
         _require_positive(self, "adapter", *names)
 
 
@@ -155,6 +160,11 @@ def _check_sizes_for_preset(model: ModelConfig) -> None:
         f"model.attention '{model.attention}' carries the encoder's features through the decoder, "
         f"but vision.hidden_size {features} is larger than language.hidden_size {hidden}; choose "
         "another preset or a smaller encoder",
+    )
+    _require(
+        preset.positions.embedding != "fractional" or hidden % 2 == 0,
+        f"model.attention '{model.attention}' places patches by sines and cosines in equal number, "
+        f"but language.hidden_size {hidden} is odd",
     )
 
 

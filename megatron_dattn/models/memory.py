@@ -37,7 +37,12 @@ class ParameterBlock:
 
 def parameter_blocks(config: ModelConfig) -> list[ParameterBlock]:
     """All weights of the model."""
-    return [*_vision_blocks(config.vision), _adapter_block(config), *_language_blocks(config)]
+    return [
+        *_vision_blocks(config.vision),
+        _adapter_block(config),
+        _added_block(config),
+        *_language_blocks(config),
+    ]
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -150,13 +155,40 @@ def _vision_blocks(config: VisionConfig) -> list[ParameterBlock]:
 
 
 def _adapter_block(config: ModelConfig) -> ParameterBlock:
-    inputs, outputs = config.vision.hidden_size, config.language.hidden_size
+    preset = get_preset(config.attention)
+    if preset.visual.source == "reproject":
+        return ParameterBlock("adapter", "first", 0, 0)
+    outputs = config.language.hidden_size
     middle = config.adapter.hidden_size or outputs
-    sharded = inputs * middle + middle + middle * outputs
-    replicated = inputs + outputs  # the norm; the second layer's bias
-    if get_preset(config.attention).positions.embedding == "row_column":
+    sharded, replicated = _projector(config.vision.hidden_size, middle, outputs)
+    if preset.positions.embedding == "row_column":
         replicated += 2 * config.adapter.max_grid * outputs
+    elif preset.positions.embedding == "fractional":
+        layer = outputs * outputs + outputs
+        replicated += 2 * 2 * layer + 4 * outputs  # two MLPs, four norms
     return ParameterBlock("adapter", "first", sharded, replicated)
+
+
+def _added_block(config: ModelConfig) -> ParameterBlock:
+    """What the preset adds to every decoder layer; it counts as the adapter's."""
+    preset, language = get_preset(config.attention), config.language
+    d, (query, key_value) = language.hidden_size, _widths(language)
+    sharded = replicated = 0
+    if preset.has_gate:
+        sharded += language.num_attention_heads
+    if preset.merge == "cascade":
+        sharded += d * query + d * 2 * key_value + query * d
+    if preset.visual.source == "reproject":
+        cut, whole = _projector(config.vision.hidden_size, d, d)
+        sharded, replicated = sharded + cut, replicated + whole
+    layers = language.num_hidden_layers
+    return ParameterBlock("adapter", "layers", layers * sharded, layers * replicated)
+
+
+def _projector(inputs: int, middle: int, outputs: int) -> tuple[int, int]:
+    """Parameters of a norm and two linear layers with biases: cut over tensor ranks, repeated."""
+    sharded = inputs * middle + middle + middle * outputs
+    return sharded, inputs + outputs  # the norm; the second layer's bias
 
 
 def _embedding_size(config: LanguageConfig) -> int:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.models import config as model_config
+from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.config import (
     AdapterConfig,
     ExecutionConfig,
@@ -130,7 +132,8 @@ def _built_parameters(config: ModelConfig, parallel: ParallelConfig) -> dict[str
     )
     counts = dict.fromkeys(ALL, 0)
     for name, parameter in model.named_parameters():
-        counts[name.partition(".")[0]] += parameter.numel()
+        module = "adapter" if is_added(name) else name.partition(".")[0]
+        counts[module] += parameter.numel()
     return counts
 
 
@@ -196,6 +199,79 @@ def test_activations_are_near_what_autograd_keeps(recompute: str) -> None:
     memory = memory_of(execution=ExecutionConfig(precision="fp32", recompute=recompute))
     estimate = memory.decoder + memory.vision + memory.head // 2
     assert 0.65 * kept < estimate < 1.1 * kept
+
+
+@pytest.fixture
+def every_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_config, "_is_supported", lambda preset: True)
+
+
+def _added_to(attention: str) -> int:
+    """Parameters of the adapter that a preset has beside those of `dattn`."""
+    counts = [
+        count_parameters(dataclasses.replace(TINY, attention=name)) for name in (attention, "dattn")
+    ]
+    assert counts[0]["language_model"] == counts[1]["language_model"]
+    return counts[0]["adapter"] - counts[1]["adapter"]
+
+
+@pytest.mark.parametrize("attention", ["dattn_tanh", "dattn_sigmoid"])
+def test_a_gate_per_head_and_layer(every_preset: None, attention: str) -> None:
+    assert _added_to(attention) == 4 * 4
+
+
+def test_cascade_has_the_papers_size(every_preset: None) -> None:
+    """d 64, q 64, e 32, 4 layers; and 1.34 billion for Mistral-7B, the paper's 9.0 B less 7.6 B."""
+    assert _added_to("dattn_cascade") == 4 * (64 * 64 + 64 * 64 + 64 * 64)
+    mistral = [
+        count_parameters(ModelConfig(attention=name))["adapter"]
+        for name in ("dattn_cascade", "dattn")
+    ]
+    assert mistral[0] - mistral[1] == 1_342_177_280
+
+
+def test_projectors_replace_the_adapter(every_preset: None) -> None:
+    """v 32, d 64, 4 layers: a norm and two linear layers with biases in each."""
+    saisa = dataclasses.replace(TINY, attention="saisa")
+    norm, first, second = 32, 32 * 64 + 64, 64 * 64 + 64
+    assert count_parameters(saisa)["adapter"] == 4 * (norm + first + second)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    shard = 2 * (norm + first // 2 + 64 * 64 // 2 + 64)
+    for stage in (0, 1):
+        assert rank_parameters(saisa, parallel, stage)["adapter"] == shard
+
+
+def _built_adapter(attention: str) -> int:
+    from megatron_dattn.models.adapter import build_adapter
+    from megatron_dattn.models.transformer_config import vision_transformer_config
+
+    model_config._is_supported = lambda preset: True
+    init_model_parallel()
+    config = vision_transformer_config(TINY.vision, ParallelConfig(), ExecutionConfig())
+    adapter = build_adapter(config, dataclasses.replace(TINY, attention=attention))
+    return sum(parameter.numel() for parameter in adapter.parameters())
+
+
+def test_fractional_positions_are_counted_as_built(every_preset: None) -> None:
+    vidi = dataclasses.replace(TINY, attention="vidi")
+    (built,) = run_distributed(_built_adapter, 1, "vidi")
+    assert count_parameters(vidi)["adapter"] == built
+
+
+def _built_projectors() -> int:
+    from megatron_dattn.models.transformer_config import language_transformer_config
+    from megatron_dattn.models.visual_projector import VisualProjector
+
+    init_model_parallel()
+    config = language_transformer_config(TINY.language, ParallelConfig(), ExecutionConfig())
+    projector = VisualProjector(config, feature_size=TINY.vision.hidden_size, norm_eps=1e-5)
+    return config.num_layers * sum(parameter.numel() for parameter in projector.parameters())
+
+
+def test_projectors_are_counted_as_built(every_preset: None) -> None:
+    saisa = dataclasses.replace(TINY, attention="saisa")
+    (built,) = run_distributed(_built_projectors, 1)
+    assert count_parameters(saisa)["adapter"] == built
 
 
 def test_position_tables_follow_the_preset() -> None:
