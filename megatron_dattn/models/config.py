@@ -7,7 +7,7 @@ converted checkpoint's model file can be read beside the original's config.json.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dattn.attention import PRESETS, AttentionConfig, VisualRows
+from megatron_dattn.attention import PRESETS, AttentionConfig, VisualRows, kept_grid
 from megatron_dattn.errors import ConfigError
 
 
@@ -150,6 +150,17 @@ class ModelConfig:
             "have yet",
         )
         _check_sizes_for_preset(self)
+
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        """Grid of an image's rows in the decoder: its patches, or a line of those kept of them."""
+        return kept_grid(self.vision.grid, PRESETS[self.attention].visual)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Visual rows of an image in the decoder."""
+        rows, columns = self.image_grid
+        return rows * columns
 
 
 def _check_sizes_for_preset(model: ModelConfig) -> None:

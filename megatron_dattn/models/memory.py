@@ -276,7 +276,7 @@ def _vision_bytes(
     """Pixels, the encoder's layers (none when frozen), the adapter.
 
     The adapter keeps its input, the normed input and both sides of its GELU; its output joins the
-    decoder's rows.
+    decoder's rows. Without an adapter, the features do.
     """
     vision, value = config.vision, _VALUE_BYTES[execution.precision]
     patches = pack.images * vision.num_patches
@@ -285,9 +285,11 @@ def _vision_bytes(
         per_layer = patches * value * vision.hidden_size
     elif "vision_model" in trained:
         per_layer = _vision_layer_bytes(config, parallel, execution, pack)
-    middle = (config.adapter.hidden_size or config.language.hidden_size) * 2
-    middle //= parallel.tensor_model_parallel_size
-    adapter = patches * value * (2 * vision.hidden_size + middle + config.language.hidden_size)
+    per_row = config.language.hidden_size
+    if get_preset(config.attention).visual.source != "reproject":
+        middle = config.adapter.hidden_size or config.language.hidden_size
+        per_row += 2 * vision.hidden_size + 2 * middle // parallel.tensor_model_parallel_size
+    adapter = pack.images * config.rows_per_image * value * per_row
     pixels = pack.images * 3 * vision.image_size**2 * _FP32
     return pixels + vision.num_used_layers * per_layer + adapter
 
