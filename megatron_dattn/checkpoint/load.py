@@ -7,7 +7,7 @@ with the model: the entry points end.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def load_checkpoint(
     sharded_state_dict: ShardedStateDict,
     *,
     modules: Sequence[str] | None = None,
+    without: Callable[[str], bool] | None = None,
 ) -> StateDict:
     """Load what a sharded state dict asks for. Collective over the world; verify first.
 
@@ -55,6 +56,7 @@ def load_checkpoint(
         modules: load only keys below these names (`language_model` for `language_model.*`), and
             leave out everything else on both sides. None: request and checkpoint must agree fully.
             Transformer Engine's `_extra_state` may differ either way.
+        without: of these modules' keys, which to leave out on both sides.
 
     Returns:
         The state dict with values in place of shards, and the checkpoint's common state.
@@ -68,8 +70,11 @@ def load_checkpoint(
     folder = Path(path)
     on_first_rank(f"checking {folder}", lambda: _check_folder(folder))
     metadata, common = on_every_rank(f"reading {folder}", lambda: _read_small_files(folder))
-    request = _below(sharded_state_dict, modules)
-    stored = _stored_below(reader.stored_shapes(metadata), modules)
+    request, stored = sharded_state_dict, reader.stored_shapes(metadata)
+    if modules is not None:
+        wanted = _selection(modules, without)
+        request, _ = extract_matching_values(request, lambda v: wanted(getattr(v, "key", "")))
+        stored = {key: shape for key, shape in stored.items() if wanted(key)}
     request = on_every_rank("comparing the keys", lambda: _fit(folder, request, stored))
 
     def load() -> StateDict:
@@ -127,21 +132,11 @@ def read_common(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _below(state: ShardedStateDict, modules: Sequence[str] | None) -> ShardedStateDict:
-    if modules is None:
-        return state
+def _selection(
+    modules: Sequence[str], without: Callable[[str], bool] | None
+) -> Callable[[str], bool]:
     prefixes = tuple(f"{name}." for name in modules)
-    selected, _ = extract_matching_values(
-        state, lambda value: getattr(value, "key", "").startswith(prefixes)
-    )
-    return selected
-
-
-def _stored_below(stored: Shapes, modules: Sequence[str] | None) -> Shapes:
-    if modules is None:
-        return stored
-    prefixes = tuple(f"{name}." for name in modules)
-    return {key: shape for key, shape in stored.items() if key.startswith(prefixes)}
+    return lambda key: key.startswith(prefixes) and not (without is not None and without(key))
 
 
 def _fit(folder: Path, request: ShardedStateDict, stored: Shapes) -> ShardedStateDict:

@@ -1,14 +1,14 @@
 """Hugging Face SigLIP and Mistral folders into one Megatron checkpoint that starts stage 1.
 
 The result is a run folder like any other: `config.yaml` with the model section, `tokenizer/`, and a
-committed checkpoint of step 0. It holds no adapter; stage 1 trains that from random values. The
-checkpoint is committed last, so an interrupted conversion leaves none.
+committed checkpoint of step 0. It holds no adapter and nothing of what the attention preset adds to
+the decoder layers: stage 1 trains those from their initial values. The checkpoint is committed
+last, so an interrupted conversion leaves none.
 """
 
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_dattn.conversion.weight_map import Rule, check_tensors
 from megatron_dattn.data.images import PROCESSOR_FILES
 from megatron_dattn.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ExecutionConfig, ModelConfig
 from megatron_dattn.parallel.config import ParallelConfig
@@ -145,7 +146,7 @@ def _write_weights(
         )
         model = build_model(model_config, ParallelConfig(), execution)
         for source in sources:
-            fill_module(model.get_submodule(source.module), source.rules, source.weights)
+            fill_module(model, source)
             logger.info("%s converted from %s", source.module, source.weights.folder)
         save_checkpoint(
             output,
@@ -157,12 +158,20 @@ def _write_weights(
         destroy_distributed()
 
 
-def fill_module(module: nn.Module, rules: Iterable[Rule], weights: SafetensorsFolder) -> None:
-    """Copy Hugging Face tensors into a module's parameters, one parameter at a time."""
-    parameters = dict(module.named_parameters())
-    for rule in rules:
+def fill_module(model: nn.Module, source: Source) -> None:
+    """Copy Hugging Face tensors into a module's parameters, one parameter at a time.
+
+    What a preset adds to the language model keeps its values.
+    """
+    module = model.get_submodule(source.module)
+    parameters = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if not is_added(f"{source.module}.{name}")
+    }
+    for rule in source.rules:
         parameter = parameters.pop(rule.megatron)
-        joined = rule.layout.join([weights.load(name) for name in rule.sources])
+        joined = rule.layout.join([source.weights.load(name) for name in rule.sources])
         with torch.no_grad():
             parameter.copy_(joined.reshape(parameter.shape))
     assert not parameters, f"no rule fills {sorted(parameters)}"
@@ -171,7 +180,11 @@ def fill_module(module: nn.Module, rules: Iterable[Rule], weights: SafetensorsFo
 def _sharded_modules(model: nn.Module, modules: list[str]) -> dict[str, Any]:
     prefixes = tuple(f"{module}." for module in modules)
     sharded: dict[str, Any] = model.sharded_state_dict()  # type: ignore[operator]
-    return {key: value for key, value in sharded.items() if key.startswith(prefixes)}
+    return {
+        key: value
+        for key, value in sharded.items()
+        if key.startswith(prefixes) and not is_added(key)
+    }
 
 
 def _facts(sources: list[Source], model: ModelConfig, output: Path) -> dict[str, Any]:

@@ -203,15 +203,15 @@ def _row_encoder(config: DataConfig, model: ModelConfig) -> tuple[RowEncoder, in
         image_fit=config.image_fit,
         max_pixels=config.max_image_pixels,
     )
-    if model.vision.num_patches > config.visual_budget:
+    if model.rows_per_image > config.visual_budget:
         raise ConfigError(
             f"data.visual_budget {config.visual_budget} is smaller than one image, which has "
-            f"{model.vision.num_patches} visual rows"
+            f"{model.rows_per_image} visual rows"
         )
     encoder = RowEncoder(
         tokenizer=ConversationTokenizer(tokenizer, config.template),
         preprocessor=preprocessor,
-        grid=model.vision.grid,
+        grid=model.image_grid,
         visual_budget=config.visual_budget,
         text_budget=config.text_budget,
         truncate=config.long_samples == "truncate",

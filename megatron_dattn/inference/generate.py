@@ -92,7 +92,7 @@ def _next_tokens(loaded: LoadedModel, batch: PackedBatch) -> list[int]:
 
 def _pack(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> PackedBatch:
     """Prompts and what was answered so far, in one pack without padding."""
-    grid = loaded.config.model.vision.grid
+    grid = loaded.config.model.image_grid
     texts = [prompt.rows.input_ids + answer for prompt, answer in samples]
     spans = tuple(
         ImageSpan(sample=index, text_offset=offset, grid=grid)

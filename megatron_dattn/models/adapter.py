@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.fractional_positions import FractionalPositions
 from megatron_dattn.models.norm import RMSNorm
 
 
@@ -36,7 +37,22 @@ class RowColumnPositions(torch.nn.Module):
         self.rows = torch.nn.Parameter(torch.zeros(max_grid, hidden_size, dtype=dtype))
         self.columns = torch.nn.Parameter(torch.zeros(max_grid, hidden_size, dtype=dtype))
 
-    def forward(self, grid: tuple[int, int]) -> Tensor:
+    def forward(self, rows: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
+        """Place the rows.
+
+        Args:
+            rows: [images, patches, hidden_size], all images of the same patch grid.
+            grid: patch rows and patch columns.
+            kept: which of the grid's patches, counted row by row, an image's rows are, int64
+                [images, patches]; None if they are all of them, in this order.
+
+        Returns:
+            The rows with their positions, of the same shape.
+        """
+        table = self.table(grid)
+        return rows + (table if kept is None else table[kept])
+
+    def table(self, grid: tuple[int, int]) -> Tensor:
         """Positions of a grid's patches, row-major, [rows * columns, hidden_size]."""
         rows, columns = _entries(self.rows, grid[0]), _entries(self.columns, grid[1])
         return (rows.unsqueeze(1) + columns).flatten(0, 1)
@@ -50,7 +66,7 @@ def _entries(table: Tensor, count: int) -> Tensor:
 
 
 class Adapter(MegatronModule):
-    """RMSNorm -> linear -> GELU -> linear -> plus positions.
+    """RMSNorm -> linear -> GELU -> linear -> positions.
 
     The two linear layers are cut over the tensor-parallel ranks; rows are replicated on them.
 
@@ -60,7 +76,7 @@ class Adapter(MegatronModule):
         hidden_size: width of the MLP's middle.
         output_size: width of the language model.
         norm_eps: of the RMSNorm.
-        positions: added to the rows; None for none.
+        positions: places the rows; None for no positions.
     """
 
     def __init__(
@@ -71,7 +87,7 @@ class Adapter(MegatronModule):
         hidden_size: int,
         output_size: int,
         norm_eps: float,
-        positions: RowColumnPositions | None,
+        positions: RowColumnPositions | FractionalPositions | None,
     ) -> None:
         super().__init__(config=config)
         tp_group = get_tensor_model_parallel_group()
@@ -95,12 +111,15 @@ class Adapter(MegatronModule):
         )
         self.positions = positions
 
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(
+        self, features: Tensor, grid: tuple[int, int], kept: Tensor | None = None
+    ) -> Tensor:
         """Rows for the language model.
 
         Args:
             features: [images, patches, input_size], all images of the same patch grid.
-            grid: patch rows and patch columns.
+            grid: patch rows and patch columns of the whole images.
+            kept: which of their patches these are, int64 [images, patches]; None if all.
 
         Returns:
             [images * patches, output_size].
@@ -108,7 +127,7 @@ class Adapter(MegatronModule):
         middle, _ = self.linear_fc1(self.norm(features))
         rows, _ = self.linear_fc2(F.gelu(middle))
         if self.positions is not None:
-            rows = rows + self.positions(grid)
+            rows = self.positions(rows, grid, kept)
         return rows.flatten(0, 1)
 
 
@@ -123,9 +142,17 @@ def build_adapter(config: TransformerConfig, model: ModelConfig) -> Adapter | No
     if preset.visual.source == "reproject":
         return None
     output_size = model.language.hidden_size
-    positions = None
+    positions: RowColumnPositions | FractionalPositions | None = None
     if preset.positions.embedding == "row_column":
         positions = RowColumnPositions(output_size, model.adapter.max_grid, config.params_dtype)
+    elif preset.positions.embedding == "fractional":
+        positions = FractionalPositions(
+            config,
+            output_size,
+            num_places=model.adapter.max_grid,
+            norm_eps=model.adapter.norm_eps,
+            scale=model.adapter.text_scale,
+        )
     return Adapter(
         config,
         input_size=model.vision.hidden_size,

@@ -7,7 +7,7 @@ converted checkpoint's model file can be read beside the original's config.json.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dattn.attention import PRESETS, AttentionConfig
+from megatron_dattn.attention import PRESETS, kept_grid
 from megatron_dattn.errors import ConfigError
 
 
@@ -85,10 +85,15 @@ class AdapterConfig:
     """Width of the MLP's middle; the language model's hidden size where None."""
     norm_eps: float = 1e-5
     max_grid: int = 64
-    """Rows (and columns) of the learnable position tables; larger grids are interpolated."""
+    """Rows (and columns) of the learnable position tables; larger grids are interpolated. With
+    fractional positions: the number of places that every side of an image is stretched to."""
+    text_scale: float = 0.02
+    """Standard deviation of the language model's token embeddings: what the adapter's last norm
+    starts at, where the preset's positions are fractional; without effect elsewhere."""
 
     def __post_init__(self) -> None:
-        names = ("norm_eps", "max_grid", *(() if self.hidden_size is None else ("hidden_size",)))
+        optional = () if self.hidden_size is None else ("hidden_size",)
+        names = ("norm_eps", "max_grid", "text_scale", *optional)
         _require_positive(self, "adapter", *names)
 
 
@@ -139,12 +144,18 @@ class ModelConfig:
             self.attention in PRESETS,
             f"model.attention '{self.attention}' is unknown; choose one of {', '.join(PRESETS)}",
         )
-        _require(
-            _is_supported(PRESETS[self.attention]),
-            f"model.attention '{self.attention}' needs parts that the layers of this model do not "
-            "have yet",
-        )
         _check_sizes_for_preset(self)
+
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        """Grid of an image's rows in the decoder: its patches, or a line of those kept of them."""
+        return kept_grid(self.vision.grid, PRESETS[self.attention].visual)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Visual rows of an image in the decoder."""
+        rows, columns = self.image_grid
+        return rows * columns
 
 
 def _check_sizes_for_preset(model: ModelConfig) -> None:
@@ -156,10 +167,11 @@ def _check_sizes_for_preset(model: ModelConfig) -> None:
         f"but vision.hidden_size {features} is larger than language.hidden_size {hidden}; choose "
         "another preset or a smaller encoder",
     )
-
-
-def _is_supported(preset: AttentionConfig) -> bool:
-    return preset.visual.keep == 1.0 and preset.positions.embedding != "fractional"
+    _require(
+        preset.positions.embedding != "fractional" or hidden % 2 == 0,
+        f"model.attention '{model.attention}' places patches by sines and cosines in equal number, "
+        f"but language.hidden_size {hidden} is odd",
+    )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,12 @@ class ParameterBlock:
 
 def parameter_blocks(config: ModelConfig) -> list[ParameterBlock]:
     """All weights of the model."""
-    return [*_vision_blocks(config.vision), _adapter_block(config), *_language_blocks(config)]
+    return [
+        *_vision_blocks(config.vision),
+        _adapter_block(config),
+        _added_block(config),
+        *_language_blocks(config),
+    ]
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -150,13 +155,40 @@ def _vision_blocks(config: VisionConfig) -> list[ParameterBlock]:
 
 
 def _adapter_block(config: ModelConfig) -> ParameterBlock:
-    inputs, outputs = config.vision.hidden_size, config.language.hidden_size
+    preset = get_preset(config.attention)
+    if preset.visual.source == "reproject":
+        return ParameterBlock("adapter", "first", 0, 0)
+    outputs = config.language.hidden_size
     middle = config.adapter.hidden_size or outputs
-    sharded = inputs * middle + middle + middle * outputs
-    replicated = inputs + outputs  # the norm; the second layer's bias
-    if get_preset(config.attention).positions.embedding == "row_column":
+    sharded, replicated = _projector(config.vision.hidden_size, middle, outputs)
+    if preset.positions.embedding == "row_column":
         replicated += 2 * config.adapter.max_grid * outputs
+    elif preset.positions.embedding == "fractional":
+        layer = outputs * outputs + outputs
+        replicated += 2 * 2 * layer + 4 * outputs  # two MLPs, four norms
     return ParameterBlock("adapter", "first", sharded, replicated)
+
+
+def _added_block(config: ModelConfig) -> ParameterBlock:
+    """What the preset adds to every decoder layer; it counts as the adapter's."""
+    preset, language = get_preset(config.attention), config.language
+    d, (query, key_value) = language.hidden_size, _widths(language)
+    sharded = replicated = 0
+    if preset.has_gate:
+        sharded += language.num_attention_heads
+    if preset.merge == "cascade":
+        sharded += d * query + d * 2 * key_value + query * d
+    if preset.visual.source == "reproject":
+        cut, whole = _projector(config.vision.hidden_size, d, d)
+        sharded, replicated = sharded + cut, replicated + whole
+    layers = language.num_hidden_layers
+    return ParameterBlock("adapter", "layers", layers * sharded, layers * replicated)
+
+
+def _projector(inputs: int, middle: int, outputs: int) -> tuple[int, int]:
+    """Parameters of a norm and two linear layers with biases: cut over tensor ranks, repeated."""
+    sharded = inputs * middle + middle + middle * outputs
+    return sharded, inputs + outputs  # the norm; the second layer's bias
 
 
 def _embedding_size(config: LanguageConfig) -> int:
@@ -244,7 +276,7 @@ def _vision_bytes(
     """Pixels, the encoder's layers (none when frozen), the adapter.
 
     The adapter keeps its input, the normed input and both sides of its GELU; its output joins the
-    decoder's rows.
+    decoder's rows. Without an adapter, the features do.
     """
     vision, value = config.vision, _VALUE_BYTES[execution.precision]
     patches = pack.images * vision.num_patches
@@ -253,9 +285,11 @@ def _vision_bytes(
         per_layer = patches * value * vision.hidden_size
     elif "vision_model" in trained:
         per_layer = _vision_layer_bytes(config, parallel, execution, pack)
-    middle = (config.adapter.hidden_size or config.language.hidden_size) * 2
-    middle //= parallel.tensor_model_parallel_size
-    adapter = patches * value * (2 * vision.hidden_size + middle + config.language.hidden_size)
+    per_row = config.language.hidden_size
+    if get_preset(config.attention).visual.source != "reproject":
+        middle = config.adapter.hidden_size or config.language.hidden_size
+        per_row += 2 * vision.hidden_size + 2 * middle // parallel.tensor_model_parallel_size
+    adapter = pack.images * config.rows_per_image * value * per_row
     pixels = pack.images * 3 * vision.image_size**2 * _FP32
     return pixels + vision.num_used_layers * per_layer + adapter
 

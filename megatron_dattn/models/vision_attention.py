@@ -1,15 +1,20 @@
 """The vision encoder's attention core: every patch sees every patch of its image.
 
 A thin wrapper around torch's scaled_dot_product_attention, which picks a flash kernel on CPU and
-GPU alike. megatron-core's unfused core would materialize the scores.
+GPU alike. megatron-core's unfused core would materialize the scores. What attention a patch
+receives, which no kernel tells, is computed beside it where it is asked for.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+
+from megatron_dattn.models.patch_selection import attention_received
 
 
 class BidirectionalCore(torch.nn.Module):
@@ -24,6 +29,20 @@ class BidirectionalCore(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        self._received: list[Tensor] | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Takes note of the attention that patches receive from this rank's heads.
+
+        Every forward pass inside adds one [images, patches] to the list, see `attention_received`;
+        a recomputation after it adds none.
+        """
+        self._received = []
+        try:
+            yield self._received
+        finally:
+            self._received = None
 
     def forward(
         self,
@@ -36,5 +55,7 @@ class BidirectionalCore(torch.nn.Module):
         """The attended values, [patches, images, heads * head_dim]."""
         # [patches, images, heads, head_dim] -> [images, heads, patches, head_dim]
         query, key, value = (states.permute(1, 2, 0, 3) for states in (query, key, value))
+        if self._received is not None:
+            self._received.append(attention_received(query, key, self.softmax_scale))
         out = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -7,7 +7,12 @@ layer exist, so there is no final norm either. Weights map one to one onto Huggi
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.parallel_state import (
+    get_tensor_model_parallel_group,
+    get_tensor_model_parallel_world_size,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -69,18 +74,35 @@ class VisionEncoder(MegatronModule):
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, *, with_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Features of every patch.
 
         Args:
             pixel_values: [images, 3, image_size, image_size] of any floating dtype, at least one
                 image.
+            with_attention: return the attention that the patches receive, too.
 
         Returns:
             [images, patches, hidden_size], patches row-major, equal to Hugging Face's
-            `hidden_states[feature_layer]`.
+            `hidden_states[feature_layer]`. With attention also [images, patches]: what a patch
+            receives in the last layer here, on average over heads and queries; equal on all
+            tensor-parallel ranks and without a gradient.
         """
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(pixel_values) + self.position_embedding
         hidden_states = patches.transpose(0, 1).contiguous()  # rows first, as megatron-core has it
-        return self.encoder(hidden_states, attention_mask=None).transpose(0, 1)
+        if not with_attention:
+            return self.encoder(hidden_states, attention_mask=None).transpose(0, 1)
+        core = self.encoder.layers[-1].self_attention.core_attention
+        with core.recording() as received:
+            features = self.encoder(hidden_states, attention_mask=None).transpose(0, 1)
+        (of_own_heads,) = received
+        return features, _mean_over_heads(of_own_heads)
+
+
+def _mean_over_heads(of_own_heads: Tensor) -> Tensor:
+    """The mean over the tensor-parallel ranks, which hold equally many heads."""
+    dist.all_reduce(of_own_heads, group=get_tensor_model_parallel_group())
+    return of_own_heads / get_tensor_model_parallel_world_size()

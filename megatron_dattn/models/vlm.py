@@ -27,6 +27,7 @@ from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_atte
 from megatron_dattn.models.config import ExecutionConfig, ModelConfig
 from megatron_dattn.models.language_model import DAttnLanguageModel
 from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.models.patch_selection import most_attended, take_patches
 from megatron_dattn.models.row_shards import RowShards
 from megatron_dattn.models.transformer_config import (
     language_transformer_config,
@@ -182,12 +183,21 @@ class DAttnVLM(MegatronModule):
             side = self.model_config.vision.image_size
             pixel_values = pixel_values.new_zeros(1, 3, side, side)
         with torch.set_grad_enabled(train_vision):
-            features = self.vision_model(pixel_values)
+            features, kept = self._features(pixel_values)
         if self.adapter is None:
             rows = features_as_rows(features, self.config.hidden_size)
         else:
-            rows = self.adapter(features, self.model_config.vision.grid)
+            rows = self.adapter(features, self.model_config.vision.grid, kept)
         return rows[:0] if no_images else rows
+
+    def _features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features of the patches that enter the decoder, and which they are if not all."""
+        assert self.vision_model is not None, "images belong to the first pipeline stage"
+        if self.attention.visual.keep == 1.0:
+            return self.vision_model(pixel_values), None
+        features, received = self.vision_model(pixel_values, with_attention=True)
+        kept = most_attended(received, self.model_config.rows_per_image)
+        return take_patches(features, kept), kept
 
     def _attention_inputs(self, layout: TokenLayout, device: torch.device) -> AttentionInputs:
         language = self.model_config.language

@@ -26,15 +26,17 @@ from megatron_dattn.checkpoint.load import load_checkpoint
 from megatron_dattn.checkpoint.manifest import compare_facts
 from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.training.config import CheckpointConfig
 from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
-from megatron_dattn.training.stages import MODULES
+from megatron_dattn.training.stages import MODULES, module_of_parameter
 from megatron_dattn.training.state import Progress, TrainState
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "resume_report.json"
-# A conversion of Hugging Face models has no adapter: stage 1 trains it from random values.
+# A conversion of Hugging Face models has no adapter (nor what a preset adds to the decoder layers,
+# which counts as the adapter's): stage 1 trains it from its initial values.
 _MAY_BE_ABSENT = {"adapter"}
 
 # Stores the distributed optimizer's state as if it were not distributed: it then loads under any
@@ -139,7 +141,8 @@ class Checkpointer:
     def load_weights(self, state: TrainState, path: str | Path) -> None:
         """Start a stage: the weights of a conversion or an earlier stage, everything else fresh.
 
-        A checkpoint without adapter leaves the adapter as it was initialized, with a warning.
+        A checkpoint without adapter leaves the adapter, and the parameters that the preset adds to
+        the decoder layers, as they were initialized, with a warning.
 
         Args:
             path: a folder of checkpoints (the newest sound one is taken) or one checkpoint.
@@ -162,7 +165,12 @@ class Checkpointer:
         ignored = ("adapter", "attention") if absent else ()
         self._compare(found, {"model": self._model, "tokenizer": self._tokenizer}, ignored)
         present = [name for name in self._modules if name not in absent]
-        loaded = load_checkpoint(found.path, _model_state(state.model), modules=present)
+        loaded = load_checkpoint(
+            found.path,
+            _model_state(state.model),
+            modules=present,
+            without=is_added if "adapter" in absent else None,
+        )
         on_every_rank("loading the weights", lambda: _load_modules(state.model, loaded, present))
         state.optimizer.reload_model_params()
         self._parent = {
@@ -174,6 +182,14 @@ class Checkpointer:
             logger.info("weights of %s loaded from %s", ", ".join(present), found.path)
             for name in sorted(absent):
                 logger.warning("NO %s IN %s: IT STARTS FROM RANDOM VALUES", name, found.path)
+            added = _count_added(state.model)
+            if added and "adapter" in absent:
+                logger.warning(
+                    "%s parameters (on this rank) that the attention preset adds to the language "
+                    "model are not in %s: they keep their initial values",
+                    f"{added:,}",
+                    found.path,
+                )
 
     def _facts(self, state: TrainState) -> dict[str, Any]:
         loader = None
@@ -340,6 +356,12 @@ def _restore(state: TrainState, loaded: StateDict, local: Mapping[str, bytes], p
         state.loader.restore_state(local["loader"])
 
 
+def _count_added(model: Sequence[torch.nn.Module]) -> int:
+    chunks = unwrap_model(list(model))
+    named = (item for chunk in chunks for item in chunk.named_parameters())
+    return sum(parameter.numel() for name, parameter in named if is_added(name))
+
+
 def _load_modules(
     model: Sequence[torch.nn.Module], loaded: StateDict, modules: Sequence[str] | None
 ) -> None:
@@ -352,7 +374,7 @@ def _load_modules(
             key
             for key in result.missing_keys
             if not key.endswith("_extra_state")
-            and (modules is None or key.split(".", 1)[0] in modules)
+            and (modules is None or module_of_parameter(key) in modules)
         ]
         if missing or result.unexpected_keys:
             raise CheckpointError(

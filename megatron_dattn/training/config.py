@@ -10,7 +10,11 @@ from megatron_dattn.models.config import ExactSavings
 
 @dataclass(frozen=True)
 class ModuleLearningRates:
-    """Peak learning rate per module; 0.0 freezes the module (it has no optimizer state)."""
+    """Peak learning rate per module; 0.0 freezes the module (it has no optimizer state).
+
+    What an attention preset adds to the decoder layers (gates, cross-attention, projectors) learns
+    with the adapter's rate.
+    """
 
     vision_model: float = 0.0
     adapter: float = 1e-3

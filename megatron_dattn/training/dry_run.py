@@ -91,7 +91,7 @@ def _layout_section(plan: Plan) -> list[str]:
         for name in ("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce")
         if getattr(parallel, name)
     ]
-    patches, per_pack = config.model.vision.num_patches, training.micro_batch_size
+    rows, per_pack = config.model.rows_per_image, training.micro_batch_size
     return [
         "Layout",
         f"  ranks       tensor {parallel.tensor_model_parallel_size} x pipeline "
@@ -99,7 +99,7 @@ def _layout_section(plan: Plan) -> list[str]:
         + "".join(f", {extra}" for extra in extras),
         f"  pack        {layout.visual_budget} visual + {layout.text_budget} text = "
         f"{layout.num_rows} rows; at most {per_pack} samples",
-        f"  image       {patches} rows; {layout.visual_budget // patches} fit a pack",
+        f"  image       {rows} rows; {layout.visual_budget // rows} fit a pack",
         f"  step        {training.global_batch_size} samples = {per_pack} per pack x "
         f"{plan.data_parallel_size} replicas x {plan.num_microbatches} micro-batches",
         f"  precision   {training.precision}, recomputation {training.recompute}",
@@ -158,7 +158,7 @@ def _flops_section(plan: Plan) -> list[str]:
     own = counted[config.model.attention]
     lines = [
         f"FLOPs of one step: {packs} packs of {layout.num_samples} samples, each "
-        f"{config.model.vision.num_patches} visual and {layout.text_lengths[0]} text rows",
+        f"{config.model.rows_per_image} visual and {layout.text_lengths[0]} text rows",
         f"  {'':<16}" + "".join(f"{name:>14}" for name in presets),
     ]
     for part in own.parts:

@@ -57,14 +57,14 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
 
 
 def _full_pack(config: PretrainConfig) -> TokenLayout:
-    patches, grid = config.model.vision.num_patches, config.model.vision.grid
+    rows, grid = config.model.rows_per_image, config.model.image_grid
     visual, text = config.data.visual_budget, config.data.text_budget
-    if visual < patches:
+    if visual < rows:
         raise ConfigError(
             f"data.visual_budget {visual} is smaller than one image of {grid[0]} x {grid[1]} = "
-            f"{patches} rows; no sample with an image would fit"
+            f"{rows} rows; no sample with an image would fit"
         )
-    samples = min(config.training.micro_batch_size, visual // patches, text)
+    samples = min(config.training.micro_batch_size, visual // rows, text)
     text_lengths = (text // samples,) * samples
     return TokenLayout(
         text_lengths=text_lengths,

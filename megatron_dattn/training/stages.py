@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
+from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.runtime.distributed import get_device
 from megatron_dattn.training.config import ModuleLearningRates
 
@@ -26,9 +27,16 @@ def trained_modules(rates: ModuleLearningRates) -> tuple[str, ...]:
 
 
 def module_of_parameter(name: str) -> str:
-    """Which module a parameter belongs to, whatever wrappers prefix its name with `module.`."""
+    """Which module a parameter belongs to, whatever wrappers prefix its name with `module.`.
+
+    What a preset adds to the decoder layers belongs to the adapter: it is as new, so it learns with
+    the adapter's rate, and from the first stage on. (A gate that starts closed would otherwise keep
+    the images out of a stage that trains the adapter alone, and with them every gradient.)
+    """
     while name.startswith("module."):
         name = name.removeprefix("module.")
+    if is_added(name):
+        return "adapter"
     module = name.partition(".")[0]
     assert module in MODULES, f"parameter {name} is in none of {MODULES}"
     return module

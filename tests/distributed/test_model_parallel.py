@@ -188,7 +188,10 @@ def _results(
 
 
 # Presets whose layers differ in modules, in rows or from each other.
-OTHER_PRESETS = ("dattn_tanh", "dattn_sigmoid", "dattn_cascade", "saisa", "shortv", "exit", "yopo")
+OTHER_PRESETS = (
+    *("dattn_tanh", "dattn_sigmoid", "dattn_cascade", "vidi", "saisa"),
+    *("shortv", "exit", "yopo"),
+)
 CASES = [
     Case(tensor=2),
     Case(tensor=2, sequence_parallel=True),

@@ -7,7 +7,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dattn.models.config import ExecutionConfig
-from megatron_dattn.models.transformer_config import language_transformer_config
+from megatron_dattn.models.transformer_config import (
+    language_transformer_config,
+    vision_transformer_config,
+)
+from megatron_dattn.models.vision_encoder import VisionEncoder
 from megatron_dattn.models.visual_projector import VisualProjector
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed
@@ -43,6 +47,31 @@ def _project(tensor: int, sequence_parallel: bool) -> tuple[Tensor, Tensor, Grad
             dist.all_reduce(parameter.grad)
         gradients[name] = (parameter.grad, *partition_of(parameter))
     return projected.detach(), rows.grad, gradients
+
+
+def _encode(tensor: int) -> tuple[Tensor, Tensor]:
+    """Features of two images and the attention that their patches receive."""
+    init_model_parallel(tensor)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor)
+    config = vision_transformer_config(VISION, parallel, ExecutionConfig(precision="fp32"))
+    encoder = VisionEncoder(config, VISION, "local")
+    encoder.share_embeddings_and_output_weights = False
+    fill_parameters(encoder)
+    generator = torch.Generator().manual_seed(4)
+    pixels = torch.randn(2, 3, VISION.image_size, VISION.image_size, generator=generator)
+    with torch.no_grad():
+        features, received = encoder(pixels, with_attention=True)
+    return features, received
+
+
+def test_attention_received_is_summed_over_the_heads_of_all_ranks() -> None:
+    ((features, received),) = run_distributed(_encode, 1, 1)
+    first, second = run_distributed(_encode, 2, 2)
+    assert torch.equal(first[1], second[1])  # all ranks must keep the same patches
+    # fp32 sums in another order.
+    torch.testing.assert_close(first[0], features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first[1], received, rtol=1e-5, atol=1e-6)
+    assert received.std() > 1e-3  # so that the heads of one rank alone would differ
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

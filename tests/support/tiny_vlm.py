@@ -62,12 +62,14 @@ class Setup:
     """Learning rates of vision_model, adapter, language_model; 0.0 freezes."""
     dropout: float = 0.1
     with_loader: bool = True
+    gates: bool = False
+    """Whether the decoder layers have a gate, as an attention preset may add one."""
 
 
 class TinyVLM(MegatronModule):
     """The model of one pipeline stage."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, gates: bool = False) -> None:
         super().__init__(config)
         self.pre_process = parallel_state.is_pipeline_first_stage()
         self.post_process = parallel_state.is_pipeline_last_stage()
@@ -90,6 +92,8 @@ class TinyVLM(MegatronModule):
             post_process=self.post_process,
             position_embedding_type="rope",
         )
+        if gates:
+            add_gates(self.language_model)
 
     def set_input_tensor(self, tensor: Any) -> None:
         self.language_model.set_input_tensor(tensor)
@@ -103,6 +107,16 @@ class TinyVLM(MegatronModule):
             decoder_input = self.language_model.embedding(tokens, positions) + seen[:, None]
         return self.language_model(
             tokens, positions, hidden, decoder_input=decoder_input, labels=labels
+        )
+
+
+def add_gates(language_model: GPTModel) -> None:
+    """A learnable factor per head, zero at first, on whose mean the attention's output depends."""
+    for layer in language_model.decoder.layers:
+        attention = layer.self_attention
+        attention.gate = torch.nn.Parameter(torch.zeros(4))
+        attention.register_forward_hook(
+            lambda module, _, output: (output[0] * (1 + module.gate.mean()), output[1])
         )
 
 
@@ -156,7 +170,7 @@ class Run:
             weight_decay=0.1,
             warmup_ratio=0.1,
         )
-        model = TinyVLM(self.config)
+        model = TinyVLM(self.config, self.setup.gates)
         stage = parallel_state.get_pipeline_model_parallel_rank()
         fill_parameters(model, stage * self.config.num_layers // self.setup.pipeline_parallel)
         freeze_modules(model, settings.learning_rates)

@@ -37,6 +37,18 @@ def test_selected_modules_alone(save: Callable[[int], Path]) -> None:
     assert torch.equal(untouched, torch.zeros(2, 4))
 
 
+def test_keys_left_out_may_be_missing_on_either_side(save: Callable[[int], Path]) -> None:
+    request = small_state()
+    del request["model"]["body.bias"]
+    scale = ShardedTensor.from_rank_offsets("body.scale", torch.ones(4))
+    request["model"]["body.scale"] = scale
+    loaded = load_checkpoint(
+        save(7), request, modules=["body"], without=lambda key: key in ("body.bias", "body.scale")
+    )
+    assert loaded["model"].keys() == {"body.weight"}
+    assert torch.equal(scale.data, torch.ones(4))
+
+
 @pytest.mark.parametrize("modules", [None, ["body"]])
 def test_what_does_not_fit_is_listed_and_nothing_is_touched(
     save: Callable[[int], Path], modules: list[str] | None

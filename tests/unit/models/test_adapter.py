@@ -52,9 +52,22 @@ def test_positions_start_as_none_and_are_added_per_image():
     torch.testing.assert_close(added, expected.expand_as(added), rtol=1e-5, atol=1e-5)
 
 
+def test_kept_patches_take_their_own_places():
+    adapter, features = _adapter(4), torch.randn(2, 6, 32)
+    with torch.no_grad():
+        adapter.positions.rows.normal_()
+        adapter.positions.columns.normal_()
+    kept = torch.tensor([[0, 4], [3, 5]])
+    chosen = torch.stack([features[image, kept[image]] for image in range(2)])
+    whole = adapter(features, (2, 3)).unflatten(0, (2, 6))
+    expected = torch.stack([whole[image, kept[image]] for image in range(2)]).flatten(0, 1)
+    # Matrix products of other sizes sum in another order.
+    torch.testing.assert_close(adapter(chosen, (2, 3), kept), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_every_used_entry_is_trained_from_the_start():
     positions = RowColumnPositions(5, 4, torch.float32)
-    (positions((3, 2)) * torch.randn(6, 5)).sum().backward()
+    (positions.table((3, 2)) * torch.randn(6, 5)).sum().backward()
     assert positions.rows.grad.abs().sum(-1).gt(0).tolist() == [True, True, True, False]
     assert positions.columns.grad.abs().sum(-1).gt(0).tolist() == [True, True, False, False]
 
@@ -63,7 +76,7 @@ def test_larger_grids_stretch_the_table():
     positions = RowColumnPositions(2, 3, torch.float64)
     with torch.no_grad():
         positions.rows.copy_(torch.tensor([[0.0, 4.0], [1.0, 5.0], [2.0, 6.0]]))
-    table = positions((5, 1))
+    table = positions.table((5, 1))
     expected = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0], dtype=torch.float64)
     torch.testing.assert_close(table[:, 0], expected)
     torch.testing.assert_close(table[:, 1], expected + 4)

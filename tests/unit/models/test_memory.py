@@ -8,7 +8,9 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.config import (
     AdapterConfig,
     ExecutionConfig,
@@ -130,7 +132,8 @@ def _built_parameters(config: ModelConfig, parallel: ParallelConfig) -> dict[str
     )
     counts = dict.fromkeys(ALL, 0)
     for name, parameter in model.named_parameters():
-        counts[name.partition(".")[0]] += parameter.numel()
+        module = "adapter" if is_added(name) else name.partition(".")[0]
+        counts[module] += parameter.numel()
     return counts
 
 
@@ -196,6 +199,61 @@ def test_activations_are_near_what_autograd_keeps(recompute: str) -> None:
     memory = memory_of(execution=ExecutionConfig(precision="fp32", recompute=recompute))
     estimate = memory.decoder + memory.vision + memory.head // 2
     assert 0.65 * kept < estimate < 1.1 * kept
+
+
+def _added_to(attention: str) -> int:
+    """Parameters of the adapter that a preset has beside those of `dattn`."""
+    counts = [
+        count_parameters(dataclasses.replace(TINY, attention=name)) for name in (attention, "dattn")
+    ]
+    assert counts[0]["language_model"] == counts[1]["language_model"]
+    return counts[0]["adapter"] - counts[1]["adapter"]
+
+
+@pytest.mark.parametrize("attention", ["dattn_tanh", "dattn_sigmoid"])
+def test_a_gate_per_head_and_layer(attention: str) -> None:
+    assert _added_to(attention) == 4 * 4
+
+
+def test_cascade_has_the_papers_size() -> None:
+    """d 64, q 64, e 32, 4 layers; and 1.34 billion for Mistral-7B, the paper's 9.0 B less 7.6 B."""
+    assert _added_to("dattn_cascade") == 4 * (64 * 64 + 64 * 64 + 64 * 64)
+    mistral = [
+        count_parameters(ModelConfig(attention=name))["adapter"]
+        for name in ("dattn_cascade", "dattn")
+    ]
+    assert mistral[0] - mistral[1] == 1_342_177_280
+
+
+def test_projectors_replace_the_adapter() -> None:
+    """v 32, d 64, 4 layers: a norm and two linear layers with biases in each."""
+    saisa = dataclasses.replace(TINY, attention="saisa")
+    norm, first, second = 32, 32 * 64 + 64, 64 * 64 + 64
+    assert count_parameters(saisa)["adapter"] == 4 * (norm + first + second)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    shard = 2 * (norm + first // 2 + 64 * 64 // 2 + 64)
+    for stage in (0, 1):
+        assert rank_parameters(saisa, parallel, stage)["adapter"] == shard
+
+
+def _built_counts() -> dict[str, dict[str, int]]:
+    from megatron_dattn.models.build import build_model
+    from megatron_dattn.training.stages import count_parameters as count_built
+
+    init_model_parallel()
+    execution = ExecutionConfig(transformer_impl="local")
+    return {
+        name: count_built(
+            build_model(dataclasses.replace(TINY, attention=name), ParallelConfig(), execution)
+        )
+        for name in PRESETS
+    }
+
+
+def test_every_preset_is_counted_as_built() -> None:
+    (built,) = run_distributed(_built_counts, 1)
+    for name in PRESETS:
+        assert count_parameters(dataclasses.replace(TINY, attention=name)) == built[name], name
 
 
 def test_position_tables_follow_the_preset() -> None:

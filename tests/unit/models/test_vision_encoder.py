@@ -66,6 +66,34 @@ def test_features_equal_hugging_face(feature_layer, dtype, tolerance):
     torch.testing.assert_close(features, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_attention_received_equals_hugging_face(feature_layer):
+    ours, theirs = _pair(feature_layer, torch.float64)
+    theirs.set_attn_implementation("eager")
+    images = _images(3, torch.float64)
+    with torch.no_grad():
+        layers = theirs(images, output_attentions=True).attentions
+        features, received = ours(images, with_attention=True)
+        # [images, heads, queries, keys] of the last layer that the features passed.
+        expected = layers[len(layers) + feature_layer].mean(dim=(1, 2))
+    # Its eager softmax is fp32 whatever the inputs are.
+    torch.testing.assert_close(received, expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(features, ours(images))
+    assert received.std() > 1e-4
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_attention_received_leaves_gradients_alone(recompute):
+    encoder, images = _encoder(recompute=recompute), _images(2)
+    features, received = encoder(images, with_attention=True)
+    assert not received.requires_grad
+    features.pow(2).sum().backward()
+    grads = [param.grad for param in encoder.parameters()]
+    encoder.zero_grad()
+    encoder(images).pow(2).sum().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, encoder.parameters(), strict=True))
+
+
 def test_gradients_equal_hugging_face():
     ours, theirs = _pair(-2, torch.float64)
     images = _images(2, torch.float64)

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.models import config as model_config
 from megatron_dattn.models.build import check_model_sizes
-from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.config import ExecutionConfig, ModelConfig
 from megatron_dattn.models.transformer_config import language_transformer_config
 from megatron_dattn.models.visual_projector import VisualProjector, features_as_rows
 from megatron_dattn.parallel.config import ParallelConfig
@@ -47,8 +46,7 @@ def test_initial_rows_have_moderate_size() -> None:
 
 
 @pytest.fixture
-def saisa(monkeypatch: pytest.MonkeyPatch) -> model_config.ModelConfig:
-    monkeypatch.setattr(model_config, "_is_supported", lambda preset: True)
+def saisa() -> ModelConfig:
     return tiny_model_config("saisa")
 
 

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.models.config import ExactSavings, _is_supported
+from megatron_dattn.models.config import ExactSavings
 from megatron_dattn.models.vlm import DAttnVLM
 from tests.support.vlm import (
     LANGUAGE,
@@ -166,7 +166,7 @@ def _loss_and_gradients(model: DAttnVLM, batches) -> tuple[Tensor, dict[str, Ten
     return torch.cat(losses).detach(), _gradients(model)
 
 
-@pytest.mark.parametrize("preset", [name for name, c in PRESETS.items() if _is_supported(c)])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_loss_and_gradients_do_not_depend_on_packing(preset):
     """Three samples in one pack, or in packs of their own with other budgets."""
     model = tiny_model(tiny_model_config(preset))

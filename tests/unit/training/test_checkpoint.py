@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from megatron.core.utils import unwrap_model  # noqa: E402
 
 from megatron_dattn.checkpoint import find_checkpoint, save_checkpoint  # noqa: E402
 from megatron_dattn.errors import CheckpointError  # noqa: E402
+from megatron_dattn.models.added_parameters import is_added  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
 from megatron_dattn.training.checkpoint import Checkpointer  # noqa: E402
 from megatron_dattn.training.config import CheckpointConfig  # noqa: E402
-from megatron_dattn.training.optimizer import current_learning_rates  # noqa: E402
+from megatron_dattn.training.optimizer import current_learning_rates, parameter_groups  # noqa: E402
 from megatron_dattn.training.state import Progress  # noqa: E402
 from tests.support.megatron import init_model_parallel  # noqa: E402
 from tests.support.tiny_vlm import MODEL_FACTS, Run, Setup  # noqa: E402
@@ -68,7 +70,7 @@ def save_conversion(folder: Path, run: Run, modules: tuple[str, ...]) -> Path:
     kept = {
         key: shard
         for key, shard in model.sharded_state_dict().items()
-        if shard.key.split(".")[0] in modules
+        if shard.key.split(".")[0] in modules and not is_added(shard.key)
     }
     facts = {"model": MODEL_FACTS, "modules": list(modules), "tokenizer": "0" * 64,
              "stage": "conversion", "step": 0, "progress": {}}  # fmt: skip
@@ -273,6 +275,58 @@ def test_a_conversion_without_adapter_starts_the_adapter_anew(
         assert_equal(weights(other, module), weights(source, module))
     assert_equal(weights(other, "adapter"), adapter)
     assert "NO adapter IN" in caplog.text
+
+
+def test_a_conversion_leaves_what_the_preset_adds_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = trained(1)
+    save_conversion(tmp_path, source, ("vision_model", "language_model"))
+    other = trained(2, Setup(gates=True))  # the first step's rate is zero
+    gates = {name: gate for name, gate in weights(other).items() if is_added(name)}
+    assert len(gates) == 2
+    assert all(gate.any() for gate in gates.values())
+    other.checkpointer(tmp_path / "run").load_weights(other.state, tmp_path)
+    loaded = weights(other)
+    assert_equal({name: loaded[name] for name in gates}, gates)
+    pretrained = weights(source, "language_model")
+    assert_equal({name: loaded[name] for name in pretrained}, pretrained)
+    assert "8 parameters (on this rank) that the attention preset adds" in caplog.text
+
+
+@pytest.mark.parametrize("resume", [True, False], ids=["resume", "next stage"])
+def test_a_trained_checkpoint_must_hold_what_the_preset_adds(tmp_path: Path, resume: bool) -> None:
+    run = trained(1)
+    run.checkpointer(tmp_path).save(run.state)
+    other = fresh(Setup(gates=True))
+    checkpointer = other.checkpointer(tmp_path)
+    load = checkpointer.resume if resume else partial(checkpointer.load_weights, path=tmp_path)
+    with pytest.raises(CheckpointError, match=r"not in the checkpoint .*self_attention\.gate"):
+        load(other.state)
+
+
+def test_what_the_preset_adds_is_resumed_and_handed_to_the_next_stage(tmp_path: Path) -> None:
+    setup = Setup(gates=True)
+    run = trained(2, setup)
+    run.checkpointer(tmp_path).save(run.state)
+    resumed, next_stage = fresh(setup), fresh(setup)
+    assert resumed.checkpointer(tmp_path).resume(resumed.state)
+    assert resumed.digests() == run.digests()
+    next_stage.checkpointer(tmp_path / "run").load_weights(next_stage.state, tmp_path)
+    assert_equal(weights(next_stage), weights(run))
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed"])
+def test_the_adapters_rate_alone_trains_what_the_preset_adds(distributed_optimizer: bool) -> None:
+    setup = Setup(gates=True, rates=(0.0, 1e-2, 0.0), distributed_optimizer=distributed_optimizer)
+    run = Run(setup)
+    before = weights(run)
+    run.train(2)
+    moved = {name for name, value in weights(run).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith("adapter.") or is_added(name)}
+    groups = parameter_groups(run.state.optimizer)
+    assert {group.module for group in groups} == {"adapter"}
+    assert sum(g.num_parameters for g in groups) == sum(before[name].numel() for name in moved)
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

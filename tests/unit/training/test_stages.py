@@ -12,6 +12,8 @@ from megatron_dattn.training.stages import freeze_modules, module_of_parameter, 
 def test_module_of_a_wrapped_parameter(prefix: str) -> None:
     assert module_of_parameter(f"{prefix}adapter.norm.weight") == "adapter"
     assert module_of_parameter(f"{prefix}language_model.decoder.x") == "language_model"
+    gate = f"{prefix}language_model.decoder.layers.3.self_attention.gate"
+    assert module_of_parameter(gate) == "adapter"
 
 
 def test_zero_is_a_value() -> None:

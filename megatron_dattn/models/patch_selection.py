@@ -1,0 +1,49 @@
+"""Which patches of an image enter the decoder: those that the others attend to most (FasterVLM).
+
+FasterVLM ranks patches by the attention of the encoder's class token. SigLIP has none, so a patch
+counts by the attention it receives on average over all heads and all patches of its image. Nothing
+here has a gradient: what is selected is trained, the selection is not.
+"""
+
+import torch
+from torch import Tensor
+
+# Scores exist for this many queries at a time: 16 images of 729 patches and 16 heads take 48 MB.
+_QUERY_CHUNK = 64
+
+
+@torch.no_grad()
+def attention_received(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+    """Attention that every patch receives, averaged over the given heads and all queries.
+
+    Args:
+        query: [images, heads, patches, head_dim]; `key` likewise.
+        scale: of the scores; head_dim^-0.5 by default.
+
+    Returns:
+        [images, patches]; an image's values add up to 1. Scores and result are fp32 (fp64 for
+        fp64 inputs).
+    """
+    images, heads, patches, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    keys = key.to(dtype).transpose(2, 3)
+    received = torch.zeros(images, patches, dtype=dtype, device=query.device)
+    for queries in query.split(_QUERY_CHUNK, dim=2):
+        scores = queries.to(dtype) @ keys * scale
+        received += scores.softmax(dim=-1).sum(dim=(1, 2))
+    return received / (heads * patches)
+
+
+def most_attended(received: Tensor, count: int) -> Tensor:
+    """The `count` patches of each image that receive most, in the order of the image.
+
+    [images, patches] -> int64 [images, count]. Of equals, the earlier ones.
+    """
+    best = received.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return best.sort(dim=1).values
+
+
+def take_patches(features: Tensor, kept: Tensor) -> Tensor:
+    """Features of the kept patches, [images, patches, F] and [images, N] -> [images, N, F]."""
+    return features.take_along_dim(kept.unsqueeze(2), dim=1)
