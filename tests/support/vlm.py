@@ -128,6 +128,7 @@ def make_batch(
     budgets: tuple[int, int] = (36, 32),
     seed: int = 0,
     first_sample: int = 0,
+    grid: tuple[int, int] = VISION.grid,
 ) -> PackedBatch:
     """A pack of random samples.
 
@@ -137,10 +138,11 @@ def make_batch(
         unlabelled: supervise nothing; else about two of three rows, the last of a sample never.
         budgets: visual and text rows.
         first_sample: contents depend on `seed` and the number of the sample, counted from here.
+        grid: of an image's rows in the decoder (`ModelConfig.image_grid`).
     """
     images = [*images, *[()] * (len(texts) - len(images))]
     spans = tuple(
-        ImageSpan(sample, offset, VISION.grid)
+        ImageSpan(sample, offset, grid)
         for sample, offsets in enumerate(images)
         for offset in offsets
     )

@@ -1,5 +1,6 @@
 """The loader end to end: order, resume, bad samples, and errors before anything starts."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.rejection import Reason
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
+from megatron_dattn.models import config as models
 from tests.unit.data.builders import (
     data_config,
     make_dataset,
@@ -178,6 +180,18 @@ def test_packs_hold_what_the_budgets_allow(processor: Path, dataset: DatasetConf
         assert (batch.labels != -100).any()
     # 4 samples and 4 images are the limits; about a third of the rows could waste some.
     assert sum(batch.num_samples for batch in batches) > 3.3 * len(batches)
+
+
+def test_images_have_the_rows_that_the_preset_keeps(
+    processor: Path, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_is_supported", lambda preset: True)
+    model = dataclasses.replace(model_config(), attention="fastervlm")
+    loader = make_loader(data_config(processor, visual_budget=2), [dataset], model_config=model)
+    assert model.vision.num_patches == 4
+    batches = take(loader, 5)
+    assert {image.grid for batch in batches for image in batch.layout.images} == {(1, 1)}
+    assert max(len(batch.layout.images) for batch in batches) == 2
 
 
 def test_blending_follows_the_weights(processor: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, save_che
 from megatron_dattn.conversion.import_hf import import_checkpoint
 from megatron_dattn.errors import CheckpointError, DataError
 from megatron_dattn.inference import Prompt, generate, load_model
+from megatron_dattn.models import config as model_config
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
@@ -25,6 +26,7 @@ from megatron_dattn.runtime.distributed import (
 from tests.unit.conversion.hf_models import save_language, save_vision
 
 ROOT = Path(__file__).parents[3]
+PRESETS_SHOWN = ["dattn", "s_attn", "fastervlm"]  # the last with fewer rows than patches
 QUESTIONS = ["what is this?", "a longer question about it.", "why?"]
 
 
@@ -53,20 +55,27 @@ def make_run_folder(base: Path, folder: Path, attention: str) -> None:
     destroy_distributed()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def every_preset():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_config, "_is_supported", lambda preset: True)
+        yield
+
+
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, every_preset):
     base = tmp_path_factory.mktemp("generate")
     save_vision(base / "vision")
     language = save_language(base / "language")
-    make_run_folder(base, base / "dattn", "dattn")
-    make_run_folder(base, base / "s_attn", "s_attn")
+    for preset in PRESETS_SHOWN:
+        make_run_folder(base, base / preset, preset)
     for index in range(2):
         pixels = np.random.default_rng(index).integers(0, 255, (28, 28, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(base / f"{index}.png")
     return base, language
 
 
-@pytest.fixture(params=["dattn", "s_attn"])
+@pytest.fixture(params=PRESETS_SHOWN)
 def loaded(base, request):
     yield load_model(base[0] / request.param)
     destroy_distributed()

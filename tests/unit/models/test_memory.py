@@ -256,6 +256,20 @@ def test_every_preset_is_counted_as_built() -> None:
         assert count_parameters(dataclasses.replace(TINY, attention=name)) == built[name], name
 
 
+def test_the_adapter_keeps_what_enters_the_decoder(every_preset: None) -> None:
+    """BF16, a frozen encoder of width 32; MLP and language model of width 64; 4 images."""
+    pixels, patches = 4 * 3 * 28 * 28 * 4, 16
+    per_row = 2 * (2 * 32 + 2 * 64 + 64)
+    for attention, rows, bytes_per_row in (
+        ("s_attn", patches, per_row),
+        ("fastervlm", patches // 4, per_row),
+        ("saisa", patches, 2 * 64),  # features, padded
+    ):
+        config = dataclasses.replace(TINY, attention=attention)
+        kept = memory_of(config, trained=frozenset({"adapter"})).vision - pixels
+        assert kept == 4 * rows * bytes_per_row, attention
+
+
 def test_position_tables_follow_the_preset() -> None:
     conventional = dataclasses.replace(TINY, attention="s_attn")
     tables = 2 * TINY.adapter.max_grid * TINY.language.hidden_size

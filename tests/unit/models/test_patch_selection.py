@@ -62,10 +62,7 @@ def test_the_decoder_sees_a_line_of_kept_patches(fastervlm: ModelConfig) -> None
 
 
 def _batch() -> PackedBatch:
-    batch = make_batch([9, 5, 8], [(3,), (), (0, 5)])
-    images = tuple(dataclasses.replace(i, grid=(1, KEPT)) for i in batch.layout.images)
-    batch.layout = dataclasses.replace(batch.layout, images=images)
-    return batch
+    return make_batch([9, 5, 8], [(3,), (), (0, 5)], grid=(1, KEPT))
 
 
 def _features_and_kept(model: DAttnVLM, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +103,6 @@ def test_embedded_positions_are_those_of_the_kept_patches(
 
 @pytest.mark.parametrize("images", [[(3,)], []], ids=["image", "text alone"])
 def test_every_parameter_gets_a_gradient(fastervlm: ModelConfig, images: list) -> None:
-    model, batch = tiny_model(fastervlm), make_batch([9], images)
-    spans = tuple(dataclasses.replace(i, grid=(1, KEPT)) for i in batch.layout.images)
-    batch.layout = dataclasses.replace(batch.layout, images=spans)
-    model(batch).sum().backward()
+    model = tiny_model(fastervlm)
+    model(make_batch([9], images, grid=(1, KEPT))).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -9,6 +9,7 @@ from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DataConfig, DatasetConfig
 from megatron_dattn.data.prepare import write_jsonl
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.models import config as model_config
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.models.flops import model_flops
 from megatron_dattn.models.memory import count_parameters
@@ -66,6 +67,19 @@ def test_full_pack_holds_what_fits() -> None:
     assert plan.layout.text_lengths == (12, 12)
     assert plan.layout.num_visual_rows == 32
     assert (plan.data_parallel_size, plan.num_microbatches) == (2, 2)
+
+
+def test_an_image_has_the_rows_that_the_preset_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of 16 patches: 40 rows would hold ten images, four samples hold four."""
+    monkeypatch.setattr(model_config, "_is_supported", lambda preset: True)
+    config = changed(model={"attention": "fastervlm"}, data={"visual_budget": 40})
+    plan = make_plan(config, world_size=2)
+    assert [image.grid for image in plan.layout.images] == [(1, 4)] * 4
+    report = dry_run(config, world_size=2)
+    assert "4 rows; 10 fit a pack" in line_of(report, "image")
+    assert "each 4 visual and 6 text rows" in report
+    with pytest.raises(ConfigError, match="smaller than one image of 1 x 4 = 4 rows"):
+        make_plan(changed(model={"attention": "fastervlm"}, data={"visual_budget": 3}), 2)
 
 
 def test_report_names_modules_steps_and_flops() -> None:
