@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from benchmarks.eager import EagerCore
-from benchmarks.roofline import NAIVE, LayerRun
+from benchmarks.roofline import MIDDLE_LAYER, NAIVE, LayerRun
 from megatron_dattn.attention import (
     ImageSpan,
     LayerRule,
@@ -74,7 +74,7 @@ class Variant:
                 )
         if "eager" in options and not config.is_self_attention:
             raise ConfigError(f"variant '{text}': eager attention is written for s_attn alone")
-        savings = NAIVE if "naive" in options else ExactSavings(unread_rows=False)
+        savings = NAIVE if "naive" in options else MIDDLE_LAYER
         savings = dataclasses.replace(savings, ffn_chunk_rows=chunk)
         return Variant(text, preset, savings, "eager" in options, "recompute" in options)
 

@@ -28,6 +28,8 @@ from megatron_dattn.models.config import ExactSavings
 
 NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=False)
 """Nothing saved: the equations of the paper as they are written."""
+MIDDLE_LAYER = ExactSavings(unread_rows=False)
+"""The engine's default in every layer but the last: the next layer reads all rows."""
 _FP32 = 4
 
 
@@ -89,8 +91,7 @@ class LayerRun:
     sizes: LayerSizes
     value_bytes: int
     """Bytes per value of weights and activations."""
-    savings: ExactSavings = ExactSavings(unread_rows=False)  # noqa: RUF009 (it is frozen)
-    """Without `unread_rows`: whether rows are read is the rule's to say."""
+    savings: ExactSavings = MIDDLE_LAYER
     eager: bool = False
     """Scores of all pairs are kept in memory; for plain self-attention alone."""
     recompute: bool = False
