@@ -1,8 +1,8 @@
 """The D-Attn model in plain PyTorch, as one would write it without any framework.
 
-`tools/bench_step.py` times the training engine against it. It has the same mathematics and weights
-and nothing else: one process, one image per sample, text padded to the longest of the batch, one
-dense softmax over visual and text keys. Visual rows project no query, as they need none.
+`benchmarks/bench_step.py` times the training engine against it. It has the same mathematics and
+weights and nothing else: one process, one image per sample, text padded to the longest of the
+batch, one dense softmax over visual and text keys. Visual rows project no query, as they need none.
 """
 
 import torch

@@ -1,0 +1,112 @@
+"""Time and memory of one decoder layer over numbers of visual rows, preset against preset.
+
+    python -m benchmarks.bench_attention --visual 576 2304 4608 9216 \
+        --variants dattn dattn:naive s_attn s_attn:eager --output benchmarks/attention_cpu.md
+    python -m benchmarks.bench_attention --memory --visual 4096 8192 16384 32768 65536
+
+A variant is a preset with options: `dattn:naive` runs without exact savings, `s_attn:eager` is the
+paper's setting, whose scores stand in memory, `dattn:recompute:chunk=4096` recomputes the layer and
+runs its FFN in chunks. The first variant is the one that the others are compared with. Before
+anything is timed, outputs and gradients are compared with a float64 run.
+"""
+
+import argparse
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import report
+from benchmarks.protocol import DEFAULT_ROUNDS
+from megatron_dattn.attention import LayerSizes
+from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+
+silence_import_warnings()  # before megatron-core is imported
+
+from benchmarks.decoder_layer import Bench, Variant  # noqa: E402
+from benchmarks.layer_memory import memory_report  # noqa: E402
+from benchmarks.layer_speed import Sizing, speed_report  # noqa: E402
+from megatron_dattn.runtime.distributed import (  # noqa: E402
+    destroy_distributed,
+    initialize_distributed,
+)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; `command` is what to type to repeat it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_attention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--visual", type=int, nargs="+", default=[576, 2304, 4608, 9216])
+    parser.add_argument("--text", type=int, default=256)
+    variants = ["dattn", "dattn:naive", "s_attn", "s_attn:eager"]
+    parser.add_argument("--variants", nargs="+", default=variants)
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--backend", default="auto", help="attention backend")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--ffn", type=int, default=3584)
+    parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS)
+    parser.add_argument("--seconds", type=float, help="no new round after so long, per --visual")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="Markdown file; printed in any case")
+    parsed = parser.parse_args(arguments)
+    parsed.command = f"{parser.prog} {shlex.join(arguments)}"
+    return parsed
+
+
+def bench_of(arguments: argparse.Namespace) -> Bench:
+    """Sizes, device and precision of the command line."""
+    sizes = LayerSizes(
+        hidden_size=arguments.hidden_size,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        head_dim=arguments.head_dim,
+        intermediate_size=arguments.ffn,
+    )
+    device = report.choose_device(arguments.device)
+    return Bench(sizes, device, arguments.dtype, arguments.backend)
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """megatron-core's groups of one rank."""
+    initialize_distributed()
+    try:
+        yield
+    finally:
+        destroy_distributed()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse(sys.argv[1:] if arguments is None else arguments)
+    torch.set_num_threads(parsed.threads)
+    setup_logging(stream=sys.stderr, level="WARNING")
+    try:
+        bench = bench_of(parsed)
+        variants = [Variant.parse(text) for text in parsed.variants]
+        if parsed.memory:
+            text = memory_report(bench, variants, parsed.visual, parsed.text, parsed.command)
+        else:
+            sizing = Sizing(parsed.visual, parsed.text, parsed.rounds, parsed.seconds)
+            with one_process():
+                text = speed_report(bench, variants, sizing, parsed.command)
+        report.write(text, parsed.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""One decoder layer of the engine, ready to be timed: a variant's name in, a step out.
+
+The layer is a `DAttnLanguageModel` of one layer without embedding, final norm and head, so what is
+measured is the module that training runs. It stands for a layer in the middle of a decoder: the
+saving of unread rows, which concerns the last layer, is off.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import psutil
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from benchmarks.eager import EagerCore
+from benchmarks.roofline import MIDDLE_LAYER, NAIVE, LayerRun
+from megatron_dattn.attention import (
+    ImageSpan,
+    LayerRule,
+    LayerSizes,
+    TokenLayout,
+    get_preset,
+    plan_attention,
+    rotary_tables,
+    row_positions,
+    select_backend,
+)
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.config import ExactSavings, ExecutionConfig, LanguageConfig
+from megatron_dattn.models.decomposed_attention import AttentionInputs
+from megatron_dattn.models.language_model import DAttnLanguageModel
+from megatron_dattn.models.layer_specs import Implementation, resolve_implementation
+from megatron_dattn.models.transformer_config import language_transformer_config
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import seed_everything
+
+GB = 1e9
+# Scores, scaled, masked, their softmax in fp32 and in the run's dtype: what eager attention holds.
+_EAGER_COPIES = 5
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TEXT_BEFORE_IMAGE = 32
+_SEED = 1234
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is timed: a preset and how it is run. Written `preset[:option]...`.
+
+    Options: `naive` without exact savings, `eager` with the scores in memory (s_attn alone),
+    `recompute` in full, `chunk=ROWS` of the FFN.
+    """
+
+    name: str
+    preset: str
+    savings: ExactSavings
+    eager: bool
+    recompute: bool
+
+    @staticmethod
+    def parse(text: str) -> "Variant":
+        """Raises ConfigError for unknown presets and options."""
+        preset, *options = text.split(":")
+        config = get_preset(preset)
+        chunk = 0
+        for option in options:
+            if option.startswith("chunk=") and option[6:].isdecimal():
+                chunk = int(option[6:])
+            elif option not in ("naive", "eager", "recompute"):
+                raise ConfigError(
+                    f"variant '{text}' has the unknown option '{option}'; choose naive, eager, "
+                    "recompute or chunk=ROWS"
+                )
+        if "eager" in options and not config.is_self_attention:
+            raise ConfigError(f"variant '{text}': eager attention is written for s_attn alone")
+        savings = NAIVE if "naive" in options else MIDDLE_LAYER
+        savings = dataclasses.replace(savings, ffn_chunk_rows=chunk)
+        return Variant(text, preset, savings, "eager" in options, "recompute" in options)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The sizes and the precision that all variants share."""
+
+    sizes: LayerSizes
+    device: torch.device
+    precision: str = "bf16"
+    backend: str = "auto"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    def describe(self, text: int) -> str:
+        """Sizes for a report's header."""
+        sizes = self.sizes
+        return (
+            f"{self.precision}, backend {self.backend}; hidden {sizes.hidden_size}, "
+            f"{sizes.num_attention_heads} query and {sizes.num_key_value_heads} key heads of "
+            f"{sizes.head_dim}, FFN {sizes.intermediate_size}; {text} text rows"
+        )
+
+    def run_of(self, variant: Variant, layout: TokenLayout) -> LayerRun:
+        """What the roofline counts for it."""
+        rule = LayerRule(get_preset(variant.preset))
+        size = self.dtype.itemsize
+        return LayerRun(
+            layout, rule, self.sizes, size, variant.savings, variant.eager, variant.recompute
+        )
+
+
+def one_sample(visual: int, text: int) -> TokenLayout:
+    """One image after the first text rows, as square as its patches allow; nothing is padded."""
+    if visual < 1 or text < 1:
+        raise ConfigError(f"{visual} visual and {text} text rows; both must be positive")
+    height = next(side for side in range(math.isqrt(visual), 0, -1) if visual % side == 0)
+    before = min(TEXT_BEFORE_IMAGE, text)
+    image = ImageSpan(0, before, (height, visual // height))
+    return TokenLayout((text,), (image,), visual, text, prompt_lengths=(before,))
+
+
+def fits(bench: Bench, variant: Variant, rows: int, left_out: list[str]) -> bool:
+    """Whether eager attention's scores fit into memory; what does not is noted in `left_out`."""
+    if not variant.eager:
+        return True
+    scores = bench.sizes.num_attention_heads * rows**2 * bench.dtype.itemsize
+    if bench.device.type == "cuda":
+        free = torch.cuda.mem_get_info(bench.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if _EAGER_COPIES * scores < free:
+        return True
+    needed, free_gb = _EAGER_COPIES * scores / GB, free / GB
+    left_out.append(
+        f"{variant.name} over {rows} rows left out: about {needed:.0f} GB of scores, "
+        f"{free_gb:.0f} GB free"
+    )
+    return False
+
+
+class LayerBench:
+    """One layer with random weights, an input and a gradient of its output.
+
+    Layers of one `Bench` and preset have equal weights and inputs. megatron-core's groups must
+    exist. `double` builds the same in float64 with the backend `math`: the reference.
+    """
+
+    def __init__(
+        self, bench: Bench, variant: Variant, layout: TokenLayout, *, double: bool = False
+    ) -> None:
+        self.bench, self.variant, self.layout = bench, variant, layout
+        self.dtype = torch.float64 if double else bench.dtype
+        implementation = resolve_implementation("local" if double else "auto", "none")
+        self.model = self._build(implementation).to(self.dtype)
+        self.attention = self._attention_inputs("math" if double else bench.backend)
+        self.rows, self.gradient = (rows.to(self.dtype) for rows in self._draw())
+        self.rows.requires_grad_()
+
+    def step(self) -> Tensor:
+        """Forward and backward; gradients of the step before are dropped. Returns the output."""
+        self.drop_gradients()
+        self.model.set_input_tensor(self.rows)
+        out = self.model(None, self.attention)
+        out.backward(self.gradient)
+        return out.detach()
+
+    def drop_gradients(self) -> None:
+        """Free what the last step left."""
+        self.rows.grad = None
+        self.model.zero_grad(set_to_none=True)
+
+    def _build(self, implementation: Implementation) -> DAttnLanguageModel:
+        sizes, variant = self.bench.sizes, self.variant
+        language = LanguageConfig(
+            hidden_size=sizes.hidden_size,
+            num_hidden_layers=1,
+            num_attention_heads=sizes.num_attention_heads,
+            num_key_value_heads=sizes.num_key_value_heads,
+            head_dim=sizes.head_dim,
+            intermediate_size=sizes.intermediate_size,
+            # Wide enough for scores to differ: a nearly uniform attention would hide mistakes.
+            initializer_range=sizes.hidden_size**-0.5,
+        )
+        execution = ExecutionConfig(
+            precision="bf16" if self.bench.precision == "bf16" else "fp32",
+            recompute="full" if variant.recompute else "none",
+            attention_backend=self.bench.backend,
+            savings=variant.savings,
+        )
+        config: TransformerConfig = language_transformer_config(
+            language, ParallelConfig(), execution
+        )
+        seed_everything(_SEED)
+        model = DAttnLanguageModel(
+            config, language, implementation, pre_process=False, post_process=False
+        )
+        model.to(self.bench.device)
+        if variant.eager:
+            attention = model.decoder.layers[0].self_attention
+            attention.core_attention = EagerCore(
+                self.layout, self.bench.device, self.dtype, sizes.head_dim**-0.5
+            )
+        return model.train()
+
+    def _attention_inputs(self, backend: str) -> AttentionInputs:
+        device, preset = self.bench.device, get_preset(self.variant.preset)
+        head_dim = self.bench.sizes.head_dim
+        positions = row_positions(self.layout, preset)
+        return AttentionInputs(
+            plan=plan_attention(self.layout, preset, device),
+            rotary=rotary_tables(positions, head_dim, LanguageConfig().rope_theta, device),
+            backend=select_backend(backend, device, self.dtype, head_dim),
+        )
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Rows and gradient, [S, 1, H] of the run's dtype."""
+        generator = torch.Generator().manual_seed(_SEED)
+        shape = (self.layout.num_rows, 1, self.bench.sizes.hidden_size)
+        drawn = (torch.randn(shape, generator=generator) for _ in range(2))
+        rows, gradient = (x.to(self.bench.device, self.bench.dtype) for x in drawn)
+        return rows, gradient

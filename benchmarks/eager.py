@@ -1,0 +1,49 @@
+"""Conventional attention as plain PyTorch: the setting that the paper's speed-up refers to.
+
+As in Hugging Face's eager Mistral, keys and values are repeated for every query head, the scores of
+all pairs stand in memory in the run's dtype, an additive mask hides the later rows, the softmax is
+taken in fp32, and autograd's own backward pass keeps what it needs. It stands here because it is
+measured, not because anybody should train with it.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention import TokenLayout, apply_rotary
+from megatron_dattn.models.decomposed_attention import AttentionInputs
+
+
+class EagerCore(torch.nn.Module):
+    """Stands in for the engine's `DecomposedCore` in a layer with the preset `s_attn`.
+
+    Args:
+        layout: of one sample, without padding.
+        device, dtype: of the mask, which is made once, as for all layers of a model.
+        scale: of the scores.
+    """
+
+    def __init__(
+        self, layout: TokenLayout, device: torch.device, dtype: torch.dtype, scale: float
+    ) -> None:
+        super().__init__()
+        assert layout.num_samples == 1
+        assert layout.num_visual_rows + layout.num_text_rows == layout.num_rows
+        runs = layout.runs(0)
+        self.scale = scale
+        self.reading_order = torch.cat([torch.arange(r.start, r.end) for r in runs]).to(device)
+        self.packed_order = self.reading_order.argsort()
+        rows = layout.num_rows
+        self.mask = torch.full((rows, rows), -torch.inf, device=device, dtype=dtype).triu_(1)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention: AttentionInputs
+    ) -> Tensor:
+        """[S, heads, head_dim] each, key and value with fewer heads -> [S, 1, heads * head_dim]."""
+        query, key = apply_rotary(query, attention.rotary), apply_rotary(key, attention.rotary)
+        group = query.shape[1] // key.shape[1]
+        q, k, v = (rows[self.reading_order].transpose(0, 1) for rows in (query, key, value))
+        k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
+        scores = torch.matmul(q, k.mT) * self.scale + self.mask
+        probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        out = torch.matmul(probabilities, v).transpose(0, 1)[self.packed_order]
+        return out.reshape(out.shape[0], 1, -1)

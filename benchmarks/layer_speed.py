@@ -1,0 +1,136 @@
+"""Time of one decoder layer's step by variant and visual rows, beside bound and correctness."""
+
+import math
+from dataclasses import dataclass
+
+from benchmarks import report
+from benchmarks.agreement import Agreement, agree
+from benchmarks.ceilings import describe, measure_machine
+from benchmarks.decoder_layer import GB, Bench, LayerBench, Variant, fits, one_sample
+from benchmarks.layer_memory import peak_of_step
+from benchmarks.protocol import WARM_UP, Spread, Timings, time_rounds, timer_of
+from benchmarks.roofline import Machine, Work, bound_seconds, layer_operators, total_work
+
+
+@dataclass(frozen=True)
+class Result:
+    """One variant at one number of visual rows."""
+
+    visual: int
+    variant: str
+    time: Spread
+    """Milliseconds."""
+    ratio: Spread | None
+    """To the first variant; None for the first."""
+    work: Work
+    bound_seconds: float
+    peak_bytes: int | None
+    """None on the host, where a long-lived process cannot tell."""
+    agreement: Agreement
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What is swept, and how long."""
+
+    visual: list[int]
+    text: int
+    rounds: int
+    seconds: float | None
+    """No new round after so long, at each number of visual rows."""
+
+
+def speed_report(bench: Bench, variants: list[Variant], sizing: Sizing, command: str) -> str:
+    """Measure all variants at all numbers of visual rows; the whole Markdown file."""
+    machine = measure_machine(bench.device, bench.dtype, timer_of(bench.device))
+    results: list[Result] = []
+    notes = [bench.describe(sizing.text), describe(machine, bench.dtype)]
+    for visual in sizing.visual:
+        fitting = [v for v in variants if fits(bench, v, visual + sizing.text, notes)]
+        if not fitting:
+            continue
+        found, timings = measure(bench, fitting, visual, sizing, machine)
+        results += found
+        rounds = report.rounds_note(timings.num_rounds, sizing.rounds, WARM_UP)
+        floor = f"{fitting[0].name} to itself {report.spread(timings.noise)}"
+        notes.append(f"{visual} visual rows: {rounds}; noise floor, ratio of {floor}")
+    title = "One decoder layer, forward and backward"
+    return "\n\n".join(
+        (
+            report.header(title, command, bench.device, notes),
+            speed_table(results),
+            "Relative errors before timing, the worse of text and visual rows:",
+            agreement_table(results),
+        )
+    )
+
+
+def measure(
+    bench: Bench, variants: list[Variant], visual: int, sizing: Sizing, machine: Machine
+) -> tuple[list[Result], Timings]:
+    """Check and time the variants side by side at one number of visual rows."""
+    layout = one_sample(visual, sizing.text)
+    layers = {variant.name: LayerBench(bench, variant, layout) for variant in variants}
+    agreements = {name: agree(layer) for name, layer in layers.items()}
+    timings = time_rounds(
+        {name: layer.step for name, layer in layers.items()},
+        rounds=sizing.rounds,
+        timer=timer_of(bench.device),
+        budget_seconds=sizing.seconds,
+    )
+    results = [_result(layer, timings, machine, agreements[name]) for name, layer in layers.items()]
+    return results, timings
+
+
+def _result(layer: LayerBench, timings: Timings, machine: Machine, agreement: Agreement) -> Result:
+    name, base = layer.variant.name, next(iter(timings.seconds))
+    operators = layer_operators(layer.bench.run_of(layer.variant, layer.layout))
+    return Result(
+        visual=layer.layout.num_visual_rows,
+        variant=name,
+        time=timings.milliseconds(name),
+        ratio=None if name == base else timings.ratio(name, base),
+        work=total_work(operators),
+        bound_seconds=bound_seconds(operators, machine),
+        peak_bytes=peak_of_step(layer) if layer.bench.device.type == "cuda" else None,
+        agreement=agreement,
+    )
+
+
+def speed_table(results: list[Result]) -> str:
+    """Time beside its bound; the peak too where it is known."""
+    columns = ["variant", "visual rows", "median ms", "ratio to the first (min to max)"]
+    columns += ["GFLOP", "GB moved", "bound ms", "bound / time"]
+    rows = [_speed_row(result) for result in results]
+    if all(result.peak_bytes is not None for result in results):
+        columns.append("peak GB")
+        for row, result in zip(rows, results, strict=True):
+            row.append(f"{(result.peak_bytes or 0) / GB:.3g}")
+    return report.table(columns, rows)
+
+
+def _speed_row(result: Result) -> list[str]:
+    bound = 1000 * result.bound_seconds
+    return [
+        result.variant,
+        str(result.visual),
+        f"{result.time.median:.2f}",
+        "1" if result.ratio is None else report.spread(result.ratio),
+        f"{result.work.flops / 1e9:.4g}",
+        f"{result.work.bytes / GB:.3g}",
+        f"{bound:.2f}",
+        f"{bound / result.time.median:.2f}",
+    ]
+
+
+def agreement_table(results: list[Result]) -> str:
+    """Errors beside what they are measured against."""
+    columns = ("variant", "visual rows", "against", "output", "input gradient", "weight gradients")
+    return report.table(columns, [_agreement_row(result) for result in results])
+
+
+def _agreement_row(result: Result) -> list[str]:
+    found = result.agreement
+    errors = (found.output, found.input_gradient, found.weight_gradient)
+    figures = ("" if math.isnan(error) else f"{error:.1e}" for error in errors)
+    return [result.variant, str(result.visual), found.against, *figures]

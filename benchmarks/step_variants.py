@@ -1,0 +1,185 @@
+"""Whole training steps of the demo's model: the engine's own, and one written without it."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.demo_model import IGNORED_LABEL, demo_model
+from benchmarks.plain_vlm import PlainVLM
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.conversion.weight_map import GroupedQKV
+from megatron_dattn.data.config import DataConfig
+from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import get_device, seed_everything
+from megatron_dattn.training.config import (
+    LoggingConfig,
+    ModuleLearningRates,
+    OptimizerSettings,
+    TrainingConfig,
+)
+from megatron_dattn.training.metrics import Metrics, StepReport
+from megatron_dattn.training.optimizer import build_optimizer, build_scheduler
+from megatron_dattn.training.run import Run
+from megatron_dattn.training.setup import build_training_model
+from megatron_dattn.training.state import TrainState
+from megatron_dattn.training.step import train_step
+from megatron_dattn.training.stream import BatchStream
+
+RATE = 1e-4
+TRAIN_ITERS = 10**6  # more than any benchmark runs: the schedule never ends
+# Losses of a step are means of fp32 sums in another order.
+LOSS_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the engine runs, besides the preset."""
+
+    precision: str
+    recompute: str
+    transformer_impl: str
+
+
+def pretrain_config(attention: str, batch: PackedBatch, settings: EngineSettings) -> PretrainConfig:
+    """A run of the demo's model in which every module trains."""
+    layout = batch.layout
+    rates = ModuleLearningRates(vision_model=RATE, adapter=RATE, language_model=RATE)
+    return PretrainConfig(
+        model=demo_model(attention),
+        parallel=ParallelConfig(),
+        data=DataConfig(visual_budget=layout.visual_budget, text_budget=layout.text_budget),
+        optimizer=OptimizerSettings(learning_rates=rates, warmup_ratio=0.0),
+        training=TrainingConfig(
+            train_iters=TRAIN_ITERS,
+            micro_batch_size=layout.num_samples,
+            global_batch_size=layout.num_samples,
+            precision="bf16" if settings.precision == "bf16" else "fp32",
+            recompute=settings.recompute,  # type: ignore[arg-type]
+            transformer_impl=settings.transformer_impl,  # type: ignore[arg-type]
+        ),
+    )
+
+
+class EngineVariant:
+    """The training engine's own step, on the same batch every time. Groups must exist."""
+
+    def __init__(self, config: PretrainConfig, batch: PackedBatch) -> None:
+        seed_everything(config.training.seed)
+        chunks = build_training_model(config)
+        optimizer = build_optimizer(
+            config.optimizer,
+            chunks,
+            bf16=config.training.precision == "bf16",
+            use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
+        )
+        scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)
+        self.model = chunks[0].module
+        self.run = Run(
+            config=config,
+            state=TrainState(chunks, optimizer, scheduler, None),
+            stream=BatchStream(itertools.repeat(batch), get_device()),
+            num_microbatches=1,
+            num_rows=batch.layout.num_rows,
+            metrics=Metrics(
+                LoggingConfig(), train_iters=1, first_step=0, world_size=1, peak_flops=None
+            ),
+            checkpointer=None,
+            validation=None,
+            ledger=None,
+        )
+
+    def step(self) -> StepReport:
+        return train_step(self.run)
+
+
+class PlainVariant:
+    """A hand-written loop: zero_grad, forward, backward, clip, fused AdamW."""
+
+    def __init__(self, engine: EngineVariant, batch: PackedBatch) -> None:
+        self.model = PlainVLM(engine.run.config.model).to(get_device())
+        copy_weights(engine.model, self.model, engine.run.config.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, fused=True)
+        self.batch = tuple(tensor.to(get_device()) for tensor in padded(batch))
+
+    def step(self) -> float:
+        """The loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(*self.batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+
+def compare_losses(engine: EngineVariant, plain: PlainVariant, steps: int = 3) -> list[float]:
+    """Losses of the first steps.
+
+    Raises:
+        RuntimeError: they differ, so that the two do not do the same work.
+    """
+    losses = []
+    for _ in range(steps):
+        ours, theirs = engine.step().loss, plain.step()
+        if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
+            raise RuntimeError(f"the engine's loss is {ours}, the plain model's {theirs}")
+        losses.append(ours)
+    return losses
+
+
+def padded(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels, ids [B, T] and labels [B, T], padded to the longest text."""
+    lengths = list(batch.layout.text_lengths)
+    used = sum(lengths)
+    ids = nn.utils.rnn.pad_sequence(list(batch.input_ids[:used].split(lengths)), True)
+    labels = list(batch.labels[:used].split(lengths))
+    return batch.pixel_values, ids, nn.utils.rnn.pad_sequence(labels, True, IGNORED_LABEL)
+
+
+_LAYER_NAMES = {
+    "norm1": "input_layernorm",
+    "norm2": "pre_mlp_layernorm",
+    "qkv": "self_attention.linear_qkv",
+    "out": "self_attention.linear_proj",
+    "up": "mlp.linear_fc1",
+    "down": "mlp.linear_fc2",
+}
+
+
+@torch.no_grad()
+def copy_weights(engine: nn.Module, plain: PlainVLM, sizes: ModelConfig) -> None:
+    """Give the plain model the engine's weights."""
+    source = dict(engine.named_parameters())
+    language = sizes.language
+    qkv = GroupedQKV(language.num_attention_heads, language.num_key_value_heads, language.head_dim)
+    pairs: dict[str, Tensor] = {
+        "patches.weight": source["vision_model.patch_embedding.weight"],
+        "patches.bias": source["vision_model.patch_embedding.bias"],
+        "positions": source["vision_model.position_embedding"],
+        "adapter.0.weight": source["adapter.norm.weight"],
+        "rows": source["adapter.positions.rows"],
+        "columns": source["adapter.positions.columns"],
+        "embedding.weight": source["language_model.embedding.word_embeddings.weight"],
+        "norm.weight": source["language_model.decoder.final_layernorm.weight"],
+        "head.weight": source["language_model.output_layer.weight"],
+    }
+    for kind in ("weight", "bias"):
+        pairs[f"adapter.1.{kind}"] = source[f"adapter.linear_fc1.{kind}"]
+        pairs[f"adapter.3.{kind}"] = source[f"adapter.linear_fc2.{kind}"]
+        for n in range(sizes.vision.num_used_layers):
+            layer = f"vision_model.encoder.layers.{n}"
+            for ours, theirs in _LAYER_NAMES.items():
+                pairs[f"vision.{n}.{ours}.{kind}"] = source[f"{layer}.{theirs}.{kind}"]
+    for n in range(language.num_hidden_layers):
+        layer = f"language_model.decoder.layers.{n}"
+        q, k, v = qkv.split(source[f"{layer}.self_attention.linear_qkv.weight"])
+        pairs[f"layers.{n}.q.weight"] = q
+        pairs[f"layers.{n}.kv.weight"] = torch.cat((k, v))
+        for ours, theirs in _LAYER_NAMES.items():
+            if ours != "qkv":
+                name = {"up": "gate_up"}.get(ours, ours)
+                pairs[f"layers.{n}.{name}.weight"] = source[f"{layer}.{theirs}.weight"]
+    plain.load_state_dict(pairs)

@@ -1,0 +1,134 @@
+"""Variants are read, layouts are square, and every variant computes what its preset means."""
+
+import pytest
+import torch
+
+from benchmarks.agreement import Outcome, agree, compare, local_name, relative_error
+from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sample
+from benchmarks.layer_memory import fit_line, peak_in_new_process, peak_table
+from megatron_dattn.attention import LayerSizes
+from megatron_dattn.errors import ConfigError
+
+SIZES = LayerSizes(32, 4, 2, 8, 48)
+BENCH = Bench(SIZES, torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp32")
+LAYOUT = one_sample(12, 40)
+VARIANTS = ["dattn", "dattn:naive", "dattn:recompute", "dattn:chunk=8", "s_attn", "s_attn:eager"]
+
+
+def test_variant_options() -> None:
+    variant = Variant.parse("dattn:naive:recompute:chunk=64")
+    assert (variant.preset, variant.eager, variant.recompute) == ("dattn", False, True)
+    assert not variant.savings.visual_queries
+    assert not variant.savings.folded_output
+    assert variant.savings.ffn_chunk_rows == 64
+    plain = Variant.parse("dattn").savings
+    assert plain.visual_queries
+    assert plain.folded_output
+    # The layer stands for one in the middle of a decoder, whose visual rows are read.
+    assert not plain.unread_rows
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("dattn:fast", "unknown option 'fast'"),
+        ("dattn:chunk=", "unknown option 'chunk='"),
+        ("dattn:eager", "for s_attn alone"),
+        ("attn", "unknown attention preset"),
+    ],
+)
+def test_wrong_variants_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Variant.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("visual", "grid"), [(576, (24, 24)), (4608, (64, 72)), (65536, (256, 256)), (7, (1, 7))]
+)
+def test_images_are_as_square_as_they_can_be(visual: int, grid: tuple[int, int]) -> None:
+    layout = one_sample(visual, 256)
+    assert layout.images[0].grid == grid
+    assert layout.images[0].text_offset == 32
+    assert layout.num_rows == layout.num_visual_rows + layout.num_text_rows
+
+
+def test_eager_attention_that_does_not_fit_is_left_out() -> None:
+    notes: list[str] = []
+    assert fits(BENCH, Variant.parse("s_attn"), 10**7, notes)
+    assert fits(BENCH, Variant.parse("s_attn:eager"), 100, notes)
+    assert notes == []
+    assert not fits(BENCH, Variant.parse("s_attn:eager"), 10**7, notes)
+    assert "s_attn:eager over 10000000 rows left out" in notes[0]
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_agree_with_float64(name: str) -> None:
+    """fp32 has 24 bits; a layer adds up hundreds of products, in another order than float64."""
+    found = agree(LayerBench(BENCH, Variant.parse(name), LAYOUT))
+    assert found.against == "float64"
+    assert max(found.output, found.input_gradient, found.weight_gradient) < 1e-5
+
+
+@pytest.mark.usefixtures("one_process")
+def test_long_variants_are_compared_with_their_plain_preset(monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.agreement.LONGEST_CHECKED", 4)
+    eager = agree(LayerBench(BENCH, Variant.parse("s_attn:eager"), LAYOUT))
+    assert eager.against == "s_attn"
+    assert 0 < eager.input_gradient < 1e-5
+    assert agree(LayerBench(BENCH, Variant.parse("dattn"), LAYOUT)).against == "not checked"
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_wrong_attention_is_noticed() -> None:
+    """The check would be worthless if the layer's other parts drowned the attention."""
+    right = LayerBench(BENCH, Variant.parse("s_attn:eager"), LAYOUT)
+    wrong = LayerBench(BENCH, Variant.parse("s_attn:eager"), LAYOUT)
+    wrong.model.decoder.layers[0].self_attention.core_attention.scale *= 1.1
+    found = compare(Outcome.of(wrong), Outcome.of(right), LAYOUT, "itself")
+    assert min(found.output, found.input_gradient, found.weight_gradient) > 1e-3
+
+
+def test_fused_norms_have_the_local_names() -> None:
+    layer = "decoder.layers.0."
+    names = {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+        "self_attention.linear_qkv.weight": "self_attention.linear_qkv.weight",
+        "input_layernorm.weight": "input_layernorm.weight",
+    }
+    assert {name: local_name(layer + name) for name in names} == {
+        name: layer + local for name, local in names.items()
+    }
+
+
+def test_relative_error() -> None:
+    ones = torch.ones(4)
+    assert relative_error(1.5 * ones, ones) == pytest.approx(0.5)
+    assert relative_error(0 * ones, 0 * ones) == 0.0
+
+
+def test_a_straight_line_is_found_and_a_parabola_is_not() -> None:
+    line = fit_line({rows: 500 + 7 * rows for rows in (10, 20, 40)})
+    assert line is not None
+    assert (line.per_row, line.constant) == pytest.approx((7, 500))
+    assert line.deviation == pytest.approx(0, abs=1e-12)
+    parabola = fit_line({rows: rows**2 for rows in (10, 20, 40)})
+    assert parabola is not None
+    assert parabola.deviation > 0.1
+    assert fit_line({10: 1, 20: 2}) is None
+
+
+def test_memory_table_leaves_unknown_peaks_empty() -> None:
+    peaks = {"dattn": {10: 10**7, 20: 2 * 10**7, 40: 4 * 10**7}, "s_attn:eager": {10: 10**8}}
+    rows = peak_table(peaks, [10, 20, 40]).splitlines()[2:]
+    assert rows == [
+        "| dattn | 10 | 20 | 40 | 1000.00 | 0.0 % |",
+        "| s_attn:eager | 100 |  |  |  |  |",
+    ]
+
+
+@pytest.mark.slow
+def test_memory_of_a_new_process_holds_the_activations() -> None:
+    """The gated FFN alone keeps 3 x 48 values of each of 4096 rows."""
+    assert peak_in_new_process(BENCH, "dattn", 4096, 16) > 4096 * 3 * 48 * 4

@@ -1,0 +1,56 @@
+"""Both scripts run from their command line to the Markdown file, on sizes that take seconds."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_attention, bench_step
+
+TINY = ["--hidden-size", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "8", "--ffn", "48"]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """Cells of all rows of all tables, headers and rules left out."""
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [row for row in cells if row[0] not in ("variant", "---")]
+
+
+def test_bench_attention(tmp_path: Path, capsys) -> None:
+    output = tmp_path / "attention.md"
+    sizes = ["--visual", "12", "20", "--text", "16", "--dtype", "fp32", *TINY]
+    variants = ["dattn", "dattn:naive", "s_attn", "s_attn:eager"]
+    arguments = [*sizes, "--variants", *variants, "--rounds", "2", "--output", str(output)]
+    assert bench_attention.main(arguments) == 0
+    text = output.read_text()
+    assert text == capsys.readouterr().out
+    assert "2 rounds" in text
+    assert "**fewer than 5 rounds are no measurement**" in text
+    expected = [[name, visual] for visual in ("12", "20") for name in variants]
+    rows = table_rows(text)
+    assert [row[:2] for row in rows] == expected + expected  # times, then errors
+    assert all(row[2] == "float64" for row in rows[len(expected) :])
+
+
+def test_bench_step(tmp_path: Path) -> None:
+    output = tmp_path / "step.md"
+    arguments = ["--attention", "s_attn", "dattn", "--samples", "2", "--rounds", "1"]
+    assert bench_step.main([*arguments, "--recompute", "full", "--output", str(output)]) == 0
+    text = output.read_text()
+    names = [row[0] for row in table_rows(text)]
+    assert names == ["engine s_attn", "engine dattn", "plain PyTorch"]
+    assert "losses of the first steps agree" in text
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (bench_attention.main, ["--variants", "attn"], "unknown attention preset 'attn'"),
+        (bench_attention.main, ["--visual", "0", *TINY], "0 visual"),
+        (bench_step.main, ["--attention", "attn"], "model.attention 'attn' is unknown"),
+    ],
+)
+def test_errors_are_one_line(main, arguments: list[str], words: str, capsys) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
