@@ -16,7 +16,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_dattn.attention import AttentionPlan, Backend, decomposed_attention
+from megatron_dattn.attention import (
+    AttentionPlan,
+    Backend,
+    ReportPlan,
+    Scoring,
+    decomposed_attention,
+)
+from megatron_dattn.models.observer import AttentionObserver
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,10 @@ class AttentionInputs:
     rotary: tuple[Tensor, Tensor]
     """Cosine and sine of every packed row's position, each [S, head_dim]."""
     backend: Backend
+    observer: AttentionObserver | None = None
+    """Who is shown every layer's queries and keys; None in nearly every step."""
+    report: ReportPlan | None = None
+    """For the observer: the same attention, taken apart."""
 
 
 class DecomposedCore(torch.nn.Module):
@@ -84,6 +95,9 @@ class DecomposedSelfAttention(SelfAttention):
             states.squeeze(1) for states in self.get_query_key_value_tensors(hidden_states)
         )
 
+        if attention_bias.observer is not None:
+            self._show(attention_bias.observer, query, key, attention_bias)
+
         def core(*states: Tensor) -> Tensor:
             return self.core_attention(*states, attention_bias)
 
@@ -92,3 +106,14 @@ class DecomposedSelfAttention(SelfAttention):
         else:
             out = core(query, key, value)
         return self.linear_proj(out)
+
+    @torch.no_grad()
+    def _show(
+        self, observer: AttentionObserver, query: Tensor, key: Tensor, attention: AttentionInputs
+    ) -> None:
+        """Show the layer's projections to an observer; full recomputation does so twice."""
+        assert attention.report is not None, "an observer comes with a report's plan"
+        scoring = Scoring(
+            attention.report, attention.rotary, self.core_attention.scale, attention.backend
+        )
+        observer(self.layer_number, query.detach(), key.detach(), scoring)

@@ -21,6 +21,7 @@ from megatron_dattn.attention import (
     get_preset,
     output_rows,
     plan_attention,
+    plan_report,
     rotary_tables,
     row_positions,
     select_backend,
@@ -30,6 +31,7 @@ from megatron_dattn.models.config import ExecutionConfig, ModelConfig
 from megatron_dattn.models.decomposed_attention import AttentionInputs
 from megatron_dattn.models.language_model import DAttnLanguageModel
 from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.models.transformer_config import (
     language_transformer_config,
     vision_transformer_config,
@@ -101,35 +103,39 @@ class DAttnVLM(MegatronModule):
             vp_stage=vp_stage,
         )
 
-    def forward(self, batch: "PackedBatch") -> Tensor:
+    def forward(self, batch: "PackedBatch", observer: AttentionObserver | None = None) -> Tensor:
         """One micro-batch through this stage.
 
         Args:
             batch: tensors on this rank's device. `pixel_values` is read on the first stage only.
+            observer: is shown the queries and keys of every layer of this stage.
 
         Returns:
             Hidden states [S, 1, H] (this rank's share of the rows under sequence parallelism) on
             stages before the last; there, the fp32 loss of every labelled text row, in row order.
             A batch without labels gives an empty vector that is still connected to the graph.
         """
-        hidden_states = self._hidden_states(batch)
+        hidden_states = self._hidden_states(batch, observer)
         if not self.post_process:
             return hidden_states
         labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
         rows = output_rows(batch.layout, self.attention).to(labelled.device)
         return self.language_model.losses(hidden_states, rows[labelled], batch.labels[labelled])
 
-    def forward_logits(self, batch: "PackedBatch", rows: Tensor) -> Tensor:
+    def forward_logits(
+        self, batch: "PackedBatch", rows: Tensor, observer: AttentionObserver | None = None
+    ) -> Tensor:
         """Next-token logits at chosen packed rows, for generation and evaluation.
 
         Args:
             batch: as for `forward`; its labels are not read.
             rows: packed rows, int64 [N], equal on every rank.
+            observer: as for `forward`.
 
         Returns:
             [N, vocab_size] on the last stage, hidden states on the others.
         """
-        hidden_states = self._hidden_states(batch)
+        hidden_states = self._hidden_states(batch, observer)
         if not self.post_process:
             return hidden_states
         return self.language_model.gathered_logits(hidden_states, rows)
@@ -142,8 +148,8 @@ class DAttnVLM(MegatronModule):
         """The tied embedding's weight, for its gradient reduction between first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def _hidden_states(self, batch: "PackedBatch") -> Tensor:
-        attention = self._attention_inputs(batch.layout, batch.input_ids.device)
+    def _hidden_states(self, batch: "PackedBatch", observer: AttentionObserver | None) -> Tensor:
+        attention = self._attention_inputs(batch.layout, batch.input_ids.device, observer)
         decoder_input = self._decoder_input(batch) if self.pre_process else None
         return self.language_model(decoder_input, attention)
 
@@ -182,7 +188,9 @@ class DAttnVLM(MegatronModule):
         rows = self.adapter(features, self.model_config.vision.grid)
         return rows[:0] if no_images else rows
 
-    def _attention_inputs(self, layout: TokenLayout, device: torch.device) -> AttentionInputs:
+    def _attention_inputs(
+        self, layout: TokenLayout, device: torch.device, observer: AttentionObserver | None
+    ) -> AttentionInputs:
         language = self.model_config.language
         dtype = next(self.language_model.parameters()).dtype
         positions = row_positions(layout, self.attention)
@@ -190,6 +198,8 @@ class DAttnVLM(MegatronModule):
             plan=plan_attention(layout, self.attention, device),
             rotary=rotary_tables(positions, language.head_dim, language.rope_theta, device),
             backend=select_backend(self.attention_backend, device, dtype, language.head_dim),
+            observer=observer,
+            report=None if observer is None else plan_report(layout, self.attention, device),
         )
 
 
