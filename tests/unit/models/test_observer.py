@@ -12,7 +12,7 @@ from tests.support.vlm import LANGUAGE, make_batch, tiny_model, tiny_model_confi
 pytestmark = pytest.mark.usefixtures("one_process")
 
 BATCH = make_batch([9, 5, 8], [(3,), (), (0, 5)])
-PRESETS = ["dattn", "s_attn", "dattn_sigmoid"]
+PRESETS = ["dattn", "s_attn", "dattn_sum"]
 
 
 class Recorder:
