@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -22,16 +23,15 @@ from megatron_dattn.attention import (
     LayerSizes,
     TokenLayout,
     get_preset,
-    plan_attention,
-    rotary_tables,
-    row_positions,
+    layer_rules,
     select_backend,
 )
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import ExactSavings, ExecutionConfig, LanguageConfig
-from megatron_dattn.models.decomposed_attention import AttentionInputs
 from megatron_dattn.models.language_model import DAttnLanguageModel
 from megatron_dattn.models.layer_specs import Implementation, resolve_implementation
+from megatron_dattn.models.row_shards import RowShards
 from megatron_dattn.models.transformer_config import language_transformer_config
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import seed_everything
@@ -193,7 +193,14 @@ class LayerBench:
         )
         seed_everything(_SEED)
         model = DAttnLanguageModel(
-            config, language, implementation, pre_process=False, post_process=False
+            config,
+            language,
+            implementation,
+            preset=get_preset(variant.preset),
+            savings=variant.savings,
+            feature_size=sizes.vision_hidden_size,
+            pre_process=False,
+            post_process=False,
         )
         model.to(self.bench.device)
         if variant.eager:
@@ -204,13 +211,24 @@ class LayerBench:
         return model.train()
 
     def _attention_inputs(self, backend: str) -> AttentionInputs:
-        device, preset = self.bench.device, get_preset(self.variant.preset)
+        device, preset, layout = self.bench.device, get_preset(self.variant.preset), self.layout
         head_dim = self.bench.sizes.head_dim
-        positions = row_positions(self.layout, preset)
-        return AttentionInputs(
-            plan=plan_attention(self.layout, preset, device),
-            rotary=rotary_tables(positions, head_dim, LanguageConfig().rope_theta, device),
-            backend=select_backend(backend, device, self.dtype, head_dim),
+        shards = RowShards(
+            layout.visual_budget,
+            layout.text_budget,
+            get_tensor_model_parallel_group(),
+            sequence_parallel=False,
+        )
+        return prepare_attention(
+            layout,
+            preset,
+            # Followed by a layer that is not built: its own output is read.
+            layer_rules(preset, 2, skip_unread=False),
+            shards,
+            select_backend(backend, device, self.dtype, head_dim),
+            head_dim=head_dim,
+            rotary_base=LanguageConfig().rope_theta,
+            device=device,
         )
 
     def _draw(self) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,8 @@ def make_batch(model: ModelConfig, samples: int) -> PackedBatch:
     labels[int(ends[-1]) :] = IGNORED_LABEL
     layout = TokenLayout(
         text_lengths=tuple(lengths.tolist()),
-        images=tuple(ImageSpan(i, 1, model.vision.grid) for i in range(samples)),
-        visual_budget=samples * model.vision.num_patches,
+        images=tuple(ImageSpan(i, 1, model.image_grid) for i in range(samples)),
+        visual_budget=samples * model.rows_per_image,
         text_budget=text_budget,
         prompt_lengths=(1,) * samples,  # labels are drawn anywhere behind it
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention import TokenLayout, apply_rotary
-from megatron_dattn.models.decomposed_attention import AttentionInputs
+from megatron_dattn.models.attention_inputs import LayerInputs
 
 
 class EagerCore(torch.nn.Module):
@@ -36,14 +36,22 @@ class EagerCore(torch.nn.Module):
         self.mask = torch.full((rows, rows), -torch.inf, device=device, dtype=dtype).triu_(1)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention: AttentionInputs
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        head_mask: Tensor | None,
+        inputs: LayerInputs,
     ) -> Tensor:
-        """[S, heads, head_dim] each, key and value with fewer heads -> [S, 1, heads * head_dim]."""
-        query, key = apply_rotary(query, attention.rotary), apply_rotary(key, attention.rotary)
+        """[S, heads, head_dim] each, key and value with fewer heads -> [S, heads * head_dim]."""
+        assert gate is None, "s_attn has no gates"
+        assert head_mask is None, "s_attn silences no heads"
+        query, key = apply_rotary(query, inputs.rotary), apply_rotary(key, inputs.rotary)
         group = query.shape[1] // key.shape[1]
         q, k, v = (rows[self.reading_order].transpose(0, 1) for rows in (query, key, value))
         k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
         scores = torch.matmul(q, k.mT) * self.scale + self.mask
         probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
         out = torch.matmul(probabilities, v).transpose(0, 1)[self.packed_order]
-        return out.reshape(out.shape[0], 1, -1)
+        return out.flatten(1)

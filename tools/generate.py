@@ -2,7 +2,8 @@
 
     python tools/generate.py --checkpoint runs/stage3 --image cat.jpg --question "What is this?"
 
-Without --image the question is text only; --image may be given several times.
+Without --image the question is text only; --image may be given several times. --alpha adds a table
+of how much the answer attended to the images: alpha_V by layer, and the range over its heads.
 """
 
 import argparse
@@ -26,6 +27,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=["plain", "mistral_v3"],
         help="conversation template; the run's own by default (plain captions)",
     )
+    parser.add_argument("--alpha", action="store_true", help="print attention to images by layer")
     return parser.parse_args(arguments)
 
 
@@ -34,19 +36,22 @@ def main() -> int:
     setup_logging(stream=sys.stderr)
     silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
-    from megatron_dattn.inference import Prompt, generate, load_model
+    from megatron_dattn.inference import Prompt, decode, generate_tokens, load_model, look
     from megatron_dattn.runtime.distributed import destroy_distributed
 
     try:
         loaded = load_model(arguments.checkpoint, template=arguments.template)
         prompt = Prompt.from_question(loaded, arguments.question, arguments.image)
-        (answer,) = generate(loaded, [prompt], max_new_tokens=arguments.max_new_tokens)
+        tokens = generate_tokens(loaded, [prompt], max_new_tokens=arguments.max_new_tokens)
+        lines = decode(loaded, tokens)
+        if arguments.alpha:
+            lines += ["", *look(loaded, prompt, tokens[0]).table()]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     finally:
         destroy_distributed()
-    print(answer)
+    print("\n".join(lines))
     return 0
 
 

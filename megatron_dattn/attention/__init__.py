@@ -26,6 +26,13 @@ from megatron_dattn.attention.outputs import output_rows
 from megatron_dattn.attention.parts import AttentionPlan, plan_attention
 from megatron_dattn.attention.positions import apply_rotary, rotary_tables, row_positions
 from megatron_dattn.attention.presets import PRESETS, get_preset
+from megatron_dattn.attention.report import (
+    ReportPlan,
+    Scoring,
+    image_attention,
+    plan_report,
+    visual_weight,
+)
 from megatron_dattn.attention.visual_rows import VisualRows, kept_grid, num_shared
 
 __all__ = [
@@ -38,6 +45,8 @@ __all__ = [
     "LayerRule",
     "LayerSizes",
     "Positions",
+    "ReportPlan",
+    "Scoring",
     "TextToVisual",
     "TokenLayout",
     "VisualRows",
@@ -50,14 +59,17 @@ __all__ = [
     "decomposed_attention",
     "diagonal_attention",
     "get_preset",
+    "image_attention",
     "kept_grid",
     "layer_flops",
     "layer_rules",
     "num_shared",
     "output_rows",
     "plan_attention",
+    "plan_report",
     "rotary_tables",
     "row_positions",
     "select_backend",
+    "visual_weight",
     "weighted_merge",
 ]

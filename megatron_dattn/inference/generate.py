@@ -55,10 +55,23 @@ def _read(loaded: LoadedModel, path: Path) -> np.ndarray:
     return loaded.preprocessor.fit(read_image_file(str(path.parent), path.name))
 
 
-@torch.inference_mode()
 def generate(
     loaded: LoadedModel, prompts: Sequence[Prompt], *, max_new_tokens: int = 64
 ) -> list[str]:
+    """`generate_tokens` as text: the answers without special tokens."""
+    return decode(loaded, generate_tokens(loaded, prompts, max_new_tokens=max_new_tokens))
+
+
+def decode(loaded: LoadedModel, answers: Sequence[list[int]]) -> list[str]:
+    """Token ids as text, without special tokens."""
+    texts = loaded.tokenizer.batch_decode(list(answers), skip_special_tokens=True)
+    return [str(text).strip() for text in texts]
+
+
+@torch.inference_mode()
+def generate_tokens(
+    loaded: LoadedModel, prompts: Sequence[Prompt], *, max_new_tokens: int = 64
+) -> list[list[int]]:
     """Continue every prompt greedily until the end token or the limit.
 
     Args:
@@ -66,7 +79,7 @@ def generate(
         max_new_tokens: of each answer.
 
     Returns:
-        The answers, in the order of the prompts, without special tokens.
+        The answers' token ids, in the order of the prompts, with the end token if there was one.
     """
     stop_ids = loaded.stop_ids
     answers: list[list[int]] = [[] for _ in prompts]
@@ -74,12 +87,11 @@ def generate(
     for _ in range(max_new_tokens):
         if not running:
             break
-        batch = _pack(loaded, [(prompts[i], answers[i]) for i in running])
+        batch = pack_prompts(loaded, [(prompts[i], answers[i]) for i in running])
         for index, token in zip(running, _next_tokens(loaded, batch), strict=True):
             answers[index].append(token)
         running = [i for i in running if answers[i][-1] not in stop_ids]
-    texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [str(text).strip() for text in texts]
+    return answers
 
 
 def _next_tokens(loaded: LoadedModel, batch: PackedBatch) -> list[int]:
@@ -90,7 +102,7 @@ def _next_tokens(loaded: LoadedModel, batch: PackedBatch) -> list[int]:
     return model.forward_logits(batch, rows).argmax(dim=-1).tolist()
 
 
-def _pack(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> PackedBatch:
+def pack_prompts(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> PackedBatch:
     """Prompts and what was answered so far, in one pack without padding."""
     grid = loaded.config.model.image_grid
     texts = [prompt.rows.input_ids + answer for prompt, answer in samples]

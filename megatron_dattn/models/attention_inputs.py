@@ -14,11 +14,14 @@ from megatron_dattn.attention import (
     AttentionPlan,
     Backend,
     LayerRule,
+    ReportPlan,
     TokenLayout,
     plan_attention,
+    plan_report,
     rotary_tables,
     row_positions,
 )
+from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.models.row_shards import RowShards
 
 
@@ -34,6 +37,10 @@ class LayerInputs:
     shards: RowShards
     """Of the plan's rows."""
     backend: Backend
+    observer: AttentionObserver | None = None
+    """Who is shown the layer's queries and keys; None in nearly every step."""
+    report: ReportPlan | None = None
+    """For the observer: the same attention, taken apart."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ def prepare_attention(
     head_dim: int,
     rotary_base: float,
     device: torch.device,
+    observer: AttentionObserver | None = None,
 ) -> AttentionInputs:
     """Plans and rotary tables of a pack.
 
@@ -83,5 +91,7 @@ def prepare_attention(
             rotary=(cos[-seen.num_rows :], sin[-seen.num_rows :]),
             shards=shards if rule.sees_images else shards.text_alone(),
             backend=backend,
+            observer=observer,
+            report=None if observer is None else plan_report(seen, rule.attention, device),
         )
     return AttentionInputs(tuple(prepared[rule] for rule in rules), shards)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_dattn.attention import (
     AttentionConfig,
+    Scoring,
     attend_scored_rows,
     diagonal_attention,
     num_shared,
@@ -95,6 +96,8 @@ class DecomposedSelfAttention(SelfAttention):
             attention output, to the text rows alone.
         """
         query, key, value = self._project_in(hidden_states, inputs)
+        if inputs.observer is not None:
+            self._show(query, key, inputs)
         head_mask = self._head_mask(value)
         text = self._attend(query, key, value, head_mask, inputs)
         visual = value[: inputs.plan.num_diagonal_rows]
@@ -152,6 +155,14 @@ class DecomposedSelfAttention(SelfAttention):
             scored = shards.to_rank_order(scored)
         out, _ = self.linear_proj(scored.unsqueeze(1))
         return out
+
+    @torch.no_grad()
+    def _show(self, query: Tensor, key: Tensor, inputs: LayerInputs) -> None:
+        """Show the layer's projections to the observer; full recomputation does so twice."""
+        assert inputs.observer is not None
+        assert inputs.report is not None, "an observer comes with a report's plan"
+        scoring = Scoring(inputs.report, inputs.rotary, self.core_attention.scale, inputs.backend)
+        inputs.observer(self.layer_number, query.detach(), key.detach(), scoring)
 
     def _head_mask(self, value: Tensor) -> Tensor | None:
         """Ones for this rank's key heads that deal with images; None if all do."""

@@ -22,11 +22,13 @@ from megatron_dattn.attention import (
     output_rows,
     select_backend,
 )
+from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.adapter import Adapter, build_adapter
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import ExecutionConfig, ModelConfig
 from megatron_dattn.models.language_model import DAttnLanguageModel
 from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.models.patch_selection import most_attended, take_patches
 from megatron_dattn.models.row_shards import RowShards
 from megatron_dattn.models.transformer_config import (
@@ -102,18 +104,19 @@ class DAttnVLM(MegatronModule):
             vp_stage=vp_stage,
         )
 
-    def forward(self, batch: "PackedBatch") -> Tensor:
+    def forward(self, batch: "PackedBatch", observer: AttentionObserver | None = None) -> Tensor:
         """One micro-batch through this stage.
 
         Args:
             batch: tensors on this rank's device. `pixel_values` is read on the first stage only.
+            observer: is shown the queries and keys of every layer of this stage.
 
         Returns:
             Hidden states [S, 1, H] (this rank's share of the rows under sequence parallelism) on
             stages before the last; there, the fp32 loss of every labelled text row, in row order.
             A batch without labels gives an empty vector that is still connected to the graph.
         """
-        hidden_states = self._hidden_states(batch)
+        hidden_states = self._hidden_states(batch, observer)
         if not self.post_process:
             return hidden_states
         labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
@@ -122,17 +125,20 @@ class DAttnVLM(MegatronModule):
             hidden_states, rows[labelled], batch.labels[labelled], self._shards(batch.layout)
         )
 
-    def forward_logits(self, batch: "PackedBatch", rows: Tensor) -> Tensor:
+    def forward_logits(
+        self, batch: "PackedBatch", rows: Tensor, observer: AttentionObserver | None = None
+    ) -> Tensor:
         """Next-token logits at chosen packed rows, for generation and evaluation.
 
         Args:
             batch: as for `forward`; its labels are not read.
             rows: packed rows, int64 [N], equal on every rank: of those that `output_rows` names.
+            observer: as for `forward`.
 
         Returns:
             [N, vocab_size] on the last stage, hidden states on the others.
         """
-        hidden_states = self._hidden_states(batch)
+        hidden_states = self._hidden_states(batch, observer)
         if not self.post_process:
             return hidden_states
         shards = self._shards(batch.layout)
@@ -146,8 +152,8 @@ class DAttnVLM(MegatronModule):
         """The tied embedding's weight, for its gradient reduction between first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def _hidden_states(self, batch: "PackedBatch") -> Tensor:
-        attention = self._attention_inputs(batch.layout, batch.input_ids.device)
+    def _hidden_states(self, batch: "PackedBatch", observer: AttentionObserver | None) -> Tensor:
+        attention = self._attention_inputs(batch.layout, batch.input_ids.device, observer)
         decoder_input = self._decoder_input(batch) if self.pre_process else None
         return self.language_model(decoder_input, attention)
 
@@ -199,7 +205,14 @@ class DAttnVLM(MegatronModule):
         kept = most_attended(received, self.model_config.rows_per_image)
         return take_patches(features, kept), kept
 
-    def _attention_inputs(self, layout: TokenLayout, device: torch.device) -> AttentionInputs:
+    def _attention_inputs(
+        self, layout: TokenLayout, device: torch.device, observer: AttentionObserver | None = None
+    ) -> AttentionInputs:
+        if observer is not None and self.attention.merge == "cascade":
+            raise ConfigError(
+                f"model.attention '{self.model_config.attention}' reads images by attention of "
+                "its own, apart from the text's: there is no alpha_V to report"
+            )
         language = self.model_config.language
         dtype = next(self.language_model.parameters()).dtype
         return prepare_attention(
@@ -211,6 +224,7 @@ class DAttnVLM(MegatronModule):
             head_dim=language.head_dim,
             rotary_base=language.rope_theta,
             device=device,
+            observer=observer,
         )
 
     def _shards(self, layout: TokenLayout) -> RowShards:

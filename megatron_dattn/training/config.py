@@ -153,7 +153,14 @@ class LoggingConfig:
     sample_ledger: str | None = None
     """Folder for one JSON line per step and data-parallel rank with the consumed sample keys."""
     progress_bar: Literal["auto", "on", "off"] = "auto"
+    alpha_interval: int = 0
+    """Report every so many steps how much text attends to images, by layer; 0 never does."""
 
     def __post_init__(self) -> None:
         if self.log_interval < 1:
             raise ConfigError(f"logging.log_interval must be positive, got {self.log_interval}")
+        if self.alpha_interval < 0:
+            raise ConfigError(
+                f"logging.alpha_interval must not be negative, got {self.alpha_interval}; 0 never "
+                "reports"
+            )

@@ -6,6 +6,7 @@ is the same however samples are packed, accumulated or spread over ranks.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.runtime.distributed import get_device
 
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -51,10 +53,13 @@ def sum_over_world(*values: float) -> list[float]:
 
 
 def forward_step(
-    batches: Iterator[PackedBatch], model: nn.Module
+    batches: Iterator[PackedBatch],
+    model: nn.Module,
+    *,
+    observer: AttentionObserver | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
     """One micro-batch through this rank's stage, as megatron-core's schedules want it."""
-    return model(next(batches)), sum_losses
+    return model(next(batches), observer=observer), sum_losses
 
 
 def sum_losses(losses: Tensor) -> LossOutput:
@@ -71,17 +76,19 @@ def run_micro_batches(
     num_microbatches: int,
     num_rows: int,
     forward_only: bool,
+    observer: AttentionObserver | None = None,
 ) -> LossSum:
     """Run the pipeline schedule; gradients end up reduced and divided by the global token count.
 
     Args:
         num_rows: S, the rows of one pack.
+        observer: is shown the queries and keys of this rank's layers.
 
     Returns:
         This data-parallel replica's sums on the ranks that speak for it, zeros elsewhere.
     """
     outputs = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, observer=observer),
         data_iterator=batches,
         model=model_chunks,
         num_microbatches=num_microbatches,

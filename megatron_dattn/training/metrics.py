@@ -10,6 +10,7 @@ import math
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from statistics import fmean
 
 from megatron_dattn.runtime.distributed import is_rank_0
 from megatron_dattn.training.config import LoggingConfig
@@ -42,6 +43,8 @@ class StepReport:
     seconds: float
     data_wait_seconds: float
     """Of these, spent waiting for the loader (mean over data-parallel ranks)."""
+    visual_weights: list[list[float]] | None = None
+    """Mean alpha_V by layer and head, NaN where no text sees an image; None in most steps."""
 
 
 class Metrics:
@@ -78,6 +81,8 @@ class Metrics:
         self._reports.append(report)
         if report.step % self._interval == 0 or report.step == self._train_iters:
             self._write(totals)
+        if report.visual_weights is not None and not report.skipped:
+            self._write_visual_weights(report.step, report.visual_weights)
 
     def record_validation(self, step: int, loss: float) -> None:
         """Write a validation loss at once."""
@@ -102,6 +107,14 @@ class Metrics:
         if self._writer is not None:
             for tag, value in self._scalars(interval, totals).items():
                 self._writer.add_scalar(tag, value, interval.last.step)
+
+    def _write_visual_weights(self, step: int, weights: list[list[float]]) -> None:
+        layers = [_describe_layer(number, heads) for number, heads in enumerate(weights, 1)]
+        logger.info("iteration %d | alpha_V: %s", step, " | ".join(layers))
+        if self._writer is not None:
+            for number, heads in enumerate(weights, 1):
+                if not math.isnan(fmean(heads)):
+                    self._writer.add_scalar(f"alpha_V/layer_{number:02d}", fmean(heads), step)
 
     def _line(self, interval: "Interval", totals: Progress) -> str:
         last = interval.last
@@ -146,6 +159,12 @@ class Metrics:
         for module, rate in last.learning_rates.items():
             scalars[f"learning rate/{module}"] = rate
         return scalars
+
+
+def _describe_layer(number: int, heads: list[float]) -> str:
+    if math.isnan(fmean(heads)):
+        return f"layer {number} sees no image"
+    return f"layer {number} mean {fmean(heads):.2f} (heads {min(heads):.2f} to {max(heads):.2f})"
 
 
 @dataclass(frozen=True)

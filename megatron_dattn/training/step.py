@@ -25,6 +25,7 @@ from megatron_dattn.training.optimizer import current_learning_rates
 from megatron_dattn.training.run import Run
 from megatron_dattn.training.stages import trained_modules
 from megatron_dattn.training.stream import Consumed
+from megatron_dattn.training.visual_weights import mean_visual_weights, meter_if_due
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,14 @@ def train_step(run: Run) -> StepReport:
     state.optimizer.zero_grad()
 
     run.stream.load(run.num_microbatches)
+    meter = meter_if_due(run)
     sums = run_micro_batches(
         state.model,
         run.stream,
         num_microbatches=run.num_microbatches,
         num_rows=run.num_rows,
         forward_only=False,
+        observer=meter,
     )
     grad_norm, finite = measure_gradients(state.optimizer)
     consumed = run.stream.take()
@@ -96,6 +99,7 @@ def train_step(run: Run) -> StepReport:
         flops=totals.flops,
         seconds=time.perf_counter() - started,
         data_wait_seconds=totals.wait_seconds / parallel_state.get_data_parallel_world_size(),
+        visual_weights=None if meter is None else mean_visual_weights(meter),
     )
 
 

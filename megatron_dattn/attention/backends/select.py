@@ -8,13 +8,21 @@ import torch
 from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
 from megatron_dattn.attention.backends.cuda_flash import CudaFlashBackend
+from megatron_dattn.attention.backends.flash_attn2 import FlashAttn2Backend
+from megatron_dattn.attention.backends.flash_attn3 import FlashAttn3Backend
 from megatron_dattn.attention.backends.math import MathBackend
 from megatron_dattn.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 # In order of preference; the last one supports everything.
-_PREFERENCE: tuple[Backend, ...] = (CudaFlashBackend(), CpuFlashBackend(), MathBackend())
+_PREFERENCE: tuple[Backend, ...] = (
+    FlashAttn3Backend(),
+    FlashAttn2Backend(),
+    CudaFlashBackend(),
+    CpuFlashBackend(),
+    MathBackend(),
+)
 BACKENDS = {backend.name: backend for backend in _PREFERENCE}
 
 

@@ -1,84 +1,18 @@
 """Generation from a checkpoint: Hugging Face's tokens for text, and no mixing of prompts."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from megatron_dattn.conversion.import_hf import import_checkpoint
 from megatron_dattn.errors import CheckpointError, DataError
 from megatron_dattn.inference import Prompt, generate, load_model
-from megatron_dattn.models import config as model_config
-from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig
-from megatron_dattn.parallel.config import ParallelConfig
-from megatron_dattn.runtime.distributed import (
-    destroy_distributed,
-    initialize_distributed,
-    seed_everything,
-)
-from tests.unit.conversion.hf_models import save_language, save_vision
+from megatron_dattn.runtime.distributed import destroy_distributed
 
 ROOT = Path(__file__).parents[3]
-PRESETS_SHOWN = ["dattn", "s_attn", "fastervlm"]  # the last with fewer rows than patches
 QUESTIONS = ["what is this?", "a longer question about it.", "why?"]
-
-
-def make_run_folder(base: Path, folder: Path, attention: str) -> None:
-    """A run folder as a finished stage leaves it: the imported weights and a random adapter."""
-    imported = base / f"imported-{attention}"
-    config = import_checkpoint(
-        base / "vision", base / "language", imported, attention=attention, dtype="fp32"
-    )
-    initialize_distributed()
-    seed_everything(7)
-    model = build_model(config, ParallelConfig(), ExecutionConfig(precision="fp32"))
-    found = find_checkpoint(imported)
-    loaded = load_checkpoint(
-        found.path,
-        {"model": model.sharded_state_dict()},
-        modules=["vision_model", "language_model"],
-    )
-    model.load_state_dict(loaded["model"], strict=False)
-    shutil.copytree(imported / "tokenizer", folder / "tokenizer")
-    text = (imported / "config.yaml").read_text() + "training: {precision: fp32}\n"
-    (folder / "config.yaml").write_text(text)
-    modules = ["vision_model", "adapter", "language_model"]
-    facts = {**found.manifest.facts, "modules": modules}
-    save_checkpoint(folder, 1, {"model": model.sharded_state_dict()}, facts=facts)
-    destroy_distributed()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def every_preset():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_config, "_is_supported", lambda preset: True)
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, every_preset):
-    base = tmp_path_factory.mktemp("generate")
-    save_vision(base / "vision")
-    language = save_language(base / "language")
-    for preset in PRESETS_SHOWN:
-        make_run_folder(base, base / preset, preset)
-    for index in range(2):
-        pixels = np.random.default_rng(index).integers(0, 255, (28, 28, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(base / f"{index}.png")
-    return base, language
-
-
-@pytest.fixture(params=PRESETS_SHOWN)
-def loaded(base, request):
-    yield load_model(base[0] / request.param)
-    destroy_distributed()
 
 
 def prompts_of(loaded, folder):

@@ -169,11 +169,12 @@ def _loss_and_gradients(model: DAttnVLM, batches) -> tuple[Tensor, dict[str, Ten
 @pytest.mark.parametrize("preset", PRESETS)
 def test_loss_and_gradients_do_not_depend_on_packing(preset):
     """Three samples in one pack, or in packs of their own with other budgets."""
-    model = tiny_model(tiny_model_config(preset))
+    config = tiny_model_config(preset)
+    model, grid = tiny_model(config), config.image_grid
     texts, images = [9, 5, 8], [(3,), (), (0, 5)]
-    loss, grads = _loss_and_gradients(model, [make_batch(texts, images)])
+    loss, grads = _loss_and_gradients(model, [make_batch(texts, images, grid=grid)])
     alone = [
-        make_batch([texts[i]], [images[i]], budgets=(20 + i, 10 + i), first_sample=i)
+        make_batch([texts[i]], [images[i]], budgets=(20 + i, 10 + i), first_sample=i, grid=grid)
         for i in range(3)
     ]
     loss_alone, grads_alone = _loss_and_gradients(model, alone)

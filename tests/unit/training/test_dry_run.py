@@ -9,7 +9,6 @@ from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DataConfig, DatasetConfig
 from megatron_dattn.data.prepare import write_jsonl
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.models import config as model_config
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.models.flops import model_flops
 from megatron_dattn.models.memory import count_parameters
@@ -71,7 +70,6 @@ def test_full_pack_holds_what_fits() -> None:
 
 def test_an_image_has_the_rows_that_the_preset_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of 16 patches: 40 rows would hold ten images, four samples hold four."""
-    monkeypatch.setattr(model_config, "_is_supported", lambda preset: True)
     config = changed(model={"attention": "fastervlm"}, data={"visual_budget": 40})
     plan = make_plan(config, world_size=2)
     assert [image.grid for image in plan.layout.images] == [(1, 4)] * 4

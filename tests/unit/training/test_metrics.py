@@ -2,10 +2,12 @@
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_dattn.errors import ConfigError
 from megatron_dattn.training.config import LoggingConfig
 from megatron_dattn.training.metrics import Interval, Metrics, StepReport
 from megatron_dattn.training.peak_flops import bf16_peak, device_peak
@@ -90,11 +92,30 @@ def test_validation_line(caplog: pytest.LogCaptureFixture) -> None:
     assert "PPL: 2.000000E+00" in caplog.text
 
 
+WEIGHTS = [[0.1, 0.625, 0.2], [math.nan] * 3]
+
+
+def test_attention_to_images_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    metrics = _metrics(2)
+    metrics.record(replace(_report(1), visual_weights=WEIGHTS), Progress(1))
+    assert caplog.messages == [
+        "iteration 1 | alpha_V: layer 1 mean 0.31 (heads 0.10 to 0.62) | layer 2 sees no image"
+    ]
+    metrics.record(replace(_report(2, skipped=True), visual_weights=WEIGHTS), Progress(2))
+    assert len(caplog.messages) == 2, "a skipped step gives its own line alone"
+
+
+def test_a_negative_interval_is_refused() -> None:
+    with pytest.raises(ConfigError, match="alpha_interval must not be negative, got -1"):
+        LoggingConfig(alpha_interval=-1)
+
+
 def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = _metrics(1, tensorboard_dir=str(tmp_path))
-    metrics.record(_report(1), Progress(1))
+    metrics.record(replace(_report(1), visual_weights=WEIGHTS), Progress(1))
     metrics.record_validation(1, 0.5)
     metrics.close()
     events = EventAccumulator(str(tmp_path))
@@ -102,6 +123,9 @@ def test_tensorboard(tmp_path: Path) -> None:
     (point,) = events.Scalars("learning rate/language_model")
     assert (point.step, point.value) == (1, pytest.approx(2e-5))
     assert events.Scalars("lm loss validation")[0].value == 0.5
+    (alpha,) = events.Scalars("alpha_V/layer_01")
+    assert (alpha.step, alpha.value) == (1, pytest.approx(0.925 / 3))
+    assert "alpha_V/layer_02" not in events.Tags()["scalars"]
     assert {"lm loss", "grad norm", "throughput/visual_tokens per s"} <= set(
         events.Tags()["scalars"]
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_dattn.attention import select_backend
-from megatron_dattn.attention.backends import select
+from megatron_dattn.attention.backends import flash_attn2, flash_attn3, select
 from megatron_dattn.errors import UserError
 
 
@@ -33,6 +33,8 @@ def test_a_choice_that_cannot_run_is_refused_with_the_reason() -> None:
 def test_a_softcap_that_a_kernel_lacks_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(flash_attn2, "flash_attn_version", lambda: None)
+    monkeypatch.setattr(flash_attn3, "has_flash_attn3", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     device = name.removesuffix("_flash")
@@ -43,7 +45,7 @@ def test_a_softcap_that_a_kernel_lacks_is_refused(
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="'flash4'; choose auto or one of cuda_flash, cpu_flash"):
+    with pytest.raises(UserError, match="'flash4'; choose auto or one of flash_attn3, flash_attn2"):
         select_backend("flash4", "cpu", torch.float32, 32)
 
 

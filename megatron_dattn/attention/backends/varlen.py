@@ -1,0 +1,163 @@
+"""The common frame of backends whose kernel takes ragged segments: fold, call, unfold.
+
+Nothing is padded: such a kernel takes segment boundaries. Its causal mask is aligned at the bottom
+right, which is the same as ours because causal segments are square. Where a row has no key it
+reports a log-sum-exp of +inf (one of them -inf, unless there is no key at all); we say -inf, the
+value that merges to nothing.
+
+Without a causal mask the order of queries inside a segment is free, so the query heads that share a
+key head become further query rows: the kernel then sees as many query as key heads, and sums key
+and value gradients over the group in float32 itself instead of in half precision afterwards.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention.parts import Part
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class RaggedScores:
+    """The segments of one call, and how its scores come about."""
+
+    query_cu_seqlens: Tensor  # int32 [segments + 1]
+    key_cu_seqlens: Tensor
+    longest_query: int
+    longest_key: int
+    scale: float
+    softcap: float | None
+    causal: bool
+    window: int | None  # in a causal part: a query sees this many keys, itself included
+
+    @property
+    def window_sides(self) -> tuple[int, int]:
+        """Keys that a query sees before and behind its own place; -1 for all."""
+        return (-1, -1) if self.window is None else (self.window - 1, 0)
+
+
+class VarlenBackend(ABC):
+    """Runs `varlen_forward` and `varlen_backward` over a part's rows.
+
+    Rows are [N, heads, D], log-sum-exps [heads, N] in float32.
+    """
+
+    @abstractmethod
+    def varlen_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, scores: RaggedScores
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp, as the kernel gives them."""
+
+    @abstractmethod
+    def varlen_backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scores: RaggedScores,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        part: Part,
+        scale: float,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        group = _foldable_group(query, key, part)
+        scores = _ragged_scores(part, group, scale, softcap)
+        out, lse = self.varlen_forward(_fold(query, group), key, value, scores)
+        lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+        return _unfold(out, group), _unfold(lse.T.unsqueeze(-1), group).squeeze(-1)
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        part: Part,
+        scale: float,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        group = _foldable_group(query, key, part)
+        grad_query, grad_key, grad_value = self.varlen_backward(
+            _fold(grad_out, group),
+            _fold(query, group),
+            key,
+            value,
+            _fold(out, group),
+            _fold(lse.unsqueeze(-1), group).squeeze(-1).T.contiguous(),
+            _ragged_scores(part, group, scale, softcap),
+        )
+        return _unfold(grad_query, group), grad_key, grad_value
+
+
+def unsupported_tensors(
+    device: torch.device, dtype: torch.dtype, head_dim: int, capability: int
+) -> str | None:
+    """Why kernels of this family cannot run such tensors; None if they can.
+
+    Args:
+        capability: the oldest major compute capability that has the kernel.
+    """
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    if torch.cuda.get_device_capability(device)[0] < capability:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} is older than compute capability {capability}.0"
+    if dtype not in _DTYPES:
+        return f"it computes in bfloat16 or float16, not {dtype}"
+    if head_dim > _MAX_HEAD_DIM or head_dim % 8:
+        return f"head_dim {head_dim} is not a multiple of 8 up to {_MAX_HEAD_DIM}"
+    return None
+
+
+def empty_gradients(*inputs: Tensor) -> list[Tensor]:
+    """Contiguous room for a kernel that writes the gradients of its inputs in place."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+
+def _ragged_scores(part: Part, group: int, scale: float, softcap: float | None) -> RaggedScores:
+    return RaggedScores(
+        query_cu_seqlens=part.query_cu_seqlens * group,
+        key_cu_seqlens=part.key_cu_seqlens,
+        longest_query=max(part.query_lengths) * group,
+        longest_key=max(part.key_lengths),
+        scale=scale,
+        softcap=softcap,
+        causal=part.causal,
+        window=part.window,
+    )
+
+
+def _foldable_group(query: Tensor, key: Tensor, part: Part) -> int:
+    """Query heads per key head to turn into rows; 1 under a causal mask, where order counts."""
+    return 1 if part.causal else query.shape[1] // key.shape[1]
+
+
+def _fold(rows: Tensor, group: int) -> Tensor:
+    """[N, Hk * group, D] to [N * group, Hk, D]; segments stay together."""
+    if group == 1:
+        return rows
+    return rows.unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
+
+
+def _unfold(rows: Tensor, group: int) -> Tensor:
+    """The inverse of `_fold`."""
+    if group == 1:
+        return rows
+    return rows.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)

@@ -1,0 +1,170 @@
+"""What an answer looked at: as when its tokens were generated, and drawn in the right place."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_dattn.attention import visual_weight
+from megatron_dattn.errors import ConfigError, DataError, UserError
+from megatron_dattn.inference import Look, Prompt, generate_tokens, look
+from megatron_dattn.inference.generate import pack_prompts
+from tools.show_attention import chosen_tokens, draw, main
+
+ROOT = Path(__file__).parents[3]
+LAYERS, HEADS, GRID, PATCH = 2, 4, (3, 3), 8
+
+
+def asked(loaded, folder, *images):
+    prompt = Prompt.from_question(loaded, "what is this?", [folder / name for name in images])
+    (answer,) = generate_tokens(loaded, [prompt], max_new_tokens=4)
+    return prompt, answer
+
+
+def test_shapes_and_shares(base, loaded):
+    prompt, answer = asked(loaded, base[0], "0.png", "1.png")
+    seen = look(loaded, prompt, answer)
+    assert len(seen.tokens) == len(answer) == 4
+    assert seen.weights.shape == (LAYERS, 4, HEADS)
+    assert seen.maps.shape == (LAYERS, 4, 2 * 9)
+    assert seen.grids == (GRID, GRID)
+    # One softmax over images and text: what images get is alpha_V. fp32 sums of 18 numbers.
+    torch.testing.assert_close(seen.maps.sum(-1), seen.weights.mean(-1), atol=1e-6, rtol=0)
+    assert seen.weights.min() > 0
+    assert seen.weights.max() < 1
+
+
+def test_it_is_what_each_token_saw_when_it_was_generated(base, loaded):
+    prompt, answer = asked(loaded, base[0], "0.png")
+    seen = look(loaded, prompt, answer)
+    for place in range(len(answer)):
+        weights = []
+        batch = pack_prompts(loaded, [(prompt, answer[:place])])
+        with torch.inference_mode():
+            loaded.model.forward_logits(
+                batch,
+                torch.zeros(1, dtype=torch.int64),
+                lambda _, *states, w=weights: w.append(visual_weight(*states)[-1]),
+            )
+        # The same rows; fp32 sums over differently padded batches.
+        torch.testing.assert_close(seen.weights[:, place], torch.stack(weights), atol=1e-6, rtol=0)
+
+
+def test_an_end_token_is_not_looked_at(base, loaded):
+    prompt, answer = asked(loaded, base[0], "0.png")
+    end = loaded.tokenizer.eos_token_id
+    assert look(loaded, prompt, [*answer, end]).tokens == look(loaded, prompt, answer).tokens
+    with pytest.raises(DataError, match="the answer is empty"):
+        look(loaded, prompt, [end])
+
+
+def test_without_an_image_there_is_nothing_to_see(base, loaded):
+    prompt, answer = asked(loaded, base[0])
+    with pytest.raises(DataError, match="without an image"):
+        look(loaded, prompt, answer)
+
+
+def made_up_look() -> Look:
+    """Two layers, three tokens, two heads, an image of 2 x 3 and one of 1 x 2 patches."""
+    generator = torch.Generator().manual_seed(0)
+    return Look(
+        ("a", "$b", "c"),
+        torch.rand(2, 3, 2, generator=generator),
+        torch.rand(2, 3, 8, generator=generator),
+        ((2, 3), (1, 2)),
+    )
+
+
+def test_maps_are_cut_by_image_and_averaged_over_layers():
+    seen = made_up_look()
+    first, second = seen.image_maps(1)
+    assert torch.equal(first, seen.maps[:, 1, :6].mean(0).view(2, 3))
+    assert torch.equal(second, seen.maps[:, 1, 6:].mean(0).view(1, 2))
+    assert torch.equal(seen.image_maps(1, [2])[0], seen.maps[1, 1, :6].view(2, 3))
+    assert seen.mean_weight(2, [1]) == pytest.approx(seen.weights[0, 2].mean().item())
+    with pytest.raises(ConfigError, match="no layer 3; the model has layers 1 to 2"):
+        seen.image_maps(0, [1, 3])
+
+
+def test_the_table_has_a_line_for_every_layer():
+    seen = made_up_look()
+    title, head, *lines = seen.table()
+    assert title == "alpha_V, mean over the answer's 3 tokens"
+    assert head.split() == ["layer", "mean", "heads"]
+    heads = seen.weights.mean(1)[1]
+    low, high, mean = (f"{x.item():.2f}" for x in (heads.min(), heads.max(), heads.mean()))
+    assert lines[1].split() == ["2", mean, low, "to", high]
+    assert len(lines) == 2
+
+
+def test_panels_lay_patches_over_the_pixels_they_were_made_of():
+    seen = made_up_look()
+    images = [np.zeros((20, 28, 3), np.uint8), np.zeros((11, 17, 3), np.uint8)]
+    figure = draw(seen, images, patch_size=8, tokens=[0, 1], layers=[2])
+    panels = [ax for ax in figure.axes if ax.get_visible()]
+    assert len(panels) == 4
+    for ax, (token, number) in zip(panels, [(0, 0), (0, 1), (1, 0), (1, 1)], strict=True):
+        picture, heat = ax.get_images()
+        height, width = images[number].shape[:2]
+        assert picture.get_extent() == [0, width, height, 0]
+        rows, columns = seen.grids[number]
+        assert heat.get_extent() == [0, 8 * columns, 8 * rows, 0]
+        assert np.array_equal(heat.get_array(), seen.image_maps(token, [2])[number])
+        assert ax.get_xlim() == (0, width)
+        assert repr(seen.tokens[token]) in ax.get_title()
+        assert f"{seen.mean_weight(token, [2]):.2f}" in ax.get_title()
+
+
+def test_one_token_can_be_chosen():
+    seen = made_up_look()
+    assert chosen_tokens(seen, None) == [0, 1, 2]
+    assert chosen_tokens(seen, 3) == [2]
+    for wrong in (0, 4):
+        with pytest.raises(UserError, match=f"--token {wrong} .* tokens 1 to 3"):
+            chosen_tokens(seen, wrong)
+
+
+@pytest.mark.parametrize("preset", ["dattn", "s_attn"])
+def test_the_tool_writes_a_picture(base, tmp_path, preset, capsys):
+    output = tmp_path / "attention.png"
+    call = ["--checkpoint", base[0] / preset, "--image", base[0] / "0.png", "--question", "why?"]
+    call = [str(word) for word in (*call, "--output", output, "--max-new-tokens", 3)]
+    assert main(call) == 0
+    assert capsys.readouterr().out.strip()
+    wide = Image.open(output)
+    assert main([*call, "--token", "1", "--layers", "2"]) == 0
+    narrow = Image.open(output)
+    assert wide.width == 3 * narrow.width
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--layers", "9"], "no layer 9; the model has layers 1 to 2"),
+        (["--token", "9"], "--token 9 is not in the answer"),
+        (["--output", "nowhere/attention.png"], "cannot write the picture"),
+        (["--output", "attention.xyz"], "cannot write the picture"),
+        (["--image", "none.png"], "none.png"),
+    ],
+)
+def test_errors_are_one_line(base, tmp_path, extra, message, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = ["--checkpoint", str(base[0] / "dattn"), "--image", str(base[0] / "0.png")]
+    assert main([*call, "--max-new-tokens", "2", *extra]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_generate_prints_the_table_on_request(base):
+    call = [sys.executable, "tools/generate.py", "--checkpoint", base[0] / "dattn", "--alpha"]
+    call += ["--max-new-tokens", "3", "--question", "why?", "--image", base[0] / "0.png"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-4:-2] == ["alpha_V, mean over the answer's 3 tokens", "layer  mean  heads"]
+    assert [line.split()[0] for line in lines[-2:]] == ["1", "2"]

@@ -1,0 +1,78 @@
+"""Observers see what the layers attend with, and leave no trace."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention import Scoring, visual_weight
+from megatron_dattn.models.decomposed_attention import DecomposedCore
+from megatron_dattn.models.observer import VisualWeightMeter
+from tests.support.vlm import LANGUAGE, make_batch, tiny_model, tiny_model_config
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+BATCH = make_batch([9, 5, 8], [(3,), (), (0, 5)])
+PRESETS = ["dattn", "s_attn", "dattn_sum"]
+
+
+class Recorder:
+    """Keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[int, Tensor, Tensor, Scoring]] = []
+
+    def __call__(self, layer_number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
+        self.shown.append((layer_number, query, key, scoring))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_it_is_shown_the_queries_and_keys_of_every_layer(preset: str) -> None:
+    model = tiny_model(tiny_model_config(preset))
+    recorder, attended = Recorder(), []
+    for module in model.modules():
+        if isinstance(module, DecomposedCore):
+            module.register_forward_pre_hook(lambda _, args: attended.append(args[:2]))
+    model(BATCH, observer=recorder)
+    assert [number for number, *_ in recorder.shown] == [1, 2]
+    for (_, query, key, scoring), (used_query, used_key) in zip(
+        recorder.shown, attended, strict=True
+    ):
+        text = BATCH.layout.text_budget
+        assert torch.equal(query[-text:], used_query[-text:])
+        assert torch.equal(key, used_key)
+        assert not query.requires_grad
+        assert not key.requires_grad
+        assert scoring.scale == LANGUAGE.head_dim**-0.5
+        assert visual_weight(query, key, scoring).shape == (text, LANGUAGE.num_attention_heads)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_it_changes_no_loss_and_no_gradient(preset: str) -> None:
+    results = []
+    for observer in (None, Recorder()):
+        model = tiny_model(tiny_model_config(preset))
+        losses = model(BATCH, observer=observer)
+        losses.sum().backward()
+        results.append([losses, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for with_observer, without in zip(*results, strict=True):
+        assert torch.equal(with_observer, without)
+
+
+def test_the_meter_means_over_the_rows_that_see_an_image() -> None:
+    model = tiny_model(tiny_model_config("s_attn"))
+    recorder, meter = Recorder(), VisualWeightMeter(2, LANGUAGE.num_attention_heads, "cpu")
+    for batch in (BATCH, make_batch([7], [(2,)], seed=1)):
+        model(batch, observer=recorder)
+        model(batch, observer=meter)
+    for layer in (1, 2):
+        weights = [
+            visual_weight(query, key, scoring)[scoring.plan.sees_images]
+            for number, query, key, scoring in recorder.shown
+            if number == layer
+        ]
+        # Text before its image sees none: 6 of 9 rows, 8 of 8, 5 of 7 do.
+        assert sum(len(rows) for rows in weights) == meter.rows[layer - 1] == 6 + 8 + 5
+        expected = torch.cat(weights).mean(0)
+        mean = meter.weights[layer - 1] / meter.rows[layer - 1]
+        # fp32 sums of 19 numbers below 1.
+        torch.testing.assert_close(mean, expected, atol=1e-6, rtol=0)

@@ -1,0 +1,162 @@
+"""Show where a model looks while it answers: one picture of the image for every answer token.
+
+    python tools/show_attention.py --checkpoint runs/stage3 --image cat.jpg \\
+        --question "What is this?" --output attention.png
+
+Over the image, as the model gets it, lies the attention of the text row that predicted the token,
+mean over heads and over the chosen layers; bright is the most that this panel has. The title gives
+the token and its alpha_V, the share of its attention that went to images. --token and --layers
+count from 1; --image may be given several times.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from megatron_dattn.inference import LoadedModel, Look, Prompt
+
+MAX_COLUMNS = 6
+PANEL_INCHES = 2.4
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run")
+    parser.add_argument("--image", type=Path, action="append", required=True, help="image file")
+    parser.add_argument("--question", default="", help="what to ask")
+    parser.add_argument("--output", type=Path, default=Path("attention.png"), help="picture file")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to average; all by default")
+    parser.add_argument("--token", type=int, help="show one answer token; all by default")
+    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument(
+        "--template",
+        choices=["plain", "mistral_v3"],
+        help="conversation template; the run's own by default (plain captions)",
+    )
+    return parser.parse_args(arguments)
+
+
+def chosen_tokens(look: "Look", token: int | None) -> list[int]:
+    """Places in the answer, from 0. Raises UserError if there is no such token."""
+    if token is None:
+        return list(range(len(look.tokens)))
+    if not 1 <= token <= len(look.tokens):
+        raise UserError(
+            f"--token {token} is not in the answer, which has tokens 1 to {len(look.tokens)}"
+        )
+    return [token - 1]
+
+
+def draw(
+    look: "Look",
+    images: Sequence[np.ndarray],
+    *,
+    patch_size: int,
+    tokens: Sequence[int],
+    layers: list[int] | None = None,
+) -> "Figure":
+    """A panel for every token and image.
+
+    Args:
+        images: uint8 [height, width, 3] each, as the model got them.
+        patch_size: pixels; what is left of an image beyond its last whole patch was not seen.
+        tokens: places in the answer, from 0.
+        layers: as for `Look.image_maps`.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [(token, number) for token in tokens for number in range(len(images))]
+    columns = min(MAX_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure((PANEL_INCHES * columns, (PANEL_INCHES + 0.3) * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in axes[len(panels) :]:
+        unused.set_visible(False)
+    for ax, (token, number) in zip(axes, panels, strict=False):
+        heat = look.image_maps(token, layers)[number].numpy()
+        draw_panel(ax, images[number], heat, patch_size)
+        title = f"{look.tokens[token]!r}  {look.mean_weight(token, layers):.2f}"
+        ax.set_title(title, fontsize=9, parse_math=False)
+    return figure
+
+
+def draw_panel(ax: "Axes", image: np.ndarray, heat: np.ndarray, patch_size: int) -> None:
+    """An image under a grid of patches, which starts at its upper left corner."""
+    height, width = image.shape[:2]
+    bottom, right = (patch_size * count for count in heat.shape)
+    ax.imshow(image, extent=(0, width, height, 0))
+    ax.imshow(
+        heat,
+        extent=(0, right, bottom, 0),
+        cmap="inferno",
+        alpha=0.6,
+        vmin=0.0,
+        interpolation="bilinear",
+    )
+    ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+
+
+def answer_and_look(
+    loaded: "LoadedModel", prompt: "Prompt", max_new_tokens: int
+) -> tuple[str, "Look"]:
+    """The answer, and what each of its tokens looked at."""
+    from megatron_dattn.inference import decode, generate_tokens, look
+
+    answers = generate_tokens(loaded, [prompt], max_new_tokens=max_new_tokens)
+    (text,) = decode(loaded, answers)
+    return text, look(loaded, prompt, answers[0])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    setup_logging(stream=sys.stderr)
+    silence_import_warnings()
+    # Imported late: --help should not wait for torch and megatron-core.
+    from megatron_dattn.inference import Prompt, load_model
+    from megatron_dattn.runtime.distributed import destroy_distributed
+
+    try:
+        loaded = load_model(options.checkpoint, template=options.template)
+        prompt = Prompt.from_question(loaded, options.question, options.image)
+        text, seen = answer_and_look(loaded, prompt, options.max_new_tokens)
+        figure = draw(
+            seen,
+            prompt.images,
+            patch_size=loaded.config.model.vision.patch_size,
+            tokens=chosen_tokens(seen, options.token),
+            layers=options.layers,
+        )
+        save(figure, options.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    finally:
+        destroy_distributed()
+    print(text)
+    print(f"wrote {options.output}", file=sys.stderr)
+    return 0
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write the picture. Raises UserError for a place or a format that cannot be written."""
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write the picture '{path}': {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
