@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.errors import EXIT_USER_ERROR
 
@@ -37,10 +39,31 @@ class Step:
     """Made by this step alone: a half-made one is removed before the step runs again."""
 
 
-def plan(output: Path, attention: str, processes: int) -> list[Step]:
+@dataclass(frozen=True)
+class Demo:
+    """What one demo trains, and where its files are."""
+
+    output: Path
+    """Folder of its checkpoints, pictures and answers."""
+    shared: Path
+    """Folder of data, tokenizer and backbones, which several demos may have in common."""
+    attention: str
+    processes: int
+    """Tensor-parallel processes."""
+    training: tuple[str, ...] = ()
+    """More words for pretrain_vlm.py, in every stage."""
+    length: float = 1.0
+    """Share of the recipes' steps to train."""
+
+
+def plan(demo: Demo) -> list[Step]:
     """The demo's commands in order."""
-    data, base = output / "data", output / "base"
-    siglip, mistral = output / "backbones" / "siglip", output / "backbones" / "mistral"
+    return [*prepare(demo), *train_and_evaluate(demo)]
+
+
+def prepare(demo: Demo) -> list[Step]:
+    """Data, tokenizer and backbones: what does not depend on the attention."""
+    shared, data = demo.shared, demo.shared / "data"
     steps = [
         Step(
             "compose handwritten digits into images with captions and questions",
@@ -50,29 +73,37 @@ def plan(output: Path, attention: str, processes: int) -> list[Step]:
         ),
         Step(
             "train a sentencepiece tokenizer",
-            [*module("make_tokenizer"), "--output", str(output / "tokenizer")],
-            output / "tokenizer" / "tokenizer.json",
+            [*module("make_tokenizer"), "--output", str(shared / "tokenizer")],
+            shared / "tokenizer" / "tokenizer.json",
         ),
         Step(
             "pretrain the backbones and save them as Hugging Face checkpoints",
-            [*module("make_backbones"), "--tokenizer", str(output / "tokenizer")]
-            + ["--output", str(output / "backbones")],
-            mistral / "model.safetensors",
-        ),
-        Step(
-            "convert them for Megatron",
-            [*tool("convert_checkpoint"), "import", "--vision", str(siglip)]
-            + ["--language", str(mistral), "--output", str(base)]
-            + ["--attention", attention, "--dtype", "fp32"],
-            base / "latest.json",
-            base,
+            [*module("make_backbones"), "--tokenizer", str(shared / "tokenizer")]
+            + ["--output", str(shared / "backbones")],
+            shared / "backbones" / "mistral" / "model.safetensors",
         ),
     ]
     for stage in STAGES:
         steps += prepare_steps(stage, data)
+    return steps
+
+
+def train_and_evaluate(demo: Demo) -> list[Step]:
+    """Conversion, three stages, pictures, accuracy."""
+    output, base, backbones = demo.output, demo.output / "base", demo.shared / "backbones"
+    steps = [
+        Step(
+            "convert the backbones for Megatron",
+            [*tool("convert_checkpoint"), "import", "--vision", str(backbones / "siglip")]
+            + ["--language", str(backbones / "mistral"), "--output", str(base)]
+            + ["--attention", demo.attention, "--dtype", "fp32"],
+            base / "latest.json",
+            base,
+        ),
+    ]
     previous = base
     for stage in STAGES:
-        steps.append(train_step(stage, output, previous, processes))
+        steps.append(train_step(stage, demo, previous))
         previous = output / stage
     steps += [
         Step(
@@ -84,7 +115,7 @@ def plan(output: Path, attention: str, processes: int) -> list[Step]:
         Step(
             "ask the held-out questions",
             [*module("evaluate"), "--checkpoint", str(output / "stage3")]
-            + ["--data", str(data), "--output", str(output)],
+            + ["--data", str(demo.shared / "data"), "--output", str(output)],
         ),
     ]
     return steps
@@ -116,13 +147,14 @@ def prepare_steps(stage: str, data: Path) -> list[Step]:
     ]
 
 
-def train_step(stage: str, output: Path, previous: Path, processes: int) -> Step:
+def train_step(stage: str, demo: Demo, previous: Path) -> Step:
     """`torchrun pretrain_vlm.py` for one stage, with tensor and sequence parallelism."""
-    prepared = output / "data" / "prepared" / stage
-    folder = output / stage
+    prepared = demo.shared / "data" / "prepared" / stage
+    folder, processes = demo.output / stage, demo.processes
+    recipe = ROOT / "examples" / "quickstart" / f"{stage}.yaml"
     configs = [
-        output / "base" / "config.yaml",
-        ROOT / "examples" / "quickstart" / f"{stage}.yaml",
+        demo.output / "base" / "config.yaml",
+        recipe,
         prepared / "train" / "train.yaml",
         prepared / "validation" / "validation.yaml",
     ]
@@ -134,6 +166,10 @@ def train_step(stage: str, output: Path, previous: Path, processes: int) -> Step
     command += ["--sequence-parallel", "true" if processes > 1 else "false"]
     command += ["--load", str(previous), "--save", str(folder)]
     command += ["--tensorboard-dir", str(folder / "tensorboard")]
+    if demo.length != 1.0:
+        iterations = yaml.safe_load(recipe.read_text())["training"]["train_iters"]
+        command += ["--training.train_iters", str(max(2, round(demo.length * iterations)))]
+    command += demo.training
     return Step(f"train {stage}", command, folder / "exit_reason.json")
 
 
@@ -186,7 +222,8 @@ def main() -> None:
     arguments = parser.parse_args()
     output = (arguments.output or Path(f"runs/demo-{arguments.attention}")).resolve()
     start = time.monotonic()
-    run(plan(output, arguments.attention, arguments.processes))
+    demo = Demo(output, output, arguments.attention, arguments.processes)
+    run(plan(demo))
     print(f"\nThe demo took {time.monotonic() - start:.0f} s. In {output}:")
     print("    loss.png         loss curves of the three stages")
     print("    samples.png      held-out images with the model's answers")

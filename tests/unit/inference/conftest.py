@@ -10,6 +10,7 @@ from PIL import Image
 from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_dattn.conversion.import_hf import import_checkpoint
 from megatron_dattn.inference import load_model
+from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
@@ -38,6 +39,7 @@ def make_run_folder(base: Path, folder: Path, attention: str) -> None:
         found.path,
         {"model": model.sharded_state_dict()},
         modules=["vision_model", "language_model"],
+        without=is_added,
     )
     model.load_state_dict(loaded["model"], strict=False)
     shutil.copytree(imported / "tokenizer", folder / "tokenizer")

@@ -3,15 +3,21 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from examples.quickstart.demo import STAGES, Step, is_done, plan, run
+from examples.quickstart.demo import STAGES, Demo, Step, is_done, plan, prepare, run
 from megatron_dattn.config.cli import parse_command_line
 
 
-def _training_steps(output: Path, processes: int = 2) -> list[Step]:
-    steps = plan(output, "s_attn", processes)
+def _demo(output: Path, **changed: Any) -> Demo:
+    settings = {"shared": output, "attention": "s_attn", "processes": 2, **changed}
+    return Demo(output, **settings)
+
+
+def _training_steps(demo: Demo) -> list[Step]:
+    steps = plan(demo)
     return [step for step in steps if "pretrain_vlm.py" in step.command]
 
 
@@ -31,7 +37,7 @@ def _written_configs(output: Path) -> None:
 def test_training_commands_parse_and_chain(tmp_path: Path, processes: int) -> None:
     _written_configs(tmp_path)
     previous = tmp_path / "base"
-    steps = _training_steps(tmp_path, processes)
+    steps = _training_steps(_demo(tmp_path, processes=processes))
     for stage, step in zip(STAGES, steps, strict=True):
         flags = step.command[step.command.index("pretrain_vlm.py") + 1 :]
         config = parse_command_line(flags).config
@@ -46,8 +52,23 @@ def test_training_commands_parse_and_chain(tmp_path: Path, processes: int) -> No
 
 
 def test_the_preset_reaches_the_conversion(tmp_path: Path) -> None:
-    (convert,) = [step for step in plan(tmp_path, "s_attn", 2) if "import" in step.command]
+    (convert,) = [step for step in plan(_demo(tmp_path)) if "import" in step.command]
     assert convert.command[convert.command.index("--attention") + 1] == "s_attn"
+
+
+def test_a_shorter_run_with_another_seed_shares_what_does_not_depend_on_it(tmp_path: Path) -> None:
+    _written_configs(tmp_path)
+    demo = _demo(tmp_path, length=0.5, training=("--training.seed", "7"))
+    steps = _training_steps(demo)
+    iterations = []
+    for step in steps:
+        flags = step.command[step.command.index("pretrain_vlm.py") + 1 :]
+        config = parse_command_line(flags).config
+        assert config.training.seed == 7
+        iterations.append(config.training.train_iters)
+    assert iterations == [30, 200, 400]
+    elsewhere = _demo(tmp_path / "other", shared=tmp_path)
+    assert prepare(elsewhere) == prepare(demo)
 
 
 def test_only_a_finished_run_is_done(tmp_path: Path) -> None:
