@@ -2,7 +2,6 @@
 
 import pytest
 
-from megatron_dattn.attention import PRESETS
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import ModelConfig
 
