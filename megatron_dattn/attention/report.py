@@ -120,8 +120,12 @@ def image_attention(query: Tensor, key: Tensor, scoring: Scoring, rows: Sequence
     """
     plan = scoring.plan
     first, end = plan.layout.visual_rows(_sample_of(plan.layout, rows))
+    if plan.t2v is None:
+        shape = (len(rows), query.shape[1], end - first)
+        return query.new_zeros(shape, dtype=merge_dtype(query.dtype))
     chosen = torch.tensor(rows, dtype=torch.int64, device=plan.device)
-    scores, seen = _visual_scores(query, key, scoring, chosen, (first, end))
+    scores = _visual_scores(query, key, scoring, chosen, Rows(end - first, start=first))
+    seen = _seen_rows(plan.t2v, chosen, (first, end))
     total = _log_sum_exps(plan.t2v, query, key, scoring)
     if plan.merge == "alpha":
         total = torch.logaddexp(total, _log_sum_exps(plan.t2t, query, key, scoring))
@@ -144,25 +148,18 @@ def _log_sum_exps(part: Part | None, query: Tensor, key: Tensor, scoring: Scorin
 
 
 def _visual_scores(
-    query: Tensor, key: Tensor, scoring: Scoring, chosen: Tensor, visual: RowRange
-) -> tuple[Tensor, Tensor]:
-    """Scores of chosen text rows with a range of visual rows, [rows, Hq, n], and which of these
-    they see, bool [rows, n]."""
-    part, (first, end) = scoring.plan.t2v, visual
-    text = _text_rows(query, scoring)
-    key_rows = Rows(end - first, start=first)
-    q, k = text[chosen], key_rows.take(key)
-    if part is None:
-        shape = (len(chosen), text.shape[1], end - first)
-        return q.new_zeros(shape), torch.zeros(shape[0], shape[2], dtype=torch.bool).to(q.device)
-    if part.rotary:
-        q, k = _rotate(q, k, Rows(len(chosen), index=chosen), key_rows, scoring)
+    query: Tensor, key: Tensor, scoring: Scoring, chosen: Tensor, visual: Rows
+) -> Tensor:
+    """Scores of chosen text rows with visual rows, seen or not, [rows, Hq, n]."""
+    q, k = _text_rows(query, scoring)[chosen], visual.take(key)
+    if scoring.plan.t2v is not None and scoring.plan.t2v.rotary:
+        q, k = _rotate(q, k, Rows(len(chosen), index=chosen), visual, scoring)
     dtype = merge_dtype(query.dtype)
     k = k.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(dtype)
     scores = torch.einsum("qhd,khd->qhk", q.to(dtype), k) * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    return scores, _seen_rows(part, chosen, visual)
+    return scores
 
 
 def _seen_rows(part: Part, chosen: Tensor, visual: RowRange) -> Tensor:

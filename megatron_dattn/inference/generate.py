@@ -62,7 +62,7 @@ def generate(
     return decode(loaded, generate_tokens(loaded, prompts, max_new_tokens=max_new_tokens))
 
 
-def decode(loaded: LoadedModel, answers: Sequence[list[int]]) -> list[str]:
+def decode(loaded: LoadedModel, answers: list[list[int]]) -> list[str]:
     """Token ids as text, without special tokens."""
     texts = loaded.tokenizer.batch_decode(list(answers), skip_special_tokens=True)
     return [str(text).strip() for text in texts]

@@ -1,5 +1,7 @@
 """What reports say of a layer's attention, against one dense softmax in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,6 +148,11 @@ def test_lower_precision_is_reported_in_float32(preset: str, dtype: torch.dtype)
     torch.testing.assert_close(actual, expected.nan_to_num().float(), atol=tolerance, rtol=0)
     maps = image_attention(problem.query, problem.key, scoring, [0])
     assert maps.dtype == torch.float32
+    nothing_seen = scoring_of(problem, RICH_LAYOUT, config, "cpu_flash")
+    nothing_seen = replace(nothing_seen, plan=replace(nothing_seen.plan, t2v=None))
+    maps = image_attention(problem.query, problem.key, nothing_seen, [0])
+    assert maps.dtype == torch.float32
+    assert not maps.any()
 
 
 @every_preset

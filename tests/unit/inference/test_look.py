@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_dattn.attention import visual_weight
+from megatron_dattn.attention import PRESETS, visual_weight
 from megatron_dattn.errors import ConfigError, DataError, UserError
 from megatron_dattn.inference import Look, Prompt, generate_tokens, look
 from megatron_dattn.inference.generate import pack_prompts
@@ -65,6 +65,13 @@ def test_an_end_token_is_not_looked_at(base, loaded):
 def test_without_an_image_there_is_nothing_to_see(base, loaded):
     prompt, answer = asked(loaded, base[0])
     with pytest.raises(DataError, match="without an image"):
+        look(loaded, prompt, answer)
+
+
+def test_patches_without_a_place_cannot_be_shown(base, loaded, monkeypatch):
+    prompt, answer = asked(loaded, base[0], "0.png")
+    monkeypatch.setattr(loaded.model, "attention", PRESETS["fastervlm"])
+    with pytest.raises(ConfigError, match=r"keeps a share of 0\.25 of the patches"):
         look(loaded, prompt, answer)
 
 
