@@ -11,12 +11,19 @@ from PIL import Image
 
 from megatron_dattn.attention import PRESETS, visual_weight
 from megatron_dattn.errors import ConfigError, DataError, UserError
-from megatron_dattn.inference import Look, Prompt, generate_tokens, look
+from megatron_dattn.inference import Look, Prompt, generate_tokens, load_model, look
 from megatron_dattn.inference.generate import pack_prompts
+from megatron_dattn.runtime.distributed import destroy_distributed
 from tools.show_attention import chosen_tokens, draw, main
 
 ROOT = Path(__file__).parents[3]
 LAYERS, HEADS, GRID, PATCH = 2, 4, (3, 3), 8
+
+
+@pytest.fixture(params=["dattn", "s_attn", "saisa"])
+def loaded(base, request):
+    yield load_model(base[0] / request.param)
+    destroy_distributed()
 
 
 def asked(loaded, folder, *images):
