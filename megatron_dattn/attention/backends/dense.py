@@ -1,7 +1,7 @@
 """The common frame of backends whose kernel takes dense batches: pad, call, unpad.
 
-Half precision is computed in float32. On a CPU this costs nothing (the BF16 flash backward is
-several times slower on short segments), and only inputs and outputs are rounded.
+Half precision is computed in float32, and only inputs and outputs are rounded, unless a backend's
+kernel is better off with it.
 """
 
 from abc import ABC, abstractmethod
@@ -30,6 +30,10 @@ class DenseBackend(ABC):
 
     Dense tensors are [batch, heads, width, D], log-sum-exps [batch, heads, width].
     """
+
+    def computing_dtype(self, dtype: torch.dtype, batch: PaddedBatch) -> torch.dtype:
+        """The precision in which inputs of `dtype` reach the kernel."""
+        return merge_dtype(dtype)
 
     @abstractmethod
     def dense_forward(
@@ -68,8 +72,9 @@ class DenseBackend(ABC):
         rule = ScoreRule(scale, softcap, part.causal, part.window)
         outs, lses = [], []
         for batch in part.batches:
-            q = _pad(query, batch.queries)
-            k, v = (_pad(rows, batch.keys) for rows in (key, value))
+            dtype = self.computing_dtype(query.dtype, batch)
+            q = _pad(query, batch.queries, dtype)
+            k, v = (_pad(rows, batch.keys, dtype) for rows in (key, value))
             out, lse = self.dense_forward(q, k, v, _bias(batch, q.dtype), rule)
             outs.append(batch.queries.unpad(out.transpose(1, 2)))
             lses.append(batch.queries.unpad(lse.transpose(1, 2)))
@@ -90,10 +95,12 @@ class DenseBackend(ABC):
         rule = ScoreRule(scale, softcap, part.causal, part.window)
         grads: tuple[list[Tensor], ...] = ([], [], [])
         for batch in part.batches:
+            dtype = self.computing_dtype(query.dtype, batch)
             # With grad_out zero in padding, padded queries send no gradient anywhere.
-            do = batch.queries.pad_with_zeros(_widen(grad_out)).transpose(1, 2)
-            q, o, s = (_pad(rows, batch.queries) for rows in (query, out, lse))
-            k, v = (_pad(rows, batch.keys) for rows in (key, value))
+            do = batch.queries.pad_with_zeros(grad_out.to(dtype)).transpose(1, 2)
+            q, o = (_pad(rows, batch.queries, dtype) for rows in (query, out))
+            s = _pad(lse, batch.queries, merge_dtype(dtype))
+            k, v = (_pad(rows, batch.keys, dtype) for rows in (key, value))
             bias = _bias(batch, q.dtype)
             dq, dk, dv = self.dense_backward(do, q, k, v, o, s, bias, rule)
             grads[0].append(batch.queries.unpad(dq.transpose(1, 2)))
@@ -103,13 +110,9 @@ class DenseBackend(ABC):
         return dq, dk, dv
 
 
-def _pad(rows: Tensor, padded_rows: PaddedRows) -> Tensor:
+def _pad(rows: Tensor, padded_rows: PaddedRows, dtype: torch.dtype) -> Tensor:
     """Rows [N, heads, ...] as a dense batch [batch, heads, width, ...] in the computing dtype."""
-    return padded_rows.pad(_widen(rows)).transpose(1, 2)
-
-
-def _widen(rows: Tensor) -> Tensor:
-    return rows.to(merge_dtype(rows.dtype))
+    return padded_rows.pad(rows.to(dtype)).transpose(1, 2)
 
 
 def _bias(batch: PaddedBatch, dtype: torch.dtype) -> Tensor | None:

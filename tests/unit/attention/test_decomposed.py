@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_dattn.attention import (
     PRESETS,
     Backend,
+    ImageSpan,
     TokenLayout,
     attend_scored_rows,
     decomposed_attention,
@@ -362,3 +363,20 @@ def test_heads_that_do_not_form_groups_are_refused() -> None:
         decomposed_attention(
             query, key, key, plan, rotary, scale=1.0, backend=backend_named("math")
         )
+
+
+@pytest.mark.parametrize("preset", ["s_attn", "dattn", "dattn_sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_segments_on_the_cpus_flash_kernel(preset: str, dtype: torch.dtype) -> None:
+    """Wide enough for the kernel's own BF16 arithmetic, ragged so that there is padding too."""
+    images = (ImageSpan(0, 3, (15, 20)), ImageSpan(1, 0, (14, 20)))
+    layout = TokenLayout((150, 160), images, visual_budget=600, text_budget=320)
+    config = PRESETS[preset]
+    problem = make_problem(layout, config, dtype, group=4, head_dim=16)
+    backend = select_backend("cpu_flash", "cpu", dtype, 16)
+    # BF16: probabilities and outputs of each part are rounded to 8 bits (4e-3), and gradients of
+    # keys are summed over heads in BF16.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    actual = run_fast(problem, layout, config, backend)
+    for got, expected in zip(actual, run_oracle(problem, layout, config), strict=True):
+        assert_close_norm(got, expected, problem.grad_out, tolerance)
