@@ -293,15 +293,17 @@ def make_ledger(config: PretrainConfig, state: TrainState) -> SampleLedger | Non
 
 
 def check_rows(config: PretrainConfig) -> None:
-    """Sequence parallelism cuts the rows of a pack into equal shares."""
-    rows = config.data.visual_budget + config.data.text_budget
+    """Sequence parallelism cuts a pack's visual and text rows into equal shares each."""
     tp = config.parallel.tensor_model_parallel_size
-    if config.parallel.sequence_parallel and rows % tp:
-        raise ConfigError(
-            f"data.visual_budget {config.data.visual_budget} + data.text_budget "
-            f"{config.data.text_budget} = {rows} rows are not a multiple of "
-            f"parallel.tensor_model_parallel_size {tp}, which parallel.sequence_parallel needs"
-        )
+    if not config.parallel.sequence_parallel:
+        return
+    for name in ("visual_budget", "text_budget"):
+        rows = getattr(config.data, name)
+        if rows % tp:
+            raise ConfigError(
+                f"data.{name} {rows} is not a multiple of parallel.tensor_model_parallel_size "
+                f"{tp}, which parallel.sequence_parallel needs"
+            )
 
 
 def check_backend(config: PretrainConfig) -> None:
