@@ -137,7 +137,8 @@ def rank_memory(
         vision=in_flight * vision,
         head=_head_bytes(config, parallel, execution, pack) if last else 0,
         # Gradients of its activations; the activations too where they are recomputed.
-        at_work=(2 if execution.recompute == "full" else 1) * layer,
+        at_work=(2 if execution.recompute == "full" else 1) * layer
+        + 2 * _ffn_chunk_bytes(config, parallel, execution, pack),
     )
 
 
@@ -235,25 +236,43 @@ def _decoder_layer_bytes(
 ) -> int:
     """What one decoder layer keeps for its backward pass, with fused norms and SwiGLU.
 
-    Per row: inputs and outputs of both norms (4d); q, k, v (q + 2e); attention output (q); gate,
-    up and their product (3f). Rows with scores also keep their merged output before it is joined
-    with the visual rows' (q) and the log-sum-exp (one fp32 per head), unless the attention core
-    is recomputed. Norm tensors are cut over tensor ranks under sequence parallelism only.
+    Per row: inputs and outputs of both norms (4d); key and value (2e); gate, up and their product
+    (3f). Queries (q) and outputs (q) of the rows that have them, scored rows' log-sum-exps (one
+    fp32 per head), and their merged output once more (q) where it is joined with visual rows' for
+    a common projection; the last two not if the attention core is recomputed. Where the FFN runs
+    in recomputed chunks, neither its norm's output nor its middle is kept. Norm tensors are cut
+    over tensor ranks under sequence parallelism only. The last layer, which keeps less of visual
+    rows it need not compute, is counted like the others.
     """
     language, value = config.language, _VALUE_BYTES[execution.precision]
+    preset, savings = get_preset(config.attention), execution.savings
     tensor = parallel.tensor_model_parallel_size
     query, key_value = _widths(language)
     rows = pack.visual_rows + pack.text_rows
-    norms = 4 * language.hidden_size * value * rows
+    scored = rows if preset.scores_visual_rows else pack.text_rows
+    queries = scored if savings.visual_queries else rows
+    joined = preset.v2v == "diagonal" and not savings.folded_output
+    norms = (3 if savings.ffn_chunk_rows else 4) * language.hidden_size * value * rows
     if parallel.sequence_parallel:
         norms //= tensor
-    cut = (2 * query + 2 * key_value + 3 * language.intermediate_size) * value * rows
+    cut = queries * query + rows * 2 * key_value + (rows if joined else scored) * query
+    if not savings.ffn_chunk_rows:
+        cut += rows * 3 * language.intermediate_size
+    cut *= value
     if execution.recompute != "selective":
-        text_only = not get_preset(config.attention).scores_visual_rows
-        cut += pack.text_rows * query * value if text_only else 0
-        scored = pack.text_rows if text_only else rows
+        cut += scored * query * value if joined else 0
         cut += scored * language.num_attention_heads * _FP32
     return norms + cut // tensor
+
+
+def _ffn_chunk_bytes(
+    config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, pack: PackSize
+) -> int:
+    """What the FFN's chunk at work keeps for its own backward pass; 0 without chunks."""
+    rows = min(execution.savings.ffn_chunk_rows, pack.visual_rows + pack.text_rows)
+    per_row = config.language.hidden_size + 3 * config.language.intermediate_size
+    bytes_per_value = _VALUE_BYTES[execution.precision]
+    return rows * per_row * bytes_per_value // parallel.tensor_model_parallel_size
 
 
 def _vision_layer_bytes(

@@ -151,7 +151,7 @@ def test_communication_follows_the_layout() -> None:
                 "data": {"text_budget": 23},
             },
             2,
-            "63 rows are not a multiple",
+            "text_budget 23 is not a multiple",
         ),
     ],
 )
