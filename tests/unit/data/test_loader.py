@@ -16,7 +16,6 @@ from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.rejection import Reason
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
-from megatron_dattn.models import config as models
 from tests.unit.data.builders import (
     data_config,
     make_dataset,
@@ -183,9 +182,8 @@ def test_packs_hold_what_the_budgets_allow(processor: Path, dataset: DatasetConf
 
 
 def test_images_have_the_rows_that_the_preset_keeps(
-    processor: Path, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
+    processor: Path, dataset: DatasetConfig
 ) -> None:
-    monkeypatch.setattr(models, "_is_supported", lambda preset: True)
     model = dataclasses.replace(model_config(), attention="fastervlm")
     loader = make_loader(data_config(processor, visual_budget=2), [dataset], model_config=model)
     assert model.vision.num_patches == 4
