@@ -78,6 +78,9 @@ class DecomposedSelfAttention(SelfAttention):
         savings: ExactSavings, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(config, *args, **kwargs)
+        assert not config.gradient_accumulation_fusion, (
+            "it would lose a gradient of a weight that is used twice, see projections.py"
+        )
         self.savings = savings
         self.gate: torch.nn.Parameter | None = None
         if preset.has_gate:
