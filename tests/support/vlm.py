@@ -10,8 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dattn.attention import ImageSpan, TokenLayout
-from megatron_dattn.conversion.mistral import language_rules
-from megatron_dattn.conversion.siglip import vision_rules
+from megatron_dattn.conversion.families import language_rules, vision_rules
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.build import build_model
