@@ -97,21 +97,10 @@ class Rule:
     layout: Layout = Same()
 
 
-def renamed(
-    rules: Iterable[Rule], module: str, rename: Callable[[str], str] = lambda name: name
-) -> list[Rule]:
-    """The rules of a part of a larger model.
-
-    Args:
-        module: the part's name in ours, put before every Megatron parameter's.
-        rename: gives a tensor's name in the larger Hugging Face model.
-    """
+def renamed(rules: Iterable[Rule], rename: Callable[[str], str]) -> list[Rule]:
+    """The same rules for a checkpoint that calls the Hugging Face tensors `rename(name)`."""
     return [
-        replace(
-            rule,
-            megatron=f"{module}.{rule.megatron}",
-            sources={rename(name): shape for name, shape in rule.sources.items()},
-        )
+        replace(rule, sources={rename(name): shape for name, shape in rule.sources.items()})
         for rule in rules
     ]
 
