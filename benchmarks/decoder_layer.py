@@ -226,8 +226,7 @@ class LayerBench:
             layer_rules(preset, 2, skip_unread=False),
             shards,
             select_backend(backend, device, self.dtype, head_dim),
-            head_dim=head_dim,
-            rotary_base=LanguageConfig().rope_theta,
+            language=LanguageConfig(head_dim=head_dim),
             device=device,
         )
 

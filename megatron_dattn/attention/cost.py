@@ -16,6 +16,9 @@ and besides, where the configuration says so,
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
+
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import TokenLayout
@@ -92,16 +95,21 @@ def layer_flops(layout: TokenLayout, rule: LayerRule, sizes: LayerSizes) -> Laye
     )
 
 
-def attended_pairs(layout: TokenLayout, config: AttentionConfig) -> dict[str, int]:
+def attended_pairs(
+    layout: TokenLayout, config: AttentionConfig, window: int | None = None
+) -> dict[str, int]:
     """(query, key) pairs with a score, over all samples of the pack, by kind; equal for all heads.
 
-    A diagonal row's softmax over itself has no score.
+    A diagonal row's softmax over itself has no score. `window` is the layer's sliding window, as in
+    `plan_attention`.
     """
+    if config.is_self_attention and window is not None:
+        return _windowed_pairs(layout, window)
     pairs = {
-        "V2V": _visual_pairs(layout, config),
+        "V2V": _visual_pairs(layout, config, window),
         "V2T": 0,
         "T2V": 0,
-        "T2T": sum(length * (length + 1) // 2 for length in layout.text_lengths),
+        "T2T": sum(_causal_pairs(length, window) for length in layout.text_lengths),
     }
     for image in layout.images:
         before, length = image.text_offset, layout.text_lengths[image.sample]
@@ -114,9 +122,31 @@ def attended_pairs(layout: TokenLayout, config: AttentionConfig) -> dict[str, in
     return pairs
 
 
-def _visual_pairs(layout: TokenLayout, config: AttentionConfig) -> int:
+def _causal_pairs(length: int, window: int | None) -> int:
+    full = length if window is None else min(length, window)
+    return full * (full + 1) // 2 + (length - full) * full
+
+
+def _windowed_pairs(layout: TokenLayout, window: int) -> dict[str, int]:
+    """Of plain self-attention, whose window counts rows in reading order."""
+    pairs = dict.fromkeys(("V2V", "V2T", "T2V", "T2T"), 0)
+    for sample in range(layout.num_samples):
+        runs = layout.runs(sample)
+        visual = torch.cat([torch.full((run.end - run.start,), run.is_visual) for run in runs])
+        visual_before = F.pad(visual.cumsum(0), (1, 0))
+        ends = torch.arange(1, len(visual) + 1)
+        starts = (ends - window).clamp(min=0)
+        seen = visual_before[ends] - visual_before[starts]
+        seen_text = ends - starts - seen
+        for kind, rows in (("V", visual), ("T", ~visual)):
+            pairs[f"{kind}2V"] += int(seen[rows].sum())
+            pairs[f"{kind}2T"] += int(seen_text[rows].sum())
+    return pairs
+
+
+def _visual_pairs(layout: TokenLayout, config: AttentionConfig, window: int | None) -> int:
     if config.v2v == "causal":
-        return sum(length * (length + 1) // 2 for length in layout.visual_lengths)
+        return sum(_causal_pairs(length, window) for length in layout.visual_lengths)
     pairs = 0
     if config.v2v == "ring":
         for image, (start, _) in zip(layout.images, layout.image_rows, strict=True):

@@ -18,7 +18,7 @@ import yaml
 from torch import nn
 
 from megatron_dattn.checkpoint import save_checkpoint
-from megatron_dattn.conversion import mistral, siglip
+from megatron_dattn.conversion import families
 from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read_json
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.weight_map import Rule, check_tensors
@@ -71,13 +71,13 @@ def import_checkpoint(
     _check_output(output)
     vision_json, language_json = (read_json(f / "config.json") for f in (vision, language))
     model = ModelConfig(
-        vision=siglip.vision_config(vision_json),
-        language=mistral.language_config(language_json),
+        vision=families.vision_family(vision_json).vision_config(vision_json),
+        language=families.language_family(language_json).language_config(language_json),
         attention=attention,
     )
     sources = [
         _vision_source(vision, vision_json, model),
-        _language_source(language, model),
+        _language_source(language, language_json, model),
     ]
     try:
         _write_assets(vision, language, output, model)
@@ -96,22 +96,23 @@ def _check_output(output: Path) -> None:
 
 
 def _vision_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> Source:
-    is_dual_encoder = config.get("model_type") == "siglip"
+    family = families.vision_family(config)
+    is_dual_encoder = "vision_config" in config
     weights = SafetensorsFolder(folder, prefix="vision_model." if is_dual_encoder else "")
     if not is_dual_encoder and any(name.startswith("vision_model.") for name in weights.shapes):
         # transformers 4 kept the prefix in files of the vision encoder alone.
         weights = SafetensorsFolder(folder, prefix="vision_model.")
-    num_layers = config.get("vision_config", config).get("num_hidden_layers", 12)
-    rules = siglip.vision_rules(model.vision)
-    unused = siglip.unused_prefixes(model.vision, num_layers)
+    rules = family.vision_rules(model.vision)
+    unused = family.unused_prefixes(model.vision, model.vision.num_hidden_layers)
     check_tensors(rules, weights.shapes, unused=unused, origin=str(folder))
     return Source("vision_model", weights, rules)
 
 
-def _language_source(folder: Path, model: ModelConfig) -> Source:
+def _language_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> Source:
+    family = families.language_family(config)
     weights = SafetensorsFolder(folder)
-    rules = mistral.language_rules(model.language)
-    check_tensors(rules, weights.shapes, unused=mistral.UNUSED_PREFIXES, origin=str(folder))
+    rules = family.language_rules(model.language)
+    check_tensors(rules, weights.shapes, unused=family.UNUSED_PREFIXES, origin=str(folder))
     return Source("language_model", weights, rules)
 
 

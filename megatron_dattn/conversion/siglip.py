@@ -1,4 +1,8 @@
-"""SigLIP: Hugging Face config and weights of the vision encoder in our terms."""
+"""SigLIP: Hugging Face config and weights of the vision encoder in our terms.
+
+SigLIP 2's checkpoints of a fixed resolution have the same architecture, and say so in their
+config.json. Those of any resolution ("NaFlex", model type siglip2) are another model.
+"""
 
 from typing import Any
 
@@ -7,38 +11,8 @@ from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import VisionConfig
 
 MODEL_TYPES = ("siglip", "siglip_vision_model")
-
-
-def vision_config(config: dict[str, Any], feature_layer: int = -2) -> VisionConfig:
-    """Translate the config.json of a SigLIP vision encoder or of a whole SigLIP model.
-
-    Raises:
-        CheckpointError: another architecture or activation.
-    """
-    if config.get("model_type") not in MODEL_TYPES:
-        raise CheckpointError(
-            f"the vision encoder is of type '{config.get('model_type')}'; supported: "
-            + ", ".join(MODEL_TYPES)
-        )
-    vision = {**_DEFAULTS, **config.get("vision_config", config)}
-    if vision["hidden_act"] != "gelu_pytorch_tanh":
-        raise CheckpointError(
-            f"hidden_act '{vision['hidden_act']}' is not supported, only gelu_pytorch_tanh"
-        )
-    return VisionConfig(
-        hidden_size=vision["hidden_size"],
-        num_hidden_layers=vision["num_hidden_layers"],
-        num_attention_heads=vision["num_attention_heads"],
-        intermediate_size=vision["intermediate_size"],
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        layer_norm_eps=vision["layer_norm_eps"],
-        feature_layer=feature_layer,
-    )
-
-
-# Hugging Face leaves a field out of config.json where it has the class's default value.
-_DEFAULTS = {
+# transformers.SiglipVisionConfig's, for fields that config.json leaves out.
+DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
@@ -48,6 +22,30 @@ _DEFAULTS = {
     "layer_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
 }
+_ACTIVATIONS = ("gelu_pytorch_tanh", "quick_gelu", "gelu")
+
+
+def vision_config(config: dict[str, Any], feature_layer: int = -2) -> VisionConfig:
+    """Translate the config.json of a SigLIP vision encoder or of a whole SigLIP model.
+
+    Raises:
+        CheckpointError: a feature that the training stack lacks.
+    """
+    return VisionConfig(family="siglip", **read_config(config, DEFAULTS, feature_layer))
+
+
+def read_config(
+    config: dict[str, Any], defaults: dict[str, Any], feature_layer: int
+) -> dict[str, Any]:
+    """The fields of our `VisionConfig` but its family; `defaults` has all that are copied."""
+    vision = {**defaults, **config.get("vision_config", config)}
+    if vision["hidden_act"] not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"hidden_act '{vision['hidden_act']}' is not supported, only {', '.join(_ACTIVATIONS)}"
+        )
+    if vision.get("num_channels", 3) != 3:
+        raise CheckpointError(f"num_channels {vision['num_channels']} is not supported, only 3")
+    return {name: vision[name] for name in defaults} | {"feature_layer": feature_layer}
 
 
 def unused_prefixes(config: VisionConfig, num_layers: int) -> list[str]:
@@ -58,24 +56,35 @@ def unused_prefixes(config: VisionConfig, num_layers: int) -> list[str]:
 
 def vision_rules(config: VisionConfig) -> list[Rule]:
     """Rules for every parameter of the vision encoder (prefix `vision_model.`)."""
+    bias = "embeddings.patch_embedding.bias"
+    return [
+        *embedding_rules(config),
+        Rule("patch_embedding.bias", {bias: (config.hidden_size,)}),
+        *layer_rules(config),
+    ]
+
+
+def embedding_rules(config: VisionConfig) -> list[Rule]:
+    """Patches and their positions."""
     hidden, patch = config.hidden_size, config.patch_size
-    rules = [
+    return [
         Rule(
             "patch_embedding.weight",
             {"embeddings.patch_embedding.weight": (hidden, 3, patch, patch)},
         ),
-        Rule("patch_embedding.bias", {"embeddings.patch_embedding.bias": (hidden,)}),
         Rule(
             "position_embedding",
-            {"embeddings.position_embedding.weight": (config.num_patches, hidden)},
+            {"embeddings.position_embedding.weight": (config.num_places, hidden)},
         ),
     ]
-    for layer in range(config.num_used_layers):
-        rules += _layer_rules(config, layer)
-    return rules
 
 
-def _layer_rules(config: VisionConfig, layer: int) -> list[Rule]:
+def layer_rules(config: VisionConfig) -> list[Rule]:
+    """All layers that are built."""
+    return [rule for layer in range(config.num_used_layers) for rule in _layer(config, layer)]
+
+
+def _layer(config: VisionConfig, layer: int) -> list[Rule]:
     name = f"encoder.layers.{layer}"
     hidden, ffn = config.hidden_size, config.intermediate_size
     qkv = GroupedQKV(

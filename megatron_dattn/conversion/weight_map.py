@@ -1,15 +1,16 @@
 """Declarative maps between Hugging Face and Megatron parameter names.
 
-A family (Mistral, SigLIP) is a list of `Rule`s. A rule names one Megatron parameter, the Hugging
-Face tensors it is made of with their shapes, and the `Layout` that joins them; the same layout
-splits the parameter again, so one map serves both directions.
+A family (Mistral, SigLIP; see `families.py`) is a list of `Rule`s. A rule names one Megatron
+parameter, the Hugging Face tensors it is made of with their shapes, and the `Layout` that joins
+them; the same layout splits the parameter again, so one map serves both directions.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dattn.errors import CheckpointError
@@ -49,6 +50,22 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class PaddedRows:
+    """One matrix with rows of zeros behind its own: a vocabulary that is padded."""
+
+    rows: int
+    padded_rows: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        (part,) = parts
+        padding = self.padded_rows - self.rows
+        return F.pad(part, (0, 0, 0, padding)) if padding else part
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        return [whole[: self.rows]]
+
+
+@dataclass(frozen=True)
 class GroupedQKV:
     """Megatron's linear_qkv: per key/value group its query heads, then its key, then its value.
 
@@ -78,6 +95,14 @@ class Rule:
     megatron: str
     sources: Mapping[str, tuple[int, ...]]
     layout: Layout = Same()
+
+
+def renamed(rules: Iterable[Rule], rename: Callable[[str], str]) -> list[Rule]:
+    """The same rules for a checkpoint that calls the Hugging Face tensors `rename(name)`."""
+    return [
+        replace(rule, sources={rename(name): shape for name, shape in rule.sources.items()})
+        for rule in rules
+    ]
 
 
 def check_tensors(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -75,7 +76,7 @@ class Adapter(MegatronModule):
         input_size: width of the encoder's features.
         hidden_size: width of the MLP's middle.
         output_size: width of the language model.
-        norm_eps: of the RMSNorm.
+        norm_eps: of the RMSNorm; None leaves it out.
         positions: places the rows; None for no positions.
     """
 
@@ -86,12 +87,14 @@ class Adapter(MegatronModule):
         input_size: int,
         hidden_size: int,
         output_size: int,
-        norm_eps: float,
+        norm_eps: float | None,
         positions: RowColumnPositions | FractionalPositions | None,
     ) -> None:
         super().__init__(config=config)
         tp_group = get_tensor_model_parallel_group()
-        self.norm = RMSNorm(config, input_size, eps=norm_eps)
+        self.norm = IdentityOp()
+        if norm_eps is not None:
+            self.norm = RMSNorm(config, input_size, eps=norm_eps)
         self.linear_fc1 = ColumnParallelLinear(
             input_size,
             hidden_size,
@@ -158,7 +161,7 @@ def build_adapter(config: TransformerConfig, model: ModelConfig) -> Adapter | No
         input_size=model.vision.hidden_size,
         hidden_size=model.adapter.hidden_size or output_size,
         output_size=output_size,
-        norm_eps=model.adapter.norm_eps,
+        norm_eps=model.adapter.norm_eps if model.adapter.input_norm else None,
         positions=positions,
     )
 

@@ -21,6 +21,7 @@ from megatron_dattn.attention import (
     rotary_tables,
     row_positions,
 )
+from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.models.row_shards import RowShards
 
@@ -37,6 +38,8 @@ class LayerInputs:
     shards: RowShards
     """Of the plan's rows."""
     backend: Backend
+    softcap: float | None = None
+    """c turns every score s into c * tanh(s / c)."""
     observer: AttentionObserver | None = None
     """Who is shown the layer's queries and keys; None in nearly every step."""
     report: ReportPlan | None = None
@@ -45,7 +48,7 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What all layers need. Layers with equal rules share a plan."""
+    """What all layers need. Layers with equal rules and windows share a plan."""
 
     by_layer: tuple[LayerInputs, ...]
     """Of the whole decoder, first to last, whatever the pipeline stage."""
@@ -68,8 +71,7 @@ def prepare_attention(
     shards: RowShards,
     backend: Backend,
     *,
-    head_dim: int,
-    rotary_base: float,
+    language: LanguageConfig,
     device: torch.device,
     observer: AttentionObserver | None = None,
 ) -> AttentionInputs:
@@ -78,20 +80,24 @@ def prepare_attention(
     Args:
         config: of the model; its positions hold in all layers.
         rules: one per layer, see `layer_rules`.
+        language: gives the layers' sliding windows, the softcap, the rotary base.
     """
-    cos, sin = rotary_tables(row_positions(layout, config), head_dim, rotary_base, device)
-    prepared: dict[LayerRule, LayerInputs] = {}
-    for rule in rules:
-        if rule in prepared:
-            continue
+    positions = row_positions(layout, config)
+    cos, sin = rotary_tables(positions, language.head_dim, language.rope_theta, device)
+    layers = [(rule, language.window(number)) for number, rule in enumerate(rules)]
+    prepared: dict[tuple[LayerRule, int | None], LayerInputs] = {}
+    for rule, window in dict.fromkeys(layers):
         seen = rule.layout(layout)
-        prepared[rule] = LayerInputs(
+        prepared[rule, window] = LayerInputs(
             rule=rule,
-            plan=plan_attention(seen, rule.attention, device),
+            plan=plan_attention(seen, rule.attention, device, window=window),
             rotary=(cos[-seen.num_rows :], sin[-seen.num_rows :]),
             shards=shards if rule.sees_images else shards.text_alone(),
             backend=backend,
+            softcap=language.attn_logit_softcapping,
             observer=observer,
-            report=None if observer is None else plan_report(seen, rule.attention, device),
+            report=None
+            if observer is None
+            else plan_report(seen, rule.attention, device, window=window),
         )
-    return AttentionInputs(tuple(prepared[rule] for rule in rules), shards)
+    return AttentionInputs(tuple(prepared[layer] for layer in layers), shards)

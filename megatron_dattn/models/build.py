@@ -69,7 +69,7 @@ def check_model_sizes(model: ModelConfig, parallel: ParallelConfig) -> None:
     else:
         middle = ("adapter.hidden_size", model.adapter.hidden_size or language.hidden_size)
     for name, size in (
-        ("language.vocab_size", language.vocab_size),
+        ("language.vocab_size (padded)", language.padded_vocab_size),
         ("language.intermediate_size", language.intermediate_size),
         ("vision.num_attention_heads", vision.num_attention_heads),
         ("vision.intermediate_size", vision.intermediate_size),

@@ -10,6 +10,9 @@ from typing import Literal
 from megatron_dattn.attention import PRESETS, kept_grid
 from megatron_dattn.errors import ConfigError
 
+# Tensor-parallel sizes that divide this divide every vocabulary, once padded.
+_VOCAB_MULTIPLE = 64
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -24,8 +27,10 @@ def _require_positive(section: object, prefix: str, *names: str) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A SigLIP vision transformer (defaults: so400m, patch 14, 384 pixels)."""
+    """A SigLIP or CLIP vision transformer (defaults: SigLIP's so400m, patch 14, 384 pixels)."""
 
+    family: Literal["siglip", "clip"] = "siglip"
+    """CLIP has a class token, which attends but never leaves, and a norm before its first layer."""
     hidden_size: int = 1152
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
@@ -34,7 +39,7 @@ class VisionConfig:
     """Side of the square input in pixels; pixels beyond the last whole patch are ignored."""
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
-    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    hidden_act: Literal["gelu_pytorch_tanh", "quick_gelu", "gelu"] = "gelu_pytorch_tanh"
     feature_layer: int = -2
     """Which hidden state feeds the adapter, as in LLaVA: -2 drops the last layer, -1 keeps all."""
 
@@ -72,6 +77,11 @@ class VisionConfig:
         return rows * columns
 
     @property
+    def num_places(self) -> int:
+        """Rows of an image inside the encoder: its patches and, in CLIP, the class token."""
+        return self.num_patches + (self.family == "clip")
+
+    @property
     def num_used_layers(self) -> int:
         """Layers that are built: those above the feature layer are never run."""
         return self.num_hidden_layers + 1 + self.feature_layer
@@ -81,6 +91,8 @@ class VisionConfig:
 class AdapterConfig:
     """RMSNorm and a two-layer MLP between encoder and language model (paper, section 3.1)."""
 
+    input_norm: bool = True
+    """Whether there is the RMSNorm; LLaVA-1.5's projector, for one, has none."""
     hidden_size: int | None = None
     """Width of the MLP's middle; the language model's hidden size where None."""
     norm_eps: float = 1e-5
@@ -99,9 +111,12 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """A Mistral decoder (defaults: Mistral-7B-v0.3)."""
+    """A Mistral, Llama or Gemma-2 decoder (defaults: Mistral-7B-v0.3)."""
 
-    family: Literal["mistral"] = "mistral"
+    family: Literal["mistral", "llama", "gemma2"] = "mistral"
+    """Gemma-2 adds to the others' layer a norm behind attention and FFN, counts all its norms'
+    weights from one, multiplies embeddings by sqrt(hidden_size) and lets every other layer's
+    attention slide; see `docs/language_models.md`."""
     hidden_size: int = 4096
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
@@ -111,15 +126,31 @@ class LanguageConfig:
     vocab_size: int = 32768
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-5
+    hidden_activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    """Of the gated FFN."""
+    query_pre_attn_scalar: float | None = None
+    """Attention scores are divided by its square root; head_dim where None."""
+    attn_logit_softcapping: float | None = None
+    """c turns every attention score s into c * tanh(s / c)."""
+    final_logit_softcapping: float | None = None
+    """The same for the logits."""
+    sliding_window: int | None = None
+    """So many rows, itself included, a row sees at most: in every layer, or, in Gemma-2, in the
+    first, third, fifth ... layer."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        optional = (
+            *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+            "sliding_window",
+        )
         _require_positive(
             self,
             "language",
             *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
             *("head_dim", "intermediate_size", "vocab_size", "rope_theta", "rms_norm_eps"),
+            *(name for name in optional if getattr(self, name) is not None),
         )
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -127,6 +158,35 @@ class LanguageConfig:
             f"language.num_key_value_heads {self.num_key_value_heads}",
         )
         _require(self.head_dim % 2 == 0, f"language.head_dim {self.head_dim} must be even")
+
+    @property
+    def has_post_norms(self) -> bool:
+        """Whether what attention and FFN add is normalized before it is added."""
+        return self.family == "gemma2"
+
+    @property
+    def zero_centred_norms(self) -> bool:
+        """Whether norms multiply with 1 + weight."""
+        return self.family == "gemma2"
+
+    @property
+    def embedding_scale(self) -> float:
+        """What rows are multiplied with before the first layer."""
+        return self.hidden_size**0.5 if self.family == "gemma2" else 1.0
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head: of the vocabulary and, behind it, of no token.
+
+        A property of the model, not of its layout over ranks, so that checkpoints fit every layout.
+        The vocabularies of all published models that are supported need no padding.
+        """
+        return -(-self.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer, counted from 0; None if it sees everything."""
+        slides = self.family != "gemma2" or layer % 2 == 0
+        return self.sliding_window if slides else None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from megatron_dattn.models.attention_inputs import LayerInputs
 class ImageCrossAttention(MegatronModule):
     """Attention of text rows over the images of their sample, without positions.
 
-    Heads are those of the self-attention, cut over the tensor-parallel ranks in the same way.
+    Heads are those of the self-attention, cut over the tensor-parallel ranks in the same way, and
+    scores are scaled and capped as there.
     """
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
@@ -29,6 +30,7 @@ class ImageCrossAttention(MegatronModule):
         assert config.kv_channels is not None, "TransformerConfig fills these two in"
         assert config.num_query_groups is not None
         self.head_dim = config.kv_channels
+        self.scale = config.softmax_scale or self.head_dim**-0.5
         query = config.num_attention_heads * self.head_dim
         key_value = 2 * config.num_query_groups * self.head_dim
         options = {"config": config, "bias": False, "tp_group": pg_collection.tp}
@@ -61,7 +63,8 @@ class ImageCrossAttention(MegatronModule):
             value,
             inputs.plan,
             inputs.rotary,
-            scale=self.head_dim**-0.5,
+            scale=self.scale,
             backend=inputs.backend,
+            softcap=inputs.softcap,
         )
         return self.linear_proj(out.flatten(1).unsqueeze(1))[0]

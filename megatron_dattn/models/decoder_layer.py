@@ -12,6 +12,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
@@ -35,6 +36,9 @@ class DecoderLayer(TransformerLayer):
         savings: what to leave out.
         feature_size: width of the vision encoder's features.
         last_on_stage: whether the next layer belongs to another pipeline stage.
+        post_norm: norm of what attention and FFN add to their residuals, for rows of both kinds, as
+            Gemma-2 has it; None for none. What a cross-attention adds passes none: its own
+            projection, which starts at zero, sets its size.
     """
 
     def __init__(
@@ -46,12 +50,15 @@ class DecoderLayer(TransformerLayer):
         savings: ExactSavings,
         feature_size: int,
         last_on_stage: bool,
+        post_norm: type[torch.nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, **kwargs)
         self.preset = preset
         self.savings = savings
         self.last_on_stage = last_on_stage
+        self.post_attention_layernorm = self._post_norm(post_norm)
+        self.post_feedforward_layernorm = self._post_norm(post_norm)
         self.visual_projector: VisualProjector | None = None
         if preset.visual.source == "reproject":
             self.visual_projector = VisualProjector(
@@ -104,7 +111,7 @@ class DecoderLayer(TransformerLayer):
             text = text + self.cross_attention(normed_visual, normed_text, inputs)
             normed = torch.cat((normed_visual, self.input_layernorm(text)))
             hidden_states = torch.cat((visual, text))
-        added = self.self_attention(normed, inputs)
+        added = self.post_attention_layernorm(self.self_attention(normed, inputs))
         if added.shape[0] == hidden_states.shape[0]:
             return (hidden_states + added,)
         return visual, text + added
@@ -116,7 +123,8 @@ class DecoderLayer(TransformerLayer):
             return (self._ffn(_join(states)),)
         visual, text = states if len(states) == 2 else inputs.shards.split(*states)
         if share > 0.0:
-            visual = visual + partial_ffn(self.mlp, self.pre_mlp_layernorm(visual), share)
+            added = partial_ffn(self.mlp, self.pre_mlp_layernorm(visual), share)
+            visual = visual + self.post_feedforward_layernorm(added)
         return visual, self._ffn(text)
 
     def _ffn(self, rows: Tensor) -> Tensor:
@@ -130,7 +138,16 @@ class DecoderLayer(TransformerLayer):
 
     def _ffn_of(self, rows: Tensor) -> Tensor:
         added, _ = self.mlp(self.pre_mlp_layernorm(rows))
-        return rows + added
+        return rows + self.post_feedforward_layernorm(added)
+
+    def _post_norm(self, norm: type[torch.nn.Module] | None) -> torch.nn.Module:
+        if norm is None:
+            return IdentityOp()
+        return norm(
+            config=self.config,
+            hidden_size=self.config.hidden_size,
+            eps=self.config.layernorm_epsilon,
+        )
 
     def _emit(self, states: States, attention: AttentionInputs) -> Tensor:
         """The rows that the next layer, the next pipeline stage or the head wants."""

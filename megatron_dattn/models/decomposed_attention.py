@@ -60,6 +60,7 @@ class DecomposedCore(torch.nn.Module):
             backend=inputs.backend,
             gate=gate,
             head_mask=head_mask,
+            softcap=inputs.softcap,
         )
         return out.flatten(1)
 
@@ -164,7 +165,8 @@ class DecomposedSelfAttention(SelfAttention):
         """Show the layer's projections to the observer; full recomputation does so twice."""
         assert inputs.observer is not None
         assert inputs.report is not None, "an observer comes with a report's plan"
-        scoring = Scoring(inputs.report, inputs.rotary, self.core_attention.scale, inputs.backend)
+        scale: float = self.core_attention.scale
+        scoring = Scoring(inputs.report, inputs.rotary, scale, inputs.backend, inputs.softcap)
         inputs.observer(self.layer_number, query.detach(), key.detach(), scoring)
 
     def _head_mask(self, value: Tensor) -> Tensor | None:

@@ -98,11 +98,24 @@ def model_flops(
     preset = get_preset(attention or config.attention)
     rules = layer_rules(preset, config.language.num_hidden_layers, skip_unread=False)
     packs = tuple(layouts)
-    layers = [_layer_rows(config, pack, rule) for pack in packs for rule in rules]
+    layers = [
+        _layer_rows(config, pack, rule, config.language.window(number))
+        for pack in packs
+        for number, rule in enumerate(rules)
+    ]
     images = sum(len(pack.images) for pack in packs)
     if labelled_rows is None:
         labelled_rows = sum(pack.num_text_rows for pack in packs)
-    return _count(config, preset, layers, images, labelled_rows, trained, recomputed=False)
+    return _count(
+        config,
+        preset,
+        layers,
+        images,
+        labelled_rows,
+        trained,
+        vocabulary=config.language.vocab_size,
+        recomputed=False,
+    )
 
 
 def executed_flops(
@@ -124,14 +137,26 @@ def executed_flops(
     num_layers = config.language.num_hidden_layers
     rules = layer_rules(preset, num_layers, skip_unread=savings.unread_rows)
     packs = tuple(layouts)
-    layers = [_layer_rows(config, pack, rule, savings) for pack in packs for rule in rules]
+    layers = [
+        _layer_rows(config, pack, rule, config.language.window(number), savings)
+        for pack in packs
+        for number, rule in enumerate(rules)
+    ]
     # A pack without images sends a blank one through modules that train.
     blank = int(bool(trained - {"language_model"}))
     images = sum(len(pack.images) or blank for pack in packs)
     if labelled_rows is None:
         labelled_rows = sum(pack.num_text_rows for pack in packs)
-    full = recompute == "full"
-    return _count(config, preset, layers, images, labelled_rows, trained, recomputed=full)
+    return _count(
+        config,
+        preset,
+        layers,
+        images,
+        labelled_rows,
+        trained,
+        vocabulary=config.language.padded_vocab_size,
+        recomputed=recompute == "full",
+    )
 
 
 @dataclass(frozen=True)
@@ -153,7 +178,11 @@ class _LayerRows:
 
 
 def _layer_rows(
-    config: ModelConfig, pack: TokenLayout, rule: LayerRule, executed: ExactSavings | None = None
+    config: ModelConfig,
+    pack: TokenLayout,
+    rule: LayerRule,
+    window: int | None,
+    executed: ExactSavings | None = None,
 ) -> _LayerRows:
     """By the mathematics, or as executed: with padding, and with these savings."""
     pack, attention = rule.layout(pack), rule.attention
@@ -171,7 +200,7 @@ def _layer_rows(
         keys=text + visual,
         outputs=text + visual * attention.outputs_visual_rows / folding,
         ffn=text + visual * rule.visual_ffn,
-        pairs=sum(attended_pairs(pack, attention).values()),
+        pairs=sum(attended_pairs(pack, attention, window).values()),
         cross_text=text * cascade,
         cross_visual=visual * cascade,
         projected=visual * (attention.visual.source == "reproject"),
@@ -185,13 +214,15 @@ def _count(
     images: int,
     labelled_rows: int,
     trained: frozenset[str],
+    *,
+    vocabulary: int,
     recomputed: bool,
 ) -> StepFlops:
     unknown = trained - ALL_MODULES
     assert not unknown, f"no such modules: {sorted(unknown)}"
     vision = _vision_encoder(config.vision, images, "vision_model" in trained, recomputed)
     # The loss always sends a gradient back through the head when anything trains.
-    head = 2 * labelled_rows * config.language.hidden_size * config.language.vocab_size
+    head = 2 * labelled_rows * config.language.hidden_size * vocabulary
     parts = {
         "vision_encoder": vision,
         "adapter": _adapter(config, preset, images, trained),
@@ -221,8 +252,8 @@ def _vision_encoder(
     config: VisionConfig, images: int, trained: bool, recomputed: bool
 ) -> PartFlops:
     """Patch embedding and bidirectional layers up to the feature layer, per image."""
-    patches, d, f = config.num_patches, config.hidden_size, config.intermediate_size
-    embedding = 2 * images * patches * (3 * config.patch_size**2) * d
+    patches, d, f = config.num_places, config.hidden_size, config.intermediate_size
+    embedding = 2 * images * config.num_patches * (3 * config.patch_size**2) * d
     linear = 2 * images * patches * (4 * d * d + 2 * d * f) * config.num_used_layers
     scores = 4 * images * patches**2 * d * config.num_used_layers
     return (

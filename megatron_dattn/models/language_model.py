@@ -55,11 +55,12 @@ class DAttnLanguageModel(GPTModel):
             transformer_layer_spec=language_block_spec(
                 implementation,
                 num_layers,
+                language=language,
                 preset=preset,
                 savings=savings,
                 feature_size=feature_size,
             ),
-            vocab_size=language.vocab_size,
+            vocab_size=language.padded_vocab_size,
             max_sequence_length=0,  # read by learned absolute positions only
             pre_process=pre_process,
             post_process=post_process,
@@ -68,6 +69,7 @@ class DAttnLanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
+        self.language = language
         if post_process:
             # The head's input is not sharded by rows: `RowShards.take` has gathered it. So it
             # must not gather again, and must all-reduce the gradient of its input.
@@ -78,12 +80,24 @@ class DAttnLanguageModel(GPTModel):
         """Token embeddings, [rows] -> [rows, 1, H], equal on every tensor-parallel rank."""
         return self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)
 
+    def scale_rows(self, rows: Tensor) -> Tensor:
+        """What enters the first layer for these rows, in the family's scale.
+
+        Gemma-2 multiplies embeddings by sqrt(H), rounded to their dtype. Visual rows are multiplied
+        like text rows, so the adapter's output stands beside the embedding table's entries.
+        """
+        if self.language.embedding_scale == 1.0:
+            return rows
+        # Through float32, as Hugging Face keeps the factor.
+        scale = torch.tensor(self.language.embedding_scale, dtype=torch.float32)
+        return rows * scale.to(rows)
+
     def forward(self, decoder_input: Tensor | None, attention: AttentionInputs) -> Tensor:
         """Run this stage's layers.
 
         Args:
-            decoder_input: rows, [S, 1, H] (under sequence parallelism this rank's share of them);
-                None on stages after the first, which use what `set_input_tensor` was given.
+            decoder_input: scaled rows, [S, 1, H] (under sequence parallelism this rank's share of
+                them); None on stages after the first, which use what `set_input_tensor` was given.
             attention: what the layers need to know about the micro-batch.
 
         Returns:
@@ -103,19 +117,33 @@ class DAttnLanguageModel(GPTModel):
             shards: how the rows are spread over the ranks.
 
         Returns:
-            [N, vocab_size / tensor-parallel size]
+            [N, padded_vocab_size / tensor-parallel size]; -inf where there is no token
         """
         chosen = shards.take(hidden_states, rows)
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else None
         logits, _ = self.output_layer(chosen.squeeze(1), weight=weight)
-        return logits
+        softcap = self.language.final_logit_softcapping
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return self._without_padding(logits)
+
+    def _without_padding(self, logits: Tensor) -> Tensor:
+        """Rows of the head behind the vocabulary must neither win nor count in the softmax."""
+        language, here = self.language, logits.shape[1]
+        first = self.pg_collection.tp.rank() * here
+        valid = max(0, min(here, language.vocab_size - first))
+        if valid == here:
+            return logits
+        padding = logits.new_full((logits.shape[0], here - valid), -torch.inf)
+        return torch.cat((logits[:, :valid], padding), dim=1)
 
     def gathered_logits(self, hidden_states: Tensor, rows: Tensor, shards: RowShards) -> Tensor:
         """Logits over the whole vocabulary, [N, vocab_size], on every tensor-parallel rank."""
-        return gather_from_tensor_model_parallel_region(
+        logits = gather_from_tensor_model_parallel_region(
             self.logits(hidden_states, rows, shards), group=self.pg_collection.tp
         )
+        return logits[:, : self.language.vocab_size]
 
     def losses(
         self, hidden_states: Tensor, rows: Tensor, labels: Tensor, shards: RowShards

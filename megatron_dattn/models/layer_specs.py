@@ -21,10 +21,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.config import ExactSavings, LanguageConfig
 from megatron_dattn.models.decoder_layer import DecoderLayer
 from megatron_dattn.models.decomposed_attention import DecomposedCore, DecomposedSelfAttention
-from megatron_dattn.models.norm import LayerNorm, RMSNorm
+from megatron_dattn.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from megatron_dattn.models.vision_attention import BidirectionalCore
 
 Implementation = Literal["local", "transformer_engine"]
@@ -65,6 +65,7 @@ def language_block_spec(
     implementation: Implementation,
     num_layers: int,
     *,
+    language: LanguageConfig,
     preset: AttentionConfig,
     savings: ExactSavings,
     feature_size: int,
@@ -75,7 +76,7 @@ def language_block_spec(
     are multiplied with parts of the fused weight. Before the FFN it is fused where it can be.
     """
     fused_ffn = implementation == "transformer_engine" and preset.visual.ffn in (0.0, 1.0)
-    norm = RMSNorm if implementation == "local" else _te_norm()
+    norm = _rms_norm(implementation, language)
     column, row = _linears(implementation)
     layers = [
         ModuleSpec(
@@ -85,6 +86,7 @@ def language_block_spec(
                 "savings": savings,
                 "feature_size": feature_size,
                 "last_on_stage": number == num_layers - 1,
+                "post_norm": norm if language.has_post_norms else None,
             },
             submodules=TransformerLayerSubmodules(
                 input_layernorm=norm,
@@ -173,6 +175,13 @@ def _te_norm_linear() -> type:
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
 
     return TELayerNormColumnParallelLinear
+
+
+def _rms_norm(implementation: Implementation, language: LanguageConfig) -> type:
+    """Transformer Engine's reads from TransformerConfig whether weights count from one."""
+    if implementation == "transformer_engine":
+        return _te_norm()
+    return ZeroCentredRMSNorm if language.zero_centred_norms else RMSNorm
 
 
 def _te_norm() -> type:

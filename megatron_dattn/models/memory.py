@@ -30,7 +30,7 @@ class ParameterBlock:
 
     module: str
     place: Literal["first", "layers", "last"]
-    """On the first pipeline stage, spread evenly over the stages, or on the last one."""
+    """On the first pipeline stage, in equal shares in the layers, or on the last stage."""
     sharded: int
     replicated: int
 
@@ -57,10 +57,12 @@ def rank_parameters(config: ModelConfig, parallel: ParallelConfig, stage: int) -
     """Parameters per module that one rank of a pipeline stage holds."""
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     counts = dict.fromkeys(("vision_model", "adapter", "language_model"), 0)
+    num_layers = config.language.num_hidden_layers
+    layers_here = parallel.layers_per_stage(num_layers)[stage]
     for block in parameter_blocks(config):
         on_rank = block.sharded // tensor + block.replicated
         if block.place == "layers":
-            counts[block.module] += on_rank // stages
+            counts[block.module] += on_rank // num_layers * layers_here
         elif stage == (0 if block.place == "first" else stages - 1):
             counts[block.module] += on_rank
     if config.language.tie_word_embeddings and 0 < stage == stages - 1:
@@ -133,7 +135,7 @@ def rank_memory(
         weights=sum(held.values()) * _VALUE_BYTES[execution.precision],
         gradients=updated * _GRADIENT_BYTES,
         optimizer=optimizer,
-        decoder=in_flight * _decoder_bytes(config, parallel, execution, pack),
+        decoder=in_flight * _decoder_bytes(config, parallel, execution, pack, stage),
         vision=in_flight * vision,
         head=_head_bytes(config, parallel, execution, pack) if last else 0,
         # Gradients of its activations; the activations too where they are recomputed.
@@ -144,7 +146,9 @@ def rank_memory(
 
 def _vision_blocks(config: VisionConfig) -> list[ParameterBlock]:
     d, f = config.hidden_size, config.intermediate_size
-    embeddings = 3 * config.patch_size**2 * d + d + config.num_patches * d
+    embeddings = 3 * config.patch_size**2 * d + config.num_places * d
+    # SigLIP: the patch embedding's bias. CLIP: the class token, and a LayerNorm.
+    embeddings += 3 * d if config.family == "clip" else d
     # q, k, v with biases, output weight; both FFN weights and the first one's bias.
     sharded = 3 * (d * d + d) + d * d + 2 * d * f + f
     replicated = 2 * 2 * d + 2 * d  # two LayerNorms; biases of the row-parallel layers
@@ -162,6 +166,8 @@ def _adapter_block(config: ModelConfig) -> ParameterBlock:
     outputs = config.language.hidden_size
     middle = config.adapter.hidden_size or outputs
     sharded, replicated = _projector(config.vision.hidden_size, middle, outputs)
+    if not config.adapter.input_norm:
+        replicated -= config.vision.hidden_size
     if preset.positions.embedding == "row_column":
         replicated += 2 * config.adapter.max_grid * outputs
     elif preset.positions.embedding == "fractional":
@@ -193,7 +199,7 @@ def _projector(inputs: int, middle: int, outputs: int) -> tuple[int, int]:
 
 
 def _embedding_size(config: LanguageConfig) -> int:
-    return config.vocab_size * config.hidden_size
+    return config.padded_vocab_size * config.hidden_size
 
 
 def _language_blocks(config: ModelConfig) -> list[ParameterBlock]:
@@ -201,10 +207,11 @@ def _language_blocks(config: ModelConfig) -> list[ParameterBlock]:
     d, f, layers = language.hidden_size, language.intermediate_size, language.num_hidden_layers
     query, key_value = _widths(language)
     sharded = d * (query + 2 * key_value) + query * d + 3 * d * f
+    norms = 4 if language.has_post_norms else 2
     head = 0 if language.tie_word_embeddings else _embedding_size(language)
     return [
         ParameterBlock("language_model", "first", _embedding_size(language), 0),
-        ParameterBlock("language_model", "layers", layers * sharded, layers * 2 * d),
+        ParameterBlock("language_model", "layers", layers * sharded, layers * norms * d),
         ParameterBlock("language_model", "last", head, d),
     ]
 
@@ -218,10 +225,14 @@ def _widths(config: LanguageConfig) -> tuple[int, int]:
 
 
 def _decoder_bytes(
-    config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, pack: PackSize
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    execution: ExecutionConfig,
+    pack: PackSize,
+    stage: int,
 ) -> int:
     """What the layers of one stage keep of one micro-batch."""
-    layers = config.language.num_hidden_layers // parallel.pipeline_model_parallel_size
+    layers = parallel.layers_per_stage(config.language.num_hidden_layers)[stage]
     if execution.recompute != "full":
         return layers * _decoder_layer_bytes(config, parallel, execution, pack)
     rows = pack.visual_rows + pack.text_rows
@@ -236,8 +247,8 @@ def _decoder_layer_bytes(
 ) -> int:
     """What one decoder layer keeps for its backward pass, with fused norms and SwiGLU.
 
-    Per row: inputs and outputs of both norms (4d); key and value (2e); gate, up and their product
-    (3f). Queries (q) and outputs (q) of the rows that have them, scored rows' log-sum-exps (one
+    Per row: inputs and outputs of both norms (4d; of four norms, 8d); key and value (2e); gate, up
+    and their product (3f). Queries (q) and outputs (q) of the rows that have them, scored rows' log-sum-exps (one
     fp32 per head), and their merged output once more (q) where it is joined with visual rows' for
     a common projection; the last two not if the attention core is recomputed. Where the FFN runs
     in recomputed chunks, neither its norm's output nor its middle is kept. Norm tensors are cut
@@ -252,7 +263,10 @@ def _decoder_layer_bytes(
     scored = rows if preset.scores_visual_rows else pack.text_rows
     queries = scored if savings.visual_queries else rows
     joined = preset.v2v == "diagonal" and not savings.folded_output
-    norms = (3 if savings.ffn_chunk_rows else 4) * language.hidden_size * value * rows
+    kept = 8 if language.has_post_norms else 4
+    if savings.ffn_chunk_rows:  # the input of the chunk stays, what the FFN block made of it goes
+        kept -= kept // 2 - 1
+    norms = kept * language.hidden_size * value * rows
     if parallel.sequence_parallel:
         norms //= tensor
     cut = queries * query + rows * 2 * key_value + (rows if joined else scored) * query
@@ -281,7 +295,7 @@ def _vision_layer_bytes(
     """Per patch: inputs and outputs of both norms (4d); q, k, v and output (4d); both FFN sides."""
     vision, tensor = config.vision, parallel.tensor_model_parallel_size
     d, f = vision.hidden_size, vision.intermediate_size
-    patches = pack.images * vision.num_patches
+    patches = pack.images * vision.num_places
     return patches * _VALUE_BYTES[execution.precision] * (4 * d + (4 * d + 2 * f) // tensor)
 
 
@@ -298,7 +312,7 @@ def _vision_bytes(
     decoder's rows. Without an adapter, the features do.
     """
     vision, value = config.vision, _VALUE_BYTES[execution.precision]
-    patches = pack.images * vision.num_patches
+    patches = pack.images * vision.num_places
     per_layer = 0
     if "vision_model" in trained and execution.recompute == "full":
         per_layer = patches * value * vision.hidden_size
@@ -318,5 +332,5 @@ def _head_bytes(
 ) -> int:
     """Logits, their fp32 softmax and its gradient, if every text row had a label."""
     per_logit = 2 * _VALUE_BYTES[execution.precision] + 2 * _FP32
-    vocabulary = config.language.vocab_size // parallel.tensor_model_parallel_size
+    vocabulary = config.language.padded_vocab_size // parallel.tensor_model_parallel_size
     return pack.text_rows * vocabulary * per_logit

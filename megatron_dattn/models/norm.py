@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm for the local (not Transformer Engine) path.
+"""RMSNorms and LayerNorm for the local (not Transformer Engine) path.
 
 megatron-core's own wrapper around torch's norms refuses sequence parallelism. Under it every rank
 normalizes other rows, so the weights' gradients are partial sums; the attribute `sequence_parallel`
@@ -33,6 +33,24 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalize the last dimension, [..., hidden_size] -> the same shape and dtype."""
         return self.weight * F.rms_norm(hidden_states, (self.hidden_size,), None, self.eps)
+
+
+class ZeroCentredRMSNorm(RMSNorm):
+    """RMSNorm whose weight counts from one, with the numerics of Hugging Face's `Gemma2RMSNorm`.
+
+    All of it is fp32 (fp64 for fp64 inputs), and the product is rounded to the input's dtype.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(config, hidden_size, eps)
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalize the last dimension, [..., hidden_size] -> the same shape and dtype."""
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        weight = 1.0 + self.weight.to(dtype)
+        normed = F.rms_norm(hidden_states.to(dtype), (self.hidden_size,), weight, self.eps)
+        return normed.to(hidden_states.dtype)
 
 
 class LayerNorm(torch.nn.LayerNorm):

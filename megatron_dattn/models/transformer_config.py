@@ -5,15 +5,30 @@ run under a config of their own: replicated rows (no sequence parallelism), one 
 FP8, because they live on the first stage only and hand over whole images.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
 from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, VisionConfig
 from megatron_dattn.parallel.config import ParallelConfig
+
+
+def _quick_gelu(states: Tensor) -> Tensor:
+    return states * torch.sigmoid(1.702 * states)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+}
+"""By Hugging Face's names."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -22,7 +37,8 @@ def language_transformer_config(
     language: LanguageConfig, parallel: ParallelConfig, execution: ExecutionConfig
 ) -> TransformerConfig:
     """The decoder's config."""
-    on_gpu = torch.cuda.is_available()
+    is_swiglu = language.hidden_activation == "silu"
+    scalar = language.query_pre_attn_scalar
     return TransformerConfig(
         num_layers=language.num_hidden_layers,
         hidden_size=language.hidden_size,
@@ -32,12 +48,16 @@ def language_transformer_config(
         ffn_hidden_size=language.intermediate_size,
         normalization="RMSNorm",
         layernorm_epsilon=language.rms_norm_eps,
+        layernorm_zero_centered_gamma=language.zero_centred_norms,
+        softmax_scale=None if scalar is None else scalar**-0.5,
         add_bias_linear=False,
         gated_linear_unit=True,
-        activation_func=F.silu,
-        bias_activation_fusion=on_gpu,
+        activation_func=ACTIVATIONS[language.hidden_activation],
+        bias_activation_fusion=is_swiglu and torch.cuda.is_available(),
         init_method_std=language.initializer_range,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel,
         fp8=None if execution.fp8 == "none" else execution.fp8,
         **_common(parallel, execution),
@@ -55,7 +75,7 @@ def vision_transformer_config(
         ffn_hidden_size=vision.intermediate_size,
         normalization="LayerNorm",
         layernorm_epsilon=vision.layer_norm_eps,
-        activation_func=partial(F.gelu, approximate="tanh"),
+        activation_func=ACTIVATIONS[vision.hidden_act],
         bias_activation_fusion=False,
         **_common(parallel, execution),
     )

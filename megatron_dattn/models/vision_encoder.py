@@ -1,9 +1,9 @@
-"""The SigLIP vision encoder on megatron-core's TransformerBlock.
+"""The SigLIP or CLIP vision encoder on megatron-core's TransformerBlock.
 
 megatron-core's own SigLIP attends causally without Transformer Engine, refuses image sizes that
 are not whole patches and cannot stop before its last layer. Here only the layers up to the feature
 layer exist, so there is no final norm either. Weights map one to one onto Hugging Face's
-`SiglipVisionModel`.
+`SiglipVisionModel` and `CLIPVisionModel`.
 """
 
 import torch
@@ -15,12 +15,14 @@ from megatron.core.parallel_state import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_dattn.models.config import VisionConfig
 from megatron_dattn.models.layer_specs import Implementation, vision_block_spec
+from megatron_dattn.models.norm import LayerNorm
 
 
 class PatchEmbedding(torch.nn.Conv2d):
@@ -28,7 +30,14 @@ class PatchEmbedding(torch.nn.Conv2d):
 
     def __init__(self, vision: VisionConfig, dtype: torch.dtype) -> None:
         patch = vision.patch_size
-        super().__init__(3, vision.hidden_size, kernel_size=patch, stride=patch, dtype=dtype)
+        super().__init__(
+            3,
+            vision.hidden_size,
+            kernel_size=patch,
+            stride=patch,
+            bias=vision.family == "siglip",
+            dtype=dtype,
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed whole patches, row-major; pixels beyond the last whole patch are ignored.
@@ -46,7 +55,10 @@ class PatchEmbedding(torch.nn.Conv2d):
 
 
 class VisionEncoder(MegatronModule):
-    """SigLIP up to its feature layer.
+    """The encoder up to its feature layer.
+
+    CLIP's class token attends and is attended to like a patch, as row 0 of an image. It has no
+    place in a grid and is no feature.
 
     Args:
         config: from `vision_transformer_config`.
@@ -63,10 +75,19 @@ class VisionEncoder(MegatronModule):
         # A parameter, not an Embedding: it is used whole, and DDP's pre-forward hooks fire only
         # for modules that are called.
         self.position_embedding = torch.nn.Parameter(
-            torch.empty(vision.num_patches, vision.hidden_size, dtype=config.params_dtype)
+            torch.empty(vision.num_places, vision.hidden_size, dtype=config.params_dtype)
         )
+        self.class_embedding: torch.nn.Parameter | None = None
+        self.pre_layernorm: torch.nn.Module = IdentityOp()
+        if vision.family == "clip":
+            self.class_embedding = torch.nn.Parameter(
+                torch.empty(vision.hidden_size, dtype=config.params_dtype)
+            )
+            self.pre_layernorm = LayerNorm(config, vision.hidden_size, config.layernorm_epsilon)
         if config.perform_initialization:
-            torch.nn.init.normal_(self.position_embedding, std=vision.hidden_size**-0.5)
+            for embedding in (self.position_embedding, self.class_embedding):
+                if embedding is not None:
+                    torch.nn.init.normal_(embedding, std=vision.hidden_size**-0.5)
         self.encoder = TransformerBlock(
             config=config,
             spec=vision_block_spec(implementation, config.num_layers),
@@ -87,19 +108,31 @@ class VisionEncoder(MegatronModule):
         Returns:
             [images, patches, hidden_size], patches row-major, equal to Hugging Face's
             `hidden_states[feature_layer]`. With attention also [images, patches]: what a patch
-            receives in the last layer here, on average over heads and queries; equal on all
-            tensor-parallel ranks and without a gradient.
+            receives in the last layer here, on average over heads and queries (CLIP's class token
+            asks among them, what it receives is left out); equal on all tensor-parallel ranks and
+            without a gradient.
         """
-        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
-        patches = self.patch_embedding(pixel_values) + self.position_embedding
-        hidden_states = patches.transpose(0, 1).contiguous()  # rows first, as megatron-core has it
+        rows = self._rows(pixel_values.to(self.patch_embedding.weight.dtype))
+        hidden_states = rows.transpose(0, 1).contiguous()  # rows first, as megatron-core has it
         if not with_attention:
-            return self.encoder(hidden_states, attention_mask=None).transpose(0, 1)
+            return self._encode(hidden_states)
         core = self.encoder.layers[-1].self_attention.core_attention
         with core.recording() as received:
-            features = self.encoder(hidden_states, attention_mask=None).transpose(0, 1)
+            features = self._encode(hidden_states)
         (of_own_heads,) = received
-        return features, _mean_over_heads(of_own_heads)
+        return features, _mean_over_heads(of_own_heads)[:, -self.vision.num_patches :]
+
+    def _rows(self, pixel_values: Tensor) -> Tensor:
+        """What enters the first layer, [images, places, hidden_size]."""
+        rows = self.patch_embedding(pixel_values)
+        if self.class_embedding is not None:
+            rows = torch.cat((self.class_embedding.expand(rows.shape[0], 1, -1), rows), dim=1)
+        return self.pre_layernorm(rows + self.position_embedding)
+
+    def _encode(self, hidden_states: Tensor) -> Tensor:
+        """Features of the patches, without the class token's."""
+        features = self.encoder(hidden_states, attention_mask=None).transpose(0, 1)
+        return features if self.class_embedding is None else features[:, 1:]
 
 
 def _mean_over_heads(of_own_heads: Tensor) -> Tensor:

@@ -167,7 +167,8 @@ class DAttnVLM(MegatronModule):
         )
         padding = text.new_zeros(batch.layout.visual_budget - expected, *text.shape[1:])
         parts = (padding, text) if visual is None else (visual.unsqueeze(1), padding, text)
-        rows = self._shards(batch.layout).scatter(torch.cat(parts))
+        rows = self.language_model.scale_rows(torch.cat(parts))
+        rows = self._shards(batch.layout).scatter(rows)
         if self.adapter is None and torch.is_grad_enabled() and not rows.requires_grad:
             # Recomputed layers pass on gradients, also to their own parameters, only if their input
             # wants one; here it may come from frozen modules alone.
@@ -220,9 +221,14 @@ class DAttnVLM(MegatronModule):
             self.attention,
             self.rules,
             self._shards(layout),
-            select_backend(self.attention_backend, device, dtype, language.head_dim),
-            head_dim=language.head_dim,
-            rotary_base=language.rope_theta,
+            select_backend(
+                self.attention_backend,
+                device,
+                dtype,
+                language.head_dim,
+                softcap=language.attn_logit_softcapping,
+            ),
+            language=language,
             device=device,
             observer=observer,
         )

@@ -11,6 +11,11 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Decoder layers of the first stage, which also has encoder and embedding; the other stages
+    share the rest. None for an equal share."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Those of the last stage, which also has the head."""
     sequence_parallel: bool = False
     """Shard norms and residuals along the rows inside the tensor-parallel group."""
     use_distributed_optimizer: bool = False
@@ -19,9 +24,16 @@ class ParallelConfig:
     """After this long without an answer a collective fails instead of waiting on."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        stages = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", *stages):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"parallel.{name} must be at least 1, got {value}")
+        uneven = [name for name in stages if getattr(self, name) is not None]
+        if uneven and self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                f"parallel.{uneven[0]} needs parallel.pipeline_model_parallel_size > 1"
+            )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1"
@@ -37,7 +49,7 @@ class ParallelConfig:
         Raises:
             ConfigError: naming the flag, both numbers and the sizes that would work.
         """
-        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        tp = self.tensor_model_parallel_size
         for name, count in (
             ("num_attention_heads", num_heads),
             ("num_key_value_heads", num_key_value_heads),
@@ -47,8 +59,42 @@ class ParallelConfig:
                     f"parallel.tensor_model_parallel_size {tp} does not divide "
                     f"language.{name} {count}"
                 )
-        if num_layers % pp:
+        self.layers_per_stage(num_layers)
+
+    def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers of every pipeline stage.
+
+        Raises:
+            ConfigError: naming the sizes, and a split that would work.
+        """
+        stages = self.pipeline_model_parallel_size
+        first, last = (
+            self.num_layers_in_first_pipeline_stage,
+            self.num_layers_in_last_pipeline_stage,
+        )
+        sharing = stages - (first is not None) - (last is not None)
+        left = num_layers - (first or 0) - (last or 0)
+        share, rest = divmod(left, sharing) if sharing else (0, left)
+        if rest or left < 0 or (sharing and share == 0):
             raise ConfigError(
-                f"parallel.pipeline_model_parallel_size {pp} does not divide the language "
-                f"model's {num_layers} layers"
+                f"parallel.pipeline_model_parallel_size {stages} does not divide the language "
+                f"model's {num_layers} layers" + self._split_that_works(num_layers)
             )
+        layers = [share] * stages
+        layers[0], layers[-1] = first or layers[0], last or layers[-1]
+        return tuple(layers)
+
+    def _split_that_works(self, num_layers: int) -> str:
+        """Of nearly equal stages, the first and the last taking less than the others."""
+        stages, uneven = self.pipeline_model_parallel_size, ""
+        if self.num_layers_in_first_pipeline_stage is not None:
+            uneven += f", of which the first has {self.num_layers_in_first_pipeline_stage}"
+        if self.num_layers_in_last_pipeline_stage is not None:
+            uneven += f", of which the last has {self.num_layers_in_last_pipeline_stage}"
+        ends = num_layers - (stages - 2) * -(-num_layers // stages)
+        if stages < 2 or ends < 2:
+            return uneven
+        return (
+            f"{uneven}; set parallel.num_layers_in_first_pipeline_stage {ends // 2} and "
+            f"parallel.num_layers_in_last_pipeline_stage {ends - ends // 2}"
+        )

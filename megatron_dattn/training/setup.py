@@ -309,8 +309,14 @@ def check_rows(config: PretrainConfig) -> None:
 def check_backend(config: PretrainConfig) -> None:
     """Refuse an attention backend that cannot run here, before a step is begun."""
     dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
-    head_dim = config.model.language.head_dim
-    select_backend(config.training.attention_backend, get_device(), dtype, head_dim)
+    language = config.model.language
+    select_backend(
+        config.training.attention_backend,
+        get_device(),
+        dtype,
+        language.head_dim,
+        softcap=language.attn_logit_softcapping,
+    )
 
 
 def describe_start(run: Run) -> None:

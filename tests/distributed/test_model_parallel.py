@@ -47,6 +47,10 @@ class Case:
     savings: ExactSavings = SAVING
     frozen: tuple[str, ...] = ()
     tie: bool = False
+    family: str = "mistral"
+    layers: int = 2
+    first_stage: int | None = None
+    """Layers of the first pipeline stage, if not its equal share."""
 
     @property
     def ranks(self) -> tuple[int, int, int]:
@@ -56,7 +60,18 @@ class Case:
     @property
     def alone(self) -> "Case":
         """The same training in one process, without recomputation, nothing left out."""
-        return Case(preset=self.preset, savings=NAIVE, frozen=self.frozen, tie=self.tie)
+        return dataclasses.replace(Case(savings=NAIVE), **{
+            name: getattr(self, name) for name in ("preset", "frozen", "tie", "family", "layers")
+        })  # fmt: skip
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor,
+            pipeline_model_parallel_size=self.pipeline,
+            num_layers_in_first_pipeline_stage=self.first_stage,
+            sequence_parallel=self.sequence_parallel,
+        )
 
     def __str__(self) -> str:
         fields = dataclasses.fields(self)
@@ -88,12 +103,13 @@ def _batches(preset: str) -> list[PackedBatch]:
 
 def _model(case: Case) -> DistributedDataParallel:
     model = tiny_model(
-        tiny_model_config(case.preset, tie_word_embeddings=case.tie),
-        parallel=ParallelConfig(
-            tensor_model_parallel_size=case.tensor,
-            pipeline_model_parallel_size=case.pipeline,
-            sequence_parallel=case.sequence_parallel,
+        tiny_model_config(
+            case.preset,
+            family=case.family,
+            num_hidden_layers=case.layers,
+            tie_word_embeddings=case.tie,
         ),
+        parallel=case.parallel,
         recompute=case.recompute,
         savings=case.savings,
     )
@@ -142,7 +158,7 @@ def _gradients(
     ddp: DistributedDataParallel, case: Case
 ) -> dict[str, tuple[Tensor, int | None, int]]:
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    offset = stage * 2 // case.pipeline
+    offset = sum(case.parallel.layers_per_stage(case.layers)[:stage])
     return {
         name: (param.main_grad.clone(), *partition_of(param))
         for name, param in global_parameters(ddp.module, offset)
@@ -193,6 +209,7 @@ OTHER_PRESETS = (
     *("dattn_tanh", "dattn_sigmoid", "dattn_cascade", "vidi", "saisa"),
     *("shortv", "exit", "yopo"),
 )
+GEMMA2_PRESETS = ("dattn", "s_attn", "dattn_cascade", "saisa", "yopo")
 CASES = [
     Case(tensor=2),
     Case(tensor=2, sequence_parallel=True),
@@ -209,6 +226,13 @@ CASES = [
     Case(tensor=2, sequence_parallel=True, savings=NAIVE),
     Case(tensor=2, sequence_parallel=True, savings=CHUNKED),
     Case(pipeline=2, savings=CHUNKED, recompute="full"),
+    # An image is longer than Gemma-2's window here, and so are the texts.
+    *(Case(tensor=2, sequence_parallel=True, preset=p, family="gemma2") for p in GEMMA2_PRESETS),
+    *(
+        Case(pipeline=2, preset=p, family="gemma2", tie=True, layers=3, first_stage=1)
+        for p in GEMMA2_PRESETS
+    ),
+    Case(tensor=2, pipeline=2, sequence_parallel=True, recompute="full", family="gemma2", tie=True),
     *(Case(tensor=2, sequence_parallel=True, preset=preset) for preset in OTHER_PRESETS),
     *(Case(pipeline=2, preset=preset, recompute="full") for preset in OTHER_PRESETS),
     # A pack without images must send a gradient, of zero, to what a preset adds.
@@ -266,7 +290,12 @@ def _assembled(results: Iterable[Sequence[Any]]) -> dict[str, Tensor]:
 
 
 def test_checkpoints_do_not_know_the_layout() -> None:
-    cases = [Case(tensor=2, pipeline=2, sequence_parallel=True, tie=tie) for tie in (False, True)]
+    layout = Case(tensor=2, pipeline=2, sequence_parallel=True)
+    gemma2 = {"family": "gemma2", "layers": 3, "first_stage": 2}
+    cases = [
+        *(dataclasses.replace(layout, tie=tie) for tie in (False, True)),
+        dataclasses.replace(layout, tie=True, **gemma2),
+    ]
     by_rank = run_distributed(_sharded_tensors, 4, cases[0].ranks, cases)
     one_process = run_distributed(_sharded_tensors, 1, (1, 1, 1), [case.alone for case in cases])
     for index in range(len(cases)):

@@ -31,10 +31,12 @@ SAVINGS = {
 LAYERS = 3
 
 
-def _outputs_and_gradients(preset: str, savings: ExactSavings, ranks: int) -> dict[str, Tensor]:
+def _outputs_and_gradients(
+    family: str, preset: str, savings: ExactSavings, ranks: int
+) -> dict[str, Tensor]:
     """Text rows after the last layer, and what a random gradient of theirs gives."""
     model = tiny_model(
-        tiny_model_config(preset, num_hidden_layers=LAYERS),
+        tiny_model_config(preset, family=family, num_hidden_layers=LAYERS),
         parallel=ParallelConfig(tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1),
         savings=savings,
     ).double()
@@ -67,30 +69,36 @@ def _finish_replicated_gradients(model: DAttnVLM, ranks: int) -> None:
             )
 
 
-def _all(ranks: int, presets: tuple[str, ...]) -> dict[tuple[str, str], dict[str, Tensor]]:
+Found = dict[tuple[str, str, str], dict[str, Tensor]]
+
+
+def _all(ranks: int, models: tuple[tuple[str, str], ...]) -> Found:
     init_model_parallel(ranks)
     return {
-        (preset, name): _outputs_and_gradients(preset, savings, ranks)
-        for preset in presets
+        (*model, name): _outputs_and_gradients(*model, savings, ranks)
+        for model in models
         for name, savings in SAVINGS.items()
     }
 
 
 @cache
-def _results(ranks: int) -> list[dict[tuple[str, str], dict[str, Tensor]]]:
-    return run_distributed(_all, ranks, ranks, BUILT)
+def _results(ranks: int) -> list[Found]:
+    return run_distributed(_all, ranks, ranks, MODELS)
 
 
-BUILT = tuple(name for name in PRESETS if name not in ("fastervlm", "vidi"))
+MODELS = (
+    *(("mistral", name) for name in PRESETS if name not in ("fastervlm", "vidi")),
+    *(("gemma2", name) for name in ("dattn", "s_attn", "dattn_tanh", "saisa", "shortv", "yopo")),
+)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("preset", BUILT)
-def test_a_saving_changes_nothing(preset: str, ranks: int) -> None:
+@pytest.mark.parametrize("model", MODELS, ids="-".join)
+def test_a_saving_changes_nothing(model: tuple[str, str], ranks: int) -> None:
     for by_case in _results(ranks):
-        expected = by_case[preset, "nothing"]
+        expected = by_case[*model, "nothing"]
         for name in SAVINGS:
-            actual = by_case[preset, name]
+            actual = by_case[*model, name]
             # A parameter that only unread rows reach has a gradient of zero, or none.
             assert actual.keys() <= expected.keys()
             for key, value in expected.items():

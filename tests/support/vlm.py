@@ -10,8 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dattn.attention import ImageSpan, TokenLayout
-from megatron_dattn.conversion.mistral import language_rules
-from megatron_dattn.conversion.siglip import vision_rules
+from megatron_dattn.conversion.families import language_rules, vision_rules
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.build import build_model
@@ -45,12 +44,28 @@ LANGUAGE = LanguageConfig(
     vocab_size=64,
     rope_theta=10_000.0,
 )
+# What makes the tiny decoder one of another family. The cap is so low and the window so short that
+# both matter; 7 is neither head_dim nor a square; 65 tokens are padded to 128.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "llama": {"family": "llama"},
+    "gemma2": {
+        "family": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 7,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 2.0,
+        "sliding_window": 5,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 65,
+    },
+}
 NO_IMAGES: tuple[tuple[int, ...], ...] = ()
 
 
 def tiny_model_config(attention: str = "dattn", **language: Any) -> ModelConfig:
     """All sizes divisible by two, none equal to another by accident."""
-    sizes = {**LANGUAGE.__dict__, **language}
+    sizes = {**LANGUAGE.__dict__, **FAMILIES[language.get("family", "mistral")], **language}
     adapter = AdapterConfig(max_grid=4)
     return ModelConfig(VISION, adapter, LanguageConfig(**sizes), attention)
 
@@ -72,7 +87,8 @@ def tiny_model(
         pre_process=stage == 0,
         post_process=stage == stages - 1,
     )
-    fill_parameters(model, stage * config.language.num_hidden_layers // stages)
+    layers = parallel.layers_per_stage(config.language.num_hidden_layers)
+    fill_parameters(model, sum(layers[:stage]))
     return model
 
 
@@ -93,7 +109,8 @@ def fill_parameters(model: DAttnVLM, layer_offset: int = 0) -> None:
             name = name.replace("output_layer", "embedding.word_embeddings")
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         full = torch.randn(shape, generator=generator) * 0.1
-        if "norm" in name and name.endswith("weight"):
+        zero_centred = model.model_config.language.zero_centred_norms and "decoder" in name
+        if "norm" in name and name.endswith("weight") and not zero_centred:
             full += 1.0
         if axis is not None:
             strides = full.unflatten(axis, (stride, -1)).chunk(size, axis + 1)

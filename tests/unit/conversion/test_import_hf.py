@@ -112,9 +112,9 @@ def drop_tensor(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda v, m: edit_config(m, model_type="llama"), "'llama'; supported: mistral"),
-        (lambda v, m: edit_config(v, model_type="clip"), "'clip'; supported: siglip"),
-        (lambda v, m: edit_config(m, sliding_window=4096), "sliding_window 4096"),
+        (lambda v, m: edit_config(m, model_type="qwen2"), "'qwen2'; supported: gemma2, ll"),
+        (lambda v, m: edit_config(v, model_type="siglip2"), "'siglip2'; supported: clip"),
+        (lambda v, m: edit_config(m, attention_bias=True), "attention_bias True"),
         (lambda v, m: edit_config(m, hidden_size=None), "lacks hidden_size"),
         (lambda v, m: edit_config(v, patch_size=0), r"vision\.patch_size must be positive"),
         (lambda v, m: edit_config(m, vocab_size=80), r"expected \[80, 48\]"),

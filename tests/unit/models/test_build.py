@@ -16,7 +16,6 @@ pytestmark = pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
     ("language", "tp", "words"),
     [
-        ({"vocab_size": 63}, 2, "2 does not divide model.language.vocab_size 63"),
         ({"num_key_value_heads": 1}, 2, "does not divide language.num_key_value_heads 1"),
         ({"intermediate_size": 57}, 2, "model.language.intermediate_size 57"),
         ({}, 4, "language.num_key_value_heads 2"),
@@ -32,6 +31,54 @@ def test_layers_must_fill_the_pipeline():
     parallel = ParallelConfig(pipeline_model_parallel_size=3)
     with pytest.raises(ConfigError, match=r"3 does not divide the language model's 2 layers"):
         check_model_sizes(tiny_model_config(), parallel)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((None, None), (14, 14, 14)),
+        ((10, None), (10, 16, 16)),
+        ((None, 12), (15, 15, 12)),
+        ((13, 12), (13, 17, 12)),
+    ],
+)
+def test_stages_may_be_uneven(sizes, expected):
+    assert _pipeline(3, *sizes).layers_per_stage(42) == expected
+
+
+def _pipeline(stages, first=None, last=None):
+    return ParallelConfig(
+        pipeline_model_parallel_size=stages,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+    )
+
+
+def test_a_split_that_works_is_named():
+    with pytest.raises(ConfigError) as caught:
+        _pipeline(4).layers_per_stage(42)
+    assert "num_layers_in_first_pipeline_stage 10 and" in str(caught.value)
+    assert "num_layers_in_last_pipeline_stage 10" in str(caught.value)
+    assert _pipeline(4, 10, 10).layers_per_stage(42) == (10, 11, 11, 10)
+
+
+@pytest.mark.parametrize(
+    ("stages", "first", "last", "words"),
+    [
+        (2, 20, 20, "of which the first has 20, of which the last has 20"),
+        (3, 40, 2, "does not divide"),  # nothing is left for the middle
+        (2, 43, None, "does not divide"),
+    ],
+)
+def test_splits_that_do_not_add_up_are_refused(stages, first, last, words):
+    with pytest.raises(ConfigError, match=words):
+        _pipeline(stages, first, last).layers_per_stage(42)
+
+
+@pytest.mark.parametrize(("stages", "first"), [(1, 3), (2, 0)])
+def test_uneven_stages_need_stages(stages, first):
+    with pytest.raises(ConfigError, match=r"parallel\.num_layers_in_first_pipeline_stage"):
+        _pipeline(stages, first)
 
 
 def test_the_same_seed_gives_the_same_weights():

@@ -6,7 +6,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.errors import UserError
 from megatron_dattn.models import layer_specs
-from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.config import ExactSavings, LanguageConfig
 from megatron_dattn.models.layer_specs import resolve_implementation
 from tests.support.vlm import tiny_model
 
@@ -40,7 +40,7 @@ def test_transformer_engine_layers_own_their_norms(monkeypatch):
     monkeypatch.setattr(layer_specs, "_linears", lambda implementation: (column, row))
     monkeypatch.setattr(layer_specs, "_te_norm_linear", lambda: norm_column)
     monkeypatch.setattr(layer_specs, "_te_norm", lambda: norm)
-    options = {"savings": ExactSavings(), "feature_size": 8}
+    options = {"language": LanguageConfig(), "savings": ExactSavings(), "feature_size": 8}
     for preset, fused in (("dattn", True), ("yopo", False)):
         block = layer_specs.language_block_spec(
             "transformer_engine", 3, preset=PRESETS[preset], **options

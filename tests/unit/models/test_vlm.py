@@ -1,134 +1,19 @@
-"""The whole model in one process: equal to LLaVA, independent of packing, complete graphs."""
+"""The whole model in one process: independent of packing, complete graphs."""
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MistralConfig,
-    SiglipVisionConfig,
-)
 
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.models.config import ExactSavings
 from megatron_dattn.models.vlm import DAttnVLM
 from tests.support.vlm import (
-    LANGUAGE,
-    VISION,
-    load_hugging_face,
     make_batch,
     tiny_model,
     tiny_model_config,
 )
 
 pytestmark = pytest.mark.usefixtures("one_process")
-
-IMAGE_TOKEN = LANGUAGE.vocab_size - 1
-
-
-def _llava() -> LlavaForConditionalGeneration:
-    language = {name: getattr(LANGUAGE, name) for name in _SHARED_LANGUAGE_FIELDS}
-    vision = {name: getattr(VISION, name) for name in _SHARED_VISION_FIELDS}
-    rope = {"rope_type": "default", "rope_theta": LANGUAGE.rope_theta}
-    torch.manual_seed(13)
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=SiglipVisionConfig(**vision),
-            text_config=MistralConfig(
-                **language, rope_parameters=rope, sliding_window=None, initializer_range=0.2
-            ),
-            image_token_index=IMAGE_TOKEN,
-            vision_feature_layer=VISION.feature_layer,
-            vision_feature_select_strategy="full",
-            projector_hidden_act="gelu",
-        )
-    ).eval()
-
-
-_SHARED_VISION_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "image_size",
-    "patch_size",
-    "layer_norm_eps",
-)
-_SHARED_LANGUAGE_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "rms_norm_eps",
-)
-
-
-def _as_llava(model: DAttnVLM, llava: LlavaForConditionalGeneration) -> None:
-    """Llava's weights; its projector has no norm."""
-    text = {f"model.{n}": w for n, w in llava.model.language_model.state_dict().items()}
-    text["lm_head.weight"] = llava.lm_head.weight
-    load_hugging_face(model, vision=llava.model.vision_tower.state_dict(), text=text)
-    model.adapter.norm = torch.nn.Identity()
-    projector = llava.model.multi_modal_projector
-    with torch.no_grad():
-        for ours, theirs in (
-            (model.adapter.linear_fc1, projector.linear_1),
-            (model.adapter.linear_fc2, projector.linear_2),
-        ):
-            ours.weight.copy_(theirs.weight)
-            ours.bias.copy_(theirs.bias)
-
-
-@pytest.mark.parametrize(
-    "images",
-    [
-        [(0,)],  # first thing in the sample
-        [(4,)],
-        [(9,)],  # last thing
-        [(2, 2, 7)],  # two neighbours and a third
-        [(3,), (), (1, 5)],  # ragged pack with a text-only sample
-    ],
-    ids=str,
-)
-def test_s_attn_equals_llava(images):
-    llava, model = _llava(), tiny_model(tiny_model_config("s_attn"))
-    _as_llava(model, llava)
-    lengths = [9, 5, 8][: len(images)]
-    batch = make_batch(lengths, images, budgets=(36, 24))
-    batch.input_ids.clamp_(max=IMAGE_TOKEN - 1)
-    first_image = 0
-    for sample, offsets in enumerate(images):
-        start, end = batch.layout.text_rows(sample)
-        with torch.no_grad():
-            logits = model.forward_logits(batch, torch.arange(start, end))
-            expected = _llava_text_logits(
-                llava,
-                batch.input_ids[start - 36 : end - 36].tolist(),
-                offsets,
-                batch.pixel_values[first_image : first_image + len(offsets)],
-            )
-        first_image += len(offsets)
-        # fp32 sums in another order, through encoder, adapter and decoder.
-        torch.testing.assert_close(logits, expected, rtol=2e-5, atol=2e-5)
-
-
-def _llava_text_logits(
-    llava: LlavaForConditionalGeneration,
-    text: list[int],
-    offsets: tuple[int, ...],
-    pixels: Tensor,
-) -> Tensor:
-    ids: list[int] = []
-    for place in range(len(text) + 1):
-        ids += [IMAGE_TOKEN] * VISION.num_patches * offsets.count(place)
-        ids += text[place : place + 1]
-    ids_tensor = torch.tensor([ids])
-    images = {"pixel_values": pixels} if len(pixels) else {}
-    return llava(input_ids=ids_tensor, **images).logits[0][ids_tensor[0] != IMAGE_TOKEN]
 
 
 @pytest.mark.parametrize("preset", ["dattn", "dattn_biased"])

@@ -1,0 +1,98 @@
+"""Which module knows a model: chosen by the model_type of its config.json, or by our family name.
+
+A family is a module. Adding one is writing the module and naming it here.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from megatron_dattn.conversion import clip, gemma2, llama, mistral, siglip
+from megatron_dattn.conversion.weight_map import Rule
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.config import LanguageConfig, VisionConfig
+
+
+class LanguageFamily(Protocol):
+    """What a language family's module offers."""
+
+    @property
+    def MODEL_TYPES(self) -> tuple[str, ...]:
+        """Of config.json."""
+
+    @property
+    def DEFAULTS(self) -> dict[str, Any]:
+        """Of the Hugging Face config class, by the names of config.json."""
+
+    @property
+    def UNUSED_PREFIXES(self) -> tuple[str, ...]:
+        """Tensors that a checkpoint may hold and nothing needs."""
+
+    def language_config(self, config: dict[str, Any]) -> LanguageConfig: ...
+
+    def language_rules(self, config: LanguageConfig) -> list[Rule]: ...
+
+
+class VisionFamily(Protocol):
+    """What a vision family's module offers."""
+
+    @property
+    def MODEL_TYPES(self) -> tuple[str, ...]:
+        """Of config.json: of a whole dual encoder and of its vision encoder alone."""
+
+    @property
+    def DEFAULTS(self) -> dict[str, Any]:
+        """Of the Hugging Face config class, by the names of config.json."""
+
+    def vision_config(self, config: dict[str, Any], feature_layer: int = -2) -> VisionConfig: ...
+
+    def vision_rules(self, config: VisionConfig) -> list[Rule]: ...
+
+    def unused_prefixes(self, config: VisionConfig, num_layers: int) -> list[str]: ...
+
+
+LANGUAGE: dict[str, LanguageFamily] = {"gemma2": gemma2, "llama": llama, "mistral": mistral}
+"""By `LanguageConfig.family`."""
+VISION: dict[str, VisionFamily] = {"clip": clip, "siglip": siglip}
+"""By `VisionConfig.family`."""
+
+
+def language_family(config: dict[str, Any]) -> LanguageFamily:
+    """The family of a language model's config.json.
+
+    Raises:
+        CheckpointError: another architecture; names what is supported.
+    """
+    found = [f for f in LANGUAGE.values() if config.get("model_type") in f.MODEL_TYPES]
+    if not found:
+        types = [name for family in LANGUAGE.values() for name in family.MODEL_TYPES]
+        raise _unsupported("language model", config, types)
+    return found[0]
+
+
+def vision_family(config: dict[str, Any]) -> VisionFamily:
+    """The family of a vision encoder's config.json, or of a whole dual encoder's.
+
+    Raises:
+        CheckpointError: another architecture; names what is supported.
+    """
+    found = [f for f in VISION.values() if config.get("model_type") in f.MODEL_TYPES]
+    if not found:
+        types = [name for family in VISION.values() for name in family.MODEL_TYPES]
+        raise _unsupported("vision encoder", config, types)
+    return found[0]
+
+
+def language_rules(config: LanguageConfig) -> list[Rule]:
+    """Rules for every parameter of the language model (prefix `language_model.`)."""
+    return LANGUAGE[config.family].language_rules(config)
+
+
+def vision_rules(config: VisionConfig) -> list[Rule]:
+    """Rules for every parameter of the vision encoder (prefix `vision_model.`)."""
+    return VISION[config.family].vision_rules(config)
+
+
+def _unsupported(what: str, config: dict[str, Any], types: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"the {what} is of type '{config.get('model_type')}'; supported: {', '.join(types)}"
+    )

@@ -1,0 +1,161 @@
+"""LLaVA-1.5 as Hugging Face stores it (`LlavaForConditionalGeneration`): config and weights.
+
+A CLIP or SigLIP encoder, a two-layer MLP and a Llama or Mistral decoder: our model with the preset
+`s_attn` and an adapter without a norm. Checkpoints exist with two sets of names, from before and
+after transformers 4.52 put everything but the head into a module `model`; both are read.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dattn.conversion.families import (
+    LANGUAGE,
+    VISION,
+    language_family,
+    language_rules,
+    vision_family,
+    vision_rules,
+)
+from megatron_dattn.conversion.weight_map import Rule, renamed
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
+
+MODEL_TYPE = "llava"
+# What LLaVA's sections are where they do not say it.
+_VISION_TYPE, _TEXT_TYPE = "clip_vision_model", "llama"
+# Which rows of the encoder are features. To drop the first one is right if it is a class token.
+_STRATEGIES = {"clip": "default", "siglip": "full"}
+
+
+def model_config(config: dict[str, Any], attention: str = "s_attn") -> ModelConfig:
+    """Translate a config.json.
+
+    Args:
+        attention: the preset. `s_attn` is LLaVA itself; the others start from its weights.
+
+    Raises:
+        CheckpointError: another architecture, or a feature that the training stack lacks.
+    """
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"the model is of type '{config.get('model_type')}'; supported: {MODEL_TYPE}"
+        )
+    for name, supported in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
+        if config.get(name, supported) != supported:
+            raise CheckpointError(f"{name} {config[name]} is not supported, only {supported}")
+    return ModelConfig(
+        vision=_vision_config(config),
+        adapter=AdapterConfig(input_norm=False),
+        language=_language_config(config),
+        attention=attention,
+    )
+
+
+def _vision_config(config: dict[str, Any]) -> VisionConfig:
+    section = {"model_type": _VISION_TYPE, **_section(config, "vision_config")}
+    family = vision_family(section)
+    layer = config.get("vision_feature_layer", -2)
+    num_layers = {**family.DEFAULTS, **section}["num_hidden_layers"]
+    if not isinstance(layer, int) or not -num_layers <= layer <= num_layers or layer == 0:
+        raise CheckpointError(
+            f"vision_feature_layer {layer} is not supported, only one layer's output, 1 to "
+            f"{num_layers} or {-num_layers} to -1"
+        )
+    # Hidden state 0 is what enters the first layer.
+    vision = family.vision_config(section, layer if layer < 0 else layer - num_layers - 1)
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if strategy != _STRATEGIES[vision.family]:
+        raise CheckpointError(
+            f"vision_feature_select_strategy '{strategy}' is not supported with "
+            f"{section['model_type']}, only '{_STRATEGIES[vision.family]}'"
+        )
+    return vision
+
+
+def _language_config(config: dict[str, Any]) -> LanguageConfig:
+    section = {"model_type": _TEXT_TYPE, **_section(config, "text_config")}
+    family = language_family(section)
+    if section["model_type"] == "gemma2":
+        raise CheckpointError(
+            "a LLaVA with a language model of type 'gemma2' is not supported: it does not scale "
+            "visual rows as Gemma-2's own embeddings are; supported: llama, mistral"
+        )
+    tied = config.get("tie_word_embeddings", False) or section.get("tie_word_embeddings", False)
+    return family.language_config({**family.DEFAULTS, **section, "tie_word_embeddings": tied})
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"the model's config.json lacks {name}")
+    return section
+
+
+@dataclass(frozen=True)
+class KeyNames:
+    """What a checkpoint calls its tensors."""
+
+    nested: bool = True
+    """Whether all but the head are in a module `model`."""
+    vision_module: str = "vision_tower."
+    """Where the encoder's own names begin: `vision_tower.` or `vision_tower.vision_model.`."""
+
+    def vision(self, name: str) -> str:
+        """The name of a tensor that a checkpoint of the encoder alone calls `name`."""
+        return f"{self._outer}{self.vision_module}{name}"
+
+    def projector(self, name: str) -> str:
+        return f"{self._outer}multi_modal_projector.{name}"
+
+    def language(self, name: str) -> str:
+        """The name of a tensor that a checkpoint of the language model alone calls `name`."""
+        if not self.nested:
+            return f"language_model.{name}"
+        inner = name.removeprefix("model.")
+        return name if inner == name else f"model.language_model.{inner}"
+
+    @property
+    def _outer(self) -> str:
+        return "model." if self.nested else ""
+
+
+def key_names(names: Iterable[str]) -> KeyNames:
+    """Which names a checkpoint uses, from all of them."""
+    found = tuple(names)
+    nested = not any(name.startswith("language_model.") for name in found)
+    deeper = "vision_tower.vision_model."
+    is_deeper = any(name.removeprefix("model.").startswith(deeper) for name in found)
+    return KeyNames(nested, deeper if is_deeper else "vision_tower.")
+
+
+def weight_rules(model: ModelConfig, keys: KeyNames) -> dict[str, list[Rule]]:
+    """Rules for every parameter of `vision_model`, `adapter` and `language_model`, by module.
+
+    Positions that a preset adds to the adapter have none: they keep their initial values.
+    """
+    return {
+        "vision_model": renamed(vision_rules(model.vision), keys.vision),
+        "adapter": renamed(_projector_rules(model), keys.projector),
+        "language_model": renamed(language_rules(model.language), keys.language),
+    }
+
+
+def unused_prefixes(model: ModelConfig, keys: KeyNames) -> list[str]:
+    """Tensors that a checkpoint may hold and nothing needs."""
+    vision, language = VISION[model.vision.family], LANGUAGE[model.language.family]
+    return [
+        *map(keys.vision, vision.unused_prefixes(model.vision, model.vision.num_hidden_layers)),
+        *map(keys.language, language.UNUSED_PREFIXES),
+    ]
+
+
+def _projector_rules(model: ModelConfig) -> list[Rule]:
+    features, hidden = model.vision.hidden_size, model.language.hidden_size
+    middle = model.adapter.hidden_size or hidden
+    return [
+        Rule("linear_fc1.weight", {"linear_1.weight": (middle, features)}),
+        Rule("linear_fc1.bias", {"linear_1.bias": (middle,)}),
+        Rule("linear_fc2.weight", {"linear_2.weight": (hidden, middle)}),
+        Rule("linear_fc2.bias", {"linear_2.bias": (hidden,)}),
+    ]

@@ -1,0 +1,144 @@
+"""Every language family equals Hugging Face's model, also with texts longer than a window."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+from transformers.models.gemma2 import modeling_gemma2
+
+from megatron_dattn.models.config import LanguageConfig
+from tests.support.vlm import load_hugging_face, make_batch, tiny_model, tiny_model_config
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+_CLASSES = {
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+}
+_OWN_NAMES = ("family", "rope_theta", "hidden_activation")
+
+
+def _hugging_face(language: LanguageConfig) -> PreTrainedModel:
+    fields = {n: v for n, v in vars(language).items() if n not in _OWN_NAMES}
+    fields |= {
+        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+        "initializer_range": 0.2,  # larger than usual, so that attention is not almost uniform
+    }
+    activation = "hidden_activation" if language.family == "gemma2" else "hidden_act"
+    fields[activation] = language.hidden_activation
+    config_class, model_class = _CLASSES[language.family]
+    torch.manual_seed(11)
+    model = model_class(config_class(**fields, attn_implementation="eager"))
+    with torch.no_grad():  # norms start at one, or at zero: let them matter
+        for name, param in model.named_parameters():
+            if "norm" in name:
+                param.add_(torch.randn_like(param) * 0.3)
+    return model.eval()
+
+
+def _logits(language: dict[str, Any], dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
+    """(ours, theirs) per sample; without images every preset is the language model itself."""
+    config = tiny_model_config(num_hidden_layers=3, **language)
+    ours, theirs = tiny_model(config).to(dtype), _hugging_face(config.language).to(dtype)
+    load_hugging_face(ours, text=theirs.state_dict())
+    batch = make_batch([9, 1, 14])
+    pairs = []
+    for sample in range(3):
+        start, end = batch.layout.text_rows(sample)
+        budget = batch.layout.visual_budget
+        with torch.no_grad():
+            logits = ours.forward_logits(batch, torch.arange(start, end))
+            expected = theirs(batch.input_ids[None, start - budget : end - budget]).logits[0]
+        pairs.append([logits, expected])
+    return pairs
+
+
+@pytest.mark.parametrize(
+    "language",
+    [
+        {"family": "mistral"},
+        {"family": "mistral", "sliding_window": 4},  # v0.1: in every layer
+        {"family": "llama"},
+        {"family": "llama", "vocab_size": 67, "tie_word_embeddings": True},  # padded
+        {"family": "gemma2"},
+        {"family": "gemma2", "tie_word_embeddings": True},
+        {"family": "gemma2", "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ],
+    ids=str,
+)
+def test_logits_equal_hugging_face(language):
+    for logits, expected in _logits(language):
+        assert logits.shape == expected.shape
+        # fp32 sums in another order, through three layers.
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gemma2_equals_hugging_face_in_float64(monkeypatch):
+    """Theirs takes norms and softmax in fp32 whatever the dtype; here it is made to follow it."""
+
+    def norm(self: Any, x: Tensor) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * (1 + self.weight)
+
+    def softmax(scores: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+        return scores.softmax(dim)
+
+    monkeypatch.setattr(modeling_gemma2.Gemma2RMSNorm, "forward", norm)
+    monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
+    for logits, expected in _logits({"family": "gemma2"}, torch.float64):
+        # Some thousand float64 roundings.
+        torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sliding_window": None},
+        {"attn_logit_softcapping": None},
+        {"final_logit_softcapping": None},
+        {"query_pre_attn_scalar": None},
+        {"hidden_activation": "silu"},
+    ],
+    ids=str,
+)
+def test_every_setting_of_gemma2_matters(changed):
+    """So the comparison above would notice if one were ignored."""
+    batch = make_batch([14])
+    rows = torch.arange(batch.layout.visual_budget, batch.layout.visual_budget + 14)
+    with torch.no_grad():
+        plain, other = (
+            tiny_model(tiny_model_config(family="gemma2", **fields)).forward_logits(batch, rows)
+            for fields in ({}, changed)
+        )
+    assert (plain - other).abs().max() > 1e-4
+
+
+def test_padding_of_the_vocabulary_neither_counts_nor_learns():
+    config = tiny_model_config(vocab_size=61)
+    assert config.language.padded_vocab_size == 64
+    model, batch = tiny_model(config), make_batch([9, 5], [(2,)])
+    batch.input_ids.clamp_(max=60)
+    labelled = batch.labels != -100
+    batch.labels[labelled] = batch.labels[labelled].clamp(max=60)
+    losses = model(batch)
+    rows = labelled.nonzero().squeeze(1) + batch.layout.visual_budget
+    logits = model.forward_logits(batch, rows)
+    assert logits.shape[1] == 61
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels[labelled], reduction="none")
+    torch.testing.assert_close(losses, expected)
+    losses.sum().backward()
+    language = model.language_model
+    for weight in (language.output_layer.weight, language.embedding.word_embeddings.weight):
+        assert torch.isfinite(weight.grad).all()
+        assert not weight.grad[61:].any()
+        assert weight.grad[:61].any()
