@@ -31,6 +31,11 @@ from megatron_dattn.errors import CheckpointError
 
 # megatron-core stacks the layers along a new first axis; the key then has no layer number.
 _STACKED = re.compile(r"(?<=\blayers\.)(?!\d)")
+# Keys name a norm as Transformer Engine does, which fuses it with the linear layer behind it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class StoredTensor:
     """One whole parameter of a checkpoint, not loaded yet."""
 
     name: str
-    """As in the model's `named_parameters()` without pipeline parallelism."""
+    """As in `named_parameters()` of the model with local layers on one pipeline stage."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     _stored: TensorStorageMetadata
@@ -107,13 +112,18 @@ def open_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         if not key.startswith(modules) or not isinstance(stored, TensorStorageMetadata):
             continue  # the optimizer's state, or an object
         size, dtype = tuple(stored.size), stored.properties.dtype
-        if _STACKED.search(key):
-            for layer in range(size[0]):
-                name = _STACKED.sub(f"{layer}.", key)
-                tensors[name] = StoredTensor(name, size[1:], dtype, stored, key, layer, reader)
-        else:
-            tensors[key] = StoredTensor(key, size, dtype, stored, key, None, reader)
+        stacked, name = _STACKED.search(key), _name_of(key)
+        for layer in range(size[0]) if stacked else (None,):
+            own = name if layer is None else _STACKED.sub(f"{layer}.", name)
+            shape = size if layer is None else size[1:]
+            tensors[own] = StoredTensor(own, shape, dtype, stored, key, layer, reader)
     return tensors
+
+
+def _name_of(key: str) -> str:
+    for fused, apart in _FUSED_NORMS.items():
+        key = key.replace(fused, apart)
+    return key
 
 
 class ParameterValues:

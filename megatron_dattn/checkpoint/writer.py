@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
-from torch.utils.serialization import config as serialization
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_dattn.checkpoint.collective import (
     as_checkpoint_error,
@@ -181,13 +181,23 @@ def write_distributed_checkpoint(
     tensors = mcore_to_pyt_state_dict(flat, is_loading=False)
     shards = ShardWriter(folder)
     try:
-        # The archives' own CRC costs as much as everything else, and torch never compares it.
-        with serialization.patch("save.compute_crc32", False):
+        with _without_crc():
             dcp.save(tensors, storage_writer=shards, planner=_Planner(values))
     except dcp.CheckpointException as error:
         raise first_failure("writing the shards", error) from error
     on_first_rank("writing the format marker", lambda: _write_marker(folder))
     return shards.written
+
+
+@contextlib.contextmanager
+def _without_crc() -> Generator[None, None, None]:
+    """The archives' own sums cost as much as all other work, and torch never compares them."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def _write_common(common: dict[str, Any], folder: Path) -> None:

@@ -114,8 +114,8 @@ def _write_weights(plan: ImportPlan, written: Callable[[int], object]) -> None:
 
 def _convert(source: Source, rule: Rule, target: Tensor) -> Tensor:
     """One parameter in the shape and dtype of `target`, read from its Hugging Face tensors."""
-    parts = [source.weights.load(name).to(target.dtype) for name in rule.sources]
-    return rule.layout.join(parts).reshape(target.shape)
+    whole = rule.layout.join([source.weights.load(name) for name in rule.sources])
+    return whole.to(target.dtype).reshape(target.shape)
 
 
 def _facts(plan: ImportPlan) -> dict[str, Any]:

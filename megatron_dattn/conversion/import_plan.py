@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ class ImportPlan:
     language: Path
     output: Path
     model: ModelConfig
+    dtype: str
     sources: list[Source]
     shards: Shards
     """The parameters to be written, by name, on the meta device."""
@@ -72,7 +72,16 @@ class ImportPlan:
     def num_bytes(self) -> int:
         """Of all parameters in the dtype in which they are stored."""
         tensors = [shard.data for shard in self.shards.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        return sum(
+            tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None
+        )
+
+    def summary(self) -> str:
+        """What will be written, for people."""
+        lines = [f"{name}: {count:,} parameters" for name, count in self.num_parameters.items()]
+        size = f"{self.num_bytes / 1e9:.2f} GB as {self.dtype}"
+        lines.append(f"{self.output}: {len(self.shards)} tensors, {size}")
+        return "\n".join(lines)
 
 
 def plan_import(
@@ -100,7 +109,8 @@ def plan_import(
     ]
     _check_tokenizer(language, model)
     processor_files(vision)
-    plan = ImportPlan(vision, language, output, model, sources, _shards(model, sources, dtype))
+    shards = _shards(model, sources, dtype)
+    plan = ImportPlan(vision, language, output, model, dtype, sources, shards)
     _check_space(plan)
     return plan
 
@@ -182,16 +192,9 @@ def _shards(model_config: ModelConfig, sources: list[Source], dtype: str) -> Sha
         and name.startswith(modules)
         and not is_added(name)
     }
-    sizes = {f"{s.module}.{rule.megatron}": _size(rule) for s in sources for rule in s.rules}
-    assert shards.keys() == sizes.keys(), f"no rule or no place for {shards.keys() ^ sizes.keys()}"
-    for name, shard in shards.items():
-        assert shard.data is not None
-        assert shard.data.numel() == sizes[name], name
+    filled = {f"{s.module}.{rule.megatron}" for s in sources for rule in s.rules}
+    assert shards.keys() == filled, f"no rule or no place for {sorted(shards.keys() ^ filled)}"
     return shards
-
-
-def _size(rule: Rule) -> int:
-    return sum(prod(shape) for shape in rule.sources.values())
 
 
 def _check_space(plan: ImportPlan) -> None:
