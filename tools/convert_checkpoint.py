@@ -1,10 +1,14 @@
-"""Convert Hugging Face checkpoints into a Megatron one.
+"""Convert Hugging Face checkpoints into a Megatron one, look into both, and compare them.
 
     python tools/convert_checkpoint.py import --vision siglip/ --language mistral/ --output base/
+    python tools/convert_checkpoint.py inspect base/
+    python tools/convert_checkpoint.py verify base/
 
-Both inputs are Hugging Face folders (config.json and safetensors); the language folder also holds
+The inputs are Hugging Face folders (config.json and safetensors); the language folder also holds
 the tokenizer, the vision folder the image processor. The output starts stage 1: pass it to
 pretrain_vlm.py as `--checkpoint.load base/` together with `--config base/config.yaml`.
+
+Each command has its own --help.
 """
 
 import argparse
@@ -14,42 +18,120 @@ from pathlib import Path
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
+# The package is imported inside the commands: --help should not wait for torch and megatron-core.
+
+EXIT_DIFFERENT = 1
+# fp32 sums in another order through all layers; BF16 has 8 bits and rounds after every operation.
+TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+def add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("import", help="Hugging Face to Megatron")
+    parser.set_defaults(run=run_import)
+    parser.add_argument("--vision", type=Path, required=True, help="SigLIP folder")
+    parser.add_argument("--language", type=Path, required=True, help="Mistral folder")
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--attention", default="dattn", help="attention preset of the model")
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp32"], default="bf16", help="dtype of the stored weights"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and say what would be written"
+    )
+
+
+def run_import(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from megatron_dattn.conversion.import_hf import write_import
+    from megatron_dattn.conversion.import_plan import plan_import
+
+    plan = plan_import(
+        options.vision,
+        options.language,
+        options.output,
+        attention=options.attention,
+        dtype=options.dtype,
+    )
+    print(plan.summary())
+    if options.dry_run:
+        return 0
+    # disable=None: no bar where there is no terminal.
+    with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, disable=None) as bar:
+        write_import(plan, bar.update)
+    return 0
+
+
+def add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("inspect", help="list tensors and count parameters, of either")
+    parser.set_defaults(run=run_inspect)
+    parser.add_argument("folder", type=Path, help="Hugging Face folder, run folder or checkpoint")
+    parser.add_argument("--every-layer", action="store_true", help="one line per layer and tensor")
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    from megatron_dattn.conversion.listing import list_tensors, module_table, tensor_table
+
+    entries = list_tensors(options.folder)
+    print(tensor_table(entries, every=options.every_layer))
+    print()
+    print(module_table(entries))
+    return 0
+
+
+def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("verify", help="compare outputs with the Hugging Face models'")
+    parser.set_defaults(run=run_verify)
+    parser.add_argument("folder", type=Path, help="run folder that `import` wrote")
+    parser.add_argument("--vision", type=Path, help="SigLIP folder, if it has moved")
+    parser.add_argument("--language", type=Path, help="Mistral folder, if it has moved")
+    parser.add_argument("--tokens", type=int, nargs="+", help="token ids; random without")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="to compute in")
+    parser.add_argument("--tolerance", type=float, help=f"relative; by default {TOLERANCES}")
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from megatron_dattn.conversion.verify import verify_checkpoint
+
+    comparisons = verify_checkpoint(
+        options.folder,
+        vision=options.vision,
+        language=options.language,
+        tokens=options.tokens,
+        dtype=options.dtype,
+    )
+    tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
+    agree = True
+    for comparison in comparisons:
+        within = comparison.largest <= tolerance  # false for NaN too
+        agree &= within
+        verdict = "agree" if within else f"DIFFER by more than {tolerance:g}"
+        print(
+            f"{comparison.what}: largest relative difference {comparison.largest:.2e} over "
+            f"{comparison.num_values} values: {verdict}"
+        )
+    return 0 if agree else EXIT_DIFFERENT
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    import_ = commands.add_parser("import", help="Hugging Face to Megatron")
-    import_.add_argument("--vision", type=Path, required=True, help="SigLIP folder")
-    import_.add_argument("--language", type=Path, required=True, help="Mistral folder")
-    import_.add_argument("--output", type=Path, required=True, help="new folder")
-    import_.add_argument("--attention", default="dattn", help="attention preset of the model")
-    import_.add_argument(
-        "--dtype", choices=["bf16", "fp32"], default="bf16", help="dtype of the stored weights"
-    )
+    for add in (add_import, add_inspect, add_verify):
+        add(commands)
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    setup_logging()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    setup_logging(stream=sys.stderr)
     silence_import_warnings()
-    # Imported late: --help should not wait for torch and megatron-core.
-    from megatron_dattn.conversion.import_hf import import_checkpoint
-
     try:
-        import_checkpoint(
-            arguments.vision,
-            arguments.language,
-            arguments.output,
-            attention=arguments.attention,
-            dtype=arguments.dtype,
-        )
+        return options.run(options)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    return 0
 
 
 if __name__ == "__main__":

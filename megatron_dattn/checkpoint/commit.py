@@ -49,6 +49,7 @@ def save_checkpoint(
     *,
     facts: Mapping[str, Any],
     extra_files: Mapping[str, bytes] | None = None,
+    values: writer.Values | None = None,
 ) -> Path:
     """Save one checkpoint as `<directory>/step-<step>/`. Collective over the world.
 
@@ -58,6 +59,8 @@ def save_checkpoint(
         sharded_state_dict: megatron-core's sharded state dict of this rank.
         facts: JSON facts for the manifest, the same on every rank (rank 0's are stored).
         extra_files: this rank's own small files, by name; names are unique over the ranks.
+        values: of the tensors on the meta device, if there are any; each is asked for once, when
+            its turn comes to be written.
 
     Returns:
         The folder of the checkpoint.
@@ -74,7 +77,7 @@ def save_checkpoint(
     needed = _check_space(folder, sharded_state_dict, extra)
     temporary = Path(on_first_rank("making a folder", lambda: _make_temporary(folder, step)))
     try:
-        _fill(temporary, step, sharded_state_dict, dict(facts), extra)
+        _fill(temporary, step, sharded_state_dict, dict(facts), extra, values)
         on_first_rank(f"committing {final}", lambda: _commit(temporary, final))
     except CheckpointError as error:
         on_first_rank(f"removing {temporary}", lambda: _discard(temporary))
@@ -164,10 +167,11 @@ def _fill(
     state: ShardedStateDict,
     facts: dict[str, Any],
     extra: Mapping[str, bytes],
+    values: writer.Values | None,
 ) -> None:
-    writer.write_distributed_checkpoint(state, temporary)
+    shards = writer.write_distributed_checkpoint(state, temporary, values)
     on_every_rank("writing the extra files", lambda: _write_extra(temporary, extra))
-    records = on_every_rank("hashing", lambda: _hash_own(temporary, extra))
+    records = on_every_rank("hashing", lambda: shards | _hash_own(temporary, extra))
     gathered = gather_from_all(records)
     layout = parallel_layout()
     on_first_rank(
@@ -182,7 +186,7 @@ def _write_extra(temporary: Path, extra: Mapping[str, bytes]) -> None:
 
 
 def _hash_own(temporary: Path, extra: Mapping[str, bytes]) -> dict[str, FileRecord]:
-    names = [*writer.own_files(temporary), *extra]
+    names = [*writer.small_files(), *extra]
     return {name: FileRecord(*files.size_and_sha256(temporary / name)) for name in names}
 
 

@@ -5,12 +5,18 @@ files are written outside any agreement between the ranks. Here the same format
 (`torch_dist`, version 1: `.distcp` shards, `.metadata`, `common.pt`, `metadata.json`) is produced
 with torch.distributed.checkpoint's public writer and exchanges, so an error of one rank reaches
 all of them, and `megatron.core.dist_checkpointing.load` reads the result.
+
+Tensors without memory (on the meta device) may be given for a state that is larger than the
+machine: each one's values are asked for when its turn comes to be written. Shards are hashed on
+their way to the disk, not read again for it.
 """
 
 import contextlib
+import hashlib
 import io
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +37,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.msc_utils import MultiStorageClientFeature
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_dattn.checkpoint.collective import (
     as_checkpoint_error,
@@ -43,40 +52,63 @@ from megatron_dattn.checkpoint.collective import (
     rank,
 )
 from megatron_dattn.checkpoint.files import sync_file
+from megatron_dattn.checkpoint.manifest import FileRecord
 from megatron_dattn.errors import CheckpointError
 
 # A tensor is stored as a small zip archive; this covers its headers and alignment.
 _BYTES_PER_RECORD = 4096
 
+Values = Callable[[str, tuple[int, ...]], Tensor]
+"""The values of a tensor on the meta device, by its key and its offset in the global tensor."""
+
 
 class _WatchedFileSystem(FileSystem):
-    """Remembers the first failing write.
+    """Remembers the first failing write, and size and sha256 of every file.
 
     torch's archive writer hides the operating system's reason behind `unexpected pos 704 vs 598`.
     """
 
     def __init__(self) -> None:
         self.error: OSError | None = None
+        self.written: dict[str, FileRecord] = {}
 
     @contextlib.contextmanager
     def create_stream(
         self, path: str | os.PathLike, mode: str
     ) -> Generator[io.BufferedWriter, None, None]:
-        with _WatchedStream(path, mode, self) as stream:
+        with ThreadPoolExecutor(1) as hasher, _WatchedStream(path, mode, self, hasher) as stream:
             yield stream
+        self.written[Path(path).name] = FileRecord(stream.size, stream.digest.hexdigest())
 
 
 class _WatchedStream(io.BufferedWriter):
-    def __init__(self, path: str | os.PathLike, mode: str, owner: _WatchedFileSystem) -> None:
+    """A new file that is written from its beginning to its end."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        mode: str,
+        owner: _WatchedFileSystem,
+        hasher: ThreadPoolExecutor,
+    ) -> None:
         super().__init__(io.FileIO(path, mode.replace("b", "")))
         self._owner = owner
+        self._hasher = hasher
+        self.digest = hashlib.sha256()
+        self.size = 0
 
     def write(self, data: Any) -> int:
+        assert self.tell() == self.size, "written in another order than hashed"
+        hashed = self._hasher.submit(self.digest.update, data)  # beside the write
         try:
-            return super().write(data)
+            count = super().write(data)
         except OSError as error:
             self._owner.error = self._owner.error or error
             raise
+        finally:
+            hashed.result()
+        self.size += count
+        return count
 
 
 class ShardWriter(dcp.FileSystemWriter):
@@ -85,6 +117,11 @@ class ShardWriter(dcp.FileSystemWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
         self.fs = self._watched = _WatchedFileSystem()
+
+    @property
+    def written(self) -> dict[str, FileRecord]:
+        """This rank's shards by name."""
+        return {k: v for k, v in self._watched.written.items() if k.endswith(".distcp")}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         if not plan.items:
@@ -103,11 +140,35 @@ class ShardWriter(dcp.FileSystemWriter):
             raise self._watched.error or error from error
 
 
-def write_distributed_checkpoint(state: ShardedStateDict, folder: Path) -> None:
+class _Planner(MCoreSavePlanner):
+    """Asks for the values of tensors on the meta device one by one."""
+
+    def __init__(self, values: Values | None) -> None:
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._values = values
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = super().lookup_object(index)
+        if not (isinstance(found, Tensor) and found.is_meta):
+            return found
+        assert self._values is not None, f"{index.fqn} has no values"
+        assert index.offset is not None
+        value = self._values(index.fqn, tuple(index.offset))
+        assert value.dtype == found.dtype, (index, value.dtype, found.dtype)
+        return value.reshape(found.shape)
+
+
+def write_distributed_checkpoint(
+    state: ShardedStateDict, folder: Path, values: Values | None = None
+) -> dict[str, FileRecord]:
     """Write a sharded state dict into an empty folder. Collective over the world.
 
     Args:
         state: megatron-core's sharded state dict; what is not sharded is stored by rank 0.
+        values: of the tensors on the meta device, if there are any; each is asked for once.
+
+    Returns:
+        Size and sha256 of the shards that this rank wrote.
 
     Raises:
         CheckpointError: on all ranks, if any of them failed; the folder is then worthless.
@@ -118,12 +179,25 @@ def write_distributed_checkpoint(state: ShardedStateDict, folder: Path) -> None:
     on_first_rank("writing the common state", lambda: _write_common(common, folder))
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     tensors = mcore_to_pyt_state_dict(flat, is_loading=False)
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    shards = ShardWriter(folder)
     try:
-        dcp.save(tensors, storage_writer=ShardWriter(folder), planner=planner)
+        with _without_crc():
+            dcp.save(tensors, storage_writer=shards, planner=_Planner(values))
     except dcp.CheckpointException as error:
         raise first_failure("writing the shards", error) from error
     on_first_rank("writing the format marker", lambda: _write_marker(folder))
+    return shards.written
+
+
+@contextlib.contextmanager
+def _without_crc() -> Generator[None, None, None]:
+    """The archives' own sums cost as much as all other work, and torch never compares them."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def _write_common(common: dict[str, Any], folder: Path) -> None:
@@ -153,12 +227,9 @@ def first_failure(purpose: str, error: dcp.CheckpointException) -> CheckpointErr
     return type(local)(f"rank {failing}: {local}")
 
 
-def own_files(folder: Path) -> list[str]:
-    """The files of a written checkpoint that this rank is to hash."""
-    own = [file.name for file in folder.glob(f"__{rank()}_*.distcp")]
-    if rank() == 0:
-        own += [COMMON_STATE_FNAME, ".metadata", "metadata.json"]
-    return own
+def small_files() -> list[str]:
+    """The files of a written checkpoint, other than shards, that this rank is to hash."""
+    return [COMMON_STATE_FNAME, ".metadata", "metadata.json"] if rank() == 0 else []
 
 
 def estimate_bytes(state: ShardedStateDict) -> int:

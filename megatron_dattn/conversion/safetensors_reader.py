@@ -44,7 +44,8 @@ class SafetensorsFolder:
             vision encoder be read out of a full dual-encoder checkpoint.
 
     Raises:
-        CheckpointError: no safetensors, a shard that is missing or damaged.
+        CheckpointError: no safetensors, a shard that is missing or damaged, an index that does not
+            list what the shards hold.
     """
 
     def __init__(self, folder: Path, *, prefix: str = "") -> None:
@@ -52,40 +53,74 @@ class SafetensorsFolder:
         self._prefix = prefix
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._shards():
-            self._scan(path)
+        self.dtypes: dict[str, str] = {}
+        """In safetensors' words: BF16, F32, ..."""
+        index = self._index()
+        for path in self._shards(index):
+            self._scan(path, index)
 
     def load(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(self._prefix + name)
 
-    def _shards(self) -> list[Path]:
-        index = self.folder / INDEX_FILE
-        if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            if not names:
-                raise CheckpointError(f"{index} lists no weights")
-            paths = [self.folder / name for name in names]
-        else:
-            paths = [self.folder / SINGLE_FILE]
+    def _index(self) -> dict[str, str] | None:
+        """The file of every tensor as the folder's index has it; None without index."""
+        path = self.folder / INDEX_FILE
+        if not path.is_file():
+            return None
+        index = read_json(path).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise CheckpointError(f"{path} lists no weights")
+        return index
+
+    def _shards(self, index: dict[str, str] | None) -> list[Path]:
+        names = {SINGLE_FILE} if index is None else set(index.values())
+        paths = [self.folder / name for name in sorted(names)]
         for path in paths:
-            if not path.is_file():
+            if path.is_file():
+                continue
+            if index is not None:
                 raise CheckpointError(
-                    f"{path} is missing; weights are read from safetensors only "
-                    "(convert .bin files with save_pretrained first)"
+                    f"{path} is missing, but {INDEX_FILE} lists it; download it again"
                 )
+            raise CheckpointError(
+                f"{path} is missing; weights are read from safetensors only "
+                "(convert .bin files with save_pretrained first)"
+            )
         return paths
 
-    def _scan(self, path: Path) -> None:
+    def _scan(self, path: Path, index: dict[str, str] | None) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                names = [n for n in file.keys() if n.startswith(self._prefix)]  # noqa: SIM118
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+                names = list(file.keys())
+                slices = {name: file.get_slice(name) for name in names}
+                shapes = {name: tuple(slices[name].get_shape()) for name in names}
+                dtypes = {name: slices[name].get_dtype() for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} is damaged or truncated ({error}); download it again"
             ) from None
-        for name, shape in shapes.items():
-            bare = name.removeprefix(self._prefix)
-            self._files[bare] = path
-            self.shapes[bare] = shape
+        if index is not None:
+            self._compare(path, set(names), {n for n, file in index.items() if file == path.name})
+        for name in names:
+            if name.startswith(self._prefix):
+                bare = name.removeprefix(self._prefix)
+                self._files[bare] = path
+                self.shapes[bare], self.dtypes[bare] = shapes[name], dtypes[name]
+
+    def _compare(self, path: Path, held: set[str], listed: set[str]) -> None:
+        absent, unlisted = sorted(listed - held), sorted(held - listed)
+        if absent:
+            raise CheckpointError(
+                f"{path} does not hold {_some(absent)}, as {INDEX_FILE} says; download both again"
+            )
+        if unlisted:
+            raise CheckpointError(
+                f"{self.folder / INDEX_FILE} does not list {_some(unlisted)} of {path.name}; "
+                "download both again"
+            )
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")

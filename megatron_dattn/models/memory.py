@@ -248,12 +248,12 @@ def _decoder_layer_bytes(
     """What one decoder layer keeps for its backward pass, with fused norms and SwiGLU.
 
     Per row: inputs and outputs of both norms (4d; of four norms, 8d); key and value (2e); gate, up
-    and their product (3f). Queries (q) and outputs (q) of the rows that have them, scored rows' log-sum-exps (one
-    fp32 per head), and their merged output once more (q) where it is joined with visual rows' for
-    a common projection; the last two not if the attention core is recomputed. Where the FFN runs
-    in recomputed chunks, neither its norm's output nor its middle is kept. Norm tensors are cut
-    over tensor ranks under sequence parallelism only. The last layer, which keeps less of visual
-    rows it need not compute, is counted like the others.
+    and their product (3f). Queries and outputs (q each) of the rows that have them, scored rows'
+    log-sum-exps (one fp32 per head), and their merged output once more (q) where it is joined with
+    visual rows' for a common projection; the last two not if the attention core is recomputed.
+    Where the FFN runs in recomputed chunks, neither its norm's output nor its middle is kept. Norm
+    tensors are cut over tensor ranks under sequence parallelism only. The last layer, which keeps
+    less of visual rows it need not compute, is counted like the others.
     """
     language, value = config.language, _VALUE_BYTES[execution.precision]
     preset, savings = get_preset(config.attention), execution.savings

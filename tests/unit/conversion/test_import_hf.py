@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, read_manifest
 from megatron_dattn.checkpoint.reader import read_metadata, stored_shapes
-from megatron_dattn.conversion import import_hf, mistral, siglip
+from megatron_dattn.conversion import import_plan, mistral, siglip
 from megatron_dattn.conversion.import_hf import import_checkpoint
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.build import build_model
@@ -81,13 +81,13 @@ def test_run_folder_is_self_contained(converted):
 
 
 def test_what_a_preset_adds_is_no_part_of_a_conversion(folders, tmp_path, monkeypatch):
-    def build_with_gates(*sizes):
-        model = build_model(*sizes)
+    def build_with_gates(*sizes, **options):
+        model = build_model(*sizes, **options)
         add_gates(model.language_model)
         return model
 
-    monkeypatch.setattr(import_hf, "build_model", build_with_gates)
-    import_hf.import_checkpoint(*folders, tmp_path / "run")
+    monkeypatch.setattr(import_plan, "build_model", build_with_gates)
+    import_checkpoint(*folders, tmp_path / "run")
     stored = stored_shapes(read_metadata(find_checkpoint(tmp_path / "run").path))
     assert any(key.endswith("self_attention.linear_qkv.weight") for key in stored)
     assert not any("gate" in key for key in stored)

@@ -1,0 +1,99 @@
+"""The commands of the converter, from their command line to exit status and output."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.unit.conversion.hf_models import save_language, save_vision
+from tools.convert_checkpoint import main
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    base = tmp_path_factory.mktemp("hf")
+    save_vision(base / "vision")
+    save_language(base / "language")
+    return base / "vision", base / "language"
+
+
+def import_arguments(folders: tuple[Path, Path], output: Path, *more: str) -> list[str]:
+    vision, language = map(str, folders)
+    inputs = ["--vision", vision, "--language", language]
+    return ["import", *inputs, "--output", str(output), "--dtype", "fp32", *more]
+
+
+@pytest.fixture(scope="module")
+def converted(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("out") / "base"
+    assert main(import_arguments(folders, output)) == 0
+    return output
+
+
+def test_dry_run_says_what_would_be_written_and_writes_nothing(
+    folders, converted, tmp_path, capsys
+):
+    assert main(import_arguments(folders, tmp_path / "new", "--dry-run")) == 0
+    assert not (tmp_path / "new").exists()
+    said = capsys.readouterr().out
+    # 64 x 48 embedding and head, two layers of 13,920, one norm.
+    assert "language_model: 34,032 parameters" in said
+    assert "0.00 GB as fp32" in said
+    assert main(import_arguments(folders, converted, "--dry-run")) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_inspect_shows_both_sides_alike(folders, converted, capsys):
+    totals = []
+    for folder in (folders[1], converted):
+        assert main(["inspect", str(folder)]) == 0
+        said = capsys.readouterr().out
+        assert "F32" in said
+        assert "[64, 48]" in said
+        totals.append(said)
+    assert "model.layers.*.mlp.gate_proj.weight" in totals[0]
+    assert "language_model.decoder.layers.*.mlp.linear_fc1.weight" in totals[1]
+    assert "x 2" in totals[1]
+    assert "34,032 parameters" in totals[0]
+    assert "34,032 parameters" in totals[1]
+    assert main(["inspect", str(converted), "--every-layer"]) == 0
+    assert "language_model.decoder.layers.1.mlp.linear_fc1.weight" in capsys.readouterr().out
+
+
+def test_inspect_of_something_else_is_one_line(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "neither safetensors nor a checkpoint" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("tokens", [[], ["--tokens", "3", "1", "4", "1", "5"]])
+def test_verify_agrees_with_the_models_that_were_converted(converted, tokens, capsys):
+    assert main(["verify", str(converted), *tokens]) == 0
+    said = capsys.readouterr().out
+    assert said.count(": agree") == 2
+
+
+def test_verify_finds_one_changed_weight(folders, converted, tmp_path, capsys):
+    other = tmp_path / "language"
+    save_language(other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][3] += 0.5
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert main(["verify", str(converted), "--language", str(other)]) == 1
+    said = capsys.readouterr().out
+    assert "logits of the language model" in said
+    assert "DIFFER by more than 0.0001" in said
+    assert "features of the vision encoder" in said
+    assert said.count(": agree") == 1
+
+
+def test_verify_refuses_ids_outside_the_vocabulary(converted, capsys):
+    assert main(["verify", str(converted), "--tokens", "64"]) == 2
+    assert "ids go from 0 to 63" in capsys.readouterr().err
+
+
+def test_verify_in_bf16(converted):
+    assert torch.finfo(torch.bfloat16).eps < 5e-2  # the tolerance is not tighter than the type
+    assert main(["verify", str(converted), "--dtype", "bf16"]) == 0
