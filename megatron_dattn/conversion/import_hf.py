@@ -1,6 +1,6 @@
-"""Hugging Face SigLIP and Mistral folders into one Megatron checkpoint that starts stage 1.
+"""Hugging Face folders of an encoder and of a language model into one Megatron checkpoint.
 
-The result is a run folder like any other: `config.yaml` with the model section, `tokenizer/`, and a
+Stage 1 starts from it. The result is a run folder like any other: `config.yaml` with the model section, `tokenizer/`, and a
 committed checkpoint of step 0. It holds no adapter and nothing of what the attention preset adds to
 the decoder layers: stage 1 trains those from their initial values. The checkpoint is committed
 last, so an interrupted conversion leaves none.
@@ -55,8 +55,9 @@ def import_checkpoint(
     """Convert and save. One process; the model is held in memory once.
 
     Args:
-        vision: SigLIP folder: config.json, safetensors, preprocessor_config.json.
-        language: Mistral folder: config.json, safetensors, tokenizer.json.
+        vision: folder of an encoder that `families.py` knows: config.json, safetensors,
+            preprocessor_config.json.
+        language: folder of a language model: config.json, safetensors, tokenizer.json.
         output: the new run folder; it must not hold a checkpoint yet.
         attention: the preset that the configuration names (the weights do not depend on it).
         dtype: "bf16" or "fp32", of the stored weights.
@@ -120,7 +121,8 @@ def _write_assets(vision: Path, language: Path, output: Path, model: ModelConfig
     """Everything of the run folder but the checkpoint."""
     tokenizer = output / "tokenizer"
     image_id = copy_tokenizer(language, tokenizer)
-    load_tokenizer(str(tokenizer), template="mistral_v3", vocab_size=model.language.vocab_size)
+    template = "mistral_v3" if model.language.family == "mistral" else "plain"
+    load_tokenizer(str(tokenizer), template=template, vocab_size=model.language.vocab_size)
     processors = [vision / name for name in PROCESSOR_FILES if (vision / name).is_file()]
     if not processors:
         raise CheckpointError(
