@@ -1,9 +1,9 @@
 """Hugging Face folders of an encoder and of a language model into one Megatron checkpoint.
 
-Stage 1 starts from it. The result is a run folder like any other: `config.yaml` with the model section, `tokenizer/`, and a
-committed checkpoint of step 0. It holds no adapter and nothing of what the attention preset adds to
-the decoder layers: stage 1 trains those from their initial values. The checkpoint is committed
-last, so an interrupted conversion leaves none.
+Stage 1 starts from it. The result is a run folder like any other: `config.yaml` with the model
+section, `tokenizer/`, and a committed checkpoint of step 0. It holds no adapter and nothing of what
+the attention preset adds to the decoder layers: stage 1 trains those from their initial values. The
+checkpoint is committed last, so an interrupted conversion leaves none.
 """
 
 import dataclasses
