@@ -1,10 +1,10 @@
-"""Hugging Face SigLIP and Mistral folders into one Megatron checkpoint that starts stage 1.
+"""Hugging Face folders of an encoder and of a language model into one Megatron checkpoint.
 
-The result is a run folder like any other: `config.yaml` with the model section, `tokenizer/`, and a
-committed checkpoint of step 0. It holds no adapter and nothing of what the attention preset adds to
-the decoder layers: stage 1 trains those from their initial values. The checkpoint is committed
-last, so an interrupted conversion leaves none. Parameters are read, converted and written one by
-one: memory does not grow with the number of layers.
+Stage 1 starts from it. The result is a run folder like any other: `config.yaml` with the model
+section, `tokenizer/`, and a committed checkpoint of step 0. It holds no adapter and nothing of what
+the attention preset adds to the decoder layers: stage 1 trains those from their initial values. The
+checkpoint is committed last, so an interrupted conversion leaves none. Parameters are read,
+converted and written one by one: memory does not grow with the number of layers.
 """
 
 import dataclasses
@@ -37,8 +37,9 @@ def import_checkpoint(
     """Convert and save, in one process.
 
     Args:
-        vision: SigLIP folder: config.json, safetensors, preprocessor_config.json.
-        language: Mistral folder: config.json, safetensors, tokenizer.json.
+        vision: folder of an encoder that `families.py` knows: config.json, safetensors,
+            preprocessor_config.json.
+        language: folder of a language model: config.json, safetensors, tokenizer.json.
         output: the new run folder; it must not hold anything yet.
         attention: the preset that the configuration names (the weights do not depend on it).
         dtype: "bf16" or "fp32", of the stored weights.

@@ -31,7 +31,6 @@ from megatron_dattn.runtime.distributed import (
     seed_everything,
 )
 
-_TEMPLATE = "mistral_v3"
 _FLOATING = ("F64", "F32", "F16", "BF16")
 
 Shards = Mapping[str, ShardedTensor | ShardedTensorFactory]
@@ -168,8 +167,10 @@ def _check_tokenizer(language: Path, model: ModelConfig) -> None:
     """Try on a copy whether the tokenizer can be used with this model."""
     with tempfile.TemporaryDirectory() as trial:
         copy_tokenizer(language, Path(trial))
+        # The one template that needs control tokens of its own.
+        template = "mistral_v3" if model.language.family == "mistral" else "plain"
         try:
-            load_tokenizer(trial, template=_TEMPLATE, vocab_size=model.language.vocab_size)
+            load_tokenizer(trial, template=template, vocab_size=model.language.vocab_size)
         except ConfigError as error:
             raise CheckpointError(str(error).replace(trial, str(language))) from error
 

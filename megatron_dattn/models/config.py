@@ -4,12 +4,22 @@ Field names follow Hugging Face's configs (`SiglipVisionConfig`, `MistralConfig`
 converted checkpoint's model file can be read beside the original's config.json.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megatron_dattn.attention import PRESETS, kept_grid
 from megatron_dattn.errors import ConfigError
 
+_GEMMA2_FIELDS = (
+    *("hidden_activation", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
+# Fields of `LanguageConfig` that a family lacks.
+_FOREIGN_FIELDS = {
+    "mistral": _GEMMA2_FIELDS,
+    "llama": (*_GEMMA2_FIELDS, "sliding_window"),
+    "gemma2": (),
+}
 # Tensor-parallel sizes that divide this divide every vocabulary, once padded.
 _VOCAB_MULTIPLE = 64
 
@@ -158,6 +168,13 @@ class LanguageConfig:
             f"language.num_key_value_heads {self.num_key_value_heads}",
         )
         _require(self.head_dim % 2 == 0, f"language.head_dim {self.head_dim} must be even")
+        usual = {field.name: field.default for field in fields(self)}
+        for name in _FOREIGN_FIELDS[self.family]:
+            _require(
+                getattr(self, name) == usual[name],
+                f"language.{name} {getattr(self, name)} is nothing that a model of "
+                f"language.family '{self.family}' has; leave it out",
+            )
 
     @property
     def has_post_norms(self) -> bool:

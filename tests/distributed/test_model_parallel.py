@@ -26,12 +26,24 @@ from megatron_dattn.models.config import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed
 from tests.support.megatron import global_parameters, init_model_parallel
-from tests.support.vlm import join_shards, make_batch, partition_of, tiny_model, tiny_model_config
+from tests.support.vlm import (
+    CLIP,
+    VISION,
+    join_shards,
+    make_batch,
+    partition_of,
+    tiny_model,
+    tiny_model_config,
+)
 
 SAVING = ExactSavings()
 NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=False)
 CHUNKED = ExactSavings(ffn_chunk_rows=16)
 Joined = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, whole gradients
+
+
+# What of a case is the same in one process.
+_MODEL_FIELDS = ("preset", "frozen", "tie", "family", "vision", "layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Case:
     frozen: tuple[str, ...] = ()
     tie: bool = False
     family: str = "mistral"
+    vision: str = "siglip"
     layers: int = 2
     first_stage: int | None = None
     """Layers of the first pipeline stage, if not its equal share."""
@@ -61,7 +74,7 @@ class Case:
     def alone(self) -> "Case":
         """The same training in one process, without recomputation, nothing left out."""
         return dataclasses.replace(Case(savings=NAIVE), **{
-            name: getattr(self, name) for name in ("preset", "frozen", "tie", "family", "layers")
+            name: getattr(self, name) for name in _MODEL_FIELDS
         })  # fmt: skip
 
     @property
@@ -105,6 +118,7 @@ def _model(case: Case) -> DistributedDataParallel:
     model = tiny_model(
         tiny_model_config(
             case.preset,
+            vision=CLIP if case.vision == "clip" else VISION,
             family=case.family,
             num_hidden_layers=case.layers,
             tie_word_embeddings=case.tie,
@@ -226,6 +240,8 @@ CASES = [
     Case(tensor=2, sequence_parallel=True, savings=NAIVE),
     Case(tensor=2, sequence_parallel=True, savings=CHUNKED),
     Case(pipeline=2, savings=CHUNKED, recompute="full"),
+    Case(tensor=2, sequence_parallel=True, vision="clip"),
+    Case(pipeline=2, vision="clip", recompute="full"),
     # An image is longer than Gemma-2's window here, and so are the texts.
     *(Case(tensor=2, sequence_parallel=True, preset=p, family="gemma2") for p in GEMMA2_PRESETS),
     *(

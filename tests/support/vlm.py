@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -44,6 +45,7 @@ LANGUAGE = LanguageConfig(
     vocab_size=64,
     rope_theta=10_000.0,
 )
+CLIP = replace(VISION, family="clip", hidden_act="quick_gelu", layer_norm_eps=1e-5)
 # What makes the tiny decoder one of another family. The cap is so low and the window so short that
 # both matter; 7 is neither head_dim nor a square; 65 tokens are padded to 128.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -63,11 +65,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 NO_IMAGES: tuple[tuple[int, ...], ...] = ()
 
 
-def tiny_model_config(attention: str = "dattn", **language: Any) -> ModelConfig:
+def tiny_model_config(
+    attention: str = "dattn", *, vision: VisionConfig = VISION, **language: Any
+) -> ModelConfig:
     """All sizes divisible by two, none equal to another by accident."""
     sizes = {**LANGUAGE.__dict__, **FAMILIES[language.get("family", "mistral")], **language}
     adapter = AdapterConfig(max_grid=4)
-    return ModelConfig(VISION, adapter, LanguageConfig(**sizes), attention)
+    return ModelConfig(vision, adapter, LanguageConfig(**sizes), attention)
 
 
 def tiny_model(

@@ -2,6 +2,7 @@
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_dattn.attention import (
     PRESETS,
@@ -20,14 +21,16 @@ from tests.unit.attention.support import layouts
 
 @pytest.mark.parametrize("preset", PRESETS)
 @settings(max_examples=30, deadline=None)
-@given(layout=layouts())
-def test_pairs_are_those_of_the_oracle(preset: str, layout: TokenLayout) -> None:
+@given(layout=layouts(), window=st.none() | st.integers(1, 12))
+def test_pairs_are_those_of_the_oracle(
+    preset: str, layout: TokenLayout, window: int | None
+) -> None:
     config = PRESETS[preset]
-    seen, _ = pair_masks(layout, config)
+    seen, _ = pair_masks(layout, config, window)
     if config.v2v == "diagonal":
         seen[: layout.visual_budget] = False
     visual, text = slice(0, layout.visual_budget), slice(layout.visual_budget, None)
-    assert attended_pairs(layout, config) == {
+    assert attended_pairs(layout, config, window) == {
         "V2V": int(seen[visual, visual].sum()),
         "V2T": int(seen[visual, text].sum()),
         "T2V": int(seen[text, visual].sum()),

@@ -4,6 +4,7 @@ Activation bytes are compared with what autograd keeps for the real model.
 """
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,48 @@ def _built_parameters(config: ModelConfig, parallel: ParallelConfig) -> dict[str
         module = "adapter" if is_added(name) else name.partition(".")[0]
         counts[module] += parameter.numel()
     return counts
+
+
+def test_gemma2_9b_has_its_published_size() -> None:
+    """9,241,705,984 parameters: the sum of the published checkpoint's tensors."""
+    language = LanguageConfig(
+        family="gemma2",
+        hidden_size=3584,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        intermediate_size=14336,
+        vocab_size=256_000,
+        tie_word_embeddings=True,
+    )
+    assert count_parameters(ModelConfig(language=language))["language_model"] == 9_241_705_984
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "parallel"),
+    [
+        ("language", {"family": "gemma2"}, {}),
+        ("language", {"vocab_size": 129}, {"tensor_model_parallel_size": 2}),
+        (
+            "language",
+            {"num_hidden_layers": 5},
+            {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 2},
+        ),
+        ("vision", {"family": "clip"}, {}),
+        ("adapter", {"input_norm": False}, {}),
+    ],
+)
+def test_other_families_and_splits_have_the_parameters_of_the_built_model(
+    section: str, changes: dict[str, Any], parallel: dict[str, int]
+) -> None:
+    changed = dataclasses.replace(getattr(TINY, section), **changes)
+    config = dataclasses.replace(TINY, **{section: changed})
+    layout = ParallelConfig(**parallel)
+    results = run_distributed(_built_parameters, layout.model_parallel_size, config, layout)
+    for rank, built in enumerate(results):
+        stage = rank // layout.tensor_model_parallel_size
+        assert rank_parameters(config, layout, stage) == built
 
 
 @pytest.mark.parametrize(

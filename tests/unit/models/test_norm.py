@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
-from megatron_dattn.models.norm import LayerNorm, RMSNorm
+from megatron_dattn.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from tests.support.megatron import tiny_transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -37,6 +38,30 @@ def test_rms_norm_equals_hugging_face(dtype):
     # The input gradient is a difference of large terms, hence an absolute share of its maximum.
     atol = 4 * tolerance * inputs[1].grad.abs().max().item()
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_centred_rms_norm_equals_gemma2(dtype):
+    config = tiny_transformer_config(params_dtype=dtype)
+    ours, theirs = ZeroCentredRMSNorm(config, 24, eps=1e-6), Gemma2RMSNorm(24, eps=1e-6).to(dtype)
+    assert not ours.weight.any()  # which is a factor of one
+    with torch.no_grad():
+        ours.weight.normal_()
+        theirs.weight.copy_(ours.weight)
+    rows = torch.randn(7, 1, 24, generator=torch.Generator().manual_seed(1)).to(dtype) * 30
+    outs = [norm(rows) for norm in (ours, theirs)]
+    assert outs[0].dtype == dtype
+    # As above: the order of one sum in fp32.
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(*outs, rtol=tolerance, atol=0)
+
+
+def test_zero_centred_rms_norm_keeps_float64():
+    config = tiny_transformer_config(params_dtype=torch.float64)
+    norm, rows = ZeroCentredRMSNorm(config, 24, eps=1e-5), torch.randn(5, 24, dtype=torch.float64)
+    torch.nn.init.normal_(norm.weight)
+    expected = rows / (rows.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * (1 + norm.weight)
+    torch.testing.assert_close(norm(rows), expected, rtol=1e-14, atol=0)
 
 
 def test_rms_norm_keeps_float64():

@@ -1,19 +1,27 @@
-"""The vision encoder equals Hugging Face's SigLIP and sees every patch from every patch."""
+"""The vision encoder equals Hugging Face's SigLIP and CLIP; every patch sees every patch."""
 
 import dataclasses
 
 import pytest
 import torch
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-from megatron_dattn.conversion.siglip import vision_rules
+from megatron_dattn.conversion.families import vision_rules
 from megatron_dattn.models.config import ExecutionConfig, VisionConfig
 from megatron_dattn.models.transformer_config import vision_transformer_config
 from megatron_dattn.models.vision_encoder import PatchEmbedding, VisionEncoder
 from megatron_dattn.parallel.config import ParallelConfig
-from tests.support.vlm import VISION
+from tests.support.vlm import CLIP, VISION
 
 pytestmark = pytest.mark.usefixtures("one_process")
+
+
+both_families = pytest.mark.parametrize("vision", [VISION, CLIP], ids=lambda v: v.family)
 
 
 def _encoder(vision: VisionConfig = VISION, **execution) -> VisionEncoder:
@@ -22,24 +30,31 @@ def _encoder(vision: VisionConfig = VISION, **execution) -> VisionEncoder:
     return VisionEncoder(config, vision, "local")
 
 
-def _hugging_face() -> SiglipVisionModel:
-    fields = dataclasses.asdict(VISION)
-    del fields["feature_layer"]
+def _hugging_face(vision: VisionConfig) -> SiglipVisionModel | CLIPVisionModel:
+    fields = dataclasses.asdict(vision)
+    del fields["feature_layer"], fields["family"]
     torch.manual_seed(5)
-    model = SiglipVisionModel(SiglipVisionConfig(**fields))
+    if vision.family == "clip":
+        model = CLIPVisionModel(CLIPVisionConfig(**fields))
+    else:
+        model = SiglipVisionModel(SiglipVisionConfig(**fields))
     with torch.no_grad():  # its initial biases are zero and its norms one: let them matter
         for param in model.parameters():
             param.add_(torch.randn_like(param) * 0.1)
     return model
 
 
-def _pair(feature_layer: int, dtype: torch.dtype) -> tuple[VisionEncoder, SiglipVisionModel]:
-    vision = dataclasses.replace(VISION, feature_layer=feature_layer)
-    ours, theirs = _encoder(vision).to(dtype), _hugging_face().to(dtype)
+def _pair(
+    vision: VisionConfig, feature_layer: int, dtype: torch.dtype
+) -> tuple[VisionEncoder, SiglipVisionModel | CLIPVisionModel]:
+    vision = dataclasses.replace(vision, feature_layer=feature_layer)
+    ours, theirs = _encoder(vision).to(dtype), _hugging_face(vision).to(dtype)
     weights, params = theirs.state_dict(), dict(ours.named_parameters())
     with torch.no_grad():
         for rule in vision_rules(vision):
-            params[rule.megatron].copy_(rule.layout.join([weights[n] for n in rule.sources]))
+            source = rule.layout.join([weights[n] for n in rule.sources])
+            params.pop(rule.megatron).copy_(source)
+    assert not params
     return ours, theirs
 
 
@@ -56,19 +71,22 @@ def _images(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     ("dtype", "tolerance"),
     [(torch.float32, 1e-5), (torch.float64, 1e-10)],
 )
-def test_features_equal_hugging_face(feature_layer, dtype, tolerance):
-    ours, theirs = _pair(feature_layer, dtype)
+@both_families
+def test_features_equal_hugging_face(vision, feature_layer, dtype, tolerance):
+    ours, theirs = _pair(vision, feature_layer, dtype)
     images = _images(3, dtype)
     with torch.no_grad():
         expected = theirs(images, output_hidden_states=True).hidden_states[feature_layer]
+        expected = expected[:, -vision.num_patches :]  # without the class token
         features = ours(images)
     assert features.shape == (3, VISION.num_patches, VISION.hidden_size)
     torch.testing.assert_close(features, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2])
-def test_attention_received_equals_hugging_face(feature_layer):
-    ours, theirs = _pair(feature_layer, torch.float64)
+@both_families
+def test_attention_received_equals_hugging_face(vision, feature_layer):
+    ours, theirs = _pair(vision, feature_layer, torch.float64)
     theirs.set_attn_implementation("eager")
     images = _images(3, torch.float64)
     with torch.no_grad():
@@ -76,6 +94,7 @@ def test_attention_received_equals_hugging_face(feature_layer):
         features, received = ours(images, with_attention=True)
         # [images, heads, queries, keys] of the last layer that the features passed.
         expected = layers[len(layers) + feature_layer].mean(dim=(1, 2))
+        expected = expected[:, -vision.num_patches :]
     # Its eager softmax is fp32 whatever the inputs are.
     torch.testing.assert_close(received, expected, rtol=1e-6, atol=1e-7)
     assert torch.equal(features, ours(images))
@@ -94,14 +113,16 @@ def test_attention_received_leaves_gradients_alone(recompute):
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, encoder.parameters(), strict=True))
 
 
-def test_gradients_equal_hugging_face():
-    ours, theirs = _pair(-2, torch.float64)
+@both_families
+def test_gradients_equal_hugging_face(vision):
+    ours, theirs = _pair(vision, -2, torch.float64)
     images = _images(2, torch.float64)
     weights = torch.randn(2, VISION.num_patches, VISION.hidden_size, dtype=torch.float64)
-    (theirs(images, output_hidden_states=True).hidden_states[-2] * weights).sum().backward()
+    features = theirs(images, output_hidden_states=True).hidden_states[-2]
+    (features[:, -vision.num_patches :] * weights).sum().backward()
     (ours(images) * weights).sum().backward()
     expected = {name: param.grad for name, param in theirs.named_parameters()}
-    for rule in vision_rules(VISION):
+    for rule in vision_rules(vision):
         grad = ours.get_parameter(rule.megatron).grad
         joined = rule.layout.join([expected[name] for name in rule.sources])
         # Key biases get no gradient but rounding noise: they shift all scores of a query alike.
