@@ -5,10 +5,12 @@
 Random weights of Mistral-7B-v0.3 and SigLIP so400m (15 GB) are made first; three times that room is
 needed. `--layers 2` makes a small one. Copy and conversions alternate, each from cold files (their
 pages are dropped before) to synced ones. A conversion is the whole command in a process of its own,
-start-up included; its peak is the kernel's VmHWM, which counts mapped file pages too.
+start-up included (the dry run is little else); its peak is the kernel's VmHWM, which counts mapped
+file pages too. What is exported is the import with an adapter added, which is not timed.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shlex
@@ -23,13 +25,22 @@ import torch
 
 from benchmarks import report
 from benchmarks.protocol import Spread
-from benchmarks.random_checkpoint import MISTRAL, RandomCheckpoint, write_random_checkpoint
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+
+silence_import_warnings()  # before megatron-core is imported
+
+from benchmarks.random_checkpoint import (  # noqa: E402
+    MISTRAL,
+    RandomCheckpoint,
+    add_adapter,
+    write_random_checkpoint,
+)
 
 _ROOT = Path(__file__).resolve().parents[1]
 _TOOL = _ROOT / "tools" / "convert_checkpoint.py"
 _POLL_SECONDS = 0.05
-_COPY, _DRY_RUN, _IMPORT = "copy", "import --dry-run", "import"
+_COPY, _DRY_RUN, _IMPORT, _EXPORT = "copy", "import --dry-run", "import", "export"
 
 
 @dataclass(frozen=True)
@@ -49,11 +60,8 @@ def conversion_report(arguments: argparse.Namespace) -> str:
         language = replace(MISTRAL, num_hidden_layers=arguments.layers)
         shard_bytes = int(arguments.shard_gb * 1e9)
         made = write_random_checkpoint(folder, language=language, shard_bytes=shard_bytes)
-        results: dict[str, list[Measured]] = {_COPY: [], _DRY_RUN: [], _IMPORT: []}
-        for _ in range(arguments.rounds):
-            results[_COPY].append(copy_files(made, folder / "copy"))
-            results[_DRY_RUN].append(run_import(made, folder / "import", "--dry-run"))
-            results[_IMPORT].append(run_import(made, folder / "import"))
+        rounds = [measure_round(made, folder) for _ in range(arguments.rounds)]
+        results = {name: [measured[name] for measured in rounds] for name in rounds[0]}
         notes = [
             f"{len(made.files)} shards, {made.num_bytes / 1e9:.2f} GB, BF16; language model of "
             f"{arguments.layers} layers",
@@ -65,6 +73,23 @@ def conversion_report(arguments: argparse.Namespace) -> str:
         return f"{head}\n\n{result_table(results, made.num_bytes)}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure_round(made: RandomCheckpoint, folder: Path) -> dict[str, Measured]:
+    """Every variant once; the folder holds what it held before."""
+    measured = {_COPY: copy_files(made, folder / "copy")}
+    imported, trained, exported = (folder / name for name in ("imported", "trained", "exported"))
+    measured[_DRY_RUN] = run_import(made, imported, "--dry-run")
+    measured[_IMPORT] = run_import(made, imported)
+    if importlib.util.find_spec("megatron_dattn.conversion.export_hf"):
+        add_adapter(imported, trained)
+        shutil.rmtree(imported)
+        drop_pages([file for file in trained.rglob("*") if file.is_file()])
+        command = [str(_TOOL), "export", "--checkpoint", str(trained), "--output", str(exported)]
+        measured[_EXPORT] = run_watched(command)
+    for made_here in (imported, trained, exported):
+        shutil.rmtree(made_here, ignore_errors=True)
+    return measured
 
 
 def copy_files(made: RandomCheckpoint, target: Path) -> Measured:
@@ -82,12 +107,10 @@ def copy_files(made: RandomCheckpoint, target: Path) -> Measured:
 
 
 def run_import(made: RandomCheckpoint, target: Path, *options: str) -> Measured:
-    """The command in a process of its own; what it wrote is removed again."""
+    """The command in a process of its own."""
     drop_pages(made.files)
     inputs = ["--vision", str(made.vision), "--language", str(made.language)]
-    measured = run_watched([str(_TOOL), "import", *inputs, "--output", str(target), *options])
-    shutil.rmtree(target, ignore_errors=True)
-    return measured
+    return run_watched([str(_TOOL), "import", *inputs, "--output", str(target), *options])
 
 
 def run_watched(command: list[str]) -> Measured:
@@ -173,6 +196,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
+    setup_logging(stream=sys.stderr, level="WARNING")
     try:
         report.write(conversion_report(parsed), parsed.output)
     except UserError as error:

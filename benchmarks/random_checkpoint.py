@@ -6,6 +6,7 @@ numbers: nothing in a conversion depends on them.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -14,12 +15,19 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from megatron_dattn.checkpoint import find_checkpoint, save_checkpoint
+from megatron_dattn.checkpoint.tensors import ParameterValues, open_tensors
+from megatron_dattn.config.cli import load_config
 from megatron_dattn.conversion.mistral import language_rules
 from megatron_dattn.conversion.siglip import vision_rules
 from megatron_dattn.conversion.weight_map import Rule
-from megatron_dattn.models.config import LanguageConfig, VisionConfig
+from megatron_dattn.models.build import build_model
+from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, VisionConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import one_process
 
 SIGLIP = VisionConfig(feature_layer=-1)  # with the last layer, as the public files have it
 MISTRAL = LanguageConfig()
@@ -71,6 +79,30 @@ def write_random_checkpoint(
     processor = {"image_processor_type": "SiglipImageProcessor", "size": size}
     (made.vision / "preprocessor_config.json").write_text(json.dumps(processor))
     return made
+
+
+def add_adapter(imported: Path, target: Path) -> None:
+    """A run folder as stage 1 leaves it: an import's weights and, constant, what stage 1 adds."""
+    found = find_checkpoint(imported, verify=False)
+    assert found is not None, imported
+    model_config = load_config(imported / "config.yaml").model
+    stored = open_tensors(found.path)
+    execution = ExecutionConfig(precision="bf16", transformer_impl="local")
+    with one_process():
+        model = build_model(model_config, ParallelConfig(), execution, device="meta")
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        shards = {k: v for k, v in model.sharded_state_dict().items() if k in shapes}
+
+        def load(name: str) -> Tensor:
+            if name in stored:
+                return stored[name].load()
+            return torch.full(shapes[name], 0.01, dtype=torch.bfloat16)
+
+        values = ParameterValues(shards, load)
+        facts = {**found.manifest.facts, "modules": sorted({n.partition(".")[0] for n in shapes})}
+        save_checkpoint(target, 1, dict(shards), facts=facts, values=values)
+    shutil.copyfile(imported / "config.yaml", target / "config.yaml")
+    shutil.copytree(imported / "tokenizer", target / "tokenizer")
 
 
 def _write_shards(folder: Path, rules: list[Rule], shard_bytes: int) -> None:

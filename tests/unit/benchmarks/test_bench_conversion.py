@@ -4,11 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from benchmarks import bench_conversion
 from benchmarks.bench_conversion import Measured, result_table, run_watched
-from benchmarks.random_checkpoint import write_random_checkpoint
+from benchmarks.random_checkpoint import add_adapter, write_random_checkpoint
+from megatron_dattn.checkpoint import find_checkpoint
+from megatron_dattn.checkpoint.tensors import open_tensors
 from megatron_dattn.conversion.import_hf import import_checkpoint
 from megatron_dattn.errors import UserError
 from megatron_dattn.models.config import LanguageConfig, VisionConfig
@@ -27,16 +30,23 @@ LANGUAGE = LanguageConfig(
 
 def test_a_random_checkpoint_has_shards_that_convert(tmp_path: Path) -> None:
     made = write_random_checkpoint(
-        tmp_path / "made", vision=VISION, language=LANGUAGE, shard_bytes=20_000
+        tmp_path / "made", vision=VISION, language=LANGUAGE, shard_bytes=40_000
     )
-    assert len(made.files) > 4
-    assert max(file.stat().st_size for file in made.files) < 30_000  # headers and all
-    with safe_open(made.language / "model-00001-of-00003.safetensors", framework="pt") as file:
+    assert len(made.files) >= 4, "several of each"
+    assert max(file.stat().st_size for file in made.files) < 50_000  # headers and all
+    first = next(made.language.glob("model-00001-of-*.safetensors"))
+    with safe_open(first, framework="pt") as file:
         weight = file.get_tensor("model.embed_tokens.weight")
     assert weight.shape == (64, 32)
     assert 0.9 < weight.float().std() < 1.1  # 2,048 normal values
     model = import_checkpoint(made.vision, made.language, tmp_path / "run")
     assert model.language == LANGUAGE
+    add_adapter(tmp_path / "run", tmp_path / "trained")
+    before, after = (
+        open_tensors(find_checkpoint(tmp_path / name).path) for name in ("run", "trained")
+    )
+    assert {name.partition(".")[0] for name in after.keys() - before.keys()} == {"adapter"}
+    assert all(torch.equal(before[name].load(), after[name].load()) for name in before)
 
 
 def test_the_peak_of_another_process_is_seen() -> None:
