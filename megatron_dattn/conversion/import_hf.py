@@ -24,7 +24,7 @@ from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.models.config import ModelConfig
-from megatron_dattn.runtime.distributed import destroy_distributed, initialize_distributed
+from megatron_dattn.runtime.distributed import one_process
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ def _write_weights(plan: ImportPlan, written: Callable[[int], object]) -> None:
         written(value.nbytes)
         return value
 
-    initialize_distributed()
-    try:
+    with one_process():
         save_checkpoint(
             plan.output,
             0,
@@ -109,8 +108,6 @@ def _write_weights(plan: ImportPlan, written: Callable[[int], object]) -> None:
             facts=_facts(plan),
             values=ParameterValues(plan.shards, load),
         )
-    finally:
-        destroy_distributed()
 
 
 def _convert(source: Source, rule: Rule, target: Tensor) -> Tensor:

@@ -25,11 +25,7 @@ from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ExecutionConfig, ModelConfig
 from megatron_dattn.parallel.config import ParallelConfig
-from megatron_dattn.runtime.distributed import (
-    destroy_distributed,
-    initialize_distributed,
-    seed_everything,
-)
+from megatron_dattn.runtime.distributed import one_process
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -176,16 +172,12 @@ def _check_tokenizer(language: Path, model: ModelConfig) -> None:
 
 
 def _shards(model_config: ModelConfig, sources: list[Source], dtype: str) -> Shards:
-    initialize_distributed()
-    try:
-        seed_everything(0)
-        execution = ExecutionConfig(
-            precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
-        )
+    execution = ExecutionConfig(
+        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
+    )
+    with one_process():
         model = build_model(model_config, ParallelConfig(), execution, device="meta")
         sharded: dict[str, Any] = model.sharded_state_dict()
-    finally:
-        destroy_distributed()
     modules = tuple(f"{source.module}." for source in sources)
     shards = {
         name: shard

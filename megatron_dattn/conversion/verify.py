@@ -28,12 +28,7 @@ from megatron_dattn.models.config import (
 )
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
-from megatron_dattn.runtime.distributed import (
-    destroy_distributed,
-    get_device,
-    initialize_distributed,
-    seed_everything,
-)
+from megatron_dattn.runtime.distributed import get_device, one_process
 
 NUM_TOKENS = 64
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -175,12 +170,10 @@ def _from_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
 def _our_outputs(
     tensors: dict[str, StoredTensor], config: ModelConfig, ids: Tensor, pixels: Tensor, dtype: str
 ) -> dict[str, Tensor]:
-    initialize_distributed()
-    try:
-        seed_everything(0)
-        execution = ExecutionConfig(
-            precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
-        )
+    execution = ExecutionConfig(
+        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
+    )
+    with one_process():
         model = build_model(config, ParallelConfig(), execution).eval()
         _fill(model, tensors)
         batch = _text_batch(ids, pixels).to(get_device())
@@ -190,8 +183,6 @@ def _our_outputs(
             "logits of the language model": model.forward_logits(batch, rows).cpu(),
             "features of the vision encoder": model.vision_model(pixels.to(get_device())).cpu(),
         }
-    finally:
-        destroy_distributed()
 
 
 def _fill(model: DAttnVLM, tensors: dict[str, StoredTensor]) -> None:

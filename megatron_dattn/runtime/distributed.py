@@ -4,8 +4,10 @@ Works under torchrun (or any launcher that sets its variables) and, without a la
 of one process. NCCL on CUDA, gloo with the CPU runtime otherwise.
 """
 
+import contextlib
 import os
 import random
+from collections.abc import Iterator
 from datetime import timedelta
 
 import numpy as np
@@ -108,12 +110,40 @@ def _join_process_group(timeout_seconds: float) -> None:
 
 def destroy_distributed() -> None:
     """Tear down what `initialize_distributed` built; does nothing if nothing was."""
-    from megatron.core import parallel_state
+    if _has_model_parallel_groups():
+        from megatron.core import parallel_state
 
-    if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _has_model_parallel_groups() -> bool:
+    from megatron.core import parallel_state
+
+    return parallel_state.model_parallel_is_initialized()
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Process groups and random states of a single process, for work that is not distributed.
+
+    Groups that exist already are used and stay.
+
+    Raises:
+        ConfigError: a launcher has started several processes.
+    """
+    existed = dist.is_initialized()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (existed and dist.get_world_size() > 1):
+        raise ConfigError("this is work for one process; start it without torchrun")
+    try:
+        if not _has_model_parallel_groups():
+            initialize_distributed()
+        seed_everything(0)
+        yield
+    finally:
+        if not existed:
+            destroy_distributed()
 
 
 def seed_everything(seed: int) -> None:

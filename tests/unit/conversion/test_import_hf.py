@@ -1,26 +1,33 @@
 """A converted checkpoint holds exactly the Hugging Face weights, and wrong input leaves nothing."""
 
 import json
+import os
 import shutil
+import signal
+from math import prod
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, read_manifest
 from megatron_dattn.checkpoint.reader import read_metadata, stored_shapes
 from megatron_dattn.conversion import import_plan, mistral, siglip
-from megatron_dattn.conversion.import_hf import import_checkpoint
+from megatron_dattn.conversion.import_hf import import_checkpoint, write_import
+from megatron_dattn.conversion.import_plan import plan_import
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, VisionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import (
     destroy_distributed,
     initialize_distributed,
     seed_everything,
 )
+from tests.support.distributed import RankError, run_distributed
 from tests.support.tiny_vlm import add_gates
 from tests.unit.conversion.hf_models import save_language, save_vision
 
@@ -109,6 +116,21 @@ def drop_tensor(folder):
     save_file(tensors, folder / "model.safetensors")
 
 
+def set_tensor(folder, name, value):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: value}, folder / "model.safetensors")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def add_token(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<{number}>" for number in range(64)])
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -119,6 +141,17 @@ def drop_tensor(folder):
         (lambda v, m: edit_config(v, patch_size=0), r"vision\.patch_size must be positive"),
         (lambda v, m: edit_config(m, vocab_size=80), r"expected \[80, 48\]"),
         (lambda v, m: drop_tensor(m), r"missing model.norm.weight \[48\]"),
+        (lambda v, m: set_tensor(m, "x.y", torch.ones(2)), r"unexpected x\.y \[2\]"),
+        (
+            lambda v, m: set_tensor(m, "model.norm.weight", torch.ones(7)),
+            r"model\.norm\.weight has shape \[7\], expected \[48\]",
+        ),
+        (
+            lambda v, m: set_tensor(m, "model.norm.weight", torch.ones(48, dtype=torch.int8)),
+            r"model\.norm\.weight as I8: quantized",
+        ),
+        (lambda v, m: truncate(m / "model.safetensors"), r"model\.safetensors is damaged"),
+        (lambda v, m: add_token(m), r"language' has ids up to 100.* vocab_size is 64"),
         (lambda v, m: (m / "tokenizer.json").unlink(), r"no tokenizer\.json"),
         (lambda v, m: (v / "preprocessor_config.json").unlink(), "preprocessor_config"),
         (lambda v, m: (v / "config.json").unlink(), r"config\.json is missing"),
@@ -133,3 +166,75 @@ def test_wrong_input_is_one_error_and_leaves_nothing(folders, tmp_path, damage, 
     with pytest.raises(UserError, match=message):
         import_checkpoint(vision, language, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_found_before_anything_is_written(folders, tmp_path, monkeypatch):
+    needed = plan_import(*folders, tmp_path / "out").num_bytes
+    usage = shutil.disk_usage(tmp_path)
+    for free, enough in ((needed - 1, False), (needed + 10**6, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if enough:
+            import_checkpoint(*folders, tmp_path / "out")
+            continue
+        with pytest.raises(CheckpointError, match=r"disk full: the checkpoint needs 0\.00 GiB"):
+            import_checkpoint(*folders, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    stored = sum(file.stat().st_size for file in find_checkpoint(tmp_path / "out").path.iterdir())
+    assert needed < stored < needed + 10**6
+
+
+def die_between_tensors(vision: Path, language: Path, output: Path, survived: int) -> None:
+    count = 0
+
+    def kill(num_bytes: int) -> None:
+        nonlocal count
+        count += 1
+        if count > survived:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    write_import(plan_import(vision, language, output), kill)
+
+
+@pytest.mark.parametrize("survived", [0, 17])
+def test_a_killed_import_leaves_no_checkpoint(folders, tmp_path, survived):
+    output = tmp_path / "out"
+    with pytest.raises(RankError, match="died"):
+        run_distributed(die_between_tensors, 1, *folders, output, survived)
+    assert list(output.glob("step-*/__0_0.distcp")), "it died while it was writing"
+    assert find_checkpoint(output) is None
+    with pytest.raises(CheckpointError, match="not empty"):
+        import_checkpoint(*folders, output)
+
+
+def write_empty(folder, rules):
+    """Weights of any size that take no room: a header, and a hole for the values."""
+    header, end = {}, 0
+    for name, shape in ((n, s) for rule in rules for n, s in rule.sources.items()):
+        start, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
+def test_a_model_of_real_size_is_planned_from_headers_alone(folders, tmp_path, monkeypatch):
+    vision, language = tmp_path / "vision", tmp_path / "language"
+    shutil.copytree(folders[0], vision)
+    shutil.copytree(folders[1], language)
+    siglip_config, mistral_config = VisionConfig(feature_layer=-1), LanguageConfig()
+    write_empty(vision, siglip.vision_rules(siglip_config))
+    write_empty(language, mistral.language_rules(mistral_config))
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    edit_config(vision, **{n: getattr(siglip_config, n) for n in (*names, "image_size")})
+    edit_config(vision, patch_size=14)
+    more = ("num_key_value_heads", "head_dim", "vocab_size")
+    edit_config(language, **{n: getattr(mistral_config, n) for n in (*names, *more)})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
+    plan = plan_import(vision, language, tmp_path / "out")
+    # All of Mistral-7B-v0.3; SigLIP without its last layer and its head, by hand.
+    assert plan.num_parameters["language_model"] == 7_248_023_552
+    assert plan.num_parameters["vision_model"] == 397_745_440
+    assert plan.num_bytes == 2 * sum(plan.num_parameters.values())
+    assert "15.29 GB as bf16" in plan.summary()

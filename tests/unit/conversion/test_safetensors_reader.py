@@ -42,6 +42,43 @@ def test_missing_and_truncated_shards_are_named(tmp_path):
         SafetensorsFolder(tmp_path)
 
 
+def write_index(folder, **weight_map):
+    index = {"weight_map": {name.replace("_", "."): file for name, file in weight_map.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"a_x": "one.safetensors"}, None),
+        ({"a_x": "one.safetensors", "b_y": "three.safetensors"}, "three.safetensors is missing"),
+        ({"a_x": "one.safetensors", "b_y": "one.safetensors"}, "one.* does not hold b.y"),
+        ({"a_x": "one.safetensors", "c_z": "two.safetensors"}, "two.* does not hold c.z"),
+        ({}, "lists no weights"),
+    ],
+)
+def test_an_index_that_is_not_the_shards(tmp_path, index, message):
+    write_shards(tmp_path)
+    write_index(tmp_path, **index)
+    if message is None:  # a shard that no index names is not looked at
+        assert SafetensorsFolder(tmp_path).shapes == {"a.x": (2,)}
+        return
+    with pytest.raises(CheckpointError, match=message):
+        SafetensorsFolder(tmp_path)
+
+
+def test_a_tensor_that_the_index_lacks_is_named(tmp_path):
+    write_shards(tmp_path)
+    save_file({"b.y": torch.zeros(3, 1), "b.z": torch.zeros(1)}, tmp_path / "two.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not list b\.z of two\.safetensors"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_types_are_known_without_reading(tmp_path):
+    save_file({"x": torch.ones(1, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    assert SafetensorsFolder(tmp_path).dtypes == {"x": "BF16"}
+
+
 def test_pickled_weights_are_refused(tmp_path):
     torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="safetensors only"):
