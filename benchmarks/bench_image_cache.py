@@ -11,9 +11,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
 
 
@@ -27,72 +30,71 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def timed(function: Callable[[], torch.Tensor], device: torch.device) -> tuple[float, torch.Tensor]:
+def timed(function: Callable[..., Any], *values: Any, **options: Any) -> tuple[float, Any]:
     """Seconds that a call takes, and its result."""
-    wait(device)
+    wait()
     start = time.perf_counter()
-    result = function()
-    wait(device)
+    result = function(*values, **options)
+    wait()
     return time.perf_counter() - start, result
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def wait() -> None:
+    """For the device to finish what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def measure(
-    model: DAttnForConditionalGeneration, images: int, questions: int, text_tokens: int
-) -> dict[str, float]:
-    """Median seconds to the first token, and of the encoding that the cache spares.
+def ask(model: Any, prompt: Tensor, **images: Any) -> Tensor:
+    """The answer's first token."""
+    mask = torch.ones_like(prompt)
+    return model.generate(prompt, attention_mask=mask, max_new_tokens=1, **images)
+
+
+def make_prompts(config: DAttnConfig, images: int, questions: int, text_tokens: int) -> Tensor:
+    """Random questions, each after all images; int64 [questions, 1, images + text_tokens]."""
+    shape = (questions, 1, text_tokens)
+    # Ids above those of control tokens, which tokenizers put first.
+    text = torch.randint(config.image_token_id + 1, config.text_config.vocab_size, shape)
+    marks = torch.full((questions, 1, images), config.image_token_id)
+    return torch.cat((marks, text), dim=-1)
+
+
+def measure(model: Any, pixels: Tensor, prompts: Tensor) -> dict[str, float]:
+    """Median seconds of encoding, and to the first token from pixels and from the cache.
+
+    Args:
+        model: a `DAttnForConditionalGeneration`.
+        pixels: [images, 3, side, side], on the model's device.
+        prompts: of `make_prompts`, there too; the first one warms up.
 
     Raises:
         AssertionError: an answer differs.
     """
-    device, config = model.device, model.config
-    side = config.vision_config.image_size
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(images, 3, side, side, generator=generator).to(device)
-    marks = torch.full((1, images), config.image_token_id)
-    # Ids above the control tokens, which every tokenizer puts first.
-    texts = torch.randint(
-        config.image_token_id + 1,
-        config.text_config.vocab_size,
-        (questions + 1, 1, text_tokens),
-        generator=generator,
-    )
-    prompts = [torch.cat((marks, text), dim=1).to(device) for text in texts]
-    encoding, cache = [], None
-    fresh, cached = [], []
-    for number, prompt in enumerate(prompts):
-
-        def ask(prompt: torch.Tensor = prompt, **given: object) -> torch.Tensor:
-            mask = torch.ones_like(prompt)
-            return model.generate(prompt, attention_mask=mask, max_new_tokens=1, **given)
-
-        seconds, _ = timed(lambda: model.encode_images(pixels).keys[-1], device)
-        cache = cache or model.encode_images(pixels)
-        with_pixels, expected = timed(lambda ask=ask: ask(pixel_values=pixels), device)
-        with_cache, answer = timed(lambda ask=ask, c=cache: ask(image_cache=c), device)
+    seconds: dict[str, list[float]] = {"encode": [], "pixels": [], "cache": []}
+    for prompt in prompts:
+        encoding, cache = timed(model.encode_images, pixels)
+        from_pixels, expected = timed(ask, model, prompt, pixel_values=pixels)
+        from_cache, answer = timed(ask, model, prompt, image_cache=cache)
         assert torch.equal(answer, expected), "the cache changed an answer"
-        if number:  # the first question warms up
-            encoding.append(seconds)
-            fresh.append(with_pixels)
-            cached.append(with_cache)
-    return {
-        "encode": statistics.median(encoding),
-        "pixels": statistics.median(fresh),
-        "cache": statistics.median(cached),
-    }
+        for name, value in zip(seconds, (encoding, from_pixels, from_cache), strict=True):
+            seconds[name].append(value)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def main() -> None:
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    model = DAttnForConditionalGeneration.from_pretrained(arguments.model).to(device).eval()
-    seconds = measure(model, arguments.images, arguments.questions, arguments.text_tokens)
-    rows = arguments.images * model.config.rows_per_image
-    print(f"{rows} visual rows, {arguments.text_tokens} text tokens, {device}, {model.dtype}")
+    torch.manual_seed(0)
+    model: Any = DAttnForConditionalGeneration.from_pretrained(arguments.model)
+    model.to(arguments.device).eval()
+    config = model.config
+    side, rows = config.vision_config.image_size, arguments.images * config.rows_per_image
+    pixels = torch.randn(arguments.images, 3, side, side).to(model.device)
+    prompts = make_prompts(
+        config, arguments.images, arguments.questions + 1, arguments.text_tokens
+    ).to(model.device)
+    seconds = measure(model, pixels, prompts)
+    print(f"{rows} visual rows, {arguments.text_tokens} text tokens, {model.device}, {model.dtype}")
     print(f"encoding the images        {seconds['encode'] * 1e3:9.2f} ms, once")
     print(f"first token, from pixels   {seconds['pixels'] * 1e3:9.2f} ms per question")
     print(f"first token, from a cache  {seconds['cache'] * 1e3:9.2f} ms per question")

@@ -129,7 +129,7 @@ class DAttnCache(DynamicCache):
         self.is_text = is_text if self.is_text is None else torch.cat((self.is_text, is_text), 1)
         return self.is_text
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._keep_samples(beam_idx)
 

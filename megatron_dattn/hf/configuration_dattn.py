@@ -74,8 +74,8 @@ class DAttnConfig(PreTrainedConfig):
     ) -> None:
         if not isinstance(vision_config, SiglipVisionConfig):
             vision_config = SiglipVisionConfig(**(vision_config or {}))
-        self.vision_config = vision_config
-        self.text_config = _text_config(text_config)
+        self.vision_config: Any = vision_config
+        self.text_config: Any = _text_config(text_config)
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
         self.adapter_hidden_size = adapter_hidden_size
@@ -113,13 +113,10 @@ class DAttnConfig(PreTrainedConfig):
 
 
 def _text_config(config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
-    if isinstance(config, PreTrainedConfig):
-        kind, values = config.model_type, None
-    else:
-        values = dict(config or {})
-        kind = values.pop("model_type", "mistral")
+    values = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config or {})
+    kind = values.pop("model_type", "mistral")
     if kind not in TEXT_CONFIGS:
         raise ValueError(
             f"text_config is of type '{kind}'; this code knows {', '.join(TEXT_CONFIGS)}"
         )
-    return config if values is None else TEXT_CONFIGS[kind](**values)
+    return config if isinstance(config, PreTrainedConfig) else TEXT_CONFIGS[kind](**values)

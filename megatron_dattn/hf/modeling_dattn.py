@@ -32,7 +32,7 @@ IGNORED_LABEL = -100
 class DAttnPreTrainedModel(PreTrainedModel):
     config_class = DAttnConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     _no_split_modules = ["DecoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "image_cache"]  # noqa: RUF012
     _supports_sdpa = True  # the vision encoder's
@@ -44,8 +44,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
         text = config.text_config
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
-        self.layers = nn.ModuleList(
+        self.embed_tokens: nn.Module = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers: Any = nn.ModuleList(
             DecoderLayer(config, number) for number in range(text.num_hidden_layers)
         )
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
@@ -275,10 +275,10 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values
         )
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         # Positions are the model's own affair: they depend on where the images stand.
@@ -288,11 +288,11 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
             inputs.pop("pixel_values", None)
         return inputs
 
-    def _expand_inputs_for_generation(
+    def _expand_inputs_for_generation(  # type: ignore[override]
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
+        input_ids: Any = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat every sample, with its images: these are encoded once and shared."""
@@ -305,7 +305,7 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
                 numbers = torch.arange(sum(counts)).split(counts)
                 repeated = torch.cat([n.repeat(expand_size) for n in numbers])
                 model_kwargs["image_cache"] = model_kwargs["image_cache"].select(repeated)
-        return super()._expand_inputs_for_generation(
+        return super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
 

@@ -29,12 +29,11 @@ class RMSNorm(nn.Module):
 class VisionEmbeddings(nn.Module):
     """Patches as rows, with the encoder's own positions."""
 
-    def __init__(self, config: SiglipVisionConfig) -> None:
+    def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
-        patch = config.patch_size
-        num_patches = (config.image_size // patch) ** 2
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, patch, stride=patch)
-        self.position_embedding = nn.Embedding(num_patches, config.hidden_size)
+        width, patch = config.vision_config.hidden_size, config.vision_config.patch_size
+        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch)
+        self.position_embedding = nn.Embedding(config.rows_per_image, width)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
@@ -60,7 +59,7 @@ class VisionTower(nn.Module):
         vision = config.vision_config
         if vision._attn_implementation is None:  # transformers sets it for whole models only
             vision._attn_implementation = "sdpa"
-        self.embeddings = VisionEmbeddings(vision)
+        self.embeddings = VisionEmbeddings(config)
         num_layers = vision.num_hidden_layers + 1 + config.vision_feature_layer
         self.encoder = VisionEncoder(vision, num_layers)
 
@@ -157,6 +156,10 @@ class FractionalPositions(nn.Module):
 
 
 def _in_fp32(mlp: nn.Sequential, rows: Tensor) -> Tensor:
-    first, activation, second = mlp
-    rows = activation(F.linear(rows, first.weight.to(rows.dtype), first.bias.to(rows.dtype)))
-    return F.linear(rows, second.weight.to(rows.dtype), second.bias.to(rows.dtype))
+    """The MLP in the dtype of its rows, not of its weights."""
+    for layer in mlp:
+        if isinstance(layer, nn.Linear):
+            rows = F.linear(rows, layer.weight.to(rows.dtype), layer.bias.to(rows.dtype))
+        else:
+            rows = layer(rows)
+    return rows

@@ -1,6 +1,6 @@
-"""Run in a process of its own: load an export as any user would, and ask it.
+"""Run in a process of its own: load exports as any user would, and ask them.
 
-    python answer.py EXPORT QUESTIONS.json ANSWERS.pt
+    python answer.py QUESTIONS.json ANSWERS.pt EXPORT...
 
 Nothing of this project can be imported here.
 """
@@ -27,16 +27,13 @@ from transformers import (  # noqa: E402
 )
 
 
-def main():
-    folder, questions, output = sys.argv[1:]
+def answers_of(folder, conversations):
     remote = {"trust_remote_code": True}
     assert AutoConfig.from_pretrained(folder, **remote).model_type == "dattn"
-    model = AutoModelForImageTextToText.from_pretrained(folder, **remote)
     assert type(AutoModel.from_pretrained(folder, **remote)).__name__ == "DAttnModel"
+    model = AutoModelForImageTextToText.from_pretrained(folder, **remote)
     processor = AutoProcessor.from_pretrained(folder, **remote)
     answers = []
-    with open(questions) as file:
-        conversations = json.load(file)
     for conversation in conversations:
         inputs = processor.apply_chat_template(
             [conversation], tokenize=True, return_dict=True, return_tensors="pt"
@@ -45,7 +42,14 @@ def main():
             logits = model(**inputs).logits[0]
         tokens = model.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
         answers.append({"ids": inputs["input_ids"][0], "logits": logits, "tokens": tokens})
-    torch.save(answers, output)
+    return answers
+
+
+def main():
+    questions, output, *folders = sys.argv[1:]
+    with open(questions) as file:
+        conversations = json.load(file)
+    torch.save([answers_of(folder, conversations) for folder in folders], output)
 
 
 main()

@@ -60,22 +60,28 @@ def inputs_of(processor, conversations):
     )
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_fresh_process_answers_alike(base, exported, tmp_path, preset):
-    run, folder = exported(preset)
+@pytest.fixture(scope="module")
+def answers(base, exported):
+    """Of every preset, from one process that knows nothing of this project."""
     environment = {
         "PATH": os.environ["PATH"],
         "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_MODULES_CACHE": str(base / "modules"),
     }
-    call = [sys.executable, ANSWER, folder, base / "questions.json", tmp_path / "answers.pt"]
-    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    folders = [exported(preset)[1] for preset in PRESETS]
+    call = [sys.executable, ANSWER, base / "questions.json", base / "answers.pt", *folders]
+    done = subprocess.run(call, cwd=base, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    answers = torch.load(tmp_path / "answers.pt")
+    return dict(zip(PRESETS, torch.load(base / "answers.pt"), strict=True))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_fresh_process_answers_alike(base, exported, answers, preset):
+    run, _ = exported(preset)
     loaded = load_model(run)
     prompts = our_prompts(loaded, base)
     tokens = generate_tokens(loaded, prompts, max_new_tokens=12)
-    for prompt, expected, answer in zip(prompts, tokens, answers, strict=True):
+    for prompt, expected, answer in zip(prompts, tokens, answers[preset], strict=True):
         is_text = answer["ids"] != IMAGE_ID
         assert answer["ids"][is_text].tolist() == prompt.rows.input_ids
         places = (is_text.cumsum(0))[~is_text].tolist()
