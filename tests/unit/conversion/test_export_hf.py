@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +30,7 @@ from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.hf.run_folders import make_run_folder
 
+ROOT = Path(__file__).parents[3]
 IMAGE_ID = 5
 
 
@@ -254,3 +258,17 @@ def test_an_interrupted_export_leaves_nothing(base, tmp_path, monkeypatch, error
     with pytest.raises((CheckpointError, KeyboardInterrupt)):
         export_checkpoint(base / "dattn", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_command_line(base, tmp_path):
+    tool = [sys.executable, "tools/convert_checkpoint.py", "export", "--output", tmp_path / "out"]
+    missing = subprocess.run(
+        [*tool, "--checkpoint", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert missing.returncode == 2
+    assert "holds no config.yaml" in missing.stderr.splitlines()[-1]
+    done = subprocess.run(
+        [*tool, "--checkpoint", base / "dattn"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
