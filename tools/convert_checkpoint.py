@@ -1,12 +1,15 @@
-"""Convert Hugging Face checkpoints into a Megatron one, look into both, and compare them.
+"""Convert checkpoints between Hugging Face and Megatron, look into both, and compare them.
 
     python tools/convert_checkpoint.py import --vision siglip/ --language mistral/ --output base/
+    python tools/convert_checkpoint.py export --checkpoint run/ --output model/
     python tools/convert_checkpoint.py inspect base/
     python tools/convert_checkpoint.py verify base/
 
-The inputs are Hugging Face folders (config.json and safetensors); the language folder also holds
-the tokenizer, the vision folder the image processor. The output starts stage 1: pass it to
+Import: the inputs are Hugging Face folders (config.json and safetensors); the language folder also
+holds the tokenizer, the vision folder the image processor. The output starts stage 1: pass it to
 pretrain_vlm.py as `--checkpoint.load base/` together with `--config base/config.yaml`.
+
+Export: a run's newest checkpoint becomes a folder that transformers loads, see docs/huggingface.md.
 
 Each command has its own --help.
 """
@@ -15,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
 # The package is imported inside the commands: --help should not wait for torch and megatron-core.
@@ -59,6 +62,27 @@ def run_import(options: argparse.Namespace) -> int:
     # disable=None: no bar where there is no terminal.
     with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, disable=None) as bar:
         write_import(plan, bar.update)
+    return 0
+
+
+def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("export", help="Megatron to Hugging Face")
+    parser.set_defaults(run=run_export)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run")
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="largest file of weights, in 10^9 bytes"
+    )
+    parser.add_argument("--license", help="for the model card, as the hub spells it")
+
+
+def run_export(options: argparse.Namespace) -> int:
+    from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
+
+    if not options.max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb must be positive, got {options.max_shard_gb}")
+    largest = int(options.max_shard_gb * 10**9)
+    export_checkpoint(options.checkpoint, options.output, ExportOptions(largest, options.license))
     return 0
 
 
@@ -118,7 +142,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_import, add_inspect, add_verify):
+    for add in (add_import, add_export, add_inspect, add_verify):
         add(commands)
     return parser.parse_args(arguments)
 

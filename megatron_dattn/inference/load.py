@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint
+from megatron_dattn.checkpoint.discovery import FoundCheckpoint
 from megatron_dattn.config.cli import load_config
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.images import ImagePreprocessor
@@ -59,13 +60,7 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
         ConfigError: the folder's configuration or tokenizer does not fit.
     """
     folder = Path(run_folder)
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"{folder} holds no config.yaml: is it the folder of a run?")
-    found = find_checkpoint(folder)
-    if found is None:
-        raise CheckpointError(f"{folder} holds no checkpoint yet")
-    config = load_config(folder / "config.yaml")
-    _check_modules(found.path, found.manifest.modules)
+    found, config = find_run(folder)
     tokenizer_folder = str(folder / "tokenizer")
     template = template or config.data.template
     tokenizer = load_tokenizer(
@@ -89,6 +84,22 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
     return LoadedModel(
         model.eval(), tokenizer, ConversationTokenizer(tokenizer, template), preprocessor, config
     )
+
+
+def find_run(folder: Path) -> tuple[FoundCheckpoint, PretrainConfig]:
+    """The newest sound checkpoint of a run folder, and its configuration; no weights are read.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint, or it lacks a module.
+        ConfigError: the configuration is damaged.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder} holds no config.yaml: is it the folder of a run?")
+    found = find_checkpoint(folder)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no checkpoint yet")
+    _check_modules(found.path, found.manifest.modules)
+    return found, load_config(folder / "config.yaml")
 
 
 def _check_modules(path: Path, modules: tuple[str, ...]) -> None:

@@ -20,8 +20,9 @@ ALLOWED: dict[str, set[str]] = {
     "data": LEAVES | {"attention"},
     "parallel": LEAVES | {"attention"},
     "models": LEAVES | {"attention", "parallel"},
-    "conversion": BELOW_TRAINING,
-    "hf": BELOW_TRAINING | {"conversion"},
+    # An export starts where generation does: at a run folder's checkpoint.
+    "conversion": BELOW_TRAINING | {"inference", "hf"},
+    "hf": set(),  # travels with exported weights, where nothing of ours is installed
     "inference": BELOW_TRAINING,
     "training": BELOW_TRAINING,
     "config": BELOW_TRAINING | {"training"},
@@ -51,6 +52,8 @@ def _imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            if node.level and path.parent.name == "hf":
+                continue  # siblings: what travels together has no package
             assert node.level == 0, f"{path}: relative imports hide the direction"
             assert node.module is not None
             names.update(f"{node.module}.{alias.name}" for alias in node.names)

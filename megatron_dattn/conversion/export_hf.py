@@ -1,0 +1,186 @@
+"""A run folder's newest checkpoint as a Hugging Face folder.
+
+Decomposed models travel with their code (megatron_dattn/hf); plain self-attention becomes a
+`LlavaForConditionalGeneration` where its adapter is LLaVA's. Everything that can be wrong is found
+before the first byte is written, and the folder gets its name last: an interrupted export leaves
+none that looks whole.
+"""
+
+import json
+import logging
+import shutil
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatron_dattn import hf
+from megatron_dattn.conversion.hf_config import (
+    check_exportable,
+    generation_config,
+    is_llava,
+    model_config,
+)
+from megatron_dattn.conversion.hf_names import export_rules
+from megatron_dattn.conversion.hf_processor import write_processor, write_tokenizer
+from megatron_dattn.conversion.model_card import model_card
+from megatron_dattn.conversion.safetensors_writer import PlannedTensors, write_shards
+from megatron_dattn.conversion.weight_map import Rule
+from megatron_dattn.data.conversation import IMAGE_TOKEN
+from megatron_dattn.data.tokenizer import padding_id, token_id
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.inference.load import LoadedModel, find_run, load_model
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.runtime.distributed import destroy_distributed
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+_SMALL_FILES_BYTES = 64 * 2**20
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the checkpoint does not say."""
+
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    license_name: str | None = None
+
+
+def export_checkpoint(run_folder: Path, output: Path, options: ExportOptions | None = None) -> None:
+    """Export the newest sound checkpoint, whatever parallel layout it was saved under.
+
+    One process; the model is held in memory once, and beside it one shard.
+
+    Raises:
+        CheckpointError: there is no checkpoint, the output exists, or the disk has no room.
+        ConfigError: the model cannot be expressed, or the run folder's tokenizer does not fit.
+    """
+    check_output(output)
+    found, config = find_run(run_folder)
+    check_exportable(config.model)
+    loaded = load_model(run_folder)
+    try:
+        export_loaded(loaded, run_folder, output, found.manifest.facts, options or ExportOptions())
+    finally:
+        destroy_distributed()
+
+
+def check_output(output: Path) -> None:
+    """Raise CheckpointError unless the output is a new or an empty folder."""
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output} is a file; export into a new folder")
+    if output.exists() and any(output.iterdir()):
+        raise CheckpointError(f"{output} is not empty; export into a new folder")
+
+
+def export_loaded(
+    loaded: LoadedModel,
+    run_folder: Path,
+    output: Path,
+    facts: dict[str, object],
+    options: ExportOptions,
+) -> None:
+    """The part of `export_checkpoint` that writes; arguments as there, `facts` of the manifest."""
+    check_exportable(loaded.config.model)
+    planned = plan_tensors(loaded.model, loaded.config.model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(output, sum(part.num_bytes for part in planned))
+    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:12]}")
+    temporary.mkdir()
+    try:
+        _write_small_files(loaded, run_folder, temporary, facts, options)
+        write_shards(temporary, planned, options.max_shard_bytes)
+        temporary.rename(output)
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    logger.info("exported to %s", output)
+
+
+def _check_room(output: Path, num_bytes: int) -> None:
+    needed = num_bytes + _SMALL_FILES_BYTES
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{output.parent} has {free / 2**30:.1f} GiB free, the export needs "
+            f"{needed / 2**30:.1f} GiB; make room or export elsewhere"
+        )
+
+
+def plan_tensors(model: nn.Module, config: ModelConfig) -> list[PlannedTensors]:
+    """Every parameter of the model, as the Hugging Face tensors that it is made of."""
+    parameters = dict(model.named_parameters())
+    planned = []
+    for rule in export_rules(config):
+        parameter = parameters.pop(rule.megatron)
+        make = partial(_pieces, rule, parameter)
+        planned.append(PlannedTensors(dict(rule.sources), parameter.dtype, make))
+    assert not parameters, f"no rule exports {sorted(parameters)}"
+    return planned + (_unread_norm(config, planned[0].dtype) if is_llava(config) else [])
+
+
+def _pieces(rule: Rule, parameter: Tensor) -> dict[str, Tensor]:
+    pieces = rule.layout.split(parameter.detach().cpu())
+    return {
+        name: piece.reshape(shape)
+        for (name, shape), piece in zip(rule.sources.items(), pieces, strict=True)
+    }
+
+
+def _unread_norm(config: ModelConfig, dtype: torch.dtype) -> list[PlannedTensors]:
+    """Hugging Face's encoder has a last norm, behind the features that LLaVA takes."""
+    names = {f"model.vision_tower.post_layernorm.{kind}" for kind in ("weight", "bias")}
+    shape = (config.vision.hidden_size,)
+
+    def make() -> dict[str, Tensor]:
+        return {name: torch.full(shape, float("weight" in name), dtype=dtype) for name in names}
+
+    return [PlannedTensors(dict.fromkeys(sorted(names), shape), dtype, make)]
+
+
+def _write_small_files(
+    loaded: LoadedModel,
+    run_folder: Path,
+    target: Path,
+    facts: dict[str, object],
+    options: ExportOptions,
+) -> None:
+    """Everything but the weights."""
+    config, tokenizer = loaded.config, loaded.tokenizer
+    llava = is_llava(config.model)
+    image, pad = token_id(tokenizer, IMAGE_TOKEN), padding_id(tokenizer)
+    write_tokenizer(
+        run_folder / "tokenizer",
+        target,
+        template=loaded.conversations.template,
+        pad_token=str(tokenizer.convert_ids_to_tokens(pad)),
+    )
+    patch_size = config.model.vision.patch_size if llava else None
+    write_processor(loaded.preprocessor, target, llava_patch_size=patch_size)
+    if not llava:
+        _copy_code(target)
+    dtype = _DTYPE_NAMES[next(loaded.model.parameters()).dtype]
+    content = model_config(config.model, image_token_id=image, dtype=dtype)
+    (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    stops = sorted(loaded.stop_ids)
+    bos = int(tokenizer.bos_token_id)
+    generation_config(stops, bos=bos, pad=pad, image=image).save_pretrained(target)
+    card = model_card(
+        config.model,
+        run_folder=run_folder,
+        facts=facts,
+        data_sets=[Path(data.path).name for data in config.data.train],
+        license_name=options.license_name,
+    )
+    (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def _copy_code(target: Path) -> None:
+    for path in sorted(Path(hf.__file__).parent.glob("*_dattn.py")):
+        shutil.copyfile(path, target / path.name)

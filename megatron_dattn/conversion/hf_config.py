@@ -1,0 +1,164 @@
+"""config.json and generation_config.json of an export, and which models have one at all."""
+
+from typing import Any
+
+import transformers
+from transformers import GenerationConfig, LlavaConfig
+
+from megatron_dattn.attention import AttentionConfig, VisualRows, get_preset
+from megatron_dattn.conversion.hf_names import has_input_norm
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.hf.configuration_dattn import DAttnConfig
+from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_dattn.DAttnConfig",
+    "AutoModel": "modeling_dattn.DAttnModel",
+    "AutoModelForImageTextToText": "modeling_dattn.DAttnForConditionalGeneration",
+    "AutoProcessor": "processing_dattn.DAttnProcessor",
+}
+
+
+def is_llava(model: ModelConfig) -> bool:
+    """Whether the model's attention is that of Hugging Face's LLaVA, whose code it is given."""
+    preset = get_preset(model.attention)
+    return preset.is_self_attention and preset.visual == VisualRows()
+
+
+def check_exportable(model: ModelConfig) -> None:
+    """Refuse what neither our exported code nor Hugging Face's LLaVA computes.
+
+    Raises:
+        ConfigError: naming the preset and the reason.
+    """
+    preset = get_preset(model.attention)
+    if model.language.family != "mistral":
+        reason = f"no exported code for language models of family '{model.language.family}' exists"
+    elif is_llava(model):
+        reason = _reason_against_llava(model)
+    else:
+        reason = _reason_against_dattn(preset)
+    if reason:
+        raise ConfigError(f"model.attention '{model.attention}' cannot be exported: {reason}")
+
+
+def _reason_against_dattn(preset: AttentionConfig) -> str:
+    if preset.scores_visual_rows:
+        return (
+            f"with v2v='{preset.v2v}' visual rows attend to other rows; the exported code computes "
+            "each from its own image alone"
+        )
+    if preset.visual != VisualRows():
+        return "the exported code gives visual rows every layer whole, and this preset does not"
+    if preset.merge == "cascade":
+        return "the exported code has no cross-attention module, which merge='cascade' adds"
+    return ""
+
+
+def _reason_against_llava(model: ModelConfig) -> str:
+    """Hugging Face's LLaVA has an adapter of two linear layers, nothing before and after them."""
+    needs = "it would become a LlavaForConditionalGeneration, which"
+    if has_input_norm(model):
+        return (
+            f"{needs} has no norm in front of its adapter; train with model.adapter.input_norm "
+            "set to false"
+        )
+    if model.adapter.hidden_size not in (None, model.language.hidden_size):
+        return (
+            f"{needs} has an adapter as wide as the language model "
+            f"({model.language.hidden_size}), not model.adapter.hidden_size "
+            f"{model.adapter.hidden_size}"
+        )
+    if get_preset(model.attention).positions.embedding != "none":
+        return f"{needs} adds no positions to visual rows"
+    return ""
+
+
+def model_config(model: ModelConfig, *, image_token_id: int, dtype: str) -> dict[str, Any]:
+    """The content of config.json: what the model is, and nothing that is a default elsewhere."""
+    if is_llava(model):
+        content = _llava_config(model, image_token_id)
+        LlavaConfig(**content)  # refuses what it does not know
+        content |= {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    else:
+        content = _dattn_config(model, image_token_id)
+        DAttnConfig(**content)
+        content |= {
+            "architectures": ["DAttnForConditionalGeneration"],
+            "model_type": DAttnConfig.model_type,
+            "auto_map": AUTO_MAP,
+        }
+    return {**content, "dtype": dtype, "transformers_version": transformers.__version__}
+
+
+def generation_config(stop_ids: list[int], *, bos: int, pad: int, image: int) -> GenerationConfig:
+    """Greedy; an answer never holds `<image>`."""
+    return GenerationConfig(
+        bos_token_id=bos, eos_token_id=stop_ids, pad_token_id=pad, suppress_tokens=[image]
+    )
+
+
+def _dattn_config(model: ModelConfig, image_token_id: int) -> dict[str, Any]:
+    preset = get_preset(model.attention)
+    return {
+        "vision_config": _vision_config(model.vision, model.vision.num_hidden_layers),
+        "text_config": _text_config(model.language),
+        "image_token_id": image_token_id,
+        "vision_feature_layer": model.vision.feature_layer,
+        "adapter_hidden_size": model.adapter.hidden_size or model.language.hidden_size,
+        "adapter_input_norm": has_input_norm(model),
+        "adapter_norm_eps": model.adapter.norm_eps,
+        "adapter_max_grid": model.adapter.max_grid,
+        "v2v": preset.v2v,
+        "t2v_scope": preset.t2v.scope,
+        "t2v_rotary": preset.t2v.rotary,
+        "text_positions": preset.positions.text,
+        "visual_positions": preset.positions.visual,
+        "visual_embedding": preset.positions.embedding,
+        "merge": preset.merge,
+    }
+
+
+def _llava_config(model: ModelConfig, image_token_id: int) -> dict[str, Any]:
+    """The encoder ends at the feature layer: those above it are not in the checkpoint."""
+    return {
+        "vision_config": _vision_config(model.vision, model.vision.num_used_layers),
+        "text_config": _text_config(model.language),
+        "image_token_index": image_token_id,
+        "image_seq_length": model.vision.num_patches,
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1,
+    }
+
+
+def _vision_config(vision: VisionConfig, num_layers: int) -> dict[str, Any]:
+    return {
+        "model_type": "siglip_vision_model",
+        "hidden_size": vision.hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "intermediate_size": vision.intermediate_size,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "hidden_act": vision.hidden_act,
+        "vision_use_head": False,
+    }
+
+
+def _text_config(language: LanguageConfig) -> dict[str, Any]:
+    return {
+        "model_type": "mistral",
+        "hidden_size": language.hidden_size,
+        "num_hidden_layers": language.num_hidden_layers,
+        "num_attention_heads": language.num_attention_heads,
+        "num_key_value_heads": language.num_key_value_heads,
+        "head_dim": language.head_dim,
+        "intermediate_size": language.intermediate_size,
+        "vocab_size": language.vocab_size,
+        "rms_norm_eps": language.rms_norm_eps,
+        "rope_parameters": {"rope_theta": language.rope_theta, "rope_type": "default"},
+        "sliding_window": None,
+        "tie_word_embeddings": language.tie_word_embeddings,
+    }

@@ -1,0 +1,88 @@
+"""Tokenizer, image processor and chat template of an export."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_dattn import hf
+from megatron_dattn.conversion.hf_config import AUTO_MAP
+from megatron_dattn.conversion.safetensors_reader import read_json
+from megatron_dattn.conversion.tokenizer import TOKENIZER_FILES
+from megatron_dattn.data.conversation import IMAGE_TOKEN
+from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.templates import read_template
+
+_CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+
+def chat_template(template: str) -> str:
+    """The Jinja source that makes prompts of chat messages.
+
+    Training's template for captions takes an image and its caption; the exported one also makes a
+    prompt of an image alone.
+    """
+    if template == "plain":
+        return (Path(hf.__file__).parent / "plain.jinja").read_text(encoding="utf-8")
+    return read_template(template)
+
+
+def write_tokenizer(source: Path, target: Path, *, template: str, pad_token: str) -> None:
+    """Copy the tokenizer's files; prompts are padded on the left, by the given token."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    text = chat_template(template)
+    (target / _CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8")
+    path = target / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    config |= {"chat_template": text, "pad_token": pad_token, "padding_side": "left"}
+    _write_json(path, config)
+
+
+def write_processor(
+    preprocessor: ImagePreprocessor, target: Path, *, llava_patch_size: int | None
+) -> None:
+    """Write processor_config.json, and the image processor's part of it in a file of its own.
+
+    Args:
+        llava_patch_size: for Hugging Face's LlavaProcessor; None for ours.
+    """
+    image_processor = _image_processor(preprocessor)
+    # Where programs look that know older exports.
+    _write_json(target / "preprocessor_config.json", image_processor)
+    config: dict[str, Any] = {"image_processor": image_processor, "image_token": IMAGE_TOKEN}
+    if llava_patch_size is None:
+        config |= {
+            "processor_class": "DAttnProcessor",
+            "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
+            "image_fit": preprocessor.image_fit,
+        }
+    else:
+        config |= {
+            "processor_class": "LlavaProcessor",
+            "patch_size": llava_patch_size,
+            "vision_feature_select_strategy": "full",
+            "num_additional_image_tokens": 0,
+        }
+    _write_json(target / "processor_config.json", config)
+
+
+def _image_processor(preprocessor: ImagePreprocessor) -> dict[str, Any]:
+    side = preprocessor.image_size
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": int(preprocessor.resample),
+        "do_rescale": True,
+        "rescale_factor": preprocessor.rescale_factor,
+        "do_normalize": True,
+        "image_mean": list(preprocessor.mean),
+        "image_std": list(preprocessor.std),
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,117 @@
+"""README.md of an export: what the model is, what it was trained on, and how to ask it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dattn.conversion.hf_config import is_llava
+from megatron_dattn.models.config import ModelConfig
+
+# Flat JSON of numbers, where an evaluation has left it in the run folder.
+METRIC_FILES = ("metrics.json", "accuracy.json")
+
+_DATTN_USAGE = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+messages = [{"role": "user", "content": [
+    {"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is this?"}]}]
+inputs = processor.apply_chat_template(
+    messages, tokenize=True, return_dict=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+`trust_remote_code=True` runs the Python files of this folder.
+"""
+_LLAVA_USAGE = "Load it with `LlavaForConditionalGeneration` and `AutoProcessor`.\n"
+
+
+def model_card(
+    model: ModelConfig,
+    *,
+    run_folder: Path,
+    facts: dict[str, Any],
+    data_sets: list[str],
+    license_name: str | None,
+) -> str:
+    """The card's text.
+
+    Args:
+        run_folder: searched for metrics.
+        facts: of the checkpoint's manifest.
+        data_sets: names of the last stage's training data.
+        license_name: as the hub spells it; the card says that it is missing where None.
+    """
+    front = {
+        "license": license_name or "unknown",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["vision-language", "decomposed-attention"],
+    }
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            f"# {run_folder.resolve().name}",
+            "",
+            _description(model),
+            "",
+            "## Training",
+            *_training(facts, data_sets),
+            "",
+            "## Metrics",
+            *_metrics(run_folder),
+            "",
+            "## License",
+            license_name or "Not stated. Fill in the field `license` above before publishing.",
+            "",
+            "## Use",
+            _LLAVA_USAGE if is_llava(model) else _DATTN_USAGE,
+        ]
+    )
+
+
+def _description(model: ModelConfig) -> str:
+    vision, language = model.vision, model.language
+    return (
+        f"A vision-language model: a SigLIP encoder ({vision.num_used_layers} layers of width "
+        f"{vision.hidden_size}, images of {vision.image_size} pixels, {model.rows_per_image} "
+        f"visual rows each), an adapter, and a {language.family} decoder "
+        f"({language.num_hidden_layers} layers of width {language.hidden_size}). Its attention "
+        f"over images and text is the preset `{model.attention}` of megatron_dattn."
+    )
+
+
+def _training(facts: dict[str, Any], data_sets: list[str]) -> list[str]:
+    progress = facts.get("progress") or {}
+    return [
+        f"- stage: {_stage(facts)}, step {facts.get('step', 'unknown')}",
+        f"- data of this stage: {', '.join(data_sets) or 'not recorded'}",
+        *(f"- {name.replace('_', ' ')}: {value:,}" for name, value in progress.items() if value),
+    ]
+
+
+def _stage(facts: dict[str, Any]) -> str:
+    stage = facts.get("stage", "unknown")
+    return stage if isinstance(stage, str) else json.dumps(stage, sort_keys=True)
+
+
+def _metrics(run_folder: Path) -> list[str]:
+    lines = []
+    for name in METRIC_FILES:
+        path = run_folder / name
+        if not path.is_file():
+            continue
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # a card is no place to fail over a file of someone else
+        if isinstance(values, dict):
+            lines += [f"- {k}: {v:g}" for k, v in values.items() if isinstance(v, int | float)]
+    return lines or ["None recorded."]

@@ -1,0 +1,152 @@
+"""What is remembered of images and of text while answers are written.
+
+`ImageCache` holds an image's keys and values in every layer. They depend on nothing but the image,
+so one cache serves any number of prompts. `DAttnCache` is the cache of one `generate` call: the
+keys and values of its text, which grow, beside those of its images, which are only read.
+
+This file travels with the exported weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True)
+class ImageCache:
+    """Keys and values of images, as `encode_images` makes them.
+
+    Args:
+        keys, values: one tensor per layer, [images, key heads, rows of an image, head_dim]; keys
+            are not rotated, since an image's place in the text is the prompt's.
+        entries: which image each `<image>` of a batch stands for, in reading order, int64.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    entries: Tensor
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def select(self, numbers: Sequence[int] | Tensor) -> "ImageCache":
+        """The entries of that number, in that order; numbers may repeat. Nothing is copied.
+
+        `cache.select([0, 0, 0])` lets three prompts ask about the first image.
+        """
+        index = torch.as_tensor(numbers, device=self.entries.device)
+        return ImageCache(self.keys, self.values, self.entries[index])
+
+
+@dataclass(frozen=True)
+class ImagePlaces:
+    """Where the images of a batch stand, [batch, slots]: as many slots as one sample has at most.
+
+    Slots beyond a sample's own images have `filled` False.
+    """
+
+    number: Tensor  # of the image in the batch's reading order
+    column: Tensor  # of its `<image>` in `input_ids`
+    position: Tensor  # rotary position of its first row
+    filled: Tensor
+
+    @staticmethod
+    def find(is_image: Tensor, position: Tensor) -> "ImagePlaces":
+        """From where `input_ids` has `<image>`, bool [batch, columns], and each column's rotary
+        position, of the same shape."""
+        samples, columns = is_image.nonzero(as_tuple=True)
+        slots = (is_image.cumsum(1) - 1)[samples, columns]
+        shape = (len(is_image), int(is_image.sum(1).max()))
+
+        def table(values: Tensor) -> Tensor:
+            filled = torch.zeros(shape, dtype=values.dtype, device=values.device)
+            filled[samples, slots] = values
+            return filled
+
+        return ImagePlaces(
+            number=table(torch.arange(len(samples), device=is_image.device)),
+            column=table(columns),
+            position=table(position[samples, columns]),
+            filled=table(torch.ones_like(samples, dtype=torch.bool)),
+        )
+
+    def row_positions(self, rows_per_image: int) -> Tensor:
+        """Rotary positions of all visual rows, [batch, slots * rows_per_image]."""
+        within = torch.arange(rows_per_image, device=self.position.device)
+        return (self.position.unsqueeze(-1) + within).flatten(1)
+
+
+@dataclass
+class VisualRows:
+    """The visual rows of a batch, those of a sample's images one after the other."""
+
+    keys: list[Tensor]  # one per layer, [batch, key heads, rows, head_dim]
+    values: list[Tensor]
+    column: Tensor  # [batch, rows]: column of the row's `<image>`
+    is_filled: Tensor  # bool [batch, rows]
+
+    @staticmethod
+    def gather(cache: ImageCache, places: ImagePlaces) -> "VisualRows":
+        """Every sample's rows from the cache; keys still without rotation."""
+        entries = cache.entries[places.number]
+        rows = cache.keys[0].shape[2]
+
+        def of_samples(states: Tensor) -> Tensor:
+            # [batch, slots, heads, rows, head_dim] -> [batch, heads, slots * rows, head_dim]
+            return states[entries].transpose(1, 2).flatten(2, 3)
+
+        return VisualRows(
+            [of_samples(key) for key in cache.keys],
+            [of_samples(value) for value in cache.values],
+            places.column.repeat_interleave(rows, dim=1),
+            places.filled.repeat_interleave(rows, dim=1),
+        )
+
+    def samples(self, index: Tensor) -> "VisualRows":
+        """The rows of chosen samples of the batch."""
+        return VisualRows(
+            [key[index] for key in self.keys],
+            [value[index] for value in self.values],
+            self.column[index],
+            self.is_filled[index],
+        )
+
+
+class DAttnCache(DynamicCache):
+    """Keys and values of a batch's text, which grow, and of its images, which do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual: VisualRows | None = None
+        self.is_text: Tensor | None = None  # bool [batch, columns so far]: no padding, no `<image>`
+
+    def extend_text(self, is_text: Tensor) -> Tensor:
+        """Append columns; returns all of them, bool [batch, columns]."""
+        self.is_text = is_text if self.is_text is None else torch.cat((self.is_text, is_text), 1)
+        return self.is_text
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._keep_samples(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._keep_samples(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.is_text is not None:
+            samples = torch.arange(len(self.is_text), device=self.is_text.device)
+            self._keep_samples(samples.repeat_interleave(repeats))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("a DAttnCache cannot be shortened, as assisted generation would")
+
+    def _keep_samples(self, index: Tensor) -> None:
+        if self.visual is not None and self.is_text is not None:
+            self.visual = self.visual.samples(index.to(self.is_text.device))
+            self.is_text = self.is_text[index.to(self.is_text.device)]

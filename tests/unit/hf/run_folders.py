@@ -1,0 +1,51 @@
+"""Run folders of tiny models with random weights everywhere, also where training starts at zero."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_dattn.conversion.import_hf import import_checkpoint
+from megatron_dattn.models.added_parameters import is_added
+from megatron_dattn.models.build import build_model
+from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import (
+    destroy_distributed,
+    initialize_distributed,
+    seed_everything,
+)
+
+
+def make_run_folder(base: Path, folder: Path, attention: str) -> None:
+    """What a finished stage leaves: the imported weights, and a random adapter, positions, gates.
+
+    Args:
+        base: holds the Hugging Face folders `vision` and `language`.
+    """
+    imported = folder.with_name(f"imported-{folder.name}")
+    config = import_checkpoint(
+        base / "vision", base / "language", imported, attention=attention, dtype="fp32"
+    )
+    initialize_distributed()
+    seed_everything(7)
+    model = build_model(config, ParallelConfig(), ExecutionConfig(precision="fp32"))
+    found = find_checkpoint(imported)
+    loaded = load_checkpoint(
+        found.path,
+        {"model": model.sharded_state_dict()},
+        modules=["vision_model", "language_model"],
+        without=is_added,
+    )
+    model.load_state_dict(loaded["model"], strict=False)
+    for name, parameter in model.named_parameters():
+        if name.startswith("adapter.positions") or is_added(name):
+            torch.nn.init.normal_(parameter, std=0.5)
+    shutil.copytree(imported / "tokenizer", folder / "tokenizer")
+    text = (imported / "config.yaml").read_text() + "training: {precision: fp32}\n"
+    (folder / "config.yaml").write_text(text)
+    modules = ["vision_model", "adapter", "language_model"]
+    facts = {**found.manifest.facts, "modules": modules, "stage": "tiny"}
+    save_checkpoint(folder, 1, {"model": model.sharded_state_dict()}, facts=facts)
+    destroy_distributed()

@@ -1,0 +1,248 @@
+"""An export loaded by transformers computes what the training code computes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dattn.attention import output_rows
+from megatron_dattn.hf.caches_dattn import DAttnCache
+from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
+from megatron_dattn.hf.processing_dattn import DAttnProcessor
+from megatron_dattn.inference import Prompt, generate_tokens, load_model
+from megatron_dattn.inference.generate import pack_prompts
+from megatron_dattn.runtime.distributed import destroy_distributed
+from tests.unit.hf.conftest import IMAGES, PRESETS, QUESTIONS, messages
+
+ANSWER = Path(__file__).with_name("answer.py")
+IMAGE_ID = 5  # `[control_8]` of the tiny tokenizer
+
+
+def our_prompts(loaded, base):
+    return [
+        Prompt.from_question(loaded, question, [base / f"{number}.png" for number in numbers])
+        for question, numbers in zip(QUESTIONS, IMAGES, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def our_logits(loaded, prompt):
+    """At every text row, [text rows, vocabulary]."""
+    batch = pack_prompts(loaded, [(prompt, [])])
+    dtype = next(loaded.model.parameters()).dtype
+    batch.pixel_values = batch.pixel_values.to(dtype)
+    return loaded.model.forward_logits(batch, output_rows(batch.layout, loaded.model.attention))
+
+
+@pytest.fixture
+def opened(exported):
+    """Model and processor of an export, loaded in this process."""
+
+    def load(preset):
+        _, folder = exported(preset)
+        model = DAttnForConditionalGeneration.from_pretrained(folder).eval()
+        return model, DAttnProcessor.from_pretrained(folder)
+
+    return load
+
+
+def inputs_of(processor, conversations):
+    return processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+
+
+@pytest.fixture(scope="module")
+def answers(base, exported):
+    """Of every preset, from one process that knows nothing of this project."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(base / "modules"),
+    }
+    folders = [exported(preset)[1] for preset in PRESETS]
+    call = [sys.executable, ANSWER, base / "questions.json", base / "answers.pt", *folders]
+    done = subprocess.run(call, cwd=base, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(PRESETS, torch.load(base / "answers.pt"), strict=True))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_fresh_process_answers_alike(base, exported, answers, preset):
+    run, _ = exported(preset)
+    loaded = load_model(run)
+    prompts = our_prompts(loaded, base)
+    tokens = generate_tokens(loaded, prompts, max_new_tokens=12)
+    for prompt, expected, answer in zip(prompts, tokens, answers[preset], strict=True):
+        is_text = answer["ids"] != IMAGE_ID
+        assert answer["ids"][is_text].tolist() == prompt.rows.input_ids
+        places = (is_text.cumsum(0))[~is_text].tolist()
+        assert tuple(places) == prompt.rows.image_offsets
+        # fp32 with another order of operations; logits are of the order of 1.
+        logits = our_logits(loaded, prompt)
+        torch.testing.assert_close(answer["logits"][is_text], logits, rtol=1e-4, atol=1e-5)
+        assert answer["tokens"].tolist() == expected
+    destroy_distributed()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_double_precision_shows_the_same_function(base, exported, opened, preset):
+    run, _ = exported(preset)
+    model, processor = opened(preset)
+    model = model.double()
+    loaded = load_model(run)
+    loaded.model.double()
+    conversations = messages(base)
+    for prompt, conversation in zip(our_prompts(loaded, base), conversations, strict=True):
+        inputs = inputs_of(processor, [conversation])
+        if prompt.images:
+            expected_pixels = loaded.preprocessor.normalise(list(prompt.images))
+            # One resizes bytes and scales in one step, the other in two: fp32 rounding.
+            torch.testing.assert_close(inputs["pixel_values"], expected_pixels, atol=1e-6, rtol=0)
+            inputs["pixel_values"] = expected_pixels.double()
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0]
+        is_text = inputs["input_ids"][0] != IMAGE_ID
+        # Both round in fp64; what is left of 16 digits after two layers is far above ten.
+        torch.testing.assert_close(
+            logits[is_text], our_logits(loaded, prompt), rtol=1e-10, atol=1e-10
+        )
+    destroy_distributed()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_padded_batch_equals_its_prompts_alone(base, opened, preset):
+    model, processor = opened(preset)
+    conversations = messages(base)
+    inputs = inputs_of(processor, conversations)
+    assert inputs["attention_mask"][:, -1].all(), "padding stands on the left"
+    with torch.inference_mode():
+        together = model(**inputs).logits
+    tokens = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    for index, conversation in enumerate(conversations):
+        alone = inputs_of(processor, [conversation])
+        columns = alone["input_ids"].shape[1]
+        with torch.inference_mode():
+            logits = model(**alone).logits[0]
+        is_text = alone["input_ids"][0] != IMAGE_ID
+        # fp32 sums of other lengths.
+        torch.testing.assert_close(
+            together[index, -columns:][is_text], logits[is_text], rtol=1e-4, atol=1e-5
+        )
+        answer = model.generate(**alone, max_new_tokens=8)[0, columns:].tolist()
+        assert tokens[index].tolist()[: len(answer)] == answer
+
+
+@pytest.mark.parametrize("preset", ["dattn", "dattn_biased", "naavit", "dattn_sigmoid"])
+def test_cached_decoding_equals_the_full_forward(base, opened, preset):
+    model, processor = opened(preset)
+    inputs = inputs_of(processor, messages(base))
+    more = torch.randint(6, 37, (len(QUESTIONS), 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.cat((inputs["attention_mask"], torch.ones_like(more)), 1)
+    with torch.inference_mode():
+        ids = torch.cat((inputs["input_ids"], more), 1)
+        full = model(ids, inputs["pixel_values"], attention_mask=mask).logits[:, -5:]
+        outputs = model(**inputs, use_cache=True)
+        steps = []
+        for column in more.split((1, 3, 1), dim=1):
+            outputs = model(column, past_key_values=outputs.past_key_values, use_cache=True)
+            steps.append(outputs.logits)
+    # fp32, other shapes of the same matrix products.
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-4, atol=1e-5)
+    without = model.generate(**inputs, max_new_tokens=6, use_cache=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6), without)
+
+
+def test_images_are_encoded_once_for_many_prompts(base, opened, monkeypatch):
+    model, processor = opened("dattn_biased")
+    questions = [[m] for m in (messages(base)[1][0], messages(base)[3][0])]
+    inputs = inputs_of(processor, questions)
+    pixels = inputs.pop("pixel_values")
+    expected = model.generate(**inputs, pixel_values=pixels, max_new_tokens=8)
+    images = model.encode_images(pixels)
+
+    def fail(*arguments):
+        raise AssertionError("the vision encoder ran again")
+
+    monkeypatch.setattr(model.model, "encode_images", fail)
+    assert torch.equal(model.generate(**inputs, image_cache=images, max_new_tokens=8), expected)
+    swapped = {name: value.flip(0) for name, value in inputs.items()}
+    answers = model.generate(**swapped, image_cache=images.select([1, 0]), max_new_tokens=8)
+    assert torch.equal(answers, expected.flip(0))
+
+
+def test_several_prompts_share_one_image(base, opened):
+    model, processor = opened("dattn")
+    image, question = messages(base)[1][0]["content"]
+    questions = [[{"role": "user", "content": [image, {**question, "text": t}]}] for t in "ab"]
+    inputs = inputs_of(processor, questions)
+    pixels = inputs.pop("pixel_values")
+    expected = model.generate(**inputs, pixel_values=pixels, max_new_tokens=8)
+    images = model.encode_images(pixels[:1]).select([0, 0])
+    assert torch.equal(model.generate(**inputs, image_cache=images, max_new_tokens=8), expected)
+
+
+def test_repeated_samples_take_their_images_along(base, opened):
+    model, processor = opened("dattn")
+    inputs = inputs_of(processor, messages(base)[1:])
+    beams = model.generate(**inputs, max_new_tokens=5, num_beams=3, num_return_sequences=1)
+    for index, conversation in enumerate(messages(base)[1:]):
+        alone = inputs_of(processor, [conversation])
+        answer = model.generate(**alone, max_new_tokens=5, num_beams=3)[0]
+        new = answer[alone["input_ids"].shape[1] :].tolist()
+        assert beams[index, inputs["input_ids"].shape[1] :].tolist()[: len(new)] == new
+
+
+def test_loss_skips_images_padding_and_sample_borders(base, opened):
+    model, processor = opened("dattn")
+    inputs = inputs_of(processor, messages(base))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    together = model(**inputs, labels=labels).loss
+    total, count = 0.0, 0
+    for conversation in messages(base):
+        alone = inputs_of(processor, [conversation])
+        is_text = alone["input_ids"][0] != IMAGE_ID
+        logits = model(**alone).logits[0][is_text]
+        targets = alone["input_ids"][0][is_text][1:]
+        total += torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum")
+        count += len(targets)
+    # A mean of some fifty terms in fp32.
+    torch.testing.assert_close(together, total / count, rtol=1e-5, atol=1e-6)
+    together.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+def test_wrong_use_is_refused(base, opened):
+    model, processor = opened("dattn")
+    inputs = inputs_of(processor, [messages(base)[2]])
+    with pytest.raises(ValueError, match="2 <image> tokens, but 1 images"):
+        model(inputs["input_ids"], inputs["pixel_values"][:1])
+    cache = model(**inputs, use_cache=True).past_key_values
+    assert isinstance(cache, DAttnCache)
+    with pytest.raises(ValueError, match="start anew"):
+        model(torch.tensor([[IMAGE_ID]]), inputs["pixel_values"][:1], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"merge": "cascade"}, "merge='cascade'; choose one of"),
+        ({"t2v_rotary": True}, "visual_positions='sequence'"),
+        ({"text_config": {"model_type": "gpt2"}}, "'gpt2'; this code knows mistral"),
+    ],
+)
+def test_unknown_configurations_are_refused(exported, change, message):
+    _, folder = exported("dattn")
+    config = json.loads((folder / "config.json").read_text())
+    from megatron_dattn.hf.configuration_dattn import DAttnConfig
+
+    with pytest.raises(ValueError, match=message):
+        DAttnConfig(**{**config, **change})
