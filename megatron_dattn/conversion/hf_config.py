@@ -34,10 +34,16 @@ def check_exportable(model: ModelConfig) -> None:
     preset = get_preset(model.attention)
     if model.language.family != "mistral":
         reason = f"no exported code for language models of family '{model.language.family}' exists"
+    elif model.vision.family != "siglip":
+        reason = f"no exported code for vision encoders of family '{model.vision.family}' exists"
     elif is_llava(model):
         reason = _reason_against_llava(model)
     else:
         reason = _reason_against_dattn(preset)
+        if model.language.sliding_window is not None:
+            reason = (
+                "the exported code has no sliding window; set model.language.sliding_window=null"
+            )
     if reason:
         raise ConfigError(f"model.attention '{model.attention}' cannot be exported: {reason}")
 
