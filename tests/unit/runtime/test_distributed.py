@@ -17,6 +17,7 @@ from megatron_dattn.runtime.distributed import (
     get_device,
     initialize_distributed,
     is_rank_0,
+    one_process,
     seed_everything,
 )
 from tests.support.distributed import run_distributed
@@ -148,3 +149,22 @@ def test_a_failure_before_the_process_group_exists() -> None:
     all_ranks_agree(None)
     with pytest.raises(ConfigError, match=r"^no file"):
         all_ranks_agree(ConfigError("no file"))
+
+
+def test_work_of_one_process_cleans_up_what_it_set_up(alone: None) -> None:
+    with one_process():
+        assert dist.get_world_size() == 1
+        assert parallel_state.model_parallel_is_initialized()
+        with one_process():
+            pass
+        assert dist.is_initialized(), "those of the outer block stay"
+    assert not dist.is_initialized()
+    assert not parallel_state.model_parallel_is_initialized()
+
+
+def test_work_of_one_process_is_not_for_a_launcher(
+    alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without torchrun"), one_process():
+        pass
