@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_dattn import hf
+from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.hf_config import (
     check_exportable,
     generation_config,
@@ -32,9 +33,8 @@ from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.tokenizer import padding_id, token_id
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.inference.load import LoadedModel, find_run, load_model
+from megatron_dattn.inference.load import RunAssets, find_run, load_assets
 from megatron_dattn.models.config import ModelConfig
-from megatron_dattn.runtime.distributed import destroy_distributed
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ExportOptions:
 def export_checkpoint(run_folder: Path, output: Path, options: ExportOptions | None = None) -> None:
     """Export the newest sound checkpoint, whatever parallel layout it was saved under.
 
-    One process; the model is held in memory once, and beside it one shard.
+    Parameters are read, converted and written one by one: memory does not grow with their number.
 
     Raises:
         CheckpointError: there is no checkpoint, the output exists, or the disk has no room.
@@ -63,11 +63,23 @@ def export_checkpoint(run_folder: Path, output: Path, options: ExportOptions | N
     check_output(output)
     found, config = find_run(run_folder)
     check_exportable(config.model)
-    loaded = load_model(run_folder)
+    assets = load_assets(run_folder, config)
+    planned = plan_tensors(open_tensors(found.path), config.model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(output, sum(part.num_bytes for part in planned))
+    options = options or ExportOptions()
+    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:12]}")
+    temporary.mkdir()
     try:
-        export_loaded(loaded, run_folder, output, found.manifest.facts, options or ExportOptions())
+        dtype = planned[0].dtype
+        _write_small_files(assets, dtype, run_folder, temporary, found.manifest.facts, options)
+        write_shards(temporary, planned, options.max_shard_bytes)
+        temporary.rename(output)
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written: {error}") from error
     finally:
-        destroy_distributed()
+        shutil.rmtree(temporary, ignore_errors=True)
+    logger.info("exported to %s", output)
 
 
 def check_output(output: Path) -> None:
@@ -76,31 +88,6 @@ def check_output(output: Path) -> None:
         raise CheckpointError(f"{output} is a file; export into a new folder")
     if output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output} is not empty; export into a new folder")
-
-
-def export_loaded(
-    loaded: LoadedModel,
-    run_folder: Path,
-    output: Path,
-    facts: dict[str, object],
-    options: ExportOptions,
-) -> None:
-    """The part of `export_checkpoint` that writes; arguments as there, `facts` of the manifest."""
-    check_exportable(loaded.config.model)
-    planned = plan_tensors(loaded.model, loaded.config.model)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(output, sum(part.num_bytes for part in planned))
-    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:12]}")
-    temporary.mkdir()
-    try:
-        _write_small_files(loaded, run_folder, temporary, facts, options)
-        write_shards(temporary, planned, options.max_shard_bytes)
-        temporary.rename(output)
-    except OSError as error:
-        raise CheckpointError(f"{output} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    logger.info("exported to %s", output)
 
 
 def _check_room(output: Path, num_bytes: int) -> None:
@@ -113,20 +100,30 @@ def _check_room(output: Path, num_bytes: int) -> None:
         )
 
 
-def plan_tensors(model: nn.Module, config: ModelConfig) -> list[PlannedTensors]:
-    """Every parameter of the model, as the Hugging Face tensors that it is made of."""
-    parameters = dict(model.named_parameters())
+def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[PlannedTensors]:
+    """Every parameter of a checkpoint, as the Hugging Face tensors that it is made of.
+
+    Raises:
+        CheckpointError: the checkpoint's parameters are not those of the configured model.
+    """
+    rules = export_rules(config)
+    missing = [rule.megatron for rule in rules if rule.megatron not in stored]
+    unknown = sorted(stored.keys() - {rule.megatron for rule in rules})
+    if missing or unknown:
+        raise CheckpointError(
+            "the checkpoint does not fit its config.yaml: "
+            f"missing {', '.join(missing) or 'nothing'}; unknown {', '.join(unknown) or 'nothing'}"
+        )
     planned = []
-    for rule in export_rules(config):
-        parameter = parameters.pop(rule.megatron)
-        make = partial(_pieces, rule, parameter)
-        planned.append(PlannedTensors(dict(rule.sources), parameter.dtype, make))
-    assert not parameters, f"no rule exports {sorted(parameters)}"
+    for rule in rules:
+        tensor = stored[rule.megatron]
+        make = partial(_pieces, rule, tensor)
+        planned.append(PlannedTensors(dict(rule.sources), tensor.dtype, make))
     return planned + (_unread_norm(config, planned[0].dtype) if is_llava(config) else [])
 
 
-def _pieces(rule: Rule, parameter: Tensor) -> dict[str, Tensor]:
-    pieces = rule.layout.split(parameter.detach().cpu())
+def _pieces(rule: Rule, tensor: StoredTensor) -> dict[str, Tensor]:
+    pieces = rule.layout.split(tensor.load())
     return {
         name: piece.reshape(shape)
         for (name, shape), piece in zip(rule.sources.items(), pieces, strict=True)
@@ -145,30 +142,30 @@ def _unread_norm(config: ModelConfig, dtype: torch.dtype) -> list[PlannedTensors
 
 
 def _write_small_files(
-    loaded: LoadedModel,
+    assets: RunAssets,
+    dtype: torch.dtype,
     run_folder: Path,
     target: Path,
     facts: dict[str, object],
     options: ExportOptions,
 ) -> None:
     """Everything but the weights."""
-    config, tokenizer = loaded.config, loaded.tokenizer
+    config, tokenizer = assets.config, assets.tokenizer
     llava = is_llava(config.model)
     image, pad = token_id(tokenizer, IMAGE_TOKEN), padding_id(tokenizer)
     write_tokenizer(
         run_folder / "tokenizer",
         target,
-        template=loaded.conversations.template,
+        template=assets.conversations.template,
         pad_token=str(tokenizer.convert_ids_to_tokens(pad)),
     )
     patch_size = config.model.vision.patch_size if llava else None
-    write_processor(loaded.preprocessor, target, llava_patch_size=patch_size)
+    write_processor(assets.preprocessor, target, llava_patch_size=patch_size)
     if not llava:
         _copy_code(target)
-    dtype = _DTYPE_NAMES[next(loaded.model.parameters()).dtype]
-    content = model_config(config.model, image_token_id=image, dtype=dtype)
+    content = model_config(config.model, image_token_id=image, dtype=_DTYPE_NAMES[dtype])
     (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    stops = sorted(loaded.stop_ids)
+    stops = sorted(assets.stop_ids)
     bos = int(tokenizer.bos_token_id)
     generation_config(stops, bos=bos, pad=pad, image=image).save_pretrained(target)
     card = model_card(

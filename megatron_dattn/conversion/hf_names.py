@@ -34,7 +34,7 @@ def export_rules(model: ModelConfig) -> list[Rule]:
 
 def has_input_norm(model: ModelConfig) -> bool:
     """Whether the adapter normalizes the encoder's features."""
-    return getattr(model.adapter, "input_norm", True)
+    return model.adapter.input_norm
 
 
 def adapter_rules(model: ModelConfig) -> list[Rule]:

@@ -29,10 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to answer, with what turns questions into its inputs."""
+class RunAssets:
+    """What turns questions into a model's inputs, and its outputs into answers."""
 
-    model: DAttnVLM
     tokenizer: PreTrainedTokenizerBase
     conversations: ConversationTokenizer
     preprocessor: ImagePreprocessor
@@ -45,6 +44,13 @@ class LoadedModel:
         if self.conversations.template == "plain":
             stops.add(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
         return frozenset(stops)
+
+
+@dataclass(frozen=True)
+class LoadedModel(RunAssets):
+    """A model ready to answer, with what turns questions into its inputs."""
+
+    model: DAttnVLM
 
 
 def load_model(run_folder: str | Path, *, template: str | None = None) -> LoadedModel:
@@ -61,6 +67,23 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
     """
     folder = Path(run_folder)
     found, config = find_run(folder)
+    assets = load_assets(folder, config, template=template)
+    initialize_distributed()
+    seed_everything(config.training.seed)
+    execution = ExecutionConfig(precision=config.training.precision, transformer_impl="local")
+    model = build_model(config.model, ParallelConfig(), execution)
+    loaded = load_checkpoint(
+        found.path, {"model": model.sharded_state_dict()}, modules=found.manifest.modules
+    )
+    model.load_state_dict(loaded["model"])
+    logger.info("loaded %s", found.path)
+    return LoadedModel(
+        assets.tokenizer, assets.conversations, assets.preprocessor, config, model.eval()
+    )
+
+
+def load_assets(folder: Path, config: PretrainConfig, *, template: str | None = None) -> RunAssets:
+    """Tokenizer and image processor of a run folder; arguments and errors as in `load_model`."""
     tokenizer_folder = str(folder / "tokenizer")
     template = template or config.data.template
     tokenizer = load_tokenizer(
@@ -72,18 +95,7 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
         image_fit=config.data.image_fit,
         max_pixels=config.data.max_image_pixels,
     )
-    initialize_distributed()
-    seed_everything(config.training.seed)
-    execution = ExecutionConfig(precision=config.training.precision, transformer_impl="local")
-    model = build_model(config.model, ParallelConfig(), execution)
-    loaded = load_checkpoint(
-        found.path, {"model": model.sharded_state_dict()}, modules=found.manifest.modules
-    )
-    model.load_state_dict(loaded["model"])
-    logger.info("loaded %s", found.path)
-    return LoadedModel(
-        model.eval(), tokenizer, ConversationTokenizer(tokenizer, template), preprocessor, config
-    )
+    return RunAssets(tokenizer, ConversationTokenizer(tokenizer, template), preprocessor, config)
 
 
 def find_run(folder: Path) -> tuple[FoundCheckpoint, PretrainConfig]:

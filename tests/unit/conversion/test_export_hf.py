@@ -1,12 +1,10 @@
 """An export holds exactly the run's weights, says what it is, and exists wholly or not at all."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 
 from megatron_dattn.attention import PRESETS, output_rows
 from megatron_dattn.conversion import export_hf, hf_config
-from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint, export_loaded
+from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
 from megatron_dattn.conversion.hf_processor import chat_template
 from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dattn.data.conversation import Conversation, Turn
@@ -27,8 +25,8 @@ from megatron_dattn.inference import Prompt, load_model
 from megatron_dattn.inference.generate import pack_prompts
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import destroy_distributed
+from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
-from tests.unit.hf.run_folders import make_run_folder
 
 ROOT = Path(__file__).parents[3]
 IMAGE_ID = 5
@@ -39,8 +37,8 @@ def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("export")
     save_vision(base / "vision")
     save_language(base / "language")
-    for preset in ("dattn", "s_attn"):
-        make_run_folder(base, base / preset, preset)
+    make_run_folder(base, base / "dattn", "dattn")
+    make_run_folder(base, base / "llava", "s_attn", input_norm=False)
     (base / "dattn" / "accuracy.json").write_text('{"shapes": 0.75, "note": "held out"}')
     return base
 
@@ -191,20 +189,10 @@ def test_all_other_presets_can_be_exported():
         hf_config.check_exportable(ModelConfig(attention=preset))
 
 
-def without_input_norm(loaded):
-    """The model as an adapter without a norm would leave it."""
-    adapter = SimpleNamespace(
-        **dataclasses.asdict(loaded.config.model.adapter) | {"input_norm": False}
-    )
-    object.__setattr__(loaded.config.model, "adapter", adapter)
-    loaded.model.adapter.norm = torch.nn.Identity()
-    return loaded
-
-
 def test_s_attn_becomes_a_llava_model(base, tmp_path):
-    loaded = without_input_norm(load_model(base / "s_attn"))
     output = tmp_path / "llava"
-    export_loaded(loaded, base / "s_attn", output, {}, ExportOptions())
+    export_checkpoint(base / "llava", output)
+    loaded = load_model(base / "llava")
     model = LlavaForConditionalGeneration.from_pretrained(output).eval()
     processor = AutoProcessor.from_pretrained(output)
     question = Conversation(CONVERSATIONS[1].turns[:1], ("x",))

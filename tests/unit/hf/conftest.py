@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
+from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
-from tests.unit.hf.run_folders import make_run_folder
 
 # Every axis that an export can have: merges and gates, biased T2V with a gap, V2V "none" and the
 # causal scope, the authors' later positions.

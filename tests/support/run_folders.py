@@ -1,9 +1,12 @@
 """Run folders of tiny models with random weights everywhere, also where training starts at zero."""
 
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_dattn.conversion.import_hf import import_checkpoint
@@ -18,16 +21,18 @@ from megatron_dattn.runtime.distributed import (
 )
 
 
-def make_run_folder(base: Path, folder: Path, attention: str) -> None:
+def make_run_folder(base: Path, folder: Path, attention: str, **adapter: Any) -> None:
     """What a finished stage leaves: the imported weights, and a random adapter, positions, gates.
 
     Args:
         base: holds the Hugging Face folders `vision` and `language`.
+        adapter: settings of the adapter that differ from an import's.
     """
     imported = folder.with_name(f"imported-{folder.name}")
     config = import_checkpoint(
         base / "vision", base / "language", imported, attention=attention, dtype="fp32"
     )
+    config = replace(config, adapter=replace(config.adapter, **adapter))
     initialize_distributed()
     seed_everything(7)
     model = build_model(config, ParallelConfig(), ExecutionConfig(precision="fp32"))
@@ -40,12 +45,14 @@ def make_run_folder(base: Path, folder: Path, attention: str) -> None:
     )
     model.load_state_dict(loaded["model"], strict=False)
     for name, parameter in model.named_parameters():
-        if name.startswith("adapter.positions") or is_added(name):
+        if name.startswith("adapter.positions") or name.endswith(".gate"):
             torch.nn.init.normal_(parameter, std=0.5)
     shutil.copytree(imported / "tokenizer", folder / "tokenizer")
-    text = (imported / "config.yaml").read_text() + "training: {precision: fp32}\n"
-    (folder / "config.yaml").write_text(text)
+    settings = yaml.safe_load((imported / "config.yaml").read_text())
+    settings["model"]["adapter"] |= adapter
+    settings["training"] = {"precision": "fp32"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     modules = ["vision_model", "adapter", "language_model"]
-    facts = {**found.manifest.facts, "modules": modules, "stage": "tiny"}
+    facts = {**found.manifest.facts, "modules": modules, "stage": "tiny", "model": asdict(config)}
     save_checkpoint(folder, 1, {"model": model.sharded_state_dict()}, facts=facts)
     destroy_distributed()
