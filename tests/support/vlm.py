@@ -92,15 +92,19 @@ def tiny_model(
         post_process=stage == stages - 1,
     )
     layers = parallel.layers_per_stage(config.language.num_hidden_layers)
-    fill_parameters(model, sum(layers[:stage]))
+    zero_centred = config.language.zero_centred_norms
+    fill_parameters(model, sum(layers[:stage]), zero_centred_norms=zero_centred)
     return model
 
 
 @torch.no_grad()
-def fill_parameters(model: DAttnVLM, layer_offset: int = 0) -> None:
+def fill_parameters(
+    model: DAttnVLM, layer_offset: int = 0, *, zero_centred_norms: bool = False
+) -> None:
     """Random values that depend on a parameter's name and global shape only.
 
-    Nothing keeps a special value: norm weights vary around 1, positions and biases around 0.
+    Nothing keeps a special value: norm weights vary around 1 (a decoder's zero-centred ones around
+    0), positions and biases around 0.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
@@ -113,7 +117,7 @@ def fill_parameters(model: DAttnVLM, layer_offset: int = 0) -> None:
             name = name.replace("output_layer", "embedding.word_embeddings")
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         full = torch.randn(shape, generator=generator) * 0.1
-        zero_centred = model.model_config.language.zero_centred_norms and "decoder" in name
+        zero_centred = zero_centred_norms and "decoder" in name
         if "norm" in name and name.endswith("weight") and not zero_centred:
             full += 1.0
         if axis is not None:

@@ -16,7 +16,7 @@ from megatron_dattn.conversion.import_hf import import_checkpoint
 from megatron_dattn.errors import UserError
 from megatron_dattn.models.config import LanguageConfig, VisionConfig
 
-VISION = VisionConfig(32, 3, 2, 48, image_size=28, patch_size=14, feature_layer=-1)
+VISION = VisionConfig("siglip", 32, 3, 2, 48, image_size=28, patch_size=14, feature_layer=-1)
 LANGUAGE = LanguageConfig(
     hidden_size=32,
     num_hidden_layers=2,

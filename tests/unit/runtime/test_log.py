@@ -20,6 +20,8 @@ def restore_logging() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in names}
     root = logging.getLogger()
     handlers = list(root.handlers)
+    # A command that another test called may have left the redirection on, which pytest undid.
+    logging.captureWarnings(False)
     with warnings.catch_warnings():
         yield
         logging.captureWarnings(False)
