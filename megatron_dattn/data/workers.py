@@ -6,6 +6,7 @@ workers. A worker that is gone is an error, where Energon would wait for its ans
 """
 
 import atexit
+import gc
 import os
 import queue
 import signal
@@ -44,12 +45,17 @@ def basic_loader(dataset: SavableDataset) -> BasicDataLoader:
 
 
 class _WorkerStart:
-    """Energon's own start of a worker, then deafness to the signals meant for the trainer."""
+    """Energon's own start of a worker, then deafness to the signals meant for the trainer.
+
+    What the worker inherits is the trainer's, garbage too: collecting it here would run destructors
+    of process groups whose threads were not inherited, which ends in a segmentation fault.
+    """
 
     def __init__(self, start: Any) -> None:
         self.start = start
 
     def __call__(self, worker_id: int) -> None:
+        gc.freeze()
         self.start(worker_id)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -73,6 +79,8 @@ class ResumableLoader(SavableDataLoader):
     """
 
     def _get_iterator(self) -> Any:
+        if self.num_workers:
+            gc.collect()  # before the workers inherit it, see _WorkerStart
         iterator = super()._get_iterator()
         if self.num_workers:
             end = weakref.finalize(self, _end_workers, iterator, os.getpid())
