@@ -7,21 +7,17 @@ with outlier channels, and the MLP's own output scale stays free to match the te
 pretrained model's text rows, and drown what the decoder layers add to the residual stream.)
 """
 
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.parallel_state import get_tensor_model_parallel_group
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.feature_mlp import FeatureMLP
 from megatron_dattn.models.fractional_positions import FractionalPositions
-from megatron_dattn.models.norm import RMSNorm
 
 
 class RowColumnPositions(torch.nn.Module):
@@ -66,52 +62,23 @@ def _entries(table: Tensor, count: int) -> Tensor:
     return F.interpolate(channels_first, size=count, mode="linear", align_corners=True)[0].t()
 
 
-class Adapter(MegatronModule):
-    """RMSNorm -> linear -> GELU -> linear -> positions.
-
-    The two linear layers are cut over the tensor-parallel ranks; rows are replicated on them.
+class Adapter(FeatureMLP):
+    """The MLP over features, then positions; rows are replicated on the tensor-parallel ranks.
 
     Args:
         config: the vision encoder's, see `vision_transformer_config`.
-        input_size: width of the encoder's features.
-        hidden_size: width of the MLP's middle.
-        output_size: width of the language model.
-        norm_eps: of the RMSNorm; None leaves it out.
         positions: places the rows; None for no positions.
+        sizes: of the `FeatureMLP`.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
         *,
-        input_size: int,
-        hidden_size: int,
-        output_size: int,
-        norm_eps: float | None,
         positions: RowColumnPositions | FractionalPositions | None,
+        **sizes: Any,
     ) -> None:
-        super().__init__(config=config)
-        tp_group = get_tensor_model_parallel_group()
-        self.norm = IdentityOp()
-        if norm_eps is not None:
-            self.norm = RMSNorm(config, input_size, eps=norm_eps)
-        self.linear_fc1 = ColumnParallelLinear(
-            input_size,
-            hidden_size,
-            config=config,
-            init_method=init_for(input_size),
-            tp_group=tp_group,
-        )
-        self.linear_fc2 = RowParallelLinear(
-            hidden_size,
-            output_size,
-            config=config,
-            init_method=init_for(hidden_size),
-            bias=True,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            tp_group=tp_group,
-        )
+        super().__init__(config, **sizes)
         self.positions = positions
 
     def forward(
@@ -127,8 +94,7 @@ class Adapter(MegatronModule):
         Returns:
             [images * patches, output_size].
         """
-        middle, _ = self.linear_fc1(self.norm(features))
-        rows, _ = self.linear_fc2(F.gelu(middle))
+        rows = self.project(features)
         if self.positions is not None:
             rows = self.positions(rows, grid, kept)
         return rows.flatten(0, 1)
@@ -164,8 +130,3 @@ def build_adapter(config: TransformerConfig, model: ModelConfig) -> Adapter | No
         norm_eps=model.adapter.norm_eps if model.adapter.input_norm else None,
         positions=positions,
     )
-
-
-def init_for(fan_in: int) -> partial[Tensor]:
-    """Variance 1 / (3 fan_in), that of torch's own linear layers, at any width."""
-    return partial(torch.nn.init.normal_, std=(3 * fan_in) ** -0.5)

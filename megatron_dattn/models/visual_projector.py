@@ -7,14 +7,10 @@ them. There is no adapter then: these MLPs do its work.
 """
 
 import torch.nn.functional as F
-from megatron.core.parallel_state import get_tensor_model_parallel_group
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_dattn.models.adapter import init_for
-from megatron_dattn.models.norm import RMSNorm
+from megatron_dattn.models.feature_mlp import FeatureMLP
 
 
 def features_as_rows(features: Tensor, hidden_size: int) -> Tensor:
@@ -26,14 +22,11 @@ def features_as_rows(features: Tensor, hidden_size: int) -> Tensor:
     return F.pad(rows, (0, hidden_size - rows.shape[1]))
 
 
-class VisualProjector(MegatronModule):
-    """RMSNorm -> linear -> GELU -> linear, as the adapter has them, for one decoder layer.
+class VisualProjector(FeatureMLP):
+    """The adapter's MLP for one decoder layer.
 
     The released code of SAISA (section 3 of its paper: one projector per layer) has no norm; ours
     is the adapter's, for the same reason: features leave the encoder unnormalized.
-
-    The linear layers are cut over the tensor-parallel ranks. Under sequence parallelism they gather
-    the rows of all ranks and hand each rank its own rows back.
 
     Args:
         config: the language model's, see `language_transformer_config`.
@@ -42,28 +35,14 @@ class VisualProjector(MegatronModule):
     """
 
     def __init__(self, config: TransformerConfig, *, feature_size: int, norm_eps: float) -> None:
-        super().__init__(config=config)
+        super().__init__(
+            config,
+            input_size=feature_size,
+            hidden_size=config.hidden_size,
+            output_size=config.hidden_size,
+            norm_eps=norm_eps,
+        )
         self.feature_size = feature_size
-        hidden_size = config.hidden_size
-        tp_group = get_tensor_model_parallel_group()
-        self.norm = RMSNorm(config, feature_size, eps=norm_eps)
-        self.linear_fc1 = ColumnParallelLinear(
-            feature_size,
-            hidden_size,
-            config=config,
-            init_method=init_for(feature_size),
-            tp_group=tp_group,
-        )
-        self.linear_fc2 = RowParallelLinear(
-            hidden_size,
-            hidden_size,
-            config=config,
-            init_method=init_for(hidden_size),
-            bias=True,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            tp_group=tp_group,
-        )
 
     def forward(self, rows: Tensor) -> Tensor:
         """This layer's visual rows.
@@ -75,6 +54,4 @@ class VisualProjector(MegatronModule):
         Returns:
             [rows, 1, hidden_size], of the same rows.
         """
-        middle, _ = self.linear_fc1(self.norm(rows[..., : self.feature_size]))
-        projected, _ = self.linear_fc2(F.gelu(middle))
-        return projected
+        return self.project(rows[..., : self.feature_size])

@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -393,3 +395,32 @@ def test_unprepared_and_changed_data_sets_are_refused(processor: Path, tmp_path:
     refused(dataset, "was changed after its index")
     Path(f"{dataset.path}.idx").unlink()
     refused(dataset, "has no index")
+
+
+_GARBAGE_GROUP = """
+import gc, os
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from megatron_dattn.data.workers import _WorkerStart
+
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+
+class Owner:
+    def __init__(self, group):
+        self.group, self.me = group, self
+
+gc.disable()
+Owner(dist.new_group([0]))
+dist.destroy_process_group()
+start = _WorkerStart(lambda worker_id: gc.collect())
+print(len(list(DataLoader(range(4), num_workers=1, worker_init_fn=start))))
+"""
+
+
+def test_workers_do_not_collect_the_trainers_garbage() -> None:
+    """An inherited process group's destructor waits for threads that the worker has not."""
+    finished = subprocess.run(
+        [sys.executable, "-c", _GARBAGE_GROUP], capture_output=True, text=True, timeout=60
+    )
+    assert finished.stdout.strip() == "4", finished.stderr
