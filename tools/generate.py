@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_dattn.data.templates import TEMPLATES
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
@@ -24,7 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument(
         "--template",
-        choices=["plain", "mistral_v3"],
+        choices=list(TEMPLATES),
         help="conversation template; the run's own by default (plain captions)",
     )
     parser.add_argument("--alpha", action="store_true", help="print attention to images by layer")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_dattn.data.templates import TEMPLATES
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
@@ -43,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument(
         "--template",
-        choices=["plain", "mistral_v3"],
+        choices=list(TEMPLATES),
         help="conversation template; the run's own by default (plain captions)",
     )
     return parser.parse_args(arguments)

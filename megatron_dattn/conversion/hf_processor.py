@@ -70,11 +70,20 @@ def write_processor(
 
 def _image_processor(preprocessor: ImagePreprocessor) -> dict[str, Any]:
     side = preprocessor.image_size
+    square = {"height": side, "width": side}
+    if preprocessor.image_fit == "crop":
+        kind = {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_center_crop": True,
+            "crop_size": square,
+            "size": {"shortest_edge": side},
+        }
+    else:
+        kind = {"image_processor_type": "SiglipImageProcessor", "size": square}
     return {
-        "image_processor_type": "SiglipImageProcessor",
+        **kind,
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": side, "width": side},
         "resample": int(preprocessor.resample),
         "do_rescale": True,
         "rescale_factor": preprocessor.rescale_factor,

@@ -1,8 +1,10 @@
 """The tokenizer's `<image>` entry, made without growing the vocabulary.
 
 A vision-language model needs one token that marks an image's place. Growing the vocabulary would
-change the embedding's shape, so a reserved entry that no text can produce is renamed: Mistral v0.3
-ships `[control_8]` and hundreds more, Llama-3 `<|reserved_special_token_0|>`.
+change the embedding's shape, so a reserved entry that no text needs is renamed: Mistral v0.3 ships
+`[control_8]` and hundreds more, Llama-3 `<|reserved_special_token_0|>`, Gemma `<unused0>`. Llama-2
+and Vicuna reserve nothing; there an entry is added behind the others, if the embedding has a row
+for it, as the padded ones of LLaVA's checkpoints do.
 """
 
 import json
@@ -11,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Tokenizer
+
 from megatron_dattn.conversion.safetensors_reader import read_json
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.errors import CheckpointError
@@ -18,6 +22,7 @@ from megatron_dattn.errors import CheckpointError
 RESERVED_NAMES = (
     re.compile(r"\[control_(\d+)\]"),
     re.compile(r"<\|reserved_special_token_(\d+)\|>"),
+    re.compile(r"<unused(\d+)>"),
 )
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,14 +33,18 @@ TOKENIZER_FILES = (
 )
 
 
-def copy_tokenizer(source: Path, target: Path) -> int:
-    """Copy a fast tokenizer and make sure that it knows `<image>`.
+def copy_tokenizer(source: Path, target: Path, *, vocab_size: int | None = None) -> int:
+    """Copy a fast tokenizer and make sure that it knows `<image>` as a special token.
+
+    Args:
+        vocab_size: rows of the model's embedding, which the tokenizer may fill; as many as it has
+            entries where None.
 
     Returns:
         The id of `<image>`.
 
     Raises:
-        CheckpointError: no tokenizer.json, or no entry that could be renamed.
+        CheckpointError: no tokenizer.json, or neither an entry to rename nor room for one more.
     """
     if not (source / "tokenizer.json").is_file():
         raise CheckpointError(
@@ -48,35 +57,61 @@ def copy_tokenizer(source: Path, target: Path) -> int:
             shutil.copyfile(source / name, target / name)
     tokenizer = read_json(target / "tokenizer.json")
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    if IMAGE_TOKEN in added:
-        return added[IMAGE_TOKEN]
-    reserved = _reserved_entry(added, source)
+    entry = IMAGE_TOKEN if IMAGE_TOKEN in added else _reserved_entry(added)
+    if entry is None:
+        return _append(source, target, vocab_size)
     for name in TOKENIZER_FILES:
         path = target / name
         if path.suffix == ".json" and path.is_file():
-            content = _rename(read_json(path), reserved)
-            path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    return added[reserved]
+            _rewrite(path, entry)
+    return added[entry]
 
 
-def _reserved_entry(added: dict[str, int], source: Path) -> str:
+def _reserved_entry(added: dict[str, int]) -> str | None:
     """`[control_8]` where it exists (public Mistral models use it so), else the lowest id."""
     names = [name for name in added if any(p.fullmatch(name) for p in RESERVED_NAMES)]
     if not names:
-        raise CheckpointError(
-            f"{source}/tokenizer.json has no '{IMAGE_TOKEN}' and no reserved entry to rename "
-            "(such as [control_8]); add the token and resize the embedding first"
-        )
+        return None
     return "[control_8]" if "[control_8]" in names else min(names, key=lambda name: added[name])
 
 
-def _rename(node: Any, reserved: str) -> Any:
-    """Rename the entry wherever it stands, as a key (the vocabulary) or as a value."""
+def _append(source: Path, target: Path, vocab_size: int | None) -> int:
+    """Give `<image>` the id behind the last one, which must have a row in the embedding."""
+    path = str(target / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    rows = vocab_size or tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    image_id = tokenizer.token_to_id(IMAGE_TOKEN)
+    if image_id >= rows:
+        raise CheckpointError(
+            f"{source}/tokenizer.json has no '{IMAGE_TOKEN}', no reserved entry to rename (such as "
+            f"[control_8] or <unused0>), and the embedding's {rows} rows are all taken; grow the "
+            "model first: model.resize_token_embeddings(n, pad_to_multiple_of=64) with n = "
+            f"{image_id + 1}, and save it again"
+        )
+    tokenizer.save(path)
+    return image_id
+
+
+def _rewrite(path: Path, entry: str) -> None:
+    content = read_json(path)
+    changed = _renamed(content, entry)
+    if changed != content:
+        path.write_text(json.dumps(changed, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _renamed(node: Any, entry: str) -> Any:
+    """Rename the entry wherever it stands, as a key (the vocabulary) or as a value.
+
+    Where its properties are listed it becomes special: reserved entries are not always.
+    """
     if isinstance(node, dict):
-        return {
-            IMAGE_TOKEN if key == reserved else key: _rename(value, reserved)
+        content = {
+            IMAGE_TOKEN if key == entry else key: _renamed(value, entry)
             for key, value in node.items()
         }
+        is_entry = content.get("content") == IMAGE_TOKEN and "special" in content
+        return content | {"special": True} if is_entry else content
     if isinstance(node, list):
-        return [_rename(item, reserved) for item in node]
-    return IMAGE_TOKEN if node == reserved else node
+        return [_renamed(item, entry) for item in node]
+    return IMAGE_TOKEN if node == entry else node

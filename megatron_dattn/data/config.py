@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_dattn.data.templates import TemplateName
 from megatron_dattn.errors import ConfigError
 
 
@@ -28,7 +29,8 @@ class DataConfig:
     """Folder with the Hugging Face tokenizer (and the image processor's preprocessor_config)."""
     image_processor: str | None = None
     """Folder with preprocessor_config.json; the tokenizer's folder where None."""
-    template: Literal["plain", "mistral_v3"] = "mistral_v3"
+    template: TemplateName = "mistral_v3"
+    """How conversations are written down; see megatron_dattn/data/templates."""
     visual_budget: int = 5832
     """Visual rows of one pack, padding included."""
     text_budget: int = 4096
@@ -45,8 +47,9 @@ class DataConfig:
     max_image_pixels: int = 40_000_000
     long_samples: Literal["skip", "truncate"] = "skip"
     """A conversation beyond a budget is skipped and counted, or cut after an answer that fits."""
-    image_fit: Literal["resize", "pad"] = "resize"
-    """Stretch images to the square, or pad them with the mean colour first (LLaVA-1.5)."""
+    image_fit: Literal["resize", "pad", "crop"] | None = None
+    """Stretch images to the square, pad them with the mean colour first (LLaVA-1.5's training), or
+    cut out their middle. None: what the image processor does (SigLIP's stretches, CLIP's cuts)."""
 
     def __post_init__(self) -> None:
         for name in ("visual_budget", "text_budget", "packing_buffer_size"):

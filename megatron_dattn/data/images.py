@@ -1,34 +1,27 @@
-"""Opening images that nobody has checked, and preparing them for SigLIP.
+"""Opening images that nobody has checked, and preparing them for SigLIP or CLIP.
 
 Image files are untrusted input: formats are limited to JPEG, PNG and WEBP (others can start
 external programs), sizes are read from the header and refused before anything is decoded, and
-truncated files are errors. Pixels are what Hugging Face's SigLIP processor makes of them, computed
-with Pillow alone.
+truncated files are errors. Pixels are what Hugging Face's SigLIP and CLIP processors make of them,
+computed with Pillow alone.
 """
 
 import io
-import json
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
 
+from megatron_dattn.data.image_settings import ImageFit, read_image_settings
 from megatron_dattn.data.rejection import Reason, SampleError
-from megatron_dattn.errors import ConfigError
 
-# Where Hugging Face keeps an image processor's settings: the file of its own that older exports
-# write, and the one that newer exports share with the text's.
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_SIDE = 16_384
 MAX_FILE_BYTES = 256 * 1024 * 1024
-
-ImageFit = Literal["resize", "pad"]
 
 
 def read_image_file(root: str, path: str) -> bytes:
@@ -109,7 +102,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImagePreprocessor:
-    """SigLIP's preprocessing: resize to a square, scale to [0, 1], normalise.
+    """SigLIP's or CLIP's preprocessing: make it a square, scale to [0, 1], normalise.
 
     The steps are split: `fit` leaves bytes, which are small to keep in buffers; `normalise` makes
     the floats when a pack is put together.
@@ -121,50 +114,68 @@ class ImagePreprocessor:
     rescale_factor: float = 1 / 255
     resample: int = Image.Resampling.BICUBIC
     image_fit: ImageFit = "resize"
+    """How an image becomes a square: stretched ("resize", SigLIP's way), cut out of its middle
+    ("crop", CLIP's), or filled up with the mean colour ("pad", LLaVA-1.5's training)."""
     max_pixels: int = 40_000_000
 
     @classmethod
     def from_folder(
-        cls, folder: str, *, image_size: int, image_fit: ImageFit = "resize", max_pixels: int
+        cls, folder: str, *, image_size: int, image_fit: ImageFit | None = None, max_pixels: int
     ) -> "ImagePreprocessor":
         """Read the settings from Hugging Face's preprocessor_config.json.
 
+        Args:
+            image_fit: how to make a square; the processor's own way where None.
+
         Raises:
-            ConfigError: there is none, it is not SigLIP's, or its size is not the model's.
+            ConfigError: there is none, it is of another kind, or its size is not the model's.
         """
-        settings, path = _read_settings(Path(folder))
-        kind = str(settings.get("image_processor_type", ""))
-        if not kind.startswith("SiglipImageProcessor"):
-            raise ConfigError(f"{path} describes '{kind}'; the encoder needs a SigLIP processor")
-        for step in ("do_resize", "do_rescale", "do_normalize"):
-            if settings.get(step, True) is False:
-                raise ConfigError(f"{path} switches {step} off, which SigLIP needs")
-        size = settings.get("size", {})
-        if (size.get("height"), size.get("width")) != (image_size, image_size):
-            raise ConfigError(
-                f"{path} resizes to {size}, but the model's vision.image_size is {image_size}"
-            )
+        settings, own_fit = read_image_settings(Path(folder), image_size)
         return cls(
             image_size=image_size,
-            mean=tuple(settings.get("image_mean", cls.mean)),
-            std=tuple(settings.get("image_std", cls.std)),
+            mean=tuple(settings["image_mean"]),
+            std=tuple(settings["image_std"]),
             rescale_factor=settings.get("rescale_factor", cls.rescale_factor),
             resample=settings.get("resample", cls.resample),
-            image_fit=image_fit,
+            image_fit=image_fit or own_fit,
             max_pixels=max_pixels,
         )
 
     def fit(self, data: bytes) -> np.ndarray:
         """Decode a file and bring it to size. Returns uint8 [image_size, image_size, 3]."""
         image = decode_image(data, max_pixels=self.max_pixels)
+        if self.image_fit == "crop":
+            return np.asarray(self._cropped(image))
         if self.image_fit == "pad":
-            side, fill = max(image.size), tuple(int(255 * value) for value in self.mean)
-            square = Image.new("RGB", (side, side), fill)
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = square
+            image = self._padded(image)
         if image.size != (self.image_size, self.image_size):
             image = image.resize((self.image_size, self.image_size), self.resample)
         return np.asarray(image)
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        side, fill = max(image.size), tuple(int(255 * value) for value in self.mean)
+        square = Image.new("RGB", (side, side), fill)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        """The middle of the image, whose shorter side becomes the square's.
+
+        Raises:
+            SampleError: the image is so narrow that at this size it would be beyond the limits.
+        """
+        side, short = self.image_size, min(image.size)
+        width, height = (int(side * length / short) for length in image.size)
+        if width * height > self.max_pixels:
+            raise SampleError(
+                Reason.BROKEN_IMAGE,
+                f"the image has {image.width}x{image.height} pixels, too narrow a band to cut a "
+                "square from",
+            )
+        left, top = (width - side) // 2, (height - side) // 2
+        if (width, height) != image.size:
+            image = image.resize((width, height), self.resample)
+        return image.crop((left, top, left + side, top + side))
 
     def normalise(self, images: list[np.ndarray]) -> torch.Tensor:
         """Float32 [num_images, 3, image_size, image_size] from the results of `fit`."""
@@ -173,21 +184,3 @@ class ImagePreprocessor:
         scale = (self.rescale_factor / np.array(self.std)).astype(np.float32)
         shift = (np.array(self.mean) / np.array(self.std)).astype(np.float32)
         return torch.from_numpy(pixels * scale - shift).permute(0, 3, 1, 2).contiguous()
-
-
-def _read_settings(folder: Path) -> tuple[dict[str, Any], Path]:
-    for name, key in zip(PROCESSOR_FILES, (None, "image_processor"), strict=True):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
-        settings = settings if key is None else settings.get(key)
-        if isinstance(settings, dict):
-            return settings, path
-    raise ConfigError(
-        f"'{folder}' has no preprocessor_config.json; set data.image_processor to the folder of "
-        "the vision encoder's Hugging Face checkpoint"
-    )

@@ -81,13 +81,17 @@ class ConversationTokenizer:
         return _text_rows(ids, [False] * len(ids), self._image_id)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The conversation's full text and the spans of it that are supervised."""
+        """The conversation's full text and the spans of it that are supervised.
+
+        After a last question the text goes on to where its answer begins.
+        """
         with _render_lock:
             # The declared return type of this function is that of its older form.
             rendered: Any = render_jinja_template(
                 [conversation.messages],
                 chat_template=self._source,
                 return_assistant_tokens_mask=True,
+                add_generation_prompt=conversation.turns[-1].role == "user",
                 **self._special_text,
             )
         texts, spans = rendered

@@ -11,9 +11,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_dattn.data.conversation import IMAGE_TOKEN
+from megatron_dattn.data.templates import template_tokens
 from megatron_dattn.errors import ConfigError
-
-CONTROL_TOKENS: dict[str, tuple[str, ...]] = {"plain": (), "mistral_v3": ("[INST]", "[/INST]")}
 
 
 def load_tokenizer(
@@ -54,7 +53,7 @@ def check_tokenizer(
             "save it with a tokenizer.json"
         )
     special = special_token_ids(tokenizer)
-    for token in (IMAGE_TOKEN, *CONTROL_TOKENS[template]):
+    for token in (IMAGE_TOKEN, *template_tokens(template).control):
         if tokenizer.convert_tokens_to_ids(token) not in special:
             raise ConfigError(
                 f"the tokenizer in '{folder}' has no special token '{token}', which template "

@@ -17,7 +17,8 @@ from megatron_dattn.config.cli import load_config
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.template import ConversationTokenizer
-from megatron_dattn.data.tokenizer import load_tokenizer
+from megatron_dattn.data.templates import template_tokens
+from megatron_dattn.data.tokenizer import load_tokenizer, token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ExecutionConfig
@@ -39,8 +40,11 @@ class RunAssets:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the end token, and for plain captions the line break."""
+        """Tokens that end an answer: the tokenizer's, the template's, a caption's line break."""
         stops = {int(self.tokenizer.eos_token_id)}
+        end = template_tokens(self.conversations.template).end
+        if end is not None:
+            stops.add(token_id(self.tokenizer, end))
         if self.conversations.template == "plain":
             stops.add(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
         return frozenset(stops)

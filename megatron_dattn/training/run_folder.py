@@ -10,7 +10,7 @@ from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.config.cli import render_config
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DataConfig
-from megatron_dattn.data.images import PROCESSOR_FILES
+from megatron_dattn.data.image_settings import PROCESSOR_FILES
 from megatron_dattn.training.exits import clear_exit_reason
 
 CONFIG_FILE = "config.yaml"

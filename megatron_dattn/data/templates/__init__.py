@@ -1,13 +1,53 @@
 """Chat templates in Jinja, with `{% generation %}` around what is supervised.
 
-`mistral_v3` is a complete chat template and is exported with the model; `plain` is LLaVA's format
-for captions, where the question is dropped.
+`mistral_v3`, `llama3`, `gemma` and `vicuna_v1` are complete chat templates and are exported with
+the model; `plain` is LLaVA's format for captions, where the question is dropped. A new template is
+a file, an entry in `TEMPLATES` and its name in `TemplateName`.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from megatron_dattn.errors import ConfigError
+
+TemplateName = Literal["plain", "mistral_v3", "llama3", "gemma", "vicuna_v1"]
+
+
+@dataclass(frozen=True)
+class TemplateTokens:
+    """Which of the tokenizer's entries a template relies on."""
+
+    control: tuple[str, ...] = ()
+    """Special tokens that it writes, apart from the tokenizer's own first and last."""
+    end: str | None = None
+    """The one of them that ends an answer; None if the tokenizer's last token does."""
+
+
+TEMPLATES: dict[TemplateName, TemplateTokens] = {
+    "plain": TemplateTokens(),
+    "mistral_v3": TemplateTokens(("[INST]", "[/INST]")),
+    "llama3": TemplateTokens(
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), end="<|eot_id|>"
+    ),
+    "gemma": TemplateTokens(("<start_of_turn>", "<end_of_turn>"), end="<end_of_turn>"),
+    "vicuna_v1": TemplateTokens(),
+}
+
+
+def template_tokens(name: str) -> TemplateTokens:
+    """What a template needs of the tokenizer.
+
+    Raises:
+        ConfigError: there is no template of that name.
+    """
+    for known, tokens in TEMPLATES.items():
+        if known == name:
+            return tokens
+    raise ConfigError(
+        f"data.template '{name}' is unknown; choose one of {', '.join(sorted(TEMPLATES))}"
+    )
 
 
 @cache
@@ -17,9 +57,5 @@ def read_template(name: str) -> str:
     Raises:
         ConfigError: there is no template of that name.
     """
-    folder = Path(__file__).parent
-    path = folder / f"{name}.jinja"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
-        raise ConfigError(f"data.template '{name}' is unknown; choose one of {known}")
-    return path.read_text(encoding="utf-8")
+    template_tokens(name)
+    return (Path(__file__).parent / f"{name}.jinja").read_text(encoding="utf-8")

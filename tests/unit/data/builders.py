@@ -1,6 +1,7 @@
 """Small real things for the tests of the data room: a tokenizer, images, data sets, a config."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ CORPUS = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    special_tokens: Sequence[str] = SPECIAL_TOKENS, *, bos: str = "<s>", eos: str = "</s>"
+) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer with sentencepiece's habits: `_` for spaces, bytes for the unknown."""
     alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -39,16 +42,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         CORPUS,
         trainers.BpeTrainer(
-            vocab_size=450, special_tokens=[*SPECIAL_TOKENS, *alphabet], show_progress=False
+            vocab_size=450, special_tokens=[*special_tokens, *alphabet], show_progress=False
         ),
     )
-    specials = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    specials = [AddedToken(token, special=True, normalized=False) for token in special_tokens]
     plain = json.loads(tokenizer.to_str())
     plain["added_tokens"] = []
     tokenizer = Tokenizer.from_str(json.dumps(plain))
     tokenizer.add_special_tokens(specials)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token=bos, eos_token=eos
     )
 
 

@@ -183,6 +183,73 @@ def test_preprocessing_equals_hugging_face(tmp_path: Path, width: int, height: i
     assert torch.allclose(actual, expected, rtol=0, atol=1e-6)
 
 
+def save_clip_processor(folder: Path, **changes: object) -> Path:
+    """As LLaVA-1.5's checkpoints have it, but for the size."""
+    folder.mkdir()
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_center_crop": True,
+        "size": {"shortest_edge": 16},
+        "crop_size": {"height": 16, "width": 16},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(16, 16), (33, 20), (7, 50), (17, 16), (1, 1), (3, 300), (300, 200)]
+)
+def test_clip_s_preprocessing_equals_hugging_face(tmp_path: Path, width: int, height: int) -> None:
+    folder = save_clip_processor(tmp_path / "clip")
+    image = noise(width, height)
+    ours = ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
+    theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    expected = theirs(images=image, return_tensors="pt")["pixel_values"]
+    # Both start from the same bytes; one rounding of float32 per step may differ.
+    actual = ours.normalise([ours.fit(encoded(image))])
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_older_files_say_the_same(tmp_path: Path) -> None:
+    folder = save_clip_processor(tmp_path / "new")
+    new = ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "image_processor_type": None}
+    folder = save_clip_processor(tmp_path / "old", **old, size=16, crop_size=16)
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("image_processor_type")
+    path.write_text(json.dumps(settings))
+    assert ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS) == new
+    assert new.image_fit == "crop"
+
+
+def test_the_run_may_choose_another_way_than_the_processor_s(tmp_path: Path) -> None:
+    folder = str(save_clip_processor(tmp_path / "clip"))
+    for fit in ("pad", "resize", "crop"):
+        processor = ImagePreprocessor.from_folder(
+            folder, image_size=16, image_fit=fit, max_pixels=MAX_PIXELS
+        )
+        assert processor.image_fit == fit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"do_center_crop": False}, {"crop_size": {"height": 14, "width": 16}}, {"size": 17}],
+)
+def test_a_clip_processor_that_makes_no_square_of_the_size_is_refused(
+    tmp_path: Path, change: dict
+) -> None:
+    folder = save_clip_processor(tmp_path / "clip", **change)
+    with pytest.raises(ConfigError, match="image_size is 16"):
+        ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
+
+
+def test_a_band_too_narrow_to_crop_is_a_sample_error() -> None:
+    processor = ImagePreprocessor(image_size=16, image_fit="crop", max_pixels=20_000)
+    with pytest.raises(SampleError, match="2000x1 pixels, too narrow"):
+        processor.fit(encoded(Image.new("RGB", (2000, 1))))
+
+
 def test_padding_keeps_the_proportions() -> None:
     processor = ImagePreprocessor(image_size=16, image_fit="pad")
     pixels = processor.fit(encoded(Image.new("RGB", (16, 8), "red")))
@@ -198,7 +265,8 @@ def test_no_images_make_an_empty_tensor() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessor"),
+        ({"image_processor_type": "ViTImageProcessor"}, "'ViTImageProcessor'; supported"),
+        ({"do_center_crop": True, "crop_size": {"height": 8, "width": 8}}, "and cuts out"),
         ({"do_normalize": False}, "do_normalize"),
         ({"size": {"height": 32, "width": 32}}, "image_size is 16"),
         ({"size": {"shortest_edge": 16}}, "image_size is 16"),
