@@ -1,13 +1,15 @@
 """Convert checkpoints between Hugging Face and Megatron, look into both, and compare them.
 
     python tools/convert_checkpoint.py import --vision siglip/ --language mistral/ --output base/
+    python tools/convert_checkpoint.py import --model llava-1.5/ --output base/
     python tools/convert_checkpoint.py export --checkpoint run/ --output model/
     python tools/convert_checkpoint.py inspect base/
     python tools/convert_checkpoint.py verify base/
 
-Import: the inputs are Hugging Face folders (config.json and safetensors); the language folder also
-holds the tokenizer, the vision folder the image processor. The output starts stage 1: pass it to
-pretrain_vlm.py as `--checkpoint.load base/` together with `--config base/config.yaml`.
+Import: the inputs are Hugging Face folders (config.json and safetensors). Of two, the language
+folder also holds the tokenizer, the vision folder the image processor; a single one is a model of
+LLaVA-1.5's format or an export of ours. The output starts a stage: pass it to pretrain_vlm.py as
+`--checkpoint.load base/` together with `--config base/config.yaml`.
 
 Export: a run's newest checkpoint becomes a folder that transformers loads, see docs/huggingface.md.
 
@@ -31,10 +33,14 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 def add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("import", help="Hugging Face to Megatron")
     parser.set_defaults(run=run_import)
-    parser.add_argument("--vision", type=Path, required=True, help="encoder's folder")
-    parser.add_argument("--language", type=Path, required=True, help="language model's folder")
+    parser.add_argument("--vision", type=Path, help="encoder's folder")
+    parser.add_argument("--language", type=Path, help="language model's folder")
+    parser.add_argument("--model", type=Path, help="instead of both: a vision-language model's")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
-    parser.add_argument("--attention", default="dattn", help="attention preset of the model")
+    parser.add_argument(
+        "--attention",
+        help="attention preset; by default dattn for two folders, and a whole model's own",
+    )
     parser.add_argument(
         "--dtype", choices=["bf16", "fp32"], default="bf16", help="dtype of the stored weights"
     )
@@ -47,15 +53,18 @@ def run_import(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from megatron_dattn.conversion.import_hf import write_import
-    from megatron_dattn.conversion.import_plan import plan_import
+    from megatron_dattn.conversion.import_plan import plan_import, plan_whole_import
 
-    plan = plan_import(
-        options.vision,
-        options.language,
-        options.output,
-        attention=options.attention,
-        dtype=options.dtype,
-    )
+    vision, language, whole = options.vision, options.language, options.model
+    chosen = {"dtype": options.dtype}
+    if options.attention is not None:
+        chosen["attention"] = options.attention
+    if whole is not None and vision is None and language is None:
+        plan = plan_whole_import(whole, options.output, **chosen)
+    elif whole is None and vision is not None and language is not None:
+        plan = plan_import(vision, language, options.output, **chosen)
+    else:
+        raise ConfigError("import takes either --vision and --language, or --model alone")
     print(plan.summary())
     if options.dry_run:
         return 0

@@ -54,6 +54,14 @@ class Manifest:
         """Names of the modules whose weights it holds."""
         return tuple(self.facts.get("modules", ()))
 
+    @property
+    def has_added(self) -> bool:
+        """Whether it holds what the attention preset adds to a plain model.
+
+        A conversion from elsewhere does not; one without an adapter never does.
+        """
+        return "adapter" in self.modules and bool(self.facts.get("has_added", True))
+
 
 def current_versions() -> dict[str, str]:
     """Versions of the programs that write a checkpoint now."""

@@ -1,10 +1,11 @@
-"""Hugging Face folders of an encoder and of a language model into one Megatron checkpoint.
+"""Hugging Face folders into one Megatron checkpoint: encoder and language model, or a whole VLM.
 
-Stage 1 starts from it. The result is a run folder like any other: `config.yaml` with the model
-section, `tokenizer/`, and a committed checkpoint of step 0. It holds no adapter and nothing of what
-the attention preset adds to the decoder layers: stage 1 trains those from their initial values. The
-checkpoint is committed last, so an interrupted conversion leaves none. Parameters are read,
-converted and written one by one: memory does not grow with the number of layers.
+A stage starts from it. The result is a run folder like any other: `config.yaml` with the model
+section, `tokenizer/`, and a committed checkpoint of step 0. Made of two folders it holds no adapter,
+and unless it was an export of ours, nothing of what the attention preset adds: training begins with
+initial values there. The checkpoint is committed last, so an interrupted conversion leaves none.
+Parameters are read, converted and written one by one: memory does not grow with the number of
+layers.
 """
 
 import dataclasses
@@ -19,7 +20,13 @@ from torch import Tensor
 
 from megatron_dattn.checkpoint import save_checkpoint
 from megatron_dattn.checkpoint.tensors import ParameterValues
-from megatron_dattn.conversion.import_plan import ImportPlan, Source, plan_import, processor_files
+from megatron_dattn.conversion.import_plan import (
+    ImportPlan,
+    plan_import,
+    plan_whole_import,
+    processor_files,
+)
+from megatron_dattn.conversion.origin import Source
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.tokenizer import tokenizer_sha256
@@ -54,7 +61,30 @@ def import_checkpoint(
     """
     plan = plan_import(vision, language, output, attention=attention, dtype=dtype)
     write_import(plan)
-    return plan.model
+    return plan.origin.model
+
+
+def import_whole_model(
+    folder: Path, output: Path, *, attention: str | None = None, dtype: str = "bf16"
+) -> ModelConfig:
+    """Convert and save a whole vision-language model, in one process.
+
+    Args:
+        folder: of a LLaVA-1.5-format model or of an export of ours, with tokenizer and image
+            processor.
+        attention: the preset. None is the model's own: `s_attn` for LLaVA, whose weights another
+            preset may start from; the preset of an export cannot be changed.
+        output, dtype: as for `import_checkpoint`.
+
+    Returns:
+        The model's configuration.
+
+    Raises:
+        CheckpointError, ConfigError: as for `import_checkpoint`.
+    """
+    plan = plan_whole_import(folder, output, attention=attention, dtype=dtype)
+    write_import(plan)
+    return plan.origin.model
 
 
 def write_import(plan: ImportPlan, written: Callable[[int], object] | None = None) -> None:
@@ -76,20 +106,23 @@ def write_import(plan: ImportPlan, written: Callable[[int], object] | None = Non
 
 def _write_assets(plan: ImportPlan) -> None:
     """Everything of the run folder but the checkpoint."""
-    tokenizer = plan.output / "tokenizer"
-    image_id = copy_tokenizer(plan.language, tokenizer)
-    for processor in processor_files(plan.vision):
+    origin, tokenizer = plan.origin, plan.output / "tokenizer"
+    vocab_size = origin.model.language.vocab_size
+    image_id = copy_tokenizer(origin.tokenizer, tokenizer, vocab_size=vocab_size)
+    for processor in processor_files(origin.image_processor):
         shutil.copyfile(processor, tokenizer / processor.name)
-    config = {
-        "model": dataclasses.asdict(plan.model),
-        "data": {"tokenizer": str(tokenizer.resolve())},
-    }
+    data = {"tokenizer": str(tokenizer.resolve()), "template": plan.template}
+    if origin.image_fit is not None:
+        data["image_fit"] = origin.image_fit
+    config = {"model": dataclasses.asdict(origin.model), "data": data}
     (plan.output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    logger.info("token <image> has id %d", image_id)
+    logger.info("token <image> has id %d; conversations are written as %s", image_id, plan.template)
 
 
 def _write_weights(plan: ImportPlan, written: Callable[[int], object]) -> None:
-    rules = {f"{s.module}.{rule.megatron}": (s, rule) for s in plan.sources for rule in s.rules}
+    rules = {
+        f"{s.module}.{rule.megatron}": (s, rule) for s in plan.origin.sources for rule in s.rules
+    }
     # Held apart from the shards: saving gives those an axis of layers.
     targets = {name: shard.data for name, shard in plan.shards.items()}
 
@@ -118,10 +151,11 @@ def _convert(source: Source, rule: Rule, target: Tensor) -> Tensor:
 
 def _facts(plan: ImportPlan) -> dict[str, Any]:
     return {
-        "model": dataclasses.asdict(plan.model),
-        "modules": [source.module for source in plan.sources],
+        "model": dataclasses.asdict(plan.origin.model),
+        "modules": [source.module for source in plan.origin.sources],
+        "has_added": plan.origin.has_added,
         "tokenizer": tokenizer_sha256(str(plan.output / "tokenizer")),
         "stage": STAGE,
         "step": 0,
-        "sources": {source.module: str(source.weights.folder) for source in plan.sources},
+        "sources": {name: str(folder) for name, folder in plan.origin.folders.items()},
     }

@@ -20,6 +20,7 @@ from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import template_tokens
 from megatron_dattn.data.tokenizer import load_tokenizer, token_id
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ExecutionConfig
 from megatron_dattn.models.vlm import DAttnVLM
@@ -76,11 +77,21 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
     seed_everything(config.training.seed)
     execution = ExecutionConfig(precision=config.training.precision, transformer_impl="local")
     model = build_model(config.model, ParallelConfig(), execution)
+    plain = not found.manifest.has_added
     loaded = load_checkpoint(
-        found.path, {"model": model.sharded_state_dict()}, modules=found.manifest.modules
+        found.path,
+        {"model": model.sharded_state_dict()},
+        modules=found.manifest.modules,
+        without=comes_with_preset if plain else None,
     )
-    model.load_state_dict(loaded["model"])
+    missing = model.load_state_dict(loaded["model"], strict=not plain).missing_keys
     logger.info("loaded %s", found.path)
+    if missing:
+        logger.warning(
+            "%s holds no %s: the model answers with their initial values; train it first",
+            found.path,
+            ", ".join(missing),
+        )
     return LoadedModel(
         assets.tokenizer, assets.conversations, assets.preprocessor, config, model.eval()
     )

@@ -14,6 +14,9 @@ _ADDED = re.compile(
 )
 
 
+_POSITIONS = "adapter.positions."
+
+
 def is_added(name: str) -> bool:
     """Whether a parameter, or a key of a checkpoint, is such an addition.
 
@@ -21,3 +24,12 @@ def is_added(name: str) -> bool:
         name: with the whole model's prefix, but none of the wrappers' (`module.`).
     """
     return _ADDED.match(name) is not None
+
+
+def comes_with_preset(name: str) -> bool:
+    """Whether a plain model lacks a parameter: such an addition, or the adapter's positions.
+
+    Args:
+        name: as for `is_added`.
+    """
+    return is_added(name) or name.startswith(_POSITIONS)

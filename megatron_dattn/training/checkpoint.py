@@ -9,6 +9,7 @@ the stage or the way the data is split differs. All methods are collective over 
 import copy
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from megatron_dattn.checkpoint.load import load_checkpoint
 from megatron_dattn.checkpoint.manifest import compare_facts
 from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.models.added_parameters import is_added
+from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.training.config import CheckpointConfig
 from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
 from megatron_dattn.training.stages import MODULES, module_of_parameter
@@ -38,6 +39,9 @@ REPORT_FILE = "resume_report.json"
 # A conversion of Hugging Face models has no adapter (nor what a preset adds to the decoder layers,
 # which counts as the adapter's): stage 1 trains it from its initial values.
 _MAY_BE_ABSENT = {"adapter"}
+# Settings of the adapter that only its positions depend on.
+_OF_POSITIONS = ("adapter.max_grid", "adapter.text_scale")
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 # Stores the distributed optimizer's state as if it were not distributed: it then loads under any
 # tensor-, pipeline- and data-parallel size. It is gathered in host memory, on the first rank of the
@@ -141,8 +145,8 @@ class Checkpointer:
     def load_weights(self, state: TrainState, path: str | Path) -> None:
         """Start a stage: the weights of a conversion or an earlier stage, everything else fresh.
 
-        A checkpoint without adapter leaves the adapter, and the parameters that the preset adds to
-        the decoder layers, as they were initialized, with a warning.
+        A conversion that lacks the adapter, or what the preset adds to a plain model, leaves those
+        parameters as they were initialized, with a warning.
 
         Args:
             path: a folder of checkpoints (the newest sound one is taken) or one checkpoint.
@@ -161,17 +165,20 @@ class Checkpointer:
             raise CheckpointError(
                 f"{found.path} holds no weights of {', '.join(sorted(absent - _MAY_BE_ABSENT))}"
             )
-        # Weights without adapter come from elsewhere: no attention preset has shaped them.
-        ignored = ("adapter", "attention") if absent else ()
+        plain = not found.manifest.has_added
+        # Weights without what a preset adds come from elsewhere: no preset has shaped them.
+        ignored = ("attention", *(("adapter",) if absent else _OF_POSITIONS)) if plain else ()
         self._compare(found, {"model": self._model, "tokenizer": self._tokenizer}, ignored)
         present = [name for name in self._modules if name not in absent]
         loaded = load_checkpoint(
             found.path,
             _model_state(state.model),
             modules=present,
-            without=is_added if "adapter" in absent else None,
+            without=comes_with_preset if plain else None,
         )
-        on_every_rank("loading the weights", lambda: _load_modules(state.model, loaded, present))
+        on_every_rank(
+            "loading the weights", lambda: _load_modules(state.model, loaded, present, plain)
+        )
         state.optimizer.reload_model_params()
         self._parent = {
             "path": str(found.path),
@@ -182,13 +189,14 @@ class Checkpointer:
             logger.info("weights of %s loaded from %s", ", ".join(present), found.path)
             for name in sorted(absent):
                 logger.warning("NO %s IN %s: IT STARTS FROM RANDOM VALUES", name, found.path)
-            added = _count_added(state.model)
-            if added and "adapter" in absent:
+            added = _added(state.model, absent) if plain else {}
+            if added:
                 logger.warning(
-                    "%s parameters (on this rank) that the attention preset adds to the language "
-                    "model are not in %s: they keep their initial values",
-                    f"{added:,}",
+                    "%s parameters (on this rank) that the attention preset adds are not in %s: "
+                    "%s keep their initial values",
+                    f"{sum(added.values()):,}",
                     found.path,
+                    ", ".join(added),
                 )
 
     def _facts(self, state: TrainState) -> dict[str, Any]:
@@ -356,16 +364,28 @@ def _restore(state: TrainState, loaded: StateDict, local: Mapping[str, bytes], p
         state.loader.restore_state(local["loader"])
 
 
-def _count_added(model: Sequence[torch.nn.Module]) -> int:
-    chunks = unwrap_model(list(model))
-    named = (item for chunk in chunks for item in chunk.named_parameters())
-    return sum(parameter.numel() for name, parameter in named if is_added(name))
+def _added(model: Sequence[torch.nn.Module], absent: set[str]) -> dict[str, int]:
+    """Sizes of what the preset adds to the modules that are there, by name; layers together."""
+    sizes: dict[str, int] = {}
+    for chunk in unwrap_model(list(model)):
+        for name, parameter in chunk.named_parameters():
+            if comes_with_preset(name) and name.partition(".")[0] not in absent:
+                every = _LAYER_NUMBER.sub("*", name)
+                sizes[every] = sizes.get(every, 0) + parameter.numel()
+    return sizes
 
 
 def _load_modules(
-    model: Sequence[torch.nn.Module], loaded: StateDict, modules: Sequence[str] | None
+    model: Sequence[torch.nn.Module],
+    loaded: StateDict,
+    modules: Sequence[str] | None,
+    plain: bool = False,
 ) -> None:
-    """Hand loaded values to the modules; all keys below `modules` must be there."""
+    """Hand loaded values to the modules; all keys below `modules` must be there.
+
+    Args:
+        plain: but for what the attention preset adds.
+    """
     chunks = unwrap_model(list(model))
     for index, chunk in enumerate(chunks):
         values = loaded.get("model" if len(chunks) == 1 else f"model{index}", {})
@@ -375,6 +395,7 @@ def _load_modules(
             for key in result.missing_keys
             if not key.endswith("_extra_state")
             and (modules is None or module_of_parameter(key) in modules)
+            and not (plain and comes_with_preset(key))
         ]
         if missing or result.unexpected_keys:
             raise CheckpointError(

@@ -53,6 +53,7 @@ def make_run_folder(base: Path, folder: Path, attention: str, **adapter: Any) ->
     settings["training"] = {"precision": "fp32"}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     modules = ["vision_model", "adapter", "language_model"]
-    facts = {**found.manifest.facts, "modules": modules, "stage": "tiny", "model": asdict(config)}
+    changed = {"modules": modules, "has_added": True, "stage": "tiny", "model": asdict(config)}
+    facts = {**found.manifest.facts, **changed}
     save_checkpoint(folder, 1, {"model": model.sharded_state_dict()}, facts=facts)
     destroy_distributed()

@@ -105,8 +105,8 @@ def test_output_is_never_overwritten(folders, converted):
         import_checkpoint(*folders, converted[0])
 
 
-def edit_config(folder, **changes):
-    path = folder / "config.json"
+def edit_config(folder, file="config.json", **changes):
+    path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -154,6 +154,10 @@ def add_token(folder):
         (lambda v, m: add_token(m), r"language' has ids up to 100.* vocab_size is 64"),
         (lambda v, m: (m / "tokenizer.json").unlink(), r"no tokenizer\.json"),
         (lambda v, m: (v / "preprocessor_config.json").unlink(), "preprocessor_config"),
+        (
+            lambda v, m: edit_config(v, "preprocessor_config.json", size={"height": 9, "width": 9}),
+            r"resizes to .* image_size is 28",
+        ),
         (lambda v, m: (v / "config.json").unlink(), r"config\.json is missing"),
         (lambda v, m: (v / "model.safetensors").write_bytes(b"x" * 20), "damaged"),
     ],
@@ -228,6 +232,7 @@ def test_a_model_of_real_size_is_planned_from_headers_alone(folders, tmp_path, m
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     edit_config(vision, **{n: getattr(siglip_config, n) for n in (*names, "image_size")})
     edit_config(vision, patch_size=14)
+    edit_config(vision, "preprocessor_config.json", size={"height": 384, "width": 384})
     more = ("num_key_value_heads", "head_dim", "vocab_size")
     edit_config(language, **{n: getattr(mistral_config, n) for n in (*names, *more)})
     usage = shutil.disk_usage(tmp_path)

@@ -1,0 +1,91 @@
+"""Whole vision-language models as the origin of an import: LLaVA-1.5's format and our own exports.
+
+Both bring an adapter, so a run folder made of one answers at once. LLaVA's attention is `s_attn`;
+any other preset starts from its weights, and what that preset adds keeps its initial values.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_dattn.attention import get_preset
+from megatron_dattn.conversion import dattn, llava
+from megatron_dattn.conversion.origin import Origin, Source, check_weights
+from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read_json
+from megatron_dattn.conversion.weight_map import Rule
+from megatron_dattn.data.image_settings import ImageFit
+from megatron_dattn.errors import CheckpointError, ConfigError
+
+LLAVA_ATTENTION = "s_attn"
+
+
+def whole_origin(folder: Path, attention: str | None = None) -> Origin:
+    """A vision-language model in one folder.
+
+    Args:
+        attention: the preset; the model's own where None.
+
+    Raises:
+        CheckpointError: another architecture, or the folder does not hold what it describes.
+        ConfigError: a preset that does not fit the model.
+    """
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind == llava.MODEL_TYPE:
+        return _llava_origin(folder, config, attention or LLAVA_ATTENTION)
+    if kind == dattn.MODEL_TYPE:
+        return _dattn_origin(folder, config, attention)
+    raise CheckpointError(
+        f"{folder} holds a model of type '{kind}'; --model takes {llava.MODEL_TYPE} and "
+        f"{dattn.MODEL_TYPE}; an encoder and a language model are given with --vision and "
+        "--language"
+    )
+
+
+def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origin:
+    if get_preset(attention).visual.source == "reproject":
+        raise ConfigError(
+            f"attention '{attention}' has no adapter to take LLaVA's weights; choose another"
+        )
+    model = llava.model_config(config, attention)
+    weights = SafetensorsFolder(folder)
+    keys = llava.key_names(weights.shapes)
+    rules = llava.weight_rules(model, keys)
+    unused = llava.unused_prefixes(model, keys)
+    return Origin(
+        model,
+        _sources(weights, rules, unused),
+        {"model": folder},
+        tokenizer=folder,
+        image_processor=folder,
+        image_token_id=config.get("image_token_index", config.get("image_token_id")),
+    )
+
+
+def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -> Origin:
+    model = dattn.model_config(config, attention)
+    return Origin(
+        model,
+        _sources(SafetensorsFolder(folder), dattn.weight_rules(model), []),
+        {"model": folder},
+        tokenizer=folder,
+        image_processor=folder,
+        has_added=True,
+        image_fit=_exported_fit(folder),
+        image_token_id=config.get("image_token_id"),
+    )
+
+
+def _sources(
+    weights: SafetensorsFolder, rules: dict[str, list[Rule]], unused: list[str]
+) -> list[Source]:
+    check_weights([rule for of_module in rules.values() for rule in of_module], weights, unused)
+    return [Source(module, weights, of_module) for module, of_module in rules.items()]
+
+
+def _exported_fit(folder: Path) -> ImageFit | None:
+    """How our exported processor makes squares: it can pad, which no image processor says."""
+    path = folder / "processor_config.json"
+    fit = read_json(path).get("image_fit") if path.is_file() else None
+    if fit not in ("resize", "pad", "crop", None):
+        raise CheckpointError(f"{path} has image_fit '{fit}', which is not known")
+    return fit
