@@ -118,6 +118,7 @@ def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("folder", type=Path, help="run folder that `import` wrote")
     parser.add_argument("--vision", type=Path, help="encoder's folder, if it has moved")
     parser.add_argument("--language", type=Path, help="language model's folder, if it has moved")
+    parser.add_argument("--model", type=Path, help="whole model's folder, if it has moved")
     parser.add_argument("--tokens", type=int, nargs="+", help="token ids; random without")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="to compute in")
     parser.add_argument("--tolerance", type=float, help=f"relative; by default {TOLERANCES}")
@@ -130,6 +131,7 @@ def run_verify(options: argparse.Namespace) -> int:
         options.folder,
         vision=options.vision,
         language=options.language,
+        whole=options.model,
         tokens=options.tokens,
         dtype=options.dtype,
     )

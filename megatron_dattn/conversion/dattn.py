@@ -55,7 +55,8 @@ def model_config(config: dict[str, Any], attention: str | None = None) -> ModelC
     )
 
 
-def _preset(exported: DAttnConfig) -> str:
+def _preset(exported: Any) -> str:
+    """The name of the preset with an export's axes; what no export has is as it is by default."""
     axes = AttentionConfig(
         v2v=exported.v2v,
         t2v=TextToVisual(scope=exported.t2v_scope, rotary=exported.t2v_rotary),

@@ -1,11 +1,11 @@
 """Hugging Face folders into one Megatron checkpoint: encoder and language model, or a whole VLM.
 
 A stage starts from it. The result is a run folder like any other: `config.yaml` with the model
-section, `tokenizer/`, and a committed checkpoint of step 0. Made of two folders it holds no adapter,
-and unless it was an export of ours, nothing of what the attention preset adds: training begins with
-initial values there. The checkpoint is committed last, so an interrupted conversion leaves none.
-Parameters are read, converted and written one by one: memory does not grow with the number of
-layers.
+section, `tokenizer/`, and a committed checkpoint of step 0. Made of two folders it holds no
+adapter, and unless it was an export of ours, nothing of what the attention preset adds: training
+begins with initial values there. The checkpoint is committed last, so an interrupted conversion
+leaves none. Parameters are read, converted and written one by one: memory does not grow with the
+number of layers.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Where an import comes from: what the folders hold, in our terms.
 
-An import is made of an encoder and a language model (`parts_origin`) or of one vision-language model
-(`whole_models.py`). Both are described by an `Origin`, and everything after that is the same. Only
-configurations and headers are read here.
+An import is made of an encoder and a language model (`parts_origin`) or of one vision-language
+model (`whole_models.py`). Both are described by an `Origin`, and everything after that is the same.
+Only configurations and headers are read here.
 """
 
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ def spoken_template(folder: Path, tokenizer: PreTrainedTokenizerBase, family: st
             return name
     special = special_token_ids(tokenizer)
     for name in _BY_FAMILY[family]:
-        ids = tokenizer.convert_tokens_to_ids(list(TEMPLATES[name].control))
-        if special.issuperset(ids):
+        control = TEMPLATES[name].control
+        if all(tokenizer.convert_tokens_to_ids(token) in special for token in control):
             return name
     return "plain"

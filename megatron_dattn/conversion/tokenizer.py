@@ -81,7 +81,7 @@ def _append(source: Path, target: Path, vocab_size: int | None) -> int:
     tokenizer = Tokenizer.from_file(path)
     rows = vocab_size or tokenizer.get_vocab_size()
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    image_id = tokenizer.token_to_id(IMAGE_TOKEN)
+    image_id = tokenizer.get_vocab()[IMAGE_TOKEN]
     if image_id >= rows:
         raise CheckpointError(
             f"{source}/tokenizer.json has no '{IMAGE_TOKEN}', no reserved entry to rename (such as "

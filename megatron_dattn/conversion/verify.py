@@ -1,6 +1,7 @@
 """Compares a checkpoint's outputs with those of the Hugging Face models that it came from.
 
 Language model: logits of every row of a text. Vision encoder: the features that feed the adapter.
+Whole vision-language models: see `verify_whole.py`.
 One model is in memory at a time. Text without images passes every attention preset alike, so a
 converted checkpoint must agree whatever preset its configuration names.
 """
@@ -31,7 +32,7 @@ from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, one_process
 
 NUM_TOKENS = 64
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def verify_checkpoint(
     *,
     vision: Path | None = None,
     language: Path | None = None,
+    whole: Path | None = None,
     tokens: Sequence[int] | None = None,
     dtype: str = "fp32",
 ) -> list[Comparison]:
@@ -60,6 +62,7 @@ def verify_checkpoint(
         vision: the SigLIP folder; the one that the conversion came from where None. Without either
             the vision encoder is not compared.
         language: the Mistral folder, likewise; it is always compared.
+        whole: the folder of a whole vision-language model, likewise, instead of the two.
         tokens: ids of one text; random ones where None.
         dtype: "fp32" or "bf16", in which both sides are computed.
 
@@ -71,12 +74,18 @@ def verify_checkpoint(
         raise CheckpointError(f"{run_folder} holds no checkpoint")
     facts = found.manifest.facts
     config, sources = model_config(facts), facts.get("sources", {})
+    whole = whole or _folder(sources.get("model"))
+    if whole is not None:
+        from megatron_dattn.conversion.verify_whole import verify_whole_model  # builds on this file
+
+        tensors = open_tensors(found.path)
+        return verify_whole_model(tensors, config, whole, tokens=tokens, dtype=dtype)
     vision = vision or _folder(sources.get("vision_model"))
     language = language or _folder(sources.get("language_model"))
     if language is None:
         raise CheckpointError(f"{found.path} does not say what it came from: give --language")
-    ids = _token_ids(tokens, config.language.vocab_size)
-    pixels = _pixels(config.vision.image_size).to(_DTYPES[dtype])
+    ids = token_ids(tokens, config.language.vocab_size)
+    pixels = random_pixels(config.vision.image_size).to(DTYPES[dtype])
     expected = {"logits of the language model": hugging_face_logits(language, ids, dtype)}
     if vision is not None:
         features = hugging_face_features(vision, pixels, config)
@@ -114,7 +123,7 @@ def _folder(source: str | None) -> Path | None:
     return None if source is None else Path(source)
 
 
-def _token_ids(tokens: Sequence[int] | None, vocab_size: int) -> Tensor:
+def token_ids(tokens: Sequence[int] | None, vocab_size: int) -> Tensor:
     if tokens is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (NUM_TOKENS,), generator=generator)
@@ -126,7 +135,7 @@ def _token_ids(tokens: Sequence[int] | None, vocab_size: int) -> Tensor:
     return torch.tensor(tokens)
 
 
-def _pixels(side: int) -> Tensor:
+def random_pixels(side: int) -> Tensor:
     return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -135,7 +144,7 @@ def hugging_face_logits(folder: Path, ids: Tensor, dtype: str) -> Tensor:
     """Logits [rows, vocabulary] of one text by `AutoModelForCausalLM`, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    model = _from_pretrained(AutoModelForCausalLM, folder, _DTYPES[dtype])
+    model = from_pretrained(AutoModelForCausalLM, folder, DTYPES[dtype])
     return model(ids[None].to(get_device())).logits[0].cpu()
 
 
@@ -144,14 +153,14 @@ def hugging_face_features(folder: Path, pixels: Tensor, config: ModelConfig) -> 
     """Features [images, patches, width] of the layer that feeds the adapter, on the CPU."""
     from transformers import AutoModel
 
-    model = _from_pretrained(AutoModel, folder, pixels.dtype)
+    model = from_pretrained(AutoModel, folder, pixels.dtype)
     encoder = getattr(model, "vision_model", model)
     states = encoder(pixels.to(get_device()), output_hidden_states=True).hidden_states
     # A class token, where there is one, comes first and is not for the adapter.
     return states[config.vision.feature_layer][:, -config.vision.num_patches :].cpu()
 
 
-def _from_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+def from_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         model = kind.from_pretrained(
             folder,
@@ -175,8 +184,8 @@ def _our_outputs(
     )
     with one_process():
         model = build_model(config, ParallelConfig(), execution).eval()
-        _fill(model, tensors)
-        batch = _text_batch(ids, pixels).to(get_device())
+        fill(model, tensors)
+        batch = text_batch(ids, pixels).to(get_device())
         rows = torch.arange(len(ids), device=get_device())
         assert model.vision_model is not None
         return {
@@ -185,14 +194,14 @@ def _our_outputs(
         }
 
 
-def _fill(model: DAttnVLM, tensors: dict[str, StoredTensor]) -> None:
+def fill(model: DAttnVLM, tensors: dict[str, StoredTensor]) -> None:
     """Give parameters their stored values; a conversion lacks those that text never meets."""
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.copy_(tensors[name].load())
 
 
-def _text_batch(ids: Tensor, pixels: Tensor) -> PackedBatch:
+def text_batch(ids: Tensor, pixels: Tensor) -> PackedBatch:
     return PackedBatch(
         layout=TokenLayout((len(ids),), (), 0, len(ids), (len(ids),)),
         input_ids=ids,

@@ -156,7 +156,7 @@ def add_token(folder):
         (lambda v, m: (v / "preprocessor_config.json").unlink(), "preprocessor_config"),
         (
             lambda v, m: edit_config(v, "preprocessor_config.json", size={"height": 9, "width": 9}),
-            r"resizes to .* image_size is 28",
+            r"resizes to .*image_size is 28",
         ),
         (lambda v, m: (v / "config.json").unlink(), r"config\.json is missing"),
         (lambda v, m: (v / "model.safetensors").write_bytes(b"x" * 20), "damaged"),

@@ -1,0 +1,160 @@
+"""Compares an imported vision-language model with the one it came from, images included.
+
+LLaVA runs as transformers has it, an export of ours as megatron_dattn/hf has it, which is the code
+that the export carries. One model is in memory at a time. Where a preset other than LLaVA's own
+starts from its weights, logits behind an image must differ; the rows that the adapter makes of the
+image are compared then.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_dattn.attention import ImageSpan, TokenLayout, get_preset
+from megatron_dattn.checkpoint.tensors import StoredTensor
+from megatron_dattn.conversion import dattn, llava
+from megatron_dattn.conversion.safetensors_reader import read_json
+from megatron_dattn.conversion.verify import (
+    DTYPES,
+    Comparison,
+    compare,
+    fill,
+    from_pretrained,
+    random_pixels,
+    text_batch,
+    token_ids,
+)
+from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.build import build_model
+from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import get_device, one_process
+
+TEXT = "logits of a text"
+SEEN = "logits of a text with an image"
+ROWS = "rows of an image"
+
+
+def verify_whole_model(
+    tensors: dict[str, StoredTensor],
+    config: ModelConfig,
+    folder: Path,
+    *,
+    tokens: Sequence[int] | None,
+    dtype: str,
+) -> list[Comparison]:
+    """Run both sides on the same inputs.
+
+    Args:
+        tensors: of the checkpoint.
+        config: of its model.
+        folder: the Hugging Face model's.
+        tokens, dtype: as for `verify_checkpoint`.
+
+    Raises:
+        CheckpointError: the folder does not fit, or a token is `<image>` or not in the vocabulary.
+    """
+    original = read_json(folder / "config.json")
+    image_id = original.get("image_token_index", original.get("image_token_id"))
+    ids = _text_ids(tokens, config.language.vocab_size, image_id)
+    pixels = random_pixels(config.vision.image_size)[:1].to(DTYPES[dtype])
+    if original.get("model_type") == llava.MODEL_TYPE:
+        expected = _llava_outputs(folder, config, ids, pixels, image_id)
+        preset = get_preset(config.attention)
+        expected.pop(ROWS if preset.is_self_attention else SEEN)
+    elif original.get("model_type") == dattn.MODEL_TYPE:
+        expected = _dattn_outputs(folder, ids, pixels, image_id)
+    else:
+        raise CheckpointError(
+            f"{folder} holds a model of type '{original.get('model_type')}', to which no import "
+            "with --model can be compared"
+        )
+    ours = _our_outputs(tensors, config, ids, pixels, dtype)
+    return [compare(what, ours[what], theirs) for what, theirs in expected.items()]
+
+
+def _text_ids(tokens: Sequence[int] | None, vocab_size: int, image_id: int) -> Tensor:
+    ids = token_ids(tokens, vocab_size)
+    if tokens is None:
+        return torch.where(ids == image_id, 0, ids)
+    if image_id in tokens:
+        raise CheckpointError(
+            f"--tokens {image_id} is <image>, which is no text; an image is added anyway"
+        )
+    return ids
+
+
+@torch.inference_mode()
+def _llava_outputs(
+    folder: Path, config: ModelConfig, ids: Tensor, pixels: Tensor, image_id: int
+) -> dict[str, Tensor]:
+    """LLaVA's text holds as many `<image>` as an image has rows."""
+    from transformers import LlavaForConditionalGeneration
+
+    model: Any = from_pretrained(LlavaForConditionalGeneration, folder, pixels.dtype)
+    outputs = _logits(model, ids, pixels, image_id, config.vision.num_patches)
+    tower = model.model.vision_tower(pixels.to(get_device()), output_hidden_states=True)
+    layer = model.config.vision_feature_layer
+    # A class token, where there is one, comes first and is not for the adapter.
+    features = tower.hidden_states[layer][:, -config.vision.num_patches :]
+    return {**outputs, ROWS: model.model.multi_modal_projector(features)[0].cpu()}
+
+
+@torch.inference_mode()
+def _dattn_outputs(folder: Path, ids: Tensor, pixels: Tensor, image_id: int) -> dict[str, Tensor]:
+    """Our exported code's text holds one `<image>` for each image."""
+    from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
+
+    model = from_pretrained(DAttnForConditionalGeneration, folder, pixels.dtype)
+    return _logits(model, ids, pixels, image_id, 1)
+
+
+def _logits(
+    model: nn.Module, ids: Tensor, pixels: Tensor, image_id: int, tokens_per_image: int
+) -> dict[str, Tensor]:
+    """Of a text, and of the text with an image behind its first token, [rows, vocabulary]."""
+    device = get_device()
+    image = torch.full((tokens_per_image,), image_id)
+    seen = torch.cat([ids[:1], image, ids[1:]])
+    alone = model(input_ids=ids[None].to(device)).logits[0]
+    together = model(input_ids=seen[None].to(device), pixel_values=pixels.to(device)).logits[0]
+    return {TEXT: alone.cpu(), SEEN: together.cpu()[seen != image_id]}
+
+
+@torch.inference_mode()
+def _our_outputs(
+    tensors: dict[str, StoredTensor], config: ModelConfig, ids: Tensor, pixels: Tensor, dtype: str
+) -> dict[str, Tensor]:
+    execution = ExecutionConfig(
+        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
+    )
+    with one_process():
+        model = build_model(config, ParallelConfig(), execution).eval()
+        fill(model, tensors)
+        text = text_batch(ids, pixels).to(get_device())
+        seen = _batch_with_image(config, ids, pixels).to(get_device())
+        rows = torch.arange(len(ids), device=get_device())
+        assert model.vision_model is not None
+        assert model.adapter is not None
+        features = model.vision_model(pixels.to(get_device()))
+        return {
+            TEXT: model.forward_logits(text, rows).cpu(),
+            SEEN: model.forward_logits(seen, rows + seen.layout.visual_budget).cpu(),
+            ROWS: model.adapter.project(features)[0].cpu(),
+        }
+
+
+def _batch_with_image(config: ModelConfig, ids: Tensor, pixels: Tensor) -> PackedBatch:
+    """The text with an image behind its first token."""
+    span = ImageSpan(sample=0, text_offset=1, grid=config.image_grid)
+    return PackedBatch(
+        layout=TokenLayout((len(ids),), (span,), span.num_rows, len(ids), (len(ids),)),
+        input_ids=ids,
+        labels=torch.full_like(ids, -100),
+        pixel_values=pixels,
+        sample_keys=["0"],
+    )
