@@ -27,6 +27,7 @@ from megatron_dattn.conversion.verify import (
     text_batch,
     token_ids,
 )
+from megatron_dattn.conversion.whole_models import image_token_id
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.build import build_model
@@ -59,20 +60,21 @@ def verify_whole_model(
         CheckpointError: the folder does not fit, or a token is `<image>` or not in the vocabulary.
     """
     original = read_json(folder / "config.json")
-    image_id = original.get("image_token_index", original.get("image_token_id"))
+    kind = original.get("model_type")
+    if kind not in (llava.MODEL_TYPE, dattn.MODEL_TYPE):
+        raise CheckpointError(
+            f"{folder} holds a model of type '{kind}', to which no import with --model can be "
+            "compared"
+        )
+    image_id = image_token_id(original)
     ids = _text_ids(tokens, config.language.vocab_size, image_id)
     pixels = random_pixels(config.vision.image_size)[:1].to(DTYPES[dtype])
-    if original.get("model_type") == llava.MODEL_TYPE:
+    if kind == llava.MODEL_TYPE:
         expected = _llava_outputs(folder, config, ids, pixels, image_id)
         preset = get_preset(config.attention)
         expected.pop(ROWS if preset.is_self_attention else SEEN)
-    elif original.get("model_type") == dattn.MODEL_TYPE:
-        expected = _dattn_outputs(folder, ids, pixels, image_id)
     else:
-        raise CheckpointError(
-            f"{folder} holds a model of type '{original.get('model_type')}', to which no import "
-            "with --model can be compared"
-        )
+        expected = _dattn_outputs(folder, ids, pixels, image_id)
     ours = _our_outputs(tensors, config, ids, pixels, dtype)
     return [compare(what, ours[what], theirs) for what, theirs in expected.items()]
 

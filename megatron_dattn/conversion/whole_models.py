@@ -16,6 +16,8 @@ from megatron_dattn.data.image_settings import ImageFit
 from megatron_dattn.errors import CheckpointError, ConfigError
 
 LLAVA_ATTENTION = "s_attn"
+# What the config classes take where config.json does not say it.
+_IMAGE_TOKEN_IDS = {llava.MODEL_TYPE: 32000, dattn.MODEL_TYPE: 10}
 
 
 def whole_origin(folder: Path, attention: str | None = None) -> Origin:
@@ -41,6 +43,12 @@ def whole_origin(folder: Path, attention: str | None = None) -> Origin:
     )
 
 
+def image_token_id(config: dict[str, Any]) -> int:
+    """The id of `<image>` in a config.json of either type, by its older or its newer name."""
+    named = config.get("image_token_index", config.get("image_token_id"))
+    return _IMAGE_TOKEN_IDS[config["model_type"]] if named is None else int(named)
+
+
 def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origin:
     if get_preset(attention).visual.source == "reproject":
         raise ConfigError(
@@ -57,7 +65,7 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
         {"model": folder},
         tokenizer=folder,
         image_processor=folder,
-        image_token_id=config.get("image_token_index", config.get("image_token_id")),
+        image_token_id=image_token_id(config),
     )
 
 
@@ -71,7 +79,7 @@ def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -
         image_processor=folder,
         has_added=True,
         image_fit=_exported_fit(folder),
-        image_token_id=config.get("image_token_id"),
+        image_token_id=image_token_id(config),
     )
 
 

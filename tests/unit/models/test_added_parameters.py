@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dattn.models.added_parameters import is_added
+from megatron_dattn.models.added_parameters import comes_with_preset, is_added
 
 LAYERS = "language_model.decoder.layers"
 
@@ -21,6 +21,7 @@ LAYERS = "language_model.decoder.layers"
 )
 def test_additions(layer: str, name: str) -> None:
     assert is_added(f"{LAYERS}.{layer}{name}")
+    assert comes_with_preset(f"{LAYERS}.{layer}{name}")
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,9 @@ def test_additions(layer: str, name: str) -> None:
 )
 def test_everything_else(name: str) -> None:
     assert not is_added(name)
+    assert not comes_with_preset(name)
+
+
+def test_positions_are_the_adapter_s_and_the_preset_s() -> None:
+    assert comes_with_preset("adapter.positions.rows")
+    assert not is_added("adapter.positions.rows")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.unit.conversion.hf_models import save_language, save_vision
+from tests.unit.conversion.hf_models import save_language, save_llava, save_vision
 from tools.convert_checkpoint import main
 
 
@@ -97,3 +97,36 @@ def test_verify_refuses_ids_outside_the_vocabulary(converted, capsys):
 def test_verify_in_bf16(converted):
     assert torch.finfo(torch.bfloat16).eps < 5e-2  # the tolerance is not tighter than the type
     assert main(["verify", str(converted), "--dtype", "bf16"]) == 0
+
+
+def test_a_whole_model_is_imported_inspected_and_verified(tmp_path, capsys):
+    save_llava(tmp_path / "llava")
+    arguments = ["import", "--model", str(tmp_path / "llava"), "--output", str(tmp_path / "base")]
+    assert main([*arguments, "--dtype", "fp32", "--attention", "dattn", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "keep their initial values: adapter.positions.columns" in said
+    assert main([*arguments, "--dtype", "fp32"]) == 0
+    # 32 x 48 and 48 x 48 weights, two biases of 48.
+    assert "adapter: 3,936 parameters" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "base")]) == 0
+    assert "3,936 parameters" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "base"), "--tokens", "3", "1", "4"]) == 0
+    assert capsys.readouterr().out.count(": agree") == 2
+    assert main(["verify", str(tmp_path / "base"), "--tokens", "5"]) == 2
+    assert "--tokens 5 is <image>" in capsys.readouterr().err
+    (tmp_path / "llava").rename(tmp_path / "moved")
+    assert main(["verify", str(tmp_path / "base")]) == 2
+    assert "config.json is missing" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "base"), "--model", str(tmp_path / "moved")]) == 0
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [[], ["--vision", "a"], ["--language", "b"], ["--model", "c", "--vision", "a"],
+     ["--model", "c", "--vision", "a", "--language", "b"]],
+)  # fmt: skip
+def test_import_takes_exactly_one_of_its_two_ways(inputs, tmp_path, capsys):
+    assert main(["import", *inputs, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "either --vision and --language, or --model alone" in error
+    assert error.count("\n") == 1

@@ -27,6 +27,8 @@ from megatron_dattn.training.state import Progress  # noqa: E402
 from tests.support.megatron import init_model_parallel  # noqa: E402
 from tests.support.tiny_vlm import MODEL_FACTS, Run, Setup  # noqa: E402
 
+ALL_MODULES = ("vision_model", "adapter", "language_model")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_process() -> Iterator[None]:
@@ -64,8 +66,8 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
         assert torch.equal(left[name], right[name]), name
 
 
-def save_conversion(folder: Path, run: Run, modules: tuple[str, ...]) -> Path:
-    """What the converter writes: weights of some modules and nothing else."""
+def save_conversion(folder: Path, run: Run, modules: tuple[str, ...], **more: Any) -> Path:
+    """What the converter writes: weights of some modules, nothing of a preset's, `more` facts."""
     (model,) = unwrap_model(run.state.model)
     kept = {
         key: shard
@@ -73,7 +75,7 @@ def save_conversion(folder: Path, run: Run, modules: tuple[str, ...]) -> Path:
         if shard.key.split(".")[0] in modules and not is_added(shard.key)
     }
     facts = {"model": MODEL_FACTS, "modules": list(modules), "tokenizer": "0" * 64,
-             "stage": "conversion", "step": 0, "progress": {}}  # fmt: skip
+             "stage": "conversion", "step": 0, "progress": {}, **more}  # fmt: skip
     return save_checkpoint(folder, 0, {"model": kept}, facts=facts)
 
 
@@ -292,6 +294,30 @@ def test_a_conversion_leaves_what_the_preset_adds_as_it_is(
     pretrained = weights(source, "language_model")
     assert_equal({name: loaded[name] for name in pretrained}, pretrained)
     assert "8 parameters (on this rank) that the attention preset adds" in caplog.text
+
+
+def test_a_whole_model_from_elsewhere_brings_its_adapter_and_no_preset(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = trained(1)
+    save_conversion(tmp_path, source, ALL_MODULES, has_added=False)
+    other = trained(2, Setup(gates=True))  # the first step's rate is zero
+    gates = {name: gate for name, gate in weights(other).items() if is_added(name)}
+    changed = MODEL_FACTS | {"attention": "dattn_tanh", "adapter": {"max_grid": 3}}
+    other.checkpointer(tmp_path / "run", model=changed).load_weights(other.state, tmp_path)
+    loaded = weights(other)
+    assert_equal({name: loaded[name] for name in gates}, gates)
+    assert_equal({name: loaded[name] for name in weights(source)}, weights(source))
+    assert "NO adapter IN" not in caplog.text
+    assert "language_model.decoder.layers.*.self_attention.gate keep their init" in caplog.text
+
+
+def test_an_adapter_from_elsewhere_must_be_the_configured_one(tmp_path: Path) -> None:
+    save_conversion(tmp_path, trained(1), ALL_MODULES, has_added=False)
+    other = fresh()
+    changed = MODEL_FACTS | {"adapter": {"hidden_size": 3}}
+    with pytest.raises(CheckpointError, match=r"model\.adapter\.hidden_size"):
+        other.checkpointer(tmp_path / "run", model=changed).load_weights(other.state, tmp_path)
 
 
 @pytest.mark.parametrize("resume", [True, False], ids=["resume", "next stage"])
