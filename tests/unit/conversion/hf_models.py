@@ -1,6 +1,8 @@
 """Tiny Hugging Face checkpoints with random weights, written the way the real ones are."""
 
 import json
+import os
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+from megatron_dattn.conversion.weight_map import Rule
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[control_8]"]
 IMAGE_ID = len(SPECIAL_TOKENS) - 1
@@ -139,3 +143,16 @@ def save_llava(
     settings = clip if vision == "clip" else siglip
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return model
+
+
+def write_empty(folder: Path, rules: list[Rule]) -> None:
+    """Weights of any size that take no room: a header, and a hole for the values."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, shape in ((n, s) for rule in rules for n, s in rule.sources.items()):
+        start, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)

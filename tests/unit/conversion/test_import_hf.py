@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from math import prod
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ from megatron_dattn.runtime.distributed import (
 )
 from tests.support.distributed import RankError, run_distributed
 from tests.support.tiny_vlm import add_gates
-from tests.unit.conversion.hf_models import save_language, save_vision
+from tests.unit.conversion.hf_models import save_language, save_vision, write_empty
 
 
 @pytest.fixture(scope="module")
@@ -208,18 +207,6 @@ def test_a_killed_import_leaves_no_checkpoint(folders, tmp_path, survived):
     assert find_checkpoint(output) is None
     with pytest.raises(CheckpointError, match="not empty"):
         import_checkpoint(*folders, output)
-
-
-def write_empty(folder, rules):
-    """Weights of any size that take no room: a header, and a hole for the values."""
-    header, end = {}, 0
-    for name, shape in ((n, s) for rule in rules for n, s in rule.sources.items()):
-        start, end = end, end + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    path = folder / "model.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + end)
 
 
 def test_a_model_of_real_size_is_planned_from_headers_alone(folders, tmp_path, monkeypatch):

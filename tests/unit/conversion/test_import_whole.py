@@ -1,6 +1,7 @@
 """A whole model comes in bitwise, computes what it computed, and answers at once."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,8 @@ from megatron_dattn.checkpoint.tensors import open_tensors
 from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
 from megatron_dattn.conversion.import_hf import import_whole_model
 from megatron_dattn.conversion.import_plan import plan_whole_import
+from megatron_dattn.conversion.llava import KeyNames, weight_rules
+from megatron_dattn.conversion.llava import model_config as llava_config
 from megatron_dattn.conversion.verify import verify_checkpoint
 from megatron_dattn.conversion.verify_whole import ROWS, SEEN, TEXT
 from megatron_dattn.errors import UserError
@@ -33,6 +36,7 @@ from tests.unit.conversion.hf_models import (
     save_language,
     save_llava,
     save_vision,
+    write_empty,
 )
 
 # Encoder, language model, and whether tensors have their names from before transformers 4.52.
@@ -325,3 +329,41 @@ def test_verify_compares_with_an_export(base, tmp_path, preset):
     save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     found = {what.what: what.largest for what in verify_checkpoint(tmp_path / "again")}
     assert found[TEXT] < 1e-4 < found[SEEN]
+
+
+def test_the_published_llava_is_planned_from_headers_alone(tmp_path, monkeypatch):
+    """Its config.json leaves most fields to the classes' defaults."""
+    folder = tmp_path / "llava"
+    save_llava(folder)
+    config = {
+        "model_type": "llava",
+        "image_token_index": IMAGE_ID,  # the tiny tokenizer's
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "text_config": {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32064},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    side = {"height": 336, "width": 336}
+    edit(folder, "preprocessor_config.json", size={"shortest_edge": 336}, crop_size=side)
+    names = KeyNames(nested=False, vision_module="vision_tower.vision_model.")
+    by_module = weight_rules(llava_config(config), names)
+    write_empty(folder, [rule for rules in by_module.values() for rule in rules])
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    plan = plan_whole_import(folder, tmp_path / "out")
+    # By hand: LLaVA-1.5-7B without CLIP's last layer and its last norm.
+    assert plan.num_parameters == {
+        "vision_model": 290_909_184,
+        "adapter": 20_979_712,
+        "language_model": 6_738_939_904,
+    }
