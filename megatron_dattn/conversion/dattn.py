@@ -6,7 +6,7 @@ longer in `attention/presets.py` is therefore refused.
 
 from typing import Any
 
-from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual
+from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual, VisualRows
 from megatron_dattn.conversion.families import language_family, vision_family
 from megatron_dattn.conversion.hf_names import export_rules
 from megatron_dattn.conversion.weight_map import Rule
@@ -57,6 +57,7 @@ def model_config(config: dict[str, Any], attention: str | None = None) -> ModelC
 
 def _preset(exported: Any) -> str:
     """The name of the preset with an export's axes; what no export has is as it is by default."""
+    source = getattr(exported, "visual_source", VisualRows().source)
     axes = AttentionConfig(
         v2v=exported.v2v,
         t2v=TextToVisual(scope=exported.t2v_scope, rotary=exported.t2v_rotary),
@@ -66,6 +67,8 @@ def _preset(exported: Any) -> str:
             embedding=exported.visual_embedding,
         ),
         merge=exported.merge,
+        # Rows without a state pass no FFN.
+        visual=VisualRows(source=source, ffn=float(source == VisualRows().source)),
     )
     for name, preset in PRESETS.items():
         if preset == axes:
@@ -88,9 +91,10 @@ def _language_config(config: dict[str, Any]) -> LanguageConfig:
 
 def weight_rules(model: ModelConfig) -> dict[str, list[Rule]]:
     """Rules for every parameter of the model, by module, as `llava.weight_rules` has them."""
-    by_module: dict[str, list[Rule]] = {}
+    # A preset may have no adapter; the module is then complete without a parameter.
+    by_module: dict[str, list[Rule]] = {"vision_model": [], "adapter": [], "language_model": []}
     for rule in export_rules(model):
         module, _, name = rule.megatron.partition(".")
         own = Rule(name, rule.sources, rule.layout)
-        by_module.setdefault(module, []).append(own)
+        by_module[module].append(own)
     return by_module

@@ -28,7 +28,8 @@ from megatron_dattn.runtime.distributed import (
 )
 from tests.support.distributed import RankError, run_distributed
 from tests.support.tiny_vlm import add_gates
-from tests.unit.conversion.hf_models import save_language, save_vision, write_empty
+from tests.unit.conversion.empty_weights import write_empty
+from tests.unit.conversion.hf_models import save_language, save_vision
 
 
 @pytest.fixture(scope="module")

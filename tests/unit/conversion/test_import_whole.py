@@ -29,15 +29,9 @@ from megatron_dattn.inference.generate import pack_prompts
 from megatron_dattn.inference.load import find_run
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder
-from tests.unit.conversion.hf_models import (
-    IMAGE_ID,
-    IMAGE_SIZE,
-    PATCH_SIZE,
-    save_language,
-    save_llava,
-    save_vision,
-    write_empty,
-)
+from tests.unit.conversion.empty_weights import write_empty
+from tests.unit.conversion.hf_models import IMAGE_SIZE, PATCH_SIZE, save_language, save_vision
+from tests.unit.conversion.llava_models import IMAGE_ID, save_llava
 
 # Encoder, language model, and whether tensors have their names from before transformers 4.52.
 LLAVAS = [

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.unit.conversion.hf_models import save_language, save_llava, save_vision
+from tests.unit.conversion.hf_models import save_language, save_vision
+from tests.unit.conversion.llava_models import save_llava
 from tools.convert_checkpoint import main
 
 
