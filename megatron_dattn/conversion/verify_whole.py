@@ -140,14 +140,15 @@ def _our_outputs(
         text = text_batch(ids, pixels).to(get_device())
         seen = _batch_with_image(config, ids, pixels).to(get_device())
         rows = torch.arange(len(ids), device=get_device())
-        assert model.vision_model is not None
-        assert model.adapter is not None
-        features = model.vision_model(pixels.to(get_device()))
-        return {
+        outputs = {
             TEXT: model.forward_logits(text, rows).cpu(),
             SEEN: model.forward_logits(seen, rows + seen.layout.visual_budget).cpu(),
-            ROWS: model.adapter.project(features)[0].cpu(),
         }
+        if model.adapter is not None:
+            assert model.vision_model is not None
+            features = model.vision_model(pixels.to(get_device()))
+            outputs[ROWS] = model.adapter.project(features)[0].cpu()
+        return outputs
 
 
 def _batch_with_image(config: ModelConfig, ids: Tensor, pixels: Tensor) -> PackedBatch:
