@@ -26,7 +26,7 @@ from megatron_dattn.conversion.verify_whole import ROWS, SEEN, TEXT
 from megatron_dattn.errors import UserError
 from megatron_dattn.inference import Prompt, generate, load_model
 from megatron_dattn.inference.generate import pack_prompts
-from megatron_dattn.inference.load import find_run
+from megatron_dattn.inference.load import find_run, load_assets
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.empty_weights import write_empty
@@ -189,7 +189,7 @@ def test_an_export_comes_back_bitwise(base, tmp_path, preset, adapter, caplog):
     run = tmp_path / "run"
     make_run_folder(base, run, preset, **adapter)
     settings = yaml.safe_load((run / "config.yaml").read_text())
-    settings["data"]["image_fit"] = "pad" if preset == "dattn" else "resize"
+    settings["data"]["image_fit"] = {"dattn": "pad", "ee_mllm": "crop"}.get(preset, "resize")
     settings["data"]["template"] = "plain" if preset == "dattn" else "mistral_v3"
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     export_checkpoint(run, tmp_path / "hf", ExportOptions(max_shard_bytes=100_000))
@@ -208,6 +208,7 @@ def test_an_export_comes_back_bitwise(base, tmp_path, preset, adapter, caplog):
     assert imported.data.template == original.data.template
     loaded = load_model(tmp_path / "again")
     assert "initial values" not in caplog.text
+    assert loaded.preprocessor == load_assets(run, original).preprocessor
     assert loaded.tokenizer.get_vocab()["<image>"] == IMAGE_ID
 
 
