@@ -8,8 +8,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -34,15 +41,46 @@ LANGUAGE_SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "rms_norm_eps": 1e-5,
-    "sliding_window": None,
     "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"},
+}
+# By family. Gemma-2's caps are so low that they matter; 7 is neither its head_dim nor a square.
+LANGUAGE_MODELS = {
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {
+            "query_pre_attn_scalar": 7,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            "sliding_window": 5,
+        },
+    ),
+}
+VISION_MODELS = {
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, 0.5),
+    "clip": (CLIPVisionModel, CLIPVisionConfig, 0.4),
 }
 
 
-def save_vision(folder: Path, dtype: torch.dtype = torch.float32) -> SiglipVisionModel:
-    """A SigLIP folder with an image processor's config."""
+@torch.no_grad()
+def vary_norms(model: PreTrainedModel) -> None:
+    """Norms start all alike, so that one in another's place would not be noticed."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "layrnorm" in name:
+            parameter += 0.2 * torch.randn_like(parameter)
+
+
+def save_vision(
+    folder: Path, dtype: torch.dtype = torch.float32, family: str = "siglip"
+) -> PreTrainedModel:
+    """A vision encoder's folder with an image processor's config."""
     torch.manual_seed(0)
-    model = SiglipVisionModel(SiglipVisionConfig(**VISION_SIZES)).to(dtype).eval()
+    model_class, config_class, mean = VISION_MODELS[family]
+    model = model_class(config_class(**VISION_SIZES))
+    vary_norms(model)
+    model = model.to(dtype).eval()
     model.save_pretrained(folder)
     processor = {
         "image_processor_type": "SiglipImageProcessor",
@@ -51,7 +89,7 @@ def save_vision(folder: Path, dtype: torch.dtype = torch.float32) -> SiglipVisio
         "do_normalize": True,
         "rescale_factor": 1 / 255,
         "resample": 3,
-        "image_mean": [0.5, 0.5, 0.5],
+        "image_mean": [mean] * 3,
         "image_std": [0.5, 0.5, 0.5],
         "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
     }
@@ -60,11 +98,14 @@ def save_vision(folder: Path, dtype: torch.dtype = torch.float32) -> SiglipVisio
 
 
 def save_language(
-    folder: Path, dtype: torch.dtype = torch.float32, **changes: object
-) -> MistralForCausalLM:
-    """A Mistral folder with a fast tokenizer."""
+    folder: Path, dtype: torch.dtype = torch.float32, family: str = "mistral", **changes: object
+) -> PreTrainedModel:
+    """A language model's folder with a fast tokenizer."""
     torch.manual_seed(1)
-    model = MistralForCausalLM(MistralConfig(**{**LANGUAGE_SIZES, **changes})).to(dtype).eval()
+    model_class, config_class, of_family = LANGUAGE_MODELS[family]
+    model = model_class(config_class(**{**LANGUAGE_SIZES, **of_family, **changes}))
+    vary_norms(model)
+    model = model.to(dtype).eval()
     model.save_pretrained(folder)
     letters = "abcdefghijklmnopqrstuvwxyz ?.\n"
     vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *letters, "\u2581"])}

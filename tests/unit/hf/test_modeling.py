@@ -16,7 +16,7 @@ from megatron_dattn.hf.processing_dattn import DAttnProcessor
 from megatron_dattn.inference import Prompt, generate_tokens, load_model
 from megatron_dattn.inference.generate import pack_prompts
 from megatron_dattn.runtime.distributed import destroy_distributed
-from tests.unit.hf.conftest import IMAGES, PRESETS, QUESTIONS, messages
+from tests.unit.hf.conftest import CASES, IMAGES, QUESTIONS, messages
 
 ANSWER = Path(__file__).with_name("answer.py")
 IMAGE_ID = 5  # `[control_8]` of the tiny tokenizer
@@ -42,8 +42,8 @@ def our_logits(loaded, prompt):
 def opened(exported):
     """Model and processor of an export, loaded in this process."""
 
-    def load(preset):
-        _, folder = exported(preset)
+    def load(case):
+        _, folder = exported(case)
         model = DAttnForConditionalGeneration.from_pretrained(folder).eval()
         return model, DAttnProcessor.from_pretrained(folder)
 
@@ -62,26 +62,26 @@ def inputs_of(processor, conversations):
 
 @pytest.fixture(scope="module")
 def answers(base, exported):
-    """Of every preset, from one process that knows nothing of this project."""
+    """Of every case, from one process that knows nothing of this project."""
     environment = {
         "PATH": os.environ["PATH"],
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(base / "modules"),
     }
-    folders = [exported(preset)[1] for preset in PRESETS]
+    folders = [exported(case)[1] for case in CASES]
     call = [sys.executable, ANSWER, base / "questions.json", base / "answers.pt", *folders]
     done = subprocess.run(call, cwd=base, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return dict(zip(PRESETS, torch.load(base / "answers.pt"), strict=True))
+    return dict(zip(CASES, torch.load(base / "answers.pt"), strict=True))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_fresh_process_answers_alike(base, exported, answers, preset):
-    run, _ = exported(preset)
+@pytest.mark.parametrize("case", CASES)
+def test_a_fresh_process_answers_alike(base, exported, answers, case):
+    run, _ = exported(case)
     loaded = load_model(run)
     prompts = our_prompts(loaded, base)
     tokens = generate_tokens(loaded, prompts, max_new_tokens=12)
-    for prompt, expected, answer in zip(prompts, tokens, answers[preset], strict=True):
+    for prompt, expected, answer in zip(prompts, tokens, answers[case], strict=True):
         is_text = answer["ids"] != IMAGE_ID
         assert answer["ids"][is_text].tolist() == prompt.rows.input_ids
         places = (is_text.cumsum(0))[~is_text].tolist()
@@ -93,10 +93,10 @@ def test_a_fresh_process_answers_alike(base, exported, answers, preset):
     destroy_distributed()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_double_precision_shows_the_same_function(base, exported, opened, preset):
-    run, _ = exported(preset)
-    model, processor = opened(preset)
+@pytest.mark.parametrize("case", CASES)
+def test_double_precision_shows_the_same_function(base, exported, opened, case):
+    run, _ = exported(case)
+    model, processor = opened(case)
     model = model.double()
     loaded = load_model(run)
     loaded.model.double()
@@ -118,9 +118,9 @@ def test_double_precision_shows_the_same_function(base, exported, opened, preset
     destroy_distributed()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_padded_batch_equals_its_prompts_alone(base, opened, preset):
-    model, processor = opened(preset)
+@pytest.mark.parametrize("case", CASES)
+def test_a_padded_batch_equals_its_prompts_alone(base, opened, case):
+    model, processor = opened(case)
     conversations = messages(base)
     inputs = inputs_of(processor, conversations)
     assert inputs["attention_mask"][:, -1].all(), "padding stands on the left"
@@ -141,9 +141,9 @@ def test_a_padded_batch_equals_its_prompts_alone(base, opened, preset):
         assert tokens[index].tolist()[: len(answer)] == answer
 
 
-@pytest.mark.parametrize("preset", ["dattn", "dattn_biased", "naavit", "dattn_sigmoid"])
-def test_cached_decoding_equals_the_full_forward(base, opened, preset):
-    model, processor = opened(preset)
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("dattn_sum", "vidi")])
+def test_cached_decoding_equals_the_full_forward(base, opened, case):
+    model, processor = opened(case)
     inputs = inputs_of(processor, messages(base))
     more = torch.randint(6, 37, (len(QUESTIONS), 5), generator=torch.Generator().manual_seed(0))
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(more)), 1)
@@ -161,8 +161,9 @@ def test_cached_decoding_equals_the_full_forward(base, opened, preset):
     assert torch.equal(model.generate(**inputs, max_new_tokens=6), without)
 
 
-def test_images_are_encoded_once_for_many_prompts(base, opened, monkeypatch):
-    model, processor = opened("dattn_biased")
+@pytest.mark.parametrize("case", ["dattn_biased", "dattn_cascade", "saisa"])
+def test_images_are_encoded_once_for_many_prompts(base, opened, monkeypatch, case):
+    model, processor = opened(case)
     questions = [[m] for m in (messages(base)[1][0], messages(base)[3][0])]
     inputs = inputs_of(processor, questions)
     pixels = inputs.pop("pixel_values")
@@ -234,9 +235,12 @@ def test_wrong_use_is_refused(base, opened):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"merge": "cascade"}, "merge='cascade'; choose one of"),
+        ({"merge": "product"}, "merge='product'; choose one of"),
+        ({"merge": "cascade", "t2v_rotary": True, "visual_positions": "sequence"}, "unset t2v"),
+        ({"visual_source": "reproject"}, "leaves visual rows no state"),
         ({"t2v_rotary": True}, "visual_positions='sequence'"),
-        ({"text_config": {"model_type": "gpt2"}}, "'gpt2'; this code knows mistral"),
+        ({"text_config": {"model_type": "gpt2"}}, "'gpt2'; this code knows mistral, llama"),
+        ({"vision_config": {"model_type": "vit"}}, "'vit'; this code knows siglip_vision_model"),
     ],
 )
 def test_unknown_configurations_are_refused(exported, change, message):
