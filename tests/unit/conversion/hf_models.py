@@ -105,6 +105,8 @@ def save_language(
     model_class, config_class, of_family = LANGUAGE_MODELS[family]
     model = model_class(config_class(**{**LANGUAGE_SIZES, **of_family, **changes}))
     vary_norms(model)
+    with torch.no_grad():  # `[control_8]` becomes `<image>`, which no trained model ever writes
+        model.get_output_embeddings().weight[SPECIAL_TOKENS.index("[control_8]")] = 0.0
     model = model.to(dtype).eval()
     model.save_pretrained(folder)
     letters = "abcdefghijklmnopqrstuvwxyz ?.\n"
