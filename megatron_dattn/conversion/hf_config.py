@@ -22,9 +22,12 @@ AUTO_MAP = {
     "AutoProcessor": "processing_dattn.DAttnProcessor",
 }
 
-# What the exported code can do with visual rows: run them through all layers, or make them anew in
-# each.
-_VISUAL_ROWS = (VisualRows(), VisualRows(source="reproject", ffn=0.0))
+# What the exported code can do with visual rows, by the config's `visual_source`: run them through
+# all layers, or make them anew in each.
+VISUAL_ROWS = {
+    "stream": VisualRows(),
+    "reproject": VisualRows(source="reproject", ffn=0.0),
+}
 
 
 def is_llava(model: ModelConfig) -> bool:
@@ -54,7 +57,7 @@ def _reason_against_dattn(preset: AttentionConfig) -> str:
             f"with v2v='{preset.v2v}' visual rows attend to other rows; the exported code computes "
             "each from its own image alone"
         )
-    if preset.visual not in _VISUAL_ROWS:
+    if preset.visual not in VISUAL_ROWS.values():
         return "the exported code gives visual rows every layer whole, and this preset does not"
     return ""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.hf_config import is_llava
 from megatron_dattn.models.config import ModelConfig
 
@@ -86,10 +87,12 @@ def model_card(
 
 def _description(model: ModelConfig) -> str:
     vision, language = model.vision, model.language
+    reprojects = get_preset(model.attention).visual.source == "reproject"
+    between = "a projector in every layer" if reprojects else "an adapter"
     return (
         f"A vision-language model: a {_NAMES[vision.family]} encoder ({vision.num_used_layers} "
         f"layers of width {vision.hidden_size}, images of {vision.image_size} pixels, "
-        f"{model.rows_per_image} visual rows each), an adapter, and a {_NAMES[language.family]} "
+        f"{model.rows_per_image} visual rows each), {between}, and a {_NAMES[language.family]} "
         f"decoder ({language.num_hidden_layers} layers of width {language.hidden_size}). Its "
         f"attention over images and text is the preset `{model.attention}` of megatron_dattn."
     )

@@ -50,8 +50,11 @@ def opened(exported):
 
     def load(case):
         _, folder = exported(case)
-        model = DAttnForConditionalGeneration.from_pretrained(folder).eval()
-        return model, DAttnProcessor.from_pretrained(folder)
+        model, report = DAttnForConditionalGeneration.from_pretrained(
+            folder, output_loading_info=True
+        )
+        assert not any(report.values()), "all that is there, and nothing else"
+        return model.eval(), DAttnProcessor.from_pretrained(folder)
 
     return load
 
@@ -193,6 +196,16 @@ def test_several_prompts_share_one_image(base, opened):
     expected = model.generate(**inputs, pixel_values=pixels, max_new_tokens=8)
     images = model.encode_images(pixels[:1]).select([0, 0])
     assert torch.equal(model.generate(**inputs, image_cache=images, max_new_tokens=8), expected)
+
+
+@pytest.mark.parametrize("case", ["dattn-gemma2", "saisa"])
+def test_a_model_saved_by_transformers_stays_the_same(base, opened, tmp_path, case):
+    model, processor = opened(case)
+    model.save_pretrained(tmp_path)
+    again = DAttnForConditionalGeneration.from_pretrained(tmp_path).eval()
+    inputs = inputs_of(processor, messages(base))
+    with torch.inference_mode():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 def test_repeated_samples_take_their_images_along(base, opened):
