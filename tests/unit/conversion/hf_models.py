@@ -73,13 +73,14 @@ def vary_norms(model: PreTrainedModel) -> None:
 
 
 def save_vision(
-    folder: Path, dtype: torch.dtype = torch.float32, family: str = "siglip"
+    folder: Path, dtype: torch.dtype = torch.float32, family: str = "siglip", varied: bool = False
 ) -> PreTrainedModel:
-    """A vision encoder's folder with an image processor's config."""
+    """A vision encoder's folder with an image processor's config; `varied` as below."""
     torch.manual_seed(0)
     model_class, config_class, mean = VISION_MODELS[family]
     model = model_class(config_class(**VISION_SIZES))
-    vary_norms(model)
+    if varied:
+        vary_norms(model)
     model = model.to(dtype).eval()
     model.save_pretrained(folder)
     processor = {
@@ -98,15 +99,28 @@ def save_vision(
 
 
 def save_language(
-    folder: Path, dtype: torch.dtype = torch.float32, family: str = "mistral", **changes: object
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    family: str = "mistral",
+    varied: bool = False,
+    **changes: object,
 ) -> PreTrainedModel:
-    """A language model's folder with a fast tokenizer."""
+    """A language model's folder with a fast tokenizer.
+
+    Args:
+        varied: no two norms are alike, weights so large that attention is far from uniform and
+            scores reach the caps, and `[control_8]`, which becomes `<image>`, is never the
+            likeliest token, as in trained models.
+        changes: of the config.
+    """
     torch.manual_seed(1)
     model_class, config_class, of_family = LANGUAGE_MODELS[family]
-    model = model_class(config_class(**{**LANGUAGE_SIZES, **of_family, **changes}))
-    vary_norms(model)
-    with torch.no_grad():  # `[control_8]` becomes `<image>`, which no trained model ever writes
-        model.get_output_embeddings().weight[SPECIAL_TOKENS.index("[control_8]")] = 0.0
+    spread = {"initializer_range": 0.3} if varied else {}
+    model = model_class(config_class(**{**LANGUAGE_SIZES, **of_family, **spread, **changes}))
+    if varied:
+        vary_norms(model)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[SPECIAL_TOKENS.index("[control_8]")] = 0.0
     model = model.to(dtype).eval()
     model.save_pretrained(folder)
     letters = "abcdefghijklmnopqrstuvwxyz ?.\n"

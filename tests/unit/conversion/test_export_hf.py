@@ -225,8 +225,8 @@ def llava_run(base, name):
     """The run folder of an `s_attn` model whose adapter is LLaVA's."""
     vision, language = LLAVAS[name]
     originals = base / f"of-{name}"
-    save_vision(originals / "vision", family=vision)
-    save_language(originals / "language", initializer_range=0.3, **language)
+    save_vision(originals / "vision", family=vision, varied=True)
+    save_language(originals / "language", varied=True, **language)
     make_run_folder(originals, base / name, "s_attn", input_norm=False)
     return base / name
 

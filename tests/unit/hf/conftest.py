@@ -75,9 +75,8 @@ def originals(base, case):
     """The folder of the encoder's and the language model's folders."""
     folder = base / f"{case.vision}-{case.language}"
     if not folder.exists():
-        save_vision(folder / "vision", family=case.vision)
-        # Weights so large that scores reach the caps and attention is far from uniform.
-        save_language(folder / "language", initializer_range=0.3, **LANGUAGES[case.language])
+        save_vision(folder / "vision", family=case.vision, varied=True)
+        save_language(folder / "language", varied=True, **LANGUAGES[case.language])
     return folder
 
 
