@@ -56,7 +56,7 @@ def encode_images(
     """Keys and values of images, for `Prompt.from_question(loaded, question, images)`.
 
     A prompt takes any of them, in any order, beside image files. Answers are those of the files.
-    They cost 2 * rows * key heads * head_dim numbers per image and layer: 95 MB for the 729 rows
+    They cost 2 * rows * key heads * head_dim numbers per image and layer: 96 MB for the 729 rows
     that Mistral-7B reads of an image of SigLIP so400m, in BF16.
 
     Args:
