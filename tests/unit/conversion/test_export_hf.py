@@ -23,7 +23,7 @@ from megatron_dattn.data.conversation import Conversation, Turn
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.inference import Prompt, generate_tokens, load_model
-from megatron_dattn.inference.generate import pack_prompts
+from megatron_dattn.inference.prompt import pack_prompts
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder

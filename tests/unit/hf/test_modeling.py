@@ -14,7 +14,7 @@ from megatron_dattn.hf.caches_dattn import DAttnCache
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
 from megatron_dattn.hf.processing_dattn import DAttnProcessor
 from megatron_dattn.inference import Prompt, generate_tokens, load_model
-from megatron_dattn.inference.generate import pack_prompts
+from megatron_dattn.inference.prompt import pack_prompts
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.unit.hf.conftest import CASES, IMAGES, QUESTIONS, messages
 
