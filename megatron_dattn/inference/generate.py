@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_dattn.data.conversation import IMAGE_TOKEN
+from megatron_dattn.data.tokenizer import token_id
 from megatron_dattn.inference.continuation import Continuation
 from megatron_dattn.inference.load import LoadedModel
 from megatron_dattn.inference.prompt import Prompt
@@ -33,6 +35,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continue every prompt greedily until the end token or the limit.
 
+    An answer never holds `<image>`: it marks the place of an image that was given.
+
     Args:
         prompts: as many as fit the device's memory in one forward pass, with keys and values of
             all their rows in all layers.
@@ -47,11 +51,12 @@ def generate_tokens(
     answers: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return answers
-    stop_ids = loaded.stop_ids
+    stop_ids, image_id = loaded.stop_ids, token_id(loaded.tokenizer, IMAGE_TOKEN)
     continuation = Continuation(loaded, prompts)
     running = list(range(len(prompts)))
     logits = continuation.start()
     while True:
+        logits[:, image_id] = -torch.inf
         for index, token in zip(running, logits.argmax(dim=-1).tolist(), strict=True):
             answers[index].append(token)
         running = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dattn.errors import CheckpointError, DataError
-from megatron_dattn.inference import Prompt, encode_images, generate, load_model
+from megatron_dattn.inference import Prompt, encode_images, generate, generate_tokens, load_model
 from megatron_dattn.runtime.distributed import destroy_distributed
 
 ROOT = Path(__file__).parents[3]
@@ -68,6 +68,15 @@ def test_each_prompt_stops_at_its_own_end_token(base, loaded, monkeypatch):
     answers = generate(loaded, prompts_of(loaded, base[0]), max_new_tokens=4)
     assert [answer.replace(" ", "") for answer in answers] == ["aa", "a", "aaaa"]
     assert running == [3, 3, 2, 1]
+
+
+def test_an_answer_never_holds_an_image(base, loaded, monkeypatch):
+    image = loaded.tokenizer.convert_tokens_to_ids("<image>")
+    script_logits(loaded, monkeypatch, [[image], [image]])
+    prompt = Prompt.from_question(loaded, "why?")
+    (tokens,) = generate_tokens(loaded, [prompt], max_new_tokens=2)
+    assert len(tokens) == 2
+    assert image not in tokens
 
 
 def test_captions_end_with_their_line(base, monkeypatch):
