@@ -1,105 +1,201 @@
-"""What a cached image saves: time to the first token with and without it.
+"""What a kept image saves: questions from its pixels against questions from its keys and values.
 
-    python -m benchmarks.bench_image_cache --model model/ --questions 8
+    python -m benchmarks.bench_image_cache --output benchmarks/image_cache_cpu.md
+    python -m benchmarks.bench_image_cache --model model/ --run runs/stage3
 
-Runs an exported model on one device. Every question about the same image is asked twice: with its
-pixels, and with the keys and values that `encode_images` left. The answers must be equal.
+Measures an exported model (--model) and the engine's own generator (--run, a run folder); without
+either both, with random weights of --hidden-size and --layers. Questions are random tokens. Before
+anything is timed, every question is answered both ways: the answers must be equal. The first logits
+are compared too, those of the engine with the forward pass of training.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_dattn.hf.configuration_dattn import DAttnConfig
-from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
+from benchmarks import report
+from benchmarks.protocol import DEFAULT_ROUNDS, Timings, time_rounds, timer_of
+from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
+silence_import_warnings()  # before megatron-core is imported
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path, required=True, help="folder of an export")
-    parser.add_argument("--images", type=int, default=1, help="images of the prompt")
-    parser.add_argument("--questions", type=int, default=8)
-    parser.add_argument("--text-tokens", type=int, default=64, help="length of a question")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+from benchmarks.image_questions import (  # noqa: E402
+    ExportedModel,
+    Generator,
+    OwnGenerator,
+    Questions,
+    random_export,
+    random_loaded,
+    sizes,
+)
+from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration  # noqa: E402
+from megatron_dattn.inference import load_model  # noqa: E402
+from megatron_dattn.runtime.distributed import (  # noqa: E402
+    destroy_distributed,
+    initialize_distributed,
+    seed_everything,
+)
 
-
-def timed(function: Callable[..., Any], *values: Any, **options: Any) -> tuple[float, Any]:
-    """Seconds that a call takes, and its result."""
-    wait()
-    start = time.perf_counter()
-    result = function(*values, **options)
-    wait()
-    return time.perf_counter() - start, result
-
-
-def wait() -> None:
-    """For the device to finish what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def ask(model: Any, prompt: Tensor, **images: Any) -> Tensor:
-    """The answer's first token."""
-    mask = torch.ones_like(prompt)
-    return model.generate(prompt, attention_mask=mask, max_new_tokens=1, **images)
+_WARM_UP = 1
+_PIXELS, _KEPT, _ENCODING = "pixels", "kept", "encoding"
+_ALL_PIXELS, _ALL_KEPT = "all from pixels", "all from kept"
 
 
-def make_prompts(config: DAttnConfig, images: int, questions: int, text_tokens: int) -> Tensor:
-    """Random questions, each after all images; int64 [questions, 1, images + text_tokens]."""
-    shape = (questions, 1, text_tokens)
-    # Ids above those of control tokens, which tokenizers put first.
-    text = torch.randint(config.image_token_id + 1, config.text_config.vocab_size, shape)
-    marks = torch.full((questions, 1, images), config.image_token_id)
-    return torch.cat((marks, text), dim=-1)
+def cache_report(arguments: argparse.Namespace) -> str:
+    """Check and measure everything; the whole Markdown file."""
+    questions = Questions(
+        arguments.questions, arguments.images, arguments.text_tokens, arguments.answer_tokens
+    )
+    device = report.choose_device(arguments.device)
+    notes, checks, rows = [], [], []
+    for generator in generators(arguments, questions, device):
+        checks.append(check(generator, questions))
+        timings = measure(generator, questions, device, arguments)
+        rows.append(time_row(generator, timings))
+        notes.append(
+            f"{generator.description}; "
+            + report.rounds_note(timings.num_rounds, arguments.rounds, _WARM_UP)
+        )
+    if not (arguments.model or arguments.run):
+        notes.append(f"random weights, {arguments.layers} layers {arguments.hidden_size} wide")
+    notes.append(
+        f"{questions.number} questions of {questions.text_tokens} tokens about "
+        f"{questions.images} image(s), answers of {questions.answer_tokens} tokens"
+    )
+    head = report.header("Keeping an image", arguments.command, device, notes)
+    times = report.table(
+        [
+            "generator",
+            "encoding, ms, once",
+            "first token from pixels, ms",
+            "first token from the kept image, ms",
+            "pixels / kept",
+            f"{questions.number} answers: pixels / (encoding + kept)",
+            "noise floor",
+        ],
+        rows,
+    )
+    columns = ["generator", "equal answers", "difference of the first logits / largest logit"]
+    return f"{head}\n\n{times}\n\n{report.table(columns, checks)}"
 
 
-def measure(model: Any, pixels: Tensor, prompts: Tensor) -> dict[str, float]:
-    """Median seconds of encoding, and to the first token from pixels and from the cache.
+def generators(
+    arguments: argparse.Namespace, questions: Questions, device: torch.device
+) -> Iterator[Generator]:
+    """Those to measure, one after the other, so that only one is in memory."""
+    random = not (arguments.model or arguments.run)
+    torch.manual_seed(0)
+    if arguments.model or random:
+        if random:
+            model: Any = random_export(sizes(arguments.hidden_size, arguments.layers))
+        else:
+            model = DAttnForConditionalGeneration.from_pretrained(arguments.model).eval()
+        yield ExportedModel(model.to(device), questions)
+    if arguments.run or random:
+        if random:
+            initialize_distributed()
+            seed_everything(0)
+            loaded = random_loaded(sizes(arguments.hidden_size, arguments.layers))
+        else:
+            loaded = load_model(arguments.run)
+        yield OwnGenerator(loaded, questions)
 
-    Args:
-        model: a `DAttnForConditionalGeneration`.
-        pixels: [images, 3, side, side], on the model's device.
-        prompts: of `make_prompts`, there too; the first one warms up.
+
+def check(generator: Generator, questions: Questions) -> list[str]:
+    """A row about agreement.
 
     Raises:
         AssertionError: an answer differs.
     """
-    seconds: dict[str, list[float]] = {"encode": [], "pixels": [], "cache": []}
-    for prompt in prompts:
-        encoding, cache = timed(model.encode_images, pixels)
-        from_pixels, expected = timed(ask, model, prompt, pixel_values=pixels)
-        from_cache, answer = timed(ask, model, prompt, image_cache=cache)
-        assert torch.equal(answer, expected), "the cache changed an answer"
-        for name, value in zip(seconds, (encoding, from_pixels, from_cache), strict=True):
-            seconds[name].append(value)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    kept, largest = generator.encode(), 0.0
+    for number in range(questions.number):
+        expected = generator.answer(number, questions.answer_tokens)
+        answer = generator.answer(number, questions.answer_tokens, kept)
+        assert answer == expected, f"the kept image changed an answer of the {generator.name}"
+        logits = generator.logits(number)
+        difference = (generator.logits(number, kept) - logits).abs().max() / logits.abs().max()
+        largest = max(largest, difference.item())
+    return [generator.name, f"{questions.number} of {questions.number}", f"{largest:.1e}"]
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    torch.manual_seed(0)
-    model: Any = DAttnForConditionalGeneration.from_pretrained(arguments.model)
-    model.to(arguments.device).eval()
-    config = model.config
-    side, rows = config.vision_config.image_size, arguments.images * config.rows_per_image
-    pixels = torch.randn(arguments.images, 3, side, side).to(model.device)
-    prompts = make_prompts(
-        config, arguments.images, arguments.questions + 1, arguments.text_tokens
-    ).to(model.device)
-    seconds = measure(model, pixels, prompts)
-    print(f"{rows} visual rows, {arguments.text_tokens} text tokens, {model.device}, {model.dtype}")
-    print(f"encoding the images        {seconds['encode'] * 1e3:9.2f} ms, once")
-    print(f"first token, from pixels   {seconds['pixels'] * 1e3:9.2f} ms per question")
-    print(f"first token, from a cache  {seconds['cache'] * 1e3:9.2f} ms per question")
-    print(f"ratio                      {seconds['pixels'] / seconds['cache']:9.2f}")
+def measure(
+    generator: Generator, questions: Questions, device: torch.device, arguments: argparse.Namespace
+) -> Timings:
+    """One question's first token both ways, the encoding, and all answers both ways."""
+    kept = generator.encode()
+
+    def all_answers(kept: Any = None) -> None:
+        for number in range(questions.number):
+            generator.answer(number, questions.answer_tokens, kept)
+
+    return time_rounds(
+        {
+            _PIXELS: lambda: generator.answer(0, 1),
+            _KEPT: lambda: generator.answer(0, 1, kept),
+            _ENCODING: generator.encode,
+            _ALL_PIXELS: all_answers,
+            _ALL_KEPT: lambda: all_answers(generator.encode()),
+        },
+        rounds=arguments.rounds,
+        timer=timer_of(device),
+        warm_up=_WARM_UP,
+        budget_seconds=arguments.seconds,
+    )
+
+
+def time_row(generator: Generator, timings: Timings) -> list[str]:
+    """A row of the table of times."""
+    milliseconds = (
+        report.spread(timings.milliseconds(name), digits=1) for name in (_ENCODING, _PIXELS, _KEPT)
+    )
+    ratios = (timings.ratio(_PIXELS, _KEPT), timings.ratio(_ALL_PIXELS, _ALL_KEPT), timings.noise)
+    return [generator.name, *milliseconds, *(report.spread(ratio) for ratio in ratios)]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; `command` is what to type to repeat it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_image_cache",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, help="folder of an export")
+    parser.add_argument("--run", type=Path, help="folder of a run")
+    parser.add_argument("--hidden-size", type=int, default=512, help="of random weights")
+    parser.add_argument("--layers", type=int, default=8, help="of random weights")
+    parser.add_argument("--images", type=int, default=1, help="images of every question")
+    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--text-tokens", type=int, default=32, help="length of a question")
+    parser.add_argument("--answer-tokens", type=int, default=16, help="length of an answer")
+    parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS)
+    parser.add_argument("--seconds", type=float, help="per generator: no new round after so long")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--output", type=Path, help="Markdown file; printed in any case")
+    parsed = parser.parse_args(arguments)
+    parsed.command = f"{parser.prog} {shlex.join(arguments)}"
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse(sys.argv[1:] if arguments is None else arguments)
+    torch.set_num_threads(parsed.threads)
+    setup_logging(stream=sys.stderr, level="WARNING")
+    try:
+        report.write(cache_report(parsed), parsed.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    finally:
+        destroy_distributed()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -68,8 +68,8 @@ def write_random_checkpoint(
     """
     made = RandomCheckpoint(folder / "siglip", folder / "mistral")
     for path, rules, config in (
-        (made.vision, vision_rules(vision), _siglip_json(vision)),
-        (made.language, language_rules(language), _mistral_json(language)),
+        (made.vision, vision_rules(vision), siglip_json(vision)),
+        (made.language, language_rules(language), mistral_json(language)),
     ):
         path.mkdir(parents=True)
         (path / "config.json").write_text(json.dumps(config, indent=1))
@@ -149,7 +149,8 @@ def _random_bytes(count: int, seed: int) -> Iterator[bytes]:
         count -= len(block)
 
 
-def _mistral_json(language: LanguageConfig) -> dict[str, object]:
+def mistral_json(language: LanguageConfig) -> dict[str, object]:
+    """A `config.json`, as transformers writes it."""
     return {
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],
@@ -167,7 +168,8 @@ def _mistral_json(language: LanguageConfig) -> dict[str, object]:
     }
 
 
-def _siglip_json(vision: VisionConfig) -> dict[str, object]:
+def siglip_json(vision: VisionConfig) -> dict[str, object]:
+    """A `config.json`, as transformers writes it."""
     return {
         "model_type": "siglip_vision_model",
         "hidden_size": vision.hidden_size,

@@ -1,9 +1,11 @@
-"""Answer a question about images from a run's newest checkpoint.
+"""Answer questions about images from a run's newest checkpoint.
 
     python tools/generate.py --checkpoint runs/stage3 --image cat.jpg --question "What is this?"
 
-Without --image the question is text only; --image may be given several times. --alpha adds a table
-of how much the answer attended to the images: alpha_V by layer, and the range over its heads.
+Without --image the question is text only; --image may be given several times. So may --question:
+every question is asked about all images, which are encoded once, and its answer stands under it.
+--alpha adds a table of how much an answer attended to the images: alpha_V by layer, and the range
+over its heads.
 """
 
 import argparse
@@ -21,7 +23,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run")
     parser.add_argument("--image", type=Path, action="append", default=[], help="image file")
-    parser.add_argument("--question", default="", help="what to ask")
+    parser.add_argument("--question", action="append", help="what to ask (default: nothing)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument(
         "--template",
@@ -42,11 +44,15 @@ def main() -> int:
 
     try:
         loaded = load_model(arguments.checkpoint, template=arguments.template)
-        prompt = Prompt.from_question(loaded, arguments.question, arguments.image)
-        tokens = generate_tokens(loaded, [prompt], max_new_tokens=arguments.max_new_tokens)
-        lines = decode(loaded, tokens)
-        if arguments.alpha:
-            lines += ["", *look(loaded, prompt, tokens[0]).table()]
+        questions = arguments.question or [""]
+        prompts = [Prompt.from_question(loaded, ask, arguments.image) for ask in questions]
+        tokens = generate_tokens(loaded, prompts, max_new_tokens=arguments.max_new_tokens)
+        lines = []
+        for asked, prompt, said in zip(questions, prompts, tokens, strict=True):
+            lines += [f"> {asked}"] if len(questions) > 1 else []
+            lines += decode(loaded, [said])
+            if arguments.alpha:
+                lines += ["", *look(loaded, prompt, said).table()]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

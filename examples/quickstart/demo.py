@@ -1,4 +1,4 @@
-"""The whole job on one small machine: backbones, conversion, three stages, evaluation, pictures.
+"""The whole job on one small machine: backbones, conversion, three stages, evaluation, export.
 
     python examples/quickstart/demo.py --attention dattn --output runs/demo-dattn
 
@@ -21,7 +21,8 @@ from pathlib import Path
 import yaml
 
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.errors import EXIT_USER_ERROR
+from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError
+from megatron_dattn.runtime.log import silence_import_warnings
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("stage1", "stage2", "stage3")
@@ -119,6 +120,39 @@ def train_and_evaluate(demo: Demo) -> list[Step]:
         ),
     ]
     return steps
+
+
+def export_and_ask(demo: Demo) -> list[Step]:
+    """Leave the training stack: a Hugging Face folder, and answers through transformers alone."""
+    output = demo.output
+    model, data = output / "model", demo.shared / "data"
+    return [
+        Step(
+            "export the trained model for transformers",
+            [*tool("convert_checkpoint"), "export", "--checkpoint", str(output / "stage3")]
+            + ["--output", str(model)],
+            model / "config.json",
+        ),
+        Step(
+            "ask the exported model, and compare with the answers before export",
+            [sys.executable, "examples/quickstart/ask.py", "--model", str(model)]
+            + ["--data", str(data), "--answers", str(output / "answers.json")],
+        ),
+    ]
+
+
+def why_not_exported(demo: Demo) -> str:
+    """Why the trained model has no Hugging Face form; empty if it has one."""
+    silence_import_warnings()
+    # Imported late: --help should not wait for torch and megatron-core.
+    from megatron_dattn.config.cli import load_config
+    from megatron_dattn.conversion.hf_config import check_exportable
+
+    try:
+        check_exportable(load_config(demo.output / "stage3" / "config.yaml").model)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def module(name: str) -> list[str]:
@@ -224,10 +258,17 @@ def main() -> None:
     start = time.monotonic()
     demo = Demo(output, output, arguments.attention, arguments.processes)
     run(plan(demo))
+    reason = why_not_exported(demo)
+    if reason:
+        print(f"\nNot exported: {reason}")
+    else:
+        run(export_and_ask(demo))
     print(f"\nThe demo took {time.monotonic() - start:.0f} s. In {output}:")
     print("    loss.png         loss curves of the three stages")
     print("    samples.png      held-out images with the model's answers")
     print("    accuracy.json    the table above as numbers")
+    if not reason:
+        print("    model/           the trained model for transformers, see its README.md")
     print("    stage3/          the trained model; ask it:")
     image = output / "data" / "images" / "heldout" / "000000.png"
     print(

@@ -22,6 +22,7 @@ from megatron_dattn.attention.decomposed import (
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.merge import alpha_merge, weighted_merge
+from megatron_dattn.attention.next_rows import next_positions, plan_next_rows
 from megatron_dattn.attention.outputs import output_rows
 from megatron_dattn.attention.parts import AttentionPlan, plan_attention
 from megatron_dattn.attention.positions import apply_rotary, rotary_tables, row_positions
@@ -63,9 +64,11 @@ __all__ = [
     "kept_grid",
     "layer_flops",
     "layer_rules",
+    "next_positions",
     "num_shared",
     "output_rows",
     "plan_attention",
+    "plan_next_rows",
     "plan_report",
     "rotary_tables",
     "row_positions",

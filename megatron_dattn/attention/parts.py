@@ -20,7 +20,7 @@ from megatron_dattn.attention.padding import PaddedBatch, padded_batches
 from megatron_dattn.attention.rings import image_rings
 from megatron_dattn.attention.rows import Rows
 
-_T2V = "T2V"
+T2V = "T2V"
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,13 @@ def plan_attention(
     first_scored = 0 if config.scores_visual_rows else layout.visual_budget
     planned = [
         replace(
-            _build_part(name, list(segments), causal, rotary, first_scored, device),
+            build_part(name, list(segments), causal, rotary, first_scored, device),
             window=window if causal else None,
         )
         for name, segments, causal, rotary in _rules(layout, config)
     ]
     parts = tuple(part for part in planned if part.query_lengths)
-    apart = [part for part in parts if part.name == _T2V and config.merge != "alpha"]
+    apart = [part for part in parts if part.name == T2V and config.merge != "alpha"]
     return AttentionPlan(
         num_rows=layout.num_rows,
         num_visual_rows=layout.visual_budget,
@@ -144,7 +144,7 @@ def _rules(
     if config.is_self_attention:
         yield "self-attention", _reading_order(layout), True, True
         return
-    yield _T2V, _text_to_visual(layout, config), False, config.t2v.rotary
+    yield T2V, _text_to_visual(layout, config), False, config.t2v.rotary
     if config.v2v == "causal":
         yield "V2V and T2T", _within_kind(layout, with_visual=True), True, True
     else:
@@ -215,7 +215,7 @@ def _visual_to_text(layout: TokenLayout, config: AttentionConfig) -> Iterator[Se
                 before = run.end
 
 
-def _build_part(
+def build_part(
     name: str,
     segments: list[Segment],
     causal: bool,
@@ -223,6 +223,7 @@ def _build_part(
     first_scored: int,
     device: torch.device,
 ) -> Part:
+    """A part of those segments that are not empty; `first_scored` is query row 0's packed row."""
     segments = [segment for segment in segments if segment.num_queries and segment.num_keys]
     queries = [(a - first_scored, b - first_scored) for s in segments for a, b in s.queries]
     keys = [rows for segment in segments for rows in segment.keys]

@@ -11,11 +11,19 @@ from megatron_dattn.conversion.siglip import (
     layer_rules,
     read_config,
     unused_prefixes,
+    write_config,
 )
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.models.config import VisionConfig
 
-__all__ = ["DEFAULTS", "MODEL_TYPES", "unused_prefixes", "vision_config", "vision_rules"]
+__all__ = [
+    "DEFAULTS",
+    "MODEL_TYPES",
+    "hf_config",
+    "unused_prefixes",
+    "vision_config",
+    "vision_rules",
+]
 
 MODEL_TYPES = ("clip", "clip_vision_model")
 # transformers.CLIPVisionConfig's, for fields that config.json leaves out.
@@ -38,6 +46,11 @@ def vision_config(config: dict[str, Any], feature_layer: int = -2) -> VisionConf
         CheckpointError: a feature that the training stack lacks.
     """
     return VisionConfig(family="clip", **read_config(config, DEFAULTS, feature_layer))
+
+
+def hf_config(vision: VisionConfig, num_layers: int) -> dict[str, Any]:
+    """The config.json of an encoder of so many layers."""
+    return write_config(vision, "clip_vision_model", num_layers)
 
 
 def vision_rules(config: VisionConfig) -> list[Rule]:

@@ -57,7 +57,7 @@ def model_config(config: dict[str, Any], attention: str | None = None) -> ModelC
 
 def _preset(exported: Any) -> str:
     """The name of the preset with an export's axes; what no export has is as it is by default."""
-    source = getattr(exported, "visual_source", VisualRows().source)
+    source = exported.visual_source
     axes = AttentionConfig(
         v2v=exported.v2v,
         t2v=TextToVisual(scope=exported.t2v_scope, rotary=exported.t2v_rotary),

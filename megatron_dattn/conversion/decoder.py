@@ -63,6 +63,17 @@ def read_config(
     }
 
 
+def write_config(language: LanguageConfig, model_type: str) -> dict[str, Any]:
+    """The fields of a config.json that all families have; what `read_config` reads."""
+    return {
+        "model_type": model_type,
+        **{name: getattr(language, name) for name in _COPIED},
+        "num_key_value_heads": language.num_key_value_heads,
+        "head_dim": language.head_dim,
+        "rope_parameters": {"rope_theta": language.rope_theta, "rope_type": "default"},
+    }
+
+
 def _rope_theta(config: dict[str, Any]) -> float:
     """Older configs keep rope_theta at the top, newer ones inside rope_parameters."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -159,8 +159,8 @@ def _write_small_files(
         template=assets.conversations.template,
         pad_token=str(tokenizer.convert_ids_to_tokens(pad)),
     )
-    patch_size = config.model.vision.patch_size if llava else None
-    write_processor(assets.preprocessor, target, llava_patch_size=patch_size)
+    vision = config.model.vision if llava else None
+    write_processor(assets.preprocessor, target, llava_vision=vision)
     if not llava:
         _copy_code(target)
     content = model_config(config.model, image_token_id=image, dtype=_DTYPE_NAMES[dtype])

@@ -10,10 +10,11 @@ from megatron_dattn.conversion.decoder import (
     decoder_rules,
     one_norm,
     read_config,
+    write_config,
 )
 from megatron_dattn.conversion.mistral import UNUSED_PREFIXES as MISTRAL_UNUSED
 from megatron_dattn.conversion.weight_map import Rule
-from megatron_dattn.errors import CheckpointError
+from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.config import LanguageConfig
 
 MODEL_TYPES = ("gemma2",)
@@ -64,6 +65,27 @@ def language_config(config: dict[str, Any]) -> LanguageConfig:
             f"layer_types {kinds} are not supported, only sliding and full attention in turn"
         )
     return language
+
+
+def hf_config(language: LanguageConfig) -> dict[str, Any]:
+    """The config.json of a language model.
+
+    Raises:
+        ConfigError: a setting that Hugging Face's Gemma-2 cannot have.
+    """
+    scalar = language.query_pre_attn_scalar or language.head_dim
+    if scalar != int(scalar):
+        raise ConfigError(
+            f"language.query_pre_attn_scalar {scalar} cannot be exported: Hugging Face's Gemma-2 "
+            "takes whole numbers"
+        )
+    return write_config(language, "gemma2") | {
+        "hidden_activation": language.hidden_activation,
+        "query_pre_attn_scalar": int(scalar),
+        "attn_logit_softcapping": language.attn_logit_softcapping,
+        "final_logit_softcapping": language.final_logit_softcapping,
+        "sliding_window": language.sliding_window,
+    }
 
 
 def language_rules(config: LanguageConfig) -> list[Rule]:

@@ -6,16 +6,27 @@ import transformers
 from transformers import GenerationConfig, LlavaConfig
 
 from megatron_dattn.attention import AttentionConfig, VisualRows, get_preset
+from megatron_dattn.conversion.families import LANGUAGE, VISION
 from megatron_dattn.conversion.hf_names import has_input_norm
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
+
+# Which rows of its encoder are a LLaVA's features: all, or all but the first, a class token.
+SELECT_STRATEGIES = {"siglip": "full", "clip": "default"}
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dattn.DAttnConfig",
     "AutoModel": "modeling_dattn.DAttnModel",
     "AutoModelForImageTextToText": "modeling_dattn.DAttnForConditionalGeneration",
     "AutoProcessor": "processing_dattn.DAttnProcessor",
+}
+
+# What the exported code can do with visual rows, by the config's `visual_source`: run them through
+# all layers, or make them anew in each.
+VISUAL_ROWS = {
+    "stream": VisualRows(),
+    "reproject": VisualRows(source="reproject", ffn=0.0),
 }
 
 
@@ -29,23 +40,15 @@ def check_exportable(model: ModelConfig) -> None:
     """Refuse what neither our exported code nor Hugging Face's LLaVA computes.
 
     Raises:
-        ConfigError: naming the preset and the reason.
+        ConfigError: naming the preset, or a setting of the language model, and the reason.
     """
-    preset = get_preset(model.attention)
-    if model.language.family != "mistral":
-        reason = f"no exported code for language models of family '{model.language.family}' exists"
-    elif model.vision.family != "siglip":
-        reason = f"no exported code for vision encoders of family '{model.vision.family}' exists"
-    elif is_llava(model):
+    if is_llava(model):
         reason = _reason_against_llava(model)
     else:
-        reason = _reason_against_dattn(preset)
-        if model.language.sliding_window is not None:
-            reason = (
-                "the exported code has no sliding window; set model.language.sliding_window=null"
-            )
+        reason = _reason_against_dattn(get_preset(model.attention))
     if reason:
         raise ConfigError(f"model.attention '{model.attention}' cannot be exported: {reason}")
+    _text_config(model.language)
 
 
 def _reason_against_dattn(preset: AttentionConfig) -> str:
@@ -54,16 +57,16 @@ def _reason_against_dattn(preset: AttentionConfig) -> str:
             f"with v2v='{preset.v2v}' visual rows attend to other rows; the exported code computes "
             "each from its own image alone"
         )
-    if preset.visual != VisualRows():
+    if preset.visual not in VISUAL_ROWS.values():
         return "the exported code gives visual rows every layer whole, and this preset does not"
-    if preset.merge == "cascade":
-        return "the exported code has no cross-attention module, which merge='cascade' adds"
     return ""
 
 
 def _reason_against_llava(model: ModelConfig) -> str:
     """Hugging Face's LLaVA has an adapter of two linear layers, nothing before and after them."""
     needs = "it would become a LlavaForConditionalGeneration, which"
+    if model.language.family == "gemma2":
+        return f"{needs} does not scale visual rows as Gemma-2's own embeddings are"
     if has_input_norm(model):
         return (
             f"{needs} has no norm in front of its adapter; train with model.adapter.input_norm "
@@ -121,6 +124,7 @@ def _dattn_config(model: ModelConfig, image_token_id: int) -> dict[str, Any]:
         "text_positions": preset.positions.text,
         "visual_positions": preset.positions.visual,
         "visual_embedding": preset.positions.embedding,
+        "visual_source": preset.visual.source,
         "merge": preset.merge,
     }
 
@@ -133,38 +137,14 @@ def _llava_config(model: ModelConfig, image_token_id: int) -> dict[str, Any]:
         "image_token_index": image_token_id,
         "image_seq_length": model.vision.num_patches,
         "projector_hidden_act": "gelu",
-        "vision_feature_select_strategy": "full",
+        "vision_feature_select_strategy": SELECT_STRATEGIES[model.vision.family],
         "vision_feature_layer": -1,
     }
 
 
 def _vision_config(vision: VisionConfig, num_layers: int) -> dict[str, Any]:
-    return {
-        "model_type": "siglip_vision_model",
-        "hidden_size": vision.hidden_size,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": vision.num_attention_heads,
-        "intermediate_size": vision.intermediate_size,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "layer_norm_eps": vision.layer_norm_eps,
-        "hidden_act": vision.hidden_act,
-        "vision_use_head": False,
-    }
+    return VISION[vision.family].hf_config(vision, num_layers)
 
 
 def _text_config(language: LanguageConfig) -> dict[str, Any]:
-    return {
-        "model_type": "mistral",
-        "hidden_size": language.hidden_size,
-        "num_hidden_layers": language.num_hidden_layers,
-        "num_attention_heads": language.num_attention_heads,
-        "num_key_value_heads": language.num_key_value_heads,
-        "head_dim": language.head_dim,
-        "intermediate_size": language.intermediate_size,
-        "vocab_size": language.vocab_size,
-        "rms_norm_eps": language.rms_norm_eps,
-        "rope_parameters": {"rope_theta": language.rope_theta, "rope_type": "default"},
-        "sliding_window": None,
-        "tie_word_embeddings": language.tie_word_embeddings,
-    }
+    return LANGUAGE[language.family].hf_config(language)

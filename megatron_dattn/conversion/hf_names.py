@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion import families
-from megatron_dattn.conversion.weight_map import Rule
-from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.conversion.weight_map import GroupedKV, Rule
+from megatron_dattn.models.config import LanguageConfig, ModelConfig
 
 
 def export_rules(model: ModelConfig) -> list[Rule]:
@@ -29,7 +29,7 @@ def export_rules(model: ModelConfig) -> list[Rule]:
     adapter = [
         _prefixed(rule, "adapter.", "model.multi_modal_projector.") for rule in adapter_rules(model)
     ]
-    return vision + adapter + language + _gate_rules(model)
+    return vision + adapter + language + _added_rules(model)
 
 
 def has_input_norm(model: ModelConfig) -> bool:
@@ -38,24 +38,34 @@ def has_input_norm(model: ModelConfig) -> bool:
 
 
 def adapter_rules(model: ModelConfig) -> list[Rule]:
-    """Rules for every parameter of the adapter."""
-    features, hidden = model.vision.hidden_size, model.language.hidden_size
+    """Rules for every parameter of the adapter; none where every layer has a projector instead."""
+    preset, hidden = get_preset(model.attention), model.language.hidden_size
+    if preset.visual.source == "reproject":
+        return []
     middle = model.adapter.hidden_size or hidden
-    shapes: dict[str, tuple[int, ...]] = {}
-    if has_input_norm(model):
-        shapes["norm.weight"] = (features,)
-    shapes |= {
-        "linear_fc1.weight": (middle, features),
-        "linear_fc1.bias": (middle,),
-        "linear_fc2.weight": (hidden, middle),
-        "linear_fc2.bias": (hidden,),
-    }
-    embedding = get_preset(model.attention).positions.embedding
+    shapes = _mlp_shapes(model, middle, has_norm=has_input_norm(model))
+    embedding = preset.positions.embedding
     if embedding == "row_column":
         table = (model.adapter.max_grid, hidden)
         shapes |= {"positions.rows": table, "positions.columns": table}
     elif embedding == "fractional":
         shapes |= _fractional_shapes(hidden)
+    return _renamed_linears(shapes)
+
+
+def _mlp_shapes(model: ModelConfig, middle: int, *, has_norm: bool) -> dict[str, tuple[int, ...]]:
+    """Of the MLP from the encoder's width to the language model's."""
+    features, hidden = model.vision.hidden_size, model.language.hidden_size
+    norm: dict[str, tuple[int, ...]] = {"norm.weight": (features,)} if has_norm else {}
+    return norm | {
+        "linear_fc1.weight": (middle, features),
+        "linear_fc1.bias": (middle,),
+        "linear_fc2.weight": (hidden, middle),
+        "linear_fc2.bias": (hidden,),
+    }
+
+
+def _renamed_linears(shapes: dict[str, tuple[int, ...]]) -> list[Rule]:
     return [
         Rule(name, {name.replace("linear_fc", "linear_"): shape}) for name, shape in shapes.items()
     ]
@@ -72,19 +82,43 @@ def _fractional_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _gate_rules(model: ModelConfig) -> list[Rule]:
-    if not get_preset(model.attention).has_gate:
-        return []
+def _added_rules(model: ModelConfig) -> list[Rule]:
+    """Rules for what a preset adds to the decoder layers."""
+    preset = get_preset(model.attention)
+    rules: list[Rule] = []
+    if preset.has_gate:
+        heads = (model.language.num_attention_heads,)
+        rules.append(Rule("self_attention.gate", {"self_attn.gate": heads}))
+    if preset.merge == "cascade":
+        rules += _cross_attention_rules(model.language)
+    if preset.visual.source == "reproject":
+        shapes = _mlp_shapes(model, model.language.hidden_size, has_norm=True)
+        projector = "visual_projector."
+        rules += [_prefixed(rule, projector, projector) for rule in _renamed_linears(shapes)]
     return [
-        Rule(
-            f"language_model.decoder.layers.{layer}.self_attention.gate",
-            {
-                f"model.language_model.layers.{layer}.self_attn.gate": (
-                    model.language.num_attention_heads,
-                )
-            },
+        _prefixed(
+            rule,
+            f"language_model.decoder.layers.{layer}.",
+            f"model.language_model.layers.{layer}.",
         )
         for layer in range(model.language.num_hidden_layers)
+        for rule in rules
+    ]
+
+
+def _cross_attention_rules(language: LanguageConfig) -> list[Rule]:
+    hidden = language.hidden_size
+    queries = language.num_attention_heads * language.head_dim
+    keys = language.num_key_value_heads * language.head_dim
+    ours, theirs = "cross_attention.linear_", "cross_attn."
+    return [
+        Rule(f"{ours}q.weight", {f"{theirs}q_proj.weight": (queries, hidden)}),
+        Rule(
+            f"{ours}kv.weight",
+            {f"{theirs}{name}_proj.weight": (keys, hidden) for name in "kv"},
+            GroupedKV(language.num_key_value_heads),
+        ),
+        Rule(f"{ours}proj.weight", {f"{theirs}o_proj.weight": (hidden, queries)}),
     ]
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dattn import hf
-from megatron_dattn.conversion.hf_config import AUTO_MAP
+from megatron_dattn.conversion.hf_config import AUTO_MAP, SELECT_STRATEGIES
 from megatron_dattn.conversion.safetensors_reader import read_json
 from megatron_dattn.conversion.tokenizer import TOKENIZER_FILES
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.templates import read_template
+from megatron_dattn.models.config import VisionConfig
 
 _CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -41,18 +42,18 @@ def write_tokenizer(source: Path, target: Path, *, template: str, pad_token: str
 
 
 def write_processor(
-    preprocessor: ImagePreprocessor, target: Path, *, llava_patch_size: int | None
+    preprocessor: ImagePreprocessor, target: Path, *, llava_vision: VisionConfig | None
 ) -> None:
     """Write processor_config.json, and the image processor's part of it in a file of its own.
 
     Args:
-        llava_patch_size: for Hugging Face's LlavaProcessor; None for ours.
+        llava_vision: the encoder, for Hugging Face's LlavaProcessor; None for ours.
     """
     image_processor = _image_processor(preprocessor)
     # Where programs look that know older exports.
     _write_json(target / "preprocessor_config.json", image_processor)
     config: dict[str, Any] = {"image_processor": image_processor, "image_token": IMAGE_TOKEN}
-    if llava_patch_size is None:
+    if llava_vision is None:
         config |= {
             "processor_class": "DAttnProcessor",
             "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
@@ -61,9 +62,10 @@ def write_processor(
     else:
         config |= {
             "processor_class": "LlavaProcessor",
-            "patch_size": llava_patch_size,
-            "vision_feature_select_strategy": "full",
-            "num_additional_image_tokens": 0,
+            "patch_size": llava_vision.patch_size,
+            "vision_feature_select_strategy": SELECT_STRATEGIES[llava_vision.family],
+            # The class token is counted here, and the strategy takes it away again.
+            "num_additional_image_tokens": llava_vision.num_places - llava_vision.num_patches,
         }
     _write_json(target / "processor_config.json", config)
 

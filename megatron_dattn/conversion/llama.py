@@ -5,12 +5,19 @@ Its decoder is Mistral's without a sliding window, so the weight map is Mistral'
 
 from typing import Any
 
-from megatron_dattn.conversion.decoder import read_config
+from megatron_dattn.conversion.decoder import read_config, write_config
 from megatron_dattn.conversion.mistral import UNUSED_PREFIXES as MISTRAL_UNUSED
 from megatron_dattn.conversion.mistral import language_rules
 from megatron_dattn.models.config import LanguageConfig
 
-__all__ = ["DEFAULTS", "MODEL_TYPES", "UNUSED_PREFIXES", "language_config", "language_rules"]
+__all__ = [
+    "DEFAULTS",
+    "MODEL_TYPES",
+    "UNUSED_PREFIXES",
+    "hf_config",
+    "language_config",
+    "language_rules",
+]
 
 MODEL_TYPES = ("llama",)
 UNUSED_PREFIXES = MISTRAL_UNUSED
@@ -38,3 +45,8 @@ def language_config(config: dict[str, Any]) -> LanguageConfig:
     refused = ("attention_bias", "mlp_bias")
     found = read_config(config, DEFAULTS, refused=refused, activations=("silu",))
     return LanguageConfig(family="llama", **found)
+
+
+def hf_config(language: LanguageConfig) -> dict[str, Any]:
+    """The config.json of a language model."""
+    return write_config(language, "llama")

@@ -10,6 +10,7 @@ from megatron_dattn.conversion.decoder import (
     decoder_rules,
     one_norm,
     read_config,
+    write_config,
 )
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.models.config import LanguageConfig
@@ -40,6 +41,11 @@ def language_config(config: dict[str, Any]) -> LanguageConfig:
     """
     found = read_config(config, DEFAULTS, refused=("attention_bias",), activations=("silu",))
     return LanguageConfig(family="mistral", **found)
+
+
+def hf_config(language: LanguageConfig) -> dict[str, Any]:
+    """The config.json of a language model."""
+    return write_config(language, "mistral") | {"sliding_window": language.sliding_window}
 
 
 def language_rules(config: LanguageConfig) -> list[Rule]:

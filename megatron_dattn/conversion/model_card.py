@@ -6,12 +6,20 @@ from typing import Any
 
 import yaml
 
+from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.hf_config import is_llava
 from megatron_dattn.models.config import ModelConfig
 
 # Flat JSON of numbers, where an evaluation has left it in the run folder.
 METRIC_FILES = ("metrics.json", "accuracy.json")
 
+_NAMES = {
+    "siglip": "SigLIP",
+    "clip": "CLIP",
+    "mistral": "Mistral",
+    "llama": "Llama",
+    "gemma2": "Gemma-2",
+}
 _DATTN_USAGE = """\
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -79,12 +87,14 @@ def model_card(
 
 def _description(model: ModelConfig) -> str:
     vision, language = model.vision, model.language
+    reprojects = get_preset(model.attention).visual.source == "reproject"
+    between = "a projector in every layer" if reprojects else "an adapter"
     return (
-        f"A vision-language model: a SigLIP encoder ({vision.num_used_layers} layers of width "
-        f"{vision.hidden_size}, images of {vision.image_size} pixels, {model.rows_per_image} "
-        f"visual rows each), an adapter, and a {language.family} decoder "
-        f"({language.num_hidden_layers} layers of width {language.hidden_size}). Its attention "
-        f"over images and text is the preset `{model.attention}` of megatron_dattn."
+        f"A vision-language model: a {_NAMES[vision.family]} encoder ({vision.num_used_layers} "
+        f"layers of width {vision.hidden_size}, images of {vision.image_size} pixels, "
+        f"{model.rows_per_image} visual rows each), {between}, and a {_NAMES[language.family]} "
+        f"decoder ({language.num_hidden_layers} layers of width {language.hidden_size}). Its "
+        f"attention over images and text is the preset `{model.attention}` of megatron_dattn."
     )
 
 

@@ -48,6 +48,17 @@ def read_config(
     return {name: vision[name] for name in defaults} | {"feature_layer": feature_layer}
 
 
+def hf_config(vision: VisionConfig, num_layers: int) -> dict[str, Any]:
+    """The config.json of an encoder of so many layers."""
+    return write_config(vision, "siglip_vision_model", num_layers) | {"vision_use_head": False}
+
+
+def write_config(vision: VisionConfig, model_type: str, num_layers: int) -> dict[str, Any]:
+    """The fields that both families have; what `read_config` reads."""
+    fields = {name: getattr(vision, name) for name in DEFAULTS}
+    return {"model_type": model_type, **fields, "num_hidden_layers": num_layers}
+
+
 def unused_prefixes(config: VisionConfig, num_layers: int) -> list[str]:
     """Tensors that features taken at `feature_layer` never touch."""
     above = [f"encoder.layers.{n}." for n in range(config.num_used_layers, num_layers)]

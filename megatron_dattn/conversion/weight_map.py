@@ -89,6 +89,21 @@ class GroupedQKV:
 
 
 @dataclass(frozen=True)
+class GroupedKV:
+    """The key and value projection of a cross-attention: per group its key, then its value."""
+
+    num_groups: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        grouped = [part.reshape(self.num_groups, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        grouped = whole.reshape(self.num_groups, -1, *whole.shape[1:])
+        return [part.flatten(0, 1) for part in grouped.chunk(2, dim=1)]
+
+
+@dataclass(frozen=True)
 class Rule:
     """One Megatron parameter and the Hugging Face tensors it is made of, with their shapes."""
 

@@ -3,13 +3,26 @@
 This file travels with the exported weights and imports nothing but transformers.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import MistralConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+)
 
-# A language model whose layers differ from Mistral's needs its own decoder layer in
-# modeling_dattn.py before its type may stand here.
-TEXT_CONFIGS = {"mistral": MistralConfig}
+# By model type, the default first. A model whose layers differ from these needs code in
+# decoder_dattn.py or vision_dattn.py before its type may stand here.
+TEXT_CONFIGS = {"mistral": MistralConfig, "llama": LlamaConfig, "gemma2": Gemma2Config}
+VISION_CONFIGS = {
+    "siglip_vision_model": SiglipVisionConfig,
+    "clip_vision_model": CLIPVisionConfig,
+}
 
 _CHOICES = {
     "v2v": ("diagonal", "none"),
@@ -17,7 +30,8 @@ _CHOICES = {
     "text_positions": ("text_only", "gap"),
     "visual_positions": ("none", "sequence"),
     "visual_embedding": ("none", "row_column", "fractional"),
-    "merge": ("alpha", "sum", "tanh", "sigmoid"),
+    "visual_source": ("stream", "reproject"),
+    "merge": ("alpha", "sum", "tanh", "sigmoid", "cascade"),
 }
 
 
@@ -25,8 +39,8 @@ class DAttnConfig(PreTrainedConfig):
     """Sizes of the three parts, and how visual rows (V) and text rows (T) attend.
 
     Args:
-        vision_config: of the whole SigLIP encoder, as it was trained.
-        text_config: of the language model.
+        vision_config: of the whole encoder (SigLIP or CLIP), as it was trained.
+        text_config: of the language model (Mistral, Llama or Gemma-2).
         image_token_id: id of `<image>`. One such token in the text marks one image's place; it is
             no row of the language model.
         vision_feature_layer: which of the encoder's hidden states feeds the adapter, from the end:
@@ -43,19 +57,23 @@ class DAttnConfig(PreTrainedConfig):
         visual_positions: rotary positions of visual rows: as text in "sequence", or "none".
         visual_embedding: what is added to visual rows before the first layer: a learned vector for
             each row and column of patches, an MLP of the place as a share of the side, or nothing.
+        visual_source: whether visual rows are what the layers make of the adapter's output
+            ("stream"), or every layer makes its own from the encoder's features ("reproject");
+            there is no adapter then.
         merge: how T2V and T2T join: one softmax over both ("alpha"), or two, added ("sum"), T2V
-            weighted by tanh(gate), or both weighted by sigmoid(gate) and the rest.
+            weighted by tanh(gate), or both weighted by sigmoid(gate) and the rest; or T2V is a
+            cross-attention of its own in front of the self-attention ("cascade").
 
     Raises:
-        ValueError: a language model or a choice that the model's code does not know.
+        ValueError: an encoder, a language model or a choice that the model's code does not know.
     """
 
     model_type = "dattn"
-    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": MistralConfig}  # noqa: RUF012
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
 
     def __init__(
         self,
-        vision_config: dict[str, Any] | SiglipVisionConfig | None = None,
+        vision_config: dict[str, Any] | PreTrainedConfig | None = None,
         text_config: dict[str, Any] | PreTrainedConfig | None = None,
         image_token_id: int = 10,
         vision_feature_layer: int = -2,
@@ -69,13 +87,12 @@ class DAttnConfig(PreTrainedConfig):
         text_positions: str = "text_only",
         visual_positions: str = "none",
         visual_embedding: str = "row_column",
+        visual_source: str = "stream",
         merge: str = "alpha",
         **kwargs: Any,
     ) -> None:
-        if not isinstance(vision_config, SiglipVisionConfig):
-            vision_config = SiglipVisionConfig(**(vision_config or {}))
-        self.vision_config: Any = vision_config
-        self.text_config: Any = _text_config(text_config)
+        self.vision_config: Any = _section("vision_config", vision_config, VISION_CONFIGS)
+        self.text_config: Any = _section("text_config", text_config, TEXT_CONFIGS)
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
         self.adapter_hidden_size = adapter_hidden_size
@@ -88,6 +105,7 @@ class DAttnConfig(PreTrainedConfig):
         self.text_positions = text_positions
         self.visual_positions = visual_positions
         self.visual_embedding = visual_embedding
+        self.visual_source = visual_source
         self.merge = merge
         self._check_choices()
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
@@ -104,19 +122,64 @@ class DAttnConfig(PreTrainedConfig):
         rows, columns = self.image_grid
         return rows * columns
 
+    @property
+    def is_clip(self) -> bool:
+        """Whether the encoder has a class token, which is no feature, and a norm before its layers.
+        SigLIP has neither."""
+        return self.vision_config.model_type == "clip_vision_model"
+
+    @property
+    def is_gemma2(self) -> bool:
+        """Whether the language model has Gemma-2's norms and scales its embeddings."""
+        return self.text_config.model_type == "gemma2"
+
+    @property
+    def head_dim(self) -> int:
+        text = self.text_config
+        head_dim: int | None = getattr(text, "head_dim", None)
+        return head_dim or text.hidden_size // text.num_attention_heads
+
+    @property
+    def sliding_window(self) -> int | None:
+        """How many text rows, itself included, a text row sees at most in layers that slide; None
+        for all. Images are seen whatever it is."""
+        window: int | None = getattr(self.text_config, "sliding_window", None)
+        return window
+
+    def slides(self, layer: int) -> bool:
+        """Whether a layer's attention to text has a window; in Gemma-2 every other layer's has."""
+        kinds = getattr(self.text_config, "layer_types", None)
+        return self.sliding_window is not None and (
+            kinds is None or kinds[layer] == "sliding_attention"
+        )
+
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {choices}")
         if self.t2v_rotary != (self.visual_positions == "sequence"):
             raise ValueError("t2v_rotary needs visual_positions='sequence', which has no other use")
+        if self.t2v_rotary and self.merge == "cascade":
+            raise ValueError("merge='cascade' reads images without positions; unset t2v_rotary")
+        has_state = self.v2v != "none" or self.visual_embedding != "none"
+        if self.visual_source == "reproject" and has_state:
+            raise ValueError(
+                "visual_source='reproject' leaves visual rows no state to add to; set v2v='none' "
+                "and visual_embedding='none'"
+            )
 
 
-def _text_config(config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
-    values = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config or {})
-    kind = values.pop("model_type", "mistral")
-    if kind not in TEXT_CONFIGS:
-        raise ValueError(
-            f"text_config is of type '{kind}'; this code knows {', '.join(TEXT_CONFIGS)}"
-        )
-    return config if isinstance(config, PreTrainedConfig) else TEXT_CONFIGS[kind](**values)
+def _section(
+    name: str,
+    config: dict[str, Any] | PreTrainedConfig | None,
+    known: Mapping[str, type[PreTrainedConfig]],
+) -> PreTrainedConfig:
+    """A part's config, of the class that its model type asks for."""
+    if isinstance(config, PreTrainedConfig):
+        values, kind = {}, config.model_type
+    else:
+        values = dict(config or {})
+        kind = values.pop("model_type", next(iter(known)))
+    if kind not in known:
+        raise ValueError(f"{name} is of type '{kind}'; this code knows {', '.join(known)}")
+    return config if isinstance(config, PreTrainedConfig) else known[kind](**values)

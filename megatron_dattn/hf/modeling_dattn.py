@@ -21,10 +21,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .attention_dattn import Rotary, Seen, rotary_tables, rotate
 from .caches_dattn import DAttnCache, ImageCache, ImagePlaces, VisualRows
 from .configuration_dattn import DAttnConfig
-from .decoder_dattn import DecoderLayer, Seen, rotary_tables, rotate
-from .vision_dattn import Adapter, RMSNorm, VisionTower
+from .decoder_dattn import LanguageModel
+from .vision_dattn import Adapter, VisionTower
 
 IGNORED_LABEL = -100
 
@@ -33,22 +34,9 @@ class DAttnPreTrainedModel(PreTrainedModel):
     config_class = DAttnConfig
     base_model_prefix = "model"
     input_modalities = ["image", "text"]  # noqa: RUF012
-    _no_split_modules = ["DecoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "image_cache"]  # noqa: RUF012
     _supports_sdpa = True  # the vision encoder's
-
-
-class LanguageModel(nn.Module):
-    """Embedding, decoder layers and final norm."""
-
-    def __init__(self, config: DAttnConfig) -> None:
-        super().__init__()
-        text = config.text_config
-        self.embed_tokens: nn.Module = nn.Embedding(text.vocab_size, text.hidden_size)
-        self.layers: Any = nn.ModuleList(
-            DecoderLayer(config, number) for number in range(text.num_hidden_layers)
-        )
-        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
 
 
 class DAttnModel(DAttnPreTrainedModel):
@@ -59,7 +47,8 @@ class DAttnModel(DAttnPreTrainedModel):
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__(config)
         self.vision_tower = VisionTower(config)
-        self.multi_modal_projector = Adapter(config)
+        reprojects = config.visual_source == "reproject"  # then every layer has a projector
+        self.multi_modal_projector = nn.Identity() if reprojects else Adapter(config)
         self.language_model = LanguageModel(config)
         self.post_init()
 
@@ -72,6 +61,7 @@ class DAttnModel(DAttnPreTrainedModel):
     def encode_images(self, pixel_values: Tensor) -> ImageCache:
         """Keys and values of images in every layer, [images, 3, side, side]; no text is needed."""
         rows = self.multi_modal_projector(self.vision_tower(pixel_values))
+        rows = self.language_model.scaled(rows)
         keys, values = [], []
         for layer in self.language_model.layers:
             key, value, rows = layer.images(rows)
@@ -135,7 +125,7 @@ class DAttnModel(DAttnPreTrainedModel):
         assert visual is not None
         seen = self._seen(cache.extend_text(is_text), input_ids.shape[1], visual)
         rotary = self._rotary(positions)
-        rows = language.embed_tokens(input_ids)
+        rows = language.scaled(language.embed_tokens(input_ids))
         for layer, key, value in zip(language.layers, visual.keys, visual.values, strict=True):
             rows = layer(rows, rotary, (key, value), seen, cache)
         return language.norm(rows)
@@ -177,9 +167,9 @@ class DAttnModel(DAttnPreTrainedModel):
         return visual
 
     def _no_rows(self, is_image: Tensor) -> VisualRows:
-        text, attention = self.config.text_config, self.language_model.layers[0].self_attn
-        shape = (len(is_image), text.num_key_value_heads, 0, attention.head_dim)
-        none = attention.k_proj.weight.new_zeros(shape)
+        text = self.config.text_config
+        shape = (len(is_image), text.num_key_value_heads, 0, self.config.head_dim)
+        none = self.language_model.norm.weight.new_zeros(shape)
         layers = text.num_hidden_layers
         column = torch.zeros(len(is_image), 0, dtype=torch.int64, device=is_image.device)
         return VisualRows([none] * layers, [none] * layers, column, column.bool())
@@ -192,11 +182,19 @@ class DAttnModel(DAttnPreTrainedModel):
         images = visual.is_filled.unsqueeze(1).expand(-1, num_new, -1)
         if self.config.t2v_scope == "following":
             images = images & (visual.column.unsqueeze(1) < new)
-        return Seen(images, text)
+        return Seen(images, text, self._near(is_text, num_new, text))
 
-    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _near(self, is_text: Tensor, num_new: int, text: Tensor) -> Tensor:
+        """The seen text inside the sliding window. Places count text rows: no padding, no image."""
+        window = self.config.sliding_window
+        if window is None:
+            return text
+        place = is_text.cumsum(1)
+        return text & (place[:, -num_new:].unsqueeze(2) - place.unsqueeze(1) < window)
+
+    def _rotary(self, positions: Tensor) -> Rotary:
         base = self.config.text_config.rope_parameters["rope_theta"]
-        return rotary_tables(positions, self.language_model.layers[0].self_attn.head_dim, base)
+        return rotary_tables(positions, self.config.head_dim, base)
 
 
 def _own_cache(past_key_values: Any) -> DAttnCache:
@@ -265,7 +263,7 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
             input_ids, pixel_values, attention_mask, past_key_values, image_cache, use_cache
         )
         loss = None
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        logits = self._logits(outputs.last_hidden_state[:, -logits_to_keep:])
         if labels is not None:
             is_text = input_ids != self.config.image_token_id
             if attention_mask is not None:
@@ -274,6 +272,11 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values
         )
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        logits = self.lm_head(rows)
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Any, is_first_iteration: bool | None = False, **kwargs: Any

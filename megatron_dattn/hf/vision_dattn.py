@@ -1,4 +1,4 @@
-"""From pixels to visual rows: the SigLIP encoder up to its feature layer, and the adapter.
+"""From pixels to visual rows: the vision encoder up to its feature layer, and the adapter.
 
 This file travels with the exported weights.
 """
@@ -8,42 +8,43 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from .configuration_dattn import DAttnConfig
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm; the statistics are taken in fp32 (fp64 for fp64 rows)."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(rows, self.weight.shape, None, self.eps)
+from .norms_dattn import RMSNorm
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches as rows, with the encoder's own positions."""
+    """Patches as rows, with the encoder's own positions; CLIP puts a class token in front."""
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
         width, patch = config.vision_config.hidden_size, config.vision_config.patch_size
-        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch)
-        self.position_embedding = nn.Embedding(config.rows_per_image, width)
+        has_token = config.is_clip
+        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=not has_token)
+        self.position_embedding = nn.Embedding(config.rows_per_image + has_token, width)
+        self.class_embedding = nn.Parameter(torch.zeros(width)) if has_token else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight
+        rows = patches.flatten(2).transpose(1, 2)
+        if self.class_embedding is not None:
+            rows = torch.cat((self.class_embedding.expand(len(rows), 1, -1), rows), dim=1)
+        return rows + self.position_embedding.weight
 
 
 class VisionEncoder(nn.Module):
-    def __init__(self, config: SiglipVisionConfig, num_layers: int) -> None:
+    """The layers up to the feature layer."""
+
+    def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(num_layers))
+        vision = config.vision_config
+        if vision._attn_implementation is None:  # transformers sets it for whole models only
+            vision._attn_implementation = "sdpa"
+        num_layers = vision.num_hidden_layers + 1 + config.vision_feature_layer
+        kind = CLIPEncoderLayer if config.is_clip else SiglipEncoderLayer
+        self.layers = nn.ModuleList(kind(vision) for _ in range(num_layers))
 
     def forward(self, rows: Tensor) -> Tensor:
         for layer in self.layers:
@@ -52,38 +53,55 @@ class VisionEncoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """SigLIP up to its feature layer. Parameters have the names of `SiglipVisionModel`."""
+    """SigLIP or CLIP up to its feature layer. Parameters have the names of `SiglipVisionModel` and
+    `CLIPVisionModel`, one of which is misspelt."""
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
         vision = config.vision_config
-        if vision._attn_implementation is None:  # transformers sets it for whole models only
-            vision._attn_implementation = "sdpa"
         self.embeddings = VisionEmbeddings(config)
-        num_layers = vision.num_hidden_layers + 1 + config.vision_feature_layer
-        self.encoder = VisionEncoder(vision, num_layers)
+        self.encoder = VisionEncoder(config)
+        self.pre_layrnorm: nn.Module | None = None
+        if config.is_clip:
+            self.pre_layrnorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[images, 3, side, side] -> [images, patches, width]."""
-        return self.encoder(self.embeddings(pixel_values))
+        """[images, 3, side, side] -> [images, patches, width]; a class token is left out."""
+        rows = self.embeddings(pixel_values)
+        if self.pre_layrnorm is None:
+            return self.encoder(rows)
+        return self.encoder(self.pre_layrnorm(rows))[:, 1:]
 
 
-class Adapter(nn.Module):
-    """RMSNorm -> linear -> GELU -> linear -> positions of the patches in their image."""
+class FeatureMLP(nn.Module):
+    """RMSNorm (where it has an eps) -> linear -> GELU -> linear."""
+
+    def __init__(self, features: int, middle: int, hidden: int, norm_eps: float | None) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if norm_eps is None else RMSNorm(features, norm_eps)
+        self.linear_1 = nn.Linear(features, middle)
+        self.linear_2 = nn.Linear(middle, hidden)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[images, patches, encoder's width] -> [images, patches, language model's width]."""
+        return self.linear_2(F.gelu(self.linear_1(self.norm(features))))
+
+
+class Adapter(FeatureMLP):
+    """The MLP, and positions of the patches in their image."""
 
     def __init__(self, config: DAttnConfig) -> None:
-        super().__init__()
-        features, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
-        has_norm = config.adapter_input_norm
-        self.norm = RMSNorm(features, config.adapter_norm_eps) if has_norm else nn.Identity()
-        self.linear_1 = nn.Linear(features, config.adapter_hidden_size)
-        self.linear_2 = nn.Linear(config.adapter_hidden_size, hidden)
+        super().__init__(
+            config.vision_config.hidden_size,
+            config.adapter_hidden_size,
+            config.text_config.hidden_size,
+            norm_eps=config.adapter_norm_eps if config.adapter_input_norm else None,
+        )
         self.positions = _positions(config)
         self.grid = config.image_grid
 
     def forward(self, features: Tensor) -> Tensor:
-        """[images, patches, encoder's width] -> [images, patches, language model's width]."""
-        rows = self.linear_2(F.gelu(self.linear_1(self.norm(features))))
+        rows = super().forward(features)
         return rows if self.positions is None else self.positions(rows, self.grid)
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megatron_dattn.attention import Scoring, image_attention, visual_weight
 from megatron_dattn.errors import ConfigError, DataError
-from megatron_dattn.inference.generate import Prompt, pack_prompts
 from megatron_dattn.inference.load import LoadedModel
+from megatron_dattn.inference.prompt import Prompt, pack_prompts
 
 
 @dataclass(frozen=True)

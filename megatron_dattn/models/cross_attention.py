@@ -54,9 +54,21 @@ class ImageCrossAttention(MegatronModule):
             visual: normalized local visual rows, [rows, 1, H].
             text: normalized local text rows, [rows, 1, H].
         """
-        query = self.linear_q(text)[0].unflatten(2, (-1, self.head_dim)).squeeze(1)
+        return self.read(text, *self.keys_values(visual), inputs)
+
+    def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """What text rows read, [all visual rows, key heads of this rank, head_dim] each.
+
+        Args:
+            visual: normalized local visual rows, [rows, 1, H].
+        """
         key_value = self.linear_kv(visual)[0].unflatten(2, (-1, 2, self.head_dim)).squeeze(1)
         key, value = key_value.unbind(2)
+        return key, value
+
+    def read(self, text: Tensor, key: Tensor, value: Tensor, inputs: LayerInputs) -> Tensor:
+        """`forward` from keys and values; rows behind the visual ones are not read."""
+        query = self.linear_q(text)[0].unflatten(2, (-1, self.head_dim)).squeeze(1)
         out = attend_images(
             query,
             key,

@@ -96,7 +96,7 @@ class DecoderLayer(TransformerLayer):
         else:
             text = hidden_states[-inputs.shards.local_text :]
             (text,) = self._attend(text, inputs)
-            states = text[:0], self._ffn(text)
+            states = text[:0], self.ffn(text)
         return self._emit(states, attention_bias), None
 
     def _attend(self, hidden_states: Tensor, inputs: LayerInputs) -> States:
@@ -120,15 +120,21 @@ class DecoderLayer(TransformerLayer):
         """The FFN block with its residual; visual rows may pass a part of it or none."""
         share = inputs.rule.visual_ffn
         if share == 1.0:
-            return (self._ffn(_join(states)),)
+            return (self.ffn(_join(states)),)
         visual, text = states if len(states) == 2 else inputs.shards.split(*states)
-        if share > 0.0:
-            added = partial_ffn(self.mlp, self.pre_mlp_layernorm(visual), share)
-            visual = visual + self.post_feedforward_layernorm(added)
-        return visual, self._ffn(text)
+        return self.visual_ffn(visual, share), self.ffn(text)
 
-    def _ffn(self, rows: Tensor) -> Tensor:
-        """Norm, FFN and residual; in recomputed chunks if the savings say so."""
+    def visual_ffn(self, visual: Tensor, share: float) -> Tensor:
+        """Norm, the first `share` of the FFN's neurons, and residual; [rows, 1, H] as given."""
+        if share == 0.0:
+            return visual
+        if share == 1.0:
+            return self.ffn(visual)
+        added = partial_ffn(self.mlp, self.pre_mlp_layernorm(visual), share)
+        return visual + self.post_feedforward_layernorm(added)
+
+    def ffn(self, rows: Tensor) -> Tensor:
+        """Norm, FFN and residual, [rows, 1, H]; in recomputed chunks if the savings say so."""
         limit = self.savings.ffn_chunk_rows // self._row_ranks
         if not 0 < limit < rows.shape[0]:
             return self._ffn_of(rows)

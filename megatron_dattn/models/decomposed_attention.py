@@ -102,7 +102,7 @@ class DecomposedSelfAttention(SelfAttention):
         query, key, value = self._project_in(hidden_states, inputs)
         if inputs.observer is not None:
             self._show(query, key, inputs)
-        head_mask = self._head_mask(value)
+        head_mask = self.head_mask(value)
         text = self._attend(query, key, value, head_mask, inputs)
         visual = value[: inputs.plan.num_diagonal_rows]
         if head_mask is not None:
@@ -169,8 +169,9 @@ class DecomposedSelfAttention(SelfAttention):
         scoring = Scoring(inputs.report, inputs.rotary, scale, inputs.backend, inputs.softcap)
         inputs.observer(self.layer_number, query.detach(), key.detach(), scoring)
 
-    def _head_mask(self, value: Tensor) -> Tensor | None:
-        """Ones for this rank's key heads that deal with images; None if all do."""
+    def head_mask(self, value: Tensor) -> Tensor | None:
+        """1 for this rank's key heads that deal with images, 0 for the others, fp32 [key heads], on
+        the device of `value`; None if all do."""
         if self.heads_with_images == self.config.num_query_groups:
             return None
         here = self.num_query_groups_per_partition

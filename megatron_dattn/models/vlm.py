@@ -153,14 +153,14 @@ class DAttnVLM(MegatronModule):
         return self.language_model.shared_embedding_or_output_weight()
 
     def _hidden_states(self, batch: "PackedBatch", observer: AttentionObserver | None) -> Tensor:
-        attention = self._attention_inputs(batch.layout, batch.input_ids.device, observer)
+        attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer)
         decoder_input = self._decoder_input(batch) if self.pre_process else None
         return self.language_model(decoder_input, attention)
 
     def _decoder_input(self, batch: "PackedBatch") -> Tensor:
         """This rank's share of the rows [visual, padded to the budget | text], [rows, 1, H]."""
         text = self.language_model.embed(batch.input_ids)
-        visual = self._visual_rows(batch.pixel_values)
+        visual = self.visual_rows(batch.pixel_values)
         expected = batch.layout.num_visual_rows
         assert visual is None or visual.shape[0] == expected, (
             f"{visual.shape[0]} visual rows came out of the adapter, the layout has {expected}"
@@ -175,7 +175,7 @@ class DAttnVLM(MegatronModule):
             rows.requires_grad_()
         return rows
 
-    def _visual_rows(self, pixel_values: Tensor) -> Tensor | None:
+    def visual_rows(self, pixel_values: Tensor) -> Tensor | None:
         """Encode and adapt the images, [valid visual rows, H].
 
         Without images: None if nothing here is trained, else no rows of a blank image. Those hang
@@ -206,9 +206,14 @@ class DAttnVLM(MegatronModule):
         kept = most_attended(received, self.model_config.rows_per_image)
         return take_patches(features, kept), kept
 
-    def _attention_inputs(
+    def attention_inputs(
         self, layout: TokenLayout, device: torch.device, observer: AttentionObserver | None = None
     ) -> AttentionInputs:
+        """What the layers need to know about a pack, on that device.
+
+        Raises:
+            ConfigError: an observer where there is no alpha_V, or no backend that fits.
+        """
         if observer is not None and self.attention.merge == "cascade":
             raise ConfigError(
                 f"model.attention '{self.model_config.attention}' reads images by attention of "

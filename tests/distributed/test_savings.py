@@ -46,7 +46,7 @@ def _outputs_and_gradients(
     gradient = torch.randn(batch.layout.text_budget, 1, 40, generator=generator).double()
     shards = model._shards(batch.layout)
     local = shards.scatter(rows).requires_grad_()
-    attention = model._attention_inputs(batch.layout, rows.device)
+    attention = model.attention_inputs(batch.layout, rows.device)
     out = model.language_model(local, attention)
     text = out[-shards.local_text :]
     first = gradient.shape[0] // ranks * model.pg_collection.tp.rank() if ranks > 1 else 0

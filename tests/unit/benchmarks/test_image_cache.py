@@ -1,41 +1,76 @@
-"""The measurement runs, and compares answers while it does."""
+"""The measurement runs for both generators, and compares answers before it does."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.bench_image_cache import make_prompts, measure
-from megatron_dattn.hf.configuration_dattn import DAttnConfig
-from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
-from tests.unit.conversion.hf_models import LANGUAGE_SIZES, VISION_SIZES
+from benchmarks import bench_image_cache
+from benchmarks.bench_image_cache import check
+from benchmarks.image_questions import (
+    ExportedModel,
+    Generator,
+    OwnGenerator,
+    Questions,
+    random_export,
+    random_loaded,
+    sizes,
+)
+from megatron_dattn.models.config import ModelConfig, VisionConfig
+
+QUESTIONS = Questions(number=2, images=2, text_tokens=4, answer_tokens=3)
 
 
-@pytest.fixture(scope="module")
-def model():
+def tiny() -> ModelConfig:
+    model = sizes(hidden_size=64, layers=2)
+    vision = VisionConfig("siglip", 32, 2, 2, 48, image_size=28, patch_size=14)
+    return ModelConfig(vision, model.adapter, model.language, model.attention)
+
+
+@pytest.fixture(params=["exported model", "own generator"])
+def generator(request, one_process) -> Generator:
     torch.manual_seed(0)
-    config = DAttnConfig(
-        vision_config=VISION_SIZES,
-        text_config=LANGUAGE_SIZES,
-        image_token_id=5,
-        adapter_hidden_size=48,
+    if request.param == "exported model":
+        return ExportedModel(random_export(tiny()), QUESTIONS)
+    return OwnGenerator(random_loaded(tiny()), QUESTIONS)
+
+
+def test_answers_agree(generator: Generator) -> None:
+    name, equal, difference = check(generator, QUESTIONS)
+    assert (name, equal) == (generator.name, "2 of 2")
+    assert float(difference) < 1e-5  # fp32 sums in another order
+    assert "8 visual rows" in generator.description
+    assert len(generator.answer(1, 3)) == 3
+
+
+def test_a_kept_image_that_changes_answers_is_noticed(generator: Generator, monkeypatch) -> None:
+    answer = generator.answer
+    monkeypatch.setattr(
+        generator, "answer", lambda number, tokens, kept=None: [*answer(number, tokens), kept]
     )
-    return DAttnForConditionalGeneration(config).eval()
+    with pytest.raises(AssertionError, match=f"changed an answer of the {generator.name}"):
+        check(generator, QUESTIONS)
 
 
-def test_measures_what_it_names(model):
-    prompts = make_prompts(model.config, images=2, questions=3, text_tokens=4)
-    assert prompts.shape == (3, 1, 6)
-    assert (prompts[:, 0, :2] == 5).all()
-    seconds = measure(model, torch.randn(2, 3, 28, 28), prompts)
-    assert list(seconds) == ["encode", "pixels", "cache"]
-    assert min(seconds.values()) > 0
+def test_the_table_has_both_generators(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(bench_image_cache, "sizes", lambda *_: tiny())
+    output = tmp_path / "cache.md"
+    load = ["--questions", "2", "--answer-tokens", "2", "--rounds", "1", "--output", str(output)]
+    assert bench_image_cache.main(load) == 0
+    cells = [line.strip("| ").split(" | ") for line in output.read_text().splitlines()]
+    times, checks = (
+        [
+            row
+            for row in cells
+            if len(row) == width and row[0] in ("exported model", "own generator")
+        ]
+        for width in (7, 3)
+    )
+    assert [row[0] for row in times] == [row[0] for row in checks]
+    assert len(times) == 2
+    assert all(float(cell.split()[0]) > 0 for row in times for cell in row[1:])
 
 
-def test_a_cache_that_changes_answers_is_noticed(model, monkeypatch):
-    prompts = make_prompts(model.config, images=1, questions=2, text_tokens=4)
-    wrong = model.encode_images(torch.zeros(1, 3, 28, 28))
-    wrong = type(wrong)(wrong.keys, tuple(100 * value for value in wrong.values), wrong.entries)
-    right = model.model.encode_images
-    monkeypatch.setattr(model, "encode_images", lambda pixels: wrong)
-    monkeypatch.setattr(model.model, "encode_images", right)
-    with pytest.raises(AssertionError, match="changed an answer"):
-        measure(model, torch.randn(1, 3, 28, 28), prompts)
+def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys) -> None:
+    assert bench_image_cache.main(["--run", str(tmp_path)]) == 2
+    assert "is it the folder of a run?" in capsys.readouterr().err

@@ -8,8 +8,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -34,15 +41,47 @@ LANGUAGE_SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "rms_norm_eps": 1e-5,
-    "sliding_window": None,
     "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"},
+}
+# By family. Gemma-2's caps are so low that they matter; 7 is neither its head_dim nor a square.
+LANGUAGE_MODELS = {
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {
+            "query_pre_attn_scalar": 7,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            "sliding_window": 5,
+        },
+    ),
+}
+VISION_MODELS = {
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, 0.5),
+    "clip": (CLIPVisionModel, CLIPVisionConfig, 0.4),
 }
 
 
-def save_vision(folder: Path, dtype: torch.dtype = torch.float32) -> SiglipVisionModel:
-    """A SigLIP folder with an image processor's config."""
+@torch.no_grad()
+def vary_norms(model: PreTrainedModel) -> None:
+    """Norms start all alike, so that one in another's place would not be noticed."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "layrnorm" in name:
+            parameter += 0.2 * torch.randn_like(parameter)
+
+
+def save_vision(
+    folder: Path, dtype: torch.dtype = torch.float32, family: str = "siglip", varied: bool = False
+) -> PreTrainedModel:
+    """A vision encoder's folder with an image processor's config; `varied` as below."""
     torch.manual_seed(0)
-    model = SiglipVisionModel(SiglipVisionConfig(**VISION_SIZES)).to(dtype).eval()
+    model_class, config_class, mean = VISION_MODELS[family]
+    model = model_class(config_class(**VISION_SIZES))
+    if varied:
+        vary_norms(model)
+    model = model.to(dtype).eval()
     model.save_pretrained(folder)
     processor = {
         "image_processor_type": "SiglipImageProcessor",
@@ -51,7 +90,7 @@ def save_vision(folder: Path, dtype: torch.dtype = torch.float32) -> SiglipVisio
         "do_normalize": True,
         "rescale_factor": 1 / 255,
         "resample": 3,
-        "image_mean": [0.5, 0.5, 0.5],
+        "image_mean": [mean] * 3,
         "image_std": [0.5, 0.5, 0.5],
         "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
     }
@@ -60,11 +99,29 @@ def save_vision(folder: Path, dtype: torch.dtype = torch.float32) -> SiglipVisio
 
 
 def save_language(
-    folder: Path, dtype: torch.dtype = torch.float32, **changes: object
-) -> MistralForCausalLM:
-    """A Mistral folder with a fast tokenizer."""
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    family: str = "mistral",
+    varied: bool = False,
+    **changes: object,
+) -> PreTrainedModel:
+    """A language model's folder with a fast tokenizer.
+
+    Args:
+        varied: no two norms are alike, weights so large that attention is far from uniform and
+            scores reach the caps, and `[control_8]`, which becomes `<image>`, is never the
+            likeliest token, as in trained models.
+        changes: of the config.
+    """
     torch.manual_seed(1)
-    model = MistralForCausalLM(MistralConfig(**{**LANGUAGE_SIZES, **changes})).to(dtype).eval()
+    model_class, config_class, of_family = LANGUAGE_MODELS[family]
+    spread = {"initializer_range": 0.3} if varied else {}
+    model = model_class(config_class(**{**LANGUAGE_SIZES, **of_family, **spread, **changes}))
+    if varied:
+        vary_norms(model)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[SPECIAL_TOKENS.index("[control_8]")] = 0.0
+    model = model.to(dtype).eval()
     model.save_pretrained(folder)
     save_tokenizer(folder, SPECIAL_TOKENS)
     return model

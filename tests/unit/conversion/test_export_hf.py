@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from megatron_dattn.attention import PRESETS, output_rows
+from megatron_dattn.attention import PRESETS, VisualRows
 from megatron_dattn.conversion import export_hf, hf_config
 from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
 from megatron_dattn.conversion.hf_processor import chat_template
@@ -21,9 +22,9 @@ from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dattn.data.conversation import Conversation, Turn
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.errors import CheckpointError, ConfigError
-from megatron_dattn.inference import Prompt, load_model
-from megatron_dattn.inference.generate import pack_prompts
-from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.inference import Prompt, generate_tokens, load_model
+from megatron_dattn.inference.prompt import pack_prompts
+from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
@@ -38,7 +39,6 @@ def base(tmp_path_factory):
     save_vision(base / "vision")
     save_language(base / "language")
     make_run_folder(base, base / "dattn", "dattn")
-    make_run_folder(base, base / "llava", "s_attn", input_norm=False)
     (base / "dattn" / "accuracy.json").write_text('{"shapes": 0.75, "note": "held out"}')
     return base
 
@@ -174,8 +174,7 @@ def test_caption_template_prompts_with_images_alone(exported):
         ("yopo", "v2v='window'"),
         ("exit", "v2v='causal'"),
         ("fastervlm", "v2v='causal'"),
-        ("saisa", "every layer whole"),
-        ("dattn_cascade", "cross-attention"),
+        ("shortv", "v2v='causal'"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(preset, reason):
@@ -185,36 +184,98 @@ def test_what_cannot_be_expressed_is_refused_by_name(preset, reason):
 
 def test_all_other_presets_can_be_exported():
     decomposed = {name for name, axes in PRESETS.items() if axes.v2v in ("diagonal", "none")}
-    for preset in decomposed - {"saisa", "dattn_cascade"}:
+    assert {name for name in PRESETS if name.startswith("dattn")} <= decomposed
+    for preset in decomposed:
         hf_config.check_exportable(ModelConfig(attention=preset))
 
 
-def test_s_attn_becomes_a_llava_model(base, tmp_path):
-    output = tmp_path / "llava"
-    export_checkpoint(base / "llava", output)
-    loaded = load_model(base / "llava")
-    model = LlavaForConditionalGeneration.from_pretrained(output).eval()
-    processor = AutoProcessor.from_pretrained(output)
-    question = Conversation(CONVERSATIONS[1].turns[:1], ("x",))
-    prompt = Prompt(
-        loaded.conversations.prompt(question), (torch.full((28, 28, 3), 200).byte().numpy(),)
+GEMMA2 = LanguageConfig(
+    family="gemma2", hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=144.5
+)
+
+
+def test_what_hugging_face_s_classes_cannot_hold_is_refused():
+    with pytest.raises(ConfigError, match=r"scalar 144\.5 cannot be exported: .* whole numbers"):
+        hf_config.check_exportable(ModelConfig(language=GEMMA2))
+    llava = ModelConfig(
+        language=GEMMA2, adapter=AdapterConfig(input_norm=False), attention="s_attn"
     )
-    text, _ = loaded.conversations.render(question)
-    inputs = processor(
-        text=text,
-        images=Image.fromarray(prompt.images[0]),
-        return_tensors="pt",
-        add_special_tokens=False,
-    )
-    batch = pack_prompts(loaded, [(prompt, [])])
-    with torch.inference_mode():
-        rows = output_rows(batch.layout, loaded.model.attention)
-        ours = loaded.model.forward_logits(batch, rows)[-1]
-        theirs = model(**inputs).logits[0, -1]
-    # fp32 through another implementation; logits are of the order of 1.
-    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="does not scale visual rows"):
+        hf_config.check_exportable(llava)
+
+
+def test_a_preset_that_thins_visual_rows_is_refused(monkeypatch):
+    thinned = replace(PRESETS["dattn"], visual=VisualRows(ffn=0.5))
+    monkeypatch.setitem(PRESETS, "dattn", thinned)
+    with pytest.raises(ConfigError, match="every layer whole"):
+        hf_config.check_exportable(ModelConfig())
+
+
+# Of the encoder, of the language model. The window is shorter than an image has rows.
+LLAVAS = {
+    "siglip-mistral": ("siglip", {"sliding_window": 5}),
+    "siglip-llama": ("siglip", {"family": "llama", "tie_word_embeddings": True}),
+    "clip-llama": ("clip", {"family": "llama", "vocab_size": 67}),
+    "clip-mistral": ("clip", {}),
+}
+LLAVA_QUESTIONS = [(), ("x",), ("x", "y")]
+
+
+def llava_run(base, name):
+    """The run folder of an `s_attn` model whose adapter is LLaVA's."""
+    vision, language = LLAVAS[name]
+    originals = base / f"of-{name}"
+    save_vision(originals / "vision", family=vision, varied=True)
+    save_language(originals / "language", varied=True, **language)
+    make_run_folder(originals, base / name, "s_attn", input_norm=False)
+    return base / name
+
+
+def question_with(images):
+    start = "<image>\n" * len(images)
+    return Conversation((Turn("user", f"{start}what is this?", len(images)),), images)
+
+
+@pytest.mark.parametrize("name", LLAVAS)
+def test_s_attn_becomes_a_llava_model(tmp_path, name):
+    run, output = llava_run(tmp_path, name), tmp_path / "llava"
+    export_checkpoint(run, output)
     assert not list(output.glob("*.py")), "it runs on transformers' own code"
+    loaded = load_model(run)
+    model = LlavaForConditionalGeneration.from_pretrained(output).eval()
+    assert model.config.tie_word_embeddings == loaded.config.model.language.tie_word_embeddings
+    processor = AutoProcessor.from_pretrained(output)
+    questions = [question_with(images) for images in LLAVA_QUESTIONS]
+    pixels = [torch.full((28, 28, 3), 90 * n).byte().numpy() for n in range(1, 3)]
+    prompts = [
+        Prompt(loaded.conversations.prompt(question), tuple(pixels[: len(question.images)]))
+        for question in questions
+    ]
+    answers = generate_tokens(loaded, prompts, max_new_tokens=8)
+    for question, prompt, answer in zip(questions, prompts, answers, strict=True):
+        inputs = processor(
+            text=loaded.conversations.render(question)[0],
+            images=[Image.fromarray(image) for image in prompt.images] or None,
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        with torch.inference_mode():
+            theirs = model(**inputs).logits[0]
+        is_text = inputs["input_ids"][0] != IMAGE_ID
+        # fp32 through another implementation; logits are of the order of 5.
+        ours = text_logits(loaded, prompt)
+        torch.testing.assert_close(theirs[is_text], ours, rtol=1e-4, atol=1e-4)
+        tokens = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        assert tokens.tolist() == answer
     destroy_distributed()
+
+
+@torch.inference_mode()
+def text_logits(loaded, prompt):
+    """At every text row, of an `s_attn` model."""
+    batch = pack_prompts(loaded, [(prompt, [])])
+    start, end = batch.layout.text_rows(0)
+    return loaded.model.forward_logits(batch, torch.arange(start, end))
 
 
 def test_wrong_folders_are_one_error(base, exported, tmp_path):

@@ -1,5 +1,6 @@
 """Families are found by model type, read configs as Hugging Face does, and lose no bit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,6 +95,29 @@ def test_vision_encoders_come_back_bit_by_bit(name, feature_layer):
     assert vision.feature_layer == feature_layer
     unused = family.unused_prefixes(vision, vision.num_hidden_layers)
     assert_no_bit_is_lost(vision_rules(vision), model, unused)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "rope_theta": 5.0}])
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_configs_that_are_written_read_back_as_they_were(name, changes):
+    _, config_class = LANGUAGE_MODELS[name]
+    family = language_family({"model_type": name})
+    language = replace(family.language_config(config_class(**SIZES).to_dict()), **changes)
+    written = family.hf_config(language)
+    assert family.language_config(written) == language
+    # And Hugging Face's class, which knows more fields, understands them so.
+    assert family.language_config(config_class(**written).to_dict()) == language
+
+
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_vision_configs_read_back_as_they_were(name):
+    _, config_class = VISION_MODELS[name]
+    family = vision_family({"model_type": name})
+    vision = family.vision_config(config_class(**VISION_SIZES, layer_norm_eps=1e-3).to_dict())
+    written = family.hf_config(vision, vision.num_hidden_layers)
+    assert family.vision_config(config_class(**written).to_dict()) == vision
+    cut = family.vision_config(family.hf_config(vision, vision.num_used_layers), -1)
+    assert cut.num_used_layers == vision.num_used_layers
 
 
 def test_padding_is_zeros():

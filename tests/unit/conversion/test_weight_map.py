@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_dattn.conversion.mistral import language_rules
 from megatron_dattn.conversion.siglip import vision_rules
-from megatron_dattn.conversion.weight_map import GroupedQKV, Same, Stacked, check_tensors
+from megatron_dattn.conversion.weight_map import GroupedKV, GroupedQKV, Same, Stacked, check_tensors
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig, VisionConfig
 
@@ -40,6 +40,18 @@ def test_grouped_qkv_interleaves_by_group():
     q, k, v = torch.arange(4), torch.tensor([10, 11]), torch.tensor([20, 21])
     joined = GroupedQKV(num_heads=4, num_groups=2, head_dim=1).join([q, k, v])
     assert joined.tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+@given(groups=st.integers(1, 4), head_dim=st.integers(1, 5))
+def test_grouped_kv_splits_what_it_joined(groups, head_dim):
+    parts = [torch.randn(groups * head_dim, 3), torch.randn(groups * head_dim, 3)]
+    again = GroupedKV(groups).split(GroupedKV(groups).join(parts))
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_grouped_kv_interleaves_by_group():
+    k, v = torch.tensor([10, 11]), torch.tensor([20, 21])
+    assert GroupedKV(2).join([k, v]).tolist() == [10, 20, 11, 21]
 
 
 def test_other_layouts_invert_themselves():

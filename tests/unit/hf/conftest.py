@@ -1,6 +1,7 @@
 """Exports of tiny models, the runs they come from, and two pictures to ask about."""
 
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,9 +11,36 @@ from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
 
-# Every axis that an export can have: merges and gates, biased T2V with a gap, V2V "none" and the
-# causal scope, the authors' later positions.
-PRESETS = ["dattn", "dattn_sum", "dattn_biased", "naavit", "dattn_sigmoid", "vidi"]
+
+class Case(NamedTuple):
+    """A model to export."""
+
+    preset: str
+    vision: str = "siglip"
+    language: str = "mistral"
+
+
+# Every axis that an export can have (all merges, biased T2V with a gap, V2V "none" and the causal
+# scope, the authors' later positions, rows projected anew) and every family, in various pairs.
+CASES = {
+    "dattn": Case("dattn"),
+    "dattn_tanh": Case("dattn_tanh", language="mistral-v0.1"),
+    "dattn_sum": Case("dattn_sum", "clip", "llama"),
+    "naavit": Case("naavit", "clip", "mistral-v0.1"),
+    "vidi": Case("vidi", language="llama"),
+    "dattn-gemma2": Case("dattn", language="gemma2"),
+    "dattn_biased": Case("dattn_biased", language="gemma2"),
+    "dattn_sigmoid": Case("dattn_sigmoid", "clip", "gemma2"),
+    "dattn_cascade": Case("dattn_cascade", language="gemma2"),
+    "saisa": Case("saisa", "clip", "gemma2"),
+}
+# Windows are shorter than the questions; 67 tokens are padded in training; some heads are tied.
+LANGUAGES = {
+    "mistral": {"family": "mistral"},
+    "mistral-v0.1": {"family": "mistral", "sliding_window": 5, "tie_word_embeddings": True},
+    "llama": {"family": "llama", "vocab_size": 67},
+    "gemma2": {"family": "gemma2", "vocab_size": 67},
+}
 
 QUESTIONS = ["what is this?", "a longer question about it.", "why?", "what of these?"]
 IMAGES = [[], [0], [1, 0], [1]]  # of each question, by number
@@ -20,10 +48,8 @@ IMAGES = [[], [0], [1, 0], [1]]  # of each question, by number
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """Folder of everything, with `run-PRESET` and `hf-PRESET` made when asked for."""
+    """Folder of everything, with `run-CASE` and `hf-CASE` made when asked for."""
     base = tmp_path_factory.mktemp("hf")
-    save_vision(base / "vision")
-    save_language(base / "language")
     for index in range(2):
         pixels = np.random.default_rng(index).integers(0, 255, (40, 28, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(base / f"{index}.png")
@@ -33,16 +59,25 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exported(base):
-    """The two folders of a preset: the run's and the export's."""
+    """The two folders of a case: the run's and the export's."""
 
-    def export(preset):
-        run, output = base / f"run-{preset}", base / f"hf-{preset}"
+    def export(name):
+        run, output, case = base / f"run-{name}", base / f"hf-{name}", CASES[name]
         if not output.exists():
-            make_run_folder(base, run, preset)
+            make_run_folder(originals(base, case), run, case.preset)
             export_checkpoint(run, output, ExportOptions(max_shard_bytes=100_000))
         return run, output
 
     return export
+
+
+def originals(base, case):
+    """The folder of the encoder's and the language model's folders."""
+    folder = base / f"{case.vision}-{case.language}"
+    if not folder.exists():
+        save_vision(folder / "vision", family=case.vision, varied=True)
+        save_language(folder / "language", varied=True, **LANGUAGES[case.language])
+    return folder
 
 
 def messages(base):

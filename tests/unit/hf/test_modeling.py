@@ -14,12 +14,18 @@ from megatron_dattn.hf.caches_dattn import DAttnCache
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
 from megatron_dattn.hf.processing_dattn import DAttnProcessor
 from megatron_dattn.inference import Prompt, generate_tokens, load_model
-from megatron_dattn.inference.generate import pack_prompts
+from megatron_dattn.inference.prompt import pack_prompts
 from megatron_dattn.runtime.distributed import destroy_distributed
-from tests.unit.hf.conftest import IMAGES, PRESETS, QUESTIONS, messages
+from tests.unit.hf.conftest import CASES, IMAGES, QUESTIONS, messages
 
 ANSWER = Path(__file__).with_name("answer.py")
 IMAGE_ID = 5  # `[control_8]` of the tiny tokenizer
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    yield
+    destroy_distributed()
 
 
 def our_prompts(loaded, base):
@@ -42,10 +48,13 @@ def our_logits(loaded, prompt):
 def opened(exported):
     """Model and processor of an export, loaded in this process."""
 
-    def load(preset):
-        _, folder = exported(preset)
-        model = DAttnForConditionalGeneration.from_pretrained(folder).eval()
-        return model, DAttnProcessor.from_pretrained(folder)
+    def load(case):
+        _, folder = exported(case)
+        model, report = DAttnForConditionalGeneration.from_pretrained(
+            folder, output_loading_info=True
+        )
+        assert not any(report.values()), "all that is there, and nothing else"
+        return model.eval(), DAttnProcessor.from_pretrained(folder)
 
     return load
 
@@ -62,41 +71,40 @@ def inputs_of(processor, conversations):
 
 @pytest.fixture(scope="module")
 def answers(base, exported):
-    """Of every preset, from one process that knows nothing of this project."""
+    """Of every case, from one process that knows nothing of this project."""
     environment = {
         "PATH": os.environ["PATH"],
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(base / "modules"),
     }
-    folders = [exported(preset)[1] for preset in PRESETS]
+    folders = [exported(case)[1] for case in CASES]
     call = [sys.executable, ANSWER, base / "questions.json", base / "answers.pt", *folders]
     done = subprocess.run(call, cwd=base, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return dict(zip(PRESETS, torch.load(base / "answers.pt"), strict=True))
+    return dict(zip(CASES, torch.load(base / "answers.pt"), strict=True))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_fresh_process_answers_alike(base, exported, answers, preset):
-    run, _ = exported(preset)
+@pytest.mark.parametrize("case", CASES)
+def test_a_fresh_process_answers_alike(base, exported, answers, case):
+    run, _ = exported(case)
     loaded = load_model(run)
     prompts = our_prompts(loaded, base)
     tokens = generate_tokens(loaded, prompts, max_new_tokens=12)
-    for prompt, expected, answer in zip(prompts, tokens, answers[preset], strict=True):
+    for prompt, expected, answer in zip(prompts, tokens, answers[case], strict=True):
         is_text = answer["ids"] != IMAGE_ID
         assert answer["ids"][is_text].tolist() == prompt.rows.input_ids
         places = (is_text.cumsum(0))[~is_text].tolist()
         assert tuple(places) == prompt.rows.image_offsets
-        # fp32 with another order of operations; logits are of the order of 1.
+        # fp32 with another order of operations; logits are of the order of 5.
         logits = our_logits(loaded, prompt)
-        torch.testing.assert_close(answer["logits"][is_text], logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(answer["logits"][is_text], logits, rtol=1e-4, atol=1e-4)
         assert answer["tokens"].tolist() == expected
-    destroy_distributed()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_double_precision_shows_the_same_function(base, exported, opened, preset):
-    run, _ = exported(preset)
-    model, processor = opened(preset)
+@pytest.mark.parametrize("case", CASES)
+def test_double_precision_shows_the_same_function(base, exported, opened, case):
+    run, _ = exported(case)
+    model, processor = opened(case)
     model = model.double()
     loaded = load_model(run)
     loaded.model.double()
@@ -115,12 +123,11 @@ def test_double_precision_shows_the_same_function(base, exported, opened, preset
         torch.testing.assert_close(
             logits[is_text], our_logits(loaded, prompt), rtol=1e-10, atol=1e-10
         )
-    destroy_distributed()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_padded_batch_equals_its_prompts_alone(base, opened, preset):
-    model, processor = opened(preset)
+@pytest.mark.parametrize("case", CASES)
+def test_a_padded_batch_equals_its_prompts_alone(base, opened, case):
+    model, processor = opened(case)
     conversations = messages(base)
     inputs = inputs_of(processor, conversations)
     assert inputs["attention_mask"][:, -1].all(), "padding stands on the left"
@@ -135,15 +142,15 @@ def test_a_padded_batch_equals_its_prompts_alone(base, opened, preset):
         is_text = alone["input_ids"][0] != IMAGE_ID
         # fp32 sums of other lengths.
         torch.testing.assert_close(
-            together[index, -columns:][is_text], logits[is_text], rtol=1e-4, atol=1e-5
+            together[index, -columns:][is_text], logits[is_text], rtol=1e-4, atol=1e-4
         )
         answer = model.generate(**alone, max_new_tokens=8)[0, columns:].tolist()
         assert tokens[index].tolist()[: len(answer)] == answer
 
 
-@pytest.mark.parametrize("preset", ["dattn", "dattn_biased", "naavit", "dattn_sigmoid"])
-def test_cached_decoding_equals_the_full_forward(base, opened, preset):
-    model, processor = opened(preset)
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("dattn_sum", "vidi")])
+def test_cached_decoding_equals_the_full_forward(base, opened, case):
+    model, processor = opened(case)
     inputs = inputs_of(processor, messages(base))
     more = torch.randint(6, 37, (len(QUESTIONS), 5), generator=torch.Generator().manual_seed(0))
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(more)), 1)
@@ -156,13 +163,14 @@ def test_cached_decoding_equals_the_full_forward(base, opened, preset):
             outputs = model(column, past_key_values=outputs.past_key_values, use_cache=True)
             steps.append(outputs.logits)
     # fp32, other shapes of the same matrix products.
-    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-4, atol=1e-4)
     without = model.generate(**inputs, max_new_tokens=6, use_cache=False)
     assert torch.equal(model.generate(**inputs, max_new_tokens=6), without)
 
 
-def test_images_are_encoded_once_for_many_prompts(base, opened, monkeypatch):
-    model, processor = opened("dattn_biased")
+@pytest.mark.parametrize("case", ["dattn_biased", "dattn_cascade", "saisa"])
+def test_images_are_encoded_once_for_many_prompts(base, opened, monkeypatch, case):
+    model, processor = opened(case)
     questions = [[m] for m in (messages(base)[1][0], messages(base)[3][0])]
     inputs = inputs_of(processor, questions)
     pixels = inputs.pop("pixel_values")
@@ -188,6 +196,16 @@ def test_several_prompts_share_one_image(base, opened):
     expected = model.generate(**inputs, pixel_values=pixels, max_new_tokens=8)
     images = model.encode_images(pixels[:1]).select([0, 0])
     assert torch.equal(model.generate(**inputs, image_cache=images, max_new_tokens=8), expected)
+
+
+@pytest.mark.parametrize("case", ["dattn-gemma2", "saisa"])
+def test_a_model_saved_by_transformers_stays_the_same(base, opened, tmp_path, case):
+    model, processor = opened(case)
+    model.save_pretrained(tmp_path)
+    again = DAttnForConditionalGeneration.from_pretrained(tmp_path).eval()
+    inputs = inputs_of(processor, messages(base))
+    with torch.inference_mode():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 def test_repeated_samples_take_their_images_along(base, opened):
@@ -234,9 +252,12 @@ def test_wrong_use_is_refused(base, opened):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"merge": "cascade"}, "merge='cascade'; choose one of"),
+        ({"merge": "product"}, "merge='product'; choose one of"),
+        ({"merge": "cascade", "t2v_rotary": True, "visual_positions": "sequence"}, "unset t2v"),
+        ({"visual_source": "reproject"}, "leaves visual rows no state"),
         ({"t2v_rotary": True}, "visual_positions='sequence'"),
-        ({"text_config": {"model_type": "gpt2"}}, "'gpt2'; this code knows mistral"),
+        ({"text_config": {"model_type": "gpt2"}}, "'gpt2'; this code knows mistral, llama"),
+        ({"vision_config": {"model_type": "vit"}}, "'vit'; this code knows siglip_vision_model"),
     ],
 )
 def test_unknown_configurations_are_refused(exported, change, message):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dattn.errors import CheckpointError, DataError
-from megatron_dattn.inference import Prompt, generate, load_model
+from megatron_dattn.inference import Prompt, encode_images, generate, generate_tokens, load_model
 from megatron_dattn.runtime.distributed import destroy_distributed
 
 ROOT = Path(__file__).parents[3]
@@ -48,33 +48,42 @@ def test_the_image_matters(base, loaded):
     assert first != second
 
 
-def test_each_prompt_stops_at_its_own_end_token(base, loaded, monkeypatch):
-    letter, end = loaded.tokenizer.convert_tokens_to_ids("a"), loaded.tokenizer.eos_token_id
-    script = [[letter, letter, letter], [letter, end, letter], [end, letter], [letter]]
+def script_logits(loaded, monkeypatch, script):
+    """Let the head say these tokens; returns a list that fills with the rows it is asked about."""
     running = []
 
-    def scripted(batch, rows):
-        running.append(batch.layout.num_samples)
+    def scripted(hidden_states, rows, shards):
+        running.append(len(rows))
         tokens = torch.tensor(script[len(running) - 1])
         return torch.nn.functional.one_hot(tokens, len(loaded.tokenizer)).float()
 
-    monkeypatch.setattr(loaded.model, "forward_logits", scripted)
+    monkeypatch.setattr(loaded.model.language_model, "gathered_logits", scripted)
+    return running
+
+
+def test_each_prompt_stops_at_its_own_end_token(base, loaded, monkeypatch):
+    letter, end = loaded.tokenizer.convert_tokens_to_ids("a"), loaded.tokenizer.eos_token_id
+    script = [[letter, letter, letter], [letter, end, letter], [end, letter], [letter]]
+    running = script_logits(loaded, monkeypatch, script)
     answers = generate(loaded, prompts_of(loaded, base[0]), max_new_tokens=4)
     assert [answer.replace(" ", "") for answer in answers] == ["aa", "a", "aaaa"]
     assert running == [3, 3, 2, 1]
+
+
+def test_an_answer_never_holds_an_image(base, loaded, monkeypatch):
+    image = loaded.tokenizer.convert_tokens_to_ids("<image>")
+    script_logits(loaded, monkeypatch, [[image], [image]])
+    prompt = Prompt.from_question(loaded, "why?")
+    (tokens,) = generate_tokens(loaded, [prompt], max_new_tokens=2)
+    assert len(tokens) == 2
+    assert image not in tokens
 
 
 def test_captions_end_with_their_line(base, monkeypatch):
     loaded = load_model(base[0] / "dattn", template="plain")
     letter = loaded.tokenizer.convert_tokens_to_ids("a")
     (line_break,) = loaded.tokenizer.encode("\n", add_special_tokens=False)
-    script = iter([letter, line_break])
-
-    def scripted(batch, rows):
-        token = torch.tensor([next(script)])
-        return torch.nn.functional.one_hot(token, len(loaded.tokenizer)).float()
-
-    monkeypatch.setattr(loaded.model, "forward_logits", scripted)
+    script_logits(loaded, monkeypatch, [[letter], [line_break]])
     prompt = Prompt.from_question(loaded, "", [base[0] / "0.png"])
     assert generate(loaded, [prompt], max_new_tokens=9) == ["a"]
     destroy_distributed()
@@ -92,6 +101,35 @@ def test_wrong_folders_are_one_error(base, tmp_path):
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match="has no adapter"):
         load_model(base[0] / "imported-dattn")
+
+
+def test_kept_images_and_files_answer_alike(base):
+    loaded = load_model(base[0] / "dattn")
+    files = [base[0] / "0.png", base[0] / "1.png"]
+    kept = encode_images(loaded, files)
+    for given in ([kept[0]], [kept[1], kept[0]], [files[0], kept[1]]):
+        named = [files[kept.index(i)] if i in kept else i for i in given]
+        prompts = [Prompt.from_question(loaded, QUESTIONS[0], i) for i in (given, named)]
+        answers = [generate(loaded, [prompt], max_new_tokens=8) for prompt in prompts]
+        assert answers[0] == answers[1]
+    with pytest.raises(DataError, match=r"none\.png"):
+        encode_images(loaded, [base[0] / "none.png"])
+    destroy_distributed()
+
+
+def test_command_line_asks_several_questions(base):
+    tool = [sys.executable, "tools/generate.py", "--max-new-tokens", "4", "--checkpoint"]
+    call = [*tool, base[0] / "dattn", "--image", base[0] / "0.png"]
+
+    def lines(*questions):
+        asked = [word for question in questions for word in ("--question", question)]
+        done = subprocess.run([*call, *asked], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    (first,), (second,) = lines("why?"), lines("what is this?")
+    both = lines("why?", "what is this?")
+    assert both == ["> why?", first, "> what is this?", second]
 
 
 def test_command_line(base, tmp_path):

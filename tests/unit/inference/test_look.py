@@ -12,7 +12,7 @@ from PIL import Image
 from megatron_dattn.attention import PRESETS, visual_weight
 from megatron_dattn.errors import ConfigError, DataError, UserError
 from megatron_dattn.inference import Look, Prompt, generate_tokens, load_model, look
-from megatron_dattn.inference.generate import pack_prompts
+from megatron_dattn.inference.prompt import pack_prompts
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tools.show_attention import chosen_tokens, draw, main
 

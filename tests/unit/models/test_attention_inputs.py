@@ -18,7 +18,7 @@ def _prepared(preset: str, **language: object) -> tuple[DAttnVLM, AttentionInput
     config = tiny_model_config(preset, num_hidden_layers=LAYERS, **language)
     model = tiny_model(config).double()
     batch = make_batch([9, 5, 8], [(3,), (), (0, 5)])
-    return model, model._attention_inputs(batch.layout, batch.input_ids.device)
+    return model, model.attention_inputs(batch.layout, batch.input_ids.device)
 
 
 def _windows(inputs: AttentionInputs) -> list[int | None]:

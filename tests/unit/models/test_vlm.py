@@ -27,7 +27,7 @@ def test_a_visual_row_never_changes_another_one(preset):
         layer.register_forward_hook(lambda module, args, out: states.append(out[0]))
     with torch.no_grad():
         rows = model._decoder_input(batch)
-        attention = model._attention_inputs(batch.layout, rows.device)
+        attention = model.attention_inputs(batch.layout, rows.device)
         model.language_model(rows, attention)
         changed = rows.clone()
         changed[7] += 1.0

@@ -1,0 +1,38 @@
+"""The norms of decoder and adapter.
+
+This file travels with the exported weights.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_dattn import DAttnConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; the statistics are taken in fp32 (fp64 for fp64 rows)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(rows, self.weight.shape, None, self.eps)
+
+
+class ZeroCentredRMSNorm(RMSNorm):
+    """Gemma-2's: the weight counts from one, and all of it is fp32 (fp64 for fp64 rows)."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        weight = 1.0 + self.weight.to(dtype)
+        return F.rms_norm(rows.to(dtype), weight.shape, weight, self.eps).to(rows.dtype)
+
+
+def decoder_norm(config: DAttnConfig) -> RMSNorm:
+    """A norm of the language model."""
+    text = config.text_config
+    kind = ZeroCentredRMSNorm if config.is_gemma2 else RMSNorm
+    return kind(text.hidden_size, text.rms_norm_eps)

@@ -1,0 +1,87 @@
+"""What is asked: a question as text rows, and its images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn
+from megatron_dattn.data.rejection import SampleError
+from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.data.template import TextRows
+from megatron_dattn.errors import DataError
+from megatron_dattn.inference.image_cache import EncodedImage, Image, read_image
+from megatron_dattn.inference.load import LoadedModel, model_device
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as the model gets it."""
+
+    rows: TextRows
+    images: tuple[Image, ...]
+    """In reading order: uint8 [image_size, image_size, 3], or what `encode_images` made of it."""
+
+    @classmethod
+    def from_question(
+        cls, loaded: LoadedModel, question: str, images: Sequence[str | Path | EncodedImage] = ()
+    ) -> "Prompt":
+        """Encode a question about images, which stand in front of it.
+
+        Args:
+            images: files, or what `encode_images` made of them.
+
+        Raises:
+            DataError: an image that cannot be used, or control tokens in the question.
+        """
+        if IMAGE_TOKEN in question:
+            raise DataError(f"the question contains {IMAGE_TOKEN}; images are given by their files")
+        text = f"{IMAGE_TOKEN}\n" * len(images) + question
+        names = tuple(f"image {number}" for number in range(len(images)))
+        conversation = Conversation((Turn("user", text, len(images)),), names)
+        try:
+            rows = loaded.conversations.prompt(conversation)
+            given = tuple(
+                image if isinstance(image, EncodedImage) else read_image(loaded, Path(image))
+                for image in images
+            )
+        except SampleError as error:
+            raise DataError(f"{question!r:.80}: {error}") from error
+        return cls(rows, given)
+
+
+def pack_prompts(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> PackedBatch:
+    """Prompts and what was answered so far, in one pack without padding."""
+    images = [image for prompt, _ in samples for image in prompt.images]
+    pixels = [image.pixels if isinstance(image, EncodedImage) else image for image in images]
+    input_ids = torch.tensor(
+        [i for prompt, answer in samples for i in prompt.rows.input_ids + answer]
+    )
+    batch = PackedBatch(
+        layout=prompt_layout(loaded, samples),
+        input_ids=input_ids,
+        labels=torch.full_like(input_ids, -100),
+        pixel_values=loaded.preprocessor.normalise(pixels),
+        sample_keys=[str(index) for index in range(len(samples))],
+    )
+    return batch.to(model_device(loaded.model))
+
+
+def prompt_layout(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> TokenLayout:
+    """Which row is what in such a pack."""
+    grid = loaded.model.model_config.image_grid
+    spans = tuple(
+        ImageSpan(sample=index, text_offset=offset, grid=grid)
+        for index, (prompt, _) in enumerate(samples)
+        for offset in prompt.rows.image_offsets
+    )
+    lengths = tuple(len(prompt.rows.input_ids) + len(answer) for prompt, answer in samples)
+    return TokenLayout(
+        text_lengths=lengths,
+        images=spans,
+        visual_budget=sum(span.num_rows for span in spans),
+        text_budget=sum(lengths),
+        prompt_lengths=tuple(len(prompt.rows.input_ids) for prompt, _ in samples),
+    )
