@@ -25,8 +25,8 @@ from megatron_dattn.conversion.verify import verify_checkpoint
 from megatron_dattn.conversion.verify_whole import ROWS, SEEN, TEXT
 from megatron_dattn.errors import UserError
 from megatron_dattn.inference import Prompt, generate, load_model
-from megatron_dattn.inference.generate import pack_prompts
 from megatron_dattn.inference.load import find_run, load_assets
+from megatron_dattn.inference.prompt import pack_prompts
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.empty_weights import write_empty
