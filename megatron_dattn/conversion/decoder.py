@@ -23,6 +23,13 @@ _COPIED_WHERE_KNOWN = (
 )
 
 
+def unused_prefixes(config: LanguageConfig) -> list[str]:
+    """Tensors that a checkpoint may hold and nothing needs: rotary tables, which old releases of
+    transformers saved and which follow from `rope_theta`."""
+    layers = range(config.num_hidden_layers)
+    return [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in layers]
+
+
 def read_config(
     config: dict[str, Any],
     defaults: dict[str, Any],

@@ -23,15 +23,13 @@ class LanguageFamily(Protocol):
     def DEFAULTS(self) -> dict[str, Any]:
         """Of the Hugging Face config class, by the names of config.json."""
 
-    @property
-    def UNUSED_PREFIXES(self) -> tuple[str, ...]:
-        """Tensors that a checkpoint may hold and nothing needs."""
-
     def language_config(self, config: dict[str, Any]) -> LanguageConfig: ...
 
     def hf_config(self, language: LanguageConfig) -> dict[str, Any]: ...
 
     def language_rules(self, config: LanguageConfig) -> list[Rule]: ...
+
+    def unused_prefixes(self, config: LanguageConfig) -> list[str]: ...
 
 
 class VisionFamily(Protocol):

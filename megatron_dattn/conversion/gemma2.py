@@ -10,15 +10,23 @@ from megatron_dattn.conversion.decoder import (
     decoder_rules,
     one_norm,
     read_config,
+    unused_prefixes,
     write_config,
 )
-from megatron_dattn.conversion.mistral import UNUSED_PREFIXES as MISTRAL_UNUSED
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.config import LanguageConfig
 
+__all__ = [
+    "DEFAULTS",
+    "MODEL_TYPES",
+    "hf_config",
+    "language_config",
+    "language_rules",
+    "unused_prefixes",
+]
+
 MODEL_TYPES = ("gemma2",)
-UNUSED_PREFIXES = MISTRAL_UNUSED
 # transformers.Gemma2Config's, for fields that config.json leaves out.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 256000,

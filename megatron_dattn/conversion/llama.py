@@ -5,22 +5,20 @@ Its decoder is Mistral's without a sliding window, so the weight map is Mistral'
 
 from typing import Any
 
-from megatron_dattn.conversion.decoder import read_config, write_config
-from megatron_dattn.conversion.mistral import UNUSED_PREFIXES as MISTRAL_UNUSED
+from megatron_dattn.conversion.decoder import read_config, unused_prefixes, write_config
 from megatron_dattn.conversion.mistral import language_rules
 from megatron_dattn.models.config import LanguageConfig
 
 __all__ = [
     "DEFAULTS",
     "MODEL_TYPES",
-    "UNUSED_PREFIXES",
     "hf_config",
     "language_config",
     "language_rules",
+    "unused_prefixes",
 ]
 
 MODEL_TYPES = ("llama",)
-UNUSED_PREFIXES = MISTRAL_UNUSED
 # transformers.LlamaConfig's, for fields that config.json leaves out.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,

@@ -146,7 +146,7 @@ def unused_prefixes(model: ModelConfig, keys: KeyNames) -> list[str]:
     vision, language = VISION[model.vision.family], LANGUAGE[model.language.family]
     return [
         *map(keys.vision, vision.unused_prefixes(model.vision, model.vision.num_hidden_layers)),
-        *map(keys.language, language.UNUSED_PREFIXES),
+        *map(keys.language, language.unused_prefixes(model.language)),
     ]
 
 

@@ -10,13 +10,22 @@ from megatron_dattn.conversion.decoder import (
     decoder_rules,
     one_norm,
     read_config,
+    unused_prefixes,
     write_config,
 )
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.models.config import LanguageConfig
 
+__all__ = [
+    "DEFAULTS",
+    "MODEL_TYPES",
+    "hf_config",
+    "language_config",
+    "language_rules",
+    "unused_prefixes",
+]
+
 MODEL_TYPES = ("mistral",)
-UNUSED_PREFIXES: tuple[str, ...] = ()
 # transformers.MistralConfig's, for fields that config.json leaves out.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,

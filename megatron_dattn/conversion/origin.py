@@ -87,7 +87,7 @@ def _language_source(folder: Path, config: dict[str, Any], model: ModelConfig) -
     family = families.language_family(config)
     weights = SafetensorsFolder(folder)
     rules = family.language_rules(model.language)
-    check_weights(rules, weights, family.UNUSED_PREFIXES)
+    check_weights(rules, weights, family.unused_prefixes(model.language))
     return Source("language_model", weights, rules)
 
 

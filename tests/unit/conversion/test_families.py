@@ -81,7 +81,23 @@ def test_language_models_come_back_bit_by_bit(name, tie):
     language = family.language_config(model.config.to_dict())
     assert language.family == name
     assert language.tie_word_embeddings == tie
-    assert_no_bit_is_lost(language_rules(language), model, family.UNUSED_PREFIXES)
+    assert_no_bit_is_lost(language_rules(language), model, family.unused_prefixes(language))
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_rotary_tables_of_old_checkpoints_are_not_unexpected(name):
+    model_class, config_class = LANGUAGE_MODELS[name]
+    model = model_class(config_class(**SIZES, tie_word_embeddings=False))
+    family = language_family(model.config.to_dict())
+    language = family.language_config(model.config.to_dict())
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    table = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    rules, unused = language_rules(language), family.unused_prefixes(language)
+    stored = shapes | {table.format(layer): (4,) for layer in range(SIZES["num_hidden_layers"])}
+    check_tensors(rules, stored, unused=unused, origin="old")
+    beyond = stored | {table.format(SIZES["num_hidden_layers"]): (4,)}
+    with pytest.raises(CheckpointError, match="unexpected"):
+        check_tensors(rules, beyond, unused=unused, origin="old")
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2])
