@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 LATEST_FILE = "latest.json"
@@ -20,6 +21,8 @@ TRASH_PREFIX = ".trash-"
 _STEP = re.compile(r"step-(\d{7,})")
 _TEMPORARY = re.compile(r"step-\d{7,}\.tmp-(\d+)-[0-9a-f]{12}-(.+)")
 _HASH_BLOCK = 4 * 1024 * 1024
+PAGES_KEPT = 64 * 1024 * 1024
+"""Bytes of a large file that is read or written once and may stand in the page cache meanwhile."""
 _FOREIGN_LEFTOVER_AGE = 24 * 3600.0
 
 
@@ -79,11 +82,28 @@ def size_and_sha256(path: Path) -> tuple[int, str]:
     """Bytes and sha256 of a file, read block by block."""
     digest = hashlib.sha256()
     size = 0
-    with open(path, "rb") as file:
+    hashed: Future[None] | None = None
+    with open(path, "rb") as file, ThreadPoolExecutor(1) as hasher:
         while block := file.read(_HASH_BLOCK):
-            digest.update(block)
+            if hashed is not None:
+                hashed.result()
+            hashed = hasher.submit(digest.update, block)  # beside the next read
             size += len(block)
     return size, digest.hexdigest()
+
+
+def forget_pages(descriptor: int, offset: int = 0, length: int = 0) -> None:
+    """Ask the kernel to write what waits in an open file's page cache, and to drop what is clean.
+
+    Gigabytes that pass through once would otherwise push everything else out of memory, wait for
+    the last sync to be written, and take a fresh page each, which costs more than the copy into it.
+    Nothing happens on systems that cannot be asked.
+
+    Args:
+        offset, length: of the part that is meant, in bytes; length 0 means to the end.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def write_synced(path: Path, data: bytes) -> None:
