@@ -5,9 +5,10 @@
 Random weights of Mistral-7B-v0.3 and SigLIP so400m (15 GB) are made first; three times that room is
 needed. `--layers 2` makes a small one. Copy and conversions alternate, each from cold files (their
 pages are dropped before) to synced ones. `copy` is shutil's, through the page cache; `copy by
-blocks` drops the pages behind itself, as the converter does. A conversion is the whole command in a process of its own,
-start-up included (the dry run is little else); its peak is the kernel's VmHWM, which counts mapped
-file pages too. What is exported is the import with an adapter added, which is not timed.
+blocks` drops the pages behind itself, as the converter does. A conversion is the whole command in a
+process of its own, start-up included (the dry run is little else); its peak is the kernel's VmHWM,
+which counts mapped file pages too. What is exported is the import with an adapter added, which is
+not timed.
 """
 
 import argparse
@@ -58,13 +59,13 @@ class Measured:
 def conversion_report(arguments: argparse.Namespace) -> str:
     """Measure everything; the whole Markdown file."""
     folder: Path = arguments.folder
+    load = f"{os.getloadavg()[0]:.1f} before the start, on {os.cpu_count()} CPUs"
     if folder.exists():
         raise UserError(f"--folder {folder} exists; name a new one, it is removed in the end")
     try:
         language = replace(MISTRAL, num_hidden_layers=arguments.layers)
         shard_bytes = int(arguments.shard_gb * 1e9)
         made = write_random_checkpoint(folder, language=language, shard_bytes=shard_bytes)
-        load = f"{os.getloadavg()[0]:.1f} of other work on {os.cpu_count()} CPUs"
         rounds = [measure_round(made, folder) for _ in range(arguments.rounds)]
         results = {name: [measured[name] for measured in rounds] for name in rounds[0]}
         notes = [
