@@ -2,7 +2,7 @@
 
 A run folder holds `step-0000100/` per committed checkpoint, `latest.json`, and for the time of a
 save `step-0000100.tmp-<process>-<id>-<host>/`. The temporary name carries its owner, so that a
-later run can tell a dead writer's left-overs from a save in progress.
+later run can tell a dead writer's left-overs from a save in progress; an export's has it too.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ LATEST_FILE = "latest.json"
 TRASH_PREFIX = ".trash-"
 
 _STEP = re.compile(r"step-(\d{7,})")
-_TEMPORARY = re.compile(r"step-\d{7,}\.tmp-(\d+)-[0-9a-f]{12}-(.+)")
+_TEMPORARY = re.compile(r"(.+)\.tmp-(\d+)-[0-9a-f]{12}-(.+)")
 _HASH_BLOCK = 4 * 1024 * 1024
 PAGES_KEPT = 64 * 1024 * 1024
 """Bytes of a large file that is read or written once and may stand in the page cache meanwhile."""
@@ -36,8 +36,9 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def temporary_name(step: int) -> str:
-    return f"{step_folder_name(step)}.tmp-{os.getpid()}-{uuid.uuid4().hex[:12]}-{_host()}"
+def temporary_name(final: str) -> str:
+    """Of a folder of this process that will be called `final` when it is complete."""
+    return f"{final}.tmp-{os.getpid()}-{uuid.uuid4().hex[:12]}-{_host()}"
 
 
 def trash_name(name: str) -> str:
@@ -49,7 +50,9 @@ def _host() -> str:
 
 
 def is_temporary(name: str) -> bool:
-    return _TEMPORARY.fullmatch(name) is not None
+    """Whether it is the name of a checkpoint that is being saved."""
+    match = _TEMPORARY.fullmatch(name)
+    return match is not None and step_of(match[1]) is not None
 
 
 def is_abandoned(folder: Path) -> bool:
@@ -61,8 +64,8 @@ def is_abandoned(folder: Path) -> bool:
     match = _TEMPORARY.fullmatch(folder.name)
     if match is None:
         return False
-    if match[2] == _host():
-        process = int(match[1])
+    if match[3] == _host():
+        process = int(match[2])
         return process == os.getpid() or not _process_exists(process)
     newest = max(entry.stat().st_mtime for entry in (folder, *folder.iterdir()))
     return time.time() - newest > _FOREIGN_LEFTOVER_AGE

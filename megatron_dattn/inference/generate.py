@@ -19,7 +19,7 @@ from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.data.template import TextRows
 from megatron_dattn.errors import DataError
-from megatron_dattn.inference.load import LoadedModel, model_device
+from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Prompt:
 
     @classmethod
     def from_question(
-        cls, loaded: LoadedModel, question: str, images: Sequence[str | Path] = ()
+        cls, loaded: RunAssets, question: str, images: Sequence[str | Path] = ()
     ) -> "Prompt":
         """Encode a question about images, which stand in front of it.
 
@@ -51,7 +51,7 @@ class Prompt:
         return cls(rows, pixels)
 
 
-def _read(loaded: LoadedModel, path: Path) -> np.ndarray:
+def _read(loaded: RunAssets, path: Path) -> np.ndarray:
     return loaded.preprocessor.fit(read_image_file(str(path.parent), path.name))
 
 

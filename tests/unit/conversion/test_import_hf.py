@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from math import prod
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from megatron_dattn.conversion.import_hf import import_checkpoint, write_import
 from megatron_dattn.conversion.import_plan import plan_import
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, VisionConfig
+from megatron_dattn.models.config import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import (
     destroy_distributed,
@@ -204,37 +203,3 @@ def test_a_killed_import_leaves_no_checkpoint(folders, tmp_path, survived):
     assert find_checkpoint(output) is None
     with pytest.raises(CheckpointError, match="not empty"):
         import_checkpoint(*folders, output)
-
-
-def write_empty(folder, rules):
-    """Weights of any size that take no room: a header, and a hole for the values."""
-    header, end = {}, 0
-    for name, shape in ((n, s) for rule in rules for n, s in rule.sources.items()):
-        start, end = end, end + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    path = folder / "model.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + end)
-
-
-def test_a_model_of_real_size_is_planned_from_headers_alone(folders, tmp_path, monkeypatch):
-    vision, language = tmp_path / "vision", tmp_path / "language"
-    shutil.copytree(folders[0], vision)
-    shutil.copytree(folders[1], language)
-    siglip_config, mistral_config = VisionConfig(feature_layer=-1), LanguageConfig()
-    write_empty(vision, siglip.vision_rules(siglip_config))
-    write_empty(language, mistral.language_rules(mistral_config))
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    edit_config(vision, **{n: getattr(siglip_config, n) for n in (*names, "image_size")})
-    edit_config(vision, patch_size=14)
-    more = ("num_key_value_heads", "head_dim", "vocab_size")
-    edit_config(language, **{n: getattr(mistral_config, n) for n in (*names, *more)})
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
-    plan = plan_import(vision, language, tmp_path / "out")
-    # All of Mistral-7B-v0.3; SigLIP without its last layer and its head, by hand.
-    assert plan.num_parameters["language_model"] == 7_248_023_552
-    assert plan.num_parameters["vision_model"] == 397_745_440
-    assert plan.num_bytes == 2 * sum(plan.num_parameters.values())
-    assert "15.29 GB as bf16" in plan.summary()
