@@ -94,7 +94,7 @@ class SafetensorsFolder:
         raw = torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8)
         with open(place.path, "rb") as file:
             file.seek(place.offset)
-            if file.readinto(raw.numpy()) != raw.numel():
+            if file.readinto(raw.numpy().data) != raw.numel():
                 raise CheckpointError(f"{place.path} ends inside of {name}; download it again")
             forget_pages(file.fileno(), place.offset, raw.numel())
         return raw.view(dtype).reshape(shape)

@@ -109,7 +109,7 @@ def _write_tensor(
     file: BinaryIO, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     assert (tuple(value.shape), value.dtype) == (shape, dtype), (value.shape, value.dtype)
-    file.write(value.contiguous().flatten().view(torch.uint8).numpy())
+    file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _write_index(path: Path, planned: Sequence[PlannedTensors], weight_map: dict[str, str]) -> None:

@@ -167,8 +167,9 @@ def _our_logits(
     tensors: dict[str, StoredTensor], questions: Sequence[Question], config: ModelConfig, dtype: str
 ) -> list[Tensor]:
     """Logits [text rows, vocabulary] of every question by the training code, on the CPU."""
-    precision = "fp32" if dtype == "fp32" else "bf16"
-    execution = ExecutionConfig(precision=precision, transformer_impl="local")
+    execution = ExecutionConfig(
+        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
+    )
     with one_process():
         model = build_model(config, ParallelConfig(), execution).eval()
         absent = {name for name, _ in model.named_parameters()} - tensors.keys()
