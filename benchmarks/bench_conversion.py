@@ -4,9 +4,11 @@
 
 Random weights of Mistral-7B-v0.3 and SigLIP so400m (15 GB) are made first; three times that room is
 needed. `--layers 2` makes a small one. Copy and conversions alternate, each from cold files (their
-pages are dropped before) to synced ones. A conversion is the whole command in a process of its own,
-start-up included (the dry run is little else); its peak is the kernel's VmHWM, which counts mapped
-file pages too. What is exported is the import with an adapter added, which is not timed.
+pages are dropped before) to synced ones. `copy` is shutil's, through the page cache; `copy by
+blocks` drops the pages behind itself, as the converter does. A conversion is the whole command in a
+process of its own, start-up included (the dry run is little else); its peak is the kernel's VmHWM,
+which counts mapped file pages too. What is exported is the import with an adapter added, which is
+not timed.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +28,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.protocol import Spread
+from megatron_dattn.checkpoint.files import PAGES_KEPT, forget_pages
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
@@ -40,7 +44,8 @@ from benchmarks.random_checkpoint import (  # noqa: E402
 _ROOT = Path(__file__).resolve().parents[1]
 _TOOL = _ROOT / "tools" / "convert_checkpoint.py"
 _POLL_SECONDS = 0.05
-_COPY, _DRY_RUN, _IMPORT, _EXPORT = "copy", "import --dry-run", "import", "export"
+_COPY, _BLOCKS, _DRY_RUN = "copy", "copy by blocks", "import --dry-run"
+_IMPORT, _EXPORT = "import", "export"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Measured:
 def conversion_report(arguments: argparse.Namespace) -> str:
     """Measure everything; the whole Markdown file."""
     folder: Path = arguments.folder
+    load = f"{os.getloadavg()[0]:.1f} before the start, on {os.cpu_count()} CPUs"
     if folder.exists():
         raise UserError(f"--folder {folder} exists; name a new one, it is removed in the end")
     try:
@@ -65,7 +71,7 @@ def conversion_report(arguments: argparse.Namespace) -> str:
         notes = [
             f"{len(made.files)} shards, {made.num_bytes / 1e9:.2f} GB, BF16; language model of "
             f"{arguments.layers} layers",
-            f"{arguments.rounds} rounds, cold files, synced to the disk",
+            f"rounds: {arguments.rounds}; cold files, synced to the disk; load average {load}",
         ]
         head = report.header(
             "Conversion of a checkpoint", arguments.command, torch.device("cpu"), notes
@@ -77,7 +83,10 @@ def conversion_report(arguments: argparse.Namespace) -> str:
 
 def measure_round(made: RandomCheckpoint, folder: Path) -> dict[str, Measured]:
     """Every variant once; the folder holds what it held before."""
-    measured = {_COPY: copy_files(made, folder / "copy")}
+    measured = {
+        _COPY: copy_files(made, folder / "copy", shutil.copyfile),
+        _BLOCKS: copy_files(made, folder / "copy", copy_by_blocks),
+    }
     imported, trained, exported = (folder / name for name in ("imported", "trained", "exported"))
     measured[_DRY_RUN] = run_import(made, imported, "--dry-run")
     measured[_IMPORT] = run_import(made, imported)
@@ -92,18 +101,30 @@ def measure_round(made: RandomCheckpoint, folder: Path) -> dict[str, Measured]:
     return measured
 
 
-def copy_files(made: RandomCheckpoint, target: Path) -> Measured:
+def copy_files(
+    made: RandomCheckpoint, target: Path, copy: Callable[[Path, Path], object]
+) -> Measured:
     """Copy and sync every shard; the copies are removed again."""
     drop_pages(made.files)
     target.mkdir()
     started = time.perf_counter()
     for number, file in enumerate(made.files):
-        shutil.copyfile(file, target / str(number))
+        copy(file, target / str(number))
     for copied in target.iterdir():
         _sync(copied)
     seconds = time.perf_counter() - started
     shutil.rmtree(target)
     return Measured(seconds)
+
+
+def copy_by_blocks(source: Path, target: Path) -> None:
+    """Copy a file and let none of it stay in the page cache."""
+    block = bytearray(PAGES_KEPT)
+    with open(source, "rb") as reader, open(target, "xb") as writer:
+        while count := reader.readinto(block):
+            writer.write(memoryview(block)[:count])
+            for file in (reader, writer):
+                forget_pages(file.fileno())
 
 
 def run_import(made: RandomCheckpoint, target: Path, *options: str) -> Measured:

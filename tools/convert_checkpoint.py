@@ -5,6 +5,7 @@
     python tools/convert_checkpoint.py export --checkpoint run/ --output model/
     python tools/convert_checkpoint.py inspect base/
     python tools/convert_checkpoint.py verify base/
+    python tools/convert_checkpoint.py verify run/ --against model/
 
 Import: the inputs are Hugging Face folders (config.json and safetensors). Of two, the language
 folder also holds the tokenizer, the vision folder the image processor; a single one is a model of
@@ -19,9 +20,13 @@ Each command has its own --help.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+
+if TYPE_CHECKING:
+    from megatron_dattn.conversion.verify import Comparison
 
 # The package is imported inside the commands: --help should not wait for torch and megatron-core.
 
@@ -115,26 +120,20 @@ def run_inspect(options: argparse.Namespace) -> int:
 def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("verify", help="compare outputs with the Hugging Face models'")
     parser.set_defaults(run=run_verify)
-    parser.add_argument("folder", type=Path, help="run folder that `import` wrote")
+    parser.add_argument("folder", type=Path, help="run folder that `import` or a training wrote")
+    parser.add_argument("--against", type=Path, help="its export; code in there is run")
     parser.add_argument("--vision", type=Path, help="encoder's folder, if it has moved")
     parser.add_argument("--language", type=Path, help="language model's folder, if it has moved")
     parser.add_argument("--model", type=Path, help="whole model's folder, if it has moved")
     parser.add_argument("--tokens", type=int, nargs="+", help="token ids; random without")
+    parser.add_argument("--question", help="with --against; random texts and images without")
+    parser.add_argument("--image", type=Path, nargs="+", default=[], help="with --question")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="to compute in")
     parser.add_argument("--tolerance", type=float, help=f"relative; by default {TOLERANCES}")
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    from megatron_dattn.conversion.verify import verify_checkpoint
-
-    comparisons = verify_checkpoint(
-        options.folder,
-        vision=options.vision,
-        language=options.language,
-        whole=options.model,
-        tokens=options.tokens,
-        dtype=options.dtype,
-    )
+    comparisons = _compare_export(options) if options.against else _compare_import(options)
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     agree = True
     for comparison in comparisons:
@@ -146,6 +145,39 @@ def run_verify(options: argparse.Namespace) -> int:
             f"{comparison.num_values} values: {verdict}"
         )
     return 0 if agree else EXIT_DIFFERENT
+
+
+def _compare_import(options: argparse.Namespace) -> "list[Comparison]":
+    from megatron_dattn.conversion.verify import verify_checkpoint
+
+    if options.question or options.image:
+        raise ConfigError("--question and --image are for --against; --tokens gives a text here")
+    return verify_checkpoint(
+        options.folder,
+        vision=options.vision,
+        language=options.language,
+        whole=options.model,
+        tokens=options.tokens,
+        dtype=options.dtype,
+    )
+
+
+def _compare_export(options: argparse.Namespace) -> "list[Comparison]":
+    from megatron_dattn.conversion.verify_export import verify_export
+
+    if options.vision or options.language or options.model or options.tokens:
+        raise ConfigError(
+            "--against compares with an export: no --vision, --language, --model, --tokens"
+        )
+    if options.image and not options.question:
+        raise ConfigError("--image stands in front of a --question; give one")
+    return verify_export(
+        options.folder,
+        options.against,
+        question=options.question,
+        images=options.image,
+        dtype=options.dtype,
+    )
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -156,7 +156,7 @@ def _gib(size: int) -> str:
 
 
 def _make_temporary(folder: Path, step: int) -> str:
-    temporary = folder / files.temporary_name(step)
+    temporary = folder / files.temporary_name(files.step_folder_name(step))
     temporary.mkdir()
     return str(temporary)
 

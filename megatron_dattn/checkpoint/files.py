@@ -2,7 +2,7 @@
 
 A run folder holds `step-0000100/` per committed checkpoint, `latest.json`, and for the time of a
 save `step-0000100.tmp-<process>-<id>-<host>/`. The temporary name carries its owner, so that a
-later run can tell a dead writer's left-overs from a save in progress.
+later run can tell a dead writer's left-overs from a save in progress; an export's has it too.
 """
 
 import hashlib
@@ -12,14 +12,17 @@ import shutil
 import socket
 import time
 import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 LATEST_FILE = "latest.json"
 TRASH_PREFIX = ".trash-"
 
 _STEP = re.compile(r"step-(\d{7,})")
-_TEMPORARY = re.compile(r"step-\d{7,}\.tmp-(\d+)-[0-9a-f]{12}-(.+)")
+_TEMPORARY = re.compile(r"(.+)\.tmp-(\d+)-[0-9a-f]{12}-(.+)")
 _HASH_BLOCK = 4 * 1024 * 1024
+PAGES_KEPT = 64 * 1024 * 1024
+"""Bytes of a large file that is read or written once and may stand in the page cache meanwhile."""
 _FOREIGN_LEFTOVER_AGE = 24 * 3600.0
 
 
@@ -33,8 +36,9 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def temporary_name(step: int) -> str:
-    return f"{step_folder_name(step)}.tmp-{os.getpid()}-{uuid.uuid4().hex[:12]}-{_host()}"
+def temporary_name(final: str) -> str:
+    """Of a folder of this process that will be called `final` when it is complete."""
+    return f"{final}.tmp-{os.getpid()}-{uuid.uuid4().hex[:12]}-{_host()}"
 
 
 def trash_name(name: str) -> str:
@@ -46,7 +50,9 @@ def _host() -> str:
 
 
 def is_temporary(name: str) -> bool:
-    return _TEMPORARY.fullmatch(name) is not None
+    """Whether it is the name of a checkpoint that is being saved."""
+    match = _TEMPORARY.fullmatch(name)
+    return match is not None and step_of(match[1]) is not None
 
 
 def is_abandoned(folder: Path) -> bool:
@@ -58,8 +64,8 @@ def is_abandoned(folder: Path) -> bool:
     match = _TEMPORARY.fullmatch(folder.name)
     if match is None:
         return False
-    if match[2] == _host():
-        process = int(match[1])
+    if match[3] == _host():
+        process = int(match[2])
         return process == os.getpid() or not _process_exists(process)
     newest = max(entry.stat().st_mtime for entry in (folder, *folder.iterdir()))
     return time.time() - newest > _FOREIGN_LEFTOVER_AGE
@@ -79,11 +85,28 @@ def size_and_sha256(path: Path) -> tuple[int, str]:
     """Bytes and sha256 of a file, read block by block."""
     digest = hashlib.sha256()
     size = 0
-    with open(path, "rb") as file:
+    hashed: Future[None] | None = None
+    with open(path, "rb") as file, ThreadPoolExecutor(1) as hasher:
         while block := file.read(_HASH_BLOCK):
-            digest.update(block)
+            if hashed is not None:
+                hashed.result()
+            hashed = hasher.submit(digest.update, block)  # beside the next read
             size += len(block)
     return size, digest.hexdigest()
+
+
+def forget_pages(descriptor: int, offset: int = 0, length: int = 0) -> None:
+    """Ask the kernel to write what waits in an open file's page cache, and to drop what is clean.
+
+    Gigabytes that pass through once would otherwise push everything else out of memory, wait for
+    the last sync to be written, and take a fresh page each, which costs more than the copy into it.
+    Nothing happens on systems that cannot be asked.
+
+    Args:
+        offset, length: of the part that is meant, in bytes; length 0 means to the end.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -51,7 +51,7 @@ from megatron_dattn.checkpoint.collective import (
     on_first_rank,
     rank,
 )
-from megatron_dattn.checkpoint.files import sync_file
+from megatron_dattn.checkpoint.files import PAGES_KEPT, forget_pages, sync_file
 from megatron_dattn.checkpoint.manifest import FileRecord
 from megatron_dattn.errors import CheckpointError
 
@@ -96,6 +96,7 @@ class _WatchedStream(io.BufferedWriter):
         self._hasher = hasher
         self.digest = hashlib.sha256()
         self.size = 0
+        self._kept = 0  # bytes since pages were dropped
 
     def write(self, data: Any) -> int:
         assert self.tell() == self.size, "written in another order than hashed"
@@ -108,6 +109,10 @@ class _WatchedStream(io.BufferedWriter):
         finally:
             hashed.result()
         self.size += count
+        self._kept += count
+        if self._kept >= PAGES_KEPT:
+            forget_pages(self.fileno())
+            self._kept = 0
         return count
 
 

@@ -9,15 +9,16 @@ none that looks whole.
 import json
 import logging
 import shutil
-import uuid
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_dattn import hf
+from megatron_dattn.checkpoint import files
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.hf_config import (
     check_exportable,
@@ -66,15 +67,18 @@ def export_checkpoint(run_folder: Path, output: Path, options: ExportOptions | N
     assets = load_assets(run_folder, config)
     planned = plan_tensors(open_tensors(found.path), config.model)
     output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(output)
     _check_room(output, sum(part.num_bytes for part in planned))
     options = options or ExportOptions()
-    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:12]}")
+    temporary = output.with_name(files.temporary_name(f".{output.name}"))
     temporary.mkdir()
     try:
         dtype = planned[0].dtype
         _write_small_files(assets, dtype, run_folder, temporary, found.manifest.facts, options)
         write_shards(temporary, planned, options.max_shard_bytes)
+        files.sync_folder(temporary)
         temporary.rename(output)
+        files.sync_folder(output.parent)
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written: {error}") from error
     finally:
@@ -88,6 +92,14 @@ def check_output(output: Path) -> None:
         raise CheckpointError(f"{output} is a file; export into a new folder")
     if output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output} is not empty; export into a new folder")
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove what a killed export into the same folder left."""
+    for entry in sorted(output.parent.iterdir()):
+        if entry.name.startswith(f".{output.name}.tmp-") and files.is_abandoned(entry):
+            logger.warning("removing %s, left behind by an export that did not finish", entry)
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _check_room(output: Path, num_bytes: int) -> None:
@@ -109,10 +121,16 @@ def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[P
     rules = export_rules(config)
     missing = [rule.megatron for rule in rules if rule.megatron not in stored]
     unknown = sorted(stored.keys() - {rule.megatron for rule in rules})
-    if missing or unknown:
+    misshapen = [
+        f"{rule.megatron} {list(stored[rule.megatron].shape)}"
+        for rule in rules
+        if rule.megatron in stored and _num_elements(rule) != prod(stored[rule.megatron].shape)
+    ]
+    problems = {"missing": missing, "unknown": unknown, "of another size": misshapen}
+    if any(problems.values()):
         raise CheckpointError(
             "the checkpoint does not fit its config.yaml: "
-            f"missing {', '.join(missing) or 'nothing'}; unknown {', '.join(unknown) or 'nothing'}"
+            + "; ".join(f"{what} {', '.join(names)}" for what, names in problems.items() if names)
         )
     planned = []
     for rule in rules:
@@ -120,6 +138,12 @@ def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[P
         make = partial(_pieces, rule, tensor)
         planned.append(PlannedTensors(dict(rule.sources), tensor.dtype, make))
     return planned + (_unread_norm(config, planned[0].dtype) if is_llava(config) else [])
+
+
+def _num_elements(rule: Rule) -> int:
+    """Of the Megatron parameter, padding included."""
+    parts = [torch.empty(shape, device="meta") for shape in rule.sources.values()]
+    return rule.layout.join(parts).numel()
 
 
 def _pieces(rule: Rule, tensor: StoredTensor) -> dict[str, Tensor]:

@@ -120,7 +120,10 @@ def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{output} is a file; convert into a new folder")
     if output.exists() and any(output.iterdir()):
-        raise CheckpointError(f"{output} is not empty; convert into a new folder")
+        raise CheckpointError(
+            f"{output} is not empty; convert into a new folder, or delete this one if it was left "
+            "by a conversion that was interrupted"
+        )
 
 
 def _check_tokenizer(origin: Origin) -> TemplateName:

@@ -1,20 +1,29 @@
-"""Writes safetensors in shards, holding one shard at a time.
+"""Writes safetensors in shards, holding one parameter at a time.
 
-The parts are known by size before any exists, so shards can be planned and numbered first; then
-each part is made, written with its shard, and dropped.
+The parts are known by size before any exists, so shards can be planned and numbered, and their
+headers written, first; then each part is made, written and dropped.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_dattn.conversion.safetensors_reader import INDEX_FILE, SINGLE_FILE
+from megatron_dattn.checkpoint.files import PAGES_KEPT, forget_pages
+from megatron_dattn.conversion.safetensors_reader import (
+    DTYPE_NAMES,
+    INDEX_FILE,
+    LENGTH_BYTES,
+    SINGLE_FILE,
+)
+
+_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class PlannedTensors:
 
 
 def write_shards(folder: Path, planned: Sequence[PlannedTensors], max_shard_bytes: int) -> None:
-    """Write all tensors: one file, or several and their index.
+    """Write all tensors, synced: one file, or several and their index.
 
     A shard is larger than the limit only where the pieces of one parameter are.
     """
@@ -44,14 +53,8 @@ def write_shards(folder: Path, planned: Sequence[PlannedTensors], max_shard_byte
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
         name = SINGLE_FILE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {key: value for part in shard for key, value in part.make().items()}
-        save_file(
-            {key: value.contiguous() for key, value in tensors.items()},
-            folder / name,
-            metadata={"format": "pt"},
-        )
-        (folder / name).chmod(0o644)  # safetensors lets the owner alone read it
-        weight_map |= dict.fromkeys(tensors, name)
+        _write_shard(folder / name, shard)
+        weight_map |= {key: name for part in shard for key in part.shapes}
     if len(shards) > 1:
         _write_index(folder / INDEX_FILE, planned, weight_map)
 
@@ -69,6 +72,44 @@ def plan_shards(
         shards[-1].append(part)
         room -= part.num_bytes
     return shards
+
+
+def _write_shard(path: Path, shard: list[PlannedTensors]) -> None:
+    # Wide types first: what is read in place must not begin between two values.
+    parts = sorted(shard, key=lambda part: -part.dtype.itemsize)
+    with open(path, "xb") as file:
+        file.write(_header(parts))
+        kept = 0
+        for part in parts:
+            tensors = part.make()
+            for name, shape in part.shapes.items():
+                _write_tensor(file, tensors[name], shape, part.dtype)
+            kept += part.num_bytes
+            if kept >= PAGES_KEPT:
+                forget_pages(file.fileno())
+                kept = 0
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(parts: list[PlannedTensors]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for part in parts:
+        for name, shape in part.shapes.items():
+            start, end = end, end + prod(shape) * part.dtype.itemsize
+            dtype = DTYPE_NAMES[part.dtype]
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def _write_tensor(
+    file: BinaryIO, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    assert (tuple(value.shape), value.dtype) == (shape, dtype), (value.shape, value.dtype)
+    file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _write_index(path: Path, planned: Sequence[PlannedTensors], weight_map: dict[str, str]) -> None:

@@ -144,7 +144,7 @@ def hugging_face_logits(folder: Path, ids: Tensor, dtype: str) -> Tensor:
     """Logits [rows, vocabulary] of one text by `AutoModelForCausalLM`, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    model = from_pretrained(AutoModelForCausalLM, folder, DTYPES[dtype])
+    model = load_pretrained(AutoModelForCausalLM, folder, DTYPES[dtype])
     return model(ids[None].to(get_device())).logits[0].cpu()
 
 
@@ -153,20 +153,31 @@ def hugging_face_features(folder: Path, pixels: Tensor, config: ModelConfig) -> 
     """Features [images, patches, width] of the layer that feeds the adapter, on the CPU."""
     from transformers import AutoModel
 
-    model = from_pretrained(AutoModel, folder, pixels.dtype)
+    model = load_pretrained(AutoModel, folder, pixels.dtype)
     encoder = getattr(model, "vision_model", model)
     states = encoder(pixels.to(get_device()), output_hidden_states=True).hidden_states
     # A class token, where there is one, comes first and is not for the adapter.
     return states[config.vision.feature_layer][:, -config.vision.num_patches :].cpu()
 
 
-def from_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_pretrained(
+    kind: Any, folder: Path, dtype: torch.dtype, *, trust_code: bool = False
+) -> nn.Module:
+    """A model as transformers loads it from a folder, on the device.
+
+    Args:
+        kind: one of transformers' auto classes.
+        trust_code: run the code that the folder brings.
+
+    Raises:
+        CheckpointError: transformers refuses the folder.
+    """
     try:
         model = kind.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_code,
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
@@ -184,7 +195,7 @@ def _our_outputs(
     )
     with one_process():
         model = build_model(config, ParallelConfig(), execution).eval()
-        fill(model, tensors)
+        fill_parameters(model, tensors)
         batch = text_batch(ids, pixels).to(get_device())
         rows = torch.arange(len(ids), device=get_device())
         assert model.vision_model is not None
@@ -194,7 +205,7 @@ def _our_outputs(
         }
 
 
-def fill(model: DAttnVLM, tensors: dict[str, StoredTensor]) -> None:
+def fill_parameters(model: DAttnVLM, tensors: dict[str, StoredTensor]) -> None:
     """Give parameters their stored values; a conversion lacks those that text never meets."""
     for name, parameter in model.named_parameters():
         if name in tensors:

@@ -21,8 +21,8 @@ from megatron_dattn.conversion.verify import (
     DTYPES,
     Comparison,
     compare,
-    fill,
-    from_pretrained,
+    fill_parameters,
+    load_pretrained,
     random_pixels,
     text_batch,
     token_ids,
@@ -97,7 +97,7 @@ def _llava_outputs(
     """LLaVA's text holds as many `<image>` as an image has rows."""
     from transformers import LlavaForConditionalGeneration
 
-    model: Any = from_pretrained(LlavaForConditionalGeneration, folder, pixels.dtype)
+    model: Any = load_pretrained(LlavaForConditionalGeneration, folder, pixels.dtype)
     outputs = _logits(model, ids, pixels, image_id, config.vision.num_patches)
     tower = model.model.vision_tower(pixels.to(get_device()), output_hidden_states=True)
     layer = model.config.vision_feature_layer
@@ -111,7 +111,7 @@ def _dattn_outputs(folder: Path, ids: Tensor, pixels: Tensor, image_id: int) -> 
     """Our exported code's text holds one `<image>` for each image."""
     from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
 
-    model = from_pretrained(DAttnForConditionalGeneration, folder, pixels.dtype)
+    model = load_pretrained(DAttnForConditionalGeneration, folder, pixels.dtype)
     return _logits(model, ids, pixels, image_id, 1)
 
 
@@ -136,7 +136,7 @@ def _our_outputs(
     )
     with one_process():
         model = build_model(config, ParallelConfig(), execution).eval()
-        fill(model, tensors)
+        fill_parameters(model, tensors)
         text = text_batch(ids, pixels).to(get_device())
         seen = _batch_with_image(config, ids, pixels).to(get_device())
         rows = torch.arange(len(ids), device=get_device())

@@ -17,7 +17,7 @@ from megatron_dattn.data.images import read_image_file
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.inference.layers import KeyValue, pass_images
-from megatron_dattn.inference.load import LoadedModel, model_device
+from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
 from megatron_dattn.models.vlm import DAttnVLM
 
 
@@ -108,7 +108,7 @@ def encode_once(loaded: LoadedModel, images: Iterable[Image]) -> list[EncodedIma
     return encoded
 
 
-def read_image(loaded: LoadedModel, path: Path) -> np.ndarray:
+def read_image(loaded: RunAssets, path: Path) -> np.ndarray:
     """An image file at the vision encoder's size. Raises SampleError if it cannot be used."""
     return loaded.preprocessor.fit(read_image_file(str(path.parent), path.name))
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_dattn.attention import ImageSpan, TokenLayout
@@ -13,7 +14,7 @@ from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.data.template import TextRows
 from megatron_dattn.errors import DataError
 from megatron_dattn.inference.image_cache import EncodedImage, Image, read_image
-from megatron_dattn.inference.load import LoadedModel, model_device
+from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Prompt:
 
     @classmethod
     def from_question(
-        cls, loaded: LoadedModel, question: str, images: Sequence[str | Path | EncodedImage] = ()
+        cls, loaded: RunAssets, question: str, images: Sequence[str | Path | EncodedImage] = ()
     ) -> "Prompt":
         """Encode a question about images, which stand in front of it.
 
@@ -51,11 +52,15 @@ class Prompt:
             raise DataError(f"{question!r:.80}: {error}") from error
         return cls(rows, given)
 
+    @property
+    def pixels(self) -> list[np.ndarray]:
+        """Of all images, encoded or not."""
+        return [i.pixels if isinstance(i, EncodedImage) else i for i in self.images]
+
 
 def pack_prompts(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> PackedBatch:
     """Prompts and what was answered so far, in one pack without padding."""
-    images = [image for prompt, _ in samples for image in prompt.images]
-    pixels = [image.pixels if isinstance(image, EncodedImage) else image for image in images]
+    pixels = [image for prompt, _ in samples for image in prompt.pixels]
     input_ids = torch.tensor(
         [i for prompt, answer in samples for i in prompt.rows.input_ids + answer]
     )

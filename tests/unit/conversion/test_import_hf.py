@@ -19,7 +19,7 @@ from megatron_dattn.conversion.import_hf import import_checkpoint, write_import
 from megatron_dattn.conversion.import_plan import plan_import
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, VisionConfig
+from megatron_dattn.models.config import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import (
     destroy_distributed,
@@ -28,7 +28,6 @@ from megatron_dattn.runtime.distributed import (
 )
 from tests.support.distributed import RankError, run_distributed
 from tests.support.tiny_vlm import add_gates
-from tests.unit.conversion.empty_weights import write_empty
 from tests.unit.conversion.hf_models import save_language, save_vision
 
 
@@ -208,26 +207,3 @@ def test_a_killed_import_leaves_no_checkpoint(folders, tmp_path, survived):
     assert find_checkpoint(output) is None
     with pytest.raises(CheckpointError, match="not empty"):
         import_checkpoint(*folders, output)
-
-
-def test_a_model_of_real_size_is_planned_from_headers_alone(folders, tmp_path, monkeypatch):
-    vision, language = tmp_path / "vision", tmp_path / "language"
-    shutil.copytree(folders[0], vision)
-    shutil.copytree(folders[1], language)
-    siglip_config, mistral_config = VisionConfig(feature_layer=-1), LanguageConfig()
-    write_empty(vision, siglip.vision_rules(siglip_config))
-    write_empty(language, mistral.language_rules(mistral_config))
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    edit_config(vision, **{n: getattr(siglip_config, n) for n in (*names, "image_size")})
-    edit_config(vision, patch_size=14)
-    edit_config(vision, "preprocessor_config.json", size={"height": 384, "width": 384})
-    more = ("num_key_value_heads", "head_dim", "vocab_size")
-    edit_config(language, **{n: getattr(mistral_config, n) for n in (*names, *more)})
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
-    plan = plan_import(vision, language, tmp_path / "out")
-    # All of Mistral-7B-v0.3; SigLIP without its last layer and its head, by hand.
-    assert plan.num_parameters["language_model"] == 7_248_023_552
-    assert plan.num_parameters["vision_model"] == 397_745_440
-    assert plan.num_bytes == 2 * sum(plan.num_parameters.values())
-    assert "15.29 GB as bf16" in plan.summary()

@@ -42,6 +42,15 @@ def test_missing_and_truncated_shards_are_named(tmp_path):
         SafetensorsFolder(tmp_path)
 
 
+def test_a_shard_that_shrinks_later_is_noticed(tmp_path):
+    write_shards(tmp_path)
+    weights = SafetensorsFolder(tmp_path)
+    shard = tmp_path / "two.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(CheckpointError, match=r"two\.safetensors ends inside of b\.y"):
+        weights.load("b.y")
+
+
 def write_index(folder, **weight_map):
     index = {"weight_map": {name.replace("_", "."): file for name, file in weight_map.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

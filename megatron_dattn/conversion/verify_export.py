@@ -1,0 +1,199 @@
+"""Compares a run's checkpoint with the Hugging Face folder that was exported from it.
+
+Both compute the logits of the same texts and images, one side after the other in memory: the export
+as transformers loads it, with its own code where it brings some, the checkpoint through the
+training code. Inputs are a question about image files, or random tokens and pixels.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
+from megatron_dattn.conversion.hf_config import check_exportable, is_llava
+from megatron_dattn.conversion.safetensors_reader import read_json
+from megatron_dattn.conversion.verify import (
+    DTYPES,
+    Comparison,
+    compare,
+    fill_parameters,
+    load_pretrained,
+)
+from megatron_dattn.data.conversation import IMAGE_TOKEN
+from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.data.tokenizer import token_id
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.inference.load import RunAssets, find_run, load_assets
+from megatron_dattn.inference.prompt import Prompt
+from megatron_dattn.models.build import build_model
+from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import get_device, one_process
+
+_RANDOM_TOKENS = 48
+_RANDOM_IMAGES = ((), (0,), (3, 20, 20))
+"""In front of which tokens the images of each random text stand: none, one, several."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One text and its images, as both sides get them."""
+
+    what: str
+    input_ids: Tensor
+    """[text rows], without `<image>`."""
+    image_offsets: tuple[int, ...]
+    """How many text rows stand in front of each image."""
+    pixels: Tensor
+    """[images, 3, side, side]."""
+
+
+def verify_export(
+    run_folder: Path,
+    exported: Path,
+    *,
+    question: str | None = None,
+    images: Sequence[Path] = (),
+    dtype: str = "fp32",
+) -> list[Comparison]:
+    """Run both sides on the same inputs.
+
+    Args:
+        run_folder: the run; its newest sound checkpoint is compared.
+        exported: the Hugging Face folder. Code that it brings is run.
+        question: a user's message; random texts with no, one and several images where None.
+        images: files that stand in front of the question.
+        dtype: "fp32" or "bf16", in which both sides are computed.
+
+    Raises:
+        CheckpointError: a folder is missing or does not fit the other.
+        ConfigError: the model cannot be exported, or its tokenizer does not fit.
+        DataError: the question or an image cannot be used.
+    """
+    found, config = find_run(run_folder)
+    check_exportable(config.model)
+    _check_fits(exported, config.model)
+    assets = load_assets(run_folder, config)
+    asked = _random_questions(assets) if question is None else [_ask(assets, question, images)]
+    theirs = _their_logits(exported, asked, assets, DTYPES[dtype])
+    ours = _our_logits(open_tensors(found.path), asked, config.model, dtype)
+    return [
+        compare(each.what, mine, other)
+        for each, mine, other in zip(asked, ours, theirs, strict=True)
+    ]
+
+
+def _check_fits(exported: Path, model: ModelConfig) -> None:
+    """What would be an error deep inside of transformers, or meaningless."""
+    content = read_json(exported / "config.json")
+    expected = "llava" if is_llava(model) else "dattn"
+    if content.get("model_type") != expected:
+        raise CheckpointError(
+            f"{exported} holds a model of type {json.dumps(content.get('model_type'))}, the run's "
+            f"export is of type {json.dumps(expected)}: is it the export of this run?"
+        )
+    size = (content.get("text_config") or {}).get("vocab_size")
+    if size != model.language.vocab_size:
+        raise CheckpointError(
+            f"{exported} has a vocabulary of {size}, the run one of {model.language.vocab_size}: "
+            "is it the export of this run?"
+        )
+
+
+def _ask(assets: RunAssets, question: str, images: Sequence[Path]) -> Question:
+    prompt = Prompt.from_question(assets, question, images)
+    return Question(
+        f"logits of the question with {_count(len(images))}",
+        torch.tensor(prompt.rows.input_ids),
+        tuple(prompt.rows.image_offsets),
+        assets.preprocessor.normalise(prompt.pixels),
+    )
+
+
+def _random_questions(assets: RunAssets) -> list[Question]:
+    generator = torch.Generator().manual_seed(0)
+    model, side = assets.config.model, assets.config.model.vision.image_size
+    questions = []
+    for offsets in _RANDOM_IMAGES:
+        # Not the whole vocabulary: `<image>` is no text.
+        ids = torch.randint(model.language.vocab_size - 1, (_RANDOM_TOKENS,), generator=generator)
+        ids += ids >= token_id(assets.tokenizer, IMAGE_TOKEN)
+        pixels = torch.rand(len(offsets), 3, side, side, generator=generator) * 2 - 1
+        what = f"logits of a random text with {_count(len(offsets))}"
+        questions.append(Question(what, ids, offsets, pixels))
+    return questions
+
+
+def _count(images: int) -> str:
+    return {0: "no image", 1: "one image"}.get(images, f"{images} images")
+
+
+@torch.inference_mode()
+def _their_logits(
+    exported: Path, questions: Sequence[Question], assets: RunAssets, dtype: torch.dtype
+) -> list[Tensor]:
+    """Logits [text rows, vocabulary] of every question by transformers, on the CPU."""
+    from transformers import AutoModelForImageTextToText
+
+    llava = is_llava(assets.config.model)
+    model = load_pretrained(AutoModelForImageTextToText, exported, dtype, trust_code=not llava)
+    image = token_id(assets.tokenizer, IMAGE_TOKEN)
+    # LLaVA's text has a place for every visual row, ours one for the image.
+    places = assets.config.model.vision.num_patches if llava else 1
+    logits = []
+    for question in questions:
+        ids = _with_places(question, image, places).to(get_device())
+        pixels = question.pixels.to(get_device(), dtype) if question.image_offsets else None
+        result = model(input_ids=ids[None], pixel_values=pixels).logits[0]
+        logits.append(result[ids != image].float().cpu())
+    return logits
+
+
+def _with_places(question: Question, image: int, count: int) -> Tensor:
+    pieces, before = [], 0
+    for offset in question.image_offsets:
+        pieces += [question.input_ids[before:offset], torch.full((count,), image)]
+        before = offset
+    return torch.cat([*pieces, question.input_ids[before:]])
+
+
+@torch.inference_mode()
+def _our_logits(
+    tensors: dict[str, StoredTensor], questions: Sequence[Question], config: ModelConfig, dtype: str
+) -> list[Tensor]:
+    """Logits [text rows, vocabulary] of every question by the training code, on the CPU."""
+    execution = ExecutionConfig(
+        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
+    )
+    with one_process():
+        model = build_model(config, ParallelConfig(), execution).eval()
+        absent = {name for name, _ in model.named_parameters()} - tensors.keys()
+        if absent:
+            raise CheckpointError(f"the checkpoint lacks {', '.join(sorted(absent))}")
+        fill_parameters(model, tensors)
+        logits = []
+        for question in questions:
+            batch = _batch(question, config, DTYPES[dtype]).to(get_device())
+            rows = torch.arange(batch.layout.visual_budget, batch.layout.num_rows)
+            logits.append(model.forward_logits(batch, rows.to(get_device())).float().cpu())
+    return logits
+
+
+def _batch(question: Question, config: ModelConfig, dtype: torch.dtype) -> PackedBatch:
+    rows = len(question.input_ids)
+    spans = tuple(
+        ImageSpan(sample=0, text_offset=offset, grid=config.image_grid)
+        for offset in question.image_offsets
+    )
+    return PackedBatch(
+        layout=TokenLayout((rows,), spans, sum(span.num_rows for span in spans), rows, (rows,)),
+        input_ids=question.input_ids,
+        labels=torch.full_like(question.input_ids, -100),
+        pixel_values=question.pixels.to(dtype),
+        sample_keys=["0"],
+    )

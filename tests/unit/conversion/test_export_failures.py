@@ -1,0 +1,127 @@
+"""Whatever goes wrong, an export says so in one error, and no folder looks like a whole one."""
+
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+
+from megatron_dattn.checkpoint.tensors import StoredTensor
+from megatron_dattn.conversion.export_hf import export_checkpoint
+from megatron_dattn.errors import CheckpointError, UserError
+from tests.support.distributed import RankError, run_distributed
+from tests.support.run_folders import make_run_folder
+from tests.unit.conversion.hf_models import save_language, save_vision
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("failures")
+    save_vision(base / "vision")
+    save_language(base / "language")
+    make_run_folder(base, base / "run", "dattn")
+    return base / "run"
+
+
+@pytest.fixture
+def run(sound: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(sound, tmp_path / "run"))
+
+
+def shorten(run: Path, name: str) -> None:
+    path = run / "step-0000001" / name
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(run: Path, name: str) -> None:
+    path = run / "step-0000001" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(run: Path, name: str) -> None:
+    (run / "step-0000001" / name).unlink()
+
+
+def configure(run: Path, part: str, **changes: object) -> None:
+    path = run / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["model"][part] |= changes
+    path.write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: shorten(run, "__0_0.distcp"), r"__0_0\.distcp is damaged: \d+ bytes instead"),
+        (lambda run: flip(run, "__0_0.distcp"), r"__0_0\.distcp is damaged: its sha256 differs"),
+        (lambda run: remove(run, "__0_0.distcp"), r"__0_0\.distcp is missing"),
+        (lambda run: shorten(run, ".metadata"), r"\.metadata is damaged"),
+        (lambda run: shorten(run, "manifest.json"), r"manifest\.json is damaged"),
+        (lambda run: remove(run, "manifest.json"), r"no manifest\.json"),
+        (
+            lambda run: configure(run, "language", vocab_size=128),
+            r"size language_model.*\[64, 48\]",
+        ),
+        (lambda run: configure(run, "language", vocab_size=8), r"ids up to \d+.* vocab_size is 8"),
+        (lambda run: configure(run, "language", num_hidden_layers=3), r"missing .*layers\.2\."),
+        (lambda run: configure(run, "language", family="gemma2"), r"family 'gemma2' exists"),
+        (lambda run: (run / "tokenizer" / "tokenizer.json").unlink(), "tokenizer"),
+    ],
+)
+def test_a_damaged_run_is_one_error_and_leaves_nothing(run, tmp_path, damage, message):
+    damage(run)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message) as error:
+        export_checkpoint(run, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_fills_up_leaves_nothing(sound, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(CheckpointError, match=r"out cannot be written: .*File too large"):
+            export_checkpoint(sound, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def die_between_tensors(run: Path, output: Path, survived: int) -> None:
+    load, count = StoredTensor.load, 0
+
+    def load_or_die(tensor: StoredTensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count > survived:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(tensor)
+
+    with mock.patch.object(StoredTensor, "load", load_or_die):
+        export_checkpoint(run, output)
+
+
+@pytest.mark.parametrize("survived", [0, 17])
+def test_a_killed_export_leaves_no_model_and_the_next_one_clears_up(
+    sound, tmp_path, survived, caplog
+):
+    output = tmp_path / "out"
+    with pytest.raises(RankError, match="died"):
+        run_distributed(die_between_tensors, 1, sound, output, survived)
+    (left,) = tmp_path.iterdir()
+    assert (left / "model.safetensors").is_file(), "it died while it was writing"
+    assert left.name.startswith(".out.tmp-"), "nothing takes it for a model"
+    other = tmp_path / left.name.replace(".out.", ".other.")
+    other.mkdir()
+    export_checkpoint(sound, output)
+    assert set(tmp_path.iterdir()) == {output, other}, "it removes its own left-overs alone"
+    assert f"removing {left}" in caplog.text

@@ -1,0 +1,110 @@
+"""`verify --against` agrees with an export, and notices one that is not the run's."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
+
+from megatron_dattn.conversion.export_hf import export_checkpoint
+from tests.support.run_folders import make_run_folder
+from tests.unit.conversion.hf_models import save_language, save_vision
+from tools.convert_checkpoint import main
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs and exports of a model with code of its own and of a LLaVA, and two pictures."""
+    base = tmp_path_factory.mktemp("verify")
+    save_vision(base / "vision")
+    save_language(base / "language")
+    make_run_folder(base, base / "dattn", "dattn")
+    make_run_folder(base, base / "llava", "s_attn", input_norm=False)
+    for name in ("dattn", "llava"):
+        export_checkpoint(base / name, base / f"{name}-hf")
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 28, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(base / f"{number}.png")
+    return base
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies a folder's code before it runs it: not into the user's home."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)  # it knows where an earlier test's copies were
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def verify(base: Path, run: str, exported: Path | str, *more: str) -> int:
+    return main(["verify", str(base / run), "--against", str(base / exported), *more])
+
+
+@pytest.mark.parametrize("name", ["dattn", "llava"])
+def test_random_texts_with_no_one_and_several_images_agree(base, name, capsys):
+    assert verify(base, name, f"{name}-hf") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0].removeprefix("logits of a random text ") for line in lines] == [
+        "with no image",
+        "with one image",
+        "with 3 images",
+    ]
+    assert all(line.endswith(f"over {48 * 64} values: agree") for line in lines)
+
+
+@pytest.mark.parametrize("images", [[], ["0.png"], ["0.png", "1.png"]])
+@pytest.mark.parametrize("name", ["dattn", "llava"])
+def test_a_question_about_files_agrees(base, name, images, capsys):
+    files = ["--image", *(str(base / image) for image in images)] if images else []
+    assert verify(base, name, f"{name}-hf", "--question", "what is this?", *files) == 0
+    assert capsys.readouterr().out.count(": agree") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "differing"),
+    [
+        ("dattn", "model.language_model.layers.0.mlp.up_proj.weight", 3),
+        ("dattn", "model.vision_tower.encoder.layers.0.mlp.fc1.weight", 2),  # where images are
+        ("llava", "model.multi_modal_projector.linear_2.weight", 2),
+    ],
+)
+def test_one_changed_tensor_is_noticed(base, tmp_path, name, weight, differing, capsys):
+    changed = Path(shutil.copytree(base / f"{name}-hf", tmp_path / "changed"))
+    tensors = load_file(changed / "model.safetensors")
+    tensors[weight] *= 1.5
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    assert verify(base, name, changed) == 1
+    assert capsys.readouterr().out.count("DIFFER by more than 0.0001") == differing
+
+
+def test_what_does_not_fit_is_one_line(base, tmp_path, capsys):
+    other = Path(shutil.copytree(base / "dattn-hf", tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 80
+    (other / "config.json").write_text(json.dumps(config))
+    for run, exported, more, message in (
+        ("dattn", "llava-hf", [], 'of type "llava", the run\'s export is of type "dattn"'),
+        ("dattn", "vision/nothing", [], "config.json is missing"),
+        ("dattn", other, [], "vocabulary of 80, the run one of 64"),
+        ("nothing", "dattn-hf", [], "holds no config.yaml"),
+        ("dattn", "dattn-hf", ["--tokens", "3"], "no --vision, --language, --tokens"),
+        ("dattn", "dattn-hf", ["--image", "x.png"], "give one"),
+        ("dattn", "dattn-hf", ["--question", "what?", "--image", "x.png"], "x.png"),
+    ):
+        assert verify(base, run, exported, *more) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert message in error
+    assert main(["verify", str(base / "dattn"), "--question", "what?"]) == 2
+    assert "are for --against" in capsys.readouterr().err
+
+
+def test_bf16_agrees_coarsely(base, capsys):
+    assert verify(base, "dattn", "dattn-hf", "--dtype", "bf16") == 0
+    assert capsys.readouterr().out.count(": agree") == 3
