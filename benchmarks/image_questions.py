@@ -95,6 +95,7 @@ class ExportedModel:
             min_new_tokens=tokens,
             do_sample=False,
             pad_token_id=0,
+            suppress_tokens=[_IMAGE_TOKEN],
             **self._images(kept),
         )
         return said[0, prompt.shape[1] :].tolist()
@@ -178,13 +179,16 @@ def random_export(model: ModelConfig) -> Any:
 
 
 def random_loaded(model: ModelConfig) -> LoadedModel:
-    """Random fp32 weights in the engine, and no tokenizer: answers end at their limit."""
+    """Random fp32 weights in the engine, and no end token: answers end at their limit."""
     built = build_model(
         model, ParallelConfig(), ExecutionConfig(precision="fp32", transformer_impl="local")
     )
-    nothing = cast(Any, SimpleNamespace(eos_token_id=-1, template=""))
+    tokenizer: Any = SimpleNamespace(
+        eos_token_id=-1, convert_tokens_to_ids=lambda token: _IMAGE_TOKEN
+    )
+    conversations: Any = SimpleNamespace(template="mistral_v3")
     preprocessor = ImagePreprocessor(model.vision.image_size)
-    return LoadedModel(nothing, nothing, preprocessor, nothing, built.eval())
+    return LoadedModel(tokenizer, conversations, preprocessor, cast(Any, None), built.eval())
 
 
 def _describe(name: str, rows: int, device: torch.device, dtype: torch.dtype) -> str:

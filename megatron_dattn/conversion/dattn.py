@@ -6,8 +6,9 @@ longer in `attention/presets.py` is therefore refused.
 
 from typing import Any
 
-from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual, VisualRows
+from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual
 from megatron_dattn.conversion.families import language_family, vision_family
+from megatron_dattn.conversion.hf_config import VISUAL_ROWS
 from megatron_dattn.conversion.hf_names import export_rules
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.errors import CheckpointError, ConfigError
@@ -57,7 +58,6 @@ def model_config(config: dict[str, Any], attention: str | None = None) -> ModelC
 
 def _preset(exported: Any) -> str:
     """The name of the preset with an export's axes; what no export has is as it is by default."""
-    source = exported.visual_source
     axes = AttentionConfig(
         v2v=exported.v2v,
         t2v=TextToVisual(scope=exported.t2v_scope, rotary=exported.t2v_rotary),
@@ -67,8 +67,7 @@ def _preset(exported: Any) -> str:
             embedding=exported.visual_embedding,
         ),
         merge=exported.merge,
-        # Rows without a state pass no FFN.
-        visual=VisualRows(source=source, ffn=float(source == VisualRows().source)),
+        visual=VISUAL_ROWS[exported.visual_source],
     )
     for name, preset in PRESETS.items():
         if preset == axes:

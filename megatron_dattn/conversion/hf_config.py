@@ -8,12 +8,10 @@ from transformers import GenerationConfig, LlavaConfig
 from megatron_dattn.attention import AttentionConfig, VisualRows, get_preset
 from megatron_dattn.conversion.families import LANGUAGE, VISION
 from megatron_dattn.conversion.hf_names import has_input_norm
+from megatron_dattn.conversion.llava import SELECT_STRATEGIES
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
-
-# Which rows of its encoder are a LLaVA's features: all, or all but the first, a class token.
-SELECT_STRATEGIES = {"siglip": "full", "clip": "default"}
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dattn.DAttnConfig",

@@ -24,8 +24,8 @@ from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelCon
 MODEL_TYPE = "llava"
 # What LLaVA's sections are where they do not say it.
 _VISION_TYPE, _TEXT_TYPE = "clip_vision_model", "llama"
-# Which rows of the encoder are features. To drop the first one is right if it is a class token.
-_STRATEGIES = {"clip": "default", "siglip": "full"}
+# Which rows of the encoder are features: all, or all but the first, a class token.
+SELECT_STRATEGIES = {"clip": "default", "siglip": "full"}
 
 
 def model_config(config: dict[str, Any], attention: str = "s_attn") -> ModelConfig:
@@ -65,10 +65,10 @@ def _vision_config(config: dict[str, Any]) -> VisionConfig:
     # Hidden state 0 is what enters the first layer.
     vision = family.vision_config(section, layer if layer < 0 else layer - num_layers - 1)
     strategy = config.get("vision_feature_select_strategy", "default")
-    if strategy != _STRATEGIES[vision.family]:
+    if strategy != SELECT_STRATEGIES[vision.family]:
         raise CheckpointError(
             f"vision_feature_select_strategy '{strategy}' is not supported with "
-            f"{section['model_type']}, only '{_STRATEGIES[vision.family]}'"
+            f"{section['model_type']}, only '{SELECT_STRATEGIES[vision.family]}'"
         )
     return vision
 

@@ -182,6 +182,8 @@ def stored(run):
         ("dattn_tanh", {"max_grid": 5}),
         ("vidi", {"hidden_size": 24, "input_norm": False}),
         ("ee_mllm", {}),
+        ("dattn_cascade", {}),
+        ("saisa", {}),
         ("s_attn", {"input_norm": False}),
     ],
 )
@@ -210,6 +212,20 @@ def test_an_export_comes_back_bitwise(base, tmp_path, preset, adapter, caplog):
     assert "initial values" not in caplog.text
     assert loaded.preprocessor == load_assets(run, original).preprocessor
     assert loaded.tokenizer.get_vocab()["<image>"] == IMAGE_ID
+
+
+@pytest.mark.parametrize(("language", "vision"), [("gemma2", "clip"), ("llama", "siglip")])
+def test_exports_of_other_families_come_back_bitwise(tmp_path, language, vision):
+    save_vision(tmp_path / "vision", family=vision)
+    save_language(tmp_path / "language", family=language)
+    make_run_folder(tmp_path, tmp_path / "run", "dattn")
+    export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    config = import_whole_model(tmp_path / "hf", tmp_path / "again", dtype="fp32")
+    assert (config.language.family, config.vision.family) == (language, vision)
+    assert config == find_run(tmp_path / "run")[1].model
+    before, after = stored(tmp_path / "run"), stored(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_an_export_keeps_its_preset(base, tmp_path):

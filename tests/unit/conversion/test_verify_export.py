@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_one_line(base, tmp_path, capsys):
         ("dattn", "vision/nothing", [], "config.json is missing"),
         ("dattn", other, [], "vocabulary of 80, the run one of 64"),
         ("nothing", "dattn-hf", [], "holds no config.yaml"),
-        ("dattn", "dattn-hf", ["--tokens", "3"], "no --vision, --language, --tokens"),
+        ("dattn", "dattn-hf", ["--tokens", "3"], "no --vision, --language, --model, --tokens"),
         ("dattn", "dattn-hf", ["--image", "x.png"], "give one"),
         ("dattn", "dattn-hf", ["--question", "what?", "--image", "x.png"], "x.png"),
     ):
