@@ -29,7 +29,7 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 messages = [{"role": "user", "content": [
     {"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is this?"}]}]
 inputs = processor.apply_chat_template(
-    messages, tokenize=True, return_dict=True, return_tensors="pt")
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
