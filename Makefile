@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make demo                    train and evaluate a small model here (about 10 minutes)"
 	@echo "make demo ATTENTION=s_attn   the same with conventional causal attention"
-	@echo "make test                    the test suite (about 5 minutes on two cores)"
+	@echo "make test                    the test suite (about 10 minutes on two cores)"
 	@echo "make lint                    ruff and mypy"
 
 # torch first: a range in another package would otherwise pull a build for another machine.
