@@ -26,7 +26,7 @@ from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
 if TYPE_CHECKING:
-    from megatron_dattn.conversion.verify import Comparison
+    from megatron_dattn.conversion.compared_model import Comparison
 
 # The package is imported inside the commands: --help should not wait for torch and megatron-core.
 
@@ -140,9 +140,14 @@ def run_verify(options: argparse.Namespace) -> int:
         within = comparison.largest <= tolerance  # false for NaN too
         agree &= within
         verdict = "agree" if within else f"DIFFER by more than {tolerance:g}"
+        rounded = ""
+        if comparison.rounded_to is not None:
+            rounded = (
+                f", Hugging Face's weights rounded to {comparison.rounded_to} as the checkpoint's"
+            )
         print(
             f"{comparison.what}: largest relative difference {comparison.largest:.2e} over "
-            f"{comparison.num_values} values: {verdict}"
+            f"{comparison.num_values} values{rounded}: {verdict}"
         )
     return 0 if agree else EXIT_DIFFERENT
 
