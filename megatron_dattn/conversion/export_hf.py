@@ -11,7 +11,6 @@ import logging
 import shutil
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 
 import torch
@@ -124,9 +123,9 @@ def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[P
     misshapen = [
         f"{rule.megatron} {list(stored[rule.megatron].shape)}"
         for rule in rules
-        if rule.megatron in stored and _num_elements(rule) != prod(stored[rule.megatron].shape)
+        if rule.megatron in stored and stored[rule.megatron].shape != _parameter_shape(rule)
     ]
-    problems = {"missing": missing, "unknown": unknown, "of another size": misshapen}
+    problems = {"missing": missing, "unknown": unknown, "of another shape": misshapen}
     if any(problems.values()):
         raise CheckpointError(
             "the checkpoint does not fit its config.yaml: "
@@ -140,10 +139,10 @@ def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[P
     return planned + (_unread_norm(config, planned[0].dtype) if is_llava(config) else [])
 
 
-def _num_elements(rule: Rule) -> int:
+def _parameter_shape(rule: Rule) -> tuple[int, ...]:
     """Of the Megatron parameter, padding included."""
     parts = [torch.empty(shape, device="meta") for shape in rule.sources.values()]
-    return rule.layout.join(parts).numel()
+    return tuple(rule.layout.join(parts).shape)
 
 
 def _pieces(rule: Rule, tensor: StoredTensor) -> dict[str, Tensor]:

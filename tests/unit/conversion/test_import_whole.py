@@ -163,6 +163,18 @@ def test_another_preset_starts_from_llava_s_weights(llava, tmp_path, caplog):
     assert all(name in warning for name in positions + gates)
 
 
+def test_an_import_from_elsewhere_may_be_run_with_any_preset_but_as_no_other_model(llava, tmp_path):
+    run = shutil.copytree(llava[2], tmp_path / "run")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["attention"] = "dattn"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert find_run(run)[1].model.attention == "dattn"
+    settings["model"]["language"]["rope_theta"] = 77.0
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=r"rope_theta: this run has 77\.0, the checkpoint 1000\.0"):
+        find_run(run)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("exports")
