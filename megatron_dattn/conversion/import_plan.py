@@ -130,17 +130,16 @@ def _check_tokenizer(origin: Origin) -> TemplateName:
     """Try on a copy whether the tokenizer can be used with this model, and with which template."""
     language = origin.model.language
     with tempfile.TemporaryDirectory() as trial:
-        image_id = copy_tokenizer(origin.tokenizer, Path(trial), vocab_size=language.vocab_size)
-        if origin.image_token_id not in (None, image_id):
-            raise CheckpointError(
-                f"{origin.tokenizer}: config.json says that <image> has id "
-                f"{origin.image_token_id}, in the tokenizer it is {image_id}; they belong to "
-                "different models"
-            )
         try:
+            image_id = copy_tokenizer(origin.tokenizer, Path(trial), vocab_size=language.vocab_size)
             tokenizer = load_tokenizer(trial, template="plain", vocab_size=language.vocab_size)
-        except ConfigError as error:
+        except (CheckpointError, ConfigError) as error:
             raise CheckpointError(str(error).replace(trial, str(origin.tokenizer))) from error
+    if origin.image_token_id not in (None, image_id):
+        raise CheckpointError(
+            f"{origin.tokenizer}: config.json says that <image> has id {origin.image_token_id}, in "
+            f"the tokenizer it is {image_id}; they belong to different models"
+        )
     return spoken_template(origin.tokenizer, tokenizer, language.family)
 
 
