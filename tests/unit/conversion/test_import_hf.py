@@ -120,6 +120,12 @@ def set_tensor(folder, name, value):
     save_file({**tensors, name: value}, folder / "model.safetensors")
 
 
+def index_all(folder, file):
+    names = load_file(folder / file)
+    index = {"weight_map": dict.fromkeys(names, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -152,6 +158,22 @@ def add_token(folder):
         (lambda v, m: truncate(m / "model.safetensors"), r"model\.safetensors is damaged"),
         (lambda v, m: add_token(m), r"language' has ids up to 100.* vocab_size is 64"),
         (lambda v, m: (m / "tokenizer.json").unlink(), r"no tokenizer\.json"),
+        (
+            lambda v, m: truncate(m / "tokenizer.json"),
+            r"language/tokenizer\.json is not valid JSON",
+        ),
+        (lambda v, m: truncate(m / "tokenizer_config.json"), r"language/tokenizer_config\.json is"),
+        (
+            lambda v, m: (m / "tokenizer.json").write_text("{}"),
+            r"language/tokenizer\.json holds no tokenizer: Model missing",
+        ),
+        (
+            lambda v, m: (
+                shutil.copyfile(m / "model.safetensors", m / "other.safetensors")
+                and index_all(m, "other.safetensors")
+            ),
+            r"model\.safetensors and .*model\.safetensors\.index\.json are both there",
+        ),
         (lambda v, m: (v / "preprocessor_config.json").unlink(), "preprocessor_config"),
         (
             lambda v, m: edit_config(v, "preprocessor_config.json", size={"height": 9, "width": 9}),
@@ -169,6 +191,30 @@ def test_wrong_input_is_one_error_and_leaves_nothing(folders, tmp_path, damage, 
     with pytest.raises(UserError, match=message):
         import_checkpoint(vision, language, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_a_tied_head_that_is_stored_again_must_be_the_embedding(folders, tmp_path, family):
+    language = tmp_path / "language"
+    save_language(language, family=family, tie_word_embeddings=True)
+    embedding = load_file(language / "model.safetensors")["model.embed_tokens.weight"]
+    for number, (head, message) in enumerate(
+        [
+            (embedding.clone(), None),
+            (embedding + torch.eye(*embedding.shape)[[*range(1, 64), 0]], "different values"),
+            (embedding[:-1].clone(), "different values"),
+            (embedding.to(torch.float16), "different values"),
+        ]
+    ):
+        set_tensor(language, "lm_head.weight", head)
+        output = tmp_path / f"out-{number}"
+        if message is None:
+            config = import_checkpoint(folders[0], language, output)
+            assert config.language.tie_word_embeddings
+            continue
+        with pytest.raises(CheckpointError, match=message):
+            import_checkpoint(folders[0], language, output)
+        assert not output.exists()
 
 
 def test_a_full_disk_is_found_before_anything_is_written(folders, tmp_path, monkeypatch):

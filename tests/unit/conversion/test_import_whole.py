@@ -240,6 +240,22 @@ def test_exports_of_other_families_come_back_bitwise(tmp_path, language, vision)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_tied_model_that_stores_its_head_again_comes_in(tmp_path):
+    base = tmp_path
+    save_vision(base / "vision")
+    save_language(base / "language", tie_word_embeddings=True)
+    make_run_folder(base, base / "run", "dattn")
+    export_checkpoint(base / "run", base / "hf")
+    tensors = load_file(base / "hf" / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    head = tensors["model.language_model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, base / "hf" / "model.safetensors")
+    plan_whole_import(base / "hf", base / "out")
+    save_file({**tensors, "lm_head.weight": -head}, base / "hf" / "model.safetensors")
+    with pytest.raises(UserError, match="with different values"):
+        plan_whole_import(base / "hf", base / "out")
+
+
 def test_an_export_keeps_its_preset(base, tmp_path):
     make_run_folder(base, tmp_path / "run", "dattn")
     export_checkpoint(tmp_path / "run", tmp_path / "hf")
