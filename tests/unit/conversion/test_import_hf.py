@@ -245,11 +245,60 @@ def die_between_tensors(vision: Path, language: Path, output: Path, survived: in
 
 
 @pytest.mark.parametrize("survived", [0, 17])
-def test_a_killed_import_leaves_no_checkpoint(folders, tmp_path, survived):
+def test_a_killed_import_leaves_no_run_folder_and_the_next_one_clears_up(
+    folders, tmp_path, survived, caplog
+):
     output = tmp_path / "out"
     with pytest.raises(RankError, match="died"):
         run_distributed(die_between_tensors, 1, *folders, output, survived)
-    assert list(output.glob("step-*/__0_0.distcp")), "it died while it was writing"
+    (left,) = tmp_path.iterdir()
+    assert list(left.glob("step-*/__0_0.distcp")), "it died while it was writing"
+    assert left.name.startswith(".out.tmp-"), "nothing takes it for a run folder"
     assert find_checkpoint(output) is None
+    other = tmp_path / left.name.replace(".out.", ".other.")
+    other.mkdir()
+    import_checkpoint(*folders, output)
+    assert find_checkpoint(output).step == 0
+    assert set(tmp_path.iterdir()) == {output, other}, "it removes its own left-overs alone"
+    assert f"removing {left}" in caplog.text
+
+
+def test_an_output_that_was_taken_since_the_plan_is_left_alone(folders, tmp_path):
+    plan = plan_import(*folders, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs").write_text("theirs")
     with pytest.raises(CheckpointError, match="not empty"):
-        import_checkpoint(*folders, output)
+        write_import(plan)
+    assert (tmp_path / "out" / "theirs").read_text() == "theirs"
+
+
+def test_an_output_that_is_taken_meanwhile_is_left_alone(folders, tmp_path):
+    plan = plan_import(*folders, tmp_path / "out")
+
+    def take(num_bytes: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").write_text("theirs")
+
+    with pytest.raises(CheckpointError, match=r"out cannot be written"):
+        write_import(plan, take)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(folders, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"out cannot be written: .*file"):
+        import_checkpoint(*folders, tmp_path / "file" / "out")
+
+
+def test_a_run_folder_remembers_absolute_paths(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders[0].parent)
+    output = Path(os.path.relpath(tmp_path / "out"))
+    import_checkpoint(Path("vision"), Path("language"), output)
+    monkeypatch.chdir(tmp_path)
+    manifest = find_checkpoint(tmp_path / "out").manifest
+    assert manifest.facts["sources"] == {
+        "vision_model": str(folders[0].resolve()),
+        "language_model": str(folders[1].resolve()),
+    }
+    settings = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert settings["data"]["tokenizer"] == str((tmp_path / "out" / "tokenizer").resolve())
