@@ -18,6 +18,7 @@ Each command has its own --help.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,8 +94,8 @@ def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run_export(options: argparse.Namespace) -> int:
     from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
 
-    if not options.max_shard_gb > 0:
-        raise ConfigError(f"--max-shard-gb must be positive, got {options.max_shard_gb}")
+    if not (options.max_shard_gb > 0 and math.isfinite(options.max_shard_gb)):
+        raise ConfigError(f"--max-shard-gb must be positive and finite, got {options.max_shard_gb}")
     largest = int(options.max_shard_gb * 10**9)
     export_checkpoint(options.checkpoint, options.output, ExportOptions(largest, options.license))
     return 0

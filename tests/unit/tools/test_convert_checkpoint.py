@@ -196,3 +196,19 @@ def test_import_takes_exactly_one_of_its_two_ways(inputs, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "either --vision and --language, or --model alone" in error
     assert error.count("\n") == 1
+
+
+def test_export_refuses_a_folder_without_a_name_of_its_own(
+    converted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for output in (".", str(tmp_path)):
+        assert main(["export", "--checkpoint", str(converted), "--output", output]) == 2
+        assert "is the working directory; name a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])
+def test_export_needs_a_finite_shard_size(converted, tmp_path, size, capsys):
+    arguments = ["export", "--checkpoint", str(converted), "--output", str(tmp_path / "out")]
+    assert main([*arguments, f"--max-shard-gb={size}"]) == 2
+    assert "--max-shard-gb must be positive and finite" in capsys.readouterr().err
