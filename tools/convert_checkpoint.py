@@ -18,6 +18,7 @@ Each command has its own --help.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
 if TYPE_CHECKING:
-    from megatron_dattn.conversion.verify import Comparison
+    from megatron_dattn.conversion.compared_model import Comparison
 
 # The package is imported inside the commands: --help should not wait for torch and megatron-core.
 
@@ -93,8 +94,8 @@ def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run_export(options: argparse.Namespace) -> int:
     from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
 
-    if not options.max_shard_gb > 0:
-        raise ConfigError(f"--max-shard-gb must be positive, got {options.max_shard_gb}")
+    if not (options.max_shard_gb > 0 and math.isfinite(options.max_shard_gb)):
+        raise ConfigError(f"--max-shard-gb must be positive and finite, got {options.max_shard_gb}")
     largest = int(options.max_shard_gb * 10**9)
     export_checkpoint(options.checkpoint, options.output, ExportOptions(largest, options.license))
     return 0
@@ -140,9 +141,14 @@ def run_verify(options: argparse.Namespace) -> int:
         within = comparison.largest <= tolerance  # false for NaN too
         agree &= within
         verdict = "agree" if within else f"DIFFER by more than {tolerance:g}"
+        rounded = ""
+        if comparison.rounded_to is not None:
+            rounded = (
+                f", Hugging Face's weights rounded to {comparison.rounded_to} as the checkpoint's"
+            )
         print(
             f"{comparison.what}: largest relative difference {comparison.largest:.2e} over "
-            f"{comparison.num_values} values: {verdict}"
+            f"{comparison.num_values} values{rounded}: {verdict}"
         )
     return 0 if agree else EXIT_DIFFERENT
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megatron_dattn.data.templates import TEMPLATES
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
 
@@ -34,8 +34,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(given: list[str] | None = None) -> int:
+    arguments = parse_arguments(given)
     setup_logging(stream=sys.stderr)
     silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
@@ -43,6 +43,10 @@ def main() -> int:
     from megatron_dattn.runtime.distributed import destroy_distributed
 
     try:
+        if arguments.max_new_tokens < 1:
+            raise ConfigError(
+                f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}"
+            )
         loaded = load_model(arguments.checkpoint, template=arguments.template)
         questions = arguments.question or [""]
         prompts = [Prompt.from_question(loaded, ask, arguments.image) for ask in questions]
@@ -53,7 +57,7 @@ def main() -> int:
             lines += decode(loaded, [said])
             if arguments.alpha:
                 lines += ["", *look(loaded, prompt, said).table()]
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     finally:

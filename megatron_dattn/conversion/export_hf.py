@@ -11,14 +11,12 @@ import logging
 import shutil
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_dattn import hf
-from megatron_dattn.checkpoint import files
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.hf_config import (
     check_exportable,
@@ -29,6 +27,7 @@ from megatron_dattn.conversion.hf_config import (
 from megatron_dattn.conversion.hf_names import export_rules
 from megatron_dattn.conversion.hf_processor import write_processor, write_tokenizer
 from megatron_dattn.conversion.model_card import model_card
+from megatron_dattn.conversion.output_folder import check_output, check_room, new_folder
 from megatron_dattn.conversion.safetensors_writer import PlannedTensors, write_shards
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.conversation import IMAGE_TOKEN
@@ -61,55 +60,18 @@ def export_checkpoint(run_folder: Path, output: Path, options: ExportOptions | N
         CheckpointError: there is no checkpoint, the output exists, or the disk has no room.
         ConfigError: the model cannot be expressed, or the run folder's tokenizer does not fit.
     """
-    check_output(output)
+    output = check_output(output)
     found, config = find_run(run_folder)
     check_exportable(config.model)
     assets = load_assets(run_folder, config)
     planned = plan_tensors(open_tensors(found.path), config.model)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(output)
-    _check_room(output, sum(part.num_bytes for part in planned))
+    check_room(output, sum(part.num_bytes for part in planned) + _SMALL_FILES_BYTES, "export")
     options = options or ExportOptions()
-    temporary = output.with_name(files.temporary_name(f".{output.name}"))
-    temporary.mkdir()
-    try:
+    with new_folder(output) as folder:
         dtype = planned[0].dtype
-        _write_small_files(assets, dtype, run_folder, temporary, found.manifest.facts, options)
-        write_shards(temporary, planned, options.max_shard_bytes)
-        files.sync_folder(temporary)
-        temporary.rename(output)
-        files.sync_folder(output.parent)
-    except OSError as error:
-        raise CheckpointError(f"{output} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _write_small_files(assets, dtype, run_folder, folder, found.manifest.facts, options)
+        write_shards(folder, planned, options.max_shard_bytes)
     logger.info("exported to %s", output)
-
-
-def check_output(output: Path) -> None:
-    """Raise CheckpointError unless the output is a new or an empty folder."""
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output} is a file; export into a new folder")
-    if output.exists() and any(output.iterdir()):
-        raise CheckpointError(f"{output} is not empty; export into a new folder")
-
-
-def _remove_abandoned(output: Path) -> None:
-    """Remove what a killed export into the same folder left."""
-    for entry in sorted(output.parent.iterdir()):
-        if entry.name.startswith(f".{output.name}.tmp-") and files.is_abandoned(entry):
-            logger.warning("removing %s, left behind by an export that did not finish", entry)
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _check_room(output: Path, num_bytes: int) -> None:
-    needed = num_bytes + _SMALL_FILES_BYTES
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise CheckpointError(
-            f"{output.parent} has {free / 2**30:.1f} GiB free, the export needs "
-            f"{needed / 2**30:.1f} GiB; make room or export elsewhere"
-        )
 
 
 def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[PlannedTensors]:
@@ -124,9 +86,9 @@ def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[P
     misshapen = [
         f"{rule.megatron} {list(stored[rule.megatron].shape)}"
         for rule in rules
-        if rule.megatron in stored and _num_elements(rule) != prod(stored[rule.megatron].shape)
+        if rule.megatron in stored and stored[rule.megatron].shape != _parameter_shape(rule)
     ]
-    problems = {"missing": missing, "unknown": unknown, "of another size": misshapen}
+    problems = {"missing": missing, "unknown": unknown, "of another shape": misshapen}
     if any(problems.values()):
         raise CheckpointError(
             "the checkpoint does not fit its config.yaml: "
@@ -140,10 +102,10 @@ def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[P
     return planned + (_unread_norm(config, planned[0].dtype) if is_llava(config) else [])
 
 
-def _num_elements(rule: Rule) -> int:
+def _parameter_shape(rule: Rule) -> tuple[int, ...]:
     """Of the Megatron parameter, padding included."""
     parts = [torch.empty(shape, device="meta") for shape in rule.sources.values()]
-    return rule.layout.join(parts).numel()
+    return tuple(rule.layout.join(parts).shape)
 
 
 def _pieces(rule: Rule, tensor: StoredTensor) -> dict[str, Tensor]:

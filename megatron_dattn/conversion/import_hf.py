@@ -3,8 +3,8 @@
 A stage starts from it. The result is a run folder like any other: `config.yaml` with the model
 section, `tokenizer/`, and a committed checkpoint of step 0. Made of two folders it holds no
 adapter, and unless it was an export of ours, nothing of what the attention preset adds: training
-begins with initial values there. The checkpoint is committed last, so an interrupted conversion
-leaves none. Parameters are read, converted and written one by one: memory does not grow with the
+begins with initial values there. The folder gets its name last, so an interrupted conversion leaves
+none. Parameters are read, converted and written one by one: memory does not grow with the
 number of layers.
 """
 
@@ -27,6 +27,7 @@ from megatron_dattn.conversion.import_plan import (
     processor_files,
 )
 from megatron_dattn.conversion.origin import Source
+from megatron_dattn.conversion.output_folder import new_folder
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.tokenizer import tokenizer_sha256
@@ -94,32 +95,30 @@ def write_import(plan: ImportPlan, written: Callable[[int], object] | None = Non
         written: is told the bytes of each parameter that has been converted.
 
     Raises:
-        CheckpointError: the output cannot be written; it is removed then.
+        CheckpointError: the output cannot be written, or is no longer free; nothing is left then.
     """
-    try:
-        _write_assets(plan)
-        _write_weights(plan, written or (lambda num_bytes: None))
-    except BaseException:
-        shutil.rmtree(plan.output, ignore_errors=True)
-        raise
+    with new_folder(plan.output) as folder:
+        _write_assets(plan, folder)
+        _write_weights(plan, folder, written or (lambda num_bytes: None))
+    logger.info("imported to %s", plan.output)
 
 
-def _write_assets(plan: ImportPlan) -> None:
+def _write_assets(plan: ImportPlan, folder: Path) -> None:
     """Everything of the run folder but the checkpoint."""
-    origin, tokenizer = plan.origin, plan.output / "tokenizer"
+    origin, tokenizer = plan.origin, folder / "tokenizer"
     vocab_size = origin.model.language.vocab_size
     image_id = copy_tokenizer(origin.tokenizer, tokenizer, vocab_size=vocab_size)
     for processor in processor_files(origin.image_processor):
         shutil.copyfile(processor, tokenizer / processor.name)
-    data = {"tokenizer": str(tokenizer.resolve()), "template": plan.template}
+    data = {"tokenizer": str(plan.output / tokenizer.name), "template": plan.template}
     if origin.image_fit is not None:
         data["image_fit"] = origin.image_fit
     config = {"model": dataclasses.asdict(origin.model), "data": data}
-    (plan.output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     logger.info("token <image> has id %d; conversations are written as %s", image_id, plan.template)
 
 
-def _write_weights(plan: ImportPlan, written: Callable[[int], object]) -> None:
+def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], object]) -> None:
     rules = {
         f"{s.module}.{rule.megatron}": (s, rule) for s in plan.origin.sources for rule in s.rules
     }
@@ -135,10 +134,10 @@ def _write_weights(plan: ImportPlan, written: Callable[[int], object]) -> None:
 
     with one_process():
         save_checkpoint(
-            plan.output,
+            folder,
             0,
             dict(plan.shards),
-            facts=_facts(plan),
+            facts=_facts(plan, folder),
             values=ParameterValues(plan.shards, load),
         )
 
@@ -149,13 +148,13 @@ def _convert(source: Source, rule: Rule, target: Tensor) -> Tensor:
     return whole.to(target.dtype).reshape(target.shape)
 
 
-def _facts(plan: ImportPlan) -> dict[str, Any]:
+def _facts(plan: ImportPlan, folder: Path) -> dict[str, Any]:
     return {
         "model": dataclasses.asdict(plan.origin.model),
         "modules": [source.module for source in plan.origin.sources],
         "has_added": plan.origin.has_added,
-        "tokenizer": tokenizer_sha256(str(plan.output / "tokenizer")),
+        "tokenizer": tokenizer_sha256(str(folder / "tokenizer")),
         "stage": STAGE,
         "step": 0,
-        "sources": {name: str(folder) for name, folder in plan.origin.folders.items()},
+        "sources": {name: str(source.resolve()) for name, source in plan.origin.folders.items()},
     }

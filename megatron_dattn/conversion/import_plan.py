@@ -5,7 +5,6 @@ image processor are tried, and the model is built on the meta device, where it h
 memory. What comes back is what the import will do; what is refused leaves no trace.
 """
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_dattn.conversion.origin import Origin, parts_origin
+from megatron_dattn.conversion.output_folder import check_output, check_room
 from megatron_dattn.conversion.spoken_template import spoken_template
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.whole_models import whole_origin
@@ -37,6 +37,7 @@ class ImportPlan:
 
     origin: Origin
     output: Path
+    """Absolute."""
     dtype: str
     template: TemplateName
     """In which the run folder's model is asked, unless the user says otherwise."""
@@ -84,7 +85,7 @@ def plan_import(
             disk is too small.
         ConfigError: sizes or a preset that do not fit each other.
     """
-    _check_output(output)
+    output = check_output(output)
     return _plan(parts_origin(vision, language, attention), output, dtype)
 
 
@@ -92,7 +93,7 @@ def plan_whole_import(
     folder: Path, output: Path, *, attention: str | None = None, dtype: str = "bf16"
 ) -> ImportPlan:
     """The same for one folder; the arguments are those of `import_whole_model`."""
-    _check_output(output)
+    output = check_output(output)
     return _plan(whole_origin(folder, attention), output, dtype)
 
 
@@ -102,7 +103,7 @@ def _plan(origin: Origin, output: Path, dtype: str) -> ImportPlan:
     read_image_settings(origin.image_processor, origin.model.vision.image_size)
     shards, initial = _shards(origin, dtype)
     plan = ImportPlan(origin, output, dtype, template, shards, initial)
-    _check_space(plan)
+    check_room(output, plan.num_bytes, "checkpoint")
     return plan
 
 
@@ -116,31 +117,20 @@ def processor_files(folder: Path) -> list[Path]:
     return found
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output} is a file; convert into a new folder")
-    if output.exists() and any(output.iterdir()):
-        raise CheckpointError(
-            f"{output} is not empty; convert into a new folder, or delete this one if it was left "
-            "by a conversion that was interrupted"
-        )
-
-
 def _check_tokenizer(origin: Origin) -> TemplateName:
     """Try on a copy whether the tokenizer can be used with this model, and with which template."""
     language = origin.model.language
     with tempfile.TemporaryDirectory() as trial:
-        image_id = copy_tokenizer(origin.tokenizer, Path(trial), vocab_size=language.vocab_size)
-        if origin.image_token_id not in (None, image_id):
-            raise CheckpointError(
-                f"{origin.tokenizer}: config.json says that <image> has id "
-                f"{origin.image_token_id}, in the tokenizer it is {image_id}; they belong to "
-                "different models"
-            )
         try:
+            image_id = copy_tokenizer(origin.tokenizer, Path(trial), vocab_size=language.vocab_size)
             tokenizer = load_tokenizer(trial, template="plain", vocab_size=language.vocab_size)
-        except ConfigError as error:
+        except (CheckpointError, ConfigError) as error:
             raise CheckpointError(str(error).replace(trial, str(origin.tokenizer))) from error
+    if origin.image_token_id not in (None, image_id):
+        raise CheckpointError(
+            f"{origin.tokenizer}: config.json says that <image> has id {origin.image_token_id}, in "
+            f"the tokenizer it is {image_id}; they belong to different models"
+        )
     return spoken_template(origin.tokenizer, tokenizer, language.family)
 
 
@@ -165,15 +155,3 @@ def _parameters(model_config: ModelConfig, dtype: str) -> Shards:
         sharded: dict[str, Any] = model.sharded_state_dict()
     kinds = ShardedTensor | ShardedTensorFactory
     return {name: shard for name, shard in sharded.items() if isinstance(shard, kinds)}
-
-
-def _check_space(plan: ImportPlan) -> None:
-    place = plan.output.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < plan.num_bytes:
-        raise CheckpointError(
-            f"disk full: the checkpoint needs {plan.num_bytes / 2**30:.2f} GiB, {place} has "
-            f"{free / 2**30:.2f} GiB; make room or choose another folder"
-        )

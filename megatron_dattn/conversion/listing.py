@@ -9,12 +9,18 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import torch
+
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.checkpoint.tensors import open_tensors
-from megatron_dattn.conversion.safetensors_reader import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
+from megatron_dattn.conversion.safetensors_reader import (
+    DTYPE_NAMES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    SafetensorsFolder,
+)
 from megatron_dattn.errors import CheckpointError
 
-_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _OUTER_NAMES = ("model", "vision_model")
 
@@ -48,14 +54,13 @@ def list_tensors(folder: Path) -> list[Entry]:
             f"{folder} holds neither safetensors nor a checkpoint of this program"
         )
     return [
-        Entry(tensor.name, _dtype_name(str(tensor.dtype)), tensor.shape)
+        Entry(tensor.name, _dtype_name(tensor.dtype), tensor.shape)
         for tensor in open_tensors(found.path).values()
     ]
 
 
-def _dtype_name(dtype: str) -> str:
-    bare = dtype.removeprefix("torch.")
-    return _SAFETENSORS_NAMES.get(bare, bare)
+def _dtype_name(dtype: torch.dtype) -> str:
+    return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def tensor_table(entries: Iterable[Entry], *, every: bool = False) -> str:

@@ -15,8 +15,10 @@ from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read
 from megatron_dattn.conversion.weight_map import Rule, check_tensors
 from megatron_dattn.data.image_settings import ImageFit
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.config import LanguageConfig, ModelConfig
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+"""What a language model's folder calls the two that may be tied."""
 _FLOATING = ("F64", "F32", "F16", "BF16")
 
 
@@ -87,8 +89,31 @@ def _language_source(folder: Path, config: dict[str, Any], model: ModelConfig) -
     family = families.language_family(config)
     weights = SafetensorsFolder(folder)
     rules = family.language_rules(model.language)
-    check_weights(rules, weights, family.unused_prefixes(model.language))
+    head = repeated_head(weights, model.language, HEAD, EMBEDDING)
+    check_weights(rules, weights, [*family.unused_prefixes(model.language), *head])
     return Source("language_model", weights, rules)
+
+
+def repeated_head(
+    weights: SafetensorsFolder, language: LanguageConfig, head: str, embedding: str
+) -> list[str]:
+    """A tied model's head where the folder stores it again, as some programs do; else nothing.
+
+    Args:
+        head, embedding: what the folder calls them.
+
+    Raises:
+        CheckpointError: it is not the embedding.
+    """
+    if not language.tie_word_embeddings or not {head, embedding} <= weights.shapes.keys():
+        return []
+    if weights.dtypes[embedding] in _FLOATING and not weights.are_equal(head, embedding):
+        raise CheckpointError(
+            f"{weights.folder} stores {head} and {embedding} with different values, but its "
+            "config.json ties them; if the head is a trained one set tie_word_embeddings to "
+            f"false, otherwise save the model without {head}"
+        )
+    return [head]
 
 
 def check_weights(rules: Sequence[Rule], weights: SafetensorsFolder, unused: Sequence[str]) -> None:

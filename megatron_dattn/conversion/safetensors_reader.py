@@ -28,6 +28,7 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
 }
 """Those that weights may have, in safetensors' words."""
+_BLOCK_BYTES = 16 * 2**20
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -99,6 +100,28 @@ class SafetensorsFolder:
             forget_pages(file.fileno(), place.offset, raw.numel())
         return raw.view(dtype).reshape(shape)
 
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same type, shape and bytes; read block by block.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        if (self.shapes[first], self.dtypes[first]) != (self.shapes[second], self.dtypes[second]):
+            return False
+        left = prod(self.shapes[first]) * _DTYPES[self.dtypes[first]].itemsize
+        one, other = self._places[first], self._places[second]
+        with open(one.path, "rb") as a, open(other.path, "rb") as b:
+            a.seek(one.offset)
+            b.seek(other.offset)
+            while left:
+                block = min(left, _BLOCK_BYTES)
+                if a.read(block) != b.read(block):
+                    return False
+                left -= block
+            for file in (a, b):
+                forget_pages(file.fileno())
+        return True
+
     def _index(self) -> dict[str, str] | None:
         """The file of every tensor as the folder's index has it; None without index."""
         path = self.folder / INDEX_FILE
@@ -107,6 +130,13 @@ class SafetensorsFolder:
         index = read_json(path).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise CheckpointError(f"{path} lists no weights")
+        single = self.folder / SINGLE_FILE
+        # transformers would read the single file, whatever the index says.
+        if single.is_file() and SINGLE_FILE not in index.values():
+            raise CheckpointError(
+                f"{single} and {path} are both there, and the index does not list that file: they "
+                "are two models' weights; delete the one that is not meant"
+            )
         return index
 
     def _shards(self, index: dict[str, str] | None) -> list[Path]:

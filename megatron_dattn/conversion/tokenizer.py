@@ -44,18 +44,19 @@ def copy_tokenizer(source: Path, target: Path, *, vocab_size: int | None = None)
         The id of `<image>`.
 
     Raises:
-        CheckpointError: no tokenizer.json, or neither an entry to rename nor room for one more.
+        CheckpointError: no tokenizer.json, or one that is damaged or is no tokenizer; neither an
+            entry to rename nor room for one more.
     """
     if not (source / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{source} holds no tokenizer.json; save a fast tokenizer there "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
+    tokenizer = _read_tokenizer(source / "tokenizer.json")
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    tokenizer = read_json(target / "tokenizer.json")
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     entry = IMAGE_TOKEN if IMAGE_TOKEN in added else _reserved_entry(added)
     if entry is None:
@@ -65,6 +66,16 @@ def copy_tokenizer(source: Path, target: Path, *, vocab_size: int | None = None)
         if path.suffix == ".json" and path.is_file():
             _rewrite(path, entry)
     return added[entry]
+
+
+def _read_tokenizer(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} holds no tokenizer: {reason}; download it again") from error
+    return content
 
 
 def _reserved_entry(added: dict[str, int]) -> str | None:

@@ -7,42 +7,37 @@ converted checkpoint must agree whatever preset its configuration names.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_dattn.attention import TokenLayout
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
-from megatron_dattn.data.sample import PackedBatch
-from megatron_dattn.errors import CheckpointError
-from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import (
-    AdapterConfig,
-    ExecutionConfig,
-    LanguageConfig,
-    ModelConfig,
-    VisionConfig,
+from megatron_dattn.conversion.compared_model import (
+    DTYPES,
+    Comparison,
+    check_same_model,
+    compare,
+    load_pretrained,
+    one_text,
+    our_model,
+    random_pixels,
+    rounding,
+    text_logits,
+    token_ids,
 )
-from megatron_dattn.models.vlm import DAttnVLM
-from megatron_dattn.parallel.config import ParallelConfig
-from megatron_dattn.runtime.distributed import get_device, one_process
+from megatron_dattn.conversion.families import language_family, vision_family
+from megatron_dattn.conversion.safetensors_reader import read_json
+from megatron_dattn.conversion.verify_whole import verify_whole_model
+from megatron_dattn.errors import CheckpointError, ConfigError
+from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.runtime.distributed import get_device
 
-NUM_TOKENS = 64
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How far one output of ours is from Hugging Face's."""
-
-    what: str
-    largest: float
-    """Largest difference of two values, over the largest magnitude of Hugging Face's."""
-    num_values: int
+LOGITS = "logits of the language model"
+FEATURES = "features of the vision encoder"
 
 
 def verify_checkpoint(
@@ -56,42 +51,77 @@ def verify_checkpoint(
 ) -> list[Comparison]:
     """Run both sides on the same inputs.
 
+    What the caller names goes before what the checkpoint remembers of its origin.
+
     Args:
         run_folder: with a checkpoint that was converted, or trained with frozen encoder and
             language model; one checkpoint's folder will do.
-        vision: the SigLIP folder; the one that the conversion came from where None. Without either
-            the vision encoder is not compared.
-        language: the Mistral folder, likewise; it is always compared.
+        vision: the encoder's folder; the one that the conversion came from where None. Without
+            either the vision encoder is not compared.
+        language: the language model's folder, likewise; it is always compared.
         whole: the folder of a whole vision-language model, likewise, instead of the two.
         tokens: ids of one text; random ones where None.
         dtype: "fp32" or "bf16", in which both sides are computed.
 
     Raises:
-        CheckpointError: a folder is missing or does not fit, or a token is not in the vocabulary.
+        CheckpointError: a folder is missing or holds another model, or a token is not in the
+            vocabulary.
+        ConfigError: a whole model and a part are both given.
     """
+    if whole is not None and (vision is not None or language is not None):
+        raise ConfigError("--model is a whole model: leave --vision and --language out, or it")
     found = find_checkpoint(run_folder)
     if found is None:
         raise CheckpointError(f"{run_folder} holds no checkpoint")
-    facts = found.manifest.facts
+    facts, tensors = found.manifest.facts, open_tensors(found.path)
     config, sources = model_config(facts), facts.get("sources", {})
-    whole = whole or _folder(sources.get("model"))
+    if vision is None and language is None:
+        whole = whole or _folder(sources.get("model"))
     if whole is not None:
-        from megatron_dattn.conversion.verify_whole import verify_whole_model  # builds on this file
-
-        tensors = open_tensors(found.path)
+        if "adapter" not in found.manifest.modules:
+            raise CheckpointError(
+                f"{found.path} holds no adapter, so no whole model can be compared with it: give "
+                "--vision and --language"
+            )
         return verify_whole_model(tensors, config, whole, tokens=tokens, dtype=dtype)
     vision = vision or _folder(sources.get("vision_model"))
     language = language or _folder(sources.get("language_model"))
     if language is None:
-        raise CheckpointError(f"{found.path} does not say what it came from: give --language")
+        raise CheckpointError(
+            f"{found.path} does not say which language model it came from: give --language"
+        )
+    return _verify_parts(tensors, config, vision, language, tokens, dtype)
+
+
+def _verify_parts(
+    tensors: dict[str, StoredTensor],
+    config: ModelConfig,
+    vision: Path | None,
+    language: Path,
+    tokens: Sequence[int] | None,
+    dtype: str,
+) -> list[Comparison]:
+    _check_parts(config, vision, language)
     ids = token_ids(tokens, config.language.vocab_size)
     pixels = random_pixels(config.vision.image_size).to(DTYPES[dtype])
-    expected = {"logits of the language model": hugging_face_logits(language, ids, dtype)}
+    rounded = rounding(tensors, dtype)
+    expected = {LOGITS: hugging_face_logits(language, ids, DTYPES[dtype], rounded)}
     if vision is not None:
-        features = hugging_face_features(vision, pixels, config)
-        expected["features of the vision encoder"] = features
-    ours = _our_outputs(open_tensors(found.path), config, ids, pixels, dtype)
-    return [compare(what, ours[what], theirs) for what, theirs in expected.items()]
+        expected[FEATURES] = hugging_face_features(vision, pixels, config, rounded)
+    ours = _our_outputs(tensors, config, ids, pixels, dtype)
+    return [compare(what, ours[what], theirs, rounded) for what, theirs in expected.items()]
+
+
+def _check_parts(config: ModelConfig, vision: Path | None, language: Path) -> None:
+    """Raise CheckpointError unless the folders hold models of the checkpoint's sizes."""
+    text = read_json(language / "config.json")
+    part = replace(config, language=language_family(text).language_config(text))
+    check_same_model(language, part, config)
+    if vision is not None:
+        images = read_json(vision / "config.json")
+        layer = config.vision.feature_layer
+        encoder = vision_family(images).vision_config(images, layer)
+        check_same_model(vision, replace(config, vision=encoder), config)
 
 
 def model_config(facts: Mapping[str, Any]) -> ModelConfig:
@@ -112,111 +142,42 @@ def model_config(facts: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(f"the checkpoint's model cannot be understood: {error}") from error
 
 
-def compare(what: str, ours: Tensor, theirs: Tensor) -> Comparison:
-    """Largest difference relative to the largest value; not finite where a value is not."""
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    difference = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
-    return Comparison(what, float(difference), theirs.numel())
-
-
 def _folder(source: str | None) -> Path | None:
     return None if source is None else Path(source)
 
 
-def token_ids(tokens: Sequence[int] | None, vocab_size: int) -> Tensor:
-    if tokens is None:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocab_size, (NUM_TOKENS,), generator=generator)
-    wrong = [token for token in tokens if not 0 <= token < vocab_size]
-    if wrong or not tokens:
-        raise CheckpointError(
-            f"--tokens {wrong or 'without any'}: ids go from 0 to {vocab_size - 1}"
-        )
-    return torch.tensor(tokens)
-
-
-def random_pixels(side: int) -> Tensor:
-    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
 @torch.inference_mode()
-def hugging_face_logits(folder: Path, ids: Tensor, dtype: str) -> Tensor:
+def hugging_face_logits(
+    folder: Path, ids: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None
+) -> Tensor:
     """Logits [rows, vocabulary] of one text by `AutoModelForCausalLM`, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    model = load_pretrained(AutoModelForCausalLM, folder, DTYPES[dtype])
+    model = load_pretrained(AutoModelForCausalLM, folder, dtype, rounded_to=rounded_to)
     return model(ids[None].to(get_device())).logits[0].cpu()
 
 
 @torch.inference_mode()
-def hugging_face_features(folder: Path, pixels: Tensor, config: ModelConfig) -> Tensor:
+def hugging_face_features(
+    folder: Path, pixels: Tensor, config: ModelConfig, rounded_to: torch.dtype | None
+) -> Tensor:
     """Features [images, patches, width] of the layer that feeds the adapter, on the CPU."""
     from transformers import AutoModel
 
-    model = load_pretrained(AutoModel, folder, pixels.dtype)
+    model = load_pretrained(AutoModel, folder, pixels.dtype, rounded_to=rounded_to)
     encoder = getattr(model, "vision_model", model)
     states = encoder(pixels.to(get_device()), output_hidden_states=True).hidden_states
     # A class token, where there is one, comes first and is not for the adapter.
     return states[config.vision.feature_layer][:, -config.vision.num_patches :].cpu()
 
 
-def load_pretrained(
-    kind: Any, folder: Path, dtype: torch.dtype, *, trust_code: bool = False
-) -> nn.Module:
-    """A model as transformers loads it from a folder, on the device.
-
-    Args:
-        kind: one of transformers' auto classes.
-        trust_code: run the code that the folder brings.
-
-    Raises:
-        CheckpointError: transformers refuses the folder.
-    """
-    try:
-        model = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=trust_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from error
-    return model.eval().to(get_device())
-
-
 @torch.inference_mode()
 def _our_outputs(
     tensors: dict[str, StoredTensor], config: ModelConfig, ids: Tensor, pixels: Tensor, dtype: str
 ) -> dict[str, Tensor]:
-    execution = ExecutionConfig(
-        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
-    )
-    with one_process():
-        model = build_model(config, ParallelConfig(), execution).eval()
-        fill_parameters(model, tensors)
-        batch = text_batch(ids, pixels).to(get_device())
-        rows = torch.arange(len(ids), device=get_device())
+    with our_model(config, tensors, dtype) as model:
         assert model.vision_model is not None
         return {
-            "logits of the language model": model.forward_logits(batch, rows).cpu(),
-            "features of the vision encoder": model.vision_model(pixels.to(get_device())).cpu(),
+            LOGITS: text_logits(model, one_text(config, ids, pixels)),
+            FEATURES: model.vision_model(pixels.to(get_device())).cpu(),
         }
-
-
-def fill_parameters(model: DAttnVLM, tensors: dict[str, StoredTensor]) -> None:
-    """Give parameters their stored values; a conversion lacks those that text never meets."""
-    for name, parameter in model.named_parameters():
-        if name in tensors:
-            parameter.copy_(tensors[name].load())
-
-
-def text_batch(ids: Tensor, pixels: Tensor) -> PackedBatch:
-    return PackedBatch(
-        layout=TokenLayout((len(ids),), (), 0, len(ids), (len(ids),)),
-        input_ids=ids,
-        labels=torch.full_like(ids, -100),
-        pixel_values=pixels[:0],
-        sample_keys=["0"],
-    )

@@ -13,27 +13,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import ImageSpan, TokenLayout
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
-from megatron_dattn.conversion.hf_config import check_exportable, is_llava
-from megatron_dattn.conversion.safetensors_reader import read_json
-from megatron_dattn.conversion.verify import (
+from megatron_dattn.conversion.compared_model import (
     DTYPES,
     Comparison,
     compare,
-    fill_parameters,
     load_pretrained,
+    one_text,
+    our_model,
+    text_logits,
 )
+from megatron_dattn.conversion.hf_config import check_exportable, is_llava
+from megatron_dattn.conversion.safetensors_reader import read_json
+from megatron_dattn.conversion.verify_whole import check_same_whole_model
 from megatron_dattn.data.conversation import IMAGE_TOKEN
-from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.data.tokenizer import token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.inference.load import RunAssets, find_run, load_assets
 from megatron_dattn.inference.prompt import Prompt
-from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig, ModelConfig
-from megatron_dattn.parallel.config import ParallelConfig
-from megatron_dattn.runtime.distributed import get_device, one_process
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.runtime.distributed import get_device
 
 _RANDOM_TOKENS = 48
 _RANDOM_IMAGES = ((), (0,), (3, 20, 20))
@@ -97,12 +96,7 @@ def _check_fits(exported: Path, model: ModelConfig) -> None:
             f"{exported} holds a model of type {json.dumps(content.get('model_type'))}, the run's "
             f"export is of type {json.dumps(expected)}: is it the export of this run?"
         )
-    size = (content.get("text_config") or {}).get("vocab_size")
-    if size != model.language.vocab_size:
-        raise CheckpointError(
-            f"{exported} has a vocabulary of {size}, the run one of {model.language.vocab_size}: "
-            "is it the export of this run?"
-        )
+    check_same_whole_model(exported, content, model)
 
 
 def _ask(assets: RunAssets, question: str, images: Sequence[Path]) -> Question:
@@ -167,33 +161,13 @@ def _our_logits(
     tensors: dict[str, StoredTensor], questions: Sequence[Question], config: ModelConfig, dtype: str
 ) -> list[Tensor]:
     """Logits [text rows, vocabulary] of every question by the training code, on the CPU."""
-    execution = ExecutionConfig(
-        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
-    )
-    with one_process():
-        model = build_model(config, ParallelConfig(), execution).eval()
+    with our_model(config, tensors, dtype) as model:
         absent = {name for name, _ in model.named_parameters()} - tensors.keys()
         if absent:
             raise CheckpointError(f"the checkpoint lacks {', '.join(sorted(absent))}")
-        fill_parameters(model, tensors)
         logits = []
         for question in questions:
-            batch = _batch(question, config, DTYPES[dtype]).to(get_device())
-            rows = torch.arange(batch.layout.visual_budget, batch.layout.num_rows)
-            logits.append(model.forward_logits(batch, rows.to(get_device())).float().cpu())
-    return logits
-
-
-def _batch(question: Question, config: ModelConfig, dtype: torch.dtype) -> PackedBatch:
-    rows = len(question.input_ids)
-    spans = tuple(
-        ImageSpan(sample=0, text_offset=offset, grid=config.image_grid)
-        for offset in question.image_offsets
-    )
-    return PackedBatch(
-        layout=TokenLayout((rows,), spans, sum(span.num_rows for span in spans), rows, (rows,)),
-        input_ids=question.input_ids,
-        labels=torch.full_like(question.input_ids, -100),
-        pixel_values=question.pixels.to(dtype),
-        sample_keys=["0"],
-    )
+            pixels = question.pixels.to(DTYPES[dtype])
+            batch = one_text(config, question.input_ids, pixels, question.image_offsets)
+            logits.append(text_logits(model, batch).float())
+        return logits

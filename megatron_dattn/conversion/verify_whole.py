@@ -13,27 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_dattn.attention import ImageSpan, TokenLayout, get_preset
+from megatron_dattn.attention import get_preset
 from megatron_dattn.checkpoint.tensors import StoredTensor
 from megatron_dattn.conversion import dattn, llava
-from megatron_dattn.conversion.safetensors_reader import read_json
-from megatron_dattn.conversion.verify import (
+from megatron_dattn.conversion.compared_model import (
     DTYPES,
     Comparison,
+    check_same_model,
     compare,
-    fill_parameters,
     load_pretrained,
+    one_text,
+    our_model,
     random_pixels,
-    text_batch,
+    rounding,
+    text_logits,
     token_ids,
 )
+from megatron_dattn.conversion.safetensors_reader import read_json
 from megatron_dattn.conversion.whole_models import image_token_id
-from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig, ModelConfig
-from megatron_dattn.parallel.config import ParallelConfig
-from megatron_dattn.runtime.distributed import get_device, one_process
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.runtime.distributed import get_device
 
 TEXT = "logits of a text"
 SEEN = "logits of a text with an image"
@@ -66,17 +66,32 @@ def verify_whole_model(
             f"{folder} holds a model of type '{kind}', to which no import with --model can be "
             "compared"
         )
+    check_same_whole_model(folder, original, config)
     image_id = image_token_id(original)
     ids = _text_ids(tokens, config.language.vocab_size, image_id)
     pixels = random_pixels(config.vision.image_size)[:1].to(DTYPES[dtype])
+    rounded = rounding(tensors, dtype)
     if kind == llava.MODEL_TYPE:
-        expected = _llava_outputs(folder, config, ids, pixels, image_id)
+        expected = _llava_outputs(folder, config, ids, pixels, image_id, rounded)
         preset = get_preset(config.attention)
         expected.pop(ROWS if preset.is_self_attention else SEEN)
     else:
-        expected = _dattn_outputs(folder, ids, pixels, image_id)
+        expected = _dattn_outputs(folder, ids, pixels, image_id, rounded)
     ours = _our_outputs(tensors, config, ids, pixels, dtype)
-    return [compare(what, ours[what], theirs) for what, theirs in expected.items()]
+    return [compare(what, ours[what], theirs, rounded) for what, theirs in expected.items()]
+
+
+def check_same_whole_model(folder: Path, original: dict[str, Any], config: ModelConfig) -> None:
+    """Raise CheckpointError unless a LLaVA or an export of ours has the checkpoint's sizes.
+
+    Args:
+        original: the folder's config.json.
+    """
+    if original["model_type"] == llava.MODEL_TYPE:
+        theirs = llava.model_config(original, config.attention)
+    else:
+        theirs = dattn.model_config(original)
+    check_same_model(folder, theirs, config)
 
 
 def _text_ids(tokens: Sequence[int] | None, vocab_size: int, image_id: int) -> Tensor:
@@ -92,12 +107,19 @@ def _text_ids(tokens: Sequence[int] | None, vocab_size: int, image_id: int) -> T
 
 @torch.inference_mode()
 def _llava_outputs(
-    folder: Path, config: ModelConfig, ids: Tensor, pixels: Tensor, image_id: int
+    folder: Path,
+    config: ModelConfig,
+    ids: Tensor,
+    pixels: Tensor,
+    image_id: int,
+    rounded_to: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """LLaVA's text holds as many `<image>` as an image has rows."""
     from transformers import LlavaForConditionalGeneration
 
-    model: Any = load_pretrained(LlavaForConditionalGeneration, folder, pixels.dtype)
+    model: Any = load_pretrained(
+        LlavaForConditionalGeneration, folder, pixels.dtype, rounded_to=rounded_to
+    )
     outputs = _logits(model, ids, pixels, image_id, config.vision.num_patches)
     tower = model.model.vision_tower(pixels.to(get_device()), output_hidden_states=True)
     layer = model.config.vision_feature_layer
@@ -107,11 +129,15 @@ def _llava_outputs(
 
 
 @torch.inference_mode()
-def _dattn_outputs(folder: Path, ids: Tensor, pixels: Tensor, image_id: int) -> dict[str, Tensor]:
+def _dattn_outputs(
+    folder: Path, ids: Tensor, pixels: Tensor, image_id: int, rounded_to: torch.dtype | None
+) -> dict[str, Tensor]:
     """Our exported code's text holds one `<image>` for each image."""
     from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
 
-    model = load_pretrained(DAttnForConditionalGeneration, folder, pixels.dtype)
+    model = load_pretrained(
+        DAttnForConditionalGeneration, folder, pixels.dtype, rounded_to=rounded_to
+    )
     return _logits(model, ids, pixels, image_id, 1)
 
 
@@ -131,33 +157,13 @@ def _logits(
 def _our_outputs(
     tensors: dict[str, StoredTensor], config: ModelConfig, ids: Tensor, pixels: Tensor, dtype: str
 ) -> dict[str, Tensor]:
-    execution = ExecutionConfig(
-        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
-    )
-    with one_process():
-        model = build_model(config, ParallelConfig(), execution).eval()
-        fill_parameters(model, tensors)
-        text = text_batch(ids, pixels).to(get_device())
-        seen = _batch_with_image(config, ids, pixels).to(get_device())
-        rows = torch.arange(len(ids), device=get_device())
+    with our_model(config, tensors, dtype) as model:
         outputs = {
-            TEXT: model.forward_logits(text, rows).cpu(),
-            SEEN: model.forward_logits(seen, rows + seen.layout.visual_budget).cpu(),
+            TEXT: text_logits(model, one_text(config, ids, pixels)),
+            SEEN: text_logits(model, one_text(config, ids, pixels, image_offsets=(1,))),
         }
         if model.adapter is not None:
             assert model.vision_model is not None
             features = model.vision_model(pixels.to(get_device()))
             outputs[ROWS] = model.adapter.project(features)[0].cpu()
         return outputs
-
-
-def _batch_with_image(config: ModelConfig, ids: Tensor, pixels: Tensor) -> PackedBatch:
-    """The text with an image behind its first token."""
-    span = ImageSpan(sample=0, text_offset=1, grid=config.image_grid)
-    return PackedBatch(
-        layout=TokenLayout((len(ids),), (span,), span.num_rows, len(ids), (len(ids),)),
-        input_ids=ids,
-        labels=torch.full_like(ids, -100),
-        pixel_values=pixels,
-        sample_keys=["0"],
-    )

@@ -9,7 +9,14 @@ from typing import Any
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion import dattn, llava
-from megatron_dattn.conversion.origin import Origin, Source, check_weights
+from megatron_dattn.conversion.origin import (
+    EMBEDDING,
+    HEAD,
+    Origin,
+    Source,
+    check_weights,
+    repeated_head,
+)
 from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read_json
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.image_settings import ImageFit
@@ -59,6 +66,7 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
     keys = llava.key_names(weights.shapes)
     rules = llava.weight_rules(model, keys)
     unused = llava.unused_prefixes(model, keys)
+    unused += repeated_head(weights, model.language, keys.language(HEAD), keys.language(EMBEDDING))
     return Origin(
         model,
         _sources(weights, rules, unused),
@@ -71,9 +79,12 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
 
 def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -> Origin:
     model = dattn.model_config(config, attention)
+    weights = SafetensorsFolder(folder)
+    names = llava.KeyNames()  # an export's language model has LLaVA's newer names
+    unused = repeated_head(weights, model.language, names.language(HEAD), names.language(EMBEDDING))
     return Origin(
         model,
-        _sources(SafetensorsFolder(folder), dattn.weight_rules(model), []),
+        _sources(weights, dattn.weight_rules(model), unused),
         {"model": folder},
         tokenizer=folder,
         image_processor=folder,

@@ -36,8 +36,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_fast=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"no tokenizer can be loaded from '{folder}': {reason}") from error
     check_tokenizer(tokenizer, folder=folder, template=template, vocab_size=vocab_size)
     return tokenizer

@@ -5,7 +5,7 @@ and image processor. A checkpoint of any parallel layout loads.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint
 from megatron_dattn.checkpoint.discovery import FoundCheckpoint
+from megatron_dattn.checkpoint.manifest import compare_facts
 from megatron_dattn.config.cli import load_config
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.images import ImagePreprocessor
@@ -22,12 +23,15 @@ from megatron_dattn.data.tokenizer import load_tokenizer, token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.config import ExecutionConfig, ModelConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything
 
 logger = logging.getLogger(__name__)
+
+# What may be chosen where a checkpoint holds nothing of what an attention preset adds.
+_OF_PRESET = ("attention", "adapter.max_grid", "adapter.text_scale")
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ def find_run(folder: Path) -> tuple[FoundCheckpoint, PretrainConfig]:
     """The newest sound checkpoint of a run folder, and its configuration; no weights are read.
 
     Raises:
-        CheckpointError: there is no usable checkpoint, or it lacks a module.
+        CheckpointError: there is no usable checkpoint, it lacks a module, or it is of another model
+            than the configuration describes.
         ConfigError: the configuration is damaged.
     """
     if not (folder / "config.yaml").is_file():
@@ -126,7 +131,28 @@ def find_run(folder: Path) -> tuple[FoundCheckpoint, PretrainConfig]:
     if found is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet")
     _check_modules(found.path, found.manifest.modules)
-    return found, load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml")
+    _check_model(found, config.model)
+    return found, config
+
+
+def _check_model(found: FoundCheckpoint, model: ModelConfig) -> None:
+    """Raise CheckpointError unless a checkpoint is of the model that the configuration describes.
+
+    An edited configuration, or another run's, may fit all shapes and compute something else.
+    Weights that come from elsewhere hold nothing of a preset's: any preset may start from them.
+    """
+    free = () if found.manifest.has_added else _OF_PRESET
+    differences = [
+        line
+        for line in compare_facts({"model": asdict(model)}, found.manifest.facts)
+        if line.partition(":")[0] not in {f"model.{name}" for name in free}
+    ]
+    if differences:
+        raise CheckpointError(
+            f"config.yaml does not describe the model of {found.path}: {'; '.join(differences)}; "
+            "restore the configuration that the checkpoint was written with"
+        )
 
 
 def _check_modules(path: Path, modules: tuple[str, ...]) -> None:

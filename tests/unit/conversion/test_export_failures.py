@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_dattn.checkpoint.tensors import StoredTensor
-from megatron_dattn.conversion.export_hf import export_checkpoint
+from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
+from megatron_dattn.conversion.export_hf import export_checkpoint, plan_tensors
 from megatron_dattn.errors import CheckpointError, UserError
+from megatron_dattn.inference.load import find_run
 from tests.support.distributed import RankError, run_distributed
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
@@ -57,6 +59,13 @@ def configure(run: Path, part: str, **changes: object) -> None:
     path.write_text(yaml.safe_dump(content))
 
 
+def choose_other_preset(run: Path) -> None:
+    path = run / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["model"]["attention"] = "dattn_tanh"
+    path.write_text(yaml.safe_dump(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -68,14 +77,17 @@ def configure(run: Path, part: str, **changes: object) -> None:
         (lambda run: remove(run, "manifest.json"), r"no manifest\.json"),
         (
             lambda run: configure(run, "language", vocab_size=128),
-            r"size language_model.*\[64, 48\]",
+            r"config\.yaml does not.*model\.language\.vocab_size: this run has 128, .* 64",
         ),
-        (lambda run: configure(run, "language", vocab_size=8), r"ids up to \d+.* vocab_size is 8"),
-        (lambda run: configure(run, "language", num_hidden_layers=3), r"missing .*layers\.2\."),
         (
-            lambda run: configure(run, "language", family="gemma2"),
-            r"missing language_model.*post_attention_layernorm",
+            lambda run: configure(run, "language", rope_theta=77.0, rms_norm_eps=1e-2),
+            r"rms_norm_eps: this run has 0\.01.*rope_theta: this run has 77\.0, .* 1000\.0",
         ),
+        (
+            lambda run: configure(run, "vision", feature_layer=-3),
+            r"model\.vision\.feature_layer: this run has -3, the checkpoint -2",
+        ),
+        (choose_other_preset, r"model\.attention: this run has 'dattn_tanh', .* 'dattn'"),
         (lambda run: (run / "tokenizer" / "tokenizer.json").unlink(), "tokenizer"),
     ],
 )
@@ -86,6 +98,31 @@ def test_a_damaged_run_is_one_error_and_leaves_nothing(run, tmp_path, damage, me
         export_checkpoint(run, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 128}, r"shape language_model\.embedding.*\[64, 48\]"),
+        ({"num_hidden_layers": 3}, r"missing .*layers\.2\."),
+        ({"num_hidden_layers": 1}, r"unknown .*layers\.1\."),
+        ({"family": "gemma2"}, r"missing language_model.*post_attention_layernorm"),
+    ],
+)
+def test_parameters_of_another_model_are_named(sound, changes, message):
+    found, config = find_run(sound)
+    other = replace(config.model, language=replace(config.model.language, **changes))
+    with pytest.raises(CheckpointError, match=message):
+        plan_tensors(open_tensors(found.path), other)
+
+
+def test_as_many_values_in_another_shape_do_not_fit(sound):
+    found, config = find_run(sound)
+    stored = open_tensors(found.path)
+    name = "language_model.decoder.layers.0.mlp.linear_fc2.weight"
+    stored[name] = replace(stored[name], shape=stored[name].shape[::-1])
+    with pytest.raises(CheckpointError, match=rf"of another shape {name} \[64, 48\]"):
+        plan_tensors(stored, config.model)
 
 
 def test_a_disk_that_fills_up_leaves_nothing(sound, tmp_path):

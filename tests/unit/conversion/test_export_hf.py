@@ -292,8 +292,8 @@ def test_wrong_folders_are_one_error(base, exported, tmp_path):
 
 def test_a_full_disk_is_found_first(base, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(export_hf.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match="GiB free, the export needs"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="disk full: the export needs"):
         export_checkpoint(base / "dattn", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

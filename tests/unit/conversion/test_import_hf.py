@@ -120,6 +120,12 @@ def set_tensor(folder, name, value):
     save_file({**tensors, name: value}, folder / "model.safetensors")
 
 
+def index_all(folder, file):
+    names = load_file(folder / file)
+    index = {"weight_map": dict.fromkeys(names, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -152,6 +158,22 @@ def add_token(folder):
         (lambda v, m: truncate(m / "model.safetensors"), r"model\.safetensors is damaged"),
         (lambda v, m: add_token(m), r"language' has ids up to 100.* vocab_size is 64"),
         (lambda v, m: (m / "tokenizer.json").unlink(), r"no tokenizer\.json"),
+        (
+            lambda v, m: truncate(m / "tokenizer.json"),
+            r"language/tokenizer\.json is not valid JSON",
+        ),
+        (lambda v, m: truncate(m / "tokenizer_config.json"), r"language/tokenizer_config\.json is"),
+        (
+            lambda v, m: (m / "tokenizer.json").write_text("{}"),
+            r"language/tokenizer\.json holds no tokenizer: Model missing",
+        ),
+        (
+            lambda v, m: (
+                shutil.copyfile(m / "model.safetensors", m / "other.safetensors")
+                and index_all(m, "other.safetensors")
+            ),
+            r"model\.safetensors and .*model\.safetensors\.index\.json are both there",
+        ),
         (lambda v, m: (v / "preprocessor_config.json").unlink(), "preprocessor_config"),
         (
             lambda v, m: edit_config(v, "preprocessor_config.json", size={"height": 9, "width": 9}),
@@ -169,6 +191,30 @@ def test_wrong_input_is_one_error_and_leaves_nothing(folders, tmp_path, damage, 
     with pytest.raises(UserError, match=message):
         import_checkpoint(vision, language, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_a_tied_head_that_is_stored_again_must_be_the_embedding(folders, tmp_path, family):
+    language = tmp_path / "language"
+    save_language(language, family=family, tie_word_embeddings=True)
+    embedding = load_file(language / "model.safetensors")["model.embed_tokens.weight"]
+    for number, (head, message) in enumerate(
+        [
+            (embedding.clone(), None),
+            (embedding + torch.eye(*embedding.shape)[[*range(1, 64), 0]], "different values"),
+            (embedding[:-1].clone(), "different values"),
+            (embedding.to(torch.float16), "different values"),
+        ]
+    ):
+        set_tensor(language, "lm_head.weight", head)
+        output = tmp_path / f"out-{number}"
+        if message is None:
+            config = import_checkpoint(folders[0], language, output)
+            assert config.language.tie_word_embeddings
+            continue
+        with pytest.raises(CheckpointError, match=message):
+            import_checkpoint(folders[0], language, output)
+        assert not output.exists()
 
 
 def test_a_full_disk_is_found_before_anything_is_written(folders, tmp_path, monkeypatch):
@@ -199,11 +245,60 @@ def die_between_tensors(vision: Path, language: Path, output: Path, survived: in
 
 
 @pytest.mark.parametrize("survived", [0, 17])
-def test_a_killed_import_leaves_no_checkpoint(folders, tmp_path, survived):
+def test_a_killed_import_leaves_no_run_folder_and_the_next_one_clears_up(
+    folders, tmp_path, survived, caplog
+):
     output = tmp_path / "out"
     with pytest.raises(RankError, match="died"):
         run_distributed(die_between_tensors, 1, *folders, output, survived)
-    assert list(output.glob("step-*/__0_0.distcp")), "it died while it was writing"
+    (left,) = tmp_path.iterdir()
+    assert list(left.glob("step-*/__0_0.distcp")), "it died while it was writing"
+    assert left.name.startswith(".out.tmp-"), "nothing takes it for a run folder"
     assert find_checkpoint(output) is None
+    other = tmp_path / left.name.replace(".out.", ".other.")
+    other.mkdir()
+    import_checkpoint(*folders, output)
+    assert find_checkpoint(output).step == 0
+    assert set(tmp_path.iterdir()) == {output, other}, "it removes its own left-overs alone"
+    assert f"removing {left}" in caplog.text
+
+
+def test_an_output_that_was_taken_since_the_plan_is_left_alone(folders, tmp_path):
+    plan = plan_import(*folders, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs").write_text("theirs")
     with pytest.raises(CheckpointError, match="not empty"):
-        import_checkpoint(*folders, output)
+        write_import(plan)
+    assert (tmp_path / "out" / "theirs").read_text() == "theirs"
+
+
+def test_an_output_that_is_taken_meanwhile_is_left_alone(folders, tmp_path):
+    plan = plan_import(*folders, tmp_path / "out")
+
+    def take(num_bytes: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").write_text("theirs")
+
+    with pytest.raises(CheckpointError, match=r"out cannot be written"):
+        write_import(plan, take)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(folders, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"out cannot be written: .*file"):
+        import_checkpoint(*folders, tmp_path / "file" / "out")
+
+
+def test_a_run_folder_remembers_absolute_paths(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders[0].parent)
+    output = Path(os.path.relpath(tmp_path / "out"))
+    import_checkpoint(Path("vision"), Path("language"), output)
+    monkeypatch.chdir(tmp_path)
+    manifest = find_checkpoint(tmp_path / "out").manifest
+    assert manifest.facts["sources"] == {
+        "vision_model": str(folders[0].resolve()),
+        "language_model": str(folders[1].resolve()),
+    }
+    settings = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert settings["data"]["tokenizer"] == str((tmp_path / "out" / "tokenizer").resolve())

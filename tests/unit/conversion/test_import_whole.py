@@ -163,6 +163,18 @@ def test_another_preset_starts_from_llava_s_weights(llava, tmp_path, caplog):
     assert all(name in warning for name in positions + gates)
 
 
+def test_an_import_from_elsewhere_may_be_run_with_any_preset_but_as_no_other_model(llava, tmp_path):
+    run = shutil.copytree(llava[2], tmp_path / "run")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["attention"] = "dattn"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert find_run(run)[1].model.attention == "dattn"
+    settings["model"]["language"]["rope_theta"] = 77.0
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=r"rope_theta: this run has 77\.0, the checkpoint 1000\.0"):
+        find_run(run)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("exports")
@@ -226,6 +238,22 @@ def test_exports_of_other_families_come_back_bitwise(tmp_path, language, vision)
     before, after = stored(tmp_path / "run"), stored(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_tied_model_that_stores_its_head_again_comes_in(tmp_path):
+    base = tmp_path
+    save_vision(base / "vision")
+    save_language(base / "language", tie_word_embeddings=True)
+    make_run_folder(base, base / "run", "dattn")
+    export_checkpoint(base / "run", base / "hf")
+    tensors = load_file(base / "hf" / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    head = tensors["model.language_model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, base / "hf" / "model.safetensors")
+    plan_whole_import(base / "hf", base / "out")
+    save_file({**tensors, "lm_head.weight": -head}, base / "hf" / "model.safetensors")
+    with pytest.raises(UserError, match="with different values"):
+        plan_whole_import(base / "hf", base / "out")
 
 
 def test_an_export_keeps_its_preset(base, tmp_path):

@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_one_line(base, tmp_path, capsys):
     for run, exported, more, message in (
         ("dattn", "llava-hf", [], 'of type "llava", the run\'s export is of type "dattn"'),
         ("dattn", "vision/nothing", [], "config.json is missing"),
-        ("dattn", other, [], "vocabulary of 80, the run one of 64"),
+        ("dattn", other, [], "vocab_size: the checkpoint has 64, the folder 80"),
         ("nothing", "dattn-hf", [], "holds no config.yaml"),
         ("dattn", "dattn-hf", ["--tokens", "3"], "no --vision, --language, --model, --tokens"),
         ("dattn", "dattn-hf", ["--image", "x.png"], "give one"),

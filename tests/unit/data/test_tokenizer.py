@@ -1,6 +1,7 @@
 """Tokenizers that would train the wrong thing are refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,13 @@ def test_the_plain_template_needs_no_instruction_tokens(tmp_path: Path) -> None:
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=str(tmp_path)):
         load_tokenizer(str(tmp_path), template="plain")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": {"type": "BPE"}}', "{"])
+def test_json_that_is_no_tokenizer_is_one_error(
+    processor: Path, tmp_path: Path, content: str
+) -> None:
+    folder = Path(shutil.copytree(processor, tmp_path / "broken"))
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"no tokenizer can be loaded from '.*broken'"):
+        load_tokenizer(str(folder), template="plain")

@@ -1,5 +1,6 @@
 """The commands of the converter, from their command line to exit status and output."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,70 @@ def test_verify_in_bf16(converted):
     assert main(["verify", str(converted), "--dtype", "bf16"]) == 0
 
 
+def test_an_import_in_its_default_dtype_agrees_with_its_f32_originals(folders, tmp_path, capsys):
+    """The checkpoint has 8 bits of each weight: Hugging Face's side must compute with the same."""
+    arguments = import_arguments(folders, tmp_path / "base")
+    at = arguments.index("--dtype")
+    assert main([*arguments[:at], *arguments[at + 2 :]]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "base")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Hugging Face's weights rounded to BF16 as the checkpoint's: agree") == 2
+
+
+def test_a_whole_import_in_its_default_dtype_agrees_with_its_f32_original(tmp_path, capsys):
+    save_llava(tmp_path / "llava")
+    arguments = ["import", "--model", str(tmp_path / "llava"), "--output", str(tmp_path / "base")]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "base")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Hugging Face's weights rounded to BF16 as the checkpoint's: agree") == 2
+
+
+def test_verify_refuses_other_models_before_it_loads_them(folders, converted, tmp_path, capsys):
+    vision, language = (Path(shutil.copytree(f, tmp_path / f.name)) for f in folders)
+    save_llava(tmp_path / "llava")
+    save_vision(tmp_path / "clip", family="clip")
+    save_language(tmp_path / "larger", vocab_size=80)
+    capsys.readouterr()
+    for more, message in (
+        (["--language", tmp_path / "larger"], "vocab_size: the checkpoint has 64, the folder 80"),
+        (["--vision", tmp_path / "clip"], "family: the checkpoint has 'siglip', the folder 'clip'"),
+        (["--model", tmp_path / "llava"], "holds no adapter"),
+        (["--model", tmp_path / "llava", "--vision", vision], "--model is a whole model"),
+        (["--model", tmp_path / "llava", "--language", language], "--model is a whole model"),
+    ):
+        assert main(["verify", str(converted), *map(str, more)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_folders_that_are_named_go_before_the_recorded_whole_model(folders, tmp_path, capsys):
+    save_llava(tmp_path / "llava", "siglip", "mistral")
+    arguments = ["import", "--model", str(tmp_path / "llava"), "--output", str(tmp_path / "base")]
+    assert main([*arguments, "--dtype", "fp32"]) == 0
+    capsys.readouterr()
+    vision, language = map(str, folders)
+    assert main(["verify", str(tmp_path / "base"), "--vision", vision]) == 2
+    assert "give --language" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "base"), "--language", language]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("logits of the language model")
+    assert "DIFFER" in said, "other random weights than the LLaVA's"
+
+
+def test_verify_refuses_a_whole_model_of_another_size(tmp_path, capsys):
+    for name, language in (("llava", "llama"), ("other", "mistral")):
+        save_llava(tmp_path / name, "clip", language)
+    arguments = ["import", "--model", str(tmp_path / "llava"), "--output", str(tmp_path / "base")]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "base"), "--model", str(tmp_path / "other")]) == 2
+    assert "family: the checkpoint has 'llama', the folder 'mistral'" in capsys.readouterr().err
+
+
 def test_a_whole_model_is_imported_inspected_and_verified(tmp_path, capsys):
     save_llava(tmp_path / "llava")
     arguments = ["import", "--model", str(tmp_path / "llava"), "--output", str(tmp_path / "base")]
@@ -131,3 +196,19 @@ def test_import_takes_exactly_one_of_its_two_ways(inputs, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "either --vision and --language, or --model alone" in error
     assert error.count("\n") == 1
+
+
+def test_export_refuses_a_folder_without_a_name_of_its_own(
+    converted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for output in (".", str(tmp_path)):
+        assert main(["export", "--checkpoint", str(converted), "--output", output]) == 2
+        assert "is the working directory; name a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])
+def test_export_needs_a_finite_shard_size(converted, tmp_path, size, capsys):
+    arguments = ["export", "--checkpoint", str(converted), "--output", str(tmp_path / "out")]
+    assert main([*arguments, f"--max-shard-gb={size}"]) == 2
+    assert "--max-shard-gb must be positive and finite" in capsys.readouterr().err

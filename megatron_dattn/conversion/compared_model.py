@@ -1,0 +1,206 @@
+"""The two sides of a comparison: the training code's model and Hugging Face's, with equal weights.
+
+A checkpoint may hold fewer digits than the folder it came from: an import stores BF16 unless told
+otherwise. Hugging Face's parameters are therefore rounded to the checkpoint's dtype, so that what
+is compared is the conversion and the computation, not the rounding that the user has chosen.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_dattn.attention import ImageSpan, TokenLayout, get_preset
+from megatron_dattn.checkpoint.tensors import StoredTensor
+from megatron_dattn.conversion.safetensors_reader import DTYPE_NAMES
+from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.build import build_model
+from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.models.vlm import DAttnVLM
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import get_device, one_process
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_NUM_TOKENS = 64
+# Layers above the one that feeds the adapter change nothing, nor do initial values.
+_NOT_COMPUTED = {"vision.num_hidden_layers", "vision.feature_layer", "language.initializer_range"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far one output of ours is from Hugging Face's."""
+
+    what: str
+    largest: float
+    """Largest difference of two values, over the largest magnitude of Hugging Face's."""
+    num_values: int
+    rounded_to: str | None = None
+    """The dtype, as safetensors calls it, to which Hugging Face's parameters were rounded."""
+
+
+def compare(
+    what: str, ours: Tensor, theirs: Tensor, rounded_to: torch.dtype | None = None
+) -> Comparison:
+    """Largest difference relative to the largest value; not finite where a value is not."""
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    difference = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
+    name = None if rounded_to is None else DTYPE_NAMES[rounded_to]
+    return Comparison(what, float(difference), theirs.numel(), name)
+
+
+def rounding(tensors: Mapping[str, StoredTensor], dtype: str) -> torch.dtype | None:
+    """What Hugging Face's parameters must be rounded to before they are computed with in `dtype`.
+
+    Returns:
+        None where the checkpoint stores its parameters in at least that precision.
+    """
+    ((stored, _),) = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)
+    return stored if stored.itemsize < DTYPES[dtype].itemsize else None
+
+
+def load_pretrained(
+    kind: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    rounded_to: torch.dtype | None = None,
+    trust_code: bool = False,
+) -> nn.Module:
+    """A model as transformers loads it from a folder, on the device.
+
+    Args:
+        kind: one of transformers' auto classes.
+        rounded_to: the dtype whose values all parameters take before they become `dtype`.
+        trust_code: run the code that the folder brings.
+
+    Raises:
+        CheckpointError: transformers refuses the folder.
+    """
+    try:
+        model = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=trust_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from error
+    if rounded_to is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(rounded_to))
+    return model.eval().to(get_device())
+
+
+@contextmanager
+def our_model(
+    config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: str
+) -> Iterator[DAttnVLM]:
+    """The training code's model with a checkpoint's parameters, in one process, on the device.
+
+    A conversion lacks parameters that text never meets; those keep their initial values.
+    """
+    execution = ExecutionConfig(
+        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
+    )
+    with one_process():
+        model = build_model(config, ParallelConfig(), execution).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in tensors:
+                    parameter.copy_(tensors[name].load())
+        yield model
+
+
+def one_text(
+    config: ModelConfig, ids: Tensor, pixels: Tensor, image_offsets: Sequence[int] = ()
+) -> PackedBatch:
+    """A batch of one text, on the device.
+
+    Args:
+        ids: [text rows], without `<image>`.
+        pixels: [at least as many images as are seen, 3, side, side].
+        image_offsets: how many text rows stand in front of each image.
+    """
+    spans = tuple(
+        ImageSpan(sample=0, text_offset=offset, grid=config.image_grid) for offset in image_offsets
+    )
+    rows = len(ids)
+    batch = PackedBatch(
+        layout=TokenLayout((rows,), spans, sum(span.num_rows for span in spans), rows, (rows,)),
+        input_ids=ids,
+        labels=torch.full_like(ids, -100),
+        pixel_values=pixels[: len(spans)],
+        sample_keys=["0"],
+    )
+    return batch.to(get_device())
+
+
+def text_logits(model: DAttnVLM, batch: PackedBatch) -> Tensor:
+    """Logits [text rows, vocabulary] of a batch, on the CPU."""
+    rows = torch.arange(batch.layout.visual_budget, batch.layout.num_rows)
+    return model.forward_logits(batch, rows.to(get_device())).cpu()
+
+
+def token_ids(tokens: Sequence[int] | None, vocab_size: int) -> Tensor:
+    """The ids of one text; random ones where None."""
+    if tokens is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocab_size, (_NUM_TOKENS,), generator=generator)
+    wrong = [token for token in tokens if not 0 <= token < vocab_size]
+    if wrong or not tokens:
+        raise CheckpointError(
+            f"--tokens {wrong or 'without any'}: ids go from 0 to {vocab_size - 1}"
+        )
+    return torch.tensor(tokens)
+
+
+def random_pixels(side: int) -> Tensor:
+    """Two images [2, 3, side, side] of values between -1 and 1."""
+    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def check_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
+    """Raise CheckpointError, naming all fields, unless two models compute the same.
+
+    Args:
+        theirs: what the folder's config.json describes.
+        ours: what the checkpoint's manifest, or the run's configuration, describes.
+    """
+    wanted, found = _computed(ours), _computed(theirs)
+    lines = [
+        f"{name}: the checkpoint has {value!r}, the folder {found[name]!r}"
+        for name, value in wanted.items()
+        if found[name] != value
+    ]
+    if get_preset(theirs.attention) != get_preset(ours.attention):
+        lines.append(
+            f"attention: the checkpoint has '{ours.attention}', the folder '{theirs.attention}'"
+        )
+    if lines:
+        raise CheckpointError(
+            f"{folder} holds another model than the checkpoint: {'; '.join(lines)}; give the "
+            "folder that belongs to it"
+        )
+
+
+def _computed(model: ModelConfig) -> dict[str, object]:
+    """The fields of encoder, adapter and language model that their outputs depend on."""
+    fields = {
+        f"{part}.{name}": value
+        for part, config in (("vision", model.vision), ("language", model.language))
+        for name, value in asdict(config).items()
+    }
+    return {name: value for name, value in fields.items() if name not in _NOT_COMPUTED} | {
+        "vision.num_used_layers": model.vision.num_used_layers,
+        "adapter.input_norm": model.adapter.input_norm,
+        "adapter.hidden_size": model.adapter.hidden_size or model.language.hidden_size,
+    }
