@@ -8,6 +8,7 @@ import yaml
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.hf_config import is_llava
+from megatron_dattn.hf.configuration_dattn import TRANSFORMERS_NEEDED
 from megatron_dattn.models.config import ModelConfig
 
 # Flat JSON of numbers, where an evaluation has left it in the run folder.
@@ -34,9 +35,20 @@ tokens = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-`trust_remote_code=True` runs the Python files of this folder.
+`trust_remote_code=True` runs the Python files of this folder, which need @NEEDED@ and Pillow.
+""".replace("@NEEDED@", TRANSFORMERS_NEEDED)
+_LLAVA_USAGE = """\
+```python
+from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+```
+
+The last line matters where torchvision is installed: transformers would resize images with it, and
+its pixels differ a little from those of training, which Pillow resized.
 """
-_LLAVA_USAGE = "Load it with `LlavaForConditionalGeneration` and `AutoProcessor`.\n"
 
 
 def model_card(

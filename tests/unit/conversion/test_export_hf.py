@@ -97,6 +97,7 @@ def test_the_folder_describes_itself(exported):
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
     assert "stage: tiny" in card
     assert "shapes: 0.75" in card
+    assert "transformers>=5.10" in card
 
 
 def test_every_file_can_be_read_by_others(exported):
@@ -241,6 +242,7 @@ def test_s_attn_becomes_a_llava_model(tmp_path, name):
     run, output = llava_run(tmp_path, name), tmp_path / "llava"
     export_checkpoint(run, output)
     assert not list(output.glob("*.py")), "it runs on transformers' own code"
+    assert 'backend="pil"' in (output / "README.md").read_text()
     loaded = load_model(run)
     model = LlavaForConditionalGeneration.from_pretrained(output).eval()
     assert model.config.tie_word_embeddings == loaded.config.model.language.tie_word_embeddings
