@@ -41,6 +41,8 @@ REPORT_FILE = "resume_report.json"
 _MAY_BE_ABSENT = {"adapter"}
 # Settings of the adapter that only its positions depend on.
 _OF_POSITIONS = ("adapter.max_grid", "adapter.text_scale")
+# What no result depends on; checkpoints from before it was noted lack it.
+_WITHOUT_EFFECT = ("language.max_position_embeddings",)
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 # Stores the distributed optimizer's state as if it were not distributed: it then loads under any
@@ -225,6 +227,7 @@ class Checkpointer:
         self, found: FoundCheckpoint, expected: dict[str, Any], ignored: Sequence[str] = ()
     ) -> None:
         """Refuse a checkpoint whose facts differ, but for some fields of the model."""
+        ignored = (*ignored, *_WITHOUT_EFFECT)
         differences = [
             line
             for line in compare_facts(expected, found.manifest.facts)
