@@ -6,6 +6,7 @@ and image processor. A checkpoint of any parallel layout loads.
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -39,15 +40,18 @@ class RunAssets:
     preprocessor: ImagePreprocessor
     config: PretrainConfig
 
-    @property
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the tokenizer's, the template's, a caption's line break."""
+        """Tokens that end an answer: the tokenizer's, the template's; for captions, all that end in
+        a line break, which byte-level tokenizers merge with what stands before it."""
         stops = {int(self.tokenizer.eos_token_id)}
         end = template_tokens(self.conversations.template).end
         if end is not None:
             stops.add(token_id(self.tokenizer, end))
         if self.conversations.template == "plain":
-            stops.add(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
+            ids = list(self.tokenizer.get_vocab().values())
+            texts = self.tokenizer.backend_tokenizer.decode_batch([[index] for index in ids])
+            stops |= {i for i, text in zip(ids, texts, strict=True) if text.endswith("\n")}
         return frozenset(stops)
 
 
