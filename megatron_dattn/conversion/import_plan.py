@@ -15,11 +15,10 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_dattn.conversion.origin import Origin, parts_origin
-from megatron_dattn.conversion.spoken_template import spoken_template
+from megatron_dattn.conversion.spoken_template import SpokenTemplate, spoken_template
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.whole_models import whole_origin
 from megatron_dattn.data.image_settings import PROCESSOR_FILES, read_image_settings
-from megatron_dattn.data.templates import TemplateName
 from megatron_dattn.data.tokenizer import load_tokenizer
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.added_parameters import comes_with_preset
@@ -38,12 +37,17 @@ class ImportPlan:
     origin: Origin
     output: Path
     dtype: str
-    template: TemplateName
+    spoken: SpokenTemplate
     """In which the run folder's model is asked, unless the user says otherwise."""
     shards: Shards
     """The parameters to be written, by name, on the meta device."""
     initial: tuple[str, ...]
     """Parameters of the origin's modules that it does not hold: they keep their initial values."""
+
+    @property
+    def template(self) -> str:
+        """Its name."""
+        return self.spoken.name
 
     @property
     def num_parameters(self) -> dict[str, int]:
@@ -67,6 +71,7 @@ class ImportPlan:
         lines = [f"{name}: {count:,} parameters" for name, count in self.num_parameters.items()]
         if self.initial:
             lines.append(f"not there, keep their initial values: {', '.join(self.initial)}")
+        lines.append(f"conversations are written as {self.spoken.name}: {self.spoken.reason}")
         size = f"{self.num_bytes / 1e9:.2f} GB as {self.dtype}"
         lines.append(f"{self.output}: {len(self.shards)} tensors, {size}")
         return "\n".join(lines)
@@ -126,7 +131,7 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _check_tokenizer(origin: Origin) -> TemplateName:
+def _check_tokenizer(origin: Origin) -> SpokenTemplate:
     """Try on a copy whether the tokenizer can be used with this model, and with which template."""
     language = origin.model.language
     with tempfile.TemporaryDirectory() as trial:
