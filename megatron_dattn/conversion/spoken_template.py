@@ -60,7 +60,9 @@ def spoken_template(
 
 
 def _guess(folder: Path, family: str) -> SpokenTemplate:
-    name = next((name for name in _BY_FAMILY[family] if not TEMPLATES[name].control), "plain")
+    name: TemplateName = next(
+        (name for name in _BY_FAMILY[family] if not TEMPLATES[name].control), "plain"
+    )
     controls = [", ".join(TEMPLATES[n].control) for n in _BY_FAMILY[family] if TEMPLATES[n].control]
     lacks = f"its tokenizer lacks {' and '.join(controls)}"
     loss = "; the questions themselves are not shown to the model then" if name == "plain" else ""
