@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_dattn.conversion.import_hf import import_checkpoint, write_import
 from megatron_dattn.conversion.import_plan import plan_import
@@ -92,3 +92,13 @@ def test_a_full_llama_is_refused_with_the_remedy(llama):
     with pytest.raises(CheckpointError, match=r"resize_token_embeddings.* with n = 65"):
         import_checkpoint(llama / "vision", llama / "llama", llama / "run")
     assert not (llama / "run").exists()
+
+
+def test_the_remedy_makes_room(llama):
+    save_tokenizer(llama / "llama", [*SPECIAL_TOKENS[:3], *(f"<{n}>" for n in range(30))])
+    tokenizer = AutoTokenizer.from_pretrained(llama / "llama")
+    model = LlamaForCausalLM.from_pretrained(llama / "llama")
+    model.resize_token_embeddings(len(tokenizer) + 1, pad_to_multiple_of=64)
+    model.save_pretrained(llama / "llama")
+    model_config = import_checkpoint(llama / "vision", llama / "llama", llama / "run")
+    assert model_config.language.vocab_size == 128
