@@ -140,6 +140,7 @@ class Checkpointer:
         on_every_rank(f"restoring {found.path}", lambda: _restore(state, loaded, local, found.path))
         for name, value in progress.to_json().items():
             setattr(state.progress, name, value)
+        state.validation = found.manifest.facts.get("validation")
         self._parent = found.manifest.facts.get("parent")
         self._report(found, random_state)
         return True
@@ -213,6 +214,7 @@ class Checkpointer:
             "recipe": self._recipe,
             "step": state.progress.step,
             "progress": state.progress.to_json(),
+            "validation": state.validation,
             "loader": loader,
             "parent": self._parent,
         }
