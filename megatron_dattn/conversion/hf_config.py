@@ -8,7 +8,6 @@ from transformers import GenerationConfig, LlavaConfig
 
 from megatron_dattn.attention import AttentionConfig, VisualRows, get_preset
 from megatron_dattn.conversion.families import LANGUAGE, VISION
-from megatron_dattn.conversion.hf_names import has_input_norm
 from megatron_dattn.conversion.llava import SELECT_STRATEGIES
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
@@ -76,7 +75,7 @@ def _reason_against_llava(model: ModelConfig) -> str:
     needs = "it would become a LlavaForConditionalGeneration, which"
     if model.language.family == "gemma2":
         return f"{needs} does not scale visual rows as Gemma-2's own embeddings are"
-    if has_input_norm(model):
+    if model.adapter.input_norm:
         return (
             f"{needs} has no norm in front of its adapter; train with model.adapter.input_norm "
             "set to false"
@@ -128,7 +127,7 @@ def _dattn_config(model: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
         "image_token_id": tokens.image,
         "vision_feature_layer": model.vision.feature_layer,
         "adapter_hidden_size": model.adapter.hidden_size or model.language.hidden_size,
-        "adapter_input_norm": has_input_norm(model),
+        "adapter_input_norm": model.adapter.input_norm,
         "adapter_norm_eps": model.adapter.norm_eps,
         "adapter_max_grid": model.adapter.max_grid,
         "v2v": preset.v2v,
