@@ -67,16 +67,21 @@ def read_config(
         "head_dim": full.get("head_dim") or full["hidden_size"] // heads,
         "hidden_activation": full[act],
         "rope_theta": _rope_theta(full),
+        "max_position_embeddings": config.get("max_position_embeddings"),
     }
 
 
 def write_config(language: LanguageConfig, model_type: str) -> dict[str, Any]:
     """The fields of a config.json that all families have; what `read_config` reads."""
+    positions = language.max_position_embeddings
     return {
         "model_type": model_type,
         **{name: getattr(language, name) for name in _COPIED},
+        **({} if positions is None else {"max_position_embeddings": positions}),
         "num_key_value_heads": language.num_key_value_heads,
         "head_dim": language.head_dim,
+        # The first is for readers from before transformers 5, which would take a default of theirs.
+        "rope_theta": language.rope_theta,
         "rope_parameters": {"rope_theta": language.rope_theta, "rope_type": "default"},
     }
 

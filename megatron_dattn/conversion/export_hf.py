@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_dattn import hf
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.hf_config import (
+    TokenIds,
     check_exportable,
     generation_config,
     is_llava,
@@ -138,22 +139,26 @@ def _write_small_files(
     """Everything but the weights."""
     config, tokenizer = assets.config, assets.tokenizer
     llava = is_llava(config.model)
-    image, pad = token_id(tokenizer, IMAGE_TOKEN), padding_id(tokenizer)
+    tokens = TokenIds(
+        image=token_id(tokenizer, IMAGE_TOKEN),
+        bos=int(tokenizer.bos_token_id),
+        eos=int(tokenizer.eos_token_id),
+        pad=padding_id(tokenizer),
+    )
     write_tokenizer(
         run_folder / "tokenizer",
         target,
         template=assets.conversations.template,
-        pad_token=str(tokenizer.convert_ids_to_tokens(pad)),
+        pad_token=str(tokenizer.convert_ids_to_tokens(tokens.pad)),
     )
     vision = config.model.vision if llava else None
     write_processor(assets.preprocessor, target, llava_vision=vision)
     if not llava:
         _copy_code(target)
-    content = model_config(config.model, image_token_id=image, dtype=_DTYPE_NAMES[dtype])
+    content = model_config(config.model, tokens=tokens, dtype=_DTYPE_NAMES[dtype])
     (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stops = sorted(assets.stop_ids)
-    bos = int(tokenizer.bos_token_id)
-    generation_config(stops, bos=bos, pad=pad, image=image).save_pretrained(target)
+    generation_config(stops, tokens).save_pretrained(target)
     card = model_card(
         config.model,
         run_folder=run_folder,

@@ -1,5 +1,6 @@
 """config.json and generation_config.json of an export, and which models have one at all."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -7,7 +8,6 @@ from transformers import GenerationConfig, LlavaConfig
 
 from megatron_dattn.attention import AttentionConfig, VisualRows, get_preset
 from megatron_dattn.conversion.families import LANGUAGE, VISION
-from megatron_dattn.conversion.hf_names import has_input_norm
 from megatron_dattn.conversion.llava import SELECT_STRATEGIES
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
@@ -26,6 +26,16 @@ VISUAL_ROWS = {
     "stream": VisualRows(),
     "reproject": VisualRows(source="reproject", ffn=0.0),
 }
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Of the tokens that programs look up in configs."""
+
+    image: int
+    bos: int
+    eos: int
+    pad: int
 
 
 def is_llava(model: ModelConfig) -> bool:
@@ -65,7 +75,7 @@ def _reason_against_llava(model: ModelConfig) -> str:
     needs = "it would become a LlavaForConditionalGeneration, which"
     if model.language.family == "gemma2":
         return f"{needs} does not scale visual rows as Gemma-2's own embeddings are"
-    if has_input_norm(model):
+    if model.adapter.input_norm:
         return (
             f"{needs} has no norm in front of its adapter; train with model.adapter.input_norm "
             "set to false"
@@ -81,14 +91,14 @@ def _reason_against_llava(model: ModelConfig) -> str:
     return ""
 
 
-def model_config(model: ModelConfig, *, image_token_id: int, dtype: str) -> dict[str, Any]:
+def model_config(model: ModelConfig, *, tokens: TokenIds, dtype: str) -> dict[str, Any]:
     """The content of config.json: what the model is, and nothing that is a default elsewhere."""
     if is_llava(model):
-        content = _llava_config(model, image_token_id)
+        content = _llava_config(model, tokens)
         LlavaConfig(**content)  # refuses what it does not know
         content |= {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
     else:
-        content = _dattn_config(model, image_token_id)
+        content = _dattn_config(model, tokens)
         DAttnConfig(**content)
         content |= {
             "architectures": ["DAttnForConditionalGeneration"],
@@ -98,22 +108,26 @@ def model_config(model: ModelConfig, *, image_token_id: int, dtype: str) -> dict
     return {**content, "dtype": dtype, "transformers_version": transformers.__version__}
 
 
-def generation_config(stop_ids: list[int], *, bos: int, pad: int, image: int) -> GenerationConfig:
+def generation_config(stop_ids: list[int], tokens: TokenIds) -> GenerationConfig:
     """Greedy; an answer never holds `<image>`."""
     return GenerationConfig(
-        bos_token_id=bos, eos_token_id=stop_ids, pad_token_id=pad, suppress_tokens=[image]
+        bos_token_id=tokens.bos,
+        eos_token_id=stop_ids,
+        pad_token_id=tokens.pad,
+        suppress_tokens=[tokens.image],
     )
 
 
-def _dattn_config(model: ModelConfig, image_token_id: int) -> dict[str, Any]:
+def _dattn_config(model: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
     preset = get_preset(model.attention)
     return {
         "vision_config": _vision_config(model.vision, model.vision.num_hidden_layers),
-        "text_config": _text_config(model.language),
-        "image_token_id": image_token_id,
+        "text_config": _text_config(model.language) | _text_tokens(tokens),
+        **_special_tokens(tokens),
+        "image_token_id": tokens.image,
         "vision_feature_layer": model.vision.feature_layer,
         "adapter_hidden_size": model.adapter.hidden_size or model.language.hidden_size,
-        "adapter_input_norm": has_input_norm(model),
+        "adapter_input_norm": model.adapter.input_norm,
         "adapter_norm_eps": model.adapter.norm_eps,
         "adapter_max_grid": model.adapter.max_grid,
         "v2v": preset.v2v,
@@ -127,12 +141,13 @@ def _dattn_config(model: ModelConfig, image_token_id: int) -> dict[str, Any]:
     }
 
 
-def _llava_config(model: ModelConfig, image_token_id: int) -> dict[str, Any]:
+def _llava_config(model: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
     """The encoder ends at the feature layer: those above it are not in the checkpoint."""
     return {
         "vision_config": _vision_config(model.vision, model.vision.num_used_layers),
-        "text_config": _text_config(model.language),
-        "image_token_index": image_token_id,
+        "text_config": _text_config(model.language) | _text_tokens(tokens),
+        **_special_tokens(tokens),
+        "image_token_index": tokens.image,
         "image_seq_length": model.vision.num_patches,
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": SELECT_STRATEGIES[model.vision.family],
@@ -146,3 +161,18 @@ def _vision_config(vision: VisionConfig, num_layers: int) -> dict[str, Any]:
 
 def _text_config(language: LanguageConfig) -> dict[str, Any]:
     return LANGUAGE[language.family].hf_config(language)
+
+
+def _special_tokens(tokens: TokenIds) -> dict[str, int]:
+    return {
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "pad_token_id": tokens.pad,
+    }
+
+
+def _text_tokens(tokens: TokenIds) -> dict[str, int | None]:
+    """Those of the language model, whose embedding in transformers never trains the row of the pad
+    token: prompts may be padded with the end token, but its row must learn."""
+    pad = None if tokens.pad == tokens.eos else tokens.pad
+    return {**_special_tokens(tokens), "pad_token_id": pad}

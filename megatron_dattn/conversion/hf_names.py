@@ -32,25 +32,26 @@ def export_rules(model: ModelConfig) -> list[Rule]:
     return vision + adapter + language + _added_rules(model)
 
 
-def has_input_norm(model: ModelConfig) -> bool:
-    """Whether the adapter normalizes the encoder's features."""
-    return model.adapter.input_norm
-
-
 def adapter_rules(model: ModelConfig) -> list[Rule]:
     """Rules for every parameter of the adapter; none where every layer has a projector instead."""
     preset, hidden = get_preset(model.attention), model.language.hidden_size
     if preset.visual.source == "reproject":
         return []
-    middle = model.adapter.hidden_size or hidden
-    shapes = _mlp_shapes(model, middle, has_norm=has_input_norm(model))
     embedding = preset.positions.embedding
+    positions: dict[str, tuple[int, ...]] = {}
     if embedding == "row_column":
         table = (model.adapter.max_grid, hidden)
-        shapes |= {"positions.rows": table, "positions.columns": table}
+        positions = {"positions.rows": table, "positions.columns": table}
     elif embedding == "fractional":
-        shapes |= _fractional_shapes(hidden)
-    return _renamed_linears(shapes)
+        positions = _fractional_shapes(hidden)
+    return projector_rules(model) + _renamed_linears(positions)
+
+
+def projector_rules(model: ModelConfig) -> list[Rule]:
+    """Rules for the adapter without positions: LLaVA's projector, and the norm in front of it if
+    the model has one."""
+    middle = model.adapter.hidden_size or model.language.hidden_size
+    return _renamed_linears(_mlp_shapes(model, middle, has_norm=model.adapter.input_norm))
 
 
 def _mlp_shapes(model: ModelConfig, middle: int, *, has_norm: bool) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_dattn import hf
 from megatron_dattn.conversion.hf_config import AUTO_MAP, SELECT_STRATEGIES
 from megatron_dattn.conversion.safetensors_reader import read_json
 from megatron_dattn.conversion.tokenizer import TOKENIZER_FILES
@@ -24,7 +23,7 @@ def chat_template(template: str) -> str:
     prompt of an image alone.
     """
     if template == "plain":
-        return (Path(hf.__file__).parent / "plain.jinja").read_text(encoding="utf-8")
+        return Path(__file__).with_name("plain.jinja").read_text(encoding="utf-8")
     return read_template(template)
 
 

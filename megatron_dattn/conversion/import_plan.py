@@ -15,11 +15,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_dattn.conversion.origin import Origin, parts_origin
 from megatron_dattn.conversion.output_folder import check_output, check_room
-from megatron_dattn.conversion.spoken_template import spoken_template
+from megatron_dattn.conversion.spoken_template import SpokenTemplate, spoken_template
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.whole_models import whole_origin
 from megatron_dattn.data.image_settings import PROCESSOR_FILES, read_image_settings
-from megatron_dattn.data.templates import TemplateName
 from megatron_dattn.data.tokenizer import load_tokenizer
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.added_parameters import comes_with_preset
@@ -39,12 +38,17 @@ class ImportPlan:
     output: Path
     """Absolute."""
     dtype: str
-    template: TemplateName
+    spoken: SpokenTemplate
     """In which the run folder's model is asked, unless the user says otherwise."""
     shards: Shards
     """The parameters to be written, by name, on the meta device."""
     initial: tuple[str, ...]
     """Parameters of the origin's modules that it does not hold: they keep their initial values."""
+
+    @property
+    def template(self) -> str:
+        """Its name."""
+        return self.spoken.name
 
     @property
     def num_parameters(self) -> dict[str, int]:
@@ -68,6 +72,7 @@ class ImportPlan:
         lines = [f"{name}: {count:,} parameters" for name, count in self.num_parameters.items()]
         if self.initial:
             lines.append(f"not there, keep their initial values: {', '.join(self.initial)}")
+        lines.append(f"conversations are written as {self.spoken.name}: {self.spoken.reason}")
         size = f"{self.num_bytes / 1e9:.2f} GB as {self.dtype}"
         lines.append(f"{self.output}: {len(self.shards)} tensors, {size}")
         return "\n".join(lines)
@@ -117,7 +122,7 @@ def processor_files(folder: Path) -> list[Path]:
     return found
 
 
-def _check_tokenizer(origin: Origin) -> TemplateName:
+def _check_tokenizer(origin: Origin) -> SpokenTemplate:
     """Try on a copy whether the tokenizer can be used with this model, and with which template."""
     language = origin.model.language
     with tempfile.TemporaryDirectory() as trial:

@@ -17,6 +17,7 @@ from megatron_dattn.conversion.families import (
     vision_family,
     vision_rules,
 )
+from megatron_dattn.conversion.hf_names import projector_rules
 from megatron_dattn.conversion.weight_map import Rule, renamed
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
@@ -136,7 +137,7 @@ def weight_rules(model: ModelConfig, keys: KeyNames) -> dict[str, list[Rule]]:
     """
     return {
         "vision_model": renamed(vision_rules(model.vision), keys.vision),
-        "adapter": renamed(_projector_rules(model), keys.projector),
+        "adapter": renamed(projector_rules(model), keys.projector),
         "language_model": renamed(language_rules(model.language), keys.language),
     }
 
@@ -147,15 +148,4 @@ def unused_prefixes(model: ModelConfig, keys: KeyNames) -> list[str]:
     return [
         *map(keys.vision, vision.unused_prefixes(model.vision, model.vision.num_hidden_layers)),
         *map(keys.language, language.unused_prefixes(model.language)),
-    ]
-
-
-def _projector_rules(model: ModelConfig) -> list[Rule]:
-    features, hidden = model.vision.hidden_size, model.language.hidden_size
-    middle = model.adapter.hidden_size or hidden
-    return [
-        Rule("linear_fc1.weight", {"linear_1.weight": (middle, features)}),
-        Rule("linear_fc1.bias", {"linear_1.bias": (middle,)}),
-        Rule("linear_fc2.weight", {"linear_2.weight": (hidden, middle)}),
-        Rule("linear_fc2.bias", {"linear_2.bias": (hidden,)}),
     ]

@@ -1,6 +1,7 @@
 """README.md of an export: what the model is, what it was trained on, and how to ask it."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ import yaml
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.hf_config import is_llava
+from megatron_dattn.hf.configuration_dattn import TRANSFORMERS_NEEDED
 from megatron_dattn.models.config import ModelConfig
 
+logger = logging.getLogger(__name__)
+
 # Flat JSON of numbers, where an evaluation has left it in the run folder.
-METRIC_FILES = ("metrics.json", "accuracy.json")
+METRICS_FILE = "accuracy.json"
 
 _NAMES = {
     "siglip": "SigLIP",
@@ -34,9 +38,20 @@ tokens = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-`trust_remote_code=True` runs the Python files of this folder.
+`trust_remote_code=True` runs the Python files of this folder, which need @NEEDED@ and Pillow.
+""".replace("@NEEDED@", TRANSFORMERS_NEEDED)
+_LLAVA_USAGE = """\
+```python
+from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+```
+
+The last line matters where torchvision is installed: transformers would resize images with it, and
+its pixels differ a little from those of training, which Pillow resized.
 """
-_LLAVA_USAGE = "Load it with `LlavaForConditionalGeneration` and `AutoProcessor`.\n"
 
 
 def model_card(
@@ -74,7 +89,7 @@ def model_card(
             *_training(facts, data_sets),
             "",
             "## Metrics",
-            *_metrics(run_folder),
+            *(_metrics(facts, run_folder / METRICS_FILE) or ["None recorded."]),
             "",
             "## License",
             license_name or "Not stated. Fill in the field `license` above before publishing.",
@@ -103,8 +118,15 @@ def _training(facts: dict[str, Any], data_sets: list[str]) -> list[str]:
     return [
         f"- stage: {_stage(facts)}, step {facts.get('step', 'unknown')}",
         f"- data of this stage: {', '.join(data_sets) or 'not recorded'}",
+        *_origin(facts.get("parent") or {}),
         *(f"- {name.replace('_', ' ')}: {value:,}" for name, value in progress.items() if value),
     ]
+
+
+def _origin(parent: dict[str, Any]) -> list[str]:
+    if not parent:
+        return []
+    return [f"- started from: stage {parent.get('stage')}, step {parent.get('step')}"]
 
 
 def _stage(facts: dict[str, Any]) -> str:
@@ -112,16 +134,17 @@ def _stage(facts: dict[str, Any]) -> str:
     return stage if isinstance(stage, str) else json.dumps(stage, sort_keys=True)
 
 
-def _metrics(run_folder: Path) -> list[str]:
+def _metrics(facts: dict[str, Any], path: Path) -> list[str]:
+    """The last validation loss, and what an evaluation found; a damaged file is passed over."""
     lines = []
-    for name in METRIC_FILES:
-        path = run_folder / name
-        if not path.is_file():
-            continue
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue  # a card is no place to fail over a file of someone else
-        if isinstance(values, dict):
-            lines += [f"- {k}: {v:g}" for k, v in values.items() if isinstance(v, int | float)]
-    return lines or ["None recorded."]
+    if validation := facts.get("validation"):
+        lines.append(f"- validation loss at step {validation['step']}: {validation['loss']:.4f}")
+    if not path.is_file():
+        return lines
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        pairs = [(name, value) for name, value in values.items() if isinstance(value, int | float)]
+    except (OSError, ValueError, AttributeError) as error:
+        logger.warning("the model card goes without %s, which cannot be read: %s", path, error)
+        return lines
+    return lines + [f"- {name}: {value:g}" for name, value in pairs]

@@ -3,7 +3,9 @@
 A default only: `data.template` of a run, and `--template` of the tools, say otherwise.
 """
 
+import logging
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,16 +13,31 @@ from megatron_dattn.conversion.hf_processor import chat_template
 from megatron_dattn.data.templates import TEMPLATES, TemplateName
 from megatron_dattn.data.tokenizer import special_token_ids
 
+logger = logging.getLogger(__name__)
+
+
+class SpokenTemplate(NamedTuple):
+    """A template and, for people, why it was chosen."""
+
+    name: TemplateName
+    reason: str
+
+
 # By family of the language model; the first whose control tokens the tokenizer has.
 _BY_FAMILY: dict[str, tuple[TemplateName, ...]] = {
-    "mistral": ("mistral_v3",),
+    "mistral": ("mistral_v3", "mistral_v1"),
     "llama": ("llama3", "vicuna_v1"),
     "gemma2": ("gemma",),
 }
 
 
-def spoken_template(folder: Path, tokenizer: PreTrainedTokenizerBase, family: str) -> TemplateName:
+def spoken_template(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, family: str
+) -> SpokenTemplate:
     """The template that an export of ours was made with, else the language family's.
+
+    Warns if that is a guess: templates without control tokens fit every tokenizer of the family,
+    base models' and those of chat models that were trained with another.
 
     Args:
         folder: the tokenizer's; its chat_template.jinja is compared with ours.
@@ -33,10 +50,27 @@ def spoken_template(folder: Path, tokenizer: PreTrainedTokenizerBase, family: st
     stored = path.read_text(encoding="utf-8") if path.is_file() else None
     for name in TEMPLATES:
         if chat_template(name) == stored:
-            return name
+            return SpokenTemplate(name, "the export's own")
     special = special_token_ids(tokenizer)
     for name in _BY_FAMILY[family]:
         control = TEMPLATES[name].control
-        if all(tokenizer.convert_tokens_to_ids(token) in special for token in control):
-            return name
-    return "plain"
+        if control and all(tokenizer.convert_tokens_to_ids(t) in special for t in control):
+            return SpokenTemplate(name, f"the tokenizer has its {', '.join(control)}")
+    return _guess(folder, family)
+
+
+def _guess(folder: Path, family: str) -> SpokenTemplate:
+    name: TemplateName = next(
+        (name for name in _BY_FAMILY[family] if not TEMPLATES[name].control), "plain"
+    )
+    controls = [", ".join(TEMPLATES[n].control) for n in _BY_FAMILY[family] if TEMPLATES[n].control]
+    lacks = f"its tokenizer lacks {' and '.join(controls)}"
+    loss = "; the questions themselves are not shown to the model then" if name == "plain" else ""
+    guess = SpokenTemplate(name, f"a guess for a model of family {family}: {lacks}{loss}")
+    logger.warning(
+        "%s will be asked in the template %s, %s; if it was trained with another, set "
+        "data.template in the new config.yaml",
+        folder,
+        *guess,
+    )
+    return guess

@@ -1,10 +1,12 @@
 """Attention of a decoder layer: T2V and T2T of text rows, the diagonal V2V of visual rows.
 
-Scores and probabilities are explicit, for readability. Parameters have Hugging Face's names.
+Scores and probabilities are explicit, for readability; long prompts are done in blocks of rows, so
+that they never fill the memory. Parameters have Hugging Face's names.
 
 This file travels with the exported weights.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,9 @@ from .configuration_dattn import DAttnConfig
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, fp32 [batch, rows, head_dim] each
 KeyValue = tuple[Tensor, Tensor]  # [batch, key heads, rows, head_dim] each
 
+# How many scores exist at a time: 256 MiB of fp32 in each of the few tensors that hold them.
+MAX_SCORES = 2**26
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -25,6 +30,17 @@ class Seen:
     text: Tensor
     near_text: Tensor
     """In layers with a sliding window, which counts text rows; the same where there is none."""
+
+    def blocks(self, num_heads: int) -> Iterator[tuple[slice, "Seen"]]:
+        """Consecutive text rows, so few that their scores are at most `MAX_SCORES`."""
+        batch, rows, num_visual = self.images.shape
+        size = max(1, MAX_SCORES // (batch * num_heads * (num_visual + self.text.shape[2])))
+        for start in range(0, rows, size):
+            block = slice(start, start + size)
+            yield (
+                block,
+                Seen(self.images[:, block], self.text[:, block], self.near_text[:, block]),
+            )
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float) -> Rotary:
@@ -50,6 +66,7 @@ class Projections(nn.Module):
         super().__init__()
         text = config.text_config
         self.head_dim = config.head_dim
+        self.num_heads = text.num_attention_heads
         self.group = text.num_attention_heads // text.num_key_value_heads
         self.scale = (getattr(text, "query_pre_attn_scalar", None) or self.head_dim) ** -0.5
         self.softcap = getattr(text, "attn_logit_softcapping", None)
@@ -86,10 +103,12 @@ class CrossAttention(Projections):
 
     def forward(self, rows: Tensor, images: KeyValue, seen: Seen) -> Tensor:
         """What images add to text rows; arguments and result as of `Attention`."""
-        key, value = images
-        scores = self._scores(self._heads(self.q_proj(rows)), key)
-        probabilities = _softmax(scores, seen.images[:, None, None])
-        return self._project_out(_read(probabilities, value), rows.dtype)
+        query, (key, value) = self._heads(self.q_proj(rows)), images
+        out = []
+        for block, seen_here in seen.blocks(self.num_heads):
+            scores = self._scores(query[:, :, block], key)
+            out.append(_read(_softmax(scores, seen_here.images[:, None, None]), value))
+        return self._project_out(torch.cat(out, dim=3), rows.dtype)
 
 
 class Attention(Projections):
@@ -120,25 +139,36 @@ class Attention(Projections):
         """
         query, (key, value) = self._heads(self.q_proj(rows)), self.keys_values(rows)
         rotated = rotate(query, rotary)
-        key, value = cache.update(rotate(key, rotary), value, self.number)
-        t2t = self._scores(rotated, key)
+        text: KeyValue = cache.update(rotate(key, rotary), value, self.number)
+        of_images = rotated if self.rotates_t2v else query
+        out = [
+            self._attend(of_images[:, :, block], rotated[:, :, block], images, text, seen_here)
+            for block, seen_here in seen.blocks(self.num_heads)
+        ]
+        return self._project_out(torch.cat(out, dim=3), rows.dtype)
+
+    def _attend(
+        self, of_images: Tensor, of_text: Tensor, images: KeyValue, text: KeyValue, seen: Seen
+    ) -> Tensor:
+        """What rows with these queries to images and to text read, [batch, key heads, group, rows,
+        head_dim]."""
+        key, value = text
+        t2t = self._scores(of_text, key)
         seen_text = (seen.near_text if self.slides else seen.text)[:, None, None]
         if self.merge == "cascade":
-            return self._project_out(_read(_softmax(t2t, seen_text), value), rows.dtype)
+            return _read(_softmax(t2t, seen_text), value)
         visual_key, visual_value = images
-        t2v = self._scores(rotated if self.rotates_t2v else query, visual_key)
+        t2v = self._scores(of_images, visual_key)
         seen_images = seen.images[:, None, None]
         if self.merge == "alpha":
             # One softmax over all keys is what the paper's alpha-weighting computes in parts.
             seen_all = torch.cat((seen_images, seen_text), dim=-1)
             joint = _softmax(torch.cat((t2v, t2t), dim=-1), seen_all)
             t2v, t2t = joint.split((t2v.shape[-1], t2t.shape[-1]), dim=-1)
-            out = _read(t2v, visual_value) + _read(t2t, value)
-        else:
-            from_images = _read(_softmax(t2v, seen_images), visual_value)
-            from_text = _read(_softmax(t2t, seen_text), value)
-            out = self._join(from_images, from_text, seen_images.any(-1, keepdim=True))
-        return self._project_out(out, rows.dtype)
+            return _read(t2v, visual_value) + _read(t2t, value)
+        from_images = _read(_softmax(t2v, seen_images), visual_value)
+        from_text = _read(_softmax(t2t, seen_text), value)
+        return self._join(from_images, from_text, seen_images.any(-1, keepdim=True))
 
     def _join(self, from_images: Tensor, from_text: Tensor, sees_images: Tensor) -> Tensor:
         if self.merge == "sum":

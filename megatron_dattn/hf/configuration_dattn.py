@@ -6,7 +6,14 @@ This file travels with the exported weights and imports nothing but transformers
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import (
+from transformers.utils.versions import require_version
+
+# Whose processors have a hook for the place of an image; older ones would pass ours over in
+# silence. Checked in front of the imports, whose names older versions lack.
+TRANSFORMERS_NEEDED = "transformers>=5.10"
+require_version(TRANSFORMERS_NEEDED, "The code of this model needs it: pip install -U transformers")
+
+from transformers import (  # noqa: E402
     AutoConfig,
     CLIPVisionConfig,
     Gemma2Config,

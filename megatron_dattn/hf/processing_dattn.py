@@ -6,20 +6,27 @@ This file travels with the exported weights.
 from typing import Any
 
 import numpy as np
+import transformers
 from PIL import Image, ImageOps
 from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData
+from transformers.utils.versions import require_version
+
+from .configuration_dattn import TRANSFORMERS_NEEDED
+
+require_version(TRANSFORMERS_NEEDED)
 
 
 class DAttnProcessor(ProcessorMixin):
-    """A tokenizer and SigLIP's image processor.
+    """A tokenizer and the encoder's image processor, SigLIP's or CLIP's.
 
     Texts are complete prompts, as the chat template writes them: no token is added. Batches are
-    padded on the left, so that generation continues every prompt.
+    padded on the left, so that generation continues every prompt. Images are resized with Pillow
+    as in training, whatever else is installed.
 
     Args:
-        image_fit: "resize" distorts an image to a square, "pad" first fills it up to one with the
-            mean colour, as in training.
+        image_fit: "resize" distorts an image to a square, "crop" cuts out its middle (the image
+            processor says which), "pad" first fills it up to a square with the mean colour.
     """
 
     text_kwargs = {"padding_side": "left", "add_special_tokens": False}  # noqa: RUF012
@@ -36,7 +43,7 @@ class DAttnProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_fit = image_fit
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(_with_pillow(image_processor), tokenizer, chat_template=chat_template)
 
     def replace_image_token(
         self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any
@@ -71,3 +78,16 @@ class DAttnProcessor(ProcessorMixin):
         square = Image.new("RGB", (side, side), fill)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
+
+
+def _with_pillow(image_processor: Any) -> Any:
+    """The same image processor, on Pillow.
+
+    Where torchvision is installed, transformers takes its resize for every processor that is not
+    asked for by class, whatever type its file names, and its pixels differ from training's.
+    """
+    name = type(image_processor).__name__
+    if name.endswith("Pil"):
+        return image_processor
+    on_pillow = getattr(transformers, f"{name.removesuffix('Fast')}Pil")
+    return on_pillow.from_dict(image_processor.to_dict())

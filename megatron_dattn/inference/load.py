@@ -6,6 +6,7 @@ and image processor. A checkpoint of any parallel layout loads.
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from megatron_dattn.data.tokenizer import load_tokenizer, token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, ExecutionConfig, ModelConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything
@@ -43,15 +44,18 @@ class RunAssets:
     preprocessor: ImagePreprocessor
     config: PretrainConfig
 
-    @property
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the tokenizer's, the template's, a caption's line break."""
+        """Tokens that end an answer: the tokenizer's, the template's; for captions, all that end in
+        a line break, which byte-level tokenizers merge with what stands before it."""
         stops = {int(self.tokenizer.eos_token_id)}
         end = template_tokens(self.conversations.template).end
         if end is not None:
             stops.add(token_id(self.tokenizer, end))
         if self.conversations.template == "plain":
-            stops.add(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
+            ids = list(self.tokenizer.get_vocab().values())
+            texts = self.tokenizer.backend_tokenizer.decode_batch([[index] for index in ids])
+            stops |= {i for i, text in zip(ids, texts, strict=True) if text.endswith("\n")}
         return frozenset(stops)
 
 
@@ -142,7 +146,7 @@ def _check_model(found: FoundCheckpoint, model: ModelConfig) -> None:
     An edited configuration, or another run's, may fit all shapes and compute something else.
     Weights that come from elsewhere hold nothing of a preset's: any preset may start from them.
     """
-    free = () if found.manifest.has_added else _OF_PRESET
+    free = (*FIELDS_WITHOUT_EFFECT, *(() if found.manifest.has_added else _OF_PRESET))
     differences = [
         line
         for line in compare_facts({"model": asdict(model)}, found.manifest.facts)

@@ -20,6 +20,8 @@ _FOREIGN_FIELDS = {
     "llama": (*_GEMMA2_FIELDS, "sliding_window"),
     "gemma2": (),
 }
+# What no result depends on; checkpoints from before it was noted lack it.
+FIELDS_WITHOUT_EFFECT = ("language.max_position_embeddings",)
 # Tensor-parallel sizes that divide this divide every vocabulary, once padded.
 _VOCAB_MULTIPLE = 64
 
@@ -147,13 +149,16 @@ class LanguageConfig:
     sliding_window: int | None = None
     """So many rows, itself included, a row sees at most: in every layer, or, in Gemma-2, in the
     first, third, fifth ... layer."""
+    max_position_embeddings: int | None = None
+    """How many positions the pretrained model was made for; None where its source does not say.
+    Nothing here depends on it: it is passed on to exports, whose users' tools read it."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
         optional = (
             *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
-            "sliding_window",
+            *("sliding_window", "max_position_embeddings"),
         )
         _require_positive(
             self,

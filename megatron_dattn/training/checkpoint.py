@@ -28,6 +28,7 @@ from megatron_dattn.checkpoint.manifest import compare_facts
 from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset
+from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT
 from megatron_dattn.training.config import CheckpointConfig
 from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
 from megatron_dattn.training.stages import MODULES, module_of_parameter
@@ -138,6 +139,7 @@ class Checkpointer:
         on_every_rank(f"restoring {found.path}", lambda: _restore(state, loaded, local, found.path))
         for name, value in progress.to_json().items():
             setattr(state.progress, name, value)
+        state.validation = found.manifest.facts.get("validation")
         self._parent = found.manifest.facts.get("parent")
         self._report(found, random_state)
         return True
@@ -211,6 +213,7 @@ class Checkpointer:
             "recipe": self._recipe,
             "step": state.progress.step,
             "progress": state.progress.to_json(),
+            "validation": state.validation,
             "loader": loader,
             "parent": self._parent,
         }
@@ -225,6 +228,7 @@ class Checkpointer:
         self, found: FoundCheckpoint, expected: dict[str, Any], ignored: Sequence[str] = ()
     ) -> None:
         """Refuse a checkpoint whose facts differ, but for some fields of the model."""
+        ignored = (*ignored, *FIELDS_WITHOUT_EFFECT)
         differences = [
             line
             for line in compare_facts(expected, found.manifest.facts)

@@ -71,3 +71,5 @@ class TrainState:
     loader: StatefulLoader | None = None
     """None on ranks that get their batches from another one (tensor-parallel ranks above 0)."""
     progress: Progress = field(default_factory=Progress)
+    validation: dict[str, float] | None = None
+    """The last validation: its `step` and its `loss`."""

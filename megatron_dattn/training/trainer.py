@@ -70,7 +70,9 @@ def validate_if_due(run: Run) -> None:
         return
     step, settings = run.state.progress.step, run.config.training
     if step % settings.eval_interval == 0 or step == settings.train_iters:
-        run.metrics.record_validation(step, run.validation.loss(run.state.model))
+        loss = run.validation.loss(run.state.model)
+        run.state.validation = {"step": step, "loss": loss}
+        run.metrics.record_validation(step, loss)
 
 
 def save_if_due(run: Run, *, at_once: bool = False) -> None:

@@ -1,8 +1,8 @@
 """Chat templates in Jinja, with `{% generation %}` around what is supervised.
 
-`mistral_v3`, `llama3`, `gemma` and `vicuna_v1` are complete chat templates and are exported with
-the model; `plain` is LLaVA's format for captions, where the question is dropped. A new template is
-a file, an entry in `TEMPLATES` and its name in `TemplateName`.
+All but `plain` are complete chat templates and are exported with the model; `plain` is LLaVA's
+format for captions, where the question is dropped. A new template is a file, an entry in
+`TEMPLATES` and its name in `TemplateName`.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatron_dattn.errors import ConfigError
 
-TemplateName = Literal["plain", "mistral_v3", "llama3", "gemma", "vicuna_v1"]
+TemplateName = Literal["plain", "mistral_v1", "mistral_v3", "llama3", "gemma", "vicuna_v1"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class TemplateTokens:
 
 TEMPLATES: dict[TemplateName, TemplateTokens] = {
     "plain": TemplateTokens(),
+    "mistral_v1": TemplateTokens(),
     "mistral_v3": TemplateTokens(("[INST]", "[/INST]")),
     "llama3": TemplateTokens(
         ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), end="<|eot_id|>"

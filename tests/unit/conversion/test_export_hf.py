@@ -87,6 +87,11 @@ def test_the_folder_describes_itself(exported):
     for target in config["auto_map"].values():
         module, name = target.split(".")
         assert f"class {name}" in (exported / f"{module}.py").read_text()
+    text, ids = config["text_config"], {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    assert ids.items() <= config.items()
+    assert ids.items() <= text.items()
+    assert text["max_position_embeddings"] == 131072  # MistralConfig's, which the import's file has
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 1000.0
     generation = json.loads((exported / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [2]
     assert generation["suppress_tokens"] == [IMAGE_ID]
@@ -97,6 +102,15 @@ def test_the_folder_describes_itself(exported):
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
     assert "stage: tiny" in card
     assert "shapes: 0.75" in card
+    assert "transformers>=5.10" in card
+
+
+def test_a_row_that_pads_is_the_end_token_s_only_outside_the_embedding():
+    tokens = hf_config.TokenIds(image=5, bos=1, eos=2, pad=2)
+    config = hf_config.model_config(ModelConfig(), tokens=tokens, dtype="float32")
+    assert config["pad_token_id"] == 2
+    assert config["text_config"]["pad_token_id"] is None
+    assert "max_position_embeddings" not in config["text_config"], "nothing was said about it"
 
 
 def test_every_file_can_be_read_by_others(exported):
@@ -241,6 +255,7 @@ def test_s_attn_becomes_a_llava_model(tmp_path, name):
     run, output = llava_run(tmp_path, name), tmp_path / "llava"
     export_checkpoint(run, output)
     assert not list(output.glob("*.py")), "it runs on transformers' own code"
+    assert 'backend="pil"' in (output / "README.md").read_text()
     loaded = load_model(run)
     model = LlavaForConditionalGeneration.from_pretrained(output).eval()
     assert model.config.tie_word_embeddings == loaded.config.model.language.tie_word_embeddings

@@ -113,7 +113,10 @@ def test_vision_encoders_come_back_bit_by_bit(name, feature_layer):
     assert_no_bit_is_lost(vision_rules(vision), model, unused)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "rope_theta": 5.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": True, "rope_theta": 5.0, "max_position_embeddings": 77}],
+)
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_configs_that_are_written_read_back_as_they_were(name, changes):
     _, config_class = LANGUAGE_MODELS[name]
@@ -268,6 +271,7 @@ def test_published_llava_7b():
         intermediate_size=11008,
         vocab_size=32064,
         rope_theta=10_000.0,
+        max_position_embeddings=4096,
     )
 
 

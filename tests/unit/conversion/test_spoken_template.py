@@ -1,12 +1,14 @@
 """Which template an import is asked in, and its `<image>`, for every family of language models."""
 
 import json
+import re
 
 import pytest
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatron_dattn.conversion.import_hf import import_checkpoint
+from megatron_dattn.conversion.import_hf import import_checkpoint, write_import
+from megatron_dattn.conversion.import_plan import plan_import
 from megatron_dattn.conversion.spoken_template import spoken_template
 from megatron_dattn.data.templates import read_template
 from megatron_dattn.errors import CheckpointError
@@ -26,7 +28,7 @@ MISTRAL = make_tokenizer()
     ("tokenizer", "family", "template"),
     [
         (MISTRAL, "mistral", "mistral_v3"),
-        (VICUNA, "mistral", "plain"),  # before v0.3 Mistral's tokenizer has no [INST]
+        (VICUNA, "mistral", "mistral_v1"),  # before v0.3 Mistral's tokenizer has no [INST]
         (LLAMA3, "llama", "llama3"),
         (VICUNA, "llama", "vicuna_v1"),
         (GEMMA, "gemma2", "gemma"),
@@ -34,15 +36,32 @@ MISTRAL = make_tokenizer()
     ],
 )
 def test_the_family_s_template_if_the_tokenizer_can_write_it(tmp_path, tokenizer, family, template):
-    assert spoken_template(tmp_path, tokenizer, family) == template
+    assert spoken_template(tmp_path, tokenizer, family).name == template
 
 
 def test_an_export_says_its_template(tmp_path):
     file = tmp_path / "chat_template.jinja"
     file.write_text(read_template("vicuna_v1"), encoding="utf-8")
-    assert spoken_template(tmp_path, MISTRAL, "mistral") == "vicuna_v1"
+    assert spoken_template(tmp_path, MISTRAL, "mistral") == ("vicuna_v1", "the export's own")
     file.write_text("{{ messages }}", encoding="utf-8")
-    assert spoken_template(tmp_path, MISTRAL, "mistral") == "mistral_v3"
+    assert spoken_template(tmp_path, MISTRAL, "mistral").name == "mistral_v3"
+
+
+@pytest.mark.parametrize(
+    ("family", "guess"),
+    [
+        ("llama", r"vicuna_v1, a guess .* family llama: .* lacks <\|start_header_id\|>"),
+        ("mistral", r"mistral_v1, a guess .* lacks \[INST\], \[/INST\]; if it"),
+        ("gemma2", r"plain, a guess .* lacks <start_of_turn>.* questions themselves are not shown"),
+    ],
+)
+def test_a_guess_is_not_silent(tmp_path, caplog, family, guess):
+    spoken_template(tmp_path, VICUNA, family)
+    (warning,) = caplog.messages
+    assert re.search(guess, warning)
+    caplog.clear()
+    spoken_template(tmp_path, LLAMA3, "llama")
+    assert not caplog.messages
 
 
 @pytest.fixture
@@ -56,7 +75,9 @@ def llama(tmp_path):
 
 def test_a_padded_llama_is_imported_with_image_behind_its_tokens(llama):
     save_tokenizer(llama / "llama", SPECIAL_TOKENS[:3])
-    import_checkpoint(llama / "vision", llama / "llama", llama / "run")
+    plan = plan_import(llama / "vision", llama / "llama", llama / "run")
+    assert "conversations are written as vicuna_v1: a guess" in plan.summary()
+    write_import(plan)
     config = yaml.safe_load((llama / "run" / "config.yaml").read_text())
     assert config["data"]["template"] == "vicuna_v1"
     assert config["model"]["language"]["vocab_size"] == 64
@@ -71,3 +92,13 @@ def test_a_full_llama_is_refused_with_the_remedy(llama):
     with pytest.raises(CheckpointError, match=r"resize_token_embeddings.* with n = 65"):
         import_checkpoint(llama / "vision", llama / "llama", llama / "run")
     assert not (llama / "run").exists()
+
+
+def test_the_remedy_makes_room(llama):
+    save_tokenizer(llama / "llama", [*SPECIAL_TOKENS[:3], *(f"<{n}>" for n in range(30))])
+    tokenizer = AutoTokenizer.from_pretrained(llama / "llama")
+    model = LlamaForCausalLM.from_pretrained(llama / "llama")
+    model.resize_token_embeddings(len(tokenizer) + 1, pad_to_multiple_of=64)
+    model.save_pretrained(llama / "llama")
+    model_config = import_checkpoint(llama / "vision", llama / "llama", llama / "run")
+    assert model_config.language.vocab_size == 128

@@ -38,8 +38,13 @@ LLAMA3 = make_tokenizer(
     eos="<|end_of_text|>",
 )
 VICUNA = make_tokenizer(["<unk>", "<s>", "</s>", "<image>"])
-TOKENIZERS = {"gemma": GEMMA, "llama3": LLAMA3, "vicuna_v1": VICUNA}
-ENDS = {"gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "vicuna_v1": "</s>"}
+TOKENIZERS = {"gemma": GEMMA, "llama3": LLAMA3, "vicuna_v1": VICUNA, "mistral_v1": VICUNA}
+ENDS = {
+    "gemma": "<end_of_turn>",
+    "llama3": "<|eot_id|>",
+    "vicuna_v1": "</s>",
+    "mistral_v1": "</s>",
+}
 # What Google and Meta publish in their tokenizers' chat_template.
 OFFICIAL = {
     "gemma": (
@@ -118,6 +123,10 @@ def rendered(source: str, messages: list[dict], tokenizer: PreTrainedTokenizerFa
             f"<s>{VICUNA_SYSTEM} USER: <image>\nq1 ASSISTANT:[[ a1</s>]]"
             "USER: q2 ASSISTANT:[[ a2</s>]]",
         ),
+        (
+            "mistral_v1",
+            "<s>[INST] <image>\nq1 [/INST][[ a1</s>]][INST] q2 [/INST][[ a2</s>]]",
+        ),
     ],
 )
 def test_golden(name: str, golden: str) -> None:
@@ -148,6 +157,7 @@ def test_the_text_is_the_maker_s(name: str, num_messages: int) -> None:
             "<|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>",
         ),
         ("vicuna_v1", "<s>Be brief. USER: q"),
+        ("mistral_v1", "<s>[INST] Be brief.\n\nq [/INST]"),
     ],
 )
 def test_a_system_message(name: str, golden: str) -> None:
@@ -235,7 +245,7 @@ def test_the_supervised_tokens_spell_the_answers(
     chat = conversation(*spoken, images=int(with_image))
     template, tokenizer = encoder(name), TOKENIZERS[name]
     text, spans = template.render(chat)
-    lead = " " if name == "vicuna_v1" else ""
+    lead = " " if name in ("vicuna_v1", "mistral_v1") else ""
     assert [text[start:end] for start, end in spans] == [
         f"{lead}{answer}{ENDS[name]}" for answer in chat.answers
     ]

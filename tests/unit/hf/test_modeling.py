@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_dattn.attention import output_rows
+from megatron_dattn.hf import attention_dattn
 from megatron_dattn.hf.caches_dattn import DAttnCache
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
 from megatron_dattn.hf.processing_dattn import DAttnProcessor
@@ -166,6 +167,29 @@ def test_cached_decoding_equals_the_full_forward(base, opened, case):
     torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-4, atol=1e-4)
     without = model.generate(**inputs, max_new_tokens=6, use_cache=False)
     assert torch.equal(model.generate(**inputs, max_new_tokens=6), without)
+
+
+@pytest.mark.parametrize("case", ["dattn", "dattn_biased", "dattn_sigmoid", "dattn_cascade"])
+def test_blocks_of_rows_bound_the_scores_and_change_nothing(base, opened, monkeypatch, case):
+    model, processor = opened(case)
+    model = model.double()
+    inputs = inputs_of(processor, messages(base))
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    with torch.inference_mode():
+        whole = model(**inputs).logits
+        sizes = []
+
+        def softmax(scores, seen):
+            sizes.append(scores.numel())
+            return usual(scores, seen)
+
+        usual = attention_dattn._softmax
+        monkeypatch.setattr(attention_dattn, "_softmax", softmax)
+        monkeypatch.setattr(attention_dattn, "MAX_SCORES", 3000)
+        blocks = model(**inputs).logits
+    assert max(sizes) <= 3000
+    # fp64, sums of the same terms.
+    torch.testing.assert_close(blocks, whole, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", ["dattn_biased", "dattn_cascade", "saisa"])

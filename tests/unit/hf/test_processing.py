@@ -1,13 +1,16 @@
 """The exported processor prepares images as training did."""
 
+import importlib
 import io
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer, SiglipImageProcessorPil
 
 from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.hf import configuration_dattn, processing_dattn
 from megatron_dattn.hf.processing_dattn import DAttnProcessor
 
 SIDE = 28
@@ -61,3 +64,33 @@ def test_a_missing_image_is_refused(exported):
     _, folder = exported("dattn")
     with pytest.raises(ValueError, match="no images were passed"):
         DAttnProcessor.from_pretrained(folder)(text="<s><image>")
+
+
+class SiglipImageProcessor:
+    """Stands for torchvision's, which transformers hands over where torchvision is installed."""
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def to_dict(self):
+        return self.settings
+
+
+def test_images_are_resized_with_pillow_even_where_torchvision_is_installed(exported):
+    _, folder = exported("dattn")
+    usual = DAttnProcessor.from_pretrained(folder)
+    settings = {**usual.image_processor.to_dict(), "image_mean": [0.25] * 3}
+    processor = DAttnProcessor(
+        SiglipImageProcessor(settings), AutoTokenizer.from_pretrained(folder)
+    )
+    assert type(processor.image_processor) is SiglipImageProcessorPil
+    image = Image.new("RGB", (20, 44), (255, 255, 255))
+    pixels = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, torch.full((1, 3, SIDE, SIDE), 1.5))  # (1 - 0.25) / 0.5
+
+
+@pytest.mark.parametrize("module", [configuration_dattn, processing_dattn])
+def test_an_older_transformers_is_one_clear_error(monkeypatch, module):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "5.9.0")
+    with pytest.raises(ImportError, match=r"transformers>=5\.10 is required"):
+        importlib.reload(module)

@@ -1,7 +1,10 @@
 """What ends an answer, by template."""
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from megatron_dattn.data.conversation import Conversation, Turn
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.inference.load import RunAssets
@@ -24,3 +27,21 @@ def test_stop_ids(template, ends):
     conversations = ConversationTokenizer(tokenizer, template)
     assets = RunAssets(tokenizer, conversations, ImagePreprocessor(16), config=None)
     assert assets.stop_ids == {tokenizer.convert_tokens_to_ids(token) for token in ends}
+
+
+def test_a_caption_ends_also_where_its_full_stop_and_line_break_are_one_token():
+    """As in Llama-3's vocabulary; "\u010a" is how byte-level tokenizers spell a line break."""
+    names = ["<s>", "</s>", "<image>", "a", ".", "\u010a", ".\u010a", "\u010aa"]
+    vocab = {name: index for index, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocab, merges=[(".", "\u010a"), ("\u010a", "a")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", extra_special_tokens=names[2:3]
+    )
+    caption = ConversationTokenizer(tokenizer, "plain")
+    assets = RunAssets(tokenizer, caption, ImagePreprocessor(16), config=None)
+    turns = (Turn("user", "<image>", 1), Turn("assistant", "a."))
+    last = caption(Conversation(turns, ("x",))).input_ids[-1]
+    assert tokenizer.convert_ids_to_tokens(last) == ".\u010a"
+    assert assets.stop_ids == {vocab[end] for end in ("</s>", "\u010a", ".\u010a")}

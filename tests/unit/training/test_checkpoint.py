@@ -176,6 +176,24 @@ def test_another_run_is_refused_field_by_field(
     assert other.digests() == before
 
 
+def test_the_last_validation_is_remembered(tmp_path: Path) -> None:
+    run = trained(1)
+    run.state.validation = {"step": 1, "loss": 0.5}
+    run.checkpointer(tmp_path).save(run.state)
+    other = fresh()
+    assert other.checkpointer(tmp_path).resume(other.state)
+    assert other.state.validation == {"step": 1, "loss": 0.5}
+
+
+def test_what_has_no_effect_may_differ(tmp_path: Path) -> None:
+    run = trained(1)
+    run.checkpointer(tmp_path).save(run.state)
+    other = fresh()
+    language = {**MODEL_FACTS["language"], "max_position_embeddings": 77}
+    facts = {"model": {**MODEL_FACTS, "language": language}}
+    assert other.checkpointer(tmp_path, **facts).resume(other.state)
+
+
 def test_another_schedule_is_refused(tmp_path: Path) -> None:
     run = trained(1)
     run.checkpointer(tmp_path).save(run.state)
