@@ -116,6 +116,12 @@ def test_parameters_of_another_model_are_named(sound, changes, message):
         plan_tensors(open_tensors(found.path), other)
 
 
+def test_a_field_that_changes_nothing_may_differ(run):
+    configure(run, "language", max_position_embeddings=77)
+    _, config = find_run(run)
+    assert config.model.language.max_position_embeddings == 77
+
+
 def test_as_many_values_in_another_shape_do_not_fit(sound):
     found, config = find_run(sound)
     stored = open_tensors(found.path)

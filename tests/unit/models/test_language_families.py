@@ -26,7 +26,8 @@ _CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
 }
-_OWN_NAMES = ("family", "rope_theta", "hidden_activation")
+# `max_position_embeddings` changes nothing here, and None is not Hugging Face's word for it.
+_OWN_NAMES = ("family", "rope_theta", "hidden_activation", "max_position_embeddings")
 
 
 def _hugging_face(language: LanguageConfig) -> PreTrainedModel:
