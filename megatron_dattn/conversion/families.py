@@ -4,7 +4,7 @@ A family is a module. Adding one is writing the module and naming it here.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from megatron_dattn.conversion import clip, gemma2, llama, mistral, siglip
 from megatron_dattn.conversion.weight_map import Rule
@@ -52,6 +52,8 @@ class VisionFamily(Protocol):
     def unused_prefixes(self, config: VisionConfig, num_layers: int) -> list[str]: ...
 
 
+_Family = TypeVar("_Family", LanguageFamily, VisionFamily)
+
 LANGUAGE: dict[str, LanguageFamily] = {"gemma2": gemma2, "llama": llama, "mistral": mistral}
 """By `LanguageConfig.family`."""
 VISION: dict[str, VisionFamily] = {"clip": clip, "siglip": siglip}
@@ -64,11 +66,7 @@ def language_family(config: dict[str, Any]) -> LanguageFamily:
     Raises:
         CheckpointError: another architecture; names what is supported.
     """
-    found = [f for f in LANGUAGE.values() if config.get("model_type") in f.MODEL_TYPES]
-    if not found:
-        types = [name for family in LANGUAGE.values() for name in family.MODEL_TYPES]
-        raise _unsupported("language model", config, types)
-    return found[0]
+    return _family("language model", LANGUAGE, config)
 
 
 def vision_family(config: dict[str, Any]) -> VisionFamily:
@@ -77,11 +75,15 @@ def vision_family(config: dict[str, Any]) -> VisionFamily:
     Raises:
         CheckpointError: another architecture; names what is supported.
     """
-    found = [f for f in VISION.values() if config.get("model_type") in f.MODEL_TYPES]
-    if not found:
-        types = [name for family in VISION.values() for name in family.MODEL_TYPES]
-        raise _unsupported("vision encoder", config, types)
-    return found[0]
+    return _family("vision encoder", VISION, config)
+
+
+def _family(what: str, families: dict[str, _Family], config: dict[str, Any]) -> _Family:
+    for family in families.values():
+        if config.get("model_type") in family.MODEL_TYPES:
+            return family
+    types = [name for family in families.values() for name in family.MODEL_TYPES]
+    raise _unsupported(what, config, types)
 
 
 def language_rules(config: LanguageConfig) -> list[Rule]:
