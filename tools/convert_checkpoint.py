@@ -89,6 +89,11 @@ def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--max-shard-gb", type=float, default=5.0, help="largest file of weights, in 10^9 bytes"
     )
     parser.add_argument("--license", help="for the model card, as the hub spells it")
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        help="for the model card, an evaluation's JSON file; by default accuracy.json of the run",
+    )
 
 
 def run_export(options: argparse.Namespace) -> int:
@@ -97,7 +102,8 @@ def run_export(options: argparse.Namespace) -> int:
     if not (options.max_shard_gb > 0 and math.isfinite(options.max_shard_gb)):
         raise ConfigError(f"--max-shard-gb must be positive and finite, got {options.max_shard_gb}")
     largest = int(options.max_shard_gb * 10**9)
-    export_checkpoint(options.checkpoint, options.output, ExportOptions(largest, options.license))
+    chosen = ExportOptions(largest, options.license, options.metrics)
+    export_checkpoint(options.checkpoint, options.output, chosen)
     return 0
 
 

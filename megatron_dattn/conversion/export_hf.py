@@ -27,6 +27,7 @@ from megatron_dattn.conversion.hf_config import (
 )
 from megatron_dattn.conversion.hf_names import export_rules
 from megatron_dattn.conversion.hf_processor import write_processor, write_tokenizer
+from megatron_dattn.conversion.metrics import find_metrics
 from megatron_dattn.conversion.model_card import model_card
 from megatron_dattn.conversion.output_folder import check_output, check_room, new_folder
 from megatron_dattn.conversion.safetensors_writer import PlannedTensors, write_shards
@@ -50,6 +51,8 @@ class ExportOptions:
 
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     license_name: str | None = None
+    metrics: Path | None = None
+    """JSON file of an evaluation, for the model card; the run folder's accuracy.json where None."""
 
 
 def export_checkpoint(run_folder: Path, output: Path, options: ExportOptions | None = None) -> None:
@@ -60,17 +63,26 @@ def export_checkpoint(run_folder: Path, output: Path, options: ExportOptions | N
     Raises:
         CheckpointError: there is no checkpoint, the output exists, or the disk has no room.
         ConfigError: the model cannot be expressed, or the run folder's tokenizer does not fit.
+        DataError: the file of metrics that was named is missing or damaged.
     """
+    options = options or ExportOptions()
     output = check_output(output)
     found, config = find_run(run_folder)
     check_exportable(config.model)
     assets = load_assets(run_folder, config)
     planned = plan_tensors(open_tensors(found.path), config.model)
     check_room(output, sum(part.num_bytes for part in planned) + _SMALL_FILES_BYTES, "export")
-    options = options or ExportOptions()
+    card = model_card(
+        config.model,
+        run_folder=run_folder,
+        facts=found.manifest.facts,
+        data_sets=[Path(data.path).name for data in config.data.train],
+        metrics=find_metrics(options.metrics, run_folder),
+        license_name=options.license_name,
+    )
     with new_folder(output) as folder:
-        dtype = planned[0].dtype
-        _write_small_files(assets, dtype, run_folder, folder, found.manifest.facts, options)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _write_small_files(assets, planned[0].dtype, run_folder, folder)
         write_shards(folder, planned, options.max_shard_bytes)
     logger.info("exported to %s", output)
 
@@ -129,14 +141,9 @@ def _unread_norm(config: ModelConfig, dtype: torch.dtype) -> list[PlannedTensors
 
 
 def _write_small_files(
-    assets: RunAssets,
-    dtype: torch.dtype,
-    run_folder: Path,
-    target: Path,
-    facts: dict[str, object],
-    options: ExportOptions,
+    assets: RunAssets, dtype: torch.dtype, run_folder: Path, target: Path
 ) -> None:
-    """Everything but the weights."""
+    """Everything but the weights and the card."""
     config, tokenizer = assets.config, assets.tokenizer
     llava = is_llava(config.model)
     tokens = TokenIds(
@@ -159,14 +166,6 @@ def _write_small_files(
     (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stops = sorted(assets.stop_ids)
     generation_config(stops, tokens).save_pretrained(target)
-    card = model_card(
-        config.model,
-        run_folder=run_folder,
-        facts=facts,
-        data_sets=[Path(data.path).name for data in config.data.train],
-        license_name=options.license_name,
-    )
-    (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def _copy_code(target: Path) -> None:

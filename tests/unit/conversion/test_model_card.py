@@ -1,8 +1,6 @@
 """What the model card says about training, and what it does without."""
 
-import pytest
-
-from megatron_dattn.conversion.model_card import METRICS_FILE, model_card
+from megatron_dattn.conversion.model_card import model_card
 from megatron_dattn.models.config import ModelConfig
 
 FACTS = {
@@ -13,9 +11,14 @@ FACTS = {
 }
 
 
-def card(folder, facts=FACTS):
+def card(folder, facts=FACTS, metrics=()):
     return model_card(
-        ModelConfig(), run_folder=folder, facts=facts, data_sets=["mix"], license_name=None
+        ModelConfig(),
+        run_folder=folder,
+        facts=facts,
+        data_sets=["mix"],
+        metrics=dict(metrics),
+        license_name=None,
     )
 
 
@@ -27,9 +30,11 @@ def test_the_last_validation_and_where_the_weights_began(tmp_path):
     assert "None recorded." in card(tmp_path, {"stage": "stage2"})
 
 
-@pytest.mark.parametrize("content", ["{", "[1, 2]"])
-def test_a_damaged_metrics_file_is_a_warning(tmp_path, caplog, content):
-    (tmp_path / METRICS_FILE).write_text(content)
-    assert "validation loss" in card(tmp_path)
-    (warning,) = caplog.messages
-    assert f"goes without {tmp_path / METRICS_FILE}" in warning
+def test_metrics_stand_behind_the_validation_loss(tmp_path):
+    text = card(tmp_path, metrics={"where, accuracy": 2 / 3, "asked": 8})
+    _, _, section = text.partition("## Metrics\n")
+    assert section.partition("\n\n")[0].splitlines() == [
+        "- validation loss at step 30: 1.2500",
+        "- where, accuracy: 0.666667",
+        "- asked: 8",
+    ]

@@ -207,6 +207,27 @@ def test_export_refuses_a_folder_without_a_name_of_its_own(
         assert "is the working directory; name a new folder" in capsys.readouterr().err
 
 
+def test_export_refuses_a_damaged_file_of_metrics_first(tmp_path, capsys):
+    base = tmp_path / "base"
+    save_llava(tmp_path / "llava")
+    assert main(["import", "--model", str(tmp_path / "llava"), "--output", str(base)]) == 0
+    arguments = ["export", "--checkpoint", str(base), "--output", str(tmp_path / "out")]
+    (tmp_path / "damaged.json").write_text("{")
+    before = set(tmp_path.iterdir())
+    for name, message in (("damaged", "is not valid JSON"), ("missing", "No such file")):
+        metrics = tmp_path / f"{name}.json"
+        capsys.readouterr()
+        assert main([*arguments, "--metrics", str(metrics)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: metrics file {metrics}")
+        assert message in error
+        assert error.count("\n") == 1
+    assert set(tmp_path.iterdir()) == before
+    (tmp_path / "sound.json").write_text('{"all": {"accuracy": 0.5}}')
+    assert main([*arguments, "--metrics", str(tmp_path / "sound.json")]) == 0
+    assert "- all, accuracy: 0.5\n" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])
 def test_export_needs_a_finite_shard_size(converted, tmp_path, size, capsys):
     arguments = ["export", "--checkpoint", str(converted), "--output", str(tmp_path / "out")]
