@@ -146,6 +146,14 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Force a folder, and all files and folders in it, to the disk."""
+    for inner, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync_file(Path(inner, name))
+        sync_folder(Path(inner))
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a checkpoint in two moves, so that a half-deleted one is never taken for a whole.
 
