@@ -1,7 +1,6 @@
 """README.md of an export: what the model is, what it was trained on, and how to ask it."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,7 +51,7 @@ its pixels differ a little from those of training, which Pillow resized.
 def model_card(
     model: ModelConfig,
     *,
-    run_folder: Path,
+    title: str,
     facts: dict[str, Any],
     data_sets: list[str],
     metrics: Metrics,
@@ -77,7 +76,7 @@ def model_card(
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
             "---",
-            f"# {run_folder.resolve().name}",
+            f"# {title}",
             "",
             _description(model),
             "",

@@ -11,10 +11,10 @@ FACTS = {
 }
 
 
-def card(folder, facts=FACTS, metrics=()):
+def card(facts=FACTS, metrics=()):
     return model_card(
         ModelConfig(),
-        run_folder=folder,
+        title="my model",
         facts=facts,
         data_sets=["mix"],
         metrics=dict(metrics),
@@ -22,16 +22,17 @@ def card(folder, facts=FACTS, metrics=()):
     )
 
 
-def test_the_last_validation_and_where_the_weights_began(tmp_path):
-    text = card(tmp_path)
+def test_the_last_validation_and_where_the_weights_began():
+    text = card()
+    assert "\n# my model\n" in text
     assert "- validation loss at step 30: 1.2500\n" in text
     assert "- started from: stage stage1, step 7\n" in text
     assert "private" not in text
-    assert "None recorded." in card(tmp_path, {"stage": "stage2"})
+    assert "None recorded." in card({"stage": "stage2"})
 
 
-def test_metrics_stand_behind_the_validation_loss(tmp_path):
-    text = card(tmp_path, metrics={"where, accuracy": 2 / 3, "asked": 8})
+def test_metrics_stand_behind_the_validation_loss():
+    text = card(metrics={"where, accuracy": 2 / 3, "asked": 8})
     _, _, section = text.partition("## Metrics\n")
     assert section.partition("\n\n")[0].splitlines() == [
         "- validation loss at step 30: 1.2500",

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dattn.conversion.verify import verify_checkpoint
+from tests.support.passes import Passes
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.conversion.llava_models import save_llava
 from tools.convert_checkpoint import main
@@ -75,6 +77,20 @@ def test_verify_agrees_with_the_models_that_were_converted(converted, tokens, ca
     assert main(["verify", str(converted), *tokens]) == 0
     said = capsys.readouterr().out
     assert said.count(": agree") == 2
+
+
+def test_verify_tells_how_far_it_is(converted, tmp_path, caplog):
+    passes = Passes()
+    verify_checkpoint(converted, progress=passes)
+    passes.check("checking step-0000000", "reading the checkpoint")
+    steps = [line.partition(":")[0] for line in caplog.messages if " of 3:" in line]
+    assert steps == ["1 of 3", "2 of 3", "3 of 3"]
+    save_llava(tmp_path / "llava")
+    arguments = ["import", "--model", str(tmp_path / "llava"), "--output", str(tmp_path / "base")]
+    assert main(arguments) == 0
+    passes = Passes()
+    verify_checkpoint(tmp_path / "base", progress=passes)
+    passes.check("checking step-0000000", "reading the checkpoint")
 
 
 def test_verify_finds_one_changed_weight(folders, converted, tmp_path, capsys):
