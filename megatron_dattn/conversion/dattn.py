@@ -7,10 +7,8 @@ longer in `attention/presets.py` is therefore refused.
 from typing import Any
 
 from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual
+from megatron_dattn.conversion.exportable import VISUAL_ROWS
 from megatron_dattn.conversion.families import language_family, vision_family
-from megatron_dattn.conversion.hf_config import VISUAL_ROWS
-from megatron_dattn.conversion.hf_names import export_rules
-from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
@@ -86,14 +84,3 @@ def _language_config(config: dict[str, Any]) -> LanguageConfig:
     section = {"model_type": _TEXT_TYPE, **config.get("text_config", {})}
     family = language_family(section)
     return family.language_config({**family.DEFAULTS, **section})
-
-
-def weight_rules(model: ModelConfig) -> dict[str, list[Rule]]:
-    """Rules for every parameter of the model, by module, as `llava.weight_rules` has them."""
-    # A preset may have no adapter; the module is then complete without a parameter.
-    by_module: dict[str, list[Rule]] = {"vision_model": [], "adapter": [], "language_model": []}
-    for rule in export_rules(model):
-        module, _, name = rule.megatron.partition(".")
-        own = Rule(name, rule.sources, rule.layout)
-        by_module[module].append(own)
-    return by_module

@@ -19,13 +19,8 @@ from torch import Tensor
 from megatron_dattn import hf
 from megatron_dattn.checkpoint import steps_of
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
-from megatron_dattn.conversion.hf_config import (
-    TokenIds,
-    check_exportable,
-    generation_config,
-    is_llava,
-    model_config,
-)
+from megatron_dattn.conversion.exportable import check_exportable, is_llava
+from megatron_dattn.conversion.hf_config import TokenIds, generation_config, model_config
 from megatron_dattn.conversion.hf_names import export_rules
 from megatron_dattn.conversion.hf_processor import write_processor, write_tokenizer
 from megatron_dattn.conversion.metrics import find_metrics

@@ -84,8 +84,8 @@ def hf_config(language: LanguageConfig) -> dict[str, Any]:
     scalar = language.query_pre_attn_scalar or language.head_dim
     if scalar != int(scalar):
         raise ConfigError(
-            f"language.query_pre_attn_scalar {scalar} cannot be exported: Hugging Face's Gemma-2 "
-            "takes whole numbers"
+            f"model.language.query_pre_attn_scalar is {scalar}, Hugging Face's Gemma-2 takes whole "
+            "numbers"
         )
     return write_config(language, "gemma2") | {
         "hidden_activation": language.hidden_activation,

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of an export, and which models have one at all."""
+"""config.json and generation_config.json of an export."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import transformers
 from transformers import GenerationConfig, LlavaConfig
 
-from megatron_dattn.attention import AttentionConfig, VisualRows, get_preset
+from megatron_dattn.attention import get_preset
+from megatron_dattn.conversion.exportable import is_llava
 from megatron_dattn.conversion.families import LANGUAGE, VISION
 from megatron_dattn.conversion.llava import SELECT_STRATEGIES
-from megatron_dattn.errors import ConfigError
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 
@@ -18,13 +18,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_dattn.DAttnModel",
     "AutoModelForImageTextToText": "modeling_dattn.DAttnForConditionalGeneration",
     "AutoProcessor": "processing_dattn.DAttnProcessor",
-}
-
-# What the exported code can do with visual rows, by the config's `visual_source`: run them through
-# all layers, or make them anew in each.
-VISUAL_ROWS = {
-    "stream": VisualRows(),
-    "reproject": VisualRows(source="reproject", ffn=0.0),
 }
 
 
@@ -36,62 +29,6 @@ class TokenIds:
     bos: int
     eos: int
     pad: int
-
-
-def is_llava(model: ModelConfig) -> bool:
-    """Whether the model's attention is that of Hugging Face's LLaVA, whose code it is given."""
-    preset = get_preset(model.attention)
-    return preset.is_self_attention and preset.visual == VisualRows()
-
-
-def check_exportable(model: ModelConfig) -> None:
-    """Refuse what neither our exported code nor Hugging Face's LLaVA computes.
-
-    Raises:
-        ConfigError: naming the preset, or a setting of the language model, and the reason.
-    """
-    if is_llava(model):
-        reason = _reason_against_llava(model)
-    else:
-        reason = _reason_against_dattn(get_preset(model.attention))
-    if reason:
-        raise ConfigError(f"model.attention '{model.attention}' cannot be exported: {reason}")
-    _text_config(model.language)
-
-
-def _reason_against_dattn(preset: AttentionConfig) -> str:
-    if preset.scores_visual_rows:
-        return (
-            f"with v2v='{preset.v2v}' visual rows attend to other rows; the exported code computes "
-            "each from its own image alone"
-        )
-    if preset.visual not in VISUAL_ROWS.values():
-        return "the exported code gives visual rows every layer whole, and this preset does not"
-    return ""
-
-
-def _reason_against_llava(model: ModelConfig) -> str:
-    """Hugging Face's LLaVA has an adapter of two linear layers, nothing before and after them."""
-    needs = "it would become a LlavaForConditionalGeneration, which"
-    if model.language.family == "gemma2":
-        return (
-            f"{needs} scales visual rows as Gemma-2's own embeddings are in transformers 4, and "
-            "does not in 5"
-        )
-    if model.adapter.input_norm:
-        return (
-            f"{needs} has no norm in front of its adapter; train with model.adapter.input_norm "
-            "set to false"
-        )
-    if model.adapter.hidden_size not in (None, model.language.hidden_size):
-        return (
-            f"{needs} has an adapter as wide as the language model "
-            f"({model.language.hidden_size}), not model.adapter.hidden_size "
-            f"{model.adapter.hidden_size}"
-        )
-    if get_preset(model.attention).positions.embedding != "none":
-        return f"{needs} adds no positions to visual rows"
-    return ""
 
 
 def model_config(model: ModelConfig, *, tokens: TokenIds, dtype: str) -> dict[str, Any]:

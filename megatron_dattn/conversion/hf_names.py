@@ -4,32 +4,34 @@ The adapter and what a preset adds to the language model have no original elsewh
 Hugging Face's terms are fixed here and in megatron_dattn/hf.
 """
 
-from dataclasses import replace
-
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion import families
-from megatron_dattn.conversion.weight_map import GroupedKV, Rule
+from megatron_dattn.conversion.key_names import KeyNames
+from megatron_dattn.conversion.weight_map import GroupedKV, Rule, below, renamed
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
 
 
 def export_rules(model: ModelConfig) -> list[Rule]:
     """Rules for every parameter of the model, both sides with full names."""
-    vision = [
-        _prefixed(rule, "vision_model.", "model.vision_tower.")
-        for rule in families.vision_rules(model.vision)
+    return [
+        rule
+        for module, rules in rules_by_module(model).items()
+        for rule in renamed(rules, megatron=below(f"{module}."))
     ]
-    language = [
-        replace(
-            rule,
-            megatron=f"language_model.{rule.megatron}",
-            sources={_language_name(name): shape for name, shape in rule.sources.items()},
-        )
-        for rule in families.language_rules(model.language)
-    ]
-    adapter = [
-        _prefixed(rule, "adapter.", "model.multi_modal_projector.") for rule in adapter_rules(model)
-    ]
-    return vision + adapter + language + _added_rules(model)
+
+
+def rules_by_module(model: ModelConfig) -> dict[str, list[Rule]]:
+    """The same by module, whose name our parameters' names go without.
+
+    A preset may have no adapter; the module is then complete without a parameter.
+    """
+    keys = KeyNames()
+    language = [*families.language_rules(model.language), *_added_rules(model)]
+    return {
+        "vision_model": renamed(families.vision_rules(model.vision), keys.vision),
+        "adapter": renamed(adapter_rules(model), keys.projector),
+        "language_model": renamed(language, keys.language),
+    }
 
 
 def adapter_rules(model: ModelConfig) -> list[Rule]:
@@ -84,7 +86,7 @@ def _fractional_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def _added_rules(model: ModelConfig) -> list[Rule]:
-    """Rules for what a preset adds to the decoder layers."""
+    """Rules for what a preset adds to the decoder layers, named as the language model's own."""
     preset = get_preset(model.attention)
     rules: list[Rule] = []
     if preset.has_gate:
@@ -94,16 +96,14 @@ def _added_rules(model: ModelConfig) -> list[Rule]:
         rules += _cross_attention_rules(model.language)
     if preset.visual.source == "reproject":
         shapes = _mlp_shapes(model, model.language.hidden_size, has_norm=True)
-        projector = "visual_projector."
-        rules += [_prefixed(rule, projector, projector) for rule in _renamed_linears(shapes)]
+        projector = below("visual_projector.")
+        rules += renamed(_renamed_linears(shapes), projector, megatron=projector)
     return [
-        _prefixed(
-            rule,
-            f"language_model.decoder.layers.{layer}.",
-            f"model.language_model.layers.{layer}.",
-        )
+        rule
         for layer in range(model.language.num_hidden_layers)
-        for rule in rules
+        for rule in renamed(
+            rules, below(f"model.layers.{layer}."), megatron=below(f"decoder.layers.{layer}.")
+        )
     ]
 
 
@@ -121,14 +121,3 @@ def _cross_attention_rules(language: LanguageConfig) -> list[Rule]:
         ),
         Rule(f"{ours}proj.weight", {f"{theirs}o_proj.weight": (hidden, queries)}),
     ]
-
-
-def _prefixed(rule: Rule, ours: str, theirs: str) -> Rule:
-    sources = {theirs + name: shape for name, shape in rule.sources.items()}
-    return replace(rule, megatron=ours + rule.megatron, sources=sources)
-
-
-def _language_name(name: str) -> str:
-    """`model.layers...` of a language model alone, inside a model that has it as a part."""
-    bare = name.removeprefix("model.")
-    return name if bare == name else f"model.language_model.{bare}"

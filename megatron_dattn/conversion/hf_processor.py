@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_dattn.conversion.hf_config import AUTO_MAP, SELECT_STRATEGIES
+from megatron_dattn.conversion.hf_config import AUTO_MAP
+from megatron_dattn.conversion.llava import SELECT_STRATEGIES
 from megatron_dattn.conversion.safetensors_reader import read_json
 from megatron_dattn.conversion.tokenizer import TOKENIZER_FILES
 from megatron_dattn.data.conversation import IMAGE_TOKEN

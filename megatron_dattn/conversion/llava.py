@@ -1,12 +1,9 @@
 """LLaVA-1.5 as Hugging Face stores it (`LlavaForConditionalGeneration`): config and weights.
 
 A CLIP or SigLIP encoder, a two-layer MLP and a Llama or Mistral decoder: our model with the preset
-`s_attn` and an adapter without a norm. Checkpoints exist with two sets of names, from before and
-after transformers 4.52 put everything but the head into a module `model`; both are read.
+`s_attn` and an adapter without a norm. Both sets of names (`key_names.py`) are read.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_dattn.conversion.families import (
@@ -18,6 +15,7 @@ from megatron_dattn.conversion.families import (
     vision_rules,
 )
 from megatron_dattn.conversion.hf_names import projector_rules
+from megatron_dattn.conversion.key_names import KeyNames
 from megatron_dattn.conversion.weight_map import Rule, renamed
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
@@ -92,43 +90,6 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise CheckpointError(f"the model's config.json lacks {name}")
     return section
-
-
-@dataclass(frozen=True)
-class KeyNames:
-    """What a checkpoint calls its tensors."""
-
-    nested: bool = True
-    """Whether all but the head are in a module `model`."""
-    vision_module: str = "vision_tower."
-    """Where the encoder's own names begin: `vision_tower.` or `vision_tower.vision_model.`."""
-
-    def vision(self, name: str) -> str:
-        """The name of a tensor that a checkpoint of the encoder alone calls `name`."""
-        return f"{self._outer}{self.vision_module}{name}"
-
-    def projector(self, name: str) -> str:
-        return f"{self._outer}multi_modal_projector.{name}"
-
-    def language(self, name: str) -> str:
-        """The name of a tensor that a checkpoint of the language model alone calls `name`."""
-        if not self.nested:
-            return f"language_model.{name}"
-        inner = name.removeprefix("model.")
-        return name if inner == name else f"model.language_model.{inner}"
-
-    @property
-    def _outer(self) -> str:
-        return "model." if self.nested else ""
-
-
-def key_names(names: Iterable[str]) -> KeyNames:
-    """Which names a checkpoint uses, from all of them."""
-    found = tuple(names)
-    nested = not any(name.startswith("language_model.") for name in found)
-    deeper = "vision_tower.vision_model."
-    is_deeper = any(name.removeprefix("model.").startswith(deeper) for name in found)
-    return KeyNames(nested, deeper if is_deeper else "vision_tower.")
 
 
 def weight_rules(model: ModelConfig, keys: KeyNames) -> dict[str, list[Rule]]:

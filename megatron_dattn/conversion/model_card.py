@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from megatron_dattn.attention import get_preset
-from megatron_dattn.conversion.hf_config import is_llava
+from megatron_dattn.conversion.exportable import is_llava
 from megatron_dattn.conversion.metrics import Metrics
 from megatron_dattn.hf.configuration_dattn import TRANSFORMERS_NEEDED
 from megatron_dattn.models.config import ModelConfig

@@ -24,7 +24,7 @@ from megatron_dattn.conversion.compared_model import (
     our_model,
     text_logits,
 )
-from megatron_dattn.conversion.hf_config import check_exportable, is_llava
+from megatron_dattn.conversion.exportable import check_exportable, is_llava
 from megatron_dattn.conversion.safetensors_reader import read_json
 from megatron_dattn.conversion.verify_whole import check_same_whole_model
 from megatron_dattn.data.conversation import IMAGE_TOKEN

@@ -112,12 +112,27 @@ class Rule:
     layout: Layout = Same()
 
 
-def renamed(rules: Iterable[Rule], rename: Callable[[str], str]) -> list[Rule]:
-    """The same rules for a checkpoint that calls the Hugging Face tensors `rename(name)`."""
+def renamed(
+    rules: Iterable[Rule],
+    sources: Callable[[str], str] = str,
+    *,
+    megatron: Callable[[str], str] = str,
+) -> list[Rule]:
+    """The same rules where the Hugging Face tensors are called `sources(name)`, and our parameters
+    `megatron(name)`."""
     return [
-        replace(rule, sources={rename(name): shape for name, shape in rule.sources.items()})
+        replace(
+            rule,
+            megatron=megatron(rule.megatron),
+            sources={sources(name): shape for name, shape in rule.sources.items()},
+        )
         for rule in rules
     ]
+
+
+def below(prefix: str) -> Callable[[str], str]:
+    """Names of what is inside of something."""
+    return lambda name: prefix + name
 
 
 def check_tensors(

@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion import dattn, llava
+from megatron_dattn.conversion.hf_names import rules_by_module
+from megatron_dattn.conversion.key_names import KeyNames, key_names
 from megatron_dattn.conversion.origin import (
     EMBEDDING,
     HEAD,
@@ -63,7 +65,7 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
         )
     model = llava.model_config(config, attention)
     weights = SafetensorsFolder(folder)
-    keys = llava.key_names(weights.shapes)
+    keys = key_names(weights.shapes)
     rules = llava.weight_rules(model, keys)
     unused = llava.unused_prefixes(model, keys)
     unused += repeated_head(weights, model.language, keys.language(HEAD), keys.language(EMBEDDING))
@@ -80,11 +82,11 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
 def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -> Origin:
     model = dattn.model_config(config, attention)
     weights = SafetensorsFolder(folder)
-    names = llava.KeyNames()  # an export's language model has LLaVA's newer names
+    names = KeyNames()
     unused = repeated_head(weights, model.language, names.language(HEAD), names.language(EMBEDDING))
     return Origin(
         model,
-        _sources(weights, dattn.weight_rules(model), unused),
+        _sources(weights, rules_by_module(model), unused),
         {"model": folder},
         tokenizer=folder,
         image_processor=folder,

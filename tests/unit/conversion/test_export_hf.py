@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from megatron_dattn.attention import PRESETS, VisualRows
 from megatron_dattn.conversion import export_hf, hf_config
 from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
 from megatron_dattn.conversion.hf_processor import chat_template
 from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dattn.data.conversation import Conversation, Turn
 from megatron_dattn.data.template import ConversationTokenizer
-from megatron_dattn.errors import CheckpointError, ConfigError
+from megatron_dattn.errors import CheckpointError
 from megatron_dattn.inference import Prompt, generate_tokens, load_model
 from megatron_dattn.inference.prompt import pack_prompts
-from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig
+from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
@@ -176,53 +174,6 @@ def test_caption_template_prompts_with_images_alone(exported):
         ids = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False)
         assert [index for index in ids if index != IMAGE_ID] == rows.input_ids
         assert ids.count(IMAGE_ID) == 1
-
-
-@pytest.mark.parametrize(
-    ("preset", "reason"),
-    [
-        ("s_attn", "adapter.input_norm"),
-        ("s_attn_debias", "v2v='causal'"),
-        ("aki", "v2v='causal'"),
-        ("cca", "v2v='ring'"),
-        ("yopo", "v2v='window'"),
-        ("exit", "v2v='causal'"),
-        ("fastervlm", "v2v='causal'"),
-        ("shortv", "v2v='causal'"),
-    ],
-)
-def test_what_cannot_be_expressed_is_refused_by_name(preset, reason):
-    with pytest.raises(ConfigError, match=f"'{preset}' cannot be exported: .*{reason}"):
-        hf_config.check_exportable(ModelConfig(attention=preset))
-
-
-def test_all_other_presets_can_be_exported():
-    decomposed = {name for name, axes in PRESETS.items() if axes.v2v in ("diagonal", "none")}
-    assert {name for name in PRESETS if name.startswith("dattn")} <= decomposed
-    for preset in decomposed:
-        hf_config.check_exportable(ModelConfig(attention=preset))
-
-
-GEMMA2 = LanguageConfig(
-    family="gemma2", hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=144.5
-)
-
-
-def test_what_hugging_face_s_classes_cannot_hold_is_refused():
-    with pytest.raises(ConfigError, match=r"scalar 144\.5 cannot be exported: .* whole numbers"):
-        hf_config.check_exportable(ModelConfig(language=GEMMA2))
-    llava = ModelConfig(
-        language=GEMMA2, adapter=AdapterConfig(input_norm=False), attention="s_attn"
-    )
-    with pytest.raises(ConfigError, match="in transformers 4, and does not in 5"):
-        hf_config.check_exportable(llava)
-
-
-def test_a_preset_that_thins_visual_rows_is_refused(monkeypatch):
-    thinned = replace(PRESETS["dattn"], visual=VisualRows(ffn=0.5))
-    monkeypatch.setitem(PRESETS, "dattn", thinned)
-    with pytest.raises(ConfigError, match="every layer whole"):
-        hf_config.check_exportable(ModelConfig())
 
 
 # Of the encoder, of the language model. The window is shorter than an image has rows.

@@ -26,6 +26,7 @@ from megatron_dattn.conversion.families import (
     vision_family,
     vision_rules,
 )
+from megatron_dattn.conversion.key_names import KeyNames, key_names
 from megatron_dattn.conversion.weight_map import PaddedRows, Rule, check_tensors
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig, VisionConfig
@@ -304,11 +305,11 @@ def test_llavas_that_differ_are_refused_by_name(changes, message):
 @pytest.mark.parametrize("deeper", [True, False])
 def test_llavas_names_are_recognised(nested, deeper):
     vision = "vision_tower.vision_model." if deeper else "vision_tower."
-    keys = llava.KeyNames(nested, vision)
+    keys = KeyNames(nested, vision)
     rules = llava.weight_rules(llava.model_config(LLAVA_7B), keys)
     names = [name for part in rules.values() for rule in part for name in rule.sources]
     assert len(names) == len(set(names))
-    assert llava.key_names(names) == keys
+    assert key_names(names) == keys
     head = "lm_head.weight" if nested else "language_model.lm_head.weight"
     first = "model.language_model.layers.0." if nested else "language_model.model.layers.0."
     assert head in names

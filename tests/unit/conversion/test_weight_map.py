@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from megatron_dattn.conversion.mistral import language_rules
 from megatron_dattn.conversion.siglip import vision_rules
-from megatron_dattn.conversion.weight_map import GroupedKV, GroupedQKV, Same, Stacked, check_tensors
+from megatron_dattn.conversion.weight_map import (
+    GroupedKV,
+    GroupedQKV,
+    Rule,
+    Same,
+    Stacked,
+    below,
+    check_tensors,
+    renamed,
+)
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig, VisionConfig
 
@@ -92,3 +101,12 @@ def test_problems_are_listed_together_by_name():
 def test_unused_prefixes_are_not_unexpected():
     rules = language_rules(LANGUAGE)
     check_tensors(rules, shapes_of(rules) | {"head.x": (1,)}, unused=("head.",), origin="here")
+
+
+def test_either_side_of_a_rule_is_renamed_and_nothing_else():
+    rule = Rule("qkv", {"q": (2, 3), "k": (1, 3)}, GroupedQKV(2, 1, 1))
+    (theirs,) = renamed([rule], below("model."))
+    assert theirs == Rule("qkv", {"model.q": (2, 3), "model.k": (1, 3)}, rule.layout)
+    (both,) = renamed([rule], str.upper, megatron=below("decoder."))
+    assert both == Rule("decoder.qkv", {"Q": (2, 3), "K": (1, 3)}, rule.layout)
+    assert renamed([rule]) == [rule]

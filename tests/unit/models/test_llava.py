@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from megatron_dattn.conversion import llava as conversion
+from megatron_dattn.conversion.key_names import key_names
 from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read_json
 from megatron_dattn.conversion.weight_map import check_tensors
 from megatron_dattn.models.vlm import DAttnVLM
@@ -67,7 +68,7 @@ def _converted(folder: Path) -> DAttnVLM:
     """Our model with a folder's weights, as an importer would fill it."""
     config = conversion.model_config(read_json(folder / "config.json"))
     weights = SafetensorsFolder(folder)
-    keys = conversion.key_names(weights.shapes)
+    keys = key_names(weights.shapes)
     model = tiny_model(config)
     by_module = conversion.weight_rules(config, keys)
     every_rule = [rule for rules in by_module.values() for rule in rules]
