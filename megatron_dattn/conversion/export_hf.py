@@ -163,7 +163,6 @@ def _write_small_files(
         config.model,
         run_folder=run_folder,
         facts=facts,
-        data_sets=[Path(data.path).name for data in config.data.train],
         license_name=options.license_name,
     )
     (target / "README.md").write_text(card, encoding="utf-8")
