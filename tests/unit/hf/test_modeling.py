@@ -285,6 +285,28 @@ def test_repeated_samples_take_their_images_along(base, opened):
         assert beams[index, inputs["input_ids"].shape[1] :].tolist()[: len(new)] == new
 
 
+@pytest.mark.parametrize("case", ["dattn", "dattn_biased", "dattn_tanh"])
+def test_guessed_tokens_that_are_rejected_leave_no_trace(base, opened, case):
+    model, processor = opened(case)
+    inputs = inputs_of(processor, [messages(base)[2]])
+    expected = model.generate(**inputs, max_new_tokens=12)
+    guessed = model.generate(**inputs, max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert torch.equal(guessed, expected)
+
+
+def test_a_cropped_cache_goes_on_as_if_it_had_not_seen_more(base, opened):
+    model, processor = opened("dattn_biased")
+    inputs = inputs_of(processor, messages(base))
+    more = torch.tensor([[7, 8, 9]] * len(QUESTIONS))
+    with torch.inference_mode():
+        cache = model(**inputs, use_cache=True).past_key_values
+        expected = model(more[:, :1], past_key_values=cache, use_cache=True).logits
+        model(more[:, 1:], past_key_values=cache, use_cache=True)
+        cache.crop(-more.shape[1])
+        again = model(more[:, :1], past_key_values=cache, use_cache=True).logits
+    assert torch.equal(again, expected)
+
+
 def test_loss_skips_images_padding_and_sample_borders(base, opened):
     model, processor = opened("dattn")
     inputs = inputs_of(processor, messages(base))
