@@ -4,14 +4,15 @@
 
 The seed sets the initial adapter and the order of the data. Every run is one process, so several of
 these commands with different presets may share a machine; started again, a command goes on where
-it was. The table counts every finished run in the output folder.
+it was. The table counts every finished run in the output folder, and those that `--results` names,
+a file which the finished runs are added to: runs of several machines come together there.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from examples.quickstart.demo import Demo, prepare, run, train_and_evaluate
@@ -51,6 +52,18 @@ def finished(output: Path) -> dict[str, dict[int, Result]]:
     return results
 
 
+def merge_into(file: Path, results: dict[str, dict[int, Result]]) -> dict[str, dict[int, Result]]:
+    """Add results to a JSON file, which may not exist yet; returns all that it holds then."""
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    for attention, runs in results.items():
+        stored.setdefault(attention, {}).update({str(n): asdict(run) for n, run in runs.items()})
+    file.write_text(json.dumps(stored, indent=1) + "\n")
+    return {
+        attention: {int(seed): Result(**run) for seed, run in runs.items()}
+        for attention, runs in stored.items()
+    }
+
+
 def table(results: dict[str, dict[int, Result]]) -> str:
     """Mean and spread over seeds, and every seed's accuracy, in Markdown."""
     if not results:
@@ -88,6 +101,9 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--length", type=float, default=1.0, help="share of the demo's steps")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    parser.add_argument(
+        "--results", type=Path, help="JSON file of finished runs, here and elsewhere"
+    )
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     for seed in arguments.seeds:
@@ -101,7 +117,10 @@ def main() -> int:
                 length=arguments.length,
             )
             run([*prepare(demo), *train_and_evaluate(demo)])
-    print(table(finished(output)))
+    results = finished(output)
+    if arguments.results is not None:
+        results = merge_into(arguments.results, results)
+    print(table(results))
     return 0
 
 

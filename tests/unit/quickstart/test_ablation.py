@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from examples.quickstart.ablation import Result, finished, table
+from examples.quickstart.ablation import Result, finished, merge_into, table
 from megatron_dattn.checkpoint.commit import save_checkpoint
 from megatron_dattn.runtime.distributed import one_process
 
@@ -33,6 +33,15 @@ def test_a_run_that_is_not_evaluated_does_not_count(tmp_path: Path) -> None:
     assert finished(tmp_path) == {}
     (folder / "accuracy.json").write_text(json.dumps({"all": {"accuracy": 0.75}}))
     assert finished(tmp_path) == {"dattn": {3: Result({"all": 75.0}, 0.5)}}
+
+
+def test_runs_of_several_machines_come_together(tmp_path: Path) -> None:
+    here, there = _run(50, 80, 0.1), _run(70, 90, 0.2)
+    file = tmp_path / "results.json"
+    assert merge_into(file, {"dattn": {1: here}}) == {"dattn": {1: here}}
+    both = merge_into(file, {"dattn": {2: there}, "s_attn": {1: there}})
+    assert both == {"dattn": {1: here, 2: there}, "s_attn": {1: there}}
+    assert merge_into(file, {}) == both
 
 
 def test_an_empty_folder_says_so() -> None:
