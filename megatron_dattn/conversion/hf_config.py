@@ -74,7 +74,10 @@ def _reason_against_llava(model: ModelConfig) -> str:
     """Hugging Face's LLaVA has an adapter of two linear layers, nothing before and after them."""
     needs = "it would become a LlavaForConditionalGeneration, which"
     if model.language.family == "gemma2":
-        return f"{needs} does not scale visual rows as Gemma-2's own embeddings are"
+        return (
+            f"{needs} scales visual rows as Gemma-2's own embeddings are in transformers 4, and "
+            "does not in 5"
+        )
     if model.adapter.input_norm:
         return (
             f"{needs} has no norm in front of its adapter; train with model.adapter.input_norm "

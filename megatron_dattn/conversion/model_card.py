@@ -1,7 +1,5 @@
 """README.md of an export: what the model is, what it was trained on, and how to ask it."""
 
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +7,9 @@ import yaml
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.hf_config import is_llava
+from megatron_dattn.conversion.metrics import Metrics
 from megatron_dattn.hf.configuration_dattn import TRANSFORMERS_NEEDED
 from megatron_dattn.models.config import ModelConfig
-
-logger = logging.getLogger(__name__)
-
-# Flat JSON of numbers, where an evaluation has left it in the run folder.
-METRICS_FILE = "accuracy.json"
 
 _NAMES = {
     "siglip": "SigLIP",
@@ -57,15 +51,16 @@ its pixels differ a little from those of training, which Pillow resized.
 def model_card(
     model: ModelConfig,
     *,
-    run_folder: Path,
+    title: str,
     facts: dict[str, Any],
+    metrics: Metrics,
     license_name: str | None,
 ) -> str:
     """The card's text.
 
     Args:
-        run_folder: searched for metrics.
         facts: of the checkpoint's manifest.
+        metrics: of an evaluation, see `metrics.py`.
         license_name: as the hub spells it; the card says that it is missing where None.
     """
     front = {
@@ -79,7 +74,7 @@ def model_card(
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
             "---",
-            f"# {run_folder.resolve().name}",
+            f"# {title}",
             "",
             _description(model),
             "",
@@ -87,7 +82,7 @@ def model_card(
             *_training(facts),
             "",
             "## Metrics",
-            *(_metrics(facts, run_folder / METRICS_FILE) or ["None recorded."]),
+            *(_metrics(facts, metrics) or ["None recorded."]),
             "",
             "## License",
             license_name or "Not stated. Fill in the field `license` above before publishing.",
@@ -133,17 +128,10 @@ def _stage(facts: dict[str, Any]) -> str:
     return f"stage {stage}, step {step}, on {data_sets}"
 
 
-def _metrics(facts: dict[str, Any], path: Path) -> list[str]:
-    """The last validation loss, and what an evaluation found; a damaged file is passed over."""
-    lines = []
+def _metrics(facts: dict[str, Any], metrics: Metrics) -> list[str]:
+    """The last validation loss, and what an evaluation found."""
+    lines = [f"- {name}: {value:g}" for name, value in metrics.items()]
     if validation := facts.get("validation"):
-        lines.append(f"- validation loss at step {validation['step']}: {validation['loss']:.4f}")
-    if not path.is_file():
-        return lines
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        pairs = [(name, value) for name, value in values.items() if isinstance(value, int | float)]
-    except (OSError, ValueError, AttributeError) as error:
-        logger.warning("the model card goes without %s, which cannot be read: %s", path, error)
-        return lines
-    return lines + [f"- {name}: {value:g}" for name, value in pairs]
+        loss = f"- validation loss at step {validation['step']}: {validation['loss']:.4f}"
+        return [loss, *lines]
+    return lines

@@ -215,7 +215,7 @@ def test_what_hugging_face_s_classes_cannot_hold_is_refused():
     llava = ModelConfig(
         language=GEMMA2, adapter=AdapterConfig(input_norm=False), attention="s_attn"
     )
-    with pytest.raises(ConfigError, match="does not scale visual rows"):
+    with pytest.raises(ConfigError, match="in transformers 4, and does not in 5"):
         hf_config.check_exportable(llava)
 
 

@@ -290,7 +290,7 @@ SIGLIP_SECTION = {"model_type": "siglip_vision_model"}
         ({"vision_feature_select_strategy": "full"}, "'full' is not supported with clip_vision"),
         ({"vision_config": SIGLIP_SECTION}, "'default' is not supported with siglip_vision"),
         ({"vision_config": None}, "lacks vision_config"),
-        ({"text_config": {"model_type": "gemma2"}}, "'gemma2' is not supported: it does not scale"),
+        ({"text_config": {"model_type": "gemma2"}}, "'gemma2' is not supported: versions"),
         ({"text_config": {"model_type": "qwen2"}}, "'qwen2'; supported: gemma2"),
     ],
     ids=str,
