@@ -24,7 +24,12 @@ from megatron_dattn.data.tokenizer import load_tokenizer, token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, ExecutionConfig, ModelConfig
+from megatron_dattn.models.config import (
+    FIELDS_WITHOUT_EFFECT,
+    ExecutionConfig,
+    ModelConfig,
+    with_later_fields,
+)
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything
@@ -149,7 +154,7 @@ def _check_model(found: FoundCheckpoint, model: ModelConfig) -> None:
     free = (*FIELDS_WITHOUT_EFFECT, *(() if found.manifest.has_added else _OF_PRESET))
     differences = [
         line
-        for line in compare_facts({"model": asdict(model)}, found.manifest.facts)
+        for line in compare_facts({"model": asdict(model)}, with_later_fields(found.manifest.facts))
         if line.partition(":")[0] not in {f"model.{name}" for name in free}
     ]
     if differences:
