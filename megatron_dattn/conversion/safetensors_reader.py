@@ -100,6 +100,10 @@ class SafetensorsFolder:
             forget_pages(file.fileno(), place.offset, raw.numel())
         return raw.view(dtype).reshape(shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a floating-point tensor."""
+        return _DTYPES[self.dtypes[name]]
+
     def are_equal(self, first: str, second: str) -> bool:
         """Whether two tensors have the same type, shape and bytes; read block by block.
 

@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer.model",
     "chat_template.jinja",
+    "generation_config.json",  # it says which tokens end an answer
 )
 
 

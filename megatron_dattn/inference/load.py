@@ -5,7 +5,7 @@ and image processor. A checkpoint of any parallel layout loads.
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import template_tokens
-from megatron_dattn.data.tokenizer import load_tokenizer, token_id
+from megatron_dattn.data.tokenizer import generation_ends, load_tokenizer, token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
@@ -48,12 +48,14 @@ class RunAssets:
     conversations: ConversationTokenizer
     preprocessor: ImagePreprocessor
     config: PretrainConfig
+    origin_ends: frozenset[int] = field(default=frozenset(), kw_only=True)
+    """Tokens that end the answers of the model whose tokenizer this is."""
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the tokenizer's, the template's; for captions, all that end in
-        a line break, which byte-level tokenizers merge with what stands before it."""
-        stops = {int(self.tokenizer.eos_token_id)}
+        """Tokens that end an answer: the tokenizer's, the origin's, the template's; for captions,
+        all that end in a line break, which byte-level tokenizers merge with what stands before."""
+        stops = {int(self.tokenizer.eos_token_id), *self.origin_ends}
         end = template_tokens(self.conversations.template).end
         if end is not None:
             stops.add(token_id(self.tokenizer, end))
@@ -105,9 +107,8 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
             found.path,
             ", ".join(missing),
         )
-    return LoadedModel(
-        assets.tokenizer, assets.conversations, assets.preprocessor, config, model.eval()
-    )
+    parts = {part.name: getattr(assets, part.name) for part in fields(assets)}
+    return LoadedModel(**parts, model=model.eval())
 
 
 def load_assets(folder: Path, config: PretrainConfig, *, template: str | None = None) -> RunAssets:
@@ -123,7 +124,13 @@ def load_assets(folder: Path, config: PretrainConfig, *, template: str | None = 
         image_fit=config.data.image_fit,
         max_pixels=config.data.max_image_pixels,
     )
-    return RunAssets(tokenizer, ConversationTokenizer(tokenizer, template), preprocessor, config)
+    return RunAssets(
+        tokenizer,
+        ConversationTokenizer(tokenizer, template),
+        preprocessor,
+        config,
+        origin_ends=generation_ends(tokenizer_folder, tokenizer),
+    )
 
 
 def find_run(folder: Path) -> tuple[FoundCheckpoint, PretrainConfig]:

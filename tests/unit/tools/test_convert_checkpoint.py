@@ -46,6 +46,29 @@ def test_dry_run_says_what_would_be_written_and_writes_nothing(
     assert "not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("original", "dtype", "rounded"),
+    [
+        (torch.float32, "bf16", "rounded to bf16: 35 of F16, 21 of F32; --dtype fp32 keeps"),
+        (torch.float16, "bf16", "rounded to bf16: 56 of F16; --dtype fp32 keeps"),
+        (torch.float32, "fp32", None),
+        (torch.float64, "fp32", "rounded to fp32: 21 of F64\n"),
+        (torch.bfloat16, "bf16", "rounded to bf16: 35 of F16; --dtype fp32 keeps"),
+    ],
+)
+def test_weights_that_lose_digits_are_counted(tmp_path, capsys, original, dtype, rounded):
+    """Two layers of the encoder are built: 3 + 2 x 16 tensors; of the decoder 3 + 2 x 9."""
+    save_vision(tmp_path / "vision", torch.float16)
+    save_language(tmp_path / "language", original)
+    folders = tmp_path / "vision", tmp_path / "language"
+    arguments = import_arguments(folders, tmp_path / "out", "--dtype", dtype, "--dry-run")
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if "rounded" in line]
+    assert len(lines) == (rounded is not None)
+    assert rounded is None or rounded in said
+
+
 def test_inspect_shows_both_sides_alike(folders, converted, capsys):
     totals = []
     for folder in (folders[1], converted):
