@@ -16,7 +16,6 @@ from megatron_dattn.checkpoint.tensors import open_tensors
 from megatron_dattn.conversion.safetensors_reader import (
     DTYPE_NAMES,
     INDEX_FILE,
-    SINGLE_FILE,
     SafetensorsFolder,
 )
 from megatron_dattn.errors import CheckpointError
@@ -45,7 +44,7 @@ def list_tensors(folder: Path) -> list[Entry]:
     Raises:
         CheckpointError: it is none of them, or is damaged.
     """
-    if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+    if (folder / INDEX_FILE).is_file() or any(folder.glob("*.safetensors")):
         weights = SafetensorsFolder(folder)
         return [Entry(name, weights.dtypes[name], shape) for name, shape in weights.shapes.items()]
     found = find_checkpoint(folder, verify=False)

@@ -19,8 +19,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from megatron_dattn.conversion import clip, gemma2, llama, llava, mistral, siglip
+from megatron_dattn.conversion import clip, dattn, gemma2, llama, llava, mistral, siglip
 from megatron_dattn.conversion.families import (
+    WHOLE_MODELS,
     language_family,
     language_rules,
     vision_family,
@@ -167,6 +168,14 @@ def assert_defaults(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         # Llama says "as many as query heads" by None, and fills the number in.
         expected = theirs["num_attention_heads"] if value is None else value
         assert theirs[name] == expected, name
+
+
+def test_whole_models_are_sent_to_their_flag():
+    assert (llava.MODEL_TYPE, dattn.MODEL_TYPE) == WHOLE_MODELS
+    for kind in WHOLE_MODELS:
+        for find in (language_family, vision_family):
+            with pytest.raises(CheckpointError, match=rf"'{kind}'; .*whole model: give .* --model"):
+                find({"model_type": kind})
 
 
 def test_what_is_supported_is_named():

@@ -1,12 +1,14 @@
 """The commands of the converter, from their command line to exit status and output."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dattn.conversion import export_hf, import_hf, listing
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.conversion.llava_models import save_llava
 from tools.convert_checkpoint import main
@@ -228,6 +230,25 @@ def test_export_refuses_a_folder_without_a_name_of_its_own(
     for output in (".", str(tmp_path)):
         assert main(["export", "--checkpoint", str(converted), "--output", output]) == 2
         assert "is the working directory; name a new folder" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(folders, converted, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(import_hf, "_convert", interrupt)  # in the middle of the weights
+    assert main(import_arguments(folders, tmp_path / "out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"interrupted; {tmp_path / 'out'} was not written"
+    )
+    monkeypatch.setattr(export_hf, "find_run", interrupt)
+    arguments = ["export", "--checkpoint", str(converted), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(listing, "list_tensors", interrupt)
+    assert main(["inspect", str(converted)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])
