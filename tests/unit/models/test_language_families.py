@@ -45,7 +45,8 @@ def long_batch() -> PackedBatch:
     return make_batch([9, 1, 150], budgets=(0, 160))
 
 
-def _hugging_face(language: LanguageConfig) -> PreTrainedModel:
+def hugging_face(language: LanguageConfig) -> PreTrainedModel:
+    """Hugging Face's model with random weights, in which every norm matters."""
     fields = {n: v for n, v in vars(language).items() if n not in _OWN_NAMES}
     scaling = language.rope_scaling
     rope = (
@@ -70,7 +71,7 @@ def _hugging_face(language: LanguageConfig) -> PreTrainedModel:
 def _logits(language: dict[str, Any], dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
     """(ours, theirs) per sample; without images every preset is the language model itself."""
     config = tiny_model_config(num_hidden_layers=3, **language)
-    ours, theirs = tiny_model(config).to(dtype), _hugging_face(config.language).to(dtype)
+    ours, theirs = tiny_model(config).to(dtype), hugging_face(config.language).to(dtype)
     load_hugging_face(ours, text=theirs.state_dict())
     batch = make_batch([9, 1, 14]) if language.get("rope_scaling") is None else long_batch()
     pairs = []
@@ -105,35 +106,30 @@ def test_logits_equal_hugging_face(language):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gemma2_equals_hugging_face_in_float64(monkeypatch):
-    """Theirs takes norms and softmax in fp32 whatever the dtype; here it is made to follow it."""
+def follow_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs takes norms and softmax in fp32 whatever the dtype; let it compute in the rows'."""
 
-    def norm(self: Any, x: Tensor) -> Tensor:
+    def llama_norm(self: Any, x: Tensor) -> Tensor:
+        return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+
+    def gemma2_norm(self: Any, x: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * (1 + self.weight)
 
     def softmax(scores: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         return scores.softmax(dim)
 
-    monkeypatch.setattr(modeling_gemma2.Gemma2RMSNorm, "forward", norm)
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", llama_norm)
+    monkeypatch.setattr(modeling_gemma2.Gemma2RMSNorm, "forward", gemma2_norm)
     monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
-    for logits, expected in _logits({"family": "gemma2"}, torch.float64):
-        # Some thousand float64 roundings.
-        torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_scaled_rotary_positions_equal_hugging_face_in_float64(monkeypatch):
-    """As above for norms and softmax; angles are float32 on both sides, by the same operations."""
-
-    def norm(self: Any, x: Tensor) -> Tensor:
-        return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
-
-    def softmax(scores: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-        return scores.softmax(dim)
-
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
-    monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
-    scaled = {"family": "llama", "rope_scaling": LLAMA3}
-    for logits, expected in _logits(scaled, torch.float64):
+@pytest.mark.parametrize(
+    "language", [{"family": "gemma2"}, {"family": "llama", "rope_scaling": LLAMA3}], ids=str
+)
+def test_logits_equal_hugging_face_in_float64(monkeypatch, language):
+    """Angles are float32 on both sides, by the same operations."""
+    follow_the_dtype(monkeypatch)
+    for logits, expected in _logits(language, torch.float64):
         # Some thousand float64 roundings.
         torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 

@@ -102,6 +102,43 @@ def test_verify_agrees_with_the_models_that_were_converted(converted, tokens, ca
     assert said.count(": agree") == 2
 
 
+@pytest.mark.parametrize(
+    ("family", "vision", "template"),
+    [("gemma2", "clip", "plain: a guess"), ("llama", "siglip", "vicuna_v1: a guess")],
+)
+def test_other_families_are_imported_and_verified(tmp_path, family, vision, template, capsys):
+    save_vision(tmp_path / "vision", family=vision, varied=True)
+    save_language(tmp_path / "language", family=family, varied=True)
+    folders = tmp_path / "vision", tmp_path / "language"
+    assert main(import_arguments(folders, tmp_path / "base")) == 0
+    assert f"conversations are written as {template}" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "base")]) == 0
+    assert capsys.readouterr().out.count(": agree") == 2
+    assert main(["inspect", str(tmp_path / "base")]) == 0
+
+
+def test_mistral_s_own_files_beside_the_shards_are_left_alone(folders, tmp_path, capsys):
+    """As the hub's Mistral folders have them: the same weights again, in Mistral's own format."""
+    language = tmp_path / "language"
+    save_language(language, max_shard_size="40KB")
+    assert len(list(language.glob("model-*.safetensors"))) > 1
+    save_file({"tok_embeddings.weight": torch.ones(2, 2)}, language / "consolidated.safetensors")
+    for name in ("params.json", "tekken.json", "tokenizer.model.v3"):
+        (language / name).write_text("{}")
+    assert main(import_arguments((folders[0], language), tmp_path / "base")) == 0
+    assert main(["verify", str(tmp_path / "base")]) == 0
+    assert capsys.readouterr().out.count(": agree") == 2
+    (language / "model.safetensors.index.json").unlink()
+    assert main(import_arguments((folders[0], language), tmp_path / "other")) == 2
+    assert "model.safetensors.index.json is missing" in capsys.readouterr().err
+    for shard in language.glob("model-*.safetensors"):
+        shard.unlink()
+    assert main(import_arguments((folders[0], language), tmp_path / "other")) == 2
+    assert "consolidated.safetensors, which is Mistral's own format" in capsys.readouterr().err
+    assert main(["inspect", str(language)]) == 2
+    assert "Mistral's own format" in capsys.readouterr().err
+
+
 def test_verify_finds_one_changed_weight(folders, converted, tmp_path, capsys):
     other = tmp_path / "language"
     save_language(other)
