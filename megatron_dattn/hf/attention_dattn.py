@@ -8,8 +8,10 @@ asks for `attn_implementation="eager"`. Parameters have Hugging Face's names.
 This file travels with the exported weights.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +48,23 @@ class Seen:
             )
 
 
-def rotary_tables(positions: Tensor, head_dim: int, base: float) -> Rotary:
-    """Angles of int64 positions [batch, rows], computed in fp32 whatever the model's dtype."""
+def rotary_tables(positions: Tensor, head_dim: int, rope: dict[str, Any]) -> Rotary:
+    """Angles of int64 positions [batch, rows], computed in fp32 whatever the model's dtype.
+
+    Args:
+        rope: the config's `rope_parameters`, of type "default" or "llama3".
+    """
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequencies = 1.0 / (base ** (channels / head_dim))
+    frequencies = 1.0 / (rope["rope_theta"] ** (channels / head_dim))
+    if rope["rope_type"] == "llama3":
+        # Pairs of channels that turn often over the length of the first training stay as they are;
+        # those that turn rarely are slowed down; between the two it goes by degrees.
+        turns = rope["original_max_position_embeddings"] / (2 * math.pi / frequencies)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - kept) * frequencies / rope["factor"] + kept * frequencies
+    elif rope["rope_type"] != "default":
+        raise ValueError(f"rope_type {rope['rope_type']!r}; this code knows 'default', 'llama3'")
     angles = positions.float().unsqueeze(-1) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()

@@ -18,7 +18,6 @@ from megatron_dattn.attention import (
     TokenLayout,
     plan_attention,
     plan_report,
-    rotary_tables,
     row_positions,
 )
 from megatron_dattn.models.config import LanguageConfig
@@ -80,10 +79,10 @@ def prepare_attention(
     Args:
         config: of the model; its positions hold in all layers.
         rules: one per layer, see `layer_rules`.
-        language: gives the layers' sliding windows, the softcap, the rotary base.
+        language: gives the layers' sliding windows, the softcap, the rotary angles.
     """
     positions = row_positions(layout, config)
-    cos, sin = rotary_tables(positions, language.head_dim, language.rope_theta, device)
+    cos, sin = language.rotary_tables(positions, device)
     layers = [(rule, language.window(number)) for number, rule in enumerate(rules)]
     prepared: dict[tuple[LayerRule, int | None], LayerInputs] = {}
     for rule, window in dict.fromkeys(layers):

@@ -28,7 +28,7 @@ from megatron_dattn.checkpoint.manifest import compare_facts
 from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset
-from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT
+from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, with_later_fields
 from megatron_dattn.training.config import CheckpointConfig
 from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
 from megatron_dattn.training.stages import MODULES, module_of_parameter
@@ -236,9 +236,10 @@ class Checkpointer:
     ) -> None:
         """Refuse a checkpoint whose facts differ, but for some fields of the model."""
         ignored = (*ignored, *FIELDS_WITHOUT_EFFECT)
+        wanted, present = map(with_later_fields, (expected, found.manifest.facts))
         differences = [
             line
-            for line in compare_facts(expected, found.manifest.facts)
+            for line in compare_facts(wanted, present)
             if not line.startswith(tuple(f"model.{name}{end}" for name in ignored for end in ".:"))
         ]
         if differences:

@@ -1,5 +1,7 @@
 """Rotary ids of packed rows, and the rotation against its definition by complex numbers."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import given
 from megatron_dattn.attention import (
     PRESETS,
     ImageSpan,
+    RotaryScaling,
     TokenLayout,
     apply_rotary,
     rotary_tables,
@@ -97,3 +100,25 @@ def test_tables_are_float32_and_states_keep_their_dtype() -> None:
 def test_odd_head_dims_cannot_be_paired() -> None:
     with pytest.raises(ValueError, match="head_dim 7 is odd"):
         rotary_tables(torch.arange(3), 7, base=100.0)
+
+
+def test_scaling_slows_down_what_turns_rarely_and_leaves_the_rest():
+    """Against the rule in words, pair by pair, with a factor that is no power of two."""
+    scaling = RotaryScaling(
+        factor=6.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=100
+    )
+    plain = 0.5 ** torch.arange(12, dtype=torch.float32)
+    for before, after in zip(plain.tolist(), scaling.scale(plain).tolist(), strict=True):
+        turns = 100 * before / (2 * math.pi)
+        if turns >= 4:
+            assert after == before
+        elif turns <= 1:
+            assert after == pytest.approx(before / 6)
+        else:
+            kept = (turns - 1) / 3
+            assert after == pytest.approx(kept * before + (1 - kept) * before / 6)
+    assert {turns > 4 for turns in (100 * plain / (2 * math.pi)).tolist()} == {True, False}
+    unscaled = rotary_tables(torch.arange(9), 8, base=50.0)
+    scaled = rotary_tables(torch.arange(9), 8, base=50.0, scaling=scaling)
+    assert torch.equal(unscaled[0][0], scaled[0][0]), "position 0 stays the identity"
+    assert not torch.equal(unscaled[1], scaled[1])

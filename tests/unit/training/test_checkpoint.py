@@ -194,6 +194,19 @@ def test_what_has_no_effect_may_differ(tmp_path: Path) -> None:
     assert other.checkpointer(tmp_path, **facts).resume(other.state)
 
 
+def test_a_field_that_is_newer_than_the_checkpoint_has_the_value_of_then(tmp_path: Path) -> None:
+    run = trained(1)
+    run.checkpointer(tmp_path).save(run.state)
+    other = fresh()
+    language = MODEL_FACTS["language"]
+    assert "rope_scaling" not in language
+    facts = {"model": {**MODEL_FACTS, "language": {**language, "rope_scaling": None}}}
+    assert other.checkpointer(tmp_path, **facts).resume(other.state)
+    facts["model"]["language"]["rope_scaling"] = {"factor": 8.0}
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.factor: this run has 8\.0"):
+        other.checkpointer(tmp_path, **facts).resume(other.state)
+
+
 def test_another_schedule_is_refused(tmp_path: Path) -> None:
     run = trained(1)
     run.checkpointer(tmp_path).save(run.state)
