@@ -56,6 +56,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--ffn", type=int, default=3584)
+    parser.add_argument(
+        "--vision-size", type=int, default=1024, help="width of the encoder's features (saisa)"
+    )
     parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS)
     parser.add_argument("--seconds", type=float, help="no new round after so long, per --visual")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -73,6 +76,7 @@ def bench_of(arguments: argparse.Namespace) -> Bench:
         num_key_value_heads=arguments.kv_heads,
         head_dim=arguments.head_dim,
         intermediate_size=arguments.ffn,
+        vision_hidden_size=arguments.vision_size,
     )
     device = report.choose_device(arguments.device)
     return Bench(sizes, device, arguments.dtype, arguments.backend)
@@ -95,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         bench = bench_of(parsed)
         variants = [Variant.parse(text) for text in parsed.variants]
+        bench.check(variants)
         if parsed.memory:
             text = memory_report(bench, variants, parsed.visual, parsed.text, parsed.command)
         else:

@@ -1,12 +1,13 @@
 """One decoder layer of the engine, ready to be timed: a variant's name in, a step out.
 
 The layer is a `DAttnLanguageModel` of one layer without embedding, final norm and head, so what is
-measured is the module that training runs. It stands for a layer in the middle of a decoder: the
-saving of unread rows, which concerns the last layer, is off.
+measured is the module that training runs. It stands for the first layer of a decoder whose second
+one reads its rows: the saving of unread rows, which concerns the last layer, is off.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -42,6 +43,7 @@ _EAGER_COPIES = 5
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TEXT_BEFORE_IMAGE = 32
 _SEED = 1234
+_DEPTH = 4
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,37 @@ class Bench:
         return (
             f"{self.precision}, backend {self.backend}; hidden {sizes.hidden_size}, "
             f"{sizes.num_attention_heads} query and {sizes.num_key_value_heads} key heads of "
-            f"{sizes.head_dim}, FFN {sizes.intermediate_size}; {text} text rows"
+            f"{sizes.head_dim}, FFN {sizes.intermediate_size}, encoder's features "
+            f"{sizes.vision_hidden_size}; {text} text rows"
         )
 
     def run_of(self, variant: Variant, layout: TokenLayout) -> LayerRun:
         """What the roofline counts for it."""
-        rule = LayerRule(get_preset(variant.preset))
-        size = self.dtype.itemsize
+        rule, size = rules_of(variant.preset)[0], self.dtype.itemsize
         return LayerRun(
             layout, rule, self.sizes, size, variant.savings, variant.eager, variant.recompute
         )
+
+    def check(self, variants: Sequence[Variant]) -> None:
+        """Raises ConfigError for a variant that these sizes cannot run."""
+        sizes = self.sizes
+        for variant in variants:
+            reprojects = get_preset(variant.preset).visual.source == "reproject"
+            if reprojects and sizes.vision_hidden_size > sizes.hidden_size:
+                raise ConfigError(
+                    f"variant '{variant.name}' carries features of --vision-size "
+                    f"{sizes.vision_hidden_size} in rows of --hidden-size {sizes.hidden_size}; "
+                    "make the one smaller or the other larger"
+                )
+
+
+def rules_of(preset: str) -> tuple[LayerRule, ...]:
+    """The rules of a decoder whose first layer is the one that is built.
+
+    Four layers deep: also where images leave after half of the layers, the second one reads what
+    the first gives.
+    """
+    return layer_rules(get_preset(preset), _DEPTH, skip_unread=False)
 
 
 def one_sample(visual: int, text: int) -> TokenLayout:
@@ -222,8 +245,7 @@ class LayerBench:
         return prepare_attention(
             layout,
             preset,
-            # Followed by a layer that is not built: its own output is read.
-            layer_rules(preset, 2, skip_unread=False),
+            rules_of(self.variant.preset),
             shards,
             select_backend(backend, device, self.dtype, head_dim),
             language=LanguageConfig(head_dim=head_dim),

@@ -1,18 +1,26 @@
 """Variants are read, layouts are square, and every variant computes what its preset means."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.agreement import Outcome, agree, compare, local_name, relative_error
-from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sample
+from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sample, rules_of
 from benchmarks.layer_memory import fit_line, peak_in_new_process, peak_table
-from megatron_dattn.attention import LayerSizes
+from benchmarks.roofline import Work, layer_operators
+from megatron_dattn.attention import PRESETS, LayerSizes, get_preset, layer_flops
 from megatron_dattn.errors import ConfigError
 
-SIZES = LayerSizes(32, 4, 2, 8, 48)
+SIZES = LayerSizes(32, 4, 4, 8, 48, 24)  # four key heads: yopo silences one of them
 BENCH = Bench(SIZES, torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp32")
 LAYOUT = one_sample(12, 40)
-VARIANTS = ["dattn", "dattn:naive", "dattn:recompute", "dattn:chunk=8", "s_attn", "s_attn:eager"]
+OPTIONS = ("naive", "recompute", "chunk=8")
+VARIANTS = [
+    *PRESETS,
+    *(f"{preset}:{option}" for preset in ("dattn", "yopo") for option in OPTIONS),
+    "s_attn:eager",
+]
 
 
 def test_variant_options() -> None:
@@ -40,6 +48,27 @@ def test_variant_options() -> None:
 def test_wrong_variants_are_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Variant.parse(text)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_layer_that_is_built_is_the_one_that_is_counted(preset: str) -> None:
+    """Its visual rows do what the preset's do, and the next layer reads them."""
+    layer, following, *_ = rules_of(preset)
+    assert layer.sees_images
+    assert following.sees_images
+    assert layer.visual_ffn == get_preset(preset).visual.ffn
+    variant = Variant.parse(preset)
+    unfolded = replace(variant, savings=replace(variant.savings, folded_output=False))
+    operators = layer_operators(BENCH.run_of(unfolded, LAYOUT))
+    counted = sum((operator.forward for operator in operators), Work())
+    assert counted.flops == layer_flops(LAYOUT, layer, SIZES).total
+
+
+def test_features_must_fit_into_the_rows() -> None:
+    narrow = replace(BENCH, sizes=replace(SIZES, vision_hidden_size=33))
+    narrow.check([Variant.parse("dattn"), Variant.parse("naavit")])
+    with pytest.raises(ConfigError, match="--vision-size 33 in rows of --hidden-size 32"):
+        narrow.check([Variant.parse("dattn"), Variant.parse("saisa")])
 
 
 @pytest.mark.parametrize(
