@@ -72,6 +72,7 @@ class DAttnVLM(MegatronModule):
         self.model_config = model
         self.attention = get_preset(model.attention)
         self.attention_backend = execution.attention_backend
+        self.labelled_logits = execution.savings.labelled_logits
         self.pre_process = pre_process
         self.post_process = post_process
         # What megatron-core's schedules and gradient finalization ask of a model.
@@ -121,9 +122,13 @@ class DAttnVLM(MegatronModule):
             return hidden_states
         labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
         rows = output_rows(batch.layout, self.attention).to(labelled.device)
-        return self.language_model.losses(
-            hidden_states, rows[labelled], batch.labels[labelled], self._shards(batch.layout)
-        )
+        shards = self._shards(batch.layout)
+        if self.labelled_logits:
+            return self.language_model.losses(
+                hidden_states, rows[labelled], batch.labels[labelled], shards
+            )
+        any_token = batch.labels.clamp(min=0)
+        return self.language_model.losses(hidden_states, rows, any_token, shards)[labelled]
 
     def forward_logits(
         self, batch: "PackedBatch", rows: Tensor, observer: AttentionObserver | None = None

@@ -37,7 +37,9 @@ from tests.support.vlm import (
 )
 
 SAVING = ExactSavings()
-NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=False)
+NAIVE = ExactSavings(
+    visual_queries=False, folded_output=False, unread_rows=False, labelled_logits=False
+)
 CHUNKED = ExactSavings(ffn_chunk_rows=16)
 Joined = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, whole gradients
 
