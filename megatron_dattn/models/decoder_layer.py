@@ -70,7 +70,9 @@ class DecoderLayer(TransformerLayer):
         self.cross_attention: ImageCrossAttention | None = None
         if preset.merge == "cascade":
             self.cross_attention = ImageCrossAttention(
-                config, ProcessGroupCollection.use_mpu_process_groups()
+                config,
+                ProcessGroupCollection.use_mpu_process_groups(),
+                layer_number=self.layer_number,
             )
 
     def forward(

@@ -22,7 +22,6 @@ from megatron_dattn.attention import (
     output_rows,
     select_backend,
 )
-from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.adapter import Adapter, build_adapter
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import ExecutionConfig, ModelConfig
@@ -202,6 +201,11 @@ class DAttnVLM(MegatronModule):
             rows = self.adapter(features, self.model_config.vision.grid, kept)
         return rows[:0] if no_images else rows
 
+    @torch.no_grad()
+    def kept_patches(self, pixel_values: Tensor) -> Tensor | None:
+        """Which patches of each image enter the decoder, int64 [images, kept]; None if all do."""
+        return self._features(pixel_values)[1]
+
     def _features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features of the patches that enter the decoder, and which they are if not all."""
         assert self.vision_model is not None, "images belong to the first pipeline stage"
@@ -216,14 +220,8 @@ class DAttnVLM(MegatronModule):
     ) -> AttentionInputs:
         """What the layers need to know about a pack, on that device.
 
-        Raises:
-            ConfigError: an observer where there is no alpha_V, or no backend that fits.
+        Raises ConfigError if no backend fits.
         """
-        if observer is not None and self.attention.merge == "cascade":
-            raise ConfigError(
-                f"model.attention '{self.model_config.attention}' reads images by attention of "
-                "its own, apart from the text's: there is no alpha_V to report"
-            )
         language = self.model_config.language
         dtype = next(self.language_model.parameters()).dtype
         return prepare_attention(
