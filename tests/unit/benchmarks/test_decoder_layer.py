@@ -7,9 +7,17 @@ import torch
 
 from benchmarks.agreement import Outcome, agree, compare, local_name, relative_error
 from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sample, rules_of
+from benchmarks.exact_attention import SCORES_AT_A_TIME, ExactBackend
 from benchmarks.layer_memory import fit_line, peak_in_new_process, peak_table
 from benchmarks.roofline import Work, layer_operators
-from megatron_dattn.attention import PRESETS, LayerSizes, get_preset, layer_flops
+from megatron_dattn.attention import (
+    PRESETS,
+    LayerSizes,
+    get_preset,
+    layer_flops,
+    plan_attention,
+)
+from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError
 
 SIZES = LayerSizes(32, 4, 4, 8, 48, 24)  # four key heads: yopo silences one of them
@@ -20,6 +28,7 @@ VARIANTS = [
     *PRESETS,
     *(f"{preset}:{option}" for preset in ("dattn", "yopo") for option in OPTIONS),
     "s_attn:eager",
+    "dattn:backend=math",
 ]
 
 
@@ -42,6 +51,10 @@ def test_variant_options() -> None:
         ("dattn:fast", "unknown option 'fast'"),
         ("dattn:chunk=", "unknown option 'chunk='"),
         ("dattn:eager", "for s_attn alone"),
+        ("exit:eager", "variant 'exit:eager': eager attention is written for s_attn alone"),
+        ("fastervlm:eager", "for s_attn alone"),
+        ("s_attn:eager:backend=math", "has no backend"),
+        ("dattn:backend=fast", "backend=NAME with auto, flash_attn3"),
         ("attn", "unknown attention preset"),
     ],
 )
@@ -91,21 +104,46 @@ def test_eager_attention_that_does_not_fit_is_left_out() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_agree_with_float64(name: str) -> None:
+@pytest.mark.parametrize("scores", [SCORES_AT_A_TIME, 256])
+def test_variants_agree_with_float64(scores: int, monkeypatch) -> None:
     """fp32 has 24 bits; a layer adds up hundreds of products, in another order than float64."""
-    found = agree(LayerBench(BENCH, Variant.parse(name), LAYOUT))
-    assert found.against == "float64"
-    assert max(found.output, found.input_gradient, found.weight_gradient) < 1e-5
+    monkeypatch.setattr("benchmarks.exact_attention.SCORES_AT_A_TIME", scores)
+    layers = {name: LayerBench(BENCH, Variant.parse(name), LAYOUT) for name in VARIANTS}
+    for name, found in agree(layers).items():
+        assert found.against == "float64"
+        errors = (found.output, found.input_gradient, found.weight_gradient)
+        assert min(errors) > 0, name
+        assert max(errors) < 1e-5, name
+
+
+@pytest.mark.parametrize("scores", [SCORES_AT_A_TIME, 100])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_reference_is_the_math_backend_in_blocks(
+    preset: str, window: int | None, scores: int, monkeypatch
+) -> None:
+    monkeypatch.setattr("benchmarks.exact_attention.SCORES_AT_A_TIME", scores)
+    plan = plan_attention(LAYOUT, get_preset(preset), window=window)
+    generator = torch.Generator().manual_seed(0)
+    for part in (*plan.parts, *plan.visual_parts):
+        queries, keys = part.query_rows.length, part.key_rows.length
+        q, g = torch.randn(2, queries, 4, 8, generator=generator, dtype=torch.float64)
+        k, v = torch.randn(2, keys, 2, 8, generator=generator, dtype=torch.float64)
+        exact, known = ExactBackend(), BACKENDS["math"]
+        out, lse = known.forward(q, k, v, part, 0.3)
+        gradients = exact.backward(g, q, k, v, out, lse, part, 0.3)
+        actual = (*exact.forward(q, k, v, part, 0.3), *gradients)
+        expected = (out, lse, *known.backward(g, q, k, v, out, lse, part, 0.3))
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("one_process")
-def test_long_variants_are_compared_with_their_plain_preset(monkeypatch) -> None:
-    monkeypatch.setattr("benchmarks.agreement.LONGEST_CHECKED", 4)
-    eager = agree(LayerBench(BENCH, Variant.parse("s_attn:eager"), LAYOUT))
-    assert eager.against == "s_attn"
-    assert 0 < eager.input_gradient < 1e-5
-    assert agree(LayerBench(BENCH, Variant.parse("dattn"), LAYOUT)).against == "not checked"
+def test_a_variant_may_name_its_backend() -> None:
+    named = LayerBench(BENCH, Variant.parse("dattn:backend=math"), LAYOUT)
+    common = LayerBench(BENCH, Variant.parse("dattn"), LAYOUT)
+    assert named.attention.layer(1).backend.name == "math"
+    assert common.attention.layer(1).backend.name != "math"
 
 
 @pytest.mark.usefixtures("one_process")

@@ -57,6 +57,8 @@ def test_every_preset_has_a_pack_of_its_own(capsys) -> None:
         (bench_attention.main, ["--variants", "attn"], "unknown attention preset 'attn'"),
         (bench_attention.main, ["--visual", "0", *TINY], "0 visual"),
         (bench_attention.main, ["--variants", "saisa", *TINY], "variant 'saisa' carries features"),
+        (bench_attention.main, ["--threads", "0"], "--threads must be at least 1, got 0"),
+        (bench_step.main, ["--threads", "-1"], "--threads must be at least 1, got -1"),
         (bench_step.main, ["--attention", "attn"], "model.attention 'attn' is unknown"),
     ],
 )
