@@ -72,7 +72,7 @@ class Variant:
                     f"variant '{text}' has the unknown option '{option}'; choose naive, eager, "
                     "recompute or chunk=ROWS"
                 )
-        if "eager" in options and not config.is_self_attention:
+        if "eager" in options and not config.attends_in_reading_order:
             raise ConfigError(f"variant '{text}': eager attention is written for s_attn alone")
         savings = NAIVE if "naive" in options else MIDDLE_LAYER
         savings = dataclasses.replace(savings, ffn_chunk_rows=chunk)

@@ -108,7 +108,7 @@ class LayerRun:
 def layer_operators(run: LayerRun) -> tuple[Operator, ...]:
     """The layer's operators, first to last."""
     run = replace(run, layout=run.rule.layout(run.layout))
-    assert not run.eager or run.rule.attention.is_self_attention, "eager means self-attention"
+    assert not run.eager or run.rule.attention.attends_in_reading_order, "eager means self-attention"
     attention = (*_projections(run), *_attention(run), *_output(run))
     chunked = run.savings.ffn_chunk_rows > 0
     ffn = [replace(operator, recomputed=chunked) for operator in _ffn(run)]

@@ -8,7 +8,7 @@ combinations that have been published.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_dattn.attention.visual_rows import VisualRows
@@ -26,6 +26,12 @@ class TextToVisual:
     scope: TextScope = "all"
     # Whether these scores use rotary positions; False is the paper's debiasing (section 2.3).
     rotary: bool = False
+    # In layers with a sliding window of W rows. "none": images never fall out of sight. "inherit":
+    # a text row sees an image while fewer than W text rows, itself included, stand behind it.
+    window: Literal["none", "inherit"] = "none"
+
+
+_LIKE_TEXT = TextToVisual(scope="following", rotary=True)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,11 @@ class AttentionConfig:
     # tanh(gate), or T2V times sigmoid(gate) and T2T times the rest. A gate is learnable, per head.
     # "cascade": T2V is a cross-attention with projections of its own, before the self-attention.
     merge: Merge = "alpha"
+    # What a layer's sliding window counts, in layers that have one. "part": the rows that a causal
+    # part holds; those are text rows alone, but all rows in plain self-attention, which is one such
+    # part. "reading_order": all rows, images included, for text rows whose visual rows attend to
+    # nothing: what plain self-attention leaves of itself where its visual rows are frozen.
+    window: Literal["part", "reading_order"] = "part"
     visual: VisualRows = field(default_factory=VisualRows)
 
     def __post_init__(self) -> None:
@@ -100,16 +111,22 @@ class AttentionConfig:
         return self.v2t != "none" and self.visual.exit == 1.0 and not frozen_last
 
     @property
-    def is_self_attention(self) -> bool:
-        """Whether this is plain causal self-attention over the rows in reading order."""
+    def attends_in_reading_order(self) -> bool:
+        """Whether attention is the language model's own: one causal softmax over rows of both kinds
+        in reading order, whatever else becomes of visual rows. A sliding window counts them all."""
         sees_all_before = self.v2v == "causal" and self.v2t == "preceding"
-        as_text = self.t2v == TextToVisual(scope="following", rotary=True)
-        return sees_all_before and as_text and self.merge == "alpha"
+        return sees_all_before and self.t2v == _LIKE_TEXT and self.merge == "alpha"
+
+    @property
+    def window_in_reading_order(self) -> bool:
+        """Whether a layer's sliding window counts the rows of images, too, for every row."""
+        return self.attends_in_reading_order or self.window == "reading_order"
 
 
 def _conflicts(config: AttentionConfig) -> Iterator[str]:
     """Why axes do not go together, and the remedy."""
     yield from _conflicts_of_attention(config)
+    yield from _conflicts_of_windows(config)
     yield from _conflicts_of_rows(config)
 
 
@@ -144,6 +161,34 @@ def _conflicts_of_attention(config: AttentionConfig) -> Iterator[str]:
         yield (
             "positions.text='text_only' gives text the ids that "
             f"positions.visual='{visual}' gives to images; set positions.text='gap'"
+        )
+
+
+def _conflicts_of_windows(config: AttentionConfig) -> Iterator[str]:
+    t2v = config.t2v
+    plain = replace(config.t2v, window="none") == _LIKE_TEXT and config.merge == "alpha"
+    plain = plain and (config.v2v, config.v2t) == ("causal", "preceding")
+    if plain and t2v.window == "inherit":
+        yield (
+            "t2v.window='inherit' counts text rows, but these axes are plain self-attention, whose "
+            "window counts all rows in reading order and so hides images; leave t2v.window out"
+        )
+    if config.window != "reading_order":
+        return
+    if config.scores_visual_rows:
+        yield (
+            f"window='reading_order' is for visual rows without scores, not v2v='{config.v2v}'; "
+            "leave it out: plain self-attention counts so by itself"
+        )
+    if t2v.scope != "following":
+        yield (
+            f"window='reading_order' looks back from a row, but t2v.scope='{t2v.scope}' shows it "
+            "images behind it; set t2v.scope='following'"
+        )
+    if t2v.window != "none":
+        yield (
+            f"window='reading_order' hides images already; t2v.window='{t2v.window}' would count "
+            "them in another way; leave one of the two out"
         )
 
 

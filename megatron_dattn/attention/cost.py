@@ -103,8 +103,9 @@ def attended_pairs(
     A diagonal row's softmax over itself has no score. `window` is the layer's sliding window, as in
     `plan_attention`.
     """
-    if config.is_self_attention and window is not None:
-        return _windowed_pairs(layout, window)
+    if config.window_in_reading_order and window is not None:
+        pairs = _windowed_pairs(layout, window)
+        return pairs if config.scores_visual_rows else pairs | {"V2V": 0, "V2T": 0}
     pairs = {
         "V2V": _visual_pairs(layout, config, window),
         "V2T": 0,
@@ -113,7 +114,9 @@ def attended_pairs(
     }
     for image in layout.images:
         before, length = image.text_offset, layout.text_lengths[image.sample]
-        seeing = length if config.t2v.scope == "all" else length - before
+        seeing = before if config.t2v.scope == "all" else 0
+        hidden = config.t2v.window == "inherit" and window is not None
+        seeing += min(length - before, window - 1) if hidden else length - before
         pairs["T2V"] += image.num_rows * seeing
         if config.v2t == "prompt":
             before = max(before, layout.prompt_length(image.sample))
@@ -128,7 +131,7 @@ def _causal_pairs(length: int, window: int | None) -> int:
 
 
 def _windowed_pairs(layout: TokenLayout, window: int) -> dict[str, int]:
-    """Of plain self-attention, whose window counts rows in reading order."""
+    """Under a window that counts rows in reading order, whoever has queries."""
     pairs = dict.fromkeys(("V2V", "V2T", "T2V", "T2T"), 0)
     for sample in range(layout.num_samples):
         runs = layout.runs(sample)

@@ -40,14 +40,23 @@ def layer_rules(
     frozen = _frozen_layers(config, num_layers)
     if skip_unread and not config.visual_rows_predict:
         frozen.add(last)
+    still = _without_visual_queries(config)
     rules = []
     for layer in range(num_layers):
         if layer in frozen or layer > last:
-            still = replace(config, v2v="none", v2v_window=None, v2t="none")
             rules.append(LayerRule(still, layer <= last, 0.0))
         else:
             rules.append(LayerRule(config, True, rows.ffn))
     return tuple(rules)
+
+
+def _without_visual_queries(config: AttentionConfig) -> AttentionConfig:
+    """The same attention of text rows; visual rows attend to nothing.
+
+    A window that counted visual rows goes on counting them.
+    """
+    window = "reading_order" if config.window_in_reading_order else config.window
+    return replace(config, v2v="none", v2v_window=None, v2t="none", window=window)
 
 
 def _frozen_layers(config: AttentionConfig, num_layers: int) -> set[int]:

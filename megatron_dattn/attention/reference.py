@@ -82,10 +82,23 @@ def sees(
 
 def _distance(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> int:
     """How far back the key lies, for a sliding window; 0 where there is none."""
-    if config.is_self_attention:
+    if _counts_everything(config):
         return query.place - key.place
+    if (query.kind, key.kind) == ("text", "visual"):
+        # The image lies as far back as a text row in its place would.
+        inherits = config.t2v.window == "inherit"
+        return query.index - (key.text_before - 1) if inherits else 0
     is_causal = query.kind == "text" or config.v2v == "causal"
     return query.index - key.index if query.kind == key.kind and is_causal else 0
+
+
+def _counts_everything(config: AttentionConfig) -> bool:
+    """Whether a window counts rows of both kinds; it does where images are read like text."""
+    if config.window == "reading_order":
+        return True
+    t2v = (config.t2v.scope, config.t2v.rotary, config.t2v.window)
+    like_text = (config.v2v, config.v2t, config.merge) == ("causal", "preceding", "alpha")
+    return like_text and t2v == ("following", True, "none")
 
 
 def _patch_sees_patch(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:

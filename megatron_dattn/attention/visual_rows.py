@@ -20,8 +20,9 @@ class VisualRows:
     # "stream": the layers transform them, like text rows. "reproject": they have no state; every
     # layer projects the encoder's features to its own keys and values anew.
     source: Literal["stream", "reproject"] = "stream"
-    # Share of an image's patches that enter the decoder: those that its other patches attend to
-    # most in the encoder's last layer. They keep their order.
+    # Share of an image's patches that enter the decoder: those that the encoder's class token
+    # attends to most in the layer of the features; without a class token (SigLIP), those that the
+    # image's patches attend to most. They keep their order.
     keep: float = 1.0
     # Share of the FFN's neurons, from the first on, that visual rows pass through; 0 skips the FFN.
     ffn: float = 1.0

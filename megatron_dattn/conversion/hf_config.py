@@ -41,7 +41,7 @@ class TokenIds:
 def is_llava(model: ModelConfig) -> bool:
     """Whether the model's attention is that of Hugging Face's LLaVA, whose code it is given."""
     preset = get_preset(model.attention)
-    return preset.is_self_attention and preset.visual == VisualRows()
+    return preset.attends_in_reading_order and preset.visual == VisualRows()
 
 
 def check_exportable(model: ModelConfig) -> None:

@@ -1,19 +1,23 @@
 """What the attention tests share: layouts to draw, tensors to fill, and how errors are measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dattn.attention import (
+    PRESETS,
     AttentionConfig,
     AttentionPlan,
     Backend,
     ImageSpan,
+    Positions,
+    TextToVisual,
     TokenLayout,
     attend_images,
     decomposed_attention,
+    layer_rules,
     plan_attention,
     rotary_tables,
     row_positions,
@@ -23,6 +27,26 @@ from megatron_dattn.attention.reference import reference_attention
 
 HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5
+
+IN_SEQUENCE = Positions(text="gap", visual="sequence", embedding="none")
+_INHERIT = TextToVisual(window="inherit")
+_INHERIT_ROTATED = TextToVisual("following", rotary=True, window="inherit")
+# What no preset has: layers that presets consist of, and values of the windows' axes.
+VARIANTS = {
+    "frozen": layer_rules(PRESETS["shortv"], 5, skip_unread=False)[-1].attention,
+    "frozen_yopo": layer_rules(PRESETS["yopo"], 2, skip_unread=True)[0].attention,
+    "reading_order": AttentionConfig(
+        t2v=TextToVisual("following"), merge="sum", window="reading_order"
+    ),
+    "inherit": AttentionConfig(t2v=_INHERIT),
+    "inherit_sigmoid": AttentionConfig(t2v=_INHERIT, merge="sigmoid"),
+    "inherit_cascade": AttentionConfig(t2v=_INHERIT, merge="cascade"),
+    "inherit_naavit": AttentionConfig(v2v="none", t2v=_INHERIT_ROTATED, positions=IN_SEQUENCE),
+    "inherit_debias": replace(
+        PRESETS["s_attn_debias"], t2v=TextToVisual("following", window="inherit")
+    ),
+}
+CONFIGS = PRESETS | VARIANTS
 
 # Images before, between, back to back and after the text; a text-only sample; padding rows.
 RICH_LAYOUT = TokenLayout(

@@ -41,7 +41,7 @@ def test_the_merges_change_nothing_else() -> None:
 
 
 def test_plain_self_attention_is_recognized() -> None:
-    plain = [name for name, config in PRESETS.items() if config.is_self_attention]
+    plain = [name for name, config in PRESETS.items() if config.attends_in_reading_order]
     assert plain == ["s_attn", "shortv", "exit", "fastervlm"]
     assert {replace(PRESETS[name], visual=VisualRows()) for name in plain} == {PRESETS["s_attn"]}
 
