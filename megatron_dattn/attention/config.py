@@ -11,11 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megatron_dattn.attention.choices import unknown_values
 from megatron_dattn.attention.visual_rows import VisualRows
 from megatron_dattn.errors import ConfigError
 
 TextScope = Literal["all", "following"]
 Merge = Literal["alpha", "sum", "tanh", "sigmoid", "cascade"]
+
+
+def _refuse(mistakes: Iterator[str]) -> None:
+    for mistake in mistakes:
+        raise ConfigError(f"attention: {mistake}")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,9 @@ class TextToVisual:
     # In layers with a sliding window of W rows. "none": images never fall out of sight. "inherit":
     # a text row sees an image while fewer than W text rows, itself included, stand behind it.
     window: Literal["none", "inherit"] = "none"
+
+    def __post_init__(self) -> None:
+        _refuse(unknown_values(self, "t2v."))
 
 
 _LIKE_TEXT = TextToVisual(scope="following", rotary=True)
@@ -46,6 +55,9 @@ class Positions:
     # Added to visual rows before the first layer. "row_column": a learnable vector for each row of
     # patches and for each column. "fractional": an MLP of the place as a share of the image's side.
     embedding: Literal["none", "row_column", "fractional"] = "row_column"
+
+    def __post_init__(self) -> None:
+        _refuse(unknown_values(self, "positions."))
 
 
 @dataclass(frozen=True)
@@ -80,8 +92,8 @@ class AttentionConfig:
     visual: VisualRows = field(default_factory=VisualRows)
 
     def __post_init__(self) -> None:
-        for conflict in _conflicts(self):
-            raise ConfigError(f"attention: {conflict}")
+        _refuse(unknown_values(self))
+        _refuse(_conflicts(self))
 
     @property
     def scores_visual_rows(self) -> bool:
@@ -106,7 +118,7 @@ class AttentionConfig:
     @property
     def visual_rows_predict(self) -> bool:
         """Whether an image's row predicts the text after it: it has read the text before it, and
-        the last layer computes it."""
+        the last layer computes it, which only a range up to 1 freezes (`layer_rules`)."""
         frozen_last = self.visual.frozen is not None and self.visual.frozen[1] == 1.0
         return self.v2t != "none" and self.visual.exit == 1.0 and not frozen_last
 
@@ -133,10 +145,15 @@ def _conflicts(config: AttentionConfig) -> Iterator[str]:
 def _conflicts_of_attention(config: AttentionConfig) -> Iterator[str]:
     visual, text = config.positions.visual, config.positions.text
     side = config.v2v_window
-    if config.v2v == "window" and (side is None or side < 1 or side % 2 == 0):
+    if config.v2v == "window" and not (isinstance(side, int) and side > 0 and side % 2):
         yield f"v2v='window' needs an odd v2v_window, to have a patch in its centre; it is {side}"
     if config.v2v != "window" and side is not None:
         yield f"v2v_window={side} has no effect with v2v='{config.v2v}'; leave it out"
+    if config.merge == "cascade" and config.scores_visual_rows:
+        yield (
+            f"merge='cascade' is a module that asks for text rows alone, but v2v='{config.v2v}' "
+            "makes visual rows ask, too; set v2v='diagonal' or 'none'"
+        )
     if not config.scores_visual_rows and config.v2t != "none":
         yield (
             f"v2v='{config.v2v}' gives visual rows no scores, so they cannot see text; "
@@ -205,6 +222,16 @@ def _conflicts_of_rows(config: AttentionConfig) -> Iterator[str]:
         yield (
             f"visual.keep={rows.keep} leaves no grid of patches, which rings and windows need; set "
             "visual.keep=1"
+        )
+    if rows.frozen is not None and rows.frozen[0] >= rows.exit:
+        yield (
+            f"visual.frozen={rows.frozen} begins where visual rows are gone, after "
+            f"visual.exit={rows.exit}; leave frozen out"
+        )
+    if rows.frozen is not None and config.v2v == "none" and rows.ffn == 0.0:
+        yield (
+            f"visual.frozen={rows.frozen} has no effect: with v2v='none' and visual.ffn=0 no layer "
+            "changes visual rows; leave frozen out"
         )
     if rows.heads < 1.0 and config.merge != "alpha":
         yield f"visual.heads={rows.heads} is defined for merge='alpha', not '{config.merge}'"

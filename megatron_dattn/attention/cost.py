@@ -23,6 +23,7 @@ from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.rings import image_rings
+from megatron_dattn.attention.visual_rows import rounded_share
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def layer_flops(layout: TokenLayout, rule: LayerRule, sizes: LayerSizes) -> Laye
     if config.visual.source == "reproject":
         per_row += (sizes.vision_hidden_size + d) * visual
     ffn = sizes.intermediate_size * text
-    ffn += round(rule.visual_ffn * sizes.intermediate_size) * visual
+    ffn += rounded_share(sizes.intermediate_size, rule.visual_ffn) * visual
     return LayerFlops(
         projections=2 * d * per_row,
         attention=4 * query * sum(attended_pairs(layout, config).values()),

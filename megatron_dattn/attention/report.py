@@ -134,9 +134,7 @@ def image_attention(query: Tensor, key: Tensor, scoring: Scoring, rows: Sequence
     return torch.where(seen.unsqueeze(1), probabilities, 0.0)
 
 
-def _log_sum_exps(
-    parts: tuple[Part, ...], query: Tensor, key: Tensor, scoring: Scoring
-) -> Tensor:
+def _log_sum_exps(parts: tuple[Part, ...], query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
     """S of every text row over the keys of all parts, [text_budget, Hq]; -inf without keys."""
     text = _text_rows(query, scoring)
     lse = text.new_full(text.shape[:2], -torch.inf, dtype=merge_dtype(query.dtype))

@@ -114,7 +114,9 @@ def test_clip_s_class_token_chooses() -> None:
     by_token = best(attention[:, :, 0].mean(1))
     assert kept.tolist() == by_token
     assert by_token != best(attention.mean((1, 2))), "all rows would choose the same"
-    assert torch.equal(features, torch.stack([f[k] for f, k in zip(every_feature, kept, strict=True)]))
+    assert torch.equal(
+        features, torch.stack([f[k] for f, k in zip(every_feature, kept, strict=True)])
+    )
 
 
 def test_embedded_positions_are_those_of_the_kept_patches(
