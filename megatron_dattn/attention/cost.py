@@ -68,14 +68,23 @@ class LayerFlops:
 
 
 def decoder_flops(
-    layout: TokenLayout, config: AttentionConfig, sizes: LayerSizes, num_layers: int
+    layout: TokenLayout,
+    config: AttentionConfig,
+    sizes: LayerSizes,
+    num_layers: int,
+    window: int | None = None,
 ) -> LayerFlops:
-    """Operations of all layers over the valid rows of a pack; nothing is skipped."""
+    """Operations of all layers over the valid rows of a pack; nothing is skipped.
+
+    `window` is the sliding window of every layer, as in `plan_attention`.
+    """
     rules = layer_rules(config, num_layers, skip_unread=False)
-    return sum((layer_flops(layout, rule, sizes) for rule in rules), LayerFlops())
+    return sum((layer_flops(layout, rule, sizes, window) for rule in rules), LayerFlops())
 
 
-def layer_flops(layout: TokenLayout, rule: LayerRule, sizes: LayerSizes) -> LayerFlops:
+def layer_flops(
+    layout: TokenLayout, rule: LayerRule, sizes: LayerSizes, window: int | None = None
+) -> LayerFlops:
     """Operations of one layer over the valid rows of a pack."""
     layout, config = rule.layout(layout), rule.attention
     d, visual, text = sizes.hidden_size, layout.num_visual_rows, layout.num_text_rows
@@ -91,7 +100,7 @@ def layer_flops(layout: TokenLayout, rule: LayerRule, sizes: LayerSizes) -> Laye
     ffn += rounded_share(sizes.intermediate_size, rule.visual_ffn) * visual
     return LayerFlops(
         projections=2 * d * per_row,
-        attention=4 * query * sum(attended_pairs(layout, config).values()),
+        attention=4 * query * sum(attended_pairs(layout, config, window).values()),
         ffn=6 * d * ffn,
     )
 

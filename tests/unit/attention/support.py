@@ -23,10 +23,11 @@ from megatron_dattn.attention import (
     row_positions,
 )
 from megatron_dattn.attention.positions import Rotary
-from megatron_dattn.attention.reference import reference_attention
+from megatron_dattn.attention.reference import described_positions, reference_attention
 
 HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5
+BASE = 100.0  # of the rotary frequencies
 
 IN_SEQUENCE = Positions(text="gap", visual="sequence", embedding="none")
 _INHERIT = TextToVisual(window="inherit")
@@ -132,7 +133,7 @@ def make_problem(
     draws = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     query, key, value = (x.requires_grad_() for x in draws[:3])
     gate = torch.randn(2 * group, generator=generator).to(dtype).requires_grad_()
-    rotary = rotary_tables(row_positions(layout, config), head_dim, base=100.0)
+    rotary = rotary_tables(row_positions(layout, config), head_dim, base=BASE)
     mask = torch.tensor([1.0, 0.0]) if config.visual.heads < 1.0 else None
     return Problem(query, key, value, rotary, draws[3], gate if config.has_gate else None, mask)
 
@@ -182,9 +183,12 @@ def run_oracle(
     softcap: float | None = None,
     window: int | None = None,
 ) -> list[Tensor]:
-    """The same from the oracle, in float64 on the same numbers."""
+    """The same from the oracle, in float64 on the same numbers, at its own positions."""
     exact = problem.to(torch.float64)
-    arguments = (*exact.inputs, layout, config, exact.rotary)
+    positions = torch.tensor(described_positions(layout, config), device=exact.query.device)
+    head_dim = exact.query.shape[-1]
+    rotary = rotary_tables(positions, head_dim, base=BASE, device=exact.query.device)
+    arguments = (*exact.inputs, layout, config, rotary)
     options = {
         "scale": exact.query.shape[-1] ** -0.5,
         "gate": exact.gate,
