@@ -22,7 +22,7 @@ A backward pass costs a product twice the forward (gradients of input and weight
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_dattn.attention import LayerRule, LayerSizes, TokenLayout, plan_attention
+from megatron_dattn.attention import LayerRule, LayerSizes, TokenLayout, num_shared, plan_attention
 from megatron_dattn.attention.cost import attended_pairs
 from megatron_dattn.models.config import ExactSavings
 
@@ -108,7 +108,9 @@ class LayerRun:
 def layer_operators(run: LayerRun) -> tuple[Operator, ...]:
     """The layer's operators, first to last."""
     run = replace(run, layout=run.rule.layout(run.layout))
-    assert not run.eager or run.rule.attention.is_self_attention, "eager means self-attention"
+    assert not run.eager or run.rule.attention.attends_in_reading_order, (
+        "eager means self-attention"
+    )
     attention = (*_projections(run), *_attention(run), *_output(run))
     chunked = run.savings.ffn_chunk_rows > 0
     ffn = [replace(operator, recomputed=chunked) for operator in _ffn(run)]
@@ -232,7 +234,8 @@ def _ffn(run: LayerRun) -> Iterator[Operator]:
     if run.rule.visual_ffn == 1.0:
         passing = [(visual + text, f)]
     else:
-        passing = [(text, f), (visual, round(run.rule.visual_ffn * f))]
+        share = run.rule.visual_ffn
+        passing = [(text, f), (visual, num_shared(f, share) if share else 0)]
     for rows, width in passing:
         if rows == 0 or width == 0:
             continue

@@ -46,10 +46,13 @@ HEADS = {
     "nothing": ExactSavings(labelled_logits=False),
     "labelled_logits": ExactSavings(),
 }
-LAYERS = 3
-MODELS = (
-    *(("mistral", name) for name in PRESETS),
-    *(("gemma2", name) for name in ("dattn", "s_attn", "dattn_tanh", "saisa", "shortv", "yopo")),
+Model = tuple[str, str, int]  # family, preset, layers
+GEMMA2_PRESETS = ("dattn", "s_attn", "dattn_tanh", "saisa", "shortv", "exit", "yopo")
+MODELS: tuple[Model, ...] = (
+    *(("mistral", name, 3) for name in PRESETS),
+    *(("gemma2", name, 3) for name in GEMMA2_PRESETS),
+    # The last layer that sees images is one with a window.
+    *(("gemma2", name, 2) for name in ("exit", "yopo")),
 )
 
 
@@ -62,12 +65,13 @@ class Shard(NamedTuple):
 
 
 Found = dict[str, Shard]
-Results = dict[tuple[str, str, str], Found]  # by family, preset and saving
+Results = dict[tuple[Model, str], Found]  # by model and saving
 
 
-def _model(family: str, preset: str, savings: ExactSavings, ranks: int) -> DAttnVLM:
+def _model(sizes: Model, savings: ExactSavings, ranks: int) -> DAttnVLM:
+    family, preset, layers = sizes
     return tiny_model(
-        tiny_model_config(preset, family=family, num_hidden_layers=LAYERS),
+        tiny_model_config(preset, family=family, num_hidden_layers=layers),
         parallel=ParallelConfig(tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1),
         savings=savings,
     ).double()
@@ -78,9 +82,9 @@ def _batch(model: DAttnVLM, *, unlabelled: bool = False) -> PackedBatch:
     return make_batch([9, 5, 8], [(3,), (), (0, 5)], seed=1, unlabelled=unlabelled, grid=grid)
 
 
-def _decoder(family: str, preset: str, savings: ExactSavings, ranks: int) -> Found:
+def _decoder(sizes: Model, savings: ExactSavings, ranks: int) -> Found:
     """Text rows after the last layer, and what a random gradient of theirs gives."""
-    model = _model(family, preset, savings, ranks)
+    model = _model(sizes, savings, ranks)
     batch = _batch(model)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(batch.layout.num_rows, 1, 40, generator=generator, dtype=torch.float64)
@@ -103,12 +107,12 @@ def _decoder(family: str, preset: str, savings: ExactSavings, ranks: int) -> Fou
     return found | _gradients(model, model.language_model.decoder, ranks)
 
 
-def _whole_model(family: str, preset: str, savings: ExactSavings, ranks: int) -> Found:
+def _whole_model(sizes: Model, savings: ExactSavings, ranks: int) -> Found:
     """Losses of the labelled rows, and what random weights of theirs give to all parameters.
 
     A pack without a label goes the same way: its losses are none, and their gradient is zero.
     """
-    model = _model(family, preset, savings, ranks)
+    model = _model(sizes, savings, ranks)
     losses, none = (
         model(dataclasses.replace(batch, pixel_values=batch.pixel_values.double()))
         for batch in (_batch(model), _batch(model, unlabelled=True))
@@ -141,12 +145,12 @@ def _finish_replicated_gradients(model: DAttnVLM, ranks: int) -> None:
 def _all(ranks: int) -> tuple[Results, Results]:
     init_model_parallel(ranks)
     of_decoder = {
-        (*model, name): _decoder(*model, savings, ranks)
+        (model, name): _decoder(model, savings, ranks)
         for model in MODELS
         for name, savings in SAVINGS.items()
     }
     of_model = {
-        (*model, name): _whole_model(*model, savings, ranks)
+        (model, name): _whole_model(model, savings, ranks)
         for model in MODELS
         for name, savings in HEADS.items()
     }
@@ -169,34 +173,34 @@ def _assert_equal(actual: Found, expected: Found, name: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("model", MODELS, ids="-".join)
-def test_a_saving_changes_nothing(model: tuple[str, str], ranks: int) -> None:
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: "-".join(map(str, model)))
+def test_a_saving_changes_nothing(model: Model, ranks: int) -> None:
     for by_case, _ in _results(ranks):
         for name in SAVINGS:
-            _assert_equal(by_case[*model, name], by_case[*model, "nothing"], name)
+            _assert_equal(by_case[model, name], by_case[model, "nothing"], name)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("model", MODELS, ids="-".join)
-def test_logits_without_a_label_change_nothing(model: tuple[str, str], ranks: int) -> None:
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: "-".join(map(str, model)))
+def test_logits_without_a_label_change_nothing(model: Model, ranks: int) -> None:
     """Against a head and a loss on all text rows.
 
     With two ranks megatron-core takes the loss in float32, of the same logits here and there.
     """
     for _, by_case in _results(ranks):
-        expected = by_case[*model, "nothing"]
+        expected = by_case[model, "nothing"]
         assert len(expected["losses"].values) > 5
         for name in HEADS:
-            assert by_case[*model, name].keys() == expected.keys()
-            _assert_equal(by_case[*model, name], expected, name)
+            assert by_case[model, name].keys() == expected.keys()
+            _assert_equal(by_case[model, name], expected, name)
 
 
-@pytest.mark.parametrize("model", MODELS, ids="-".join)
-def test_one_process_and_two_ranks_agree(model: tuple[str, str]) -> None:
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: "-".join(map(str, model)))
+def test_one_process_and_two_ranks_agree(model: Model) -> None:
     ((alone, _),) = _results(1)
     for name in SAVINGS:
-        ranks = [by_case[*model, name] for by_case, _ in _results(2)]
-        _assert_equal(_joined(ranks), alone[*model, name], name)
+        ranks = [by_case[model, name] for by_case, _ in _results(2)]
+        _assert_equal(_joined(ranks), alone[model, name], name)
 
 
 def _joined(ranks: Iterable[Found]) -> Found:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from megatron_dattn.attention import PRESETS, VisualRows
+from megatron_dattn.attention import PRESETS, AttentionConfig, TextToVisual, VisualRows
 from megatron_dattn.conversion import export_hf, hf_config
 from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
 from megatron_dattn.conversion.hf_processor import chat_template
@@ -224,6 +224,20 @@ def test_a_preset_that_thins_visual_rows_is_refused(monkeypatch):
     monkeypatch.setitem(PRESETS, "dattn", thinned)
     with pytest.raises(ConfigError, match="every layer whole"):
         hf_config.check_exportable(ModelConfig())
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        AttentionConfig(t2v=TextToVisual(window="inherit")),
+        AttentionConfig(t2v=TextToVisual("following"), window="reading_order"),
+    ],
+    ids=["inherit", "reading_order"],
+)
+def test_a_preset_whose_images_fall_out_of_a_window_is_refused(monkeypatch, axes):
+    monkeypatch.setitem(PRESETS, "forgetful", axes)
+    with pytest.raises(ConfigError, match=r"'forgetful' cannot be exported: .* sliding window"):
+        hf_config.check_exportable(ModelConfig(attention="forgetful"))
 
 
 # Of the encoder, of the language model. The window is shorter than an image has rows.
