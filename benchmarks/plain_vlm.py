@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_dattn.attention import apply_rotary, rotary_tables
+from megatron_dattn.attention import apply_rotary
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 
 IGNORED_LABEL = -100
@@ -109,7 +109,7 @@ class PlainVLM(nn.Module):
         rows = torch.cat((visual, self.embedding(input_ids)), dim=1)
         language = self.sizes.language
         places = torch.arange(input_ids.shape[1])
-        cos, sin = rotary_tables(places, language.head_dim, language.rope_theta, rows.device)
+        cos, sin = language.rotary_tables(places, rows.device)
         for layer in self.layers:
             rows = layer(rows, visual.shape[1], (cos, sin))
         labelled = labels != IGNORED_LABEL

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # The package is imported inside the commands: --help should not wait for torch and megatron-core.
 
 EXIT_DIFFERENT = 1
+EXIT_INTERRUPTED = 130  # as shells report SIGINT
 # fp32 sums in another order through all layers; BF16 has 8 bits and rounds after every operation.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 
@@ -219,6 +220,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        output = getattr(options, "output", None)
+        is_absent = output is not None and not output.exists()
+        print(f"interrupted{f'; {output} was not written' if is_absent else ''}", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

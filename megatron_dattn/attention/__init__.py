@@ -25,7 +25,12 @@ from megatron_dattn.attention.merge import alpha_merge, weighted_merge
 from megatron_dattn.attention.next_rows import next_positions, plan_next_rows
 from megatron_dattn.attention.outputs import output_rows
 from megatron_dattn.attention.parts import AttentionPlan, plan_attention
-from megatron_dattn.attention.positions import apply_rotary, rotary_tables, row_positions
+from megatron_dattn.attention.positions import (
+    RotaryScaling,
+    apply_rotary,
+    rotary_tables,
+    row_positions,
+)
 from megatron_dattn.attention.presets import PRESETS, get_preset
 from megatron_dattn.attention.report import (
     ReportPlan,
@@ -52,6 +57,7 @@ __all__ = [
     "TokenLayout",
     "VisualRows",
     "alpha_merge",
+    "RotaryScaling",
     "apply_rotary",
     "attend_images",
     "attend_scored_rows",

@@ -4,6 +4,9 @@ The convention is the rotate-half one of Hugging Face and Megatron: channel i is
 i + D/2, and both halves of a table row repeat the same angles.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,33 @@ from megatron_dattn.attention.layout import Run, TokenLayout
 from megatron_dattn.attention.rings import image_rings
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, each [rows, D]
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """How Llama 3.1 made a model that had been trained on short texts read long ones.
+
+    What counts is how often a pair of channels turns over the length that was trained on. Pairs
+    that turn often tell near rows apart and stay as they are. Pairs that turn rarely are slowed
+    down by a factor, so that long texts do not show them angles that they have never seen. Between
+    the two the share of what stays grows with the number of turns. Source: Hugging Face's
+    rope_type "llama3", whose names these are.
+    """
+
+    factor: float
+    """How much slower pairs turn that turn less than `low_freq_factor` times."""
+    low_freq_factor: float
+    high_freq_factor: float
+    """From so many turns on pairs stay as they are."""
+    original_max_position_embeddings: int
+    """The length that was trained on, in rows."""
+
+    def scale(self, frequencies: Tensor) -> Tensor:
+        """The frequencies, in radians per row, as they are used instead."""
+        turns = self.original_max_position_embeddings / (2 * math.pi / frequencies)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - kept) * frequencies / self.factor + kept * frequencies
 
 
 def row_positions(layout: TokenLayout, config: AttentionConfig) -> Tensor:
@@ -42,7 +72,11 @@ def _place_rings(positions: Tensor, run: Run, layout: TokenLayout, position: int
 
 
 def rotary_tables(
-    positions: Tensor, head_dim: int, base: float, device: torch.device | str = "cpu"
+    positions: Tensor,
+    head_dim: int,
+    base: float,
+    device: torch.device | str = "cpu",
+    scaling: RotaryScaling | None = None,
 ) -> Rotary:
     """Cosine and sine of every row's angles, float32 [S, head_dim] each.
 
@@ -53,6 +87,8 @@ def rotary_tables(
         raise ValueError(f"rotary embeddings pair channels; head_dim {head_dim} is odd")
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / (base ** (channels / head_dim))
+    if scaling is not None:
+        frequencies = scaling.scale(frequencies)
     angles = positions.to(device=device, dtype=torch.float32).unsqueeze(-1) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()

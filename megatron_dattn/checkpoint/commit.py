@@ -50,6 +50,7 @@ def save_checkpoint(
     facts: Mapping[str, Any],
     extra_files: Mapping[str, bytes] | None = None,
     values: writer.Values | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Save one checkpoint as `<directory>/step-<step>/`. Collective over the world.
 
@@ -61,6 +62,7 @@ def save_checkpoint(
         extra_files: this rank's own small files, by name; names are unique over the ranks.
         values: of the tensors on the meta device, if there are any; each is asked for once, when
             its turn comes to be written.
+        quiet: leave it to the caller to say that it is saved.
 
     Returns:
         The folder of the checkpoint.
@@ -85,6 +87,8 @@ def save_checkpoint(
             raise _disk_full(final, needed, folder, error) from error
         raise
     on_first_rank("updating the pointer", lambda: _publish(folder, final, step))
+    if rank() == 0 and not quiet:
+        logger.info("saved %s", final)
     return final
 
 
@@ -140,12 +144,12 @@ def _check_space(folder: Path, state: ShardedStateDict, extra: Mapping[str, byte
     return needed
 
 
-def _disk_full(final: Path, needed: int, folder: Path, error: Exception) -> CheckpointError:
+def _disk_full(final: Path, needed: int, folder: Path, error: Exception) -> DiskFullError:
     try:
         free = _gib(shutil.disk_usage(folder).free)
     except OSError:
         free = "an unknown amount"
-    return CheckpointError(
+    return DiskFullError(
         f"disk full: {final} needs {_gib(needed)}, {folder} has {free} free now ({error}); the "
         "previous checkpoint stays the latest"
     )
@@ -244,5 +248,3 @@ def _publish(folder: Path, final: Path, step: int) -> None:
     except OSError as error:
         # The checkpoint is committed and is found without the pointer.
         logger.warning("%s is saved, but %s is not updated: %s", final, files.LATEST_FILE, error)
-    if rank() == 0:
-        logger.info("saved %s", final)

@@ -7,6 +7,8 @@ longer in `attention/presets.py` is therefore refused.
 from typing import Any
 
 from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual
+from megatron_dattn.conversion.config_values import ConfigValues
+from megatron_dattn.conversion.decoder import with_required
 from megatron_dattn.conversion.exportable import VISUAL_ROWS
 from megatron_dattn.conversion.families import language_family, vision_family
 from megatron_dattn.errors import CheckpointError, ConfigError
@@ -16,6 +18,7 @@ from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelCon
 MODEL_TYPE = DAttnConfig.model_type
 # What the sections are where they do not say it.
 _VISION_TYPE, _TEXT_TYPE = "siglip_vision_model", "mistral"
+_WHERE = "the model's config.json"
 
 
 def model_config(config: dict[str, Any], attention: str | None = None) -> ModelConfig:
@@ -40,14 +43,15 @@ def model_config(config: dict[str, Any], attention: str | None = None) -> ModelC
             f"attention '{attention}' was asked for, but the model was trained with '{preset}'; "
             "leave --attention out"
         )
-    language, width = _language_config(config), exported.adapter_hidden_size
+    language, values = _language_config(config), ConfigValues(vars(exported), _WHERE)
+    width = values.whole("adapter_hidden_size")
     return ModelConfig(
-        vision=_vision_config(config, exported.vision_feature_layer),
+        vision=_vision_config(config, values.whole("vision_feature_layer")),
         adapter=AdapterConfig(
-            input_norm=exported.adapter_input_norm,
+            input_norm=values.flag("adapter_input_norm"),
             hidden_size=None if width == language.hidden_size else width,
-            norm_eps=exported.adapter_norm_eps,
-            max_grid=exported.adapter_max_grid,
+            norm_eps=values.number("adapter_norm_eps"),
+            max_grid=values.whole("adapter_max_grid"),
         ),
         language=language,
         attention=preset,
@@ -76,11 +80,13 @@ def _preset(exported: Any) -> str:
 
 
 def _vision_config(config: dict[str, Any], feature_layer: int) -> VisionConfig:
-    section = {"model_type": _VISION_TYPE, **config.get("vision_config", {})}
+    found = ConfigValues(config, _WHERE).section_or_none("vision_config")
+    section = {"model_type": _VISION_TYPE, **(found or {})}
     return vision_family(section).vision_config(section, feature_layer)
 
 
 def _language_config(config: dict[str, Any]) -> LanguageConfig:
-    section = {"model_type": _TEXT_TYPE, **config.get("text_config", {})}
+    found = ConfigValues(config, _WHERE).section_or_none("text_config")
+    section = {"model_type": _TEXT_TYPE, **(found or {})}
     family = language_family(section)
-    return family.language_config({**family.DEFAULTS, **section})
+    return family.language_config(with_required(section, family.DEFAULTS))

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_dattn.conversion.config_values import ConfigValues
+from megatron_dattn.conversion.rope import read_rope, write_rope
 from megatron_dattn.conversion.weight_map import GroupedQKV, PaddedRows, Rule, Stacked
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig
@@ -13,14 +15,7 @@ REQUIRED = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     "vocab_size",
 )
-_COPIED = (
-    *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
-    *("vocab_size", "rms_norm_eps", "tie_word_embeddings"),
-)
-_COPIED_WHERE_KNOWN = (
-    *("sliding_window", "query_pre_attn_scalar"),
-    *("attn_logit_softcapping", "final_logit_softcapping"),
-)
+_COPIED = (*REQUIRED, "rms_norm_eps", "tie_word_embeddings")
 
 
 def unused_prefixes(config: LanguageConfig) -> list[str]:
@@ -47,28 +42,50 @@ def read_config(
     Raises:
         CheckpointError: a required field is missing, or a feature is not supported.
     """
-    missing = [name for name in REQUIRED if not isinstance(config.get(name), int)]
-    if missing:
-        raise CheckpointError(f"the language model's config.json lacks {', '.join(missing)}")
+    given = ConfigValues(config, "the language model's config.json")
+    given.check_present(REQUIRED)
     for name in refused:
         if config.get(name):
             raise CheckpointError(f"{name} {config[name]} is not supported")
-    full = {**defaults, **config}
+    full = ConfigValues({**defaults, **config}, given.where)
     act = "hidden_activation" if "hidden_activation" in defaults else "hidden_act"
-    if full[act] not in activations:
+    if full.values[act] not in activations:
         raise CheckpointError(
-            f"{act} '{full[act]}' is not supported, only {', '.join(activations)}"
+            f"{act} '{full.values[act]}' is not supported, only {', '.join(activations)}"
         )
-    heads = full["num_attention_heads"]
-    return {
-        **{name: full[name] for name in _COPIED},
-        **{name: full[name] for name in _COPIED_WHERE_KNOWN if name in defaults},
-        "num_key_value_heads": full["num_key_value_heads"] or heads,
-        "head_dim": full.get("head_dim") or full["hidden_size"] // heads,
-        "hidden_activation": full[act],
-        "rope_theta": _rope_theta(full),
-        "max_position_embeddings": config.get("max_position_embeddings"),
+    theta, scaling = read_rope(given, defaults["rope_theta"])
+    of_some: dict[str, Callable[[str], float | None]] = {
+        "sliding_window": full.whole_or_none,
+        "query_pre_attn_scalar": full.number,
+        "attn_logit_softcapping": full.number_or_none,
+        "final_logit_softcapping": full.number_or_none,
     }
+    return {
+        **_sizes(full),
+        **{name: read(name) for name, read in of_some.items() if name in defaults},
+        "rms_norm_eps": full.number("rms_norm_eps"),
+        "tie_word_embeddings": full.flag("tie_word_embeddings"),
+        "hidden_activation": full.values[act],
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": full.whole_or_none("max_position_embeddings"),
+    }
+
+
+def _sizes(config: ConfigValues) -> dict[str, int]:
+    sizes = {name: config.whole(name) for name in REQUIRED}
+    heads = sizes["num_attention_heads"]
+    if heads < 1:
+        raise CheckpointError(f"{config.where} has num_attention_heads {heads}")
+    return sizes | {
+        "num_key_value_heads": config.whole_or_none("num_key_value_heads") or heads,
+        "head_dim": config.whole_or_none("head_dim") or sizes["hidden_size"] // heads,
+    }
+
+
+def with_required(section: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A section of a larger model's config.json, completed with what it may leave out."""
+    return {**{name: defaults[name] for name in REQUIRED}, **section}
 
 
 def write_config(language: LanguageConfig, model_type: str) -> dict[str, Any]:
@@ -80,19 +97,8 @@ def write_config(language: LanguageConfig, model_type: str) -> dict[str, Any]:
         **({} if positions is None else {"max_position_embeddings": positions}),
         "num_key_value_heads": language.num_key_value_heads,
         "head_dim": language.head_dim,
-        # The first is for readers from before transformers 5, which would take a default of theirs.
-        "rope_theta": language.rope_theta,
-        "rope_parameters": {"rope_theta": language.rope_theta, "rope_type": "default"},
+        **write_rope(language),
     }
-
-
-def _rope_theta(config: dict[str, Any]) -> float:
-    """Older configs keep rope_theta at the top, newer ones inside rope_parameters."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"rope_type '{kind}' is not supported, only 'default'")
-    return float(rope.get("rope_theta", config["rope_theta"]))
 
 
 def decoder_rules(

@@ -91,7 +91,6 @@ def export_checkpoint(
         config.model,
         title=options.name or output.name,
         facts=found.manifest.facts,
-        data_sets=[Path(data.path).name for data in config.data.train],
         metrics=find_metrics(options.metrics, run_folder, is_newest=is_newest),
         license_name=options.license_name,
     )

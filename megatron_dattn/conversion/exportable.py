@@ -20,7 +20,7 @@ VISUAL_ROWS = {
 def is_llava(model: ModelConfig) -> bool:
     """Whether the model's attention is that of Hugging Face's LLaVA, whose code it is given."""
     preset = get_preset(model.attention)
-    return preset.is_self_attention and preset.visual == VisualRows()
+    return preset.attends_in_reading_order and preset.visual == VisualRows()
 
 
 def check_exportable(model: ModelConfig) -> None:
@@ -43,6 +43,11 @@ def _reason_against_dattn(preset: AttentionConfig) -> str:
         return (
             f"with v2v='{preset.v2v}' visual rows attend to other rows; the exported code computes "
             "each from its own image alone"
+        )
+    if preset.t2v.window != "none" or preset.window != "part":
+        return (
+            f"with t2v.window='{preset.t2v.window}' and window='{preset.window}' images fall out "
+            "of a sliding window; the exported code keeps them in sight"
         )
     if preset.visual not in VISUAL_ROWS.values():
         return "the exported code gives visual rows every layer whole, and this preset does not"

@@ -3,7 +3,6 @@
 A family is a module. Adding one is writing the module and naming it here.
 """
 
-from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 from megatron_dattn.conversion import clip, gemma2, llama, mistral, siglip
@@ -58,6 +57,8 @@ LANGUAGE: dict[str, LanguageFamily] = {"gemma2": gemma2, "llama": llama, "mistra
 """By `LanguageConfig.family`."""
 VISION: dict[str, VisionFamily] = {"clip": clip, "siglip": siglip}
 """By `VisionConfig.family`."""
+WHOLE_MODELS = ("llava", "dattn")
+"""Model types of encoder and language model together, see `whole_models.py`."""
 
 
 def language_family(config: dict[str, Any]) -> LanguageFamily:
@@ -83,7 +84,9 @@ def _family(what: str, families: dict[str, _Family], config: dict[str, Any]) -> 
         if config.get("model_type") in family.MODEL_TYPES:
             return family
     types = [name for family in families.values() for name in family.MODEL_TYPES]
-    raise _unsupported(what, config, types)
+    kind = config.get("model_type")
+    hint = "; it is a whole model: give it with --model" if kind in WHOLE_MODELS else ""
+    raise CheckpointError(f"the {what} is of type '{kind}'; supported: {', '.join(types)}{hint}")
 
 
 def language_rules(config: LanguageConfig) -> list[Rule]:
@@ -94,9 +97,3 @@ def language_rules(config: LanguageConfig) -> list[Rule]:
 def vision_rules(config: VisionConfig) -> list[Rule]:
     """Rules for every parameter of the vision encoder (prefix `vision_model.`)."""
     return VISION[config.family].vision_rules(config)
-
-
-def _unsupported(what: str, config: dict[str, Any], types: Sequence[str]) -> CheckpointError:
-    return CheckpointError(
-        f"the {what} is of type '{config.get('model_type')}'; supported: {', '.join(types)}"
-    )

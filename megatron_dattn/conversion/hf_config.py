@@ -1,5 +1,6 @@
 """config.json and generation_config.json of an export."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,11 @@ def model_config(model: ModelConfig, *, tokens: TokenIds, dtype: str) -> dict[st
     """The content of config.json: what the model is, and nothing that is a default elsewhere."""
     if is_llava(model):
         content = _llava_config(model, tokens)
-        LlavaConfig(**content)  # refuses what it does not know
+        LlavaConfig(**deepcopy(content))  # refuses what it does not know, and edits its arguments
         content |= {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
     else:
         content = _dattn_config(model, tokens)
-        DAttnConfig(**content)
+        DAttnConfig(**deepcopy(content))
         content |= {
             "architectures": ["DAttnForConditionalGeneration"],
             "model_type": DAttnConfig.model_type,

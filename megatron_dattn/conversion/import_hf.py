@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor
 
 from megatron_dattn.checkpoint import save_checkpoint
+from megatron_dattn.checkpoint.collective import DiskFullError
 from megatron_dattn.checkpoint.tensors import ParameterValues
 from megatron_dattn.conversion.import_plan import (
     ImportPlan,
@@ -31,6 +32,7 @@ from megatron_dattn.conversion.output_folder import new_folder
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.tokenizer import tokenizer_sha256
+from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import one_process
 
@@ -132,14 +134,21 @@ def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], obje
         written(value.nbytes)
         return value
 
-    with one_process():
-        save_checkpoint(
-            folder,
-            0,
-            dict(plan.shards),
-            facts=_facts(plan, folder),
-            values=ParameterValues(plan.shards, load),
-        )
+    try:
+        with one_process():
+            save_checkpoint(
+                folder,
+                0,
+                dict(plan.shards),
+                facts=_facts(plan, folder),
+                values=ParameterValues(plan.shards, load),
+                quiet=True,  # the folder's name is a temporary one
+            )
+    except DiskFullError as error:
+        raise CheckpointError(
+            f"{plan.output} cannot be written: {error.__cause__}; it needs "
+            f"{plan.num_bytes / 1e9:.3g} GB: make room or choose another folder"
+        ) from error
 
 
 def _convert(source: Source, rule: Rule, target: Tensor) -> Tensor:

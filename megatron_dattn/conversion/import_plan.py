@@ -6,11 +6,13 @@ memory. What comes back is what the import will do; what is refused leaves no tr
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_dattn.conversion.origin import Origin, parts_origin
@@ -19,7 +21,7 @@ from megatron_dattn.conversion.spoken_template import SpokenTemplate, spoken_tem
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.whole_models import whole_origin
 from megatron_dattn.data.image_settings import PROCESSOR_FILES, read_image_settings
-from megatron_dattn.data.tokenizer import load_tokenizer
+from megatron_dattn.data.tokenizer import generation_ends, load_tokenizer
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
@@ -67,11 +69,29 @@ class ImportPlan:
             tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None
         )
 
+    @property
+    def num_rounded(self) -> dict[str, int]:
+        """How many of the origin's tensors lose digits, by their dtype in safetensors' words."""
+        counts: Counter[str] = Counter()
+        for source in self.origin.sources:
+            for rule in source.rules:
+                stored = self.shards[f"{source.module}.{rule.megatron}"].data
+                assert stored is not None
+                for name in rule.sources:
+                    theirs = source.weights.dtype(name)
+                    if torch.finfo(stored.dtype).eps > torch.finfo(theirs).eps:
+                        counts[source.weights.dtypes[name]] += 1
+        return dict(counts)
+
     def summary(self) -> str:
         """What will be written, for people."""
         lines = [f"{name}: {count:,} parameters" for name, count in self.num_parameters.items()]
         if self.initial:
             lines.append(f"not there, keep their initial values: {', '.join(self.initial)}")
+        if self.num_rounded:
+            counts = ", ".join(f"{count} of {dtype}" for dtype, count in self.num_rounded.items())
+            remedy = "; --dtype fp32 keeps all their digits" if self.dtype == "bf16" else ""
+            lines.append(f"tensors that are rounded to {self.dtype}: {counts}{remedy}")
         lines.append(f"conversations are written as {self.spoken.name}: {self.spoken.reason}")
         size = f"{self.num_bytes / 1e9:.2f} GB as {self.dtype}"
         lines.append(f"{self.output}: {len(self.shards)} tensors, {size}")
@@ -129,6 +149,7 @@ def _check_tokenizer(origin: Origin) -> SpokenTemplate:
         try:
             image_id = copy_tokenizer(origin.tokenizer, Path(trial), vocab_size=language.vocab_size)
             tokenizer = load_tokenizer(trial, template="plain", vocab_size=language.vocab_size)
+            generation_ends(trial, tokenizer)  # raises if it cannot be read
         except (CheckpointError, ConfigError) as error:
             raise CheckpointError(str(error).replace(trial, str(origin.tokenizer))) from error
     if origin.image_token_id not in (None, image_id):

@@ -17,7 +17,6 @@ from megatron_dattn.checkpoint.tensors import open_tensors
 from megatron_dattn.conversion.safetensors_reader import (
     DTYPE_NAMES,
     INDEX_FILE,
-    SINGLE_FILE,
     SafetensorsFolder,
 )
 from megatron_dattn.errors import CheckpointError
@@ -70,7 +69,7 @@ def list_tensors(folder: Path) -> list[Entry]:
     Raises:
         CheckpointError: it is none of them, or is damaged.
     """
-    if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+    if (folder / INDEX_FILE).is_file() or any(folder.glob("*.safetensors")):
         weights = SafetensorsFolder(folder)
         return [
             Entry(name, weights.dtypes[name], shape, weights.num_bytes[name])

@@ -1,4 +1,4 @@
-"""Llama with plain rotary positions (Llama 1 to 3, Vicuna): config in our terms.
+"""Llama (1 to 3.3, Vicuna): config in our terms.
 
 Its decoder is Mistral's without a sliding window, so the weight map is Mistral's.
 """

@@ -6,6 +6,8 @@ A CLIP or SigLIP encoder, a two-layer MLP and a Llama or Mistral decoder: our mo
 
 from typing import Any
 
+from megatron_dattn.conversion.config_values import ConfigValues
+from megatron_dattn.conversion.decoder import with_required
 from megatron_dattn.conversion.families import (
     LANGUAGE,
     VISION,
@@ -52,10 +54,10 @@ def model_config(config: dict[str, Any], attention: str = "s_attn") -> ModelConf
 
 
 def _vision_config(config: dict[str, Any]) -> VisionConfig:
-    section = {"model_type": _VISION_TYPE, **_section(config, "vision_config")}
+    section = {"model_type": _VISION_TYPE, **_values(config).section("vision_config")}
     family = vision_family(section)
     layer = config.get("vision_feature_layer", -2)
-    num_layers = {**family.DEFAULTS, **section}["num_hidden_layers"]
+    num_layers = _values({**family.DEFAULTS, **section}).whole("num_hidden_layers")
     if not isinstance(layer, int) or not -num_layers <= layer <= num_layers or layer == 0:
         raise CheckpointError(
             f"vision_feature_layer {layer} is not supported, only one layer's output, 1 to "
@@ -73,7 +75,7 @@ def _vision_config(config: dict[str, Any]) -> VisionConfig:
 
 
 def _language_config(config: dict[str, Any]) -> LanguageConfig:
-    section = {"model_type": _TEXT_TYPE, **_section(config, "text_config")}
+    section = {"model_type": _TEXT_TYPE, **_values(config).section("text_config")}
     family = language_family(section)
     if section["model_type"] == "gemma2":
         raise CheckpointError(
@@ -81,15 +83,13 @@ def _language_config(config: dict[str, Any]) -> LanguageConfig:
             "transformers differ in whether they scale its visual rows as Gemma-2's own embeddings "
             "are; supported: llama, mistral"
         )
-    tied = config.get("tie_word_embeddings", False) or section.get("tie_word_embeddings", False)
-    return family.language_config({**family.DEFAULTS, **section, "tie_word_embeddings": tied})
+    tied = any(_values(place).flag("tie_word_embeddings") for place in (config, section))
+    full = with_required(section, family.DEFAULTS)
+    return family.language_config({**full, "tie_word_embeddings": tied})
 
 
-def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
-    section = config.get(name)
-    if not isinstance(section, dict):
-        raise CheckpointError(f"the model's config.json lacks {name}")
-    return section
+def _values(config: dict[str, Any]) -> ConfigValues:
+    return ConfigValues(config, "the model's config.json")
 
 
 def weight_rules(model: ModelConfig, keys: KeyNames) -> dict[str, list[Rule]]:

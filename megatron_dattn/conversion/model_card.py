@@ -1,6 +1,6 @@
 """README.md of an export: what the model is, what it was trained on, and how to ask it."""
 
-import json
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -53,7 +53,6 @@ def model_card(
     *,
     title: str,
     facts: dict[str, Any],
-    data_sets: list[str],
     metrics: Metrics,
     license_name: str | None,
 ) -> str:
@@ -61,7 +60,6 @@ def model_card(
 
     Args:
         facts: of the checkpoint's manifest.
-        data_sets: names of the last stage's training data.
         metrics: of an evaluation, see `metrics.py`.
         license_name: as the hub spells it; the card says that it is missing where None.
     """
@@ -81,7 +79,7 @@ def model_card(
             _description(model),
             "",
             "## Training",
-            *_training(facts, data_sets),
+            *_training(facts),
             "",
             "## Metrics",
             *(_metrics(facts, metrics) or ["None recorded."]),
@@ -108,25 +106,26 @@ def _description(model: ModelConfig) -> str:
     )
 
 
-def _training(facts: dict[str, Any], data_sets: list[str]) -> list[str]:
+def _training(facts: dict[str, Any]) -> list[str]:
+    """One line for every stage, from the last one back to the import that all began with."""
     progress = facts.get("progress") or {}
-    return [
-        f"- stage: {_stage(facts)}, step {facts.get('step', 'unknown')}",
-        f"- data of this stage: {', '.join(data_sets) or 'not recorded'}",
-        *_origin(facts.get("parent") or {}),
-        *(f"- {name.replace('_', ' ')}: {value:,}" for name, value in progress.items() if value),
+    lines = [
+        f"- {_stage(facts)}",
+        *(f"  - {name.replace('_', ' ')}: {value:,}" for name, value in progress.items() if value),
     ]
-
-
-def _origin(parent: dict[str, Any]) -> list[str]:
-    if not parent:
-        return []
-    return [f"- started from: stage {parent.get('stage')}, step {parent.get('step')}"]
+    while facts := facts.get("parent") or {}:
+        lines.append(f"- before that: {_stage(facts)}")
+    return lines
 
 
 def _stage(facts: dict[str, Any]) -> str:
-    stage = facts.get("stage", "unknown")
-    return stage if isinstance(stage, str) else json.dumps(stage, sort_keys=True)
+    """Names only: the folders are nobody's business where the card is read."""
+    if sources := facts.get("sources"):
+        names = (f"{Path(path).name} ({module})" for module, path in sources.items())
+        return f"import of {', '.join(names)}"
+    data_sets = ", ".join(facts.get("data_sets") or []) or "data that was not recorded"
+    stage, step = facts.get("stage", "unknown"), facts.get("step", "unknown")
+    return f"stage {stage}, step {step}, on {data_sets}"
 
 
 def _metrics(facts: dict[str, Any], metrics: Metrics) -> list[str]:

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dattn.conversion import families
-from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read_json
+from megatron_dattn.conversion.safetensors_reader import (
+    DTYPE_NAMES,
+    SafetensorsFolder,
+    read_json,
+)
 from megatron_dattn.conversion.weight_map import Rule, check_tensors
 from megatron_dattn.data.image_settings import ImageFit
 from megatron_dattn.errors import CheckpointError
@@ -19,7 +23,7 @@ from megatron_dattn.models.config import LanguageConfig, ModelConfig
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 """What a language model's folder calls the two that may be tied."""
-_FLOATING = ("F64", "F32", "F16", "BF16")
+_FLOATING = frozenset(DTYPE_NAMES.values())
 
 
 @dataclass(frozen=True)

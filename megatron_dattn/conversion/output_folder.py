@@ -61,10 +61,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         CheckpointError: it cannot be written, or something has come to be there meanwhile.
     """
     check_output(output)
+    temporary = output.with_name(files.temporary_name(f".{output.name}"))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(output)
-        temporary = output.with_name(files.temporary_name(f".{output.name}"))
         temporary.mkdir()
         try:
             yield temporary
@@ -73,8 +73,16 @@ def new_folder(output: Path) -> Iterator[Path]:
             files.sync_folder(output.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    except CheckpointError as error:
+        raise CheckpointError(_with_final_name(str(error), temporary, output)) from error
     except OSError as error:
-        raise CheckpointError(f"{output} cannot be written: {error}") from error
+        reason = _with_final_name(str(error), temporary, output)
+        raise CheckpointError(f"{output} cannot be written: {reason}") from error
+
+
+def _with_final_name(message: str, temporary: Path, output: Path) -> str:
+    """No one can look for the temporary folder: it is gone when the message is read."""
+    return message.replace(str(temporary), str(output))
 
 
 def _remove_abandoned(output: Path) -> None:

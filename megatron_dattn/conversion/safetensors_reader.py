@@ -101,6 +101,10 @@ class SafetensorsFolder:
             forget_pages(file.fileno(), place.offset, raw.numel())
         return raw.view(dtype).reshape(shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a floating-point tensor."""
+        return _DTYPES[self.dtypes[name]]
+
     def are_equal(self, first: str, second: str) -> bool:
         """Whether two tensors have the same type, shape and bytes; read block by block.
 
@@ -150,11 +154,30 @@ class SafetensorsFolder:
                 raise CheckpointError(
                     f"{path} is missing, but {INDEX_FILE} lists it; download it again"
                 )
-            raise CheckpointError(
-                f"{path} is missing; weights are read from safetensors only "
-                "(convert .bin files with save_pretrained first)"
-            )
+            raise self._no_weights()
         return paths
+
+    def _no_weights(self) -> CheckpointError:
+        """What the folder holds instead, and what to do about it."""
+        found = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        own_format = [name for name in found if name.startswith("consolidated")]
+        shards = [name for name in found if name not in own_format]
+        pickled = sorted(path.name for path in self.folder.glob("*.bin"))
+        if shards:
+            reason = f"holds {_some(shards)}, but {INDEX_FILE} is missing; download it too"
+        elif own_format:
+            reason = (
+                f"holds {_some(own_format)}, which is Mistral's own format; download the Hugging "
+                f"Face shards (model-*.safetensors and {INDEX_FILE})"
+            )
+        elif pickled:
+            reason = (
+                f"holds {_some(pickled)}, but weights are read from safetensors only; load and "
+                "save the model again with transformers (save_pretrained)"
+            )
+        else:
+            reason = f"holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
+        return CheckpointError(f"{self.folder} {reason}")
 
     def _scan(self, path: Path, index: dict[str, str] | None) -> None:
         try:

@@ -6,6 +6,7 @@ config.json. Those of any resolution ("NaFlex", model type siglip2) are another 
 
 from typing import Any
 
+from megatron_dattn.conversion.config_values import ConfigValues
 from megatron_dattn.conversion.weight_map import GroupedQKV, Rule
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import VisionConfig
@@ -22,6 +23,10 @@ DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
 }
+_SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("image_size", "patch_size"),
+)
 _ACTIVATIONS = ("gelu_pytorch_tanh", "quick_gelu", "gelu")
 
 
@@ -37,15 +42,31 @@ def vision_config(config: dict[str, Any], feature_layer: int = -2) -> VisionConf
 def read_config(
     config: dict[str, Any], defaults: dict[str, Any], feature_layer: int
 ) -> dict[str, Any]:
-    """The fields of our `VisionConfig` but its family; `defaults` has all that are copied."""
-    vision = {**defaults, **config.get("vision_config", config)}
+    """The fields of our `VisionConfig` but its family, of an encoder or of a dual encoder.
+
+    Args:
+        defaults: the Hugging Face class's.
+
+    Raises:
+        CheckpointError: a field of the wrong type, or a feature that is not supported.
+    """
+    where = "the vision encoder's config.json"
+    is_dual_encoder = "vision_config" in config
+    section = ConfigValues(config, where).section("vision_config") if is_dual_encoder else config
+    vision = {**defaults, **section}
     if vision["hidden_act"] not in _ACTIVATIONS:
         raise CheckpointError(
             f"hidden_act '{vision['hidden_act']}' is not supported, only {', '.join(_ACTIVATIONS)}"
         )
     if vision.get("num_channels", 3) != 3:
         raise CheckpointError(f"num_channels {vision['num_channels']} is not supported, only 3")
-    return {name: vision[name] for name in defaults} | {"feature_layer": feature_layer}
+    numbers = ConfigValues(vision, where)
+    return {
+        **{name: numbers.whole(name) for name in _SIZES},
+        "layer_norm_eps": numbers.number("layer_norm_eps"),
+        "hidden_act": vision["hidden_act"],
+        "feature_layer": feature_layer,
+    }
 
 
 def hf_config(vision: VisionConfig, num_layers: int) -> dict[str, Any]:

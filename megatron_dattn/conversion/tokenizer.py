@@ -10,6 +10,7 @@ for it, as the padded ones of LLaVA's checkpoints do.
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer.model",
     "chat_template.jinja",
+    "generation_config.json",  # it says which tokens end an answer
 )
 
 
@@ -60,12 +62,15 @@ def copy_tokenizer(source: Path, target: Path, *, vocab_size: int | None = None)
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     entry = IMAGE_TOKEN if IMAGE_TOKEN in added else _reserved_entry(added)
     if entry is None:
-        return _append(source, target, vocab_size)
-    for name in TOKENIZER_FILES:
-        path = target / name
-        if path.suffix == ".json" and path.is_file():
-            _rewrite(path, entry)
-    return added[entry]
+        image_id = _append(source, target, vocab_size)
+    else:
+        image_id = added[entry]
+        for path in (target / name for name in TOKENIZER_FILES):
+            if path.suffix == ".json" and path.is_file():
+                _rewrite(path, lambda content: _renamed(content, entry))
+    if (target / "tokenizer_config.json").is_file():
+        _rewrite(target / "tokenizer_config.json", lambda content: _listed(content, image_id))
+    return image_id
 
 
 def _read_tokenizer(path: Path) -> dict[str, Any]:
@@ -104,9 +109,23 @@ def _append(source: Path, target: Path, vocab_size: int | None) -> int:
     return image_id
 
 
-def _rewrite(path: Path, entry: str) -> None:
+def _listed(config: dict[str, Any], image_id: int) -> dict[str, Any]:
+    """A tokenizer_config.json that lists `<image>` among the added tokens, if it lists them at all.
+
+    transformers 4 writes such a list. It goes before the one in tokenizer.json, so that a token
+    which it lacks is none.
+    """
+    decoder = config.get("added_tokens_decoder")
+    if not isinstance(decoder, dict) or str(image_id) in decoder:
+        return config
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    entry = {"content": IMAGE_TOKEN, **flags, "special": True}
+    return config | {"added_tokens_decoder": {**decoder, str(image_id): entry}}
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     content = read_json(path)
-    changed = _renamed(content, entry)
+    changed = change(content)
     if changed != content:
         path.write_text(json.dumps(changed, ensure_ascii=False, indent=1), encoding="utf-8")
 

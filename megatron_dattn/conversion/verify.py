@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dattn.attention import RotaryScaling
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.compared_model import (
@@ -145,10 +146,15 @@ def model_config(facts: Mapping[str, Any]) -> ModelConfig:
     """
     try:
         model = facts["model"]
+        scaling = model["language"].get("rope_scaling")  # checkpoints from before it lack it
+        language = {
+            **model["language"],
+            "rope_scaling": None if scaling is None else RotaryScaling(**scaling),
+        }
         return ModelConfig(
             vision=VisionConfig(**model["vision"]),
             adapter=AdapterConfig(**model["adapter"]),
-            language=LanguageConfig(**model["language"]),
+            language=LanguageConfig(**language),
             attention=model["attention"],
         )
     except (KeyError, TypeError) as error:

@@ -80,7 +80,7 @@ def verify_whole_model(
     if kind == llava.MODEL_TYPE:
         expected = _llava_outputs(folder, config, ids, pixels, image_id, rounded)
         preset = get_preset(config.attention)
-        expected.pop(ROWS if preset.is_self_attention else SEEN)
+        expected.pop(ROWS if preset.attends_in_reading_order else SEEN)
     else:
         expected = _dattn_outputs(folder, ids, pixels, image_id, rounded)
     logger.info("2 of 2: the checkpoint's")

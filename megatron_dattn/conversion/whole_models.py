@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion import dattn, llava
+from megatron_dattn.conversion.config_values import ConfigValues
 from megatron_dattn.conversion.hf_names import rules_by_module
 from megatron_dattn.conversion.key_names import KeyNames, key_names
 from megatron_dattn.conversion.origin import (
@@ -54,8 +55,11 @@ def whole_origin(folder: Path, attention: str | None = None) -> Origin:
 
 def image_token_id(config: dict[str, Any]) -> int:
     """The id of `<image>` in a config.json of either type, by its older or its newer name."""
-    named = config.get("image_token_index", config.get("image_token_id"))
-    return _IMAGE_TOKEN_IDS[config["model_type"]] if named is None else int(named)
+    values = ConfigValues(config, "the model's config.json")
+    for name in ("image_token_index", "image_token_id"):
+        if config.get(name) is not None:
+            return values.whole(name)
+    return _IMAGE_TOKEN_IDS[config["model_type"]]
 
 
 def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origin:

@@ -6,6 +6,7 @@ look alright and be wrong.
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -84,6 +85,29 @@ def tokenizer_sha256(folder: str | None) -> str:
             "tokenizer"
         )
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def generation_ends(folder: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Special tokens that end an answer, after the generation_config.json beside a tokenizer.
+
+    Chat models end turns with a token of their own and texts with another (Llama-3: `<|eot_id|>`,
+    `<|end_of_text|>`), and the tokenizer names one of them. What is not special there is left out:
+    the line breaks that end an exported model's captions do not end other answers.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = Path(folder) / "generation_config.json"
+    if not path.is_file():
+        return frozenset()
+    try:
+        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); restore it or delete it") from error
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in listed):
+        raise ConfigError(f"{path} has eos_token_id {json.dumps(ends)}, but it must be ids")
+    return special_token_ids(tokenizer).intersection(listed)
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

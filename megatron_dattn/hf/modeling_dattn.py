@@ -36,7 +36,7 @@ class DAttnPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]  # noqa: RUF012
     _no_split_modules = ["DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "image_cache"]  # noqa: RUF012
-    _supports_sdpa = True  # the vision encoder's
+    _supports_sdpa = True
 
 
 class DAttnModel(DAttnPreTrainedModel):
@@ -193,8 +193,8 @@ class DAttnModel(DAttnPreTrainedModel):
         return text & (place[:, -num_new:].unsqueeze(2) - place.unsqueeze(1) < window)
 
     def _rotary(self, positions: Tensor) -> Rotary:
-        base = self.config.text_config.rope_parameters["rope_theta"]
-        return rotary_tables(positions, self.config.head_dim, base)
+        rope = self.config.text_config.rope_parameters
+        return rotary_tables(positions, self.config.head_dim, rope)
 
 
 def _own_cache(past_key_values: Any) -> DAttnCache:

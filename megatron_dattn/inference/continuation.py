@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import next_positions, output_rows, plan_next_rows, rotary_tables
+from megatron_dattn.attention import next_positions, output_rows, plan_next_rows
 from megatron_dattn.inference.image_cache import can_keep_images, encode_once
 from megatron_dattn.inference.layers import LayerMemory, pass_text
 from megatron_dattn.inference.load import LoadedModel, model_device
@@ -70,7 +70,7 @@ class Continuation:
             self._positions[sample] += 1
         self._added += samples
         language = self._model.model_config.language
-        new = rotary_tables(positions, language.head_dim, language.rope_theta, self._device)
+        new = language.rotary_tables(positions, self._device)
         cos, sin = (torch.cat(tables) for tables in zip(self._rotary, new, strict=True))
         self._rotary = cos, sin
         return self._logits(self._pass(torch.tensor(tokens), self._next_inputs(len(samples))))

@@ -5,7 +5,7 @@ and image processor. A checkpoint of any parallel layout loads.
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -20,11 +20,16 @@ from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import template_tokens
-from megatron_dattn.data.tokenizer import load_tokenizer, token_id
+from megatron_dattn.data.tokenizer import generation_ends, load_tokenizer, token_id
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, ExecutionConfig, ModelConfig
+from megatron_dattn.models.config import (
+    FIELDS_WITHOUT_EFFECT,
+    ExecutionConfig,
+    ModelConfig,
+    with_later_fields,
+)
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything
@@ -44,12 +49,14 @@ class RunAssets:
     conversations: ConversationTokenizer
     preprocessor: ImagePreprocessor
     config: PretrainConfig
+    origin_ends: frozenset[int] = field(default=frozenset(), kw_only=True)
+    """Tokens that end the answers of the model whose tokenizer this is."""
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the tokenizer's, the template's; for captions, all that end in
-        a line break, which byte-level tokenizers merge with what stands before it."""
-        stops = {int(self.tokenizer.eos_token_id)}
+        """Tokens that end an answer: the tokenizer's, the origin's, the template's; for captions,
+        all that end in a line break, which byte-level tokenizers merge with what stands before."""
+        stops = {int(self.tokenizer.eos_token_id), *self.origin_ends}
         end = template_tokens(self.conversations.template).end
         if end is not None:
             stops.add(token_id(self.tokenizer, end))
@@ -101,9 +108,8 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
             found.path,
             ", ".join(missing),
         )
-    return LoadedModel(
-        assets.tokenizer, assets.conversations, assets.preprocessor, config, model.eval()
-    )
+    parts = {part.name: getattr(assets, part.name) for part in fields(assets)}
+    return LoadedModel(**parts, model=model.eval())
 
 
 def load_assets(folder: Path, config: PretrainConfig, *, template: str | None = None) -> RunAssets:
@@ -119,7 +125,13 @@ def load_assets(folder: Path, config: PretrainConfig, *, template: str | None = 
         image_fit=config.data.image_fit,
         max_pixels=config.data.max_image_pixels,
     )
-    return RunAssets(tokenizer, ConversationTokenizer(tokenizer, template), preprocessor, config)
+    return RunAssets(
+        tokenizer,
+        ConversationTokenizer(tokenizer, template),
+        preprocessor,
+        config,
+        origin_ends=generation_ends(tokenizer_folder, tokenizer),
+    )
 
 
 def run_and_step(folder: Path, step: int | None = None) -> tuple[Path, int | None]:
@@ -181,7 +193,7 @@ def _check_model(found: FoundCheckpoint, model: ModelConfig) -> None:
     free = (*FIELDS_WITHOUT_EFFECT, *(() if found.manifest.has_added else _OF_PRESET))
     differences = [
         line
-        for line in compare_facts({"model": asdict(model)}, found.manifest.facts)
+        for line in compare_facts({"model": asdict(model)}, with_later_fields(found.manifest.facts))
         if line.partition(":")[0] not in {f"model.{name}" for name in free}
     ]
     if differences:

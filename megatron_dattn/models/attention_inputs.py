@@ -15,10 +15,10 @@ from megatron_dattn.attention import (
     Backend,
     LayerRule,
     ReportPlan,
+    Scoring,
     TokenLayout,
     plan_attention,
     plan_report,
-    rotary_tables,
     row_positions,
 )
 from megatron_dattn.models.config import LanguageConfig
@@ -44,6 +44,15 @@ class LayerInputs:
     """Who is shown the layer's queries and keys; None in nearly every step."""
     report: ReportPlan | None = None
     """For the observer: the same attention, taken apart."""
+
+    @torch.no_grad()
+    def show(self, layer_number: int, query: Tensor, key: Tensor, scale: float) -> None:
+        """Show projections to the observer, if there is one; full recomputation does so twice."""
+        if self.observer is None:
+            return
+        assert self.report is not None, "an observer comes with a report's plan"
+        scoring = Scoring(self.report, self.rotary, scale, self.backend, self.softcap)
+        self.observer(layer_number, query.detach(), key.detach(), scoring)
 
 
 @dataclass(frozen=True)
@@ -80,10 +89,10 @@ def prepare_attention(
     Args:
         config: of the model; its positions hold in all layers.
         rules: one per layer, see `layer_rules`.
-        language: gives the layers' sliding windows, the softcap, the rotary base.
+        language: gives the layers' sliding windows, the softcap, the rotary angles.
     """
     positions = row_positions(layout, config)
-    cos, sin = rotary_tables(positions, language.head_dim, language.rope_theta, device)
+    cos, sin = language.rotary_tables(positions, device)
     layers = [(rule, language.window(number)) for number, rule in enumerate(rules)]
     prepared: dict[tuple[LayerRule, int | None], LayerInputs] = {}
     for rule, window in dict.fromkeys(layers):

@@ -4,10 +4,14 @@ Field names follow Hugging Face's configs (`SiglipVisionConfig`, `MistralConfig`
 converted checkpoint's model file can be read beside the original's config.json.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
-from megatron_dattn.attention import PRESETS, kept_grid
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention import PRESETS, RotaryScaling, kept_grid, rotary_tables
 from megatron_dattn.errors import ConfigError
 
 _GEMMA2_FIELDS = (
@@ -22,6 +26,8 @@ _FOREIGN_FIELDS = {
 }
 # What no result depends on; checkpoints from before it was noted lack it.
 FIELDS_WITHOUT_EFFECT = ("language.max_position_embeddings",)
+# What models had before they could have something else; checkpoints of then do not say it.
+_BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {"language": {"rope_scaling": None}}
 # Tensor-parallel sizes that divide this divide every vocabulary, once padded.
 _VOCAB_MULTIPLE = 64
 
@@ -137,6 +143,8 @@ class LanguageConfig:
     intermediate_size: int = 14336
     vocab_size: int = 32768
     rope_theta: float = 1_000_000.0
+    rope_scaling: RotaryScaling | None = None
+    """Llama 3.1's, for texts longer than those of the first training; None where there is none."""
     rms_norm_eps: float = 1e-5
     hidden_activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     """Of the gated FFN."""
@@ -173,6 +181,7 @@ class LanguageConfig:
             f"language.num_key_value_heads {self.num_key_value_heads}",
         )
         _require(self.head_dim % 2 == 0, f"language.head_dim {self.head_dim} must be even")
+        self._check_rope_scaling()
         usual = {field.name: field.default for field in fields(self)}
         for name in _FOREIGN_FIELDS[self.family]:
             _require(
@@ -180,6 +189,23 @@ class LanguageConfig:
                 f"language.{name} {getattr(self, name)} is nothing that a model of "
                 f"language.family '{self.family}' has; leave it out",
             )
+
+    def _check_rope_scaling(self) -> None:
+        scaling = self.rope_scaling
+        if scaling is None:
+            return
+        names = [field.name for field in fields(scaling)]
+        _require_positive(scaling, "language.rope_scaling", *names)
+        _require(
+            scaling.low_freq_factor < scaling.high_freq_factor,
+            f"language.rope_scaling.low_freq_factor {scaling.low_freq_factor} must be less than "
+            f"language.rope_scaling.high_freq_factor {scaling.high_freq_factor}",
+        )
+
+    def rotary_tables(self, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angles at these positions, float32 [rows, head_dim] each."""
+        scaling = self.rope_scaling
+        return rotary_tables(positions, self.head_dim, self.rope_theta, device, scaling)
 
     @property
     def has_post_norms(self) -> bool:
@@ -256,6 +282,13 @@ def _check_sizes_for_preset(model: ModelConfig) -> None:
     )
 
 
+def with_later_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's facts, in which its model also has the fields that were made after it."""
+    model = dict(facts.get("model", {}))
+    known = {part: later for part, later in _BEFORE_THE_FIELD.items() if part in model}
+    return {**facts, "model": model | {part: known[part] | model[part] for part in known}}
+
+
 @dataclass(frozen=True)
 class ExactSavings:
     """Work that no result depends on, and that is therefore not done.
@@ -271,6 +304,9 @@ class ExactSavings:
     of query heads, instead of repeating them for every query head."""
     unread_rows: bool = True
     """In the last layer that sees images, give visual rows keys and values only."""
+    labelled_logits: bool = True
+    """Compute logits and losses of the rows that predict a labelled token; else of all text rows,
+    and those without a label are dropped afterwards."""
     ffn_chunk_rows: int = 0
     """Run the second half of a layer (norm and FFN) on this many rows at a time and recompute each
     chunk in the backward pass, so that its activations do not grow with the pack; 0 does not."""

@@ -20,6 +20,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "generation_config.json",
     "vocab*",
     "merges.txt",
 )

@@ -1,18 +1,32 @@
 """Rotary ids of packed rows, and the rotation against its definition by complex numbers."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from megatron_dattn.attention import (
     PRESETS,
+    AttentionConfig,
     ImageSpan,
+    Positions,
+    RotaryScaling,
+    TextToVisual,
     TokenLayout,
     apply_rotary,
     rotary_tables,
     row_positions,
 )
-from tests.unit.attention.support import layouts
+from megatron_dattn.attention.reference import described_positions
+from tests.unit.attention.support import CONFIGS, layouts
+
+OTHER_POSITIONS = {
+    "gap_alone": AttentionConfig(positions=Positions(text="gap")),
+    "ring_of_diagonal": AttentionConfig(
+        t2v=TextToVisual(rotary=True), positions=Positions("gap", "ring", "none")
+    ),
+}
 
 # Sample 0: text text IMAGE(2) text IMAGE(1); sample 1: IMAGE(2) text text.
 LAYOUT = TokenLayout(
@@ -41,6 +55,21 @@ def test_rings_count_from_the_border_and_text_goes_on_after_the_centre() -> None
     positions = row_positions(layout, PRESETS["cca"]).tolist()
     assert positions[:12] == [1, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 1]
     assert positions[12:] == [3, 3, 0, 0, 4, 5, 0]
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "gap_alone", "ring_of_diagonal"])
+@settings(max_examples=50, deadline=None)
+@given(layout=layouts())
+def test_positions_are_those_of_the_oracle(name: str, layout: TokenLayout) -> None:
+    config = (CONFIGS | OTHER_POSITIONS)[name]
+    assert row_positions(layout, config).tolist() == described_positions(layout, config)
+
+
+def test_the_oracle_s_positions_of_a_layout_by_hand() -> None:
+    # Read as: text text IMAGE(2) text IMAGE(1); in rings, the image of 1 x 2 is a single one.
+    assert described_positions(LAYOUT, PRESETS["s_attn"])[:9] == [2, 3, 5, 0, 1, 0, 0, 1, 4]
+    assert described_positions(LAYOUT, PRESETS["cca"])[:9] == [2, 2, 4, 0, 0, 0, 0, 1, 3]
+    assert described_positions(LAYOUT, PRESETS["dattn"])[:9] == [0, 0, 0, 0, 0, 0, 0, 1, 2]
 
 
 @given(layout=layouts())
@@ -97,3 +126,25 @@ def test_tables_are_float32_and_states_keep_their_dtype() -> None:
 def test_odd_head_dims_cannot_be_paired() -> None:
     with pytest.raises(ValueError, match="head_dim 7 is odd"):
         rotary_tables(torch.arange(3), 7, base=100.0)
+
+
+def test_scaling_slows_down_what_turns_rarely_and_leaves_the_rest():
+    """Against the rule in words, pair by pair, with a factor that is no power of two."""
+    scaling = RotaryScaling(
+        factor=6.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=100
+    )
+    plain = 0.5 ** torch.arange(12, dtype=torch.float32)
+    for before, after in zip(plain.tolist(), scaling.scale(plain).tolist(), strict=True):
+        turns = 100 * before / (2 * math.pi)
+        if turns >= 4:
+            assert after == before
+        elif turns <= 1:
+            assert after == pytest.approx(before / 6)
+        else:
+            kept = (turns - 1) / 3
+            assert after == pytest.approx(kept * before + (1 - kept) * before / 6)
+    assert {turns > 4 for turns in (100 * plain / (2 * math.pi)).tolist()} == {True, False}
+    unscaled = rotary_tables(torch.arange(9), 8, base=50.0)
+    scaled = rotary_tables(torch.arange(9), 8, base=50.0, scaling=scaling)
+    assert torch.equal(unscaled[0][0], scaled[0][0]), "position 0 stays the identity"
+    assert not torch.equal(unscaled[1], scaled[1])

@@ -103,6 +103,7 @@ def save_language(
     dtype: torch.dtype = torch.float32,
     family: str = "mistral",
     varied: bool = False,
+    max_shard_size: str = "5GB",
     **changes: object,
 ) -> PreTrainedModel:
     """A language model's folder with a fast tokenizer.
@@ -111,6 +112,7 @@ def save_language(
         varied: no two norms are alike, weights so large that attention is far from uniform and
             scores reach the caps, and `[control_8]`, which becomes `<image>`, is never the
             likeliest token, as in trained models.
+        max_shard_size: of the files that hold the weights.
         changes: of the config.
     """
     torch.manual_seed(1)
@@ -122,7 +124,7 @@ def save_language(
         with torch.no_grad():
             model.get_output_embeddings().weight[SPECIAL_TOKENS.index("[control_8]")] = 0.0
     model = model.to(dtype).eval()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(folder, SPECIAL_TOKENS)
     return model
 

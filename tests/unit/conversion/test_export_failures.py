@@ -135,8 +135,11 @@ def test_a_disk_that_fills_up_leaves_nothing(sound, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        with pytest.raises(CheckpointError, match=r"out cannot be written: .*File too large"):
+        with pytest.raises(
+            CheckpointError, match=r"out cannot be written: .*File too large"
+        ) as full:
             export_checkpoint(sound, tmp_path / "out")
+        assert ".tmp-" not in str(full.value)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dattn.attention import PRESETS, VisualRows
+from megatron_dattn.attention import PRESETS, AttentionConfig, TextToVisual, VisualRows
 from megatron_dattn.conversion.exportable import check_exportable
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig
@@ -55,3 +55,17 @@ def test_a_preset_that_thins_visual_rows_is_refused(monkeypatch):
     monkeypatch.setitem(PRESETS, "dattn", thinned)
     with pytest.raises(ConfigError, match="every layer whole"):
         check_exportable(ModelConfig())
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        AttentionConfig(t2v=TextToVisual(window="inherit")),
+        AttentionConfig(t2v=TextToVisual("following"), window="reading_order"),
+    ],
+    ids=["inherit", "reading_order"],
+)
+def test_a_preset_whose_images_fall_out_of_a_window_is_refused(monkeypatch, axes):
+    monkeypatch.setitem(PRESETS, "forgetful", axes)
+    with pytest.raises(ConfigError, match=r"'forgetful' cannot be exported: .* sliding window"):
+        check_exportable(ModelConfig(attention="forgetful"))

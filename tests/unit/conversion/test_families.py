@@ -19,8 +19,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from megatron_dattn.conversion import clip, gemma2, llama, llava, mistral, siglip
+from megatron_dattn.conversion import clip, dattn, gemma2, llama, llava, mistral, siglip
 from megatron_dattn.conversion.families import (
+    WHOLE_MODELS,
     language_family,
     language_rules,
     vision_family,
@@ -170,6 +171,14 @@ def assert_defaults(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert theirs[name] == expected, name
 
 
+def test_whole_models_are_sent_to_their_flag():
+    assert (llava.MODEL_TYPE, dattn.MODEL_TYPE) == WHOLE_MODELS
+    for kind in WHOLE_MODELS:
+        for find in (language_family, vision_family):
+            with pytest.raises(CheckpointError, match=rf"'{kind}'; .*whole model: give .* --model"):
+                find({"model_type": kind})
+
+
 def test_what_is_supported_is_named():
     with pytest.raises(CheckpointError, match="'qwen2'; supported: gemma2, llama, mistral"):
         language_family({"model_type": "qwen2"})
@@ -184,7 +193,6 @@ def test_what_is_supported_is_named():
     [
         (mistral, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only silu"),
         (llama, {"mlp_bias": True}, "mlp_bias True"),
-        (llama, {"rope_scaling": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
         (gemma2, {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         (gemma2, {"hidden_activation": "gelu"}, "only gelu_pytorch_tanh"),
         (gemma2, {"layer_types": ["full_attention"] * 3}, "only sliding and full attention in"),
@@ -194,6 +202,54 @@ def test_what_is_supported_is_named():
 def test_settings_that_would_be_ignored_are_refused(module, changes, message):
     with pytest.raises(CheckpointError, match=message):
         module.language_config({**SIZES, **changes})
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "message"),
+    [
+        (llama, {"rope_theta": None, "rope_parameters": None}, "has rope_theta null"),
+        (llama, {"rms_norm_eps": "1e-5"}, r'has rms_norm_eps "1e-5", but it must be a number'),
+        (llama, {"vocab_size": 64.0}, r"has vocab_size 64\.0, but it must be a whole number"),
+        (llama, {"num_attention_heads": 0}, r"has num_attention_heads 0"),
+        (llama, {"num_hidden_layers": True}, "has num_hidden_layers true"),
+        (llama, {"num_key_value_heads": "2"}, 'has num_key_value_heads "2"'),
+        (llama, {"tie_word_embeddings": "no"}, 'has tie_word_embeddings "no", .* true or false'),
+        (llama, {"rms_norm_eps": float("inf")}, "has rms_norm_eps Infinity"),
+        (mistral, {"sliding_window": "none"}, 'has sliding_window "none"'),
+        (mistral, {"head_dim": 8.5}, r"has head_dim 8\.5"),
+        (mistral, {"max_position_embeddings": [1]}, r"has max_position_embeddings \[1\]"),
+        (gemma2, {"attn_logit_softcapping": "50"}, 'has attn_logit_softcapping "50"'),
+        (gemma2, {"query_pre_attn_scalar": None}, "has query_pre_attn_scalar null"),
+        (gemma2, {"hidden_activation": None}, "hidden_activation 'None' is not supported"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(module, changes, message):
+    with pytest.raises(CheckpointError, match=rf"^(the language model's config\.json )?{message}"):
+        module.language_config({**SIZES, **changes})
+
+
+@pytest.mark.parametrize("module", [clip, siglip])
+@pytest.mark.parametrize("is_dual", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": [384, 384]}, r"has image_size \[384, 384\], but it must be a whole number"),
+        ({"patch_size": "14"}, 'has patch_size "14"'),
+        ({"layer_norm_eps": "small"}, 'has layer_norm_eps "small"'),
+        ({"hidden_size": None}, "has hidden_size null"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named_in_encoders(module, is_dual, changes, message):
+    section = {**VISION_SIZES, **changes}
+    config = {"vision_config": section} if is_dual else section
+    with pytest.raises(CheckpointError, match=rf"^the vision encoder's config\.json {message}"):
+        module.vision_config(config)
+
+
+@pytest.mark.parametrize("section", [None, [], "siglip"])
+def test_a_dual_encoder_s_section_is_an_object(section):
+    with pytest.raises(CheckpointError, match=r"has vision_config .*, but it must be an object"):
+        siglip.vision_config({"vision_config": section})
 
 
 def test_published_gemma2_9b():
@@ -290,7 +346,10 @@ SIGLIP_SECTION = {"model_type": "siglip_vision_model"}
         ({"vision_feature_layer": -25}, "vision_feature_layer -25"),
         ({"vision_feature_select_strategy": "full"}, "'full' is not supported with clip_vision"),
         ({"vision_config": SIGLIP_SECTION}, "'default' is not supported with siglip_vision"),
-        ({"vision_config": None}, "lacks vision_config"),
+        ({"vision_config": {"num_hidden_layers": "2"}}, 'has num_hidden_layers "2"'),
+        ({"text_config": {"model_type": "llama", "vocab_size": 1.5}}, r"has vocab_size 1\.5"),
+        ({"tie_word_embeddings": 1}, "has tie_word_embeddings 1"),
+        ({"vision_config": None}, "has vision_config null, but it must be an object"),
         ({"text_config": {"model_type": "gemma2"}}, "'gemma2' is not supported: versions"),
         ({"text_config": {"model_type": "qwen2"}}, "'qwen2'; supported: gemma2"),
     ],

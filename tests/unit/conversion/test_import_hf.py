@@ -1,7 +1,10 @@
 """A converted checkpoint holds exactly the Hugging Face weights, and wrong input leaves nothing."""
 
 import json
+import logging
 import os
+import re
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -230,6 +233,37 @@ def test_a_full_disk_is_found_before_anything_is_written(folders, tmp_path, monk
         assert not (tmp_path / "out").exists()
     stored = sum(file.stat().st_size for file in find_checkpoint(tmp_path / "out").path.iterdir())
     assert needed < stored < needed + 10**6
+
+
+def test_a_disk_that_fills_up_leaves_nothing(folders, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    output = tmp_path / "out"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(CheckpointError) as caught:
+            import_checkpoint(*folders, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = str(caught.value)
+    assert re.match(
+        rf"{output} cannot be written: .*File too large; it needs 0\.000\d+ GB", message
+    )
+    for misleading in (".tmp-", "previous checkpoint", "free now", "\n"):
+        assert misleading not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_and_log_have_the_folder_s_final_name(folders, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    plan = plan_import(*folders, tmp_path / "out")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(CheckpointError, match=rf"disk full: .*, {tmp_path}/out has 0\.000 GiB"):
+            write_import(plan)
+    write_import(plan)
+    assert f"imported to {tmp_path / 'out'}" in caplog.messages
+    assert ".tmp-" not in "".join(r.message for r in caplog.records if r.levelno >= logging.INFO)
 
 
 def die_between_tensors(vision: Path, language: Path, output: Path, survived: int) -> None:

@@ -265,7 +265,10 @@ def test_an_export_keeps_its_preset(base, tmp_path):
     edit(tmp_path / "hf", "config.json", t2v_scope="following")
     with pytest.raises(UserError, match="no attention preset has the model's axes"):
         import_whole_model(tmp_path / "hf", tmp_path / "out")
-    edit(tmp_path / "hf", "config.json", v2v="causal")
+    edit(tmp_path / "hf", "config.json", adapter_max_grid="64", t2v_scope="all")
+    with pytest.raises(UserError, match='has adapter_max_grid "64", but it must be a whole number'):
+        import_whole_model(tmp_path / "hf", tmp_path / "out")
+    edit(tmp_path / "hf", "config.json", v2v="causal", adapter_max_grid=64)
     with pytest.raises(UserError, match="not that of an export: v2v='causal'"):
         import_whole_model(tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -320,6 +323,7 @@ PROJECTOR = "model.multi_modal_projector.linear_1.bias"
         (lambda f: edit_text(f, model_type="qwen2"), "'qwen2'; supported: gemma2, llama"),
         (lambda f: edit_text(f, vocab_size=80), r"embed_tokens.weight has shape \[64, 48\]"),
         (add_tokens, "has ids up to .* vocab_size is 64"),
+        (lambda f: edit(f, "config.json", image_token_index="5"), 'has image_token_index "5"'),
         (lambda f: edit(f, "config.json", image_token_index=7), "id 7, in the tokenizer it is 5"),
         (lambda f: edit(f, "config.json", vision_feature_layer=[1, 2]), r"vision_feature_layer \["),
         (lambda f: edit(f, "preprocessor_config.json", do_center_crop=False), "image_size is 28"),

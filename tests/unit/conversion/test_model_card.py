@@ -3,31 +3,50 @@
 from megatron_dattn.conversion.model_card import model_card
 from megatron_dattn.models.config import ModelConfig
 
+IMPORT = {
+    "stage": "import",
+    "step": 0,
+    "sources": {"vision_model": "/somewhere/private/siglip", "language_model": "/else/Mistral-7B"},
+}
 FACTS = {
-    "stage": "stage2",
+    "stage": "stage3",
     "step": 40,
+    "data_sets": ["mix.jsonl", "talk.jsonl"],
+    "progress": {"consumed_samples": 12345, "skipped_samples": 0},
     "validation": {"step": 30, "loss": 1.25},
-    "parent": {"path": "/somewhere/private", "stage": "stage1", "step": 7},
+    "parent": {
+        "path": "/somewhere/private",
+        "stage": "stage2",
+        "step": 7,
+        "data_sets": ["captions.jsonl"],
+        "parent": {"stage": "stage1", "step": 5, "data_sets": None, "parent": IMPORT},
+    },
 }
 
 
 def card(facts=FACTS, metrics=()):
     return model_card(
-        ModelConfig(),
-        title="my model",
-        facts=facts,
-        data_sets=["mix"],
-        metrics=dict(metrics),
-        license_name=None,
+        ModelConfig(), title="my model", facts=facts, metrics=dict(metrics), license_name=None
     )
 
 
-def test_the_last_validation_and_where_the_weights_began():
+def test_every_stage_back_to_the_import_with_its_data():
+    text = card()
+    _, _, section = text.partition("## Training\n")
+    assert section.partition("\n\n")[0].splitlines() == [
+        "- stage stage3, step 40, on mix.jsonl, talk.jsonl",
+        "  - consumed samples: 12,345",
+        "- before that: stage stage2, step 7, on captions.jsonl",
+        "- before that: stage stage1, step 5, on data that was not recorded",
+        "- before that: import of siglip (vision_model), Mistral-7B (language_model)",
+    ]
+    assert "private" not in text
+
+
+def test_title_and_last_validation():
     text = card()
     assert "\n# my model\n" in text
     assert "- validation loss at step 30: 1.2500\n" in text
-    assert "- started from: stage stage1, step 7\n" in text
-    assert "private" not in text
     assert "None recorded." in card({"stage": "stage2"})
 
 

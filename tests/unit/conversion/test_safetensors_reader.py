@@ -100,3 +100,33 @@ def test_broken_json_is_one_error(tmp_path, content):
     path.write_text(content)
     with pytest.raises(CheckpointError, match="JSON"):
         read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            r"holds model-00001.*, model-00002.*, but model\.safetensors\.index\.json is missing",
+        ),
+        (["consolidated.safetensors"], "holds consolidated.safetensors, which is Mistral's own"),
+        (
+            ["consolidated.safetensors", "model-00001-of-00001.safetensors"],
+            r"holds model-00001-of-00001\.safetensors, but .* is missing",
+        ),
+        (["pytorch_model.bin"], r"holds pytorch_model\.bin, but .* safetensors only"),
+        (["config.json"], r"holds no weights: neither model\.safetensors nor"),
+    ],
+)
+def test_what_is_there_instead_of_weights_is_named(tmp_path, files, message):
+    for name in files:
+        save_file({"x": torch.ones(1)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        SafetensorsFolder(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_mistral_s_own_file_beside_the_shards_is_left_alone(tmp_path):
+    write_shards(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"not even looked at")
+    assert SafetensorsFolder(tmp_path).shapes == {"a.x": (2,), "b.y": (3, 1)}

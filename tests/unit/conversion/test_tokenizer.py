@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
-from megatron_dattn.data.tokenizer import special_token_ids
+from megatron_dattn.data.tokenizer import load_tokenizer, special_token_ids
 from megatron_dattn.errors import CheckpointError
 
 
@@ -80,6 +80,58 @@ def test_a_padded_vocabulary_has_room_for_image(tmp_path):
     assert 5 in special_token_ids(after)
     assert after("ab<image>a").input_ids == [4, 5, 2]
     assert {**before.get_vocab(), "<image>": 5} == after.get_vocab()
+
+
+def save_llama_tokenizer(folder, *, lists_added_tokens, special=("<unk>", "<s>", "</s>")):
+    """Llama-2's and Vicuna's files, as transformers 4 wrote them, or as the hub's older ones."""
+    folder.mkdir()
+    vocab = {token: n for n, token in enumerate([*special, "a", "b", "ab", "\u2581"])}
+    backend = Tokenizer(BPE(vocab, merges=[("a", "b")], unk_token="<unk>", byte_fallback=True))
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "legacy": False,
+    }
+    if lists_added_tokens:
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        config["added_tokens_decoder"] = {
+            str(n): {"content": name, **flags, "special": True} for n, name in enumerate(special)
+        }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("lists_added_tokens", [True, False])
+@pytest.mark.parametrize(
+    ("special", "image_id"),
+    [(("<unk>", "<s>", "</s>"), 7), (("<unk>", "<s>", "</s>", "<image>"), 3)],
+)
+def test_both_styles_of_a_llama_tokenizer_get_image(
+    tmp_path, lists_added_tokens, special, image_id
+):
+    source, target = tmp_path / "source", tmp_path / "target"
+    save_llama_tokenizer(source, lists_added_tokens=lists_added_tokens, special=special)
+    assert copy_tokenizer(source, target, vocab_size=9) == image_id
+    after = load_tokenizer(str(target), template="plain", vocab_size=9)
+    assert type(after).__name__.startswith("LlamaTokenizer")
+    assert after.convert_tokens_to_ids("<image>") == image_id
+    assert image_id in special_token_ids(after)
+    assert image_id in after("ab<image>a").input_ids
+    assert copy_tokenizer(target, tmp_path / "again", vocab_size=9) == image_id
+
+
+def test_an_image_entry_that_the_list_of_added_tokens_lacks_is_listed(tmp_path):
+    save_llama_tokenizer(tmp_path / "source", lists_added_tokens=True)
+    path = tmp_path / "source" / "tokenizer.json"
+    backend = Tokenizer.from_file(str(path))
+    backend.add_special_tokens([AddedToken("<image>", normalized=False)])
+    backend.save(str(path))
+    assert copy_tokenizer(tmp_path / "source", tmp_path / "target") == 7
+    assert load_tokenizer(str(tmp_path / "target"), template="plain")("<image>").input_ids[-1] == 7
 
 
 def test_no_room_for_image_is_an_error_with_the_remedy(tmp_path):

@@ -1,5 +1,6 @@
 """Every language family equals Hugging Face's model, also with texts longer than a window."""
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.llama import modeling_llama
 
+from megatron_dattn.attention import RotaryScaling
+from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.config import LanguageConfig
 from tests.support.vlm import load_hugging_face, make_batch, tiny_model, tiny_model_config
 
@@ -27,13 +31,29 @@ _CLASSES = {
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
 }
 # `max_position_embeddings` changes nothing here, and None is not Hugging Face's word for it.
-_OWN_NAMES = ("family", "rope_theta", "hidden_activation", "max_position_embeddings")
+_OWN_NAMES = (
+    *("family", "rope_theta", "rope_scaling", "hidden_activation", "max_position_embeddings"),
+)
+# Of the tiny model's eight pairs of channels one keeps its frequency, one gets part of it, and the
+# others are slowed down; texts are longer than the length that is said to have been trained on.
+LLAMA3 = RotaryScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
 
 
-def _hugging_face(language: LanguageConfig) -> PreTrainedModel:
+def long_batch() -> PackedBatch:
+    return make_batch([9, 1, 150], budgets=(0, 160))
+
+
+def hugging_face(language: LanguageConfig) -> PreTrainedModel:
+    """Hugging Face's model with random weights, in which every norm matters."""
     fields = {n: v for n, v in vars(language).items() if n not in _OWN_NAMES}
+    scaling = language.rope_scaling
+    rope = (
+        {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **asdict(scaling)}
+    )
     fields |= {
-        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+        "rope_parameters": {"rope_theta": language.rope_theta, **rope},
         "initializer_range": 0.2,  # larger than usual, so that attention is not almost uniform
     }
     activation = "hidden_activation" if language.family == "gemma2" else "hidden_act"
@@ -51,9 +71,9 @@ def _hugging_face(language: LanguageConfig) -> PreTrainedModel:
 def _logits(language: dict[str, Any], dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
     """(ours, theirs) per sample; without images every preset is the language model itself."""
     config = tiny_model_config(num_hidden_layers=3, **language)
-    ours, theirs = tiny_model(config).to(dtype), _hugging_face(config.language).to(dtype)
+    ours, theirs = tiny_model(config).to(dtype), hugging_face(config.language).to(dtype)
     load_hugging_face(ours, text=theirs.state_dict())
-    batch = make_batch([9, 1, 14])
+    batch = make_batch([9, 1, 14]) if language.get("rope_scaling") is None else long_batch()
     pairs = []
     for sample in range(3):
         start, end = batch.layout.text_rows(sample)
@@ -71,6 +91,7 @@ def _logits(language: dict[str, Any], dtype: torch.dtype = torch.float32) -> lis
         {"family": "mistral"},
         {"family": "mistral", "sliding_window": 4},  # v0.1: in every layer
         {"family": "llama"},
+        {"family": "llama", "rope_scaling": LLAMA3},
         {"family": "llama", "vocab_size": 67, "tie_word_embeddings": True},  # padded
         {"family": "gemma2"},
         {"family": "gemma2", "tie_word_embeddings": True},
@@ -85,20 +106,54 @@ def test_logits_equal_hugging_face(language):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gemma2_equals_hugging_face_in_float64(monkeypatch):
-    """Theirs takes norms and softmax in fp32 whatever the dtype; here it is made to follow it."""
+def follow_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs takes norms and softmax in fp32 whatever the dtype; let it compute in the rows'."""
 
-    def norm(self: Any, x: Tensor) -> Tensor:
+    def llama_norm(self: Any, x: Tensor) -> Tensor:
+        return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+
+    def gemma2_norm(self: Any, x: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * (1 + self.weight)
 
     def softmax(scores: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         return scores.softmax(dim)
 
-    monkeypatch.setattr(modeling_gemma2.Gemma2RMSNorm, "forward", norm)
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", llama_norm)
+    monkeypatch.setattr(modeling_gemma2.Gemma2RMSNorm, "forward", gemma2_norm)
     monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
-    for logits, expected in _logits({"family": "gemma2"}, torch.float64):
+
+
+@pytest.mark.parametrize(
+    "language", [{"family": "gemma2"}, {"family": "llama", "rope_scaling": LLAMA3}], ids=str
+)
+def test_logits_equal_hugging_face_in_float64(monkeypatch, language):
+    """Angles are float32 on both sides, by the same operations."""
+    follow_the_dtype(monkeypatch)
+    for logits, expected in _logits(language, torch.float64):
         # Some thousand float64 roundings.
         torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_all_three_kinds_of_frequencies_are_compared():
+    """And each of them changes the logits, so that the comparison above would notice a mistake."""
+    config = tiny_model_config(family="llama").language
+    plain = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
+    share = LLAMA3.scale(plain) / plain
+    assert share[0] == 1
+    assert 1 / 8 < share[1] < 1
+    assert share[2:].tolist() == pytest.approx([1 / 8] * 6)
+    batch = long_batch()
+    rows = torch.arange(*batch.layout.text_rows(2))
+    changes = [{}, {"low_freq_factor": 1.2}, {"high_freq_factor": 6.0}, {"factor": 4.0}]
+    with torch.no_grad():
+        plain, scaled, *others = (
+            tiny_model(tiny_model_config(family="llama", rope_scaling=scaling)).forward_logits(
+                batch, rows
+            )
+            for scaling in (None, *(replace(LLAMA3, **change) for change in changes))
+        )
+    for other in (plain, *others):
+        assert (scaled - other).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(

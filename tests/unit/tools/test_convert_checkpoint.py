@@ -1,12 +1,14 @@
 """The commands of the converter, from their command line to exit status and output."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dattn.conversion import export_hf, import_hf, listing
 from megatron_dattn.conversion.verify import verify_checkpoint
 from tests.support.passes import Passes
 from tests.unit.conversion.hf_models import save_language, save_vision
@@ -46,6 +48,29 @@ def test_dry_run_says_what_would_be_written_and_writes_nothing(
     assert "0.00 GB as fp32" in said
     assert main(import_arguments(folders, converted, "--dry-run")) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("original", "dtype", "rounded"),
+    [
+        (torch.float32, "bf16", "rounded to bf16: 35 of F16, 21 of F32; --dtype fp32 keeps"),
+        (torch.float16, "bf16", "rounded to bf16: 56 of F16; --dtype fp32 keeps"),
+        (torch.float32, "fp32", None),
+        (torch.float64, "fp32", "rounded to fp32: 21 of F64\n"),
+        (torch.bfloat16, "bf16", "rounded to bf16: 35 of F16; --dtype fp32 keeps"),
+    ],
+)
+def test_weights_that_lose_digits_are_counted(tmp_path, capsys, original, dtype, rounded):
+    """Two layers of the encoder are built: 3 + 2 x 16 tensors; of the decoder 3 + 2 x 9."""
+    save_vision(tmp_path / "vision", torch.float16)
+    save_language(tmp_path / "language", original)
+    folders = tmp_path / "vision", tmp_path / "language"
+    arguments = import_arguments(folders, tmp_path / "out", "--dtype", dtype, "--dry-run")
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if "rounded" in line]
+    assert len(lines) == (rounded is not None)
+    assert rounded is None or rounded in said
 
 
 def test_inspect_shows_both_sides_alike(folders, converted, capsys):
@@ -91,6 +116,43 @@ def test_verify_tells_how_far_it_is(converted, tmp_path, caplog):
     passes = Passes()
     verify_checkpoint(tmp_path / "base", progress=passes)
     passes.check("checking step-0000000", "reading the checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("family", "vision", "template"),
+    [("gemma2", "clip", "plain: a guess"), ("llama", "siglip", "vicuna_v1: a guess")],
+)
+def test_other_families_are_imported_and_verified(tmp_path, family, vision, template, capsys):
+    save_vision(tmp_path / "vision", family=vision, varied=True)
+    save_language(tmp_path / "language", family=family, varied=True)
+    folders = tmp_path / "vision", tmp_path / "language"
+    assert main(import_arguments(folders, tmp_path / "base")) == 0
+    assert f"conversations are written as {template}" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "base")]) == 0
+    assert capsys.readouterr().out.count(": agree") == 2
+    assert main(["inspect", str(tmp_path / "base")]) == 0
+
+
+def test_mistral_s_own_files_beside_the_shards_are_left_alone(folders, tmp_path, capsys):
+    """As the hub's Mistral folders have them: the same weights again, in Mistral's own format."""
+    language = tmp_path / "language"
+    save_language(language, max_shard_size="40KB")
+    assert len(list(language.glob("model-*.safetensors"))) > 1
+    save_file({"tok_embeddings.weight": torch.ones(2, 2)}, language / "consolidated.safetensors")
+    for name in ("params.json", "tekken.json", "tokenizer.model.v3"):
+        (language / name).write_text("{}")
+    assert main(import_arguments((folders[0], language), tmp_path / "base")) == 0
+    assert main(["verify", str(tmp_path / "base")]) == 0
+    assert capsys.readouterr().out.count(": agree") == 2
+    (language / "model.safetensors.index.json").unlink()
+    assert main(import_arguments((folders[0], language), tmp_path / "other")) == 2
+    assert "model.safetensors.index.json is missing" in capsys.readouterr().err
+    for shard in language.glob("model-*.safetensors"):
+        shard.unlink()
+    assert main(import_arguments((folders[0], language), tmp_path / "other")) == 2
+    assert "consolidated.safetensors, which is Mistral's own format" in capsys.readouterr().err
+    assert main(["inspect", str(language)]) == 2
+    assert "Mistral's own format" in capsys.readouterr().err
 
 
 def test_verify_finds_one_changed_weight(folders, converted, tmp_path, capsys):
@@ -242,6 +304,25 @@ def test_export_refuses_a_damaged_file_of_metrics_first(tmp_path, capsys):
     (tmp_path / "sound.json").write_text('{"all": {"accuracy": 0.5}}')
     assert main([*arguments, "--metrics", str(tmp_path / "sound.json")]) == 0
     assert "- all, accuracy: 0.5\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_interrupt_is_one_line(folders, converted, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(import_hf, "_convert", interrupt)  # in the middle of the weights
+    assert main(import_arguments(folders, tmp_path / "out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"interrupted; {tmp_path / 'out'} was not written"
+    )
+    monkeypatch.setattr(export_hf, "find_run", interrupt)
+    arguments = ["export", "--checkpoint", str(converted), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(listing, "list_tensors", interrupt)
+    assert main(["inspect", str(converted)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])

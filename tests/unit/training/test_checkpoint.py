@@ -194,6 +194,19 @@ def test_what_has_no_effect_may_differ(tmp_path: Path) -> None:
     assert other.checkpointer(tmp_path, **facts).resume(other.state)
 
 
+def test_a_field_that_is_newer_than_the_checkpoint_has_the_value_of_then(tmp_path: Path) -> None:
+    run = trained(1)
+    run.checkpointer(tmp_path).save(run.state)
+    other = fresh()
+    language = MODEL_FACTS["language"]
+    assert "rope_scaling" not in language
+    facts = {"model": {**MODEL_FACTS, "language": {**language, "rope_scaling": None}}}
+    assert other.checkpointer(tmp_path, **facts).resume(other.state)
+    facts["model"]["language"]["rope_scaling"] = {"factor": 8.0}
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.factor: this run has 8\.0"):
+        other.checkpointer(tmp_path, **facts).resume(other.state)
+
+
 def test_another_schedule_is_refused(tmp_path: Path) -> None:
     run = trained(1)
     run.checkpointer(tmp_path).save(run.state)
@@ -260,7 +273,7 @@ def test_the_resume_is_reported(tmp_path: Path) -> None:
 def test_a_stage_starts_from_weights_alone(tmp_path: Path, distributed_optimizer: bool) -> None:
     setup = Setup(bf16=True, distributed_optimizer=distributed_optimizer)
     run = trained(3, setup)
-    run.checkpointer(tmp_path).save(run.state)
+    run.checkpointer(tmp_path, data_sets=["captions.jsonl"]).save(run.state)
     other = fresh(setup)
     before = other.digests()
     checkpointer = other.checkpointer(tmp_path / "stage2", stage="stage2")
@@ -277,7 +290,14 @@ def test_a_stage_starts_from_weights_alone(tmp_path: Path, distributed_optimizer
     assert max(moved) < 0.01
     checkpointer.save(other.state)
     parent = find_checkpoint(tmp_path / "stage2").manifest.facts["parent"]
-    assert parent == {"path": str(tmp_path / "step-0000003"), "stage": "stage1", "step": 3}
+    assert parent == {
+        "path": str(tmp_path / "step-0000003"),
+        "stage": "stage1",
+        "step": 3,
+        "data_sets": ["captions.jsonl"],
+        "sources": None,
+        "parent": None,
+    }
 
 
 def test_a_conversion_without_adapter_starts_the_adapter_anew(
