@@ -23,7 +23,7 @@ from megatron_dattn.conversion.exportable import check_exportable, is_llava
 from megatron_dattn.conversion.hf_config import TokenIds, generation_config, model_config
 from megatron_dattn.conversion.hf_names import export_rules
 from megatron_dattn.conversion.hf_processor import write_processor, write_tokenizer
-from megatron_dattn.conversion.metrics import find_metrics
+from megatron_dattn.conversion.metrics import metrics_of_run, read_metrics
 from megatron_dattn.conversion.model_card import model_card
 from megatron_dattn.conversion.output_folder import check_output, check_room, new_folder
 from megatron_dattn.conversion.safetensors_writer import PlannedTensors, write_shards
@@ -79,6 +79,7 @@ def export_checkpoint(
     """
     options = options or ExportOptions()
     output = check_output(output)
+    named = None if options.metrics is None else read_metrics(options.metrics)
     run_folder, step = run_and_step(run_folder, options.step)
     found, config = find_run(run_folder, step, progress)
     check_exportable(config.model)
@@ -91,7 +92,7 @@ def export_checkpoint(
         config.model,
         title=options.name or output.name,
         facts=found.manifest.facts,
-        metrics=find_metrics(options.metrics, run_folder, is_newest=is_newest),
+        metrics=metrics_of_run(run_folder, is_newest=is_newest) if named is None else named,
         license_name=options.license_name,
     )
     with new_folder(output) as folder:

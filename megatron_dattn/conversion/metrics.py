@@ -19,20 +19,13 @@ _NESTED = "accuracy"
 Metrics = dict[str, float]
 
 
-def find_metrics(named: Path | None, run_folder: Path, *, is_newest: bool = True) -> Metrics:
-    """What the model card shows.
+def metrics_of_run(run_folder: Path, *, is_newest: bool = True) -> Metrics:
+    """Of the run folder's own file, if it is there; a damaged one is passed over with a warning.
 
     Args:
-        named: the file that the user named; the run folder's own where None, if it is there. A
-            damaged one of the run folder is passed over with a warning.
-        is_newest: whether the run's newest checkpoint is meant. The run folder's file does not say
-            of which step it is, so it is not taken for another.
-
-    Raises:
-        DataError: the named file is missing or damaged.
+        is_newest: whether the run's newest checkpoint is meant. The file does not say of which step
+            it is, so it is not taken for another.
     """
-    if named is not None:
-        return _warned(named, read_metrics(named))
     path = run_folder / METRICS_FILE
     if not path.is_file():
         return {}
@@ -44,14 +37,14 @@ def find_metrics(named: Path | None, run_folder: Path, *, is_newest: bool = True
         )
         return {}
     try:
-        return _warned(path, read_metrics(path))
+        return read_metrics(path)
     except DataError as error:
         logger.warning("the model card goes without %s: %s", path, error)
         return {}
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Numbers by what the card calls them.
+    """Numbers by what the card calls them; a warning if there are none.
 
     Raises:
         DataError: the file is missing, cannot be read, or holds no JSON object.
@@ -73,14 +66,6 @@ def read_metrics(path: Path) -> Metrics:
             metrics[f"{name}, {_NESTED}"] = value[_NESTED]
         elif _is_number(value):
             metrics[name] = value
-    return metrics
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _warned(path: Path, metrics: Metrics) -> Metrics:
     if not metrics:
         logger.warning(
             "%s gives the model card no line: it holds neither numbers by name nor objects with a "
@@ -89,3 +74,7 @@ def _warned(path: Path, metrics: Metrics) -> Metrics:
             _NESTED,
         )
     return metrics
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

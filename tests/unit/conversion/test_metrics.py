@@ -7,7 +7,7 @@ import pytest
 
 from examples.quickstart.evaluate import write_accuracy
 from examples.quickstart.questions import CategoryScore
-from megatron_dattn.conversion.metrics import METRICS_FILE, find_metrics, read_metrics
+from megatron_dattn.conversion.metrics import METRICS_FILE, metrics_of_run, read_metrics
 from megatron_dattn.errors import DataError
 
 
@@ -19,7 +19,7 @@ def written(path: Path, content: object) -> Path:
 def test_what_the_quickstart_s_evaluation_writes(tmp_path):
     scores = {"where": CategoryScore(4, 3, 1), "how_many": CategoryScore(8, 4, 2)}
     write_accuracy(scores, tmp_path / METRICS_FILE)
-    assert find_metrics(None, tmp_path) == {
+    assert metrics_of_run(tmp_path) == {
         "where, accuracy": 0.75,
         "how_many, accuracy": 0.5,
         "all, accuracy": 7 / 12,
@@ -45,28 +45,28 @@ def test_a_named_file_must_be_sound(tmp_path, content, message):
     if content is not None:
         written(path, content)
     with pytest.raises(DataError, match=message):
-        find_metrics(path, tmp_path)
+        read_metrics(path)
 
 
 @pytest.mark.parametrize("content", ["{", [1, 2]])
 def test_a_damaged_file_of_the_run_is_a_warning(tmp_path, caplog, content):
     path = written(tmp_path / METRICS_FILE, content)
-    assert find_metrics(None, tmp_path) == {}
+    assert metrics_of_run(tmp_path) == {}
     (warning,) = caplog.messages
     assert f"the model card goes without {path}" in warning
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_a_file_without_a_number_is_a_warning(tmp_path, caplog, named):
+def test_a_file_without_a_number_is_a_warning(tmp_path, caplog):
     path = written(tmp_path / METRICS_FILE, {"all": {"correct": 3}, "note": "none"})
-    assert find_metrics(path if named else None, tmp_path) == {}
+    assert metrics_of_run(tmp_path) == {}
     (warning,) = caplog.messages
     assert f"{path} gives the model card no line" in warning
 
 
 def test_the_run_s_file_is_of_its_newest_checkpoint_alone(tmp_path, caplog):
-    path = written(tmp_path / METRICS_FILE, {"shapes": 0.75})
-    assert find_metrics(None, tmp_path, is_newest=False) == {}
-    assert "name it with --metrics" in caplog.text
-    assert find_metrics(path, tmp_path, is_newest=False) == {"shapes": 0.75}
-    assert find_metrics(None, tmp_path / "elsewhere") == {}
+    written(tmp_path / METRICS_FILE, {"shapes": 0.75})
+    assert metrics_of_run(tmp_path) == {"shapes": 0.75}
+    assert metrics_of_run(tmp_path, is_newest=False) == {}
+    (warning,) = caplog.messages
+    assert "name it with --metrics" in warning
+    assert metrics_of_run(tmp_path / "elsewhere") == {}
