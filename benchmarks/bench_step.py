@@ -26,7 +26,7 @@ silence_import_warnings()  # before megatron-core is imported
 
 from benchmarks.ceilings import describe, measure_machine  # noqa: E402
 from benchmarks.decoder_layer import DTYPES  # noqa: E402
-from benchmarks.demo_model import IGNORED_LABEL, demo_model, make_batch  # noqa: E402
+from benchmarks.demo_model import demo_model, make_batch  # noqa: E402
 from benchmarks.roofline import Machine, Operator, bound_seconds, total_work  # noqa: E402
 from benchmarks.step_roofline import StepRun, step_operators  # noqa: E402
 from benchmarks.step_variants import (  # noqa: E402
@@ -37,6 +37,7 @@ from benchmarks.step_variants import (  # noqa: E402
     pretrain_config,
     reference_of,
 )
+from megatron_dattn.data.labels import IGNORED_LABEL  # noqa: E402
 from megatron_dattn.data.sample import PackedBatch  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
 from megatron_dattn.training.metrics import StepReport  # noqa: E402

@@ -8,13 +8,15 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from benchmarks.agreement import copy_weights as copy_layers
-from benchmarks.demo_model import IGNORED_LABEL, demo_model
+from benchmarks.demo_model import demo_model
 from benchmarks.plain_vlm import PlainVLM
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.conversion.weight_map import GroupedQKV
 from megatron_dattn.data.config import DataConfig
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.sample import PackedBatch
-from megatron_dattn.models.config import ExactSavings, ModelConfig
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
 from megatron_dattn.training.config import (

@@ -24,7 +24,8 @@ from megatron_dattn.data.tokenizer import load_tokenizer, token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, ExecutionConfig, ModelConfig
+from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, ModelConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything
