@@ -112,8 +112,9 @@ class AdapterConfig:
     """Rows (and columns) of the learnable position tables; larger grids are interpolated. With
     fractional positions: the number of places that every side of an image is stretched to."""
     text_scale: float = 0.02
-    """Standard deviation of the language model's token embeddings: what the adapter's last norm
-    starts at, where the preset's positions are fractional; without effect elsewhere."""
+    """What the adapter's last norm starts at, where the preset's positions are fractional; without
+    effect elsewhere. To begin as large as text rows it is the standard deviation of the language
+    model's token embeddings (before Gemma's scaling). A setting: nothing measures it."""
 
     def __post_init__(self) -> None:
         optional = () if self.hidden_size is None else ("hidden_size",)
