@@ -2,14 +2,17 @@
 
     python -m benchmarks.bench_step --attention dattn s_attn --output benchmarks/step_cpu.md
 
-One process, the same batch and weights. In fp32 the step of a hand-written model and loop stands
-beside the engine's `dattn`, and their losses are compared before anything is timed. Model FLOPs are
-what the mathematics needs (`models/flops.py`); padding and recomputation are not counted.
+One process, the same samples and weights. In fp32 the step of a hand-written model and loop stands
+beside the engine's `dattn`. Before anything is timed, the first losses of every variant are
+compared with those of its preset in fp32, over the backend `math`, with nothing left out. Model
+FLOPs are what the mathematics needs (`models/flops.py`); padding and recomputation are not counted.
+The bound is that of the engine's own operations and bytes (`step_roofline.py`).
 """
 
 import argparse
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,14 +24,21 @@ from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
 silence_import_warnings()  # before megatron-core is imported
 
+from benchmarks.ceilings import describe, measure_machine  # noqa: E402
+from benchmarks.decoder_layer import DTYPES  # noqa: E402
 from benchmarks.demo_model import demo_model, make_batch  # noqa: E402
+from benchmarks.roofline import Machine, Operator, bound_seconds, total_work  # noqa: E402
+from benchmarks.step_roofline import StepRun, step_operators  # noqa: E402
 from benchmarks.step_variants import (  # noqa: E402
     EngineSettings,
     EngineVariant,
     PlainVariant,
-    compare_losses,
+    distance,
     pretrain_config,
+    reference_of,
 )
+from megatron_dattn.data.labels import IGNORED_LABEL  # noqa: E402
+from megatron_dattn.data.sample import PackedBatch  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
 from megatron_dattn.training.metrics import StepReport  # noqa: E402
 from megatron_dattn.training.setup import start  # noqa: E402
@@ -49,28 +59,72 @@ def step_report(arguments: argparse.Namespace) -> str:
     configs = {name: pretrain_config(name, batches[name], settings) for name in batches}
     start(configs[arguments.attention[0]])
     engines = {name: EngineVariant(config, batches[name]) for name, config in configs.items()}
+    plain = PlainVariant(engines["dattn"], batches["dattn"]) if with_plain else None
+    timer, dtype = timer_of(device), DTYPES[arguments.precision]
+    machine = measure_machine(device, dtype, timer)
     notes = [
         f"{arguments.precision}, recompute {arguments.recompute}, transformer_impl "
-        f"{implementation}; forward, backward, clipping, AdamW on {arguments.samples} samples"
+        f"{implementation}; forward, backward, clipping, AdamW on {arguments.samples} samples",
+        describe(machine, dtype),
+        *correctness(engines, batches, plain, arguments.precision),
     ]
-    steps: dict[str, Step] = {f"engine {name}": engine.step for name, engine in engines.items()}
-    if with_plain:
-        plain = PlainVariant(engines["dattn"], batches["dattn"])
-        losses = ", ".join(f"{loss:.6f}" for loss in compare_losses(engines["dattn"], plain))
-        notes.append(f"losses of the first steps agree between engine dattn and {PLAIN}: {losses}")
+    steps: dict[str, Step] = {engine_name(name): engines[name].step for name in engines}
+    if plain is not None:
         steps[PLAIN] = plain.step
     timings = time_rounds(
-        steps, rounds=arguments.rounds, timer=timer_of(device), budget_seconds=arguments.seconds
+        steps, rounds=arguments.rounds, timer=timer, budget_seconds=arguments.seconds
     )
     notes += [
         report.rounds_note(timings.num_rounds, arguments.rounds, WARM_UP),
         f"noise floor, ratio of the first to itself: {report.spread(timings.noise)}",
     ]
-    work = {f"engine {name}": engine.step() for name, engine in engines.items()}
-    if with_plain:
-        work[PLAIN] = work["engine dattn"]
+    done = {engine_name(name): engine.step() for name, engine in engines.items()}
+    if plain is not None:
+        done[PLAIN] = done[engine_name("dattn")]
     head = report.header("One training step of the demo's model", arguments.command, device, notes)
-    return f"{head}\n\n{step_table(timings, work)}"
+    bounds = {
+        engine_name(name): step_operators(step_run(engines[name], batches[name], arguments))
+        for name in engines
+    }
+    tables = step_table(timings, done), bound_table(timings, bounds, machine)
+    return "\n\n".join((head, *tables))
+
+
+def engine_name(preset: str) -> str:
+    """What the tables call the engine under a preset."""
+    return f"engine {preset}"
+
+
+def correctness(
+    engines: dict[str, EngineVariant],
+    batches: dict[str, PackedBatch],
+    plain: PlainVariant | None,
+    precision: str,
+) -> Iterator[str]:
+    """A line for every variant: its first losses against the reference's (and plain PyTorch's)."""
+    for name, engine in engines.items():
+        reference = reference_of(engine, batches[name]).first_losses()
+        losses = engine.first_losses()
+        far = distance(losses, reference, precision, f"{name} and its reference")
+        figures = ", ".join(f"{loss:.6f}" for loss in losses)
+        yield (
+            f"first losses of {engine_name(name)}: {figures}; from fp32 with backend math and "
+            f"nothing left out at most {far:.1e} of them"
+        )
+        if name == "dattn" and plain is not None:
+            far = distance(losses, plain.first_losses(), precision, f"{name} and {PLAIN}")
+            yield f"first losses of {PLAIN}: from engine dattn's at most {far:.1e} of them"
+
+
+def step_run(engine: EngineVariant, batch: PackedBatch, arguments: argparse.Namespace) -> StepRun:
+    """What the roofline counts for a variant."""
+    return StepRun(
+        engine.run.config.model,
+        batch.layout,
+        labelled_rows=int((batch.labels != IGNORED_LABEL).sum()),
+        value_bytes=DTYPES[arguments.precision].itemsize,
+        recompute=arguments.recompute,
+    )
 
 
 def step_table(timings: Timings, work: dict[str, StepReport]) -> str:
@@ -95,6 +149,18 @@ def step_table(timings: Timings, work: dict[str, StepReport]) -> str:
             f"{done.flops / 1e12 / seconds:.3g}",
         ]
         rows.append(row)
+    return report.table(columns, rows)
+
+
+def bound_table(timings: Timings, bounds: dict[str, tuple[Operator, ...]], machine: Machine) -> str:
+    """The engine's own operations and bytes, and how near it comes to what they allow."""
+    columns = ["variant", "GFLOP", "GB moved", "bound ms", "bound / time"]
+    rows = []
+    for name, operators in bounds.items():
+        work, bound = total_work(operators), 1000 * bound_seconds(operators, machine)
+        share = bound / timings.milliseconds(name).median
+        figures = (f"{work.flops / 1e9:.2f}", f"{work.bytes / 1e9:.3g}", f"{bound:.1f}")
+        rows.append([name, *figures, f"{share:.2f}"])
     return report.table(columns, rows)
 
 

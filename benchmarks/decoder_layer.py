@@ -32,7 +32,8 @@ from megatron_dattn.attention import (
 from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
-from megatron_dattn.models.config import ExactSavings, ExecutionConfig, LanguageConfig
+from megatron_dattn.models.config import LanguageConfig
+from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.models.language_model import DAttnLanguageModel
 from megatron_dattn.models.layer_specs import Implementation, resolve_implementation
 from megatron_dattn.models.row_shards import RowShards

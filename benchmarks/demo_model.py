@@ -10,13 +10,13 @@ from examples.quickstart.language_backbone import language_config
 from examples.quickstart.vision_backbone import vision_config
 from megatron_dattn.attention import ImageSpan, TokenLayout
 from megatron_dattn.conversion import mistral, siglip
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.config import ModelConfig
 
 VOCAB_SIZE = 448
 TEXT_LENGTHS = (12, 44)
 SUPERVISED_SHARE = 0.4
-IGNORED_LABEL = -100
 _FIRST_WORD = 16  # ids before it are special
 
 

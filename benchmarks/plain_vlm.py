@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dattn.attention import apply_rotary
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
-
-IGNORED_LABEL = -100
 
 
 class VisionLayer(nn.Module):

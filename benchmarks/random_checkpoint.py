@@ -25,7 +25,8 @@ from megatron_dattn.conversion.mistral import language_rules
 from megatron_dattn.conversion.siglip import vision_rules
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, VisionConfig
+from megatron_dattn.models.config import LanguageConfig, VisionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import one_process
 

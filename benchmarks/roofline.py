@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from megatron_dattn.attention import LayerRule, LayerSizes, TokenLayout, num_shared, plan_attention
 from megatron_dattn.attention.cost import attended_pairs
-from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.execution import ExactSavings
 
 NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=False)
 """Nothing saved: the equations of the paper as they are written."""

@@ -1,18 +1,22 @@
 """Whole training steps of the demo's model: the engine's own, and one written without it."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from benchmarks.demo_model import IGNORED_LABEL, demo_model
+from benchmarks.agreement import copy_weights as copy_layers
+from benchmarks.demo_model import demo_model
 from benchmarks.plain_vlm import PlainVLM
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.conversion.weight_map import GroupedQKV
 from megatron_dattn.data.config import DataConfig
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
 from megatron_dattn.training.config import (
@@ -31,8 +35,9 @@ from megatron_dattn.training.stream import BatchStream
 
 RATE = 1e-4
 TRAIN_ITERS = 10**6  # more than any benchmark runs: the schedule never ends
-# Losses of a step are means of fp32 sums in another order.
-LOSS_TOLERANCE = 1e-4
+# Losses of a step are means of sums in another order, of values with 24 bits or 8.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+COMPARED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,20 @@ class EngineSettings:
     precision: str
     recompute: str
     transformer_impl: str
+    backend: str = "auto"
+    savings: ExactSavings = field(default_factory=ExactSavings)
+
+
+REFERENCE = EngineSettings(
+    precision="fp32",
+    recompute="none",
+    transformer_impl="local",
+    backend="math",
+    savings=ExactSavings(
+        visual_queries=False, folded_output=False, unread_rows=False, labelled_logits=False
+    ),
+)
+"""Nothing left out, nothing repeated, scores in memory: what losses are compared with."""
 
 
 def pretrain_config(attention: str, batch: PackedBatch, settings: EngineSettings) -> PretrainConfig:
@@ -60,6 +79,8 @@ def pretrain_config(attention: str, batch: PackedBatch, settings: EngineSettings
             precision="bf16" if settings.precision == "bf16" else "fp32",
             recompute=settings.recompute,  # type: ignore[arg-type]
             transformer_impl=settings.transformer_impl,  # type: ignore[arg-type]
+            attention_backend=settings.backend,
+            savings=settings.savings,
         ),
     )
 
@@ -77,7 +98,7 @@ class EngineVariant:
             use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
         )
         scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)
-        self.model = chunks[0].module
+        (self.model,) = unwrap_model(chunks)
         self.run = Run(
             config=config,
             state=TrainState(chunks, optimizer, scheduler, None),
@@ -94,6 +115,10 @@ class EngineVariant:
 
     def step(self) -> StepReport:
         return train_step(self.run)
+
+    def first_losses(self) -> list[float]:
+        """Of the steps that are compared; the weights move on."""
+        return [self.step().loss for _ in range(COMPARED_STEPS)]
 
 
 class PlainVariant:
@@ -114,20 +139,29 @@ class PlainVariant:
         self.optimizer.step()
         return loss.item()
 
+    def first_losses(self) -> list[float]:
+        """As `EngineVariant.first_losses`."""
+        return [self.step() for _ in range(COMPARED_STEPS)]
 
-def compare_losses(engine: EngineVariant, plain: PlainVariant, steps: int = 3) -> list[float]:
-    """Losses of the first steps.
+
+def reference_of(engine: EngineVariant, batch: PackedBatch) -> EngineVariant:
+    """The same preset and weights, run as `REFERENCE` says."""
+    config = pretrain_config(engine.run.config.model.attention, batch, REFERENCE)
+    reference = EngineVariant(config, batch)
+    copy_layers(engine.model, reference.model)
+    return reference
+
+
+def distance(ours: list[float], theirs: list[float], precision: str, names: str) -> float:
+    """The largest relative difference of two variants' losses.
 
     Raises:
-        RuntimeError: they differ, so that the two do not do the same work.
+        RuntimeError: it is more than the precision explains, so the two do not do the same work.
     """
-    losses = []
-    for _ in range(steps):
-        ours, theirs = engine.step().loss, plain.step()
-        if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
-            raise RuntimeError(f"the engine's loss is {ours}, the plain model's {theirs}")
-        losses.append(ours)
-    return losses
+    found = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    if found > LOSS_TOLERANCE[precision]:
+        raise RuntimeError(f"{names}: the first losses are {ours} and {theirs}")
+    return found
 
 
 def padded(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:

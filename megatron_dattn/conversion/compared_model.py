@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from megatron_dattn.attention import ImageSpan, TokenLayout, get_preset
 from megatron_dattn.checkpoint.tensors import StoredTensor
 from megatron_dattn.conversion.safetensors_reader import DTYPE_NAMES
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, one_process
@@ -143,7 +145,7 @@ def one_text(
     batch = PackedBatch(
         layout=TokenLayout((rows,), spans, sum(span.num_rows for span in spans), rows, (rows,)),
         input_ids=ids,
-        labels=torch.full_like(ids, -100),
+        labels=torch.full_like(ids, IGNORED_LABEL),
         pixel_values=pixels[: len(spans)],
         sample_keys=["0"],
     )

@@ -25,7 +25,8 @@ from megatron_dattn.data.tokenizer import generation_ends, load_tokenizer
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import one_process
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import Rejection
-from megatron_dattn.data.template import IGNORED
 
 
 @dataclass
@@ -25,7 +25,7 @@ class EncodedSample:
     __key__: str
     __restore_key__: tuple[Any, ...]
     input_ids: np.ndarray  # int64 [text rows]
-    labels: np.ndarray  # int64 [text rows]: the next token if it is supervised, else -100
+    labels: np.ndarray  # int64 [text rows]: the next token if it is supervised, else IGNORED_LABEL
     image_offsets: tuple[int, ...]  # per image: text rows before it
     images: list[np.ndarray]  # uint8 [image_size, image_size, 3] each
     grid: tuple[int, int]  # patch rows, patch columns of every image
@@ -54,7 +54,7 @@ class PackedBatch:
 
     layout: TokenLayout
     input_ids: Tensor  # int64 [text_budget], padded with the pad id
-    labels: Tensor  # int64 [text_budget]: next text token of the same sample if supervised, or -100
+    labels: Tensor  # int64 [text_budget]: the next text token if supervised, or IGNORED_LABEL
     pixel_values: Tensor  # float32 [num_images, 3, image_size, image_size]; num_images may be 0
     sample_keys: list[str]
 
@@ -120,7 +120,7 @@ def build_batch(
     return PackedBatch(
         layout=layout,
         input_ids=_padded([sample.input_ids for sample in samples], text_budget, pad_id),
-        labels=_padded([sample.labels for sample in samples], text_budget, IGNORED),
+        labels=_padded([sample.labels for sample in samples], text_budget, IGNORED_LABEL),
         pixel_values=preprocessor.normalise(images),
         sample_keys=[sample.__key__ for sample in samples],
     )
@@ -128,7 +128,7 @@ def build_batch(
 
 def _prompt_length(labels: np.ndarray) -> int:
     """Leading rows that no label teaches to predict: up to the first row that has a label."""
-    supervised = np.flatnonzero(labels != IGNORED)
+    supervised = np.flatnonzero(labels != IGNORED_LABEL)
     return int(supervised[0]) + 1 if len(supervised) else len(labels)
 
 

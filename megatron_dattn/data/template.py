@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.templates import read_template
 from megatron_dattn.data.tokenizer import special_token_ids, token_id
-
-IGNORED = -100
 
 # A compiled template keeps its spans in itself while it renders, and is shared by all users.
 _render_lock = threading.Lock()
@@ -31,7 +30,7 @@ class TextRows:
     """A conversation as the language model gets it; the `<image>` tokens are taken out."""
 
     input_ids: list[int]
-    labels: list[int]  # the next token if it is supervised, else IGNORED
+    labels: list[int]  # the next token if it is supervised, else IGNORED_LABEL
     image_offsets: tuple[int, ...]  # per image: text rows before it
 
 
@@ -148,7 +147,7 @@ def _text_rows(ids: list[int], supervised: list[bool], image_id: int) -> TextRow
             image_offsets.append(len(rows))
             continue
         if rows:
-            labels.append(index if is_supervised else IGNORED)
+            labels.append(index if is_supervised else IGNORED_LABEL)
         rows.append(index)
-    labels.append(IGNORED)
+    labels.append(IGNORED_LABEL)
     return TextRows(rows, labels, tuple(image_offsets))

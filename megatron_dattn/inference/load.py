@@ -24,12 +24,8 @@ from megatron_dattn.data.tokenizer import generation_ends, load_tokenizer, token
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import (
-    FIELDS_WITHOUT_EFFECT,
-    ExecutionConfig,
-    ModelConfig,
-    with_later_fields,
-)
+from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, ModelConfig, with_later_fields
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything

@@ -9,6 +9,7 @@ import torch
 
 from megatron_dattn.attention import ImageSpan, TokenLayout
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.data.template import TextRows
@@ -67,7 +68,7 @@ def pack_prompts(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]
     batch = PackedBatch(
         layout=prompt_layout(loaded, samples),
         input_ids=input_ids,
-        labels=torch.full_like(input_ids, -100),
+        labels=torch.full_like(input_ids, IGNORED_LABEL),
         pixel_values=loaded.preprocessor.normalise(pixels),
         sample_keys=[str(index) for index in range(len(samples))],
     )

@@ -7,7 +7,8 @@ import torch
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 

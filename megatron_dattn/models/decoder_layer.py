@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.models.attention_inputs import AttentionInputs, LayerInputs
-from megatron_dattn.models.config import ExactSavings
 from megatron_dattn.models.cross_attention import ImageCrossAttention
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.partial_ffn import partial_ffn
 from megatron_dattn.models.visual_projector import VisualProjector
 

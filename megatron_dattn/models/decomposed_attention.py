@@ -21,7 +21,7 @@ from megatron_dattn.attention import (
     num_shared,
 )
 from megatron_dattn.models.attention_inputs import LayerInputs
-from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.projections import fold_output_weight, project_queries_keys_values
 
 

@@ -26,31 +26,23 @@ from typing import Literal
 
 from megatron_dattn.attention import (
     AttentionConfig,
-    LayerRule,
     TokenLayout,
-    attended_pairs,
     get_preset,
-    kept_grid,
     layer_rules,
 )
-from megatron_dattn.models.config import ExactSavings, ModelConfig, VisionConfig
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.execution import ExactSavings
+from megatron_dattn.models.part_flops import (
+    LayerRows,
+    PartFlops,
+    adapter,
+    decoder,
+    layer_rows,
+    product,
+    vision_encoder,
+)
 
 ALL_MODULES = frozenset({"vision_model", "adapter", "language_model"})
-
-
-@dataclass(frozen=True)
-class PartFlops:
-    """Operations of one part of the model, forward and backward."""
-
-    forward: int = 0
-    backward: int = 0
-
-    def __add__(self, other: "PartFlops") -> "PartFlops":
-        return PartFlops(self.forward + other.forward, self.backward + other.backward)
-
-    @property
-    def total(self) -> int:
-        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ def model_flops(
     rules = layer_rules(preset, config.language.num_hidden_layers, skip_unread=False)
     packs = tuple(layouts)
     layers = [
-        _layer_rows(config, pack, rule, config.language.window(number))
+        layer_rows(config, pack, rule, config.language.window(number))
         for pack in packs
         for number, rule in enumerate(rules)
     ]
@@ -138,7 +130,7 @@ def executed_flops(
     rules = layer_rules(preset, num_layers, skip_unread=savings.unread_rows)
     packs = tuple(layouts)
     layers = [
-        _layer_rows(config, pack, rule, config.language.window(number), savings)
+        layer_rows(config, pack, rule, config.language.window(number), savings)
         for pack in packs
         for number, rule in enumerate(rules)
     ]
@@ -161,58 +153,10 @@ def executed_flops(
     )
 
 
-@dataclass(frozen=True)
-class _LayerRows:
-    """What one layer multiplies with its weights for one pack."""
-
-    queries: int
-    keys: int
-    outputs: float
-    """Full-width output projections; a folded one is 1 / (query heads per key head)."""
-    ffn: float
-    """Rows through the FFN; those that pass a share of it count as that share."""
-    pairs: int
-    cross_text: int = 0
-    """Rows that a cross-attention of the layer's own reads from, and those it reads."""
-    cross_visual: int = 0
-    projected: int = 0
-    """Visual rows that the layer makes from the encoder's features."""
-
-
-def _layer_rows(
-    config: ModelConfig,
-    pack: TokenLayout,
-    rule: LayerRule,
-    window: int | None,
-    executed: ExactSavings | None = None,
-) -> _LayerRows:
-    """By the mathematics, or as executed: with padding, and with these savings."""
-    pack, attention = rule.layout(pack), rule.attention
-    text, visual = pack.num_text_rows, pack.num_visual_rows
-    queries, folding = attention.scores_visual_rows, 1
-    if executed is not None:
-        text, visual = pack.text_budget, pack.visual_budget
-        queries = queries or not executed.visual_queries
-        if attention.v2v == "diagonal" and executed.folded_output:
-            language = config.language
-            folding = language.num_attention_heads // language.num_key_value_heads
-    cascade = attention.merge == "cascade" and rule.sees_images
-    return _LayerRows(
-        queries=text + visual * queries,
-        keys=text + visual,
-        outputs=text + visual * attention.outputs_visual_rows / folding,
-        ffn=text + visual * rule.visual_ffn,
-        pairs=sum(attended_pairs(pack, attention, window).values()),
-        cross_text=text * cascade,
-        cross_visual=visual * cascade,
-        projected=visual * (attention.visual.source == "reproject"),
-    )
-
-
 def _count(
     config: ModelConfig,
     preset: AttentionConfig,
-    layers: list[_LayerRows],
+    layers: list[LayerRows],
     images: int,
     labelled_rows: int,
     trained: frozenset[str],
@@ -222,92 +166,13 @@ def _count(
 ) -> StepFlops:
     unknown = trained - ALL_MODULES
     assert not unknown, f"no such modules: {sorted(unknown)}"
-    vision = _vision_encoder(config.vision, images, "vision_model" in trained, recomputed)
+    vision = vision_encoder(config.vision, images, "vision_model" in trained, recomputed)
     # The loss always sends a gradient back through the head when anything trains.
     head = 2 * labelled_rows * config.language.hidden_size * vocabulary
     parts = {
         "vision_encoder": vision,
-        "adapter": _adapter(config, preset, images, trained),
-        **_decoder(config, layers, trained, recomputed),
-        "head": _product(head, bool(trained), "language_model" in trained),
+        "adapter": adapter(config, preset, images, trained),
+        **decoder(config, layers, trained, recomputed),
+        "head": product(head, bool(trained), "language_model" in trained),
     }
     return StepFlops(parts)
-
-
-def _product(
-    forward: int, input_gradient: bool, weight_gradient: bool, recomputed: bool = False
-) -> PartFlops:
-    """A product with a weight: each gradient costs as much as the forward pass.
-
-    Recomputation belongs to the backward pass and happens only if there is one.
-    """
-    gradients = input_gradient + weight_gradient
-    return PartFlops(forward, forward * (gradients + (recomputed and gradients > 0)))
-
-
-def _scores(forward: int, has_gradient: bool, recomputed: bool) -> PartFlops:
-    """Attention scores: dV, dP, dQ, dK backward against QK^T and PV forward."""
-    return PartFlops(forward, forward * has_gradient * (2 + recomputed))
-
-
-def _vision_encoder(
-    config: VisionConfig, images: int, trained: bool, recomputed: bool
-) -> PartFlops:
-    """Patch embedding and bidirectional layers up to the feature layer, per image."""
-    patches, d, f = config.num_places, config.hidden_size, config.intermediate_size
-    embedding = 2 * images * config.num_patches * (3 * config.patch_size**2) * d
-    linear = 2 * images * patches * (4 * d * d + 2 * d * f) * config.num_used_layers
-    scores = 4 * images * patches**2 * d * config.num_used_layers
-    return (
-        _product(embedding, False, trained)  # pixels need no gradient
-        + _product(linear, trained, trained, recomputed)
-        + _scores(scores, trained, recomputed)
-    )
-
-
-def _adapter(
-    config: ModelConfig, preset: AttentionConfig, images: int, trained: frozenset[str]
-) -> PartFlops:
-    """The two layers of the MLP; the norm before them trains too and needs their gradient.
-
-    Where every decoder layer projects the features itself, there is no adapter.
-    """
-    if preset.visual.source == "reproject":
-        return PartFlops()
-    rows, columns = kept_grid(config.vision.grid, preset.visual)
-    width = config.adapter.hidden_size or config.language.hidden_size
-    widths = config.vision.hidden_size + config.language.hidden_size
-    own = "adapter" in trained
-    return _product(
-        2 * images * rows * columns * width * widths, own or "vision_model" in trained, own
-    )
-
-
-def _decoder(
-    config: ModelConfig, layers: list[_LayerRows], trained: frozenset[str], recomputed: bool
-) -> dict[str, PartFlops]:
-    """All decoder layers over all packs.
-
-    The first layer's text rows need no input gradient while the language model is frozen; this
-    1 / num_hidden_layers of the text rows' share is counted all the same, as the engine computes
-    it (text and visual rows stand in one tensor).
-    """
-    language = config.language
-    d, f = language.hidden_size, language.intermediate_size
-    query = language.num_attention_heads * language.head_dim
-    key_value = 2 * language.num_key_value_heads * language.head_dim
-    own, added, pairs, ffn = 0.0, 0, 0, 0.0
-    for rows in layers:
-        own += rows.queries * query + rows.keys * key_value + rows.outputs * query
-        added += rows.cross_text * 2 * query + rows.cross_visual * key_value
-        added += rows.projected * (config.vision.hidden_size + d)
-        ffn += rows.ffn * 3 * f
-        pairs += rows.pairs
-    backward, trains = bool(trained), "language_model" in trained
-    # Weights that the preset adds to a layer learn at the adapter's rate.
-    added_part = _product(2 * d * added, backward, "adapter" in trained, recomputed)
-    return {
-        "projections": _product(round(2 * d * own), backward, trains, recomputed) + added_part,
-        "attention": _scores(4 * query * pairs, backward, recomputed),
-        "ffn": _product(round(2 * d * ffn), backward, trains, recomputed),
-    }

@@ -29,8 +29,9 @@ class FractionalPositions(torch.nn.Module):
         hidden_size: of the language model; even.
         num_places: how far a side is stretched.
         norm_eps: of the norms.
-        scale: what the last norm's weights start at: the standard deviation of the language model's
-            token embeddings, so that visual rows are as large as text rows.
+        scale: what the last norm's weights start at. The standard deviation of the language model's
+            token embeddings makes visual rows as large as text rows; the caller must know it, since
+            the adapter is made before any embedding is loaded.
     """
 
     def __init__(

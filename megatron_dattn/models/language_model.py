@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.models.attention_inputs import AttentionInputs
-from megatron_dattn.models.config import ExactSavings, LanguageConfig
+from megatron_dattn.models.config import LanguageConfig
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.layer_specs import Implementation, language_block_spec
 from megatron_dattn.models.row_shards import RowShards
 

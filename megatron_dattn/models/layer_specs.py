@@ -21,9 +21,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.models.config import ExactSavings, LanguageConfig
+from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.decoder_layer import DecoderLayer
 from megatron_dattn.models.decomposed_attention import DecomposedCore, DecomposedSelfAttention
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from megatron_dattn.models.vision_attention import BidirectionalCore
 

@@ -1,16 +1,17 @@
-"""Parameters per module and bytes per rank, computed from the configuration alone.
+"""Bytes per rank while training, computed from the configuration alone.
 
-Parameter counts are exact (a test compares them with the built model). Bytes of weights, gradients
-and optimizer state follow from them. Activation bytes are an estimate; `_decoder_layer_bytes` and
-its neighbours state the tensors they count. Not counted: the CUDA context, communication buffers,
-the allocator's fragmentation and short-lived workspaces (see `RESERVE_BYTES`).
+Bytes of weights, gradients and optimizer state follow from the parameters (`parameters.py`).
+Activation bytes are an estimate; `_decoder_layer_bytes` and its neighbours state the tensors they
+count. Not counted: the CUDA context, communication buffers, the allocator's fragmentation and
+short-lived workspaces (see `RESERVE_BYTES`).
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_dattn.attention import get_preset
-from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.execution import ExecutionConfig
+from megatron_dattn.models.parameters import attention_widths, rank_parameters
 from megatron_dattn.parallel.config import ParallelConfig
 
 RESERVE_BYTES = 4 * 10**9
@@ -22,52 +23,6 @@ _VALUE_BYTES = {"bf16": 2, "fp32": 4}
 _GRADIENT_BYTES = 4
 _OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
 _FP32 = 4
-
-
-@dataclass(frozen=True)
-class ParameterBlock:
-    """Weights that stand together: how many are cut over tensor ranks, how many repeated."""
-
-    module: str
-    place: Literal["first", "layers", "last"]
-    """On the first pipeline stage, in equal shares in the layers, or on the last stage."""
-    sharded: int
-    replicated: int
-
-
-def parameter_blocks(config: ModelConfig) -> list[ParameterBlock]:
-    """All weights of the model."""
-    return [
-        *_vision_blocks(config.vision),
-        _adapter_block(config),
-        _added_block(config),
-        *_language_blocks(config),
-    ]
-
-
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of vision_model, adapter and language_model; tied embeddings count once."""
-    counts: dict[str, int] = {}
-    for block in parameter_blocks(config):
-        counts[block.module] = counts.get(block.module, 0) + block.sharded + block.replicated
-    return counts
-
-
-def rank_parameters(config: ModelConfig, parallel: ParallelConfig, stage: int) -> dict[str, int]:
-    """Parameters per module that one rank of a pipeline stage holds."""
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    counts = dict.fromkeys(("vision_model", "adapter", "language_model"), 0)
-    num_layers = config.language.num_hidden_layers
-    layers_here = parallel.layers_per_stage(num_layers)[stage]
-    for block in parameter_blocks(config):
-        on_rank = block.sharded // tensor + block.replicated
-        if block.place == "layers":
-            counts[block.module] += on_rank // num_layers * layers_here
-        elif stage == (0 if block.place == "first" else stages - 1):
-            counts[block.module] += on_rank
-    if config.language.tie_word_embeddings and 0 < stage == stages - 1:
-        counts["language_model"] += _embedding_size(config.language) // tensor  # the head's copy
-    return counts
 
 
 @dataclass(frozen=True)
@@ -144,86 +99,6 @@ def rank_memory(
     )
 
 
-def _vision_blocks(config: VisionConfig) -> list[ParameterBlock]:
-    d, f = config.hidden_size, config.intermediate_size
-    embeddings = 3 * config.patch_size**2 * d + config.num_places * d
-    # SigLIP: the patch embedding's bias. CLIP: the class token, and a LayerNorm.
-    embeddings += 3 * d if config.family == "clip" else d
-    # q, k, v with biases, output weight; both FFN weights and the first one's bias.
-    sharded = 3 * (d * d + d) + d * d + 2 * d * f + f
-    replicated = 2 * 2 * d + 2 * d  # two LayerNorms; biases of the row-parallel layers
-    layers = config.num_used_layers
-    return [
-        ParameterBlock("vision_model", "first", 0, embeddings),
-        ParameterBlock("vision_model", "first", layers * sharded, layers * replicated),
-    ]
-
-
-def _adapter_block(config: ModelConfig) -> ParameterBlock:
-    preset = get_preset(config.attention)
-    if preset.visual.source == "reproject":
-        return ParameterBlock("adapter", "first", 0, 0)
-    outputs = config.language.hidden_size
-    middle = config.adapter.hidden_size or outputs
-    sharded, replicated = _projector(config.vision.hidden_size, middle, outputs)
-    if not config.adapter.input_norm:
-        replicated -= config.vision.hidden_size
-    if preset.positions.embedding == "row_column":
-        replicated += 2 * config.adapter.max_grid * outputs
-    elif preset.positions.embedding == "fractional":
-        layer = outputs * outputs + outputs
-        replicated += 2 * 2 * layer + 4 * outputs  # two MLPs, four norms
-    return ParameterBlock("adapter", "first", sharded, replicated)
-
-
-def _added_block(config: ModelConfig) -> ParameterBlock:
-    """What the preset adds to every decoder layer; it counts as the adapter's."""
-    preset, language = get_preset(config.attention), config.language
-    d, (query, key_value) = language.hidden_size, _widths(language)
-    sharded = replicated = 0
-    if preset.has_gate:
-        sharded += language.num_attention_heads
-    if preset.merge == "cascade":
-        sharded += d * query + d * 2 * key_value + query * d
-    if preset.visual.source == "reproject":
-        cut, whole = _projector(config.vision.hidden_size, d, d)
-        sharded, replicated = sharded + cut, replicated + whole
-    layers = language.num_hidden_layers
-    return ParameterBlock("adapter", "layers", layers * sharded, layers * replicated)
-
-
-def _projector(inputs: int, middle: int, outputs: int) -> tuple[int, int]:
-    """Parameters of a norm and two linear layers with biases: cut over tensor ranks, repeated."""
-    sharded = inputs * middle + middle + middle * outputs
-    return sharded, inputs + outputs  # the norm; the second layer's bias
-
-
-def _embedding_size(config: LanguageConfig) -> int:
-    return config.padded_vocab_size * config.hidden_size
-
-
-def _language_blocks(config: ModelConfig) -> list[ParameterBlock]:
-    language = config.language
-    d, f, layers = language.hidden_size, language.intermediate_size, language.num_hidden_layers
-    query, key_value = _widths(language)
-    sharded = d * (query + 2 * key_value) + query * d + 3 * d * f
-    norms = 4 if language.has_post_norms else 2
-    head = 0 if language.tie_word_embeddings else _embedding_size(language)
-    return [
-        ParameterBlock("language_model", "first", _embedding_size(language), 0),
-        ParameterBlock("language_model", "layers", layers * sharded, layers * norms * d),
-        ParameterBlock("language_model", "last", head, d),
-    ]
-
-
-def _widths(config: LanguageConfig) -> tuple[int, int]:
-    """Values per row of the queries, and of the keys (or values)."""
-    return (
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    )
-
-
 def _decoder_bytes(
     config: ModelConfig,
     parallel: ParallelConfig,
@@ -258,7 +133,7 @@ def _decoder_layer_bytes(
     language, value = config.language, _VALUE_BYTES[execution.precision]
     preset, savings = get_preset(config.attention), execution.savings
     tensor = parallel.tensor_model_parallel_size
-    query, key_value = _widths(language)
+    query, key_value = attention_widths(language)
     rows = pack.visual_rows + pack.text_rows
     scored = rows if preset.scores_visual_rows else pack.text_rows
     queries = scored if savings.visual_queries else rows

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_dattn.models.config import ExecutionConfig, LanguageConfig, VisionConfig
+from megatron_dattn.models.config import LanguageConfig, VisionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 
 

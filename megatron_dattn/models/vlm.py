@@ -22,9 +22,11 @@ from megatron_dattn.attention import (
     output_rows,
     select_backend,
 )
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.models.adapter import Adapter, build_adapter
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
-from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.language_model import DAttnLanguageModel
 from megatron_dattn.models.layer_specs import resolve_implementation
 from megatron_dattn.models.observer import AttentionObserver
@@ -40,8 +42,6 @@ from megatron_dattn.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
     from megatron_dattn.data.sample import PackedBatch
-
-IGNORED_LABEL = -100
 
 
 class DAttnVLM(MegatronModule):

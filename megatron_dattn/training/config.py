@@ -5,7 +5,7 @@ from typing import Literal
 
 from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.execution import ExactSavings
 
 
 @dataclass(frozen=True)

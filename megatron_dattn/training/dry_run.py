@@ -14,14 +14,8 @@ from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.dataset import open_dataset
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.models.flops import executed_flops, model_flops
-from megatron_dattn.models.memory import (
-    RESERVE_BYTES,
-    PackSize,
-    RankMemory,
-    count_parameters,
-    rank_memory,
-    rank_parameters,
-)
+from megatron_dattn.models.memory import RESERVE_BYTES, PackSize, RankMemory, rank_memory
+from megatron_dattn.models.parameters import count_parameters, rank_parameters
 from megatron_dattn.training.plan import Plan, make_plan
 from megatron_dattn.training.stages import learning_rate_of
 

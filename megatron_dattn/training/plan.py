@@ -9,7 +9,7 @@ from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.build import check_model_sizes
-from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.runtime.distributed import check_parallel_sizes
 from megatron_dattn.training.setup import check_rows, execution_config
 from megatron_dattn.training.stages import trained_modules

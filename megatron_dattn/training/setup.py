@@ -26,7 +26,7 @@ from megatron_dattn.data.loader import VLMLoader, build_loader
 from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.runtime.distributed import (
     all_ranks_agree,
     get_device,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.data.sample import PackedBatch
-from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed
 from tests.support.megatron import global_parameters, init_model_parallel

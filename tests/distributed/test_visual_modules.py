@@ -6,7 +6,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dattn.models.config import ExecutionConfig, VisionConfig
+from megatron_dattn.models.config import VisionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.transformer_config import (
     language_transformer_config,
     vision_transformer_config,

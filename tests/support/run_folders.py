@@ -12,7 +12,7 @@ from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, save_che
 from megatron_dattn.conversion.import_hf import import_checkpoint
 from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import (
     destroy_distributed,

@@ -15,13 +15,8 @@ from megatron_dattn.conversion.families import language_rules, vision_rules
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import (
-    AdapterConfig,
-    ExecutionConfig,
-    LanguageConfig,
-    ModelConfig,
-    VisionConfig,
-)
+from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.megatron import global_parameters

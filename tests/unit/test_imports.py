@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
 DECLARATIONS = {
     "data": {"models.config"},
     "parallel": {"data.sample"},
-    "models": {"data.sample"},
+    "models": {"data.sample", "data.labels"},
     "inference": {"config.pretrain", "config.cli"},
     "training": {"config.pretrain", "config.cli"},
 }

@@ -26,7 +26,8 @@ from megatron_dattn.attention import (
     layer_flops,
     layer_rules,
 )
-from megatron_dattn.models.config import ExactSavings, LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.flops import model_flops
 from tests.unit.attention.support import layouts
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bench_attention, bench_step
+from benchmarks.step_variants import distance
 
 FEW = ["--samples", "2", "--rounds", "1"]
 TINY = ["--hidden-size", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "8", "--ffn", "48"]
@@ -38,14 +39,25 @@ def test_bench_step(tmp_path: Path) -> None:
     assert bench_step.main([*arguments, "--recompute", "full", "--output", str(output)]) == 0
     text = output.read_text()
     names = [row[0] for row in table_rows(text)]
-    assert names == ["engine s_attn", "engine dattn", "plain PyTorch"]
-    assert "losses of the first steps agree" in text
+    engines = ["engine s_attn", "engine dattn"]
+    assert names == [*engines, "plain PyTorch", *engines]  # times, then bounds
+    for name in engines:
+        assert f"first losses of {name}: " in text
+    assert "first losses of plain PyTorch: from engine dattn's at most" in text
+
+
+def test_losses_that_differ_are_no_benchmark() -> None:
+    assert distance([2.0, 1.00005], [2.0, 1.0], "fp32", "a and b") == pytest.approx(5e-5)
+    assert distance([2.0, 1.01], [2.0, 1.0], "bf16", "a and b") == pytest.approx(1e-2)
+    with pytest.raises(RuntimeError, match="a and b: the first losses are"):
+        distance([2.0, 1.01], [2.0, 1.0], "fp32", "a and b")
 
 
 def test_every_preset_has_a_pack_of_its_own(capsys) -> None:
     """fastervlm keeps four of the demo's sixteen patches, s_attn all of them."""
-    assert bench_step.main(["--attention", "s_attn", "fastervlm", *FEW]) == 0
-    rows = {row[0]: row for row in table_rows(capsys.readouterr().out)}
+    arguments = ["--attention", "s_attn", "fastervlm", "--precision", "bf16", *FEW]
+    assert bench_step.main(arguments) == 0
+    rows = {row[0]: row for row in table_rows(capsys.readouterr().out)[:2]}
     assert rows["engine s_attn"][1] == "32"
     assert rows["engine fastervlm"][1] == "8"
     assert rows["engine s_attn"][2] == rows["engine fastervlm"][2]

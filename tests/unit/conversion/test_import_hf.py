@@ -22,7 +22,7 @@ from megatron_dattn.conversion.import_hf import import_checkpoint, write_import
 from megatron_dattn.conversion.import_plan import plan_import
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import (
     destroy_distributed,

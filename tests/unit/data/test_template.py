@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dattn.data.conversation import Conversation, Turn, parse_row
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import Reason, SampleError
-from megatron_dattn.data.template import IGNORED, ConversationTokenizer
+from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import read_template
 from megatron_dattn.errors import ConfigError
 from tests.unit.data.builders import SPECIAL_TOKENS, make_tokenizer, row
@@ -31,7 +32,7 @@ def marked(template: ConversationTokenizer, chat: Conversation) -> str:
 
 
 def supervised_ids(labels: list[int]) -> list[int]:
-    return [label for label in labels if label != IGNORED]
+    return [label for label in labels if label != IGNORED_LABEL]
 
 
 def test_mistral_v3_golden() -> None:
@@ -94,16 +95,16 @@ def test_labels_are_the_next_supervised_token_and_images_leave_no_row() -> None:
     assert rows.input_ids == expected
     assert rows.image_offsets == (ids.input_ids.index(image_id),)
     closing = expected.index(TOKENIZER.convert_tokens_to_ids("[/INST]"))
-    assert rows.labels[:closing] == [IGNORED] * closing
+    assert rows.labels[:closing] == [IGNORED_LABEL] * closing
     assert rows.labels[closing:-1] == expected[closing + 1 :]
-    assert rows.labels[-1] == IGNORED
+    assert rows.labels[-1] == IGNORED_LABEL
     assert rows.labels[-2] == TOKENIZER.eos_token_id
 
 
 def test_in_a_caption_the_row_before_the_image_predicts_the_first_token() -> None:
     rows = PLAIN(conversation("<image>", "a red square", images=1))
     assert rows.image_offsets == (1,)
-    assert rows.labels == [*rows.input_ids[1:], IGNORED]
+    assert rows.labels == [*rows.input_ids[1:], IGNORED_LABEL]
     assert TOKENIZER.eos_token_id not in rows.input_ids
 
 
@@ -212,7 +213,7 @@ def test_masks_agree_with_transformers(tokenizer: PreTrainedTokenizerFast) -> No
     rows = MISTRAL(chat)
     assert rows.input_ids == encoded["input_ids"]
     mask = [*encoded["assistant_masks"][1:], 0]
-    assert [int(label != IGNORED) for label in rows.labels] == mask
+    assert [int(label != IGNORED_LABEL) for label in rows.labels] == mask
 
 
 def test_turns_with_the_same_shape_share_one_reference() -> None:
@@ -233,5 +234,5 @@ def test_a_tokenised_prompt_is_the_beginning_of_its_training_rows(
     length = len(prompt.input_ids)
     assert prompt.input_ids == rows.input_ids[:length]
     assert prompt.image_offsets == rows.image_offsets
-    assert rows.labels[length - 1] != IGNORED
-    assert set(rows.labels[: length - 1]) <= {IGNORED}
+    assert rows.labels[length - 1] != IGNORED_LABEL
+    assert set(rows.labels[: length - 1]) <= {IGNORED_LABEL}

@@ -11,8 +11,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_dattn.data import templates
 from megatron_dattn.data.conversation import Conversation, parse_row
+from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import Reason, SampleError
-from megatron_dattn.data.template import IGNORED, ConversationTokenizer
+from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import (
     TEMPLATES,
     TemplateName,
@@ -214,8 +215,8 @@ def test_a_prompt_is_the_beginning_of_its_training_rows(name: str) -> None:
     length = len(prompt.input_ids)
     assert prompt.input_ids == rows.input_ids[:length]
     assert prompt.image_offsets == rows.image_offsets
-    assert rows.labels[length - 1] != IGNORED
-    assert set(rows.labels[: length - 1]) <= {IGNORED}
+    assert rows.labels[length - 1] != IGNORED_LABEL
+    assert set(rows.labels[: length - 1]) <= {IGNORED_LABEL}
 
 
 @every_template
@@ -231,7 +232,7 @@ def test_masks_agree_with_transformers(name: str) -> None:
     rows = encoder(name)(chat)
     assert rows.input_ids == encoded["input_ids"]
     mask = [*encoded["assistant_masks"][1:], 0]
-    assert [int(label != IGNORED) for label in rows.labels] == mask
+    assert [int(label != IGNORED_LABEL) for label in rows.labels] == mask
 
 
 @every_template
@@ -274,7 +275,7 @@ def test_the_supervised_tokens_spell_the_answers(
     end = tokenizer.convert_tokens_to_ids(ENDS[name])
     pieces: list[list[int]] = [[]]
     for label in template(chat).labels:
-        if label != IGNORED:
+        if label != IGNORED_LABEL:
             pieces[-1].append(label)
         if label == end:
             pieces.append([])

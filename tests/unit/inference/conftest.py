@@ -11,8 +11,9 @@ from megatron_dattn.runtime.distributed import (
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
 
-# The third has fewer rows than patches, the fourth no adapter, the last a cross-attention.
-PRESETS_SHOWN = ["dattn", "s_attn", "fastervlm", "saisa", "dattn_cascade"]
+# The third has fewer rows than patches, the last no adapter.
+PRESETS_SHOWN = ["dattn", "s_attn", "fastervlm", "saisa"]
+CROSS_ATTENTION = "dattn_cascade"
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,7 @@ def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("generate")
     save_vision(base / "vision")
     language = save_language(base / "language")
-    for preset in PRESETS_SHOWN:
+    for preset in (*PRESETS_SHOWN, CROSS_ATTENTION):
         make_run_folder(base, base / preset, preset)
     for index in range(2):
         pixels = np.random.default_rng(index).integers(0, 255, (28, 28, 3), dtype=np.uint8)

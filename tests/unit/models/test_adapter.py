@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_dattn.models.adapter import Adapter, RowColumnPositions
-from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.transformer_config import vision_transformer_config
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.vlm import VISION

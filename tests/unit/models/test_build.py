@@ -5,7 +5,8 @@ import torch
 
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.build import build_model, check_model_sizes
-from megatron_dattn.models.config import ExecutionConfig, ModelConfig
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import seed_everything
 from tests.support.vlm import tiny_model_config

@@ -13,14 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dattn.attention import PRESETS, LayerSizes, decoder_flops
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
-from megatron_dattn.models.config import (
-    AdapterConfig,
-    ExactSavings,
-    ExecutionConfig,
-    LanguageConfig,
-    ModelConfig,
-    VisionConfig,
-)
+from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.models.flops import (
     ALL_MODULES,
     StepFlops,

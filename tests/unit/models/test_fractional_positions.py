@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.adapter import build_adapter
-from megatron_dattn.models.config import AdapterConfig, ExecutionConfig, ModelConfig
+from megatron_dattn.models.config import AdapterConfig, ModelConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.fractional_positions import FractionalPositions
 from megatron_dattn.models.transformer_config import vision_transformer_config
 from megatron_dattn.parallel.config import ParallelConfig

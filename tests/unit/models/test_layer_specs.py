@@ -6,7 +6,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.errors import UserError
 from megatron_dattn.models import layer_specs
-from megatron_dattn.models.config import ExactSavings, LanguageConfig
+from megatron_dattn.models.config import LanguageConfig
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.layer_specs import resolve_implementation
 from tests.support.vlm import tiny_model
 

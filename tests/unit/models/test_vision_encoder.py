@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from megatron_dattn.conversion.families import vision_rules
-from megatron_dattn.models.config import ExecutionConfig, VisionConfig
+from megatron_dattn.models.config import VisionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.transformer_config import vision_transformer_config
 from megatron_dattn.models.vision_encoder import PatchEmbedding, VisionEncoder
 from megatron_dattn.parallel.config import ParallelConfig

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.vlm import DAttnVLM
 from tests.support.vlm import (
     make_batch,

@@ -1,0 +1,51 @@
+"""How the model is computed, apart from its layout over ranks: weights depend on none of it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_dattn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ExactSavings:
+    """Work that no result depends on, and that is therefore not done.
+
+    Outputs and gradients are the same with and without, but for the order of roundings. Where a
+    preset needs the work (visual rows that attend need queries) the switch has no effect.
+    """
+
+    visual_queries: bool = True
+    """Project queries of text rows only, where visual rows do not attend."""
+    folded_output: bool = True
+    """Project a diagonal visual row's values by the output weight summed over each key head's group
+    of query heads, instead of repeating them for every query head."""
+    unread_rows: bool = True
+    """In the last layer that sees images, give visual rows keys and values only."""
+    labelled_logits: bool = True
+    """Compute logits and losses of the rows that predict a labelled token; else of all text rows,
+    and those without a label are dropped afterwards."""
+    ffn_chunk_rows: int = 0
+    """Run the second half of a layer (norm and FFN) on this many rows at a time and recompute each
+    chunk in the backward pass, so that its activations do not grow with the pack; 0 does not."""
+
+    def __post_init__(self) -> None:
+        if self.ffn_chunk_rows < 0:
+            raise ConfigError(
+                f"training.savings.ffn_chunk_rows must not be negative, got {self.ffn_chunk_rows}"
+            )
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How the model is computed, apart from its layout over ranks; weights do not depend on it."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: the attention core alone, or whole layers."""
+    attention_backend: str = "auto"
+    """A backend of megatron_dattn/attention/backends, or the best one that fits the device."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose linear layers and norms: Transformer Engine's, or megatron-core's and ours."""
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """FP8 format of the language model's linear layers (Transformer Engine only)."""
+    savings: ExactSavings = field(default_factory=ExactSavings)
