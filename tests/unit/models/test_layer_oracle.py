@@ -6,6 +6,7 @@ knows no layer rules, no plans and no savings.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -142,5 +143,5 @@ def test_the_stories_are_different_ones() -> None:
 def test_frozen_rows_keep_their_state() -> None:
     outputs = _layer_outputs(_model("shortv", "mistral", NOTHING), _rows())
     states = [rows[:VISUAL] for rows in (_rows(), *outputs)]
-    moved = [not torch.equal(a, b) for a, b in zip(states, states[1:], strict=False)]
+    moved = [not torch.equal(a, b) for a, b in pairwise(states)]
     assert moved == [word != "frozen" for word in STORIES["shortv"]]
