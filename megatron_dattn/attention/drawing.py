@@ -126,14 +126,16 @@ def draw_picture(
     drawn = panels(config, num_layers, window)
     figure = Figure(figsize=(_PANEL * len(drawn), _PANEL))
     FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        _draw_pairs(axes, panel.rows)
-        axes.set_title(panel.title, fontsize=9)
+    places = figure.subplots(1, len(drawn), squeeze=False)[0]
+    widest = max(len(panel.rows) for panel in drawn)
+    for axes, panel in zip(places, drawn, strict=True):
+        _draw_pairs(axes, panel.rows, widest)
+        axes.set_title(panel.title, fontsize=9, loc="left")
     figure.suptitle(title, fontsize=10)
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in _COLORS.values()]
     figure.legend(handles, _COLORS, loc="lower center", ncols=4, frameon=False)
     figure.text(0.5, 0.06, "dot: without positions   cross: own value", ha="center", fontsize=8)
-    figure.subplots_adjust(left=0.14 / len(drawn), right=0.97, top=0.82, bottom=0.11)
+    figure.subplots_adjust(left=0.14 / len(drawn), right=0.97, top=0.8, bottom=0.11)
     try:
         figure.savefig(path, dpi=130)
     except OSError as error:
@@ -163,7 +165,8 @@ def _ranges(numbers: list[int]) -> str:
     return ("layer " if len(numbers) == 1 else "layers ") + ", ".join(named)
 
 
-def _draw_pairs(axes: Axes, rows: list[DrawnRow]) -> None:
+def _draw_pairs(axes: Axes, rows: list[DrawnRow], size: int) -> None:
+    """The panel in the upper left of room for `size` rows, so that all have one scale."""
     for place, row in enumerate(rows):
         for key, mark in enumerate(row.marks):
             if mark == _HIDDEN:
@@ -174,9 +177,8 @@ def _draw_pairs(axes: Axes, rows: list[DrawnRow]) -> None:
                 axes.add_patch(Circle((key + 0.46, place + 0.46), 0.12, color="white", lw=0))
             elif mark == "=":
                 axes.plot(key + 0.46, place + 0.46, "x", color="white", markersize=5)
-    size = len(rows)
     axes.set(xlim=(-0.2, size + 0.1), ylim=(size + 0.1, -0.2), aspect="equal")
-    places = [place + 0.46 for place in range(size)]
+    places = [place + 0.46 for place in range(len(rows))]
     axes.set_yticks(places, [f"{row.name} at {row.position}" for row in rows], fontsize=7)
     axes.set_xticks(places, [f"{row.name} at {row.position}" for row in rows], fontsize=7)
     axes.tick_params(axis="x", rotation=90, length=0, top=True, labeltop=True, labelbottom=False)

@@ -65,8 +65,9 @@ def _is_share(value: object) -> bool:
 
 
 def _is_range(value: object) -> bool:
-    is_pair = isinstance(value, tuple) and len(value) == 2 and all(_is_share(v) for v in value)
-    return is_pair and value[0] < value[1]
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    return _is_share(value[0]) and _is_share(value[1]) and value[0] < value[1]
 
 
 def kept_grid(grid: Grid, rows: VisualRows) -> Grid:

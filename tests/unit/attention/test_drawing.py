@@ -104,7 +104,7 @@ def test_an_inherited_window_hides_images() -> None:
     # Three text rows from the last image to the last row, five from the first image.
     assert drawn_rows(config, window=3)[-1].marks == 15 * "." + "...." + "###"
     assert drawn_rows(config, window=4)[-1].marks == 13 * "." + ".#" + "oooo" + "###"
-    assert drawn_rows(config, window=6)[-1].marks == "." + 12 * "o" + "##" + "oooo" + "###"
+    assert drawn_rows(config, window=6)[-1].marks == "#" + 12 * "o" + "##" + "oooo" + "###"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
