@@ -18,7 +18,8 @@ class LayerRule:
     """One layer. Equal rules share one plan."""
 
     attention: AttentionConfig
-    """The configuration of this layer: its v2v and v2t are "none" where visual rows stay."""
+    """The configuration of this layer: its v2v and v2t are "none" where visual rows stay, and its
+    window counts what it counts elsewhere."""
     sees_images: bool = True
     """Whether visual rows are still there to be read."""
     visual_ffn: float = 1.0
