@@ -1,20 +1,21 @@
-"""Show a preset: who attends to whom, with which positions, and what a layer of it costs.
+"""Show a preset: its source, who attends to whom, with which positions, and what it costs.
 
 python -m megatron_dattn.attention PRESET [--output picture.png] [--grid 24 24] [--text-rows 256]
 """
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.cost import LayerSizes, attended_pairs, decoder_flops
-from megatron_dattn.attention.drawing import draw_picture, draw_text
+from megatron_dattn.attention.drawing import draw_picture, draw_text, kept_layout
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
-from megatron_dattn.attention.presets import PRESETS, get_preset
-from megatron_dattn.attention.visual_rows import VisualRows, kept_grid
+from megatron_dattn.attention.presets import NOTATION, PRESETS, get_preset
+from megatron_dattn.attention.visual_rows import VisualRows
 from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
 
 _BASELINE = "s_attn"
@@ -33,15 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _describe(options: argparse.Namespace) -> str:
-    config = get_preset(options.preset)
+    config, layers, window = get_preset(options.preset), options.num_layers, options.window
+    for name in ("num_layers", "window", *(f.name for f in fields(LayerSizes))):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is at least 1; it is {number}")
     sizes = LayerSizes(**{f.name: getattr(options, f.name) for f in fields(LayerSizes)})
-    table = cost_table({options.preset: config}, _sample(options), sizes, options.num_layers)
+    table = cost_table({options.preset: config}, _sample(options), sizes, layers, window)
+    title = _title(options.preset, config, window)
     if options.output is not None:
-        draw_picture(config, _title(options.preset, config), options.output)
-    return "\n".join((_title(options.preset, config), "", draw_text(config), "", table))
+        draw_picture(config, title, options.output, layers, window)
+    about = f"{_about(config)}\n\n{NOTATION}\n\n" if config.about else ""
+    return f"{title}\n\n{about}{draw_text(config, layers, window)}\n\n{table}"
 
 
-def _title(name: str, config: AttentionConfig) -> str:
+def _about(config: AttentionConfig) -> str:
+    """The preset in words; its cost begins a line."""
+    words, cost, formulas = " ".join(config.about.split()).partition("Cost")
+    return "\n".join(textwrap.fill(text, width=100) for text in (words, cost + formulas) if text)
+
+
+def _title(name: str, config: AttentionConfig, window: int | None) -> str:
     t2v, positions, rows = config.t2v, config.positions, config.visual
     changed = [
         f"{f.name} {getattr(rows, f.name)}"
@@ -54,23 +67,32 @@ def _title(name: str, config: AttentionConfig) -> str:
         f"positions: text {positions.text}, visual {positions.visual}, "
         f"embedding {positions.embedding}"
     )
+    if window is not None or t2v.window != "none":
+        counted = "all rows" if config.window_in_reading_order else "text rows"
+        hides = config.window_in_reading_order or t2v.window == "inherit"
+        title += f"\nsliding window: {'of its layer' if window is None else window}, counts "
+        title += f"{counted}, {'hides images' if hides else 'never hides images'}"
     return f"{title}\nvisual rows: {', '.join(changed)}" if changed else title
 
 
 def cost_table(
-    presets: dict[str, AttentionConfig], layout: TokenLayout, sizes: LayerSizes, num_layers: int
+    presets: dict[str, AttentionConfig],
+    layout: TokenLayout,
+    sizes: LayerSizes,
+    num_layers: int,
+    window: int | None = None,
 ) -> str:
     """Scored pairs of a first layer, and a layer's operations forward, beside those of S-Attn."""
-    baseline = decoder_flops(layout, get_preset(_BASELINE), sizes, num_layers).total
+    baseline = decoder_flops(layout, get_preset(_BASELINE), sizes, num_layers, window).total
     lines = [
         f"Forward, {layout.num_visual_rows} visual and {layout.num_text_rows} text rows: thousands "
         f"of scored pairs in the first layer, and GFLOP per layer (mean of {num_layers})",
         _line(*_COLUMNS, f"of {_BASELINE}"),
     ]
     for name, config in (presets | {_BASELINE: get_preset(_BASELINE)}).items():
-        kept = _kept(layout, config)
-        pairs = attended_pairs(kept, config)
-        flops = decoder_flops(kept, config, sizes, num_layers)
+        kept = kept_layout(layout, config.visual)
+        pairs = attended_pairs(kept, config, window)
+        flops = decoder_flops(kept, config, sizes, num_layers, window)
         parts = (flops.projections, flops.attention, flops.ffn, flops.total)
         lines.append(
             _line(
@@ -81,12 +103,6 @@ def cost_table(
             )
         )
     return "\n".join(lines)
-
-
-def _kept(layout: TokenLayout, config: AttentionConfig) -> TokenLayout:
-    """The layout once the encoder has chosen the patches that enter the decoder."""
-    images = tuple(replace(i, grid=kept_grid(i.grid, config.visual)) for i in layout.images)
-    return replace(layout, images=images)
 
 
 def _line(name: str, *cells: str) -> str:
@@ -118,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt-rows", type=int, default=64, help="text rows without loss")
     layer = parser.add_argument_group("the decoder, by default Mistral-7B's")
     layer.add_argument("--num-layers", type=int, default=32)
+    layer.add_argument("--window", type=int, help="sliding window of its layers, drawn and counted")
     for size in fields(LayerSizes):
         layer.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=size.default)
     return parser

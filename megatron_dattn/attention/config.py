@@ -90,6 +90,8 @@ class AttentionConfig:
     # nothing: what plain self-attention leaves of itself where its visual rows are frozen.
     window: Literal["part", "reading_order"] = "part"
     visual: VisualRows = field(default_factory=VisualRows)
+    # Of a preset, in words: source, mask, positions, parameters, cost. It decides nothing.
+    about: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _refuse(unknown_values(self))

@@ -124,9 +124,10 @@ def attended_pairs(
     }
     for image in layout.images:
         before, length = image.text_offset, layout.text_lengths[image.sample]
-        seeing = before if config.t2v.scope == "all" else 0
-        hidden = config.t2v.window == "inherit" and window is not None
-        seeing += min(length - before, window - 1) if hidden else length - before
+        following = length - before
+        if config.t2v.window == "inherit" and window is not None:
+            following = min(following, window - 1)
+        seeing = following + before if config.t2v.scope == "all" else following
         pairs["T2V"] += image.num_rows * seeing
         if config.v2t == "prompt":
             before = max(before, layout.prompt_length(image.sample))

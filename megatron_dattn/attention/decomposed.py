@@ -41,7 +41,8 @@ def decomposed_attention(
     `query` [S, Hq, D], `key` and `value` [S, Hk, D] are as projected, without rotation; Hq is a
     multiple of Hk. `rotary` holds the tables of all S rows. `gate` [Hq] or [1] belongs to the
     merges "tanh" and "sigmoid". `head_mask` [Hk] of ones and zeros silences visual rows in key
-    heads: their values count as zero, and so does what they read. `softcap` c turns every score s
+    heads: their values count as zero, and so does what they read. It saves nothing: the scores of
+    those heads are computed, for the softmax is not renormalized. `softcap` c turns every score s
     into c * tanh(s / c). Rows that see nothing (padding) give zero, or their own value where visual
     rows do, and send no gradient to other rows.
     """

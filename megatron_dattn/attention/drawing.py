@@ -2,9 +2,11 @@
 
 Everything comes from the oracle's masks, for one small sample in reading order: a text row, an
 image of 3 x 4 patches, two text rows, an image of 2 x 2, three text rows; four rows are its prompt.
+Layers that differ have a panel each.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -13,9 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
 from megatron_dattn.attention.config import AttentionConfig
+from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.positions import row_positions
 from megatron_dattn.attention.reference import pair_masks
+from megatron_dattn.attention.visual_rows import VisualRows, kept_grid
+from megatron_dattn.errors import UserError
 
 SAMPLE = TokenLayout(
     text_lengths=(6,),
@@ -28,6 +33,7 @@ LEGEND = "# rotated   o without positions   = own value   . not seen"
 
 _COLORS = {"V2V": "#4c72b0", "V2T": "#8c8c8c", "T2V": "#dd8452", "T2T": "#55a868"}
 _HIDDEN = "."
+_PANEL = 7.2  # inches
 
 
 @dataclass(frozen=True)
@@ -39,51 +45,128 @@ class DrawnRow:
     marks: str
 
 
-def drawn_rows(config: AttentionConfig) -> list[DrawnRow]:
-    """The rows of the sample in reading order; `marks` are in that order too."""
-    runs = SAMPLE.runs(0)
-    order = [row for run in runs for row in range(run.start, run.end)]
-    seen, rotated = (mask[order][:, order].tolist() for mask in pair_masks(SAMPLE, config))
-    positions = row_positions(SAMPLE, config).tolist()
+@dataclass(frozen=True)
+class Panel:
+    """The rows of some layers, and what to say of these."""
+
+    title: str
+    rows: list[DrawnRow]
+
+
+def kept_layout(layout: TokenLayout, visual: VisualRows) -> TokenLayout:
+    """The layout once the encoder has chosen the patches that enter the decoder."""
+    images = tuple(replace(i, grid=kept_grid(i.grid, visual)) for i in layout.images)
+    return replace(layout, images=images)
+
+
+def panels(config: AttentionConfig, num_layers: int, window: int | None = None) -> list[Panel]:
+    """One per kind of layer in a decoder of that depth, in the order of their first layers.
+
+    `window` is the sliding window of every layer.
+    """
+    rules = layer_rules(config, num_layers, skip_unread=False)
+    return [
+        Panel(_panel_title(rule, rules, config), drawn_rows(config, rule, window))
+        for rule in dict.fromkeys(rules)
+    ]
+
+
+def drawn_rows(
+    config: AttentionConfig, rule: LayerRule | None = None, window: int | None = None
+) -> list[DrawnRow]:
+    """The rows of the sample in reading order; `marks` are in that order too.
+
+    `rule` says of which layer; by default of one that does all that `config` says.
+    """
+    rule = LayerRule(config) if rule is None else rule
+    sample = kept_layout(SAMPLE, config.visual)
+    layout = rule.layout(sample)
+    order = [row for run in layout.runs(0) for row in range(run.start, run.end)]
+    masks = pair_masks(layout, rule.attention, window)
+    seen, rotated = (mask[order][:, order].tolist() for mask in masks)
+    positions = row_positions(sample, config)[-layout.num_rows :].tolist()
     rows = []
     for place, row in enumerate(order):
-        is_visual = row < SAMPLE.visual_budget
+        is_visual = row < layout.visual_budget
         marks = [
             _HIDDEN if not sees else "#" if turns else "o"
             for sees, turns in zip(seen[place], rotated[place], strict=True)
         ]
-        if is_visual and config.v2v == "diagonal":
+        if is_visual and rule.attention.v2v == "diagonal":
             marks[place] = "="
-        name = f"V{row}" if is_visual else f"T{row - SAMPLE.visual_budget}"
+        name = f"V{row}" if is_visual else f"T{row - layout.visual_budget}"
         has_position = not is_visual or config.positions.visual != "none"
         rows.append(DrawnRow(name, str(positions[row]) if has_position else "-", "".join(marks)))
     return rows
 
 
-def draw_text(config: AttentionConfig) -> str:
-    """The picture in characters: a line per query row, a column per key row."""
-    rows = drawn_rows(config)
-    lines = [LEGEND, "", "row  position  sees " + " ".join(row.name[0] for row in rows)]
-    for row in rows:
-        lines.append(f"{row.name:<3}  {row.position:>8}       " + " ".join(row.marks))
+def draw_text(config: AttentionConfig, num_layers: int, window: int | None = None) -> str:
+    """The panels in characters: a line per query row, a column per key row."""
+    lines = [LEGEND]
+    for panel in panels(config, num_layers, window):
+        lines += ["", panel.title]
+        lines.append("row  position  sees " + " ".join(row.name[0] for row in panel.rows))
+        for row in panel.rows:
+            lines.append(f"{row.name:<3}  {row.position:>8}       " + " ".join(row.marks))
     return "\n".join(lines)
 
 
-def draw_picture(config: AttentionConfig, title: str, path: Path) -> None:
-    """The picture as an image file, of the kind that the ending names."""
-    figure = Figure(figsize=(7.2, 7.2))
+def draw_picture(
+    config: AttentionConfig, title: str, path: Path, num_layers: int, window: int | None = None
+) -> None:
+    """The panels as an image file, of the kind that the ending names.
+
+    Raises UserError for a file that cannot be written, and for an ending that names no kind.
+    """
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise UserError(f"'{path}' names no kind of picture; end it in one of {', '.join(kinds)}")
+    if not path.parent.is_dir():
+        raise UserError(f"'{path}' cannot be written: there is no folder '{path.parent}'")
+    drawn = panels(config, num_layers, window)
+    figure = Figure(figsize=(_PANEL * len(drawn), _PANEL))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _draw_pairs(axes, drawn_rows(config))
-    axes.set_title(title)
+    places = figure.subplots(1, len(drawn), squeeze=False)[0]
+    widest = max(len(panel.rows) for panel in drawn)
+    for axes, panel in zip(places, drawn, strict=True):
+        _draw_pairs(axes, panel.rows, widest)
+        axes.set_title(panel.title, fontsize=9, loc="left")
+    figure.suptitle(title, fontsize=10)
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in _COLORS.values()]
     figure.legend(handles, _COLORS, loc="lower center", ncols=4, frameon=False)
     figure.text(0.5, 0.06, "dot: without positions   cross: own value", ha="center", fontsize=8)
-    figure.subplots_adjust(left=0.14, right=0.97, top=0.87, bottom=0.11)
-    figure.savefig(path, dpi=130)
+    figure.subplots_adjust(left=0.14 / len(drawn), right=0.97, top=0.8, bottom=0.11)
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}") from error
 
 
-def _draw_pairs(axes: Axes, rows: list[DrawnRow]) -> None:
+def _panel_title(rule: LayerRule, rules: tuple[LayerRule, ...], config: AttentionConfig) -> str:
+    numbers = [number for number, other in enumerate(rules, 1) if other == rule]
+    if not rule.sees_images:
+        what = "images are gone"
+    elif rule.attention != config:
+        what = "visual rows are read and stay as they are"
+    elif rule.visual_ffn not in (0.0, 1.0):
+        what = f"visual rows pass {rule.visual_ffn:g} of the FFN"
+    else:
+        return _ranges(numbers)
+    return f"{_ranges(numbers)}: {what}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """ "layers 1 to 3, 7", of ascending numbers."""
+    runs = [
+        [number for _, number in run]
+        for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ]
+    named = [f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return ("layer " if len(numbers) == 1 else "layers ") + ", ".join(named)
+
+
+def _draw_pairs(axes: Axes, rows: list[DrawnRow], size: int) -> None:
+    """The panel in the upper left of room for `size` rows, so that all have one scale."""
     for place, row in enumerate(rows):
         for key, mark in enumerate(row.marks):
             if mark == _HIDDEN:
@@ -94,9 +177,8 @@ def _draw_pairs(axes: Axes, rows: list[DrawnRow]) -> None:
                 axes.add_patch(Circle((key + 0.46, place + 0.46), 0.12, color="white", lw=0))
             elif mark == "=":
                 axes.plot(key + 0.46, place + 0.46, "x", color="white", markersize=5)
-    size = len(rows)
     axes.set(xlim=(-0.2, size + 0.1), ylim=(size + 0.1, -0.2), aspect="equal")
-    places = [place + 0.46 for place in range(size)]
+    places = [place + 0.46 for place in range(len(rows))]
     axes.set_yticks(places, [f"{row.name} at {row.position}" for row in rows], fontsize=7)
     axes.set_xticks(places, [f"{row.name} at {row.position}" for row in rows], fontsize=7)
     axes.tick_params(axis="x", rotation=90, length=0, top=True, labeltop=True, labelbottom=False)

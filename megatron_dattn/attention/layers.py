@@ -18,7 +18,8 @@ class LayerRule:
     """One layer. Equal rules share one plan."""
 
     attention: AttentionConfig
-    """The configuration of this layer: its v2v and v2t are "none" where visual rows stay."""
+    """The configuration of this layer: its v2v and v2t are "none" where visual rows stay, and its
+    window counts what it counts elsewhere."""
     sees_images: bool = True
     """Whether visual rows are still there to be read."""
     visual_ffn: float = 1.0
@@ -56,10 +57,18 @@ def layer_rules(
 def _without_visual_queries(config: AttentionConfig) -> AttentionConfig:
     """The same attention of text rows; visual rows attend to nothing.
 
-    A window that counted visual rows goes on counting them.
+    A window that counted visual rows goes on counting them. Ids that no score uses any more are
+    left out; the model's positions are those of its own configuration in all layers.
     """
-    window = "reading_order" if config.window_in_reading_order else config.window
-    return replace(config, v2v="none", v2v_window=None, v2t="none", window=window)
+    visual = config.positions.visual if config.t2v.rotary else "none"
+    return replace(
+        config,
+        v2v="none",
+        v2v_window=None,
+        v2t="none",
+        positions=replace(config.positions, visual=visual),
+        window="reading_order" if config.window_in_reading_order else config.window,
+    )
 
 
 def _frozen_layers(config: AttentionConfig, num_layers: int) -> set[int]:

@@ -116,15 +116,20 @@ def _key_bias(keys: PaddedRows) -> Tensor | None:
 
 
 def _group(query_lengths: Sequence[int], key_lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """First segment and end of each batch. Segments without queries or without keys, which have no
+    score, are in none."""
     groups: list[tuple[int, int]] = []
     first, needed, widest_query, widest_key = 0, 0, 0, 0
     for i, (queries, keys) in enumerate(zip(query_lengths, key_lengths, strict=True)):
+        if queries * keys == 0:
+            groups.append((first, i))
+            first, needed, widest_query, widest_key = i + 1, 0, 0, 0
+            continue
         widest_query, widest_key = max(widest_query, queries), max(widest_key, keys)
         needed += queries * keys
         padded = (i + 1 - first) * widest_query * widest_key
         if i > first and padded > _MAX_WASTE * needed + _FREE_SCORES:
             groups.append((first, i))
             first, needed, widest_query, widest_key = i, queries * keys, queries, keys
-    if query_lengths:
-        groups.append((first, len(query_lengths)))
-    return groups
+    groups.append((first, len(query_lengths)))
+    return [(start, end) for start, end in groups if start < end]

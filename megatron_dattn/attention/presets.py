@@ -1,138 +1,232 @@
 """Published ways of attending over visual and text rows, by name. A preset is one entry here.
 
-The cost of a layer is given with n visual rows, t text rows and p scored pairs; t (t + 1) / 2 pairs
-of T2T, causal, are in every preset. Q, K, V, O and F stand for one row's operations in the query,
-key, value and output projections and the FFN; a pair costs a = 4 * heads * head_dim. The rows'
-share is t (Q + K + V + O + F) + n (K + V + O + F) unless a preset says otherwise. `cost.py` counts.
+`about` says where a preset comes from, what it shows to whom, what it adds and what it costs;
+`python -m megatron_dattn.attention PRESET` prints it, with `NOTATION`. `cost.py` counts.
 """
 
 from megatron_dattn.attention.config import AttentionConfig, Positions, TextToVisual
 from megatron_dattn.attention.visual_rows import VisualRows
 from megatron_dattn.errors import ConfigError
 
+NOTATION = """\
+Cost is that of a layer with n visual rows, t text rows and p scored pairs; t (t + 1) / 2 pairs of
+T2T, causal, are in every preset. Q, K, V, O and F stand for one row's operations in the query, key,
+value and output projections and the FFN; a pair costs 4 * heads * head_dim. The rows cost
+t (Q + K + V + O + F) + n (K + V + O + F) unless a preset says otherwise."""
+
 _AS_TEXT = TextToVisual(scope="following", rotary=True)
 _SEQUENCE = Positions(text="gap", visual="sequence", embedding="none")
 
 PRESETS: dict[str, AttentionConfig] = {
-    # The paper's baseline and LLaVA's attention: visual rows are treated as text. One causal
-    # softmax in reading order with one-dimensional rotary positions over all rows. Table 2, row 1.
-    # No parameters. Cost: (n + t)(Q + K + V + O + F), p = (n + t)(n + t + 1) / 2.
-    "s_attn": AttentionConfig(v2v="causal", v2t="preceding", t2v=_AS_TEXT, positions=_SEQUENCE),
-    # The paper's method: V2V diagonal (section 2.2), T2V non-causal without rotary positions
-    # (section 2.3), merged with T2T by alpha-weighting (section 2.4). Learnable row and column
-    # embeddings stand in for the missing positions: the only parameters, in front of the layers.
-    # The paper leaves the text ids open; counting text alone keeps them inside the range the
-    # language model was trained on however large |V|. Cost: p = n t + T2T.
-    "dattn": AttentionConfig(),
-    # Diagonal V2V with the rotary positions kept in T2V: all rows have sequence ids, so visual rows
-    # far from a text row are disfavoured (figure 2). Table 2, row 2: what debiasing is worth.
-    # No parameters. Cost: as `dattn`.
-    "dattn_biased": AttentionConfig(
-        t2v=TextToVisual(scope="all", rotary=True), positions=_SEQUENCE
+    "s_attn": AttentionConfig(
+        about="""
+        The paper's baseline (Table 2, row 1) and LLaVA's attention: visual rows are treated as
+        text. Mask: one causal softmax in reading order. Positions: rotary, one-dimensional, over
+        all rows. A sliding window counts all rows. Parameters: none.
+        Cost: (n + t) (Q + K + V + O + F), p = (n + t) (n + t + 1) / 2.
+        """,
+        v2v="causal",
+        v2t="preceding",
+        t2v=_AS_TEXT,
+        positions=_SEQUENCE,
     ),
-    # The cell that Table 2 leaves out: S-Attn with debiased T2V. V2V and V2T are causal with
-    # sequence positions; text after an image sees all of it without rotary positions, and visual
-    # rows get the learnable embedding. Text before an image must not see it here: the image has
-    # seen that text, later words included, and would tell the answer. Cost: as `s_attn`.
+    "dattn": AttentionConfig(
+        about="""
+        The paper's method. Mask: V2V diagonal (section 2.2), T2V not causal (section 2.3), joined
+        with T2T by alpha-weighting (section 2.4). Positions: T2V has no rotary ones; learnable
+        embeddings of a patch's row and column stand in for them. The paper leaves the text ids
+        open; counting text alone keeps them inside the range that the language model was trained
+        on, however large |V|. Parameters: the embedding, in front of the layers.
+        Cost: p = n t + T2T.
+        """,
+    ),
+    "dattn_biased": AttentionConfig(
+        about="""
+        Table 2, row 2: what debiasing is worth. Mask: as `dattn`. Positions: T2V keeps the rotary
+        ones, and all rows have ids in sequence, so visual rows far from a text row are disfavoured
+        (figure 2). Parameters: none. Cost: as `dattn`.
+        """,
+        t2v=TextToVisual(scope="all", rotary=True),
+        positions=_SEQUENCE,
+    ),
     "s_attn_debias": AttentionConfig(
+        about="""
+        The cell that Table 2 leaves out: `s_attn` with debiased T2V. Mask: as `s_attn`. Text before
+        an image must not see it here: the image has seen that text, later words included, and would
+        tell the answer. Positions: V2V, V2T and T2T in sequence; T2V has no rotary ones, and visual
+        rows get the learnable embedding. Parameters: the embedding. Cost: as `s_attn`.
+        """,
         v2v="causal",
         v2t="preceding",
         t2v=TextToVisual(scope="following", rotary=False),
         positions=Positions(text="gap", visual="sequence", embedding="row_column"),
     ),
-    # The other merges of the paper's Table 3, and the plain sum. Masks, positions and embedding are
-    # those of `dattn`; T2V and T2T each have a softmax of their own.
-    # `dattn_sum` adds them, which doubles attention's scale at the start. Cost: as `dattn`.
-    "dattn_sum": AttentionConfig(merge="sum"),
-    # T2T + tanh(g) T2V, Flamingo's gate, here one g per query head and layer. With g = 0 the layer
-    # is the language model's own; but then no gradient reaches the images before g has moved.
-    "dattn_tanh": AttentionConfig(merge="tanh"),
-    # (1 - s) T2T + s T2V with s = sigmoid(g), one g per query head and layer: alpha-weighting with
-    # a constant alpha. Rows that see no image keep their T2T whole.
-    "dattn_sigmoid": AttentionConfig(merge="sigmoid"),
-    # T2V is a cross-attention module of its own in front of every self-attention, as in Flamingo:
-    # t + W_o' XA(t, V), then T2T. Parameters: query, key, value and output projections per layer,
-    # 1.34 billion for Mistral-7B, which is the paper's 9.0 B against 7.6 B. Their output starts at
-    # zero, so the language model is at first itself. Cost: as `dattn` and t (Q + O) + n (K + V).
-    "dattn_cascade": AttentionConfig(merge="cascade"),
-    # The later video models of the paper's authors: T2V over all visual rows without positions,
-    # added to T2T without a gate; text is counted alone. To attention this is `dattn_sum`. Vidi's
-    # positions are an MLP of a patch's place as a share of the image's side, and visual rows pass a
-    # last norm that starts at the scale of the text embeddings: 2 MLPs and 4 norms of parameters.
-    # T2V has no sliding window, here as everywhere. Cost: as `dattn`.
-    "vidi": AttentionConfig(merge="sum", positions=Positions(embedding="fractional")),
-    # EE-MLLM's composite attention: no V2V, the layer's value, output and FFN weights align the
-    # visual rows; one rotary softmax over images and text, and text before an image does not see
-    # it. `dattn_biased` with the causal scope. No parameters. Cost: p = n t' + T2T for t' rows of
-    # text after the image.
-    "ee_mllm": AttentionConfig(t2v=_AS_TEXT, positions=_SEQUENCE),
-    # NAAViT, "no attention among visual tokens", the pilot study of SAISA: as `ee_mllm`, but
-    # attention adds nothing to visual rows; only their FFN transforms them. No parameters. Cost:
-    # as `ee_mllm` without n O.
-    "naavit": AttentionConfig(v2v="none", t2v=_AS_TEXT, positions=_SEQUENCE),
-    # AKI's modality-mutual attention: S-Attn whose images also see the question that follows them.
-    # The question is the sample's prompt (`TokenLayout.prompt_lengths`): only text without loss,
-    # since labels would otherwise come back through the image. Without a prompt it is `s_attn`. No
-    # parameters. Cost: as `s_attn` and n pairs for every prompt row after the image.
-    "aki": AttentionConfig(v2v="causal", v2t="prompt", t2v=_AS_TEXT, positions=_SEQUENCE),
-    # Concentric causal attention: the patches of a ring share a rotary id, counted from the border
-    # to the centre; a patch sees its own ring and those around it. Text goes on after the centre's
-    # id, so text is never far from any patch. The authors fix a grid of 24 x 24; here ring
-    # min(i, j, H-1-i, W-1-j) of any H x W. No parameters. Cost: as `s_attn` with V2V pairs
-    # (n^2 + sum of squared ring sizes) / 2, 0.555 n^2 for 24 x 24.
+    "dattn_sum": AttentionConfig(
+        about="""
+        One of the other merges, the plain sum: T2V and T2T each have a softmax of their own and are
+        added, which doubles attention's scale at the start. Mask, positions and embedding: as
+        `dattn`. Parameters: the embedding. Cost: as `dattn`.
+        """,
+        merge="sum",
+    ),
+    "dattn_tanh": AttentionConfig(
+        about="""
+        A merge of the paper's Table 3, Flamingo's gate: T2T + tanh(g) T2V, two softmaxes, one g per
+        query head. With g = 0 the layer is the language model's own; but then no gradient reaches
+        the images before g has moved. Mask, positions and embedding: as `dattn`. Parameters: the
+        embedding, and a gate per query head and layer. Cost: as `dattn`; a gate is no product of
+        matrices.
+        """,
+        merge="tanh",
+    ),
+    "dattn_sigmoid": AttentionConfig(
+        about="""
+        A merge of the paper's Table 3: (1 - s) T2T + s T2V with s = sigmoid(g), two softmaxes, one
+        g per query head: alpha-weighting with a constant alpha. Rows that see no image keep their
+        T2T whole. Mask, positions and embedding: as `dattn`. Parameters: the embedding, and a gate
+        per query head and layer. Cost: as `dattn`; a gate is no product of matrices.
+        """,
+        merge="sigmoid",
+    ),
+    "dattn_cascade": AttentionConfig(
+        about="""
+        A merge of the paper's Table 3, as in Flamingo: T2V is a cross-attention module of its own
+        in front of every self-attention, t + W_o' XA(t, V), then T2T. Its output starts at zero, so
+        the language model is at first itself. Mask, positions and embedding: as `dattn`.
+        Parameters: the embedding, and query, key, value and output projections per layer, 1.34
+        billion for Mistral-7B, which is the paper's 9.0 B against 7.6 B.
+        Cost: as `dattn` and t (Q + O) + n (K + V).
+        """,
+        merge="cascade",
+    ),
+    "vidi": AttentionConfig(
+        about="""
+        Vidi, the later video models of the paper's authors: T2V over all visual rows, added to T2T
+        without a gate. To attention this is `dattn_sum`. Positions: text is counted alone; those of
+        a patch are an MLP of its place as a share of the image's side, and visual rows pass a last
+        norm that starts at the scale of the text embeddings. T2V has no sliding window. Parameters:
+        two MLPs and four norms, in front of the layers. Cost: as `dattn`.
+        """,
+        merge="sum",
+        positions=Positions(embedding="fractional"),
+    ),
+    "ee_mllm": AttentionConfig(
+        about="""
+        EE-MLLM's composite attention. Mask: no V2V, the layer's value, output and FFN weights align
+        the visual rows; text before an image does not see it. It is `dattn_biased` with the causal
+        scope: one rotary softmax over images and text. Positions: in sequence. Parameters: none.
+        Cost: p = n t' + T2T for t' rows of text after the image.
+        """,
+        t2v=_AS_TEXT,
+        positions=_SEQUENCE,
+    ),
+    "naavit": AttentionConfig(
+        about="""
+        NAAViT, "no attention among visual tokens", the pilot study of SAISA. Mask and positions: as
+        `ee_mllm`, but attention adds nothing to visual rows; only their FFN transforms them.
+        Parameters: none. Cost: t (Q + K + V + O + F) + n (K + V + F), pairs as `ee_mllm`.
+        """,
+        v2v="none",
+        t2v=_AS_TEXT,
+        positions=_SEQUENCE,
+    ),
+    "aki": AttentionConfig(
+        about="""
+        AKI's modality-mutual attention. Mask: `s_attn` whose images also see the question that
+        follows them. The question is the sample's prompt (`TokenLayout.prompt_lengths`): only text
+        without loss, since labels would otherwise come back through the image. Without a prompt it
+        is `s_attn`. Positions: in sequence. Parameters: none.
+        Cost: as `s_attn` and n pairs for every prompt row after the image.
+        """,
+        v2v="causal",
+        v2t="prompt",
+        t2v=_AS_TEXT,
+        positions=_SEQUENCE,
+    ),
     "cca": AttentionConfig(
+        about="""
+        Concentric causal attention. Mask: a patch sees its own ring and those around it, and what
+        stands before the image; text is causal. Positions: the patches of a ring share a rotary id,
+        counted from the border to the centre, and text goes on after the centre's id, so text is
+        never far from any patch. The authors fix a grid of 24 x 24; here ring
+        min(i, j, H-1-i, W-1-j) of any H x W. Parameters: none.
+        Cost: as `s_attn` with V2V pairs (n^2 + sum of squared ring sizes) / 2, 0.555 n^2 for
+        24 x 24.
+        """,
         v2v="ring",
         v2t="preceding",
         t2v=_AS_TEXT,
         positions=Positions(text="gap", visual="ring", embedding="none"),
     ),
-    # SAISA: `naavit` whose visual rows have no state: every layer makes keys and values from the
-    # encoder's features by a two-layer MLP of its own. Parameters: those MLPs, v d + d^2 per layer
-    # for features of width v. Cost: t (Q + K + V + O + F) + n (K + V + 2 (v d + d^2)), pairs as
-    # `ee_mllm`.
     "saisa": AttentionConfig(
+        about="""
+        SAISA: `naavit` whose visual rows have no state: every layer makes keys and values from the
+        encoder's features by an MLP of two linear layers of its own. The released code has no norm
+        in front of that MLP; ours has the adapter's RMSNorm, since features leave the encoder
+        unnormalized. Mask and positions: as `naavit`. Parameters: per layer, for features of width
+        v and a model of width d, v d + d^2 in the MLP (and its 2 d biases) and v in the norm; there
+        is no adapter. Cost: t (Q + K + V + O + F) + n (K + V + 2 (v d + d^2)), pairs as `ee_mllm`.
+        """,
         v2v="none",
         t2v=_AS_TEXT,
         positions=_SEQUENCE,
         visual=VisualRows(source="reproject", ffn=0.0),
     ),
-    # ShortV: `s_attn` whose visual rows stay as they are in the layers that matter least to them:
-    # no query, no output, no FFN, while text reads their keys and values. The authors find the
-    # layers by measuring each (19 of 32 for LLaVA-1.5-7B); here the later 60 %. No parameters.
-    # Cost of a frozen layer: t (Q + K + V + O + F) + n (K + V), pairs as `ee_mllm`.
     "shortv": AttentionConfig(
+        about="""
+        ShortV: `s_attn` whose visual rows stay as they are in the layers that matter least to them:
+        no query, no output, no FFN, while text reads their keys and values. The authors find the
+        layers by measuring each (19 of 32 for LLaVA-1.5-7B); here the later 60 %. Positions: in
+        sequence. A sliding window counts all rows in every layer. Parameters: none.
+        Cost: as `s_attn` in the first 40 % of the layers; in a frozen one
+        t (Q + K + V + O + F) + n (K + V), pairs as `ee_mllm`.
+        """,
         v2v="causal",
         v2t="preceding",
         t2v=_AS_TEXT,
         positions=_SEQUENCE,
         visual=VisualRows(frozen=(0.4, 1.0)),
     ),
-    # Visual rows leave after half of the layers (DyVTE learns where; this is a fixed exit): the
-    # later layers see text alone, at its old positions. No parameters. Cost: as `s_attn` up to the
-    # exit, then t (Q + K + V + O + F) and T2T.
     "exit": AttentionConfig(
+        about="""
+        DyVTE with a fixed exit (the authors learn where): `s_attn` whose visual rows leave after
+        half of the layers; the later ones see text alone, at its old positions. Parameters: none.
+        Cost: as `s_attn` up to the exit, then t (Q + K + V + O + F) and T2T.
+        """,
         v2v="causal",
         v2t="preceding",
         t2v=_AS_TEXT,
         positions=_SEQUENCE,
         visual=VisualRows(exit=0.5),
     ),
-    # FasterVLM: `s_attn` over the quarter of the patches that the encoder's own attention prefers.
-    # CLIP's class token chooses them, as with the authors; SigLIP has none, so there they are those
-    # that its patches attend to most. No parameters. Cost: as `s_attn` with n / 4.
     "fastervlm": AttentionConfig(
+        about="""
+        FasterVLM: `s_attn` over the quarter of the patches that the encoder attends to most, in
+        their order. CLIP's class token chooses them, as with the authors: by its attention, on
+        average over heads, in the layer of the features. SigLIP has no class token; there a patch
+        counts by what it receives on average from all patches. Positions: in sequence over the
+        patches that are kept. Parameters: none. Cost: as `s_attn` with n / 4.
+        """,
         v2v="causal",
         v2t="preceding",
         t2v=_AS_TEXT,
         positions=_SEQUENCE,
         visual=VisualRows(keep=0.25),
     ),
-    # YOPO prunes what visual tokens do: a patch sees the 5 x 5 patches around it, before and after,
-    # and the text before its image; some heads see no image; visual rows pass half of the FFN's
-    # neurons; they leave after half of the layers. The authors choose the heads of each layer by
-    # measurement; here the first three quarters of the key heads stay. No parameters. Cost up to
-    # the exit: t (Q + K + V + O + F) + n (Q + K + V + O + F / 2), at most 25 n pairs of V2V.
     "yopo": AttentionConfig(
+        about="""
+        YOPO prunes what visual tokens do. Mask: a patch sees the 5 x 5 patches around it, before
+        and after, and the text before its image. The first three quarters of the key heads deal
+        with images (the authors choose heads by measuring each layer); in the others images'
+        values count as zero, in a softmax over all keys. Visual rows pass half of the FFN's
+        neurons and leave after half of the layers. There our text rows have a softmax over text
+        alone, where the authors' simulation zeroes the values of visual keys and so makes the
+        rest smaller. Positions: in sequence. Parameters: none.
+        Cost up to the exit: t (Q + K + V + O + F) + n (Q + K + V + O + F / 2) and
+        p = 25 n (V2V, at most) + n (t - t') (V2T) + n t' (T2V) + T2T for t' rows of text after the
+        image; then t (Q + K + V + O + F) and T2T. The heads save nothing here: they are masked, and
+        their scores computed.
+        """,
         v2v="window",
         v2v_window=5,
         v2t="preceding",

@@ -69,13 +69,12 @@ def plan_report(
     # A configuration with the same T2V and T2T and nothing else, kept apart as by any merge but
     # "alpha". A plan needs no positions.
     rotary = config.t2v.rotary
-    counted = "reading_order" if config.window_in_reading_order else "part"
     text_alone = AttentionConfig(
         v2v="none",
         t2v=config.t2v,
         positions=Positions(text="gap", visual="sequence") if rotary else Positions(),
         merge="sum",
-        window=counted,
+        window="reading_order" if config.window_in_reading_order else "part",
     )
     plan = plan_attention(layout, text_alone, device, window=window)
     return ReportPlan(layout, config.merge, plan.visual_parts, plan.parts, device)

@@ -30,9 +30,11 @@ class VisualRows:
     # Share of the FFN's neurons, from the first on, that visual rows pass through; 0 skips the FFN.
     ffn: float = 1.0
     # Share of the key heads, from the first on, in which visual rows are read and read anything. In
-    # the other heads their values count as zero, without renormalizing the softmax.
+    # the other heads their values count as zero, without renormalizing the softmax. This is a mask:
+    # it changes the model and saves no work.
     heads: float = 1.0
-    # Share of the layers after which visual rows are gone and text sees text alone.
+    # Share of the layers after which visual rows are gone and text sees text alone: its softmax is
+    # over text, where zeroed values of visual rows would leave a smaller sum.
     exit: float = 1.0
     # From this share of the layers on to that one, visual rows are read but stay as they are. The
     # last layer is among them only if the range ends at 1.
@@ -63,8 +65,9 @@ def _is_share(value: object) -> bool:
 
 
 def _is_range(value: object) -> bool:
-    is_pair = isinstance(value, tuple) and len(value) == 2 and all(_is_share(v) for v in value)
-    return is_pair and value[0] < value[1]
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    return _is_share(value[0]) and _is_share(value[1]) and value[0] < value[1]
 
 
 def kept_grid(grid: Grid, rows: VisualRows) -> Grid:

@@ -162,7 +162,11 @@ class DecomposedSelfAttention(SelfAttention):
 
     def head_mask(self, value: Tensor) -> Tensor | None:
         """1 for this rank's key heads that deal with images, 0 for the others, fp32 [key heads], on
-        the device of `value`; None if all do."""
+        the device of `value`; None if all do.
+
+        The mask says what a model with pruned heads computes; it saves nothing. Scores, keys and
+        values of the silent heads are computed, since their softmax still counts visual rows.
+        """
         if self.heads_with_images == self.config.num_query_groups:
             return None
         here = self.num_query_groups_per_partition

@@ -2,8 +2,8 @@
 
 Three conventions of the kernel matter here. Its causal mask is aligned at the top left, which is
 the same as ours because causal segments are square. An empty query or key batch kills the process;
-a part holds no empty segments, so none arises. It knows no window: batches longer than the window
-carry a mask of width x width.
+padded batches hold no empty segments, so none arises. It knows no window: batches longer than the
+window carry a mask of width x width.
 """
 
 import torch

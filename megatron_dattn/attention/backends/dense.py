@@ -78,7 +78,8 @@ class DenseBackend(ABC):
             out, lse = self.dense_forward(q, k, v, _bias(batch, q.dtype), rule)
             outs.append(batch.queries.unpad(out.transpose(1, 2)))
             lses.append(batch.queries.unpad(lse.transpose(1, 2)))
-        return _join(outs), _join(lses)
+        starts = [batch.queries.start for batch in part.batches]
+        return _place(outs, starts, query, 0.0), _place(lses, starts, query[..., 0], -torch.inf)
 
     def backward(
         self,
@@ -106,8 +107,13 @@ class DenseBackend(ABC):
             grads[0].append(batch.queries.unpad(dq.transpose(1, 2)))
             grads[1].append(batch.keys.unpad(dk.transpose(1, 2)))
             grads[2].append(batch.keys.unpad(dv.transpose(1, 2)))
-        dq, dk, dv = (_join(pieces) for pieces in grads)
-        return dq, dk, dv
+        of_queries = [batch.queries.start for batch in part.batches]
+        of_keys = [batch.keys.start for batch in part.batches]
+        return (
+            _place(grads[0], of_queries, query, 0.0),
+            _place(grads[1], of_keys, key, 0.0),
+            _place(grads[2], of_keys, value, 0.0),
+        )
 
 
 def _pad(rows: Tensor, padded_rows: PaddedRows, dtype: torch.dtype) -> Tensor:
@@ -119,8 +125,17 @@ def _bias(batch: PaddedBatch, dtype: torch.dtype) -> Tensor | None:
     return None if batch.key_bias is None else batch.key_bias.to(dtype)
 
 
-def _join(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+def _place(pieces: list[Tensor], starts: list[int], like: Tensor, fill: float) -> Tensor:
+    """The pieces, each from its start on, shaped like `like`; `fill` in rows without a score."""
+    if len(pieces) == 1 and len(pieces[0]) == len(like):
+        return pieces[0]
+    if pieces and sum(map(len, pieces)) == len(like):
+        return torch.cat(pieces)
+    dtype = pieces[0].dtype if pieces else merge_dtype(like.dtype)
+    whole = like.new_full(like.shape, fill, dtype=dtype)
+    for start, piece in zip(starts, pieces, strict=True):
+        whole[start : start + len(piece)] = piece
+    return whole
 
 
 def hidden_places(rule: ScoreRule, width: int, device: torch.device) -> Tensor | None:

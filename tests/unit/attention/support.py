@@ -15,6 +15,7 @@ from megatron_dattn.attention import (
     Positions,
     TextToVisual,
     TokenLayout,
+    VisualRows,
     attend_images,
     decomposed_attention,
     layer_rules,
@@ -36,6 +37,9 @@ _INHERIT_ROTATED = TextToVisual("following", rotary=True, window="inherit")
 VARIANTS = {
     "frozen": layer_rules(PRESETS["shortv"], 5, skip_unread=False)[-1].attention,
     "frozen_yopo": layer_rules(PRESETS["yopo"], 2, skip_unread=True)[0].attention,
+    "frozen_debias": layer_rules(
+        replace(PRESETS["s_attn_debias"], visual=VisualRows(exit=0.5)), 2, skip_unread=True
+    )[0].attention,
     "reading_order": AttentionConfig(
         t2v=TextToVisual("following"), merge="sum", window="reading_order"
     ),

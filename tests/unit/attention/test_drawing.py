@@ -1,12 +1,13 @@
 """The pictures say what the oracle says, and the command line what the counts say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_dattn.attention import PRESETS
+from megatron_dattn.attention import PRESETS, AttentionConfig, TextToVisual, VisualRows
 from megatron_dattn.attention.__main__ import main
-from megatron_dattn.attention.drawing import drawn_rows
+from megatron_dattn.attention.drawing import drawn_rows, panels
 
 # In reading order: T0, image V0..V11 of 3 x 4, T1 T2, image V12..V15 of 2 x 2, T3 T4 T5.
 T, V, W = "#", 12 * "#", 4 * "#"
@@ -48,6 +49,70 @@ def test_concentric_patches_share_positions() -> None:
     assert [ids[name] for name in ("T0", "T1", "T2", "V12", "T3")] == ["0", "3", "4", "5", "6"]
 
 
+def outline(preset: str, num_layers: int = 10) -> list[tuple[str, str]]:
+    """Of each panel: its title, and the kinds of its rows that see anything."""
+    return [
+        (panel.title, "".join(row.name[0] for row in panel.rows if row.marks.strip(".")))
+        for panel in panels(PRESETS[preset], num_layers)
+    ]
+
+
+def test_layers_that_differ_have_a_panel_each() -> None:
+    whole, text = "T" + 12 * "V" + "TT" + 4 * "V" + "TTT", 6 * "T"
+    assert outline("s_attn") == [("layers 1 to 10", whole)]
+    assert outline("shortv") == [
+        ("layers 1 to 4", whole),
+        ("layers 5 to 10: visual rows are read and stay as they are", text),
+    ]
+    assert outline("exit") == [
+        ("layers 1 to 5", whole),
+        ("layers 6 to 10: images are gone", text),
+    ]
+    assert outline("exit", 2) == [("layer 1", whole), ("layer 2: images are gone", text)]
+    (title, kinds), *_ = outline("yopo")
+    assert (title, kinds) == ("layers 1 to 5: visual rows pass 0.5 of the FFN", whole)
+
+
+def test_frozen_layers_are_drawn_as_text_reads_them() -> None:
+    whole, frozen = (panel.rows for panel in panels(PRESETS["shortv"], 5))
+    for before, after in zip(whole, frozen, strict=True):
+        assert after.marks == (len(whole) * "." if after.name[0] == "V" else before.marks)
+        assert after.position == before.position
+
+
+def test_text_keeps_its_positions_when_images_are_gone() -> None:
+    _, gone = panels(PRESETS["exit"], 2)
+    assert [row.position for row in gone.rows] == ["0", "13", "14", "19", "20", "21"]
+    assert [row.marks for row in gone.rows] == ["#" * n + "." * (6 - n) for n in range(1, 7)]
+
+
+def test_only_kept_patches_are_drawn() -> None:
+    names = [row.name for row in drawn_rows(PRESETS["fastervlm"])]
+    assert names == ["T0", "V0", "V1", "V2", "T1", "T2", "V3", "T3", "T4", "T5"]
+
+
+def test_layers_apart_from_each_other_share_a_panel() -> None:
+    config = replace(PRESETS["s_attn"], visual=VisualRows(frozen=(0.4, 0.6)))
+    assert [panel.title for panel in panels(config, 5)] == [
+        "layers 1 to 2, 4 to 5",
+        "layer 3: visual rows are read and stay as they are",
+    ]
+
+
+def test_an_inherited_window_hides_images() -> None:
+    config = AttentionConfig(t2v=TextToVisual(window="inherit"))
+    # Three text rows from the last image to the last row, five from the first image.
+    assert drawn_rows(config, window=3)[-1].marks == 15 * "." + "...." + "###"
+    assert drawn_rows(config, window=4)[-1].marks == 13 * "." + ".#" + "oooo" + "###"
+    assert drawn_rows(config, window=6)[-1].marks == "#" + 12 * "o" + "##" + "oooo" + "###"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_says_where_it_comes_from_and_what_it_costs(preset: str) -> None:
+    for word in ("Parameters: ", "Cost"):
+        assert word in " ".join(PRESETS[preset].about.split())
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_can_be_shown(
     preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -55,7 +120,9 @@ def test_every_preset_can_be_shown(
     picture = tmp_path / "preset.png"
     assert main([preset, "--output", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.startswith(f"{preset}: v2v {PRESETS[preset].v2v}")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{preset}: v2v {PRESETS[preset].v2v}")
+    assert " ".join(PRESETS[preset].about.split()) in " ".join(shown.split())
 
 
 def test_the_cost_of_the_formula_stands_beside_s_attns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,9 +143,41 @@ def test_the_cost_of_the_formula_stands_beside_s_attns(capsys: pytest.CaptureFix
     assert printed[-1] == pytest.approx(expected[-1] / float(s_attn.split()[-2]), abs=0.002)
 
 
-def test_users_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["dattention"]) == 2
-    assert main(["dattn", "--text-before", "300"]) == 2
-    unknown, too_late = capsys.readouterr().err.splitlines()
-    assert "unknown attention preset 'dattention'" in unknown
-    assert "stands after 300 text rows" in too_late
+def test_a_window_is_drawn_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    sample = ["--grid", "4", "5", "--text-rows", "20", "--text-before", "0", "--prompt-rows", "0"]
+    assert main(["s_attn", "--window", "4", *sample]) == 0
+    shown = capsys.readouterr().out
+    assert "sliding window: 4, counts all rows, hides images" in shown
+    assert shown.splitlines()[-1].split()[1:5] == ["0.1", "0.0", "0.0", "0.1"]  # thousands of pairs
+    assert main(["dattn", "--window", "4"]) == 0
+    assert "counts text rows, never hides images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["dattention"], "unknown attention preset 'dattention'"),
+        (["dattn", "--text-before", "300"], "stands after 300 text rows"),
+        (["dattn", "--output", "missing/a.png"], "there is no folder 'missing'"),
+        (["dattn", "--output", "a.xyz"], "'a.xyz' names no kind of picture; end it in one of "),
+        (["dattn", "--output", "a"], "'a' names no kind of picture"),
+        (["dattn", "--num-layers", "0"], "--num-layers is at least 1; it is 0"),
+        (["dattn", "--hidden-size", "-4"], "--hidden-size is at least 1; it is -4"),
+        (["dattn", "--window", "0"], "--window is at least 1; it is 0"),
+        (["dattn", "--grid", "0", "4"], "empty patch grid"),
+    ],
+)
+def test_users_mistakes_are_one_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_picture_that_cannot_be_written_is_the_user_s_to_mend(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").mkdir()
+    assert main(["dattn", "--output", str(tmp_path / "a.png")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from megatron_dattn.attention import ImageSpan, TokenLayout
 from megatron_dattn.attention.layout import Run
@@ -36,6 +36,7 @@ def test_runs_follow_the_reading_order() -> None:
     assert RICH_LAYOUT.runs(2) == (Run(8, 10, images=(3,)), Run(23, 27))
 
 
+@settings(deadline=None)
 @given(layout=layouts())
 def test_runs_hold_every_row_of_a_sample_once(layout: TokenLayout) -> None:
     for sample in range(layout.num_samples):
@@ -47,6 +48,7 @@ def test_runs_hold_every_row_of_a_sample_once(layout: TokenLayout) -> None:
         assert all(a != b for a, b in pairwise(kinds))
 
 
+@settings(deadline=None)
 @given(layout=layouts())
 def test_encode_decode_round_trip(layout: TokenLayout) -> None:
     encoded = layout.encode()

@@ -1,7 +1,7 @@
 """Ragged segments as padded batches: nothing lost, little wasted."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dattn.attention.padding import PaddedRows, padded_batches
@@ -9,6 +9,7 @@ from megatron_dattn.attention.padding import PaddedRows, padded_batches
 lengths_lists = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(lengths=lengths_lists, start=st.integers(0, 3))
 def test_unpad_inverts_pad(lengths: list[int], start: int) -> None:
     ragged = torch.randn(start + sum(lengths) + 2, 3)
@@ -45,6 +46,7 @@ def test_ragged_keys_are_masked_unless_a_causal_mask_hides_them() -> None:
     assert causal.key_bias is None
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 2000), max_size=8))
 def test_batches_hold_all_segments_in_order_without_much_waste(lengths: list[int]) -> None:
     batches = padded_batches(lengths, lengths, causal=True, device="cpu")

@@ -72,6 +72,7 @@ def test_the_oracle_s_positions_of_a_layout_by_hand() -> None:
     assert described_positions(LAYOUT, PRESETS["dattn"])[:9] == [0, 0, 0, 0, 0, 0, 0, 1, 2]
 
 
+@settings(deadline=None)
 @given(layout=layouts())
 def test_sequence_positions_number_each_sample_without_gaps(layout: TokenLayout) -> None:
     positions = row_positions(layout, PRESETS["s_attn"])

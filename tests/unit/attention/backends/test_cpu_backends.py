@@ -13,13 +13,18 @@ from megatron_dattn.attention.rows import Rows
 SCALE = 0.3
 KEY_HEADS, GROUP, DIM = 2, 3, 8
 
-# (query lengths, key lengths, causal): ragged, equal, and too different for one padded batch.
+# (query lengths, key lengths, causal): ragged, equal, without rows of one kind, and too different
+# for one padded batch.
 SHAPES = {
     "ragged causal": ((3, 1, 5), (3, 1, 5), True),
     "equal causal": ((4, 4), (4, 4), True),
     "ragged keys": ((3, 1, 5), (2, 7, 4), False),
     "equal keys": ((3, 1, 5), (4, 4, 4), False),
     "several batches": ((2, 300, 3), (4, 300, 1), False),
+    "no keys in one": ((2, 3, 1), (0, 2, 0), False),
+    "no queries in one": ((2, 0, 1), (3, 4, 2), False),
+    "no keys at all": ((2, 1), (0, 0), False),
+    "nothing causal": ((2, 0, 3), (2, 0, 3), True),
     "several causal batches": ((2, 400, 3), (2, 400, 3), True),
 }
 
@@ -68,7 +73,8 @@ def plain_attention(inputs: list[Tensor], part: Part) -> tuple[Tensor, Tensor]:
             future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1).unsqueeze(1)
             scores = scores.masked_fill(future, -torch.inf)
         outs.append(torch.einsum("qhk,khd->qhd", scores.softmax(-1), v))
-        lses.append(scores.logsumexp(-1))
+        nothing = torch.full(scores.shape[:2], -torch.inf, dtype=scores.dtype)
+        lses.append(scores.logsumexp(-1) if len(k) else nothing)
     return torch.cat(outs), torch.cat(lses)
 
 

@@ -15,6 +15,7 @@ from megatron_dattn.attention.rows import Rows
 from megatron_dattn.errors import UserError
 from tests.unit.attention.backends import varlen_kernels
 from tests.unit.attention.support import (
+    CONFIGS,
     RICH_LAYOUT,
     TEXT_ONLY_LAYOUT,
     assert_close_norm,
@@ -96,9 +97,9 @@ def test_float32_stays_near_the_oracle(backend: Backend, preset: str) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 5])
-@pytest.mark.parametrize("preset", ["s_attn", "dattn"])
-def test_the_window_is_the_kernels(backend: Backend, preset: str, window: int) -> None:
-    config = PRESETS[preset]
+@pytest.mark.parametrize("name", ["s_attn", "dattn", "frozen", "inherit"])
+def test_the_window_is_the_kernels(backend: Backend, name: str, window: int) -> None:
+    config = CONFIGS[name]
     problem = make_problem(RICH_LAYOUT, config)
     actual = run_fast(problem, RICH_LAYOUT, config, backend, window=window)
     exact = run_oracle(problem, RICH_LAYOUT, config, window=window)
