@@ -10,6 +10,7 @@ from typing import Any
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion import dattn, llava
 from megatron_dattn.conversion.config_values import ConfigValues
+from megatron_dattn.conversion.named_tokens import named_tokens
 from megatron_dattn.conversion.origin import (
     EMBEDDING,
     HEAD,
@@ -78,6 +79,7 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
         tokenizer=folder,
         image_processor=folder,
         image_token_id=image_token_id(config),
+        named_tokens=named_tokens(config.get("text_config") or {}, config),
     )
 
 
@@ -95,6 +97,7 @@ def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -
         has_added=True,
         image_fit=_exported_fit(folder),
         image_token_id=image_token_id(config),
+        named_tokens=named_tokens(config.get("text_config") or {}, config),
     )
 
 

@@ -187,7 +187,7 @@ def test_published_configs(name):
 
 def test_siglip_2_of_any_resolution_is_another_model():
     naflex = {"model_type": "siglip2", "vision_config": {"num_patches": 256}}
-    with pytest.raises(CheckpointError, match="'siglip2'; supported: clip, .* siglip"):
+    with pytest.raises(CheckpointError, match=r"'siglip2'; supported: clip, .* siglip"):
         vision_family(naflex)
 
 
