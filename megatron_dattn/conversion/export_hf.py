@@ -21,9 +21,9 @@ from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.hf_config import (
     TokenIds,
     check_exportable,
+    config_from_model,
     generation_config,
     is_llava,
-    model_config,
 )
 from megatron_dattn.conversion.hf_names import export_rules
 from megatron_dattn.conversion.hf_processor import write_processor, write_tokenizer
@@ -155,7 +155,7 @@ def _write_small_files(
     write_processor(assets.preprocessor, target, llava_vision=vision)
     if not llava:
         _copy_code(target)
-    content = model_config(config.model, tokens=tokens, dtype=_DTYPE_NAMES[dtype])
+    content = config_from_model(config.model, tokens=tokens, dtype=_DTYPE_NAMES[dtype])
     (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stops = sorted(assets.stop_ids)
     generation_config(stops, tokens).save_pretrained(target)

@@ -66,7 +66,7 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
         raise ConfigError(
             f"attention '{attention}' has no adapter to take LLaVA's weights; choose another"
         )
-    model = llava.model_config(config, attention)
+    model = llava.model_from_config(config, attention)
     weights = SafetensorsFolder(folder)
     keys = llava.key_names(weights.shapes)
     rules = llava.weight_rules(model, keys)
@@ -84,7 +84,7 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
 
 
 def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -> Origin:
-    model = dattn.model_config(config, attention)
+    model = dattn.model_from_config(config, attention)
     weights = SafetensorsFolder(folder)
     names = llava.KeyNames()  # an export's language model has LLaVA's newer names
     unused = repeated_head(weights, model.language, names.language(HEAD), names.language(EMBEDDING))
