@@ -1,10 +1,10 @@
 """Whether a timed layer computes the right thing: its outputs and gradients against a reference.
 
-The reference is the same layer with the same weights in float64 with the backend `math`, whose
-score matrix limits it to short inputs. Above that, variants of one preset are compared with each
-other in the run's own precision.
+The reference is the same layer with the same weights in float64, without savings, over attention
+written as it is defined (`exact_attention.py`), whatever the length.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from benchmarks.decoder_layer import LayerBench, Variant
 from megatron_dattn.attention import TokenLayout
-
-LONGEST_CHECKED = 2304
-"""Visual rows up to which the float64 reference is run: 8 heads' scores then take 0.4 GB."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +47,24 @@ class Agreement:
     weight_gradient: float
 
 
-def agree(layer: LayerBench) -> Agreement:
-    """Compare the layer with the best reference there is for so many rows."""
-    variant, bench, layout = layer.variant, layer.bench, layer.layout
-    if layout.num_visual_rows <= LONGEST_CHECKED:
-        exact = LayerBench(bench, Variant.parse(variant.preset), layout, double=True)
-        copy_weights(layer.model, exact.model)
-        return compare(Outcome.of(layer), Outcome.of(exact), layout, "float64")
-    if variant.name == variant.preset:
-        return Agreement("not checked", *(float("nan"),) * 3)
-    other = LayerBench(bench, Variant.parse(variant.preset), layout)
-    copy_weights(layer.model, other.model)
-    return compare(Outcome.of(layer), Outcome.of(other), layout, variant.preset)
+def agree(layers: Mapping[str, LayerBench]) -> dict[str, Agreement]:
+    """Compare every layer with the float64 run of its preset; of one layout and one `Bench`.
+
+    Layers of one preset begin with equal weights and inputs, so they share the run.
+    """
+    found: dict[str, Agreement] = {}
+    for preset in dict.fromkeys(layer.variant.preset for layer in layers.values()):
+        variants = {n: layer for n, layer in layers.items() if layer.variant.preset == preset}
+        first = next(iter(variants.values()))
+        exact = LayerBench(first.bench, Variant.parse(f"{preset}:naive"), first.layout, double=True)
+        copy_weights(first.model, exact.model)
+        expected = Outcome.of(exact)
+        exact.drop_gradients()
+        for name, layer in variants.items():
+            assert have_equal_weights(layer.model, first.model), "variants of a preset do"
+            found[name] = compare(Outcome.of(layer), expected, layer.layout, "float64")
+            layer.drop_gradients()
+    return found
 
 
 def compare(ours: Outcome, theirs: Outcome, layout: TokenLayout, against: str) -> Agreement:
@@ -93,6 +96,12 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
     values = {local_name(name): parameter for name, parameter in source.named_parameters()}
     for name, parameter in target.named_parameters():
         parameter.copy_(values[local_name(name)])
+
+
+def have_equal_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
+    """Whether they are the same, bit by bit."""
+    values = {local_name(name): parameter for name, parameter in theirs.named_parameters()}
+    return all(torch.equal(p, values[local_name(name)]) for name, p in ours.named_parameters())
 
 
 def local_name(name: str) -> str:

@@ -185,9 +185,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    torch.set_num_threads(parsed.threads)
     setup_logging(stream=sys.stderr, level="WARNING")
     try:
+        report.set_threads(parsed.threads)
         report.write(cache_report(parsed), parsed.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -42,18 +42,20 @@ def step_report(arguments: argparse.Namespace) -> str:
     with_plain = arguments.precision == "fp32" and "dattn" in arguments.attention
     implementation = "local" if with_plain else "auto"
     settings = EngineSettings(arguments.precision, arguments.recompute, implementation)
-    batch = make_batch(demo_model(arguments.attention[0]), arguments.samples)
-    configs = {name: pretrain_config(name, batch, settings) for name in arguments.attention}
+    # Presets may keep a part of the patches: the samples are the same, the packs are not.
+    batches = {
+        name: make_batch(demo_model(name), arguments.samples) for name in arguments.attention
+    }
+    configs = {name: pretrain_config(name, batches[name], settings) for name in batches}
     start(configs[arguments.attention[0]])
-    engines = {name: EngineVariant(config, batch) for name, config in configs.items()}
+    engines = {name: EngineVariant(config, batches[name]) for name, config in configs.items()}
     notes = [
         f"{arguments.precision}, recompute {arguments.recompute}, transformer_impl "
-        f"{implementation}; forward, backward, clipping, AdamW on {arguments.samples} samples, "
-        f"{batch.layout.num_visual_rows} visual and {batch.layout.num_text_rows} text rows"
+        f"{implementation}; forward, backward, clipping, AdamW on {arguments.samples} samples"
     ]
     steps: dict[str, Step] = {f"engine {name}": engine.step for name, engine in engines.items()}
     if with_plain:
-        plain = PlainVariant(engines["dattn"], batch)
+        plain = PlainVariant(engines["dattn"], batches["dattn"])
         losses = ", ".join(f"{loss:.6f}" for loss in compare_losses(engines["dattn"], plain))
         notes.append(f"losses of the first steps agree between engine dattn and {PLAIN}: {losses}")
         steps[PLAIN] = plain.step
@@ -73,7 +75,8 @@ def step_report(arguments: argparse.Namespace) -> str:
 
 def step_table(timings: Timings, work: dict[str, StepReport]) -> str:
     """Time, ratio to the first variant, and what a second brings; `work` is that of one step."""
-    columns = ["variant", "median ms (min to max)", "ratio to the first (min to max)"]
+    columns = ["variant", "visual rows", "text rows", "median ms (min to max)"]
+    columns += ["ratio to the first (min to max)"]
     columns += ["text tokens/s", "all tokens/s", "model GFLOP/step", "model TFLOP/s"]
     base = next(iter(timings.seconds))
     rows = []
@@ -82,6 +85,8 @@ def step_table(timings: Timings, work: dict[str, StepReport]) -> str:
         seconds, tokens = time.median / 1000, done.text_tokens + done.visual_tokens
         row = [
             name,
+            str(done.visual_tokens),
+            str(done.text_tokens),
             report.spread(time, digits=1),
             "1" if name == base else report.spread(timings.ratio(name, base)),
             f"{done.text_tokens / seconds:.0f}",
@@ -116,9 +121,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    torch.set_num_threads(parsed.threads)
     setup_logging(stream=sys.stderr, level="WARNING")
     try:
+        report.set_threads(parsed.threads)
         report.write(step_report(parsed), parsed.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

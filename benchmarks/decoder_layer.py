@@ -1,12 +1,13 @@
 """One decoder layer of the engine, ready to be timed: a variant's name in, a step out.
 
 The layer is a `DAttnLanguageModel` of one layer without embedding, final norm and head, so what is
-measured is the module that training runs. It stands for a layer in the middle of a decoder: the
-saving of unread rows, which concerns the last layer, is off.
+measured is the module that training runs. It stands for the first layer of a decoder whose second
+one reads its rows: the saving of unread rows, which concerns the last layer, is off.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -16,8 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from benchmarks.eager import EagerCore
+from benchmarks.exact_attention import ExactBackend
 from benchmarks.roofline import MIDDLE_LAYER, NAIVE, LayerRun
 from megatron_dattn.attention import (
+    Backend,
     ImageSpan,
     LayerRule,
     LayerSizes,
@@ -26,6 +29,7 @@ from megatron_dattn.attention import (
     layer_rules,
     select_backend,
 )
+from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import ExactSavings, ExecutionConfig, LanguageConfig
@@ -42,6 +46,7 @@ _EAGER_COPIES = 5
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TEXT_BEFORE_IMAGE = 32
 _SEED = 1234
+_DEPTH = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Variant:
     """What is timed: a preset and how it is run. Written `preset[:option]...`.
 
     Options: `naive` without exact savings, `eager` with the scores in memory (s_attn alone),
-    `recompute` in full, `chunk=ROWS` of the FFN.
+    `recompute` in full, `chunk=ROWS` of the FFN, `backend=NAME` in place of the common one.
     """
 
     name: str
@@ -57,26 +62,33 @@ class Variant:
     savings: ExactSavings
     eager: bool
     recompute: bool
+    backend: str | None = None
+    """None for that of the whole benchmark."""
 
     @staticmethod
     def parse(text: str) -> "Variant":
         """Raises ConfigError for unknown presets and options."""
         preset, *options = text.split(":")
-        config = get_preset(preset)
-        chunk = 0
+        get_preset(preset)
+        chunk, backend = 0, None
         for option in options:
-            if option.startswith("chunk=") and option[6:].isdecimal():
-                chunk = int(option[6:])
+            name, _, value = option.partition("=")
+            if name == "chunk" and value.isdecimal():
+                chunk = int(value)
+            elif name == "backend" and value in ("auto", *BACKENDS):
+                backend = value
             elif option not in ("naive", "eager", "recompute"):
                 raise ConfigError(
                     f"variant '{text}' has the unknown option '{option}'; choose naive, eager, "
-                    "recompute or chunk=ROWS"
+                    f"recompute, chunk=ROWS or backend=NAME with auto, {', '.join(BACKENDS)}"
                 )
-        if "eager" in options and not config.is_self_attention:
+        if "eager" in options and preset != "s_attn":
             raise ConfigError(f"variant '{text}': eager attention is written for s_attn alone")
+        if "eager" in options and backend is not None:
+            raise ConfigError(f"variant '{text}': eager attention has no backend; leave one out")
         savings = NAIVE if "naive" in options else MIDDLE_LAYER
         savings = dataclasses.replace(savings, ffn_chunk_rows=chunk)
-        return Variant(text, preset, savings, "eager" in options, "recompute" in options)
+        return Variant(text, preset, savings, "eager" in options, "recompute" in options, backend)
 
 
 @dataclass(frozen=True)
@@ -98,16 +110,37 @@ class Bench:
         return (
             f"{self.precision}, backend {self.backend}; hidden {sizes.hidden_size}, "
             f"{sizes.num_attention_heads} query and {sizes.num_key_value_heads} key heads of "
-            f"{sizes.head_dim}, FFN {sizes.intermediate_size}; {text} text rows"
+            f"{sizes.head_dim}, FFN {sizes.intermediate_size}, encoder's features "
+            f"{sizes.vision_hidden_size}; {text} text rows"
         )
 
     def run_of(self, variant: Variant, layout: TokenLayout) -> LayerRun:
         """What the roofline counts for it."""
-        rule = LayerRule(get_preset(variant.preset))
-        size = self.dtype.itemsize
+        rule, size = rules_of(variant.preset)[0], self.dtype.itemsize
         return LayerRun(
             layout, rule, self.sizes, size, variant.savings, variant.eager, variant.recompute
         )
+
+    def check(self, variants: Sequence[Variant]) -> None:
+        """Raises ConfigError for a variant that these sizes cannot run."""
+        sizes = self.sizes
+        for variant in variants:
+            reprojects = get_preset(variant.preset).visual.source == "reproject"
+            if reprojects and sizes.vision_hidden_size > sizes.hidden_size:
+                raise ConfigError(
+                    f"variant '{variant.name}' carries features of --vision-size "
+                    f"{sizes.vision_hidden_size} in rows of --hidden-size {sizes.hidden_size}; "
+                    "make the one smaller or the other larger"
+                )
+
+
+def rules_of(preset: str) -> tuple[LayerRule, ...]:
+    """The rules of a decoder whose first layer is the one that is built.
+
+    Four layers deep: also where images leave after half of the layers, the second one reads what
+    the first gives.
+    """
+    return layer_rules(get_preset(preset), _DEPTH, skip_unread=False)
 
 
 def one_sample(visual: int, text: int) -> TokenLayout:
@@ -143,7 +176,7 @@ class LayerBench:
     """One layer with random weights, an input and a gradient of its output.
 
     Layers of one `Bench` and preset have equal weights and inputs. megatron-core's groups must
-    exist. `double` builds the same in float64 with the backend `math`: the reference.
+    exist. `double` builds the same in float64 over attention as it is defined: the reference.
     """
 
     def __init__(
@@ -153,7 +186,7 @@ class LayerBench:
         self.dtype = torch.float64 if double else bench.dtype
         implementation = resolve_implementation("local" if double else "auto", "none")
         self.model = self._build(implementation).to(self.dtype)
-        self.attention = self._attention_inputs("math" if double else bench.backend)
+        self.attention = self._attention_inputs(double)
         self.rows, self.gradient = (rows.to(self.dtype) for rows in self._draw())
         self.rows.requires_grad_()
 
@@ -185,7 +218,7 @@ class LayerBench:
         execution = ExecutionConfig(
             precision="bf16" if self.bench.precision == "bf16" else "fp32",
             recompute="full" if variant.recompute else "none",
-            attention_backend=self.bench.backend,
+            attention_backend=variant.backend or self.bench.backend,
             savings=variant.savings,
         )
         config: TransformerConfig = language_transformer_config(
@@ -210,7 +243,11 @@ class LayerBench:
             )
         return model.train()
 
-    def _attention_inputs(self, backend: str) -> AttentionInputs:
+    def _backend(self) -> Backend:
+        name = self.variant.backend or self.bench.backend
+        return select_backend(name, self.bench.device, self.dtype, self.bench.sizes.head_dim)
+
+    def _attention_inputs(self, double: bool) -> AttentionInputs:
         device, preset, layout = self.bench.device, get_preset(self.variant.preset), self.layout
         head_dim = self.bench.sizes.head_dim
         shards = RowShards(
@@ -222,10 +259,9 @@ class LayerBench:
         return prepare_attention(
             layout,
             preset,
-            # Followed by a layer that is not built: its own output is read.
-            layer_rules(preset, 2, skip_unread=False),
+            rules_of(self.variant.preset),
             shards,
-            select_backend(backend, device, self.dtype, head_dim),
+            ExactBackend() if double else self._backend(),
             language=LanguageConfig(head_dim=head_dim),
             device=device,
         )

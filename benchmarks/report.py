@@ -80,6 +80,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(engine)
 
 
+def set_threads(count: int) -> None:
+    """Of the host. Raises UserError for none."""
+    if count < 1:
+        raise UserError(f"--threads must be at least 1, got {count}")
+    torch.set_num_threads(count)
+
+
 def _machine(device: torch.device) -> str:
     threads = f"{torch.get_num_threads()} threads"
     if device.type == "cuda":

@@ -22,7 +22,7 @@ A backward pass costs a product twice the forward (gradients of input and weight
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_dattn.attention import LayerRule, LayerSizes, TokenLayout, plan_attention
+from megatron_dattn.attention import LayerRule, LayerSizes, TokenLayout, num_shared, plan_attention
 from megatron_dattn.attention.cost import attended_pairs
 from megatron_dattn.models.config import ExactSavings
 
@@ -108,7 +108,9 @@ class LayerRun:
 def layer_operators(run: LayerRun) -> tuple[Operator, ...]:
     """The layer's operators, first to last."""
     run = replace(run, layout=run.rule.layout(run.layout))
-    assert not run.eager or run.rule.attention.is_self_attention, "eager means self-attention"
+    assert not run.eager or run.rule.attention.attends_in_reading_order, (
+        "eager means self-attention"
+    )
     attention = (*_projections(run), *_attention(run), *_output(run))
     chunked = run.savings.ffn_chunk_rows > 0
     ffn = [replace(operator, recomputed=chunked) for operator in _ffn(run)]
@@ -118,21 +120,21 @@ def layer_operators(run: LayerRun) -> tuple[Operator, ...]:
     return operators
 
 
-def _product(name: str, rows: int, inputs: int, outputs: int, value_bytes: int) -> Operator:
+def product(name: str, rows: int, inputs: int, outputs: int, value_bytes: int) -> Operator:
     """Rows times a weight; each of the two gradients moves the same three matrices."""
     moved = value_bytes * (rows * inputs + inputs * outputs + rows * outputs)
     once = Work(2 * rows * inputs * outputs, moved)
     return Operator(name, once, once + once)
 
 
-def _moved(name: str, forward: int, backward: int, value_bytes: int) -> Operator:
+def moved(name: str, forward: int, backward: int, value_bytes: int) -> Operator:
     """No products: so many values read or written."""
     return Operator(name, Work(0, value_bytes * forward), Work(0, value_bytes * backward))
 
 
-def _norm(name: str, rows: int, width: int, value_bytes: int) -> Operator:
+def norm(name: str, rows: int, width: int, value_bytes: int) -> Operator:
     """Reads and writes a row; backward reads it again with the gradient."""
-    return _moved(name, 2 * rows * width, 3 * rows * width, value_bytes)
+    return moved(name, 2 * rows * width, 3 * rows * width, value_bytes)
 
 
 def _projections(run: LayerRun) -> Iterator[Operator]:
@@ -141,19 +143,19 @@ def _projections(run: LayerRun) -> Iterator[Operator]:
     d, q, e = sizes.hidden_size, sizes.query_width, sizes.key_value_width
     visual, text = run.layout.num_visual_rows, run.layout.num_text_rows
     config = run.rule.attention
-    yield _norm("norm 1", visual + text, d, b)
+    yield norm("norm 1", visual + text, d, b)
     if run.projects_visual_queries:
-        yield _product("queries, keys, values", visual + text, d, q + 2 * e, b)
+        yield product("queries, keys, values", visual + text, d, q + 2 * e, b)
     else:
-        yield _product("queries", text, d, q, b)
-        yield _product("keys, values", visual + text, d, 2 * e, b)
+        yield product("queries", text, d, q, b)
+        yield product("keys, values", visual + text, d, 2 * e, b)
     if config.visual.source == "reproject":
-        yield _product("reprojection, first", visual, sizes.vision_hidden_size, d, b)
-        yield _product("reprojection, second", visual, d, d, b)
+        yield product("reprojection, first", visual, sizes.vision_hidden_size, d, b)
+        yield product("reprojection, second", visual, d, d, b)
     if config.merge == "cascade" and visual:
-        yield _product("cascade, queries", text, d, q, b)
-        yield _product("cascade, keys, values", visual, d, 2 * e, b)
-        yield _product("cascade, output", text, q, d, b)
+        yield product("cascade, queries", text, d, q, b)
+        yield product("cascade, keys, values", visual, d, 2 * e, b)
+        yield product("cascade, output", text, q, d, b)
 
 
 def _attention(run: LayerRun) -> Iterator[Operator]:
@@ -163,7 +165,7 @@ def _attention(run: LayerRun) -> Iterator[Operator]:
     rotated_queries = text + visual * config.scores_visual_rows
     rotated_keys = text + visual * config.rotates_visual_rows
     turned = 2 * (rotated_queries * q + rotated_keys * e)
-    yield _moved("rotary", turned, turned, b)
+    yield moved("rotary", turned, turned, b)
     yield from _eager_scores(run) if run.eager else _flash_parts(run)
 
 
@@ -182,7 +184,7 @@ def _flash_parts(run: LayerRun) -> Iterator[Operator]:
     backward = Work(10 * q * pairs, b * (4 * queries * q + 4 * keys * e) + statistics)
     yield Operator("attention", forward, backward)
     merged = sum(part.query_rows.length for part in parts[1:]) * q
-    yield _moved("merge", 3 * merged, 3 * merged, b)
+    yield moved("merge", 3 * merged, 3 * merged, b)
 
 
 def _eager_scores(run: LayerRun) -> Iterator[Operator]:
@@ -192,7 +194,7 @@ def _eager_scores(run: LayerRun) -> Iterator[Operator]:
     rows = run.layout.num_visual_rows + run.layout.num_text_rows
     scores = sizes.num_attention_heads * rows**2
     # Keys and values are repeated for every query head; gradients are summed over them.
-    yield _moved("repeated heads", 2 * rows * (e + q), 2 * rows * (e + q), b)
+    yield moved("repeated heads", 2 * rows * (e + q), 2 * rows * (e + q), b)
     half = Work(2 * q * rows**2, b * (2 * rows * q + scores))
     yield Operator("scores", half, half + half)
     mask = b * rows**2
@@ -213,15 +215,15 @@ def _output(run: LayerRun) -> Iterator[Operator]:
     with_output = visual if run.rule.attention.outputs_visual_rows else 0
     if run.folds_output:
         # The weight is summed over groups, once, and its gradient spread over them.
-        yield _moved("folded weight", d * (q + e), d * (q + e), b)
-        yield _product("output, visual rows", visual, e, d, b)
-        yield _product("output, text rows", text, q, d, b)
+        yield moved("folded weight", d * (q + e), d * (q + e), b)
+        yield product("output, visual rows", visual, e, d, b)
+        yield product("output, text rows", text, q, d, b)
     else:
         if diagonal:
-            yield _moved("repeated values", visual * (e + q), visual * (e + q), b)
-        yield _product("output", with_output + text, q, d, b)
+            yield moved("repeated values", visual * (e + q), visual * (e + q), b)
+        yield product("output", with_output + text, q, d, b)
     added = 3 * (with_output + text) * d
-    yield _moved("residual 1", added, added, b)
+    yield moved("residual 1", added, added, b)
 
 
 def _ffn(run: LayerRun) -> Iterator[Operator]:
@@ -232,12 +234,13 @@ def _ffn(run: LayerRun) -> Iterator[Operator]:
     if run.rule.visual_ffn == 1.0:
         passing = [(visual + text, f)]
     else:
-        passing = [(text, f), (visual, round(run.rule.visual_ffn * f))]
+        share = run.rule.visual_ffn
+        passing = [(text, f), (visual, num_shared(f, share) if share else 0)]
     for rows, width in passing:
         if rows == 0 or width == 0:
             continue
-        yield _norm("norm 2", rows, d, b)
-        yield _product("gate and up", rows, d, 2 * width, b)
-        yield _moved("SwiGLU", 3 * rows * width, 5 * rows * width, b)
-        yield _product("down", rows, width, d, b)
-        yield _moved("residual 2", 3 * rows * d, 3 * rows * d, b)
+        yield norm("norm 2", rows, d, b)
+        yield product("gate and up", rows, d, 2 * width, b)
+        yield moved("SwiGLU", 3 * rows * width, 5 * rows * width, b)
+        yield product("down", rows, width, d, b)
+        yield moved("residual 2", 3 * rows * d, 3 * rows * d, b)

@@ -12,7 +12,8 @@ folder also holds the tokenizer, the vision folder the image processor; a single
 LLaVA-1.5's format or an export of ours. The output starts a stage: pass it to pretrain_vlm.py as
 `--checkpoint.load base/` together with `--config base/config.yaml`.
 
-Export: a run's newest checkpoint becomes a folder that transformers loads, see docs/huggingface.md.
+Export: a run's checkpoint, by default the newest, becomes a folder that transformers loads, see
+docs/huggingface.md.
 
 Each command has its own --help.
 """
@@ -57,10 +58,9 @@ def add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run_import(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from megatron_dattn.conversion.import_hf import write_import
     from megatron_dattn.conversion.import_plan import plan_import, plan_whole_import
+    from megatron_dattn.runtime.progress import bar
 
     vision, language, whole = options.vision, options.language, options.model
     chosen = {"dtype": options.dtype}
@@ -75,30 +75,40 @@ def run_import(options: argparse.Namespace) -> int:
     print(plan.summary())
     if options.dry_run:
         return 0
-    # disable=None: no bar where there is no terminal.
-    with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, disable=None) as bar:
-        write_import(plan, bar.update)
+    with bar("importing", plan.num_bytes) as advance:
+        write_import(plan, advance)
     return 0
 
 
 def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("export", help="Megatron to Hugging Face")
     parser.set_defaults(run=run_export)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="folder of a run, or run/step-0000400"
+    )
+    parser.add_argument("--step", type=int, help="whose checkpoint; the newest sound one without")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument(
         "--max-shard-gb", type=float, default=5.0, help="largest file of weights, in 10^9 bytes"
     )
+    parser.add_argument("--name", help="title of the model card; the output folder's name without")
     parser.add_argument("--license", help="for the model card, as the hub spells it")
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        help="for the model card, an evaluation's JSON file; the run's accuracy.json without",
+    )
 
 
 def run_export(options: argparse.Namespace) -> int:
     from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
+    from megatron_dattn.runtime.progress import bar
 
     if not (options.max_shard_gb > 0 and math.isfinite(options.max_shard_gb)):
         raise ConfigError(f"--max-shard-gb must be positive and finite, got {options.max_shard_gb}")
     largest = int(options.max_shard_gb * 10**9)
-    export_checkpoint(options.checkpoint, options.output, ExportOptions(largest, options.license))
+    chosen = ExportOptions(largest, options.license, options.metrics, options.step, options.name)
+    export_checkpoint(options.checkpoint, options.output, chosen, bar)
     return 0
 
 
@@ -122,7 +132,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("verify", help="compare outputs with the Hugging Face models'")
     parser.set_defaults(run=run_verify)
-    parser.add_argument("folder", type=Path, help="run folder that `import` or a training wrote")
+    parser.add_argument("folder", type=Path, help="of a run or an import, or run/step-0000400")
     parser.add_argument("--against", type=Path, help="its export; code in there is run")
     parser.add_argument("--vision", type=Path, help="encoder's folder, if it has moved")
     parser.add_argument("--language", type=Path, help="language model's folder, if it has moved")
@@ -156,6 +166,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def _compare_import(options: argparse.Namespace) -> "list[Comparison]":
     from megatron_dattn.conversion.verify import verify_checkpoint
+    from megatron_dattn.runtime.progress import bar
 
     if options.question or options.image:
         raise ConfigError("--question and --image are for --against; --tokens gives a text here")
@@ -166,11 +177,13 @@ def _compare_import(options: argparse.Namespace) -> "list[Comparison]":
         whole=options.model,
         tokens=options.tokens,
         dtype=options.dtype,
+        progress=bar,
     )
 
 
 def _compare_export(options: argparse.Namespace) -> "list[Comparison]":
     from megatron_dattn.conversion.verify_export import verify_export
+    from megatron_dattn.runtime.progress import bar
 
     if options.vision or options.language or options.model or options.tokens:
         raise ConfigError(
@@ -184,6 +197,7 @@ def _compare_export(options: argparse.Namespace) -> "list[Comparison]":
         question=options.question,
         images=options.image,
         dtype=options.dtype,
+        progress=bar,
     )
 
 

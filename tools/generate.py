@@ -4,17 +4,21 @@
 
 Without --image the question is text only; --image may be given several times. So may --question:
 every question is asked about all images, which are encoded once, and its answer stands under it.
---alpha adds a table of how much an answer attended to the images: alpha_V by layer, and the range
-over its heads.
+--alpha adds a table of how much an answer attended to the images: alpha_V by layer and head. Where
+there is none (no image, an empty answer, a preset that reads images apart) the reason stands there.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dattn.data.templates import TEMPLATES
-from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
+from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+
+if TYPE_CHECKING:
+    from megatron_dattn.inference import LoadedModel, Prompt
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -30,8 +34,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=list(TEMPLATES),
         help="conversation template; the run's own by default (plain captions)",
     )
-    parser.add_argument("--alpha", action="store_true", help="print attention to images by layer")
+    parser.add_argument("--alpha", action="store_true", help="print attention to images")
     return parser.parse_args(arguments)
+
+
+def alpha_table(loaded: "LoadedModel", prompt: "Prompt", answer: list[int]) -> list[str]:
+    """Lines of text: what an answer's tokens gave to the images, or why there is no such table."""
+    from megatron_dattn.inference import look
+
+    try:
+        return look(loaded, prompt, answer).table()
+    except DataError as error:
+        return [f"no alpha_V: {error}"]
 
 
 def main(given: list[str] | None = None) -> int:
@@ -39,7 +53,7 @@ def main(given: list[str] | None = None) -> int:
     setup_logging(stream=sys.stderr)
     silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
-    from megatron_dattn.inference import Prompt, decode, generate_tokens, load_model, look
+    from megatron_dattn.inference import Prompt, decode, generate_tokens, load_model
     from megatron_dattn.runtime.distributed import destroy_distributed
 
     try:
@@ -56,7 +70,7 @@ def main(given: list[str] | None = None) -> int:
             lines += [f"> {asked}"] if len(questions) > 1 else []
             lines += decode(loaded, [said])
             if arguments.alpha:
-                lines += ["", *look(loaded, prompt, said).table()]
+                lines += ["", *alpha_table(loaded, prompt, said)]
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

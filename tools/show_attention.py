@@ -5,8 +5,9 @@
 
 Over the image, as the model gets it, lies the attention of the text row that predicted the token,
 mean over heads and over the chosen layers; bright is the most that this panel has. The title gives
-the token and its alpha_V, the share of its attention that went to images. --token and --layers
-count from 1; --image may be given several times.
+the token and its alpha_V, the share of its attention that went to images; it is missing where a
+cross-attention reads them. Patches that do not enter the decoder are as dark as those that nobody
+looks at. --token and --layers count from 1; --image may be given several times.
 """
 
 import argparse
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from megatron_dattn.inference import LoadedModel, Look, Prompt
+    from megatron_dattn.inference import Look
 
 MAX_COLUMNS = 6
 PANEL_INCHES = 2.4
@@ -48,6 +49,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="conversation template; the run's own by default (plain captions)",
     )
     return parser.parse_args(arguments)
+
+
+def check(options: argparse.Namespace) -> None:
+    """What can be known to be wrong before a model is loaded. Raises UserError."""
+    most = options.max_new_tokens
+    if most < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {most}")
+    if options.token is not None and not 1 <= options.token <= most:
+        raise UserError(
+            f"--token {options.token} is no token of an answer with at most {most}; tokens count "
+            "from 1, and --max-new-tokens sets the limit"
+        )
+    check_output(options.output)
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError for a place or a format in which no picture can be written."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in formats:
+        known = ", ".join(sorted(formats))
+        raise UserError(f"cannot write the picture '{path}': choose one of the formats {known}")
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else "has no folder to stand in"
+        raise UserError(f"cannot write the picture '{path}': it {reason}; name another --output")
 
 
 def chosen_tokens(look: "Look", token: int | None) -> list[int]:
@@ -89,7 +116,8 @@ def draw(
     for ax, (token, number) in zip(axes, panels, strict=False):
         heat = look.image_maps(token, layers)[number].numpy()
         draw_panel(ax, images[number], heat, patch_size)
-        title = f"{look.tokens[token]!r}  {look.mean_weight(token, layers):.2f}"
+        weight = look.mean_weight(token, layers)
+        title = f"{look.tokens[token]!r}" + ("" if weight is None else f"  {weight:.2f}")
         ax.set_title(title, fontsize=9, parse_math=False)
     return figure
 
@@ -110,29 +138,23 @@ def draw_panel(ax: "Axes", image: np.ndarray, heat: np.ndarray, patch_size: int)
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
 
 
-def answer_and_look(
-    loaded: "LoadedModel", prompt: "Prompt", max_new_tokens: int
-) -> tuple[str, "Look"]:
-    """The answer, and what each of its tokens looked at."""
-    from megatron_dattn.inference import decode, generate_tokens, look
-
-    answers = generate_tokens(loaded, [prompt], max_new_tokens=max_new_tokens)
-    (text,) = decode(loaded, answers)
-    return text, look(loaded, prompt, answers[0])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     setup_logging(stream=sys.stderr)
     silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
-    from megatron_dattn.inference import Prompt, load_model
+    from megatron_dattn.inference import Prompt, decode, generate_tokens, load_model, look
+    from megatron_dattn.inference.look import check_layers
     from megatron_dattn.runtime.distributed import destroy_distributed
 
     try:
+        check(options)
         loaded = load_model(options.checkpoint, template=options.template)
+        check_layers(options.layers or [], loaded.config.model.language.num_hidden_layers)
         prompt = Prompt.from_question(loaded, options.question, options.image)
-        text, seen = answer_and_look(loaded, prompt, options.max_new_tokens)
+        (answer,) = generate_tokens(loaded, [prompt], max_new_tokens=options.max_new_tokens)
+        print(*decode(loaded, [answer]))
+        seen = look(loaded, prompt, answer)
         figure = draw(
             seen,
             prompt.images,
@@ -146,7 +168,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     finally:
         destroy_distributed()
-    print(text)
     print(f"wrote {options.output}", file=sys.stderr)
     return 0
 

@@ -130,7 +130,8 @@ def export_and_ask(demo: Demo) -> list[Step]:
         Step(
             "export the trained model for transformers",
             [*tool("convert_checkpoint"), "export", "--checkpoint", str(output / "stage3")]
-            + ["--output", str(model)],
+            + ["--output", str(model), "--metrics", str(output / "accuracy.json")]
+            + ["--name", output.name],
             model / "config.json",
         ),
         Step(

@@ -8,14 +8,20 @@ combinations that have been published.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megatron_dattn.attention.choices import unknown_values
 from megatron_dattn.attention.visual_rows import VisualRows
 from megatron_dattn.errors import ConfigError
 
 TextScope = Literal["all", "following"]
 Merge = Literal["alpha", "sum", "tanh", "sigmoid", "cascade"]
+
+
+def _refuse(mistakes: Iterator[str]) -> None:
+    for mistake in mistakes:
+        raise ConfigError(f"attention: {mistake}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,15 @@ class TextToVisual:
     scope: TextScope = "all"
     # Whether these scores use rotary positions; False is the paper's debiasing (section 2.3).
     rotary: bool = False
+    # In layers with a sliding window of W rows. "none": images never fall out of sight. "inherit":
+    # a text row sees an image while fewer than W text rows, itself included, stand behind it.
+    window: Literal["none", "inherit"] = "none"
+
+    def __post_init__(self) -> None:
+        _refuse(unknown_values(self, "t2v."))
+
+
+_LIKE_TEXT = TextToVisual(scope="following", rotary=True)
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,9 @@ class Positions:
     # Added to visual rows before the first layer. "row_column": a learnable vector for each row of
     # patches and for each column. "fractional": an MLP of the place as a share of the image's side.
     embedding: Literal["none", "row_column", "fractional"] = "row_column"
+
+    def __post_init__(self) -> None:
+        _refuse(unknown_values(self, "positions."))
 
 
 @dataclass(frozen=True)
@@ -66,11 +84,16 @@ class AttentionConfig:
     # tanh(gate), or T2V times sigmoid(gate) and T2T times the rest. A gate is learnable, per head.
     # "cascade": T2V is a cross-attention with projections of its own, before the self-attention.
     merge: Merge = "alpha"
+    # What a layer's sliding window counts, in layers that have one. "part": the rows that a causal
+    # part holds; those are text rows alone, but all rows in plain self-attention, which is one such
+    # part. "reading_order": all rows, images included, for text rows whose visual rows attend to
+    # nothing: what plain self-attention leaves of itself where its visual rows are frozen.
+    window: Literal["part", "reading_order"] = "part"
     visual: VisualRows = field(default_factory=VisualRows)
 
     def __post_init__(self) -> None:
-        for conflict in _conflicts(self):
-            raise ConfigError(f"attention: {conflict}")
+        _refuse(unknown_values(self))
+        _refuse(_conflicts(self))
 
     @property
     def scores_visual_rows(self) -> bool:
@@ -95,31 +118,42 @@ class AttentionConfig:
     @property
     def visual_rows_predict(self) -> bool:
         """Whether an image's row predicts the text after it: it has read the text before it, and
-        the last layer computes it."""
+        the last layer computes it, which only a range up to 1 freezes (`layer_rules`)."""
         frozen_last = self.visual.frozen is not None and self.visual.frozen[1] == 1.0
         return self.v2t != "none" and self.visual.exit == 1.0 and not frozen_last
 
     @property
-    def is_self_attention(self) -> bool:
-        """Whether this is plain causal self-attention over the rows in reading order."""
+    def attends_in_reading_order(self) -> bool:
+        """Whether attention is the language model's own: one causal softmax over rows of both kinds
+        in reading order, whatever else becomes of visual rows. A sliding window counts them all."""
         sees_all_before = self.v2v == "causal" and self.v2t == "preceding"
-        as_text = self.t2v == TextToVisual(scope="following", rotary=True)
-        return sees_all_before and as_text and self.merge == "alpha"
+        return sees_all_before and self.t2v == _LIKE_TEXT and self.merge == "alpha"
+
+    @property
+    def window_in_reading_order(self) -> bool:
+        """Whether a layer's sliding window counts the rows of images, too, for every row."""
+        return self.attends_in_reading_order or self.window == "reading_order"
 
 
 def _conflicts(config: AttentionConfig) -> Iterator[str]:
     """Why axes do not go together, and the remedy."""
     yield from _conflicts_of_attention(config)
+    yield from _conflicts_of_windows(config)
     yield from _conflicts_of_rows(config)
 
 
 def _conflicts_of_attention(config: AttentionConfig) -> Iterator[str]:
     visual, text = config.positions.visual, config.positions.text
     side = config.v2v_window
-    if config.v2v == "window" and (side is None or side < 1 or side % 2 == 0):
+    if config.v2v == "window" and not (isinstance(side, int) and side > 0 and side % 2):
         yield f"v2v='window' needs an odd v2v_window, to have a patch in its centre; it is {side}"
     if config.v2v != "window" and side is not None:
         yield f"v2v_window={side} has no effect with v2v='{config.v2v}'; leave it out"
+    if config.merge == "cascade" and config.scores_visual_rows:
+        yield (
+            f"merge='cascade' is a module that asks for text rows alone, but v2v='{config.v2v}' "
+            "makes visual rows ask, too; set v2v='diagonal' or 'none'"
+        )
     if not config.scores_visual_rows and config.v2t != "none":
         yield (
             f"v2v='{config.v2v}' gives visual rows no scores, so they cannot see text; "
@@ -147,6 +181,34 @@ def _conflicts_of_attention(config: AttentionConfig) -> Iterator[str]:
         )
 
 
+def _conflicts_of_windows(config: AttentionConfig) -> Iterator[str]:
+    t2v = config.t2v
+    plain = replace(config.t2v, window="none") == _LIKE_TEXT and config.merge == "alpha"
+    plain = plain and (config.v2v, config.v2t) == ("causal", "preceding")
+    if plain and t2v.window == "inherit":
+        yield (
+            "t2v.window='inherit' counts text rows, but these axes are plain self-attention, whose "
+            "window counts all rows in reading order and so hides images; leave t2v.window out"
+        )
+    if config.window != "reading_order":
+        return
+    if config.scores_visual_rows:
+        yield (
+            f"window='reading_order' is for visual rows without scores, not v2v='{config.v2v}'; "
+            "leave it out: plain self-attention counts so by itself"
+        )
+    if t2v.scope != "following":
+        yield (
+            f"window='reading_order' looks back from a row, but t2v.scope='{t2v.scope}' shows it "
+            "images behind it; set t2v.scope='following'"
+        )
+    if t2v.window != "none":
+        yield (
+            f"window='reading_order' hides images already; t2v.window='{t2v.window}' would count "
+            "them in another way; leave one of the two out"
+        )
+
+
 def _conflicts_of_rows(config: AttentionConfig) -> Iterator[str]:
     rows = config.visual
     if rows.source == "reproject" and config.v2v != "none":
@@ -160,6 +222,16 @@ def _conflicts_of_rows(config: AttentionConfig) -> Iterator[str]:
         yield (
             f"visual.keep={rows.keep} leaves no grid of patches, which rings and windows need; set "
             "visual.keep=1"
+        )
+    if rows.frozen is not None and rows.frozen[0] >= rows.exit:
+        yield (
+            f"visual.frozen={rows.frozen} begins where visual rows are gone, after "
+            f"visual.exit={rows.exit}; leave frozen out"
+        )
+    if rows.frozen is not None and config.v2v == "none" and rows.ffn == 0.0:
+        yield (
+            f"visual.frozen={rows.frozen} has no effect: with v2v='none' and visual.ffn=0 no layer "
+            "changes visual rows; leave frozen out"
         )
     if rows.heads < 1.0 and config.merge != "alpha":
         yield f"visual.heads={rows.heads} is defined for merge='alpha', not '{config.merge}'"

@@ -23,6 +23,7 @@ from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.rings import image_rings
+from megatron_dattn.attention.visual_rows import rounded_share
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,23 @@ class LayerFlops:
 
 
 def decoder_flops(
-    layout: TokenLayout, config: AttentionConfig, sizes: LayerSizes, num_layers: int
+    layout: TokenLayout,
+    config: AttentionConfig,
+    sizes: LayerSizes,
+    num_layers: int,
+    window: int | None = None,
 ) -> LayerFlops:
-    """Operations of all layers over the valid rows of a pack; nothing is skipped."""
+    """Operations of all layers over the valid rows of a pack; nothing is skipped.
+
+    `window` is the sliding window of every layer, as in `plan_attention`.
+    """
     rules = layer_rules(config, num_layers, skip_unread=False)
-    return sum((layer_flops(layout, rule, sizes) for rule in rules), LayerFlops())
+    return sum((layer_flops(layout, rule, sizes, window) for rule in rules), LayerFlops())
 
 
-def layer_flops(layout: TokenLayout, rule: LayerRule, sizes: LayerSizes) -> LayerFlops:
+def layer_flops(
+    layout: TokenLayout, rule: LayerRule, sizes: LayerSizes, window: int | None = None
+) -> LayerFlops:
     """Operations of one layer over the valid rows of a pack."""
     layout, config = rule.layout(layout), rule.attention
     d, visual, text = sizes.hidden_size, layout.num_visual_rows, layout.num_text_rows
@@ -87,10 +97,10 @@ def layer_flops(layout: TokenLayout, rule: LayerRule, sizes: LayerSizes) -> Laye
     if config.visual.source == "reproject":
         per_row += (sizes.vision_hidden_size + d) * visual
     ffn = sizes.intermediate_size * text
-    ffn += round(rule.visual_ffn * sizes.intermediate_size) * visual
+    ffn += rounded_share(sizes.intermediate_size, rule.visual_ffn) * visual
     return LayerFlops(
         projections=2 * d * per_row,
-        attention=4 * query * sum(attended_pairs(layout, config).values()),
+        attention=4 * query * sum(attended_pairs(layout, config, window).values()),
         ffn=6 * d * ffn,
     )
 
@@ -103,8 +113,9 @@ def attended_pairs(
     A diagonal row's softmax over itself has no score. `window` is the layer's sliding window, as in
     `plan_attention`.
     """
-    if config.is_self_attention and window is not None:
-        return _windowed_pairs(layout, window)
+    if config.window_in_reading_order and window is not None:
+        pairs = _windowed_pairs(layout, window)
+        return pairs if config.scores_visual_rows else pairs | {"V2V": 0, "V2T": 0}
     pairs = {
         "V2V": _visual_pairs(layout, config, window),
         "V2T": 0,
@@ -113,7 +124,9 @@ def attended_pairs(
     }
     for image in layout.images:
         before, length = image.text_offset, layout.text_lengths[image.sample]
-        seeing = length if config.t2v.scope == "all" else length - before
+        seeing = before if config.t2v.scope == "all" else 0
+        hidden = config.t2v.window == "inherit" and window is not None
+        seeing += min(length - before, window - 1) if hidden else length - before
         pairs["T2V"] += image.num_rows * seeing
         if config.v2t == "prompt":
             before = max(before, layout.prompt_length(image.sample))
@@ -128,7 +141,7 @@ def _causal_pairs(length: int, window: int | None) -> int:
 
 
 def _windowed_pairs(layout: TokenLayout, window: int) -> dict[str, int]:
-    """Of plain self-attention, whose window counts rows in reading order."""
+    """Under a window that counts rows in reading order, whoever has queries."""
     pairs = dict.fromkeys(("V2V", "V2T", "T2V", "T2T"), 0)
     for sample in range(layout.num_samples):
         runs = layout.runs(sample)

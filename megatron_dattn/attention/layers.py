@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import TokenLayout
-from megatron_dattn.attention.visual_rows import num_shared
+from megatron_dattn.attention.visual_rows import num_shared, rounded_share
+from megatron_dattn.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -34,24 +35,44 @@ def layer_rules(
     """The rule of every layer of a decoder, first to last.
 
     `skip_unread` leaves out what no later layer reads; outputs that are read do not change by it.
+
+    Raises ConfigError for a range of frozen layers that has none at this depth.
     """
     rows = config.visual
     last = num_shared(num_layers, rows.exit) - 1
     frozen = _frozen_layers(config, num_layers)
     if skip_unread and not config.visual_rows_predict:
         frozen.add(last)
+    still = _without_visual_queries(config)
     rules = []
     for layer in range(num_layers):
         if layer in frozen or layer > last:
-            still = replace(config, v2v="none", v2v_window=None, v2t="none")
             rules.append(LayerRule(still, layer <= last, 0.0))
         else:
             rules.append(LayerRule(config, True, rows.ffn))
     return tuple(rules)
 
 
+def _without_visual_queries(config: AttentionConfig) -> AttentionConfig:
+    """The same attention of text rows; visual rows attend to nothing.
+
+    A window that counted visual rows goes on counting them.
+    """
+    window = "reading_order" if config.window_in_reading_order else config.window
+    return replace(config, v2v="none", v2v_window=None, v2t="none", window=window)
+
+
 def _frozen_layers(config: AttentionConfig, num_layers: int) -> set[int]:
+    """Layers counted from 0. Visual rows that predict need the last one (`visual_rows_predict`), so
+    a range that ends before 1 never reaches it, however its end is rounded."""
     if config.visual.frozen is None:
         return set()
-    first, end = (round(share * num_layers) for share in config.visual.frozen)
+    first, end = (rounded_share(num_layers, share) for share in config.visual.frozen)
+    if config.visual.frozen[1] < 1.0:
+        end = min(end, num_layers - 1)
+    if first >= end:
+        raise ConfigError(
+            f"attention: visual.frozen={config.visual.frozen} is none of {num_layers} layers; make "
+            "the range longer or leave it out"
+        )
     return set(range(first, end))

@@ -5,18 +5,20 @@ sees them, so the keys and values of earlier rows stay, and only the new rows ha
 stand in the order in which they came: the pack as it was laid out, then the added rows.
 
 A new row comes after all images and all text of its sample. So it sees them all, whatever the
-preset's scope, except what a sliding window hides.
+preset's scope, except what a sliding window hides: text, and images where the window counts them
+or T2V inherits it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import RowRange, TokenLayout
-from megatron_dattn.attention.parts import T2V, AttentionPlan, Part, Segment, build_part
+from megatron_dattn.attention.parts import AttentionPlan, split_parts
 from megatron_dattn.attention.positions import row_positions
+from megatron_dattn.attention.segments import PartRule, Segment, seen_images
 
 
 def plan_next_rows(
@@ -42,26 +44,15 @@ def plan_next_rows(
     grown = _added_rows(layout, added, added[len(added) - num_new :])
     assert len(grown) == num_new, "two new rows of one sample would see each other"
 
-    def part(name: str, rotary: bool, keys: Iterable[Sequence[RowRange]]) -> Part:
-        segments = [
-            Segment(((row, row + 1),), tuple(seen)) for row, seen in enumerate(keys, first_scored)
-        ]
-        return build_part(name, segments, False, rotary, first_scored, device)
-
-    text = (_last_rows([*_read(layout, config, s), *rows], window) for s, rows in grown.items())
-    parts = [part("T2T", True, text)]
-    apart: list[Part] = []
-    if not config.is_self_attention:
-        images = part(T2V, config.t2v.rotary, ([layout.visual_rows(s)] for s in grown))
-        if images.query_lengths:
-            (parts if config.merge == "alpha" else apart).insert(0, images)
+    rules = _rules(layout, config, grown, first_scored, window)
+    joint, apart = split_parts(rules, config.merge, first_scored, device)
     return AttentionPlan(
         num_rows=layout.num_rows + len(added),
         num_visual_rows=layout.visual_budget,
         scored_rows=(first_scored, first_scored + num_new),
         num_diagonal_rows=0,
-        parts=tuple(parts),
-        visual_parts=tuple(apart),
+        parts=joint,
+        visual_parts=apart,
         merge=config.merge,
         device=device,
     )
@@ -90,11 +81,48 @@ def _added_rows(
     return rows
 
 
-def _read(layout: TokenLayout, config: AttentionConfig, sample: int) -> list[RowRange]:
-    """What a sample had before it grew and a window counts: its text, or all it read as text."""
-    if config.is_self_attention:
-        return [(run.start, run.end) for run in layout.runs(sample)]
-    return [layout.text_rows(sample)]
+def _rules(
+    layout: TokenLayout,
+    config: AttentionConfig,
+    grown: dict[int, list[RowRange]],
+    first_scored: int,
+    window: int | None,
+) -> Iterator[PartRule]:
+    """T2V and T2T of the new rows, or both as one where they are one softmax in reading order."""
+    read = {sample: _read(layout, config, sample, rows, window) for sample, rows in grown.items()}
+
+    def rule(name: str, keys: Iterable[list[RowRange]], **axes: bool) -> PartRule:
+        segments = (
+            Segment(((row, row + 1),), tuple(seen)) for row, seen in enumerate(keys, first_scored)
+        )
+        return PartRule(name, tuple(segments), **axes)
+
+    if config.attends_in_reading_order:
+        yield rule("self-attention", ([*images, *text] for images, text in read.values()))
+        return
+    images, text = zip(*read.values(), strict=True) if read else ((), ())
+    yield rule("T2V", images, rotary=config.t2v.rotary, is_t2v=True)
+    yield rule("T2T", text)
+
+
+def _read(
+    layout: TokenLayout,
+    config: AttentionConfig,
+    sample: int,
+    added: list[RowRange],
+    window: int | None,
+) -> tuple[list[RowRange], list[RowRange]]:
+    """Visual and text rows that a sample's newest row sees; `added` ends with that row itself."""
+    if config.window_in_reading_order:
+        runs = [(run.start, run.end) for run in layout.runs(sample)]
+        seen = _last_rows([*runs, *added], window)
+        return (
+            [rows for rows in seen if rows[0] < layout.visual_budget],
+            [rows for rows in seen if rows[0] >= layout.visual_budget],
+        )
+    newest = layout.text_lengths[sample] + len(added) - 1
+    images = seen_images(layout, config, sample, newest, window)
+    return [images], _last_rows([layout.text_rows(sample), *added], window)
 
 
 def _last_rows(ranges: list[RowRange], window: int | None) -> list[RowRange]:

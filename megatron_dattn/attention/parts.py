@@ -6,10 +6,10 @@ Conventional self-attention is a single causal part over the rows in reading ord
 flash kernel does best and so a fair baseline.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, product
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,26 +17,8 @@ from torch import Tensor
 from megatron_dattn.attention.config import AttentionConfig, Merge
 from megatron_dattn.attention.layout import RowRange, TokenLayout
 from megatron_dattn.attention.padding import PaddedBatch, padded_batches
-from megatron_dattn.attention.rings import image_rings
 from megatron_dattn.attention.rows import Rows
-
-T2V = "T2V"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Every query row sees every key row (or, in a causal part, those up to its own place)."""
-
-    queries: tuple[RowRange, ...]
-    keys: tuple[RowRange, ...]
-
-    @property
-    def num_queries(self) -> int:
-        return sum(end - start for start, end in self.queries)
-
-    @property
-    def num_keys(self) -> int:
-        return sum(end - start for start, end in self.keys)
+from megatron_dattn.attention.segments import PartRule, attention_rules
 
 
 @dataclass(frozen=True)
@@ -108,134 +90,57 @@ def plan_attention(
     """Turn a layout and a configuration into parts whose index tensors live on `device`.
 
     `window` is the sliding window of a layer that has one: a row sees so many of the rows that a
-    causal part shows it, itself included. It counts rows of that part: reading order in plain
-    self-attention, text or visual rows alone elsewhere. T2V and V2T have no window: an image is not
-    far from any text.
+    causal part shows it, itself included. It counts rows of that part: text or visual rows alone,
+    or, in plain self-attention and where `config.window` says so, all rows in reading order. T2V
+    has the window under t2v.window="inherit" and in reading order, V2T in reading order alone.
     """
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} rows hides a row from itself")
     device = torch.device(device)
     first_scored = 0 if config.scores_visual_rows else layout.visual_budget
-    planned = [
-        replace(
-            build_part(name, list(segments), causal, rotary, first_scored, device),
-            window=window if causal else None,
-        )
-        for name, segments, causal, rotary in _rules(layout, config)
-    ]
-    parts = tuple(part for part in planned if part.query_lengths)
-    apart = [part for part in parts if part.name == T2V and config.merge != "alpha"]
+    joint, apart = split_parts(
+        attention_rules(layout, config, window), config.merge, first_scored, device
+    )
     return AttentionPlan(
         num_rows=layout.num_rows,
         num_visual_rows=layout.visual_budget,
         scored_rows=(first_scored, layout.num_rows),
         num_diagonal_rows=layout.visual_budget if config.v2v == "diagonal" else 0,
-        parts=tuple(part for part in parts if part not in apart),
-        visual_parts=tuple(apart),
+        parts=joint,
+        visual_parts=apart,
         merge=config.merge,
         device=device,
     )
 
 
-def _rules(
-    layout: TokenLayout, config: AttentionConfig
-) -> Iterator[tuple[str, Iterator[Segment], bool, bool]]:
-    """(name, segments, causal, rotary) of each part."""
-    if config.is_self_attention:
-        yield "self-attention", _reading_order(layout), True, True
-        return
-    yield T2V, _text_to_visual(layout, config), False, config.t2v.rotary
-    if config.v2v == "causal":
-        yield "V2V and T2T", _within_kind(layout, with_visual=True), True, True
-    else:
-        yield "T2T", _within_kind(layout, with_visual=False), True, True
-    if config.v2v == "ring":
-        yield "V2V", _within_rings(layout), False, True
-    if config.v2v_window is not None:
-        yield "V2V", _within_windows(layout, config.v2v_window // 2), False, True
-    if config.v2t != "none":
-        yield "V2T", _visual_to_text(layout, config), False, True
+def split_parts(
+    rules: Iterable[PartRule], merge: Merge, first_scored: int, device: torch.device
+) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """The parts of one joint softmax, and T2V where the merge keeps it apart; none is empty."""
+    joint: list[Part] = []
+    apart: list[Part] = []
+    for rule in rules:
+        part = build_part(rule, first_scored, device)
+        if part.query_lengths:
+            (apart if rule.is_t2v and merge != "alpha" else joint).append(part)
+    return tuple(joint), tuple(apart)
 
 
-def _reading_order(layout: TokenLayout) -> Iterator[Segment]:
-    for sample in range(layout.num_samples):
-        rows = tuple((run.start, run.end) for run in layout.runs(sample))
-        yield Segment(rows, rows)
-
-
-def _within_kind(layout: TokenLayout, with_visual: bool) -> Iterator[Segment]:
-    for sample in range(layout.num_samples):
-        if with_visual:
-            yield Segment((layout.visual_rows(sample),), (layout.visual_rows(sample),))
-        yield Segment((layout.text_rows(sample),), (layout.text_rows(sample),))
-
-
-def _text_to_visual(layout: TokenLayout, config: AttentionConfig) -> Iterator[Segment]:
-    for sample in range(layout.num_samples):
-        start, end = layout.visual_rows(sample)
-        if config.t2v.scope == "all":
-            yield Segment((layout.text_rows(sample),), ((start, end),))
-            continue
-        seen = start
-        for run in layout.runs(sample):
-            if run.is_visual:
-                seen = run.end
-            else:
-                yield Segment(((run.start, run.end),), ((start, seen),))
-
-
-def _within_rings(layout: TokenLayout) -> Iterator[Segment]:
-    for image, (start, _) in zip(layout.images, layout.image_rows, strict=True):
-        seen = [(layout.visual_rows(image.sample)[0], start)]
-        for ring in image_rings(image, start):
-            seen += ring
-            yield Segment(tuple(ring), tuple(seen))
-
-
-def _within_windows(layout: TokenLayout, reach: int) -> Iterator[Segment]:
-    for image, (start, _) in zip(layout.images, layout.image_rows, strict=True):
-        height, width = image.grid
-        for i, j in product(range(height), range(width)):
-            left, right = max(0, j - reach), min(width, j + reach + 1)
-            lines = range(max(0, i - reach), min(height, i + reach + 1))
-            keys = tuple((start + k * width + left, start + k * width + right) for k in lines)
-            row = start + i * width + j
-            yield Segment(((row, row + 1),), keys)
-
-
-def _visual_to_text(layout: TokenLayout, config: AttentionConfig) -> Iterator[Segment]:
-    for sample in range(layout.num_samples):
-        start, _ = layout.text_rows(sample)
-        prompt_end = start + layout.prompt_length(sample) if config.v2t == "prompt" else start
-        before = start
-        for run in layout.runs(sample):
-            if run.is_visual:
-                yield Segment(((run.start, run.end),), ((start, max(before, prompt_end)),))
-            else:
-                before = run.end
-
-
-def build_part(
-    name: str,
-    segments: list[Segment],
-    causal: bool,
-    rotary: bool,
-    first_scored: int,
-    device: torch.device,
-) -> Part:
+def build_part(rule: PartRule, first_scored: int, device: torch.device) -> Part:
     """A part of those segments that are not empty; `first_scored` is query row 0's packed row."""
-    segments = [segment for segment in segments if segment.num_queries and segment.num_keys]
+    segments = [segment for segment in rule.segments if segment.num_queries and segment.num_keys]
     queries = [(a - first_scored, b - first_scored) for s in segments for a, b in s.queries]
     keys = [rows for segment in segments for rows in segment.keys]
     return Part(
-        name=name,
+        name=rule.name,
         query_rows=Rows.from_ranges(queries, device),
         key_rows=Rows.from_ranges(keys, device),
         query_lengths=tuple(segment.num_queries for segment in segments),
         key_lengths=tuple(segment.num_keys for segment in segments),
-        causal=causal,
-        rotary=rotary,
+        causal=rule.causal,
+        rotary=rule.rotary,
         device=device,
+        window=rule.window,
     )
 
 

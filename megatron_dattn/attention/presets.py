@@ -118,8 +118,8 @@ PRESETS: dict[str, AttentionConfig] = {
         visual=VisualRows(exit=0.5),
     ),
     # FasterVLM: `s_attn` over the quarter of the patches that the encoder's own attention prefers.
-    # The authors rank them by the class token's attention; SigLIP has none, so by the attention a
-    # patch receives on average. No parameters. Cost: as `s_attn` with n / 4.
+    # CLIP's class token chooses them, as with the authors; SigLIP has none, so there they are those
+    # that its patches attend to most. No parameters. Cost: as `s_attn` with n / 4.
     "fastervlm": AttentionConfig(
         v2v="causal",
         v2t="preceding",

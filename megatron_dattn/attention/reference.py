@@ -2,9 +2,10 @@
 
 Every packed row is described in words, `sees` says of one pair of rows whether the first sees the
 second, and a dense softmax runs over the keys that a row sees (equation 3): one over all, or one
-over images and one over the rest where the merge says so. No parts, no log-sum-exps, no kernels:
-nothing here is shared with the fast path but the layout's own fields. Use float64 and
-small layouts; autograd gives the gradients.
+over images and one over the rest where the merge says so. No parts, no log-sum-exps, no kernels.
+What is shared with the fast path: the layout's own fields, the configuration's axes, and the
+rotation by given angles (`rotary_tables`, `apply_rotary`), which has tests of its own. Use float64
+and small layouts; autograd gives the gradients.
 """
 
 from dataclasses import dataclass
@@ -58,6 +59,32 @@ def describe_rows(layout: TokenLayout) -> list[DescribedRow]:
     return visual + text
 
 
+def described_positions(layout: TokenLayout, config: AttentionConfig) -> list[int]:
+    """The rotary position of every packed row; 0 for rows that have none.
+
+    Counted anew for each row from what stands before it, as the axes are worded.
+    """
+    rows = describe_rows(layout)
+    return [_position(row, rows, layout, config) for row in rows]
+
+
+def _position(
+    row: DescribedRow, rows: list[DescribedRow], layout: TokenLayout, config: AttentionConfig
+) -> int:
+    if row.kind == "padding" or (row.kind == "visual" and config.positions.visual == "none"):
+        return 0
+    before = [o for o in rows if o.kind != "padding" and o.sample == row.sample]
+    before = [o for o in before if o.place < row.place]
+    text = sum(o.kind == "text" for o in before)
+    if row.kind == "text" and config.positions.text == "text_only":
+        return text
+    if config.positions.visual != "ring":
+        return len(before)
+    # One id per ring: all of those of earlier images, and those outside of its own.
+    rings = {(o.image, o.ring) for o in before if o.kind == "visual" and o.image != row.image}
+    return text + len(rings) + max(row.ring, 0)
+
+
 def sees(
     query: DescribedRow, key: DescribedRow, config: AttentionConfig, window: int | None = None
 ) -> bool:
@@ -82,10 +109,23 @@ def sees(
 
 def _distance(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> int:
     """How far back the key lies, for a sliding window; 0 where there is none."""
-    if config.is_self_attention:
+    if _counts_everything(config):
         return query.place - key.place
+    if (query.kind, key.kind) == ("text", "visual"):
+        # The image lies as far back as a text row in its place would.
+        inherits = config.t2v.window == "inherit"
+        return query.index - (key.text_before - 1) if inherits else 0
     is_causal = query.kind == "text" or config.v2v == "causal"
     return query.index - key.index if query.kind == key.kind and is_causal else 0
+
+
+def _counts_everything(config: AttentionConfig) -> bool:
+    """Whether a window counts rows of both kinds; it does where images are read like text."""
+    if config.window == "reading_order":
+        return True
+    t2v = (config.t2v.scope, config.t2v.rotary, config.t2v.window)
+    like_text = (config.v2v, config.v2t, config.merge) == ("causal", "preceding", "alpha")
+    return like_text and t2v == ("following", True, "none")
 
 
 def _patch_sees_patch(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:

@@ -9,14 +9,13 @@ one part.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.config import AttentionConfig, Merge, Positions
-from megatron_dattn.attention.layout import RowRange, Run, TokenLayout
+from megatron_dattn.attention.layout import RowRange, TokenLayout
 from megatron_dattn.attention.merge import merge_dtype
 from megatron_dattn.attention.parts import Part, plan_attention
 from megatron_dattn.attention.positions import Rotary, apply_rotary
@@ -25,25 +24,25 @@ from megatron_dattn.attention.rows import Rows
 
 @dataclass(frozen=True)
 class ReportPlan:
-    """The text rows' attention of one pack in two parts; None for a part without any pair."""
+    """The text rows' attention of one pack, taken apart; none of the parts is empty."""
 
     layout: TokenLayout
     merge: Merge
-    t2v: Part | None
-    t2t: Part | None
+    t2v: tuple[Part, ...]
+    t2t: tuple[Part, ...]
     device: torch.device
 
-    @property
+    @cached_property
     def num_seeing(self) -> int:
         """Text rows that see an image."""
-        return 0 if self.t2v is None else sum(self.t2v.query_lengths)
+        return int(self.sees_images.sum())
 
     @cached_property
     def sees_images(self) -> Tensor:
         """Whether a text row sees an image, bool [text_budget]."""
         sees = torch.zeros(self.layout.text_budget, dtype=torch.bool, device=self.device)
-        if self.t2v is not None:
-            self.t2v.query_rows.put(sees, torch.ones_like(self.t2v.query_rows.take(sees)))
+        for part in self.t2v:
+            part.query_rows.put(sees, torch.ones_like(part.query_rows.take(sees)))
         return sees
 
 
@@ -67,17 +66,19 @@ def plan_report(
 ) -> ReportPlan:
     """Take the attention of `plan_attention`, with the same arguments, apart for a report."""
     device = torch.device(device)
-    if config.is_self_attention and window is not None:
-        t2v, t2t = _windowed_parts(layout, window, device)
-        return ReportPlan(layout, config.merge, t2v, t2t, device)
-    # A configuration with the same T2V and T2T and nothing else; a plan needs no positions.
+    # A configuration with the same T2V and T2T and nothing else, kept apart as by any merge but
+    # "alpha". A plan needs no positions.
     rotary = config.t2v.rotary
-    positions = Positions(text="gap", visual="sequence") if rotary else Positions()
-    text_only = AttentionConfig(v2v="none", t2v=config.t2v, positions=positions, merge="sum")
-    plan = plan_attention(layout, text_only, device, window=window)
-    t2v = plan.visual_parts[0] if plan.visual_parts else None
-    t2t = plan.parts[0] if plan.parts else None
-    return ReportPlan(layout, config.merge, t2v, t2t, device)
+    counted = "reading_order" if config.window_in_reading_order else "part"
+    text_alone = AttentionConfig(
+        v2v="none",
+        t2v=config.t2v,
+        positions=Positions(text="gap", visual="sequence") if rotary else Positions(),
+        merge="sum",
+        window=counted,
+    )
+    plan = plan_attention(layout, text_alone, device, window=window)
+    return ReportPlan(layout, config.merge, plan.visual_parts, plan.parts, device)
 
 
 @torch.no_grad()
@@ -97,7 +98,7 @@ def visual_weight(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
         them out of means by `scoring.plan.sees_images`.
     """
     plan = scoring.plan
-    visual, text = (_log_sum_exps(part, query, key, scoring) for part in (plan.t2v, plan.t2t))
+    visual, text = (_log_sum_exps(p, query, key, scoring) for p in (plan.t2v, plan.t2t))
     # In padding both are -inf, and their difference is NaN.
     return torch.where(plan.sees_images.unsqueeze(-1), torch.sigmoid(visual - text), 0.0)
 
@@ -120,7 +121,7 @@ def image_attention(query: Tensor, key: Tensor, scoring: Scoring, rows: Sequence
     """
     plan = scoring.plan
     first, end = plan.layout.visual_rows(_sample_of(plan.layout, rows))
-    if plan.t2v is None:
+    if not plan.t2v:
         shape = (len(rows), query.shape[1], end - first)
         return query.new_zeros(shape, dtype=merge_dtype(query.dtype))
     chosen = torch.tensor(rows, dtype=torch.int64, device=plan.device)
@@ -133,17 +134,17 @@ def image_attention(query: Tensor, key: Tensor, scoring: Scoring, rows: Sequence
     return torch.where(seen.unsqueeze(1), probabilities, 0.0)
 
 
-def _log_sum_exps(part: Part | None, query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
-    """S of every text row over the part's keys, [text_budget, Hq]; -inf without keys."""
+def _log_sum_exps(parts: tuple[Part, ...], query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
+    """S of every text row over the keys of all parts, [text_budget, Hq]; -inf without keys."""
     text = _text_rows(query, scoring)
     lse = text.new_full(text.shape[:2], -torch.inf, dtype=merge_dtype(query.dtype))
-    if part is not None:
+    for part in parts:
         q, k = part.query_rows.take(text), part.key_rows.take(key)
         if part.rotary:
             q, k = _rotate(q, k, part.query_rows, part.key_rows, scoring)
         # Backends give an output too: keys stand in for the values, which it would need.
         _, part_lse = scoring.backend.forward(q, k, k, part, scoring.scale, scoring.softcap)
-        part.query_rows.put(lse, part_lse)
+        part.query_rows.put(lse, torch.logaddexp(part.query_rows.take(lse), part_lse))
     return lse
 
 
@@ -152,7 +153,7 @@ def _visual_scores(
 ) -> Tensor:
     """Scores of chosen text rows with visual rows, seen or not, [rows, Hq, n]."""
     q, k = _text_rows(query, scoring)[chosen], visual.take(key)
-    if scoring.plan.t2v is not None and scoring.plan.t2v.rotary:
+    if scoring.plan.t2v[0].rotary:
         q, k = _rotate(q, k, Rows(len(chosen), index=chosen), visual, scoring)
     dtype = merge_dtype(query.dtype)
     k = k.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(dtype)
@@ -162,16 +163,18 @@ def _visual_scores(
     return scores
 
 
-def _seen_rows(part: Part, chosen: Tensor, visual: RowRange) -> Tensor:
+def _seen_rows(parts: tuple[Part, ...], chosen: Tensor, visual: RowRange) -> Tensor:
     """Which of a range of visual rows each chosen text row sees, bool [rows, n]."""
     first, end = visual
     seen = torch.zeros(len(chosen), end - first, dtype=torch.bool, device=chosen.device)
-    queries = _numbers(part.query_rows, chosen.device).split(part.query_lengths)
-    keys = _numbers(part.key_rows, chosen.device).split(part.key_lengths)
-    for of_segment, segment_keys in zip(queries, keys, strict=True):
-        members = torch.isin(chosen, of_segment).nonzero().flatten()
-        if len(members):
-            seen[members.unsqueeze(1), segment_keys - first] = True
+    for part in parts:
+        queries = _numbers(part.query_rows, chosen.device).split(part.query_lengths)
+        keys = _numbers(part.key_rows, chosen.device).split(part.key_lengths)
+        for of_segment, segment_keys in zip(queries, keys, strict=True):
+            members, places = (chosen.unsqueeze(1) == of_segment).nonzero().unbind(1)
+            for member, place in zip(members.tolist(), places.tolist(), strict=True):
+                visible = segment_keys[: place + 1] if part.causal else segment_keys
+                seen[member, visible - first] = True
     return seen
 
 
@@ -205,55 +208,4 @@ def _sample_of(layout: TokenLayout, rows: Sequence[int]) -> int:
     raise ValueError(
         f"text rows {list(rows)} are not of one sample; the samples' text rows begin at "
         f"{list(layout.text_cu_seqlens)}"
-    )
-
-
-def _windowed_parts(
-    layout: TokenLayout, window: int, device: torch.device
-) -> tuple[Part | None, Part | None]:
-    """T2V and T2T of self-attention under a window, which counts in reading order: every text row
-    is a segment by itself, since which text it sees depends on the images in between."""
-    rows: list[int] = []
-    keys: dict[bool, list[list[RowRange]]] = {True: [], False: []}
-    for sample in range(layout.num_samples):
-        runs = layout.runs(sample)
-        places = list(accumulate((run.end - run.start for run in runs), initial=0))
-        for run, first in zip(runs, places[:-1], strict=True):
-            for row in range(run.start, run.end) if not run.is_visual else ():
-                place = first + row - run.start
-                rows.append(row - layout.visual_budget)
-                for is_visual, ranges in keys.items():
-                    seen = [
-                        _cut(other, place - window + 1 - start, place + 1 - start)
-                        for other, start in zip(runs, places[:-1], strict=True)
-                        if other.is_visual is is_visual
-                    ]
-                    ranges.append([(a, b) for a, b in seen if a < b])
-    return (
-        _row_by_row("T2V", rows, keys[True], device),
-        _row_by_row("T2T", rows, keys[False], device),
-    )
-
-
-def _cut(run: Run, first: int, end: int) -> RowRange:
-    """The packed rows of a run from its place `first` up to `end`; places may lie outside."""
-    return run.start + max(first, 0), min(run.start + end, run.end)
-
-
-def _row_by_row(
-    name: str, rows: list[int], keys: list[list[RowRange]], device: torch.device
-) -> Part | None:
-    """A part whose every segment is one text row; rows without keys are left out."""
-    seeing = [(row, ranges) for row, ranges in zip(rows, keys, strict=True) if ranges]
-    if not seeing:
-        return None
-    return Part(
-        name=name,
-        query_rows=Rows.from_ranges([(row, row + 1) for row, _ in seeing], device),
-        key_rows=Rows.from_ranges([rows for _, ranges in seeing for rows in ranges], device),
-        query_lengths=(1,) * len(seeing),
-        key_lengths=tuple(sum(end - start for start, end in ranges) for _, ranges in seeing),
-        causal=False,
-        rotary=True,
-        device=device,
     )

@@ -1,13 +1,16 @@
 """What a decoder does with visual rows besides attending: which it keeps, and what it computes.
 
-Depths and sizes are shares, so that a preset fits a decoder of any depth and width. The defaults
-leave visual rows what text rows are: computed in full by every layer.
+Depths and sizes are shares, so that a preset fits a decoder of any depth and width; a half is
+rounded up. The defaults leave visual rows what text rows are: computed in full by every layer.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
+from megatron_dattn.attention.choices import unknown_values
 from megatron_dattn.errors import ConfigError
 
 Grid = tuple[int, int]
@@ -20,8 +23,9 @@ class VisualRows:
     # "stream": the layers transform them, like text rows. "reproject": they have no state; every
     # layer projects the encoder's features to its own keys and values anew.
     source: Literal["stream", "reproject"] = "stream"
-    # Share of an image's patches that enter the decoder: those that its other patches attend to
-    # most in the encoder's last layer. They keep their order.
+    # Share of an image's patches that enter the decoder: those that the encoder's class token
+    # attends to most in the layer of the features; without a class token (SigLIP), those that the
+    # image's patches attend to most. They keep their order.
     keep: float = 1.0
     # Share of the FFN's neurons, from the first on, that visual rows pass through; 0 skips the FFN.
     ffn: float = 1.0
@@ -30,7 +34,8 @@ class VisualRows:
     heads: float = 1.0
     # Share of the layers after which visual rows are gone and text sees text alone.
     exit: float = 1.0
-    # From this share of the layers on to that one, visual rows are read but stay as they are.
+    # From this share of the layers on to that one, visual rows are read but stay as they are. The
+    # last layer is among them only if the range ends at 1.
     frozen: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -39,17 +44,27 @@ class VisualRows:
 
 
 def _conflicts(rows: VisualRows) -> Iterator[str]:
+    yield from unknown_values(rows)
     for name in ("keep", "heads", "exit"):
-        if not 0.0 < getattr(rows, name) <= 1.0:
-            yield f"{name} is a share above 0 and up to 1; it is {getattr(rows, name)}"
-    if not 0.0 <= rows.ffn <= 1.0:
-        yield f"ffn is a share from 0 to 1; it is {rows.ffn}"
-    if rows.frozen is not None and not 0.0 <= rows.frozen[0] < rows.frozen[1] <= 1.0:
-        yield f"frozen is a range of shares between 0 and 1; it is {rows.frozen}"
+        if not (_is_share(share := getattr(rows, name)) and share > 0.0):
+            yield f"{name} is a share above 0 and up to 1; it is {share!r}"
+    if not _is_share(rows.ffn):
+        yield f"ffn is a share from 0 to 1; it is {rows.ffn!r}"
+    if rows.frozen is not None and not _is_range(rows.frozen):
+        yield f"frozen is a range of shares between 0 and 1; it is {rows.frozen!r}"
     if rows.source == "reproject" and rows.frozen is not None:
         yield "frozen has no effect on rows without a state; leave it out with source='reproject'"
     if rows.source == "reproject" and rows.ffn > 0.0:
         yield f"ffn={rows.ffn} would transform rows without a state; set ffn=0 with 'reproject'"
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and 0.0 <= value <= 1.0
+
+
+def _is_range(value: object) -> bool:
+    is_pair = isinstance(value, tuple) and len(value) == 2 and all(_is_share(v) for v in value)
+    return is_pair and value[0] < value[1]
 
 
 def kept_grid(grid: Grid, rows: VisualRows) -> Grid:
@@ -60,5 +75,14 @@ def kept_grid(grid: Grid, rows: VisualRows) -> Grid:
 
 
 def num_shared(count: int, share: float) -> int:
-    """That share of a number of layers, heads or patches; at least one."""
-    return max(1, round(share * count))
+    """That share of a number of layers, heads or patches, see `rounded_share`; at least one."""
+    return max(1, rounded_share(count, share))
+
+
+def rounded_share(count: int, share: float) -> int:
+    """The nearest whole number to a share of `count`; halves are rounded up.
+
+    The share counts as it is written: 0.29 of 50 is 14.5 and gives 15, though the float that stands
+    for 0.29 is a little less.
+    """
+    return math.floor(Fraction(str(share)) * count + Fraction(1, 2))

@@ -9,7 +9,9 @@ from megatron_dattn.checkpoint.discovery import (
     FoundCheckpoint,
     find_checkpoint,
     find_checkpoint_together,
+    find_step,
     prune,
+    steps_of,
 )
 from megatron_dattn.checkpoint.load import load_checkpoint
 from megatron_dattn.checkpoint.manifest import Manifest, compare_facts, read_manifest, verify
@@ -20,9 +22,11 @@ __all__ = [
     "compare_facts",
     "find_checkpoint",
     "find_checkpoint_together",
+    "find_step",
     "load_checkpoint",
     "prune",
     "read_manifest",
     "save_checkpoint",
+    "steps_of",
     "verify",
 ]

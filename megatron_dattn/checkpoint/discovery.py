@@ -22,6 +22,7 @@ from megatron_dattn.checkpoint.manifest import (
     verify_files,
 )
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.progress import Progress, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,14 @@ class FoundCheckpoint:
 
 
 def find_checkpoint(
-    directory: str | os.PathLike[str], verify: bool = True
+    directory: str | os.PathLike[str], verify: bool = True, progress: Progress = unseen
 ) -> FoundCheckpoint | None:
     """The newest sound checkpoint of a run folder. Local: nothing is communicated.
 
     Args:
         directory: a run folder, or one checkpoint folder (`.../step-0000100`) itself.
         verify: compare sha256 sums; sizes are always compared.
+        progress: of reading what is compared.
 
     Returns:
         None if there is no folder or no checkpoint was ever committed in it.
@@ -68,9 +70,34 @@ def find_checkpoint(
     """
 
     def check(path: Path) -> Manifest:
-        return _verify_whole(path, verify)
+        return _verify_whole(path, verify, progress)
 
     return _search(Path(directory), check, _candidates)
+
+
+def find_step(
+    directory: str | os.PathLike[str], step: int, progress: Progress = unseen
+) -> FoundCheckpoint:
+    """The checkpoint of one step of a run folder, and no other. Local: nothing is communicated.
+
+    Raises:
+        CheckpointError: there is none of that step (naming the steps that there are), or it is
+            damaged.
+    """
+    folder = Path(directory)
+    path = folder / files.step_folder_name(step)
+    if not path.is_dir():
+        there = ", ".join(map(str, steps_of(folder))) or "none"
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; steps: {there}")
+    return FoundCheckpoint(path, _verify_whole(path, True, progress))
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps whose checkpoints a run folder holds, sound or not, in order."""
+    if not folder.is_dir():
+        return []
+    found = (files.step_of(path.name) for path in folder.iterdir())
+    return sorted(step for step in found if step is not None)
 
 
 def find_checkpoint_together(
@@ -93,8 +120,8 @@ def find_checkpoint_together(
     return _search(Path(directory), check, candidates)
 
 
-def _verify_whole(path: Path, sums: bool) -> Manifest:
-    return verify(path, sums=sums)
+def _verify_whole(path: Path, sums: bool, progress: Progress) -> Manifest:
+    return verify(path, sums=sums, progress=progress)
 
 
 def _search(

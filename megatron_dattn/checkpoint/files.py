@@ -15,6 +15,8 @@ import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from megatron_dattn.runtime.progress import Advance
+
 LATEST_FILE = "latest.json"
 TRASH_PREFIX = ".trash-"
 
@@ -81,8 +83,8 @@ def _process_exists(process: int) -> bool:
     return True
 
 
-def size_and_sha256(path: Path) -> tuple[int, str]:
-    """Bytes and sha256 of a file, read block by block."""
+def size_and_sha256(path: Path, advance: Advance = lambda done: None) -> tuple[int, str]:
+    """Bytes and sha256 of a file, read block by block; `advance` is told the bytes of each."""
     digest = hashlib.sha256()
     size = 0
     hashed: Future[None] | None = None
@@ -92,6 +94,7 @@ def size_and_sha256(path: Path) -> tuple[int, str]:
                 hashed.result()
             hashed = hasher.submit(digest.update, block)  # beside the next read
             size += len(block)
+            advance(len(block))
     return size, digest.hexdigest()
 
 
@@ -144,6 +147,14 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force a folder, and all files and folders in it, to the disk."""
+    for inner, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync_file(Path(inner, name))
+        sync_folder(Path(inner))
 
 
 def remove_folder(folder: Path) -> None:

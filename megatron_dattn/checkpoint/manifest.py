@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_dattn.checkpoint.files import size_and_sha256, write_synced
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.progress import Advance, Progress, unseen
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "megatron_dattn/1"
@@ -119,37 +120,52 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     return Manifest(files=files, **body)
 
 
-def verify(path: str | os.PathLike[str], *, sums: bool = True) -> Manifest:
+def verify(
+    path: str | os.PathLike[str], *, sums: bool = True, progress: Progress = unseen
+) -> Manifest:
     """Check a checkpoint against its manifest.
 
     Args:
         path: the checkpoint folder itself (`.../step-0000100`).
         sums: also compare sha256, which reads every file; sizes are always compared.
+        progress: of reading them.
 
     Raises:
         CheckpointError: naming the first missing or damaged file.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    verify_files(folder, manifest, manifest.files, sums=sums)
+    verify_files(folder, manifest, list(manifest.files), sums=sums, progress=progress)
     return manifest
 
 
-def verify_files(folder: Path, manifest: Manifest, names: Iterable[str], *, sums: bool) -> None:
+def verify_files(
+    folder: Path,
+    manifest: Manifest,
+    names: Collection[str],
+    *,
+    sums: bool,
+    progress: Progress = unseen,
+) -> None:
     """Like `verify`, for some of the files: ranks share the work of a large checkpoint."""
-    for name in names:
-        expected = manifest.files[name]
-        file = folder / name
-        try:
-            size = file.stat().st_size
-            if size != expected.size:
-                raise CheckpointError(f"{file} is damaged: {size} bytes instead of {expected.size}")
-            if sums and size_and_sha256(file)[1] != expected.sha256:
-                raise CheckpointError(f"{file} is damaged: its sha256 differs from the manifest's")
-        except FileNotFoundError:
-            raise CheckpointError(f"{file} is missing") from None
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    num_bytes = sum(manifest.files[name].size for name in names)
+    with (progress if sums else unseen)(f"checking {folder.name}", num_bytes) as advance:
+        for name in names:
+            _verify_file(folder / name, manifest.files[name], advance if sums else None)
+
+
+def _verify_file(file: Path, expected: FileRecord, advance: Advance | None) -> None:
+    """Compare the size; where somebody is told of bytes that are read, also the sum."""
+    try:
+        size = file.stat().st_size
+        if size != expected.size:
+            raise CheckpointError(f"{file} is damaged: {size} bytes instead of {expected.size}")
+        if advance is not None and size_and_sha256(file, advance)[1] != expected.sha256:
+            raise CheckpointError(f"{file} is damaged: its sha256 differs from the manifest's")
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def compare_facts(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

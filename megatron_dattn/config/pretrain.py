@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from megatron_dattn.attention import get_preset
 from megatron_dattn.data.config import DataConfig
+from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.observer import NO_ALPHA
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.training.config import (
     CheckpointConfig,
@@ -24,3 +27,11 @@ class PretrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        attention = self.model.attention
+        if self.logging.alpha_interval and get_preset(attention).merge == "cascade":
+            raise ConfigError(
+                f"logging.alpha_interval {self.logging.alpha_interval}: model.attention "
+                f"'{attention}' {NO_ALPHA}; set it to 0"
+            )

@@ -25,6 +25,7 @@ from megatron_dattn.models.config import ExecutionConfig, ModelConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, one_process
+from megatron_dattn.runtime.progress import Progress, unseen
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NUM_TOKENS = 64
@@ -102,7 +103,10 @@ def load_pretrained(
 
 @contextmanager
 def our_model(
-    config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: str
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    dtype: str,
+    progress: Progress = unseen,
 ) -> Iterator[DAttnVLM]:
     """The training code's model with a checkpoint's parameters, in one process, on the device.
 
@@ -113,10 +117,12 @@ def our_model(
     )
     with one_process():
         model = build_model(config, ParallelConfig(), execution).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in tensors:
-                    parameter.copy_(tensors[name].load())
+        found = {name: p for name, p in model.named_parameters() if name in tensors}
+        num_bytes = sum(tensors[name].num_bytes for name in found)
+        with torch.no_grad(), progress("reading the checkpoint", num_bytes) as advance:
+            for name, parameter in found.items():
+                parameter.copy_(tensors[name].load())
+                advance(tensors[name].num_bytes)
         yield model
 
 

@@ -1,4 +1,4 @@
-"""A run folder's newest checkpoint as a Hugging Face folder.
+"""A run folder's checkpoint as a Hugging Face folder.
 
 Decomposed models travel with their code (megatron_dattn/hf); plain self-attention becomes a
 `LlavaForConditionalGeneration` where its adapter is LLaVA's. Everything that can be wrong is found
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn import hf
+from megatron_dattn.checkpoint import steps_of
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.hf_config import (
     TokenIds,
@@ -27,6 +28,7 @@ from megatron_dattn.conversion.hf_config import (
 )
 from megatron_dattn.conversion.hf_names import export_rules
 from megatron_dattn.conversion.hf_processor import write_processor, write_tokenizer
+from megatron_dattn.conversion.metrics import find_metrics
 from megatron_dattn.conversion.model_card import model_card
 from megatron_dattn.conversion.output_folder import check_output, check_room, new_folder
 from megatron_dattn.conversion.safetensors_writer import PlannedTensors, write_shards
@@ -34,8 +36,9 @@ from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.tokenizer import padding_id, token_id
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.inference.load import RunAssets, find_run, load_assets
+from megatron_dattn.inference.load import RunAssets, find_run, load_assets, run_and_step
 from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.runtime.progress import Progress, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -50,29 +53,58 @@ class ExportOptions:
 
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     license_name: str | None = None
+    metrics: Path | None = None
+    """JSON file of an evaluation, for the model card; the run folder's accuracy.json where None."""
+    step: int | None = None
+    """Whose checkpoint is exported; the newest sound one where None."""
+    name: str | None = None
+    """Title of the model card; the output folder's name where None."""
 
 
-def export_checkpoint(run_folder: Path, output: Path, options: ExportOptions | None = None) -> None:
-    """Export the newest sound checkpoint, whatever parallel layout it was saved under.
+def export_checkpoint(
+    run_folder: Path,
+    output: Path,
+    options: ExportOptions | None = None,
+    progress: Progress = unseen,
+) -> None:
+    """Export a checkpoint, whatever parallel layout it was saved under.
 
     Parameters are read, converted and written one by one: memory does not grow with their number.
 
+    Args:
+        run_folder: the run, or one of its checkpoints (`run/step-0000400`).
+        output: the new folder.
+        progress: of comparing the checkpoint with its manifest, and of converting it.
+
     Raises:
         CheckpointError: there is no checkpoint, the output exists, or the disk has no room.
-        ConfigError: the model cannot be expressed, or the run folder's tokenizer does not fit.
+        ConfigError: two steps are named, the model cannot be expressed, or the run folder's
+            tokenizer does not fit.
+        DataError: the file of metrics that was named is missing or damaged.
     """
+    options = options or ExportOptions()
     output = check_output(output)
-    found, config = find_run(run_folder)
+    run_folder, step = run_and_step(run_folder, options.step)
+    found, config = find_run(run_folder, step, progress)
     check_exportable(config.model)
     assets = load_assets(run_folder, config)
     planned = plan_tensors(open_tensors(found.path), config.model)
-    check_room(output, sum(part.num_bytes for part in planned) + _SMALL_FILES_BYTES, "export")
-    options = options or ExportOptions()
+    num_bytes = sum(part.num_bytes for part in planned)
+    check_room(output, num_bytes + _SMALL_FILES_BYTES, "export")
+    is_newest = found.step == max(steps_of(run_folder), default=found.step)
+    card = model_card(
+        config.model,
+        title=options.name or output.name,
+        facts=found.manifest.facts,
+        metrics=find_metrics(options.metrics, run_folder, is_newest=is_newest),
+        license_name=options.license_name,
+    )
     with new_folder(output) as folder:
-        dtype = planned[0].dtype
-        _write_small_files(assets, dtype, run_folder, folder, found.manifest.facts, options)
-        write_shards(folder, planned, options.max_shard_bytes)
-    logger.info("exported to %s", output)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _write_small_files(assets, planned[0].dtype, run_folder, folder)
+        with progress("exporting", num_bytes) as written:
+            write_shards(folder, planned, options.max_shard_bytes, written)
+    logger.info("exported step %d to %s", found.step, output)
 
 
 def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[PlannedTensors]:
@@ -129,14 +161,9 @@ def _unread_norm(config: ModelConfig, dtype: torch.dtype) -> list[PlannedTensors
 
 
 def _write_small_files(
-    assets: RunAssets,
-    dtype: torch.dtype,
-    run_folder: Path,
-    target: Path,
-    facts: dict[str, object],
-    options: ExportOptions,
+    assets: RunAssets, dtype: torch.dtype, run_folder: Path, target: Path
 ) -> None:
-    """Everything but the weights."""
+    """Everything but the weights and the card."""
     config, tokenizer = assets.config, assets.tokenizer
     llava = is_llava(config.model)
     tokens = TokenIds(
@@ -159,14 +186,6 @@ def _write_small_files(
     (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stops = sorted(assets.stop_ids)
     generation_config(stops, tokens).save_pretrained(target)
-    card = model_card(
-        config.model,
-        run_folder=run_folder,
-        facts=facts,
-        data_sets=[Path(data.path).name for data in config.data.train],
-        license_name=options.license_name,
-    )
-    (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def _copy_code(target: Path) -> None:

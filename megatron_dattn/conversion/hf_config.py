@@ -42,7 +42,7 @@ class TokenIds:
 def is_llava(model: ModelConfig) -> bool:
     """Whether the model's attention is that of Hugging Face's LLaVA, whose code it is given."""
     preset = get_preset(model.attention)
-    return preset.is_self_attention and preset.visual == VisualRows()
+    return preset.attends_in_reading_order and preset.visual == VisualRows()
 
 
 def check_exportable(model: ModelConfig) -> None:
@@ -66,6 +66,11 @@ def _reason_against_dattn(preset: AttentionConfig) -> str:
             f"with v2v='{preset.v2v}' visual rows attend to other rows; the exported code computes "
             "each from its own image alone"
         )
+    if preset.t2v.window != "none" or preset.window != "part":
+        return (
+            f"with t2v.window='{preset.t2v.window}' and window='{preset.window}' images fall out "
+            "of a sliding window; the exported code keeps them in sight"
+        )
     if preset.visual not in VISUAL_ROWS.values():
         return "the exported code gives visual rows every layer whole, and this preset does not"
     return ""
@@ -75,7 +80,10 @@ def _reason_against_llava(model: ModelConfig) -> str:
     """Hugging Face's LLaVA has an adapter of two linear layers, nothing before and after them."""
     needs = "it would become a LlavaForConditionalGeneration, which"
     if model.language.family == "gemma2":
-        return f"{needs} does not scale visual rows as Gemma-2's own embeddings are"
+        return (
+            f"{needs} scales visual rows as Gemma-2's own embeddings are in transformers 4, and "
+            "does not in 5"
+        )
     if model.adapter.input_norm:
         return (
             f"{needs} has no norm in front of its adapter; train with model.adapter.input_norm "

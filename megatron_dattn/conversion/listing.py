@@ -1,10 +1,11 @@
-"""What a folder of weights holds: names, types, shapes and parameters per module.
+"""What a folder of weights holds: names, types, shapes, and the size of every module.
 
 Reads headers and indices only, of a Hugging Face folder (safetensors) or of a checkpoint of ours.
+Modules and their parts are called alike for both, so that the two tables can be compared.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +22,30 @@ from megatron_dattn.conversion.safetensors_reader import (
 from megatron_dattn.errors import CheckpointError
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_OUTER_NAMES = ("model", "vision_model")
+# Our modules, in order, and what Hugging Face calls them: inside a whole model, or by what their
+# tensors begin with where a folder holds one alone.
+_MODULES = {
+    "vision_model": (
+        *("vision_tower", "embeddings", "encoder"),
+        *("pre_layrnorm", "post_layernorm", "head"),
+    ),
+    "adapter": ("multi_modal_projector",),
+    "language_model": ("model", "lm_head"),
+}
+_WHOLE_NAMES = ("vision_tower", "multi_modal_projector", *_MODULES)
+_PARTS = {
+    "embeddings": (
+        *("embedding", "embed_tokens"),
+        *("patch_embedding", "position_embedding", "class_embedding"),
+    ),
+    "layers": (),
+    "norms": ("norm", "pre_layernorm", "pre_layrnorm", "post_layernorm", "final_layernorm"),
+    "head": ("lm_head", "output_layer"),
+    "linear_1": ("linear_fc1",),
+    "linear_2": ("linear_fc2",),
+}
+# Names between a module and its parts.
+_BETWEEN = ("model", "vision_model", "encoder", "decoder")
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,7 @@ class Entry:
     dtype: str
     """In safetensors' words: BF16, F32, ..."""
     shape: tuple[int, ...]
+    num_bytes: int
 
     @property
     def numel(self) -> int:
@@ -46,14 +71,17 @@ def list_tensors(folder: Path) -> list[Entry]:
     """
     if (folder / INDEX_FILE).is_file() or any(folder.glob("*.safetensors")):
         weights = SafetensorsFolder(folder)
-        return [Entry(name, weights.dtypes[name], shape) for name, shape in weights.shapes.items()]
+        return [
+            Entry(name, weights.dtypes[name], shape, weights.num_bytes[name])
+            for name, shape in weights.shapes.items()
+        ]
     found = find_checkpoint(folder, verify=False)
     if found is None:
         raise CheckpointError(
             f"{folder} holds neither safetensors nor a checkpoint of this program"
         )
     return [
-        Entry(tensor.name, _dtype_name(tensor.dtype), tensor.shape)
+        Entry(tensor.name, _dtype_name(tensor.dtype), tensor.shape, tensor.num_bytes)
         for tensor in open_tensors(found.path).values()
     ]
 
@@ -78,20 +106,49 @@ def tensor_table(entries: Iterable[Entry], *, every: bool = False) -> str:
 
 
 def module_table(entries: Sequence[Entry]) -> str:
-    """Parameters and bytes of every module, and of all together."""
-    parameters: dict[str, int] = {}
+    """Parameters and bytes of every module, then of its parts, and of all together."""
+    modules: dict[str, dict[str, list[Entry]]] = {}
     for entry in entries:
-        module = _module(entry.name)
-        parameters[module] = parameters.get(module, 0) + entry.numel
-    parameters["total"] = sum(parameters.values())
-    return _aligned([(module, f"{count:,} parameters") for module, count in parameters.items()])
+        module, part = _place(entry.name)
+        modules.setdefault(module, {}).setdefault(part, []).append(entry)
+    rows: list[tuple[str, list[Entry]]] = []
+    for module in _ordered(modules, _MODULES):
+        parts = modules[module]
+        rows.append((module, [entry for part in parts.values() for entry in part]))
+        if len(parts) > 1:
+            rows += [(f"  {part}", parts[part]) for part in _ordered(parts, _PARTS)]
+    rows.append(("total", list(entries)))
+    counts = [f"{sum(entry.numel for entry in held):,}" for _, held in rows]
+    sizes = [f"{sum(entry.num_bytes for entry in held):,}" for _, held in rows]
+    return _aligned(
+        [
+            (name, f"{count:>{len(counts[-1])}} parameters", f"{size:>{len(sizes[-1])}} bytes")
+            for (name, _), count, size in zip(rows, counts, sizes, strict=True)
+        ]
+    )
 
 
-def _module(name: str) -> str:
-    """The first part of a name that tells modules apart: `model.layers` is none."""
+def _place(name: str) -> tuple[str, str]:
+    """The module that a tensor belongs to, and the part of it, under our names."""
     parts = name.split(".")
-    outer = len(parts) > 2 and parts[0] in _OUTER_NAMES and not parts[1].isdecimal()
-    return ".".join(parts[: 2 if outer else 1])
+    if parts[0] == "model" and parts[1:2] and parts[1] in _WHOLE_NAMES:
+        parts = parts[1:]
+    module = _known(parts[0], _MODULES)
+    inner = parts[1:] if parts[0] in _WHOLE_NAMES else parts
+    while len(inner) > 1 and inner[0] in _BETWEEN:
+        inner = inner[1:]
+    return module, _known(inner[0], _PARTS)
+
+
+def _known(name: str, table: Mapping[str, Sequence[str]]) -> str:
+    """Under which name a table has it; its own where it has it not."""
+    return next((known for known, others in table.items() if name in others), name)
+
+
+def _ordered(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Those that are known first, in their order."""
+    first, found = tuple(known), tuple(names)
+    return [name for name in first if name in found] + [n for n in found if n not in first]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -81,8 +81,9 @@ def _language_config(config: dict[str, Any]) -> LanguageConfig:
     family = language_family(section)
     if section["model_type"] == "gemma2":
         raise CheckpointError(
-            "a LLaVA with a language model of type 'gemma2' is not supported: it does not scale "
-            "visual rows as Gemma-2's own embeddings are; supported: llama, mistral"
+            "a LLaVA with a language model of type 'gemma2' is not supported: versions of "
+            "transformers differ in whether they scale its visual rows as Gemma-2's own embeddings "
+            "are; supported: llama, mistral"
         )
     tied = any(_values(place).flag("tie_word_embeddings") for place in (config, section))
     full = with_required(section, family.DEFAULTS)

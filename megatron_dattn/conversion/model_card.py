@@ -1,7 +1,5 @@
 """README.md of an export: what the model is, what it was trained on, and how to ask it."""
 
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +7,9 @@ import yaml
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.hf_config import is_llava
+from megatron_dattn.conversion.metrics import Metrics
 from megatron_dattn.hf.configuration_dattn import TRANSFORMERS_NEEDED
 from megatron_dattn.models.config import ModelConfig
-
-logger = logging.getLogger(__name__)
-
-# Flat JSON of numbers, where an evaluation has left it in the run folder.
-METRICS_FILE = "accuracy.json"
 
 _NAMES = {
     "siglip": "SigLIP",
@@ -57,17 +51,16 @@ its pixels differ a little from those of training, which Pillow resized.
 def model_card(
     model: ModelConfig,
     *,
-    run_folder: Path,
+    title: str,
     facts: dict[str, Any],
-    data_sets: list[str],
+    metrics: Metrics,
     license_name: str | None,
 ) -> str:
     """The card's text.
 
     Args:
-        run_folder: searched for metrics.
         facts: of the checkpoint's manifest.
-        data_sets: names of the last stage's training data.
+        metrics: of an evaluation, see `metrics.py`.
         license_name: as the hub spells it; the card says that it is missing where None.
     """
     front = {
@@ -81,15 +74,15 @@ def model_card(
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
             "---",
-            f"# {run_folder.resolve().name}",
+            f"# {title}",
             "",
             _description(model),
             "",
             "## Training",
-            *_training(facts, data_sets),
+            *_training(facts),
             "",
             "## Metrics",
-            *(_metrics(facts, run_folder / METRICS_FILE) or ["None recorded."]),
+            *(_metrics(facts, metrics) or ["None recorded."]),
             "",
             "## License",
             license_name or "Not stated. Fill in the field `license` above before publishing.",
@@ -113,38 +106,32 @@ def _description(model: ModelConfig) -> str:
     )
 
 
-def _training(facts: dict[str, Any], data_sets: list[str]) -> list[str]:
+def _training(facts: dict[str, Any]) -> list[str]:
+    """One line for every stage, from the last one back to the import that all began with."""
     progress = facts.get("progress") or {}
-    return [
-        f"- stage: {_stage(facts)}, step {facts.get('step', 'unknown')}",
-        f"- data of this stage: {', '.join(data_sets) or 'not recorded'}",
-        *_origin(facts.get("parent") or {}),
-        *(f"- {name.replace('_', ' ')}: {value:,}" for name, value in progress.items() if value),
+    lines = [
+        f"- {_stage(facts)}",
+        *(f"  - {name.replace('_', ' ')}: {value:,}" for name, value in progress.items() if value),
     ]
-
-
-def _origin(parent: dict[str, Any]) -> list[str]:
-    if not parent:
-        return []
-    return [f"- started from: stage {parent.get('stage')}, step {parent.get('step')}"]
+    while facts := facts.get("parent") or {}:
+        lines.append(f"- before that: {_stage(facts)}")
+    return lines
 
 
 def _stage(facts: dict[str, Any]) -> str:
-    stage = facts.get("stage", "unknown")
-    return stage if isinstance(stage, str) else json.dumps(stage, sort_keys=True)
+    """Names only: the folders are nobody's business where the card is read."""
+    if sources := facts.get("sources"):
+        names = (f"{Path(path).name} ({module})" for module, path in sources.items())
+        return f"import of {', '.join(names)}"
+    data_sets = ", ".join(facts.get("data_sets") or []) or "data that was not recorded"
+    stage, step = facts.get("stage", "unknown"), facts.get("step", "unknown")
+    return f"stage {stage}, step {step}, on {data_sets}"
 
 
-def _metrics(facts: dict[str, Any], path: Path) -> list[str]:
-    """The last validation loss, and what an evaluation found; a damaged file is passed over."""
-    lines = []
+def _metrics(facts: dict[str, Any], metrics: Metrics) -> list[str]:
+    """The last validation loss, and what an evaluation found."""
+    lines = [f"- {name}: {value:g}" for name, value in metrics.items()]
     if validation := facts.get("validation"):
-        lines.append(f"- validation loss at step {validation['step']}: {validation['loss']:.4f}")
-    if not path.is_file():
-        return lines
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        pairs = [(name, value) for name, value in values.items() if isinstance(value, int | float)]
-    except (OSError, ValueError, AttributeError) as error:
-        logger.warning("the model card goes without %s, which cannot be read: %s", path, error)
-        return lines
-    return lines + [f"- {name}: {value:g}" for name, value in pairs]
+        loss = f"- validation loss at step {validation['step']}: {validation['loss']:.4f}"
+        return [loss, *lines]
+    return lines

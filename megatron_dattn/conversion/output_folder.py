@@ -1,7 +1,8 @@
 """A new folder that appears whole or not at all, for conversions in both directions.
 
-It is written beside its place under a temporary name and renamed last: a program that is killed
-leaves nothing that looks whole and nothing that blocks the next run, which removes what it left.
+It is written beside its place under a temporary name, and renamed last, after all of it has reached
+the disk: a program that is killed, or a machine that loses its power, leaves nothing that looks
+whole and nothing that blocks the next run, which removes what was left.
 """
 
 import logging
@@ -67,7 +68,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            files.sync_folder(temporary)
+            files.sync_tree(temporary)
             temporary.rename(output)
             files.sync_folder(output.parent)
         finally:

@@ -78,6 +78,7 @@ class SafetensorsFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         """In safetensors' words: BF16, F32, ..."""
+        self.num_bytes: dict[str, int] = {}
         index = self._index()
         for path in self._shards(index):
             self._scan(path, index)
@@ -192,7 +193,8 @@ class SafetensorsFolder:
         for name, entry in header.items():
             if name.startswith(self._prefix):
                 bare = name.removeprefix(self._prefix)
-                self._places[bare] = _Place(path, start + entry["data_offsets"][0])
+                begin, end = entry["data_offsets"]
+                self._places[bare], self.num_bytes[bare] = _Place(path, start + begin), end - begin
                 self.shapes[bare], self.dtypes[bare] = tuple(entry["shape"]), entry["dtype"]
 
     def _compare(self, path: Path, held: set[str], listed: set[str]) -> None:

@@ -22,6 +22,7 @@ from megatron_dattn.conversion.safetensors_reader import (
     LENGTH_BYTES,
     SINGLE_FILE,
 )
+from megatron_dattn.runtime.progress import Advance
 
 _ALIGNMENT = 8
 
@@ -43,17 +44,25 @@ class PlannedTensors:
         return self.num_elements * self.dtype.itemsize
 
 
-def write_shards(folder: Path, planned: Sequence[PlannedTensors], max_shard_bytes: int) -> None:
+def write_shards(
+    folder: Path,
+    planned: Sequence[PlannedTensors],
+    max_shard_bytes: int,
+    written: Advance = lambda num_bytes: None,
+) -> None:
     """Write all tensors, synced: one file, or several and their index.
 
     A shard is larger than the limit only where the pieces of one parameter are.
+
+    Args:
+        written: is told the bytes of each parameter that has been converted.
     """
     shards = plan_shards(planned, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
         name = SINGLE_FILE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / name, shard)
+        _write_shard(folder / name, shard, written)
         weight_map |= {key: name for part in shard for key in part.shapes}
     if len(shards) > 1:
         _write_index(folder / INDEX_FILE, planned, weight_map)
@@ -74,7 +83,7 @@ def plan_shards(
     return shards
 
 
-def _write_shard(path: Path, shard: list[PlannedTensors]) -> None:
+def _write_shard(path: Path, shard: list[PlannedTensors], written: Advance) -> None:
     # Wide types first: what is read in place must not begin between two values.
     parts = sorted(shard, key=lambda part: -part.dtype.itemsize)
     with open(path, "xb") as file:
@@ -84,6 +93,7 @@ def _write_shard(path: Path, shard: list[PlannedTensors]) -> None:
             tensors = part.make()
             for name, shape in part.shapes.items():
                 _write_tensor(file, tensors[name], shape, part.dtype)
+            written(part.num_bytes)
             kept += part.num_bytes
             if kept >= PAGES_KEPT:
                 forget_pages(file.fileno())

@@ -6,6 +6,7 @@ One model is in memory at a time. Text without images passes every attention pre
 converted checkpoint must agree whatever preset its configuration names.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,9 @@ from megatron_dattn.conversion.verify_whole import verify_whole_model
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.runtime.distributed import get_device
+from megatron_dattn.runtime.progress import Progress, unseen
+
+logger = logging.getLogger(__name__)
 
 LOGITS = "logits of the language model"
 FEATURES = "features of the vision encoder"
@@ -49,6 +53,7 @@ def verify_checkpoint(
     whole: Path | None = None,
     tokens: Sequence[int] | None = None,
     dtype: str = "fp32",
+    progress: Progress = unseen,
 ) -> list[Comparison]:
     """Run both sides on the same inputs.
 
@@ -63,6 +68,7 @@ def verify_checkpoint(
         whole: the folder of a whole vision-language model, likewise, instead of the two.
         tokens: ids of one text; random ones where None.
         dtype: "fp32" or "bf16", in which both sides are computed.
+        progress: of reading the checkpoint, to compare it with its manifest and to compute with it.
 
     Raises:
         CheckpointError: a folder is missing or holds another model, or a token is not in the
@@ -71,7 +77,7 @@ def verify_checkpoint(
     """
     if whole is not None and (vision is not None or language is not None):
         raise ConfigError("--model is a whole model: leave --vision and --language out, or it")
-    found = find_checkpoint(run_folder)
+    found = find_checkpoint(run_folder, progress=progress)
     if found is None:
         raise CheckpointError(f"{run_folder} holds no checkpoint")
     facts, tensors = found.manifest.facts, open_tensors(found.path)
@@ -84,14 +90,16 @@ def verify_checkpoint(
                 f"{found.path} holds no adapter, so no whole model can be compared with it: give "
                 "--vision and --language"
             )
-        return verify_whole_model(tensors, config, whole, tokens=tokens, dtype=dtype)
+        return verify_whole_model(
+            tensors, config, whole, tokens=tokens, dtype=dtype, progress=progress
+        )
     vision = vision or _folder(sources.get("vision_model"))
     language = language or _folder(sources.get("language_model"))
     if language is None:
         raise CheckpointError(
             f"{found.path} does not say which language model it came from: give --language"
         )
-    return _verify_parts(tensors, config, vision, language, tokens, dtype)
+    return _verify_parts(tensors, config, vision, language, tokens, dtype, progress)
 
 
 def _verify_parts(
@@ -101,15 +109,20 @@ def _verify_parts(
     language: Path,
     tokens: Sequence[int] | None,
     dtype: str,
+    progress: Progress,
 ) -> list[Comparison]:
     _check_parts(config, vision, language)
     ids = token_ids(tokens, config.language.vocab_size)
     pixels = random_pixels(config.vision.image_size).to(DTYPES[dtype])
     rounded = rounding(tensors, dtype)
+    steps = 2 if vision is None else 3
+    logger.info("1 of %d: logits of %s", steps, language)
     expected = {LOGITS: hugging_face_logits(language, ids, DTYPES[dtype], rounded)}
     if vision is not None:
+        logger.info("2 of %d: features of %s", steps, vision)
         expected[FEATURES] = hugging_face_features(vision, pixels, config, rounded)
-    ours = _our_outputs(tensors, config, ids, pixels, dtype)
+    logger.info("%d of %d: the checkpoint's", steps, steps)
+    ours = _our_outputs(tensors, config, ids, pixels, dtype, progress)
     return [compare(what, ours[what], theirs, rounded) for what, theirs in expected.items()]
 
 
@@ -179,9 +192,14 @@ def hugging_face_features(
 
 @torch.inference_mode()
 def _our_outputs(
-    tensors: dict[str, StoredTensor], config: ModelConfig, ids: Tensor, pixels: Tensor, dtype: str
+    tensors: dict[str, StoredTensor],
+    config: ModelConfig,
+    ids: Tensor,
+    pixels: Tensor,
+    dtype: str,
+    progress: Progress,
 ) -> dict[str, Tensor]:
-    with our_model(config, tensors, dtype) as model:
+    with our_model(config, tensors, dtype, progress) as model:
         assert model.vision_model is not None
         return {
             LOGITS: text_logits(model, one_text(config, ids, pixels)),

@@ -6,6 +6,7 @@ training code. Inputs are a question about image files, or random tokens and pix
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,13 @@ from megatron_dattn.conversion.verify_whole import check_same_whole_model
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.tokenizer import token_id
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.inference.load import RunAssets, find_run, load_assets
+from megatron_dattn.inference.load import RunAssets, find_run, load_assets, run_and_step
 from megatron_dattn.inference.prompt import Prompt
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import get_device
+from megatron_dattn.runtime.progress import Progress, unseen
+
+logger = logging.getLogger(__name__)
 
 _RANDOM_TOKENS = 48
 _RANDOM_IMAGES = ((), (0,), (3, 20, 20))
@@ -59,28 +63,33 @@ def verify_export(
     question: str | None = None,
     images: Sequence[Path] = (),
     dtype: str = "fp32",
+    progress: Progress = unseen,
 ) -> list[Comparison]:
     """Run both sides on the same inputs.
 
     Args:
-        run_folder: the run; its newest sound checkpoint is compared.
+        run_folder: the run, whose newest sound checkpoint is compared, or `run/step-0000400`.
         exported: the Hugging Face folder. Code that it brings is run.
         question: a user's message; random texts with no, one and several images where None.
         images: files that stand in front of the question.
         dtype: "fp32" or "bf16", in which both sides are computed.
+        progress: of reading the checkpoint, to compare it with its manifest and to compute with it.
 
     Raises:
         CheckpointError: a folder is missing or does not fit the other.
         ConfigError: the model cannot be exported, or its tokenizer does not fit.
         DataError: the question or an image cannot be used.
     """
-    found, config = find_run(run_folder)
+    run_folder, step = run_and_step(run_folder)
+    found, config = find_run(run_folder, step, progress)
     check_exportable(config.model)
     _check_fits(exported, config.model)
     assets = load_assets(run_folder, config)
     asked = _random_questions(assets) if question is None else [_ask(assets, question, images)]
+    logger.info("1 of 2: logits of %s", exported)
     theirs = _their_logits(exported, asked, assets, DTYPES[dtype])
-    ours = _our_logits(open_tensors(found.path), asked, config.model, dtype)
+    logger.info("2 of 2: logits of %s", found.path)
+    ours = _our_logits(open_tensors(found.path), asked, config.model, dtype, progress)
     return [
         compare(each.what, mine, other)
         for each, mine, other in zip(asked, ours, theirs, strict=True)
@@ -158,10 +167,14 @@ def _with_places(question: Question, image: int, count: int) -> Tensor:
 
 @torch.inference_mode()
 def _our_logits(
-    tensors: dict[str, StoredTensor], questions: Sequence[Question], config: ModelConfig, dtype: str
+    tensors: dict[str, StoredTensor],
+    questions: Sequence[Question],
+    config: ModelConfig,
+    dtype: str,
+    progress: Progress,
 ) -> list[Tensor]:
     """Logits [text rows, vocabulary] of every question by the training code, on the CPU."""
-    with our_model(config, tensors, dtype) as model:
+    with our_model(config, tensors, dtype, progress) as model:
         absent = {name for name, _ in model.named_parameters()} - tensors.keys()
         if absent:
             raise CheckpointError(f"the checkpoint lacks {', '.join(sorted(absent))}")

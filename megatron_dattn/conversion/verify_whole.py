@@ -6,6 +6,7 @@ starts from its weights, logits behind an image must differ; the rows that the a
 image are compared then.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from megatron_dattn.conversion.whole_models import image_token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import get_device
+from megatron_dattn.runtime.progress import Progress, unseen
+
+logger = logging.getLogger(__name__)
 
 TEXT = "logits of a text"
 SEEN = "logits of a text with an image"
@@ -47,6 +51,7 @@ def verify_whole_model(
     *,
     tokens: Sequence[int] | None,
     dtype: str,
+    progress: Progress = unseen,
 ) -> list[Comparison]:
     """Run both sides on the same inputs.
 
@@ -54,7 +59,7 @@ def verify_whole_model(
         tensors: of the checkpoint.
         config: of its model.
         folder: the Hugging Face model's.
-        tokens, dtype: as for `verify_checkpoint`.
+        tokens, dtype, progress: as for `verify_checkpoint`.
 
     Raises:
         CheckpointError: the folder does not fit, or a token is `<image>` or not in the vocabulary.
@@ -71,13 +76,15 @@ def verify_whole_model(
     ids = _text_ids(tokens, config.language.vocab_size, image_id)
     pixels = random_pixels(config.vision.image_size)[:1].to(DTYPES[dtype])
     rounded = rounding(tensors, dtype)
+    logger.info("1 of 2: outputs of %s", folder)
     if kind == llava.MODEL_TYPE:
         expected = _llava_outputs(folder, config, ids, pixels, image_id, rounded)
         preset = get_preset(config.attention)
-        expected.pop(ROWS if preset.is_self_attention else SEEN)
+        expected.pop(ROWS if preset.attends_in_reading_order else SEEN)
     else:
         expected = _dattn_outputs(folder, ids, pixels, image_id, rounded)
-    ours = _our_outputs(tensors, config, ids, pixels, dtype)
+    logger.info("2 of 2: the checkpoint's")
+    ours = _our_outputs(tensors, config, ids, pixels, dtype, progress)
     return [compare(what, ours[what], theirs, rounded) for what, theirs in expected.items()]
 
 
@@ -155,9 +162,14 @@ def _logits(
 
 @torch.inference_mode()
 def _our_outputs(
-    tensors: dict[str, StoredTensor], config: ModelConfig, ids: Tensor, pixels: Tensor, dtype: str
+    tensors: dict[str, StoredTensor],
+    config: ModelConfig,
+    ids: Tensor,
+    pixels: Tensor,
+    dtype: str,
+    progress: Progress,
 ) -> dict[str, Tensor]:
-    with our_model(config, tensors, dtype) as model:
+    with our_model(config, tensors, dtype, progress) as model:
         outputs = {
             TEXT: text_logits(model, one_text(config, ids, pixels)),
             SEEN: text_logits(model, one_text(config, ids, pixels, image_offsets=(1,))),

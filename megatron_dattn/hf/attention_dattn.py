@@ -1,7 +1,9 @@
 """Attention of a decoder layer: T2V and T2T of text rows, the diagonal V2V of visual rows.
 
-Scores and probabilities are explicit, for readability; long prompts are done in blocks of rows, so
-that they never fill the memory. Parameters have Hugging Face's names.
+Prompts go through torch's scaled_dot_product_attention, in blocks of rows, so that masks and scores
+never fill the memory. Scores and probabilities are explicit where that cannot serve: for a single
+new token, which reads the kept keys and values where they lie, for Gemma-2's softcap, and for who
+asks for `attn_implementation="eager"`. Parameters have Hugging Face's names.
 
 This file travels with the exported weights.
 """
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .caches_dattn import DAttnCache
@@ -80,6 +83,7 @@ class Projections(nn.Module):
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
         text = config.text_config
+        self.config = config
         self.head_dim = config.head_dim
         self.num_heads = text.num_attention_heads
         self.group = text.num_attention_heads // text.num_key_value_heads
@@ -99,14 +103,42 @@ class Projections(nn.Module):
     def _heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        """What rows read of one set of keys, [batch, key heads, group, rows, head_dim].
+
+        Args:
+            seen: bool [batch, rows, keys].
+        """
+        if self._is_fused(query):
+            return self._fused(query, key, value, seen)
+        return _read(_softmax(self._scores(query, key), seen), value)
+
+    def _is_fused(self, query: Tensor) -> bool:
+        wanted = self.config._attn_implementation == "sdpa" and self.softcap is None
+        return wanted and query.shape[2] > 1
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        """As `_attend`, by torch's kernels, which want one width of keys and values."""
+        rows, width = query.shape[2], value.shape[3]
+        value = F.pad(value, (0, key.shape[3] - width))
+        # A row that sees nothing would be a softmax over nothing: it sees all, and counts as zero.
+        sees = seen.any(-1, keepdim=True)
+        mask = (seen | ~sees).repeat(1, self.group, 1).unsqueeze(1)
+        out = F.scaled_dot_product_attention(
+            self._grouped(query), key, value, attn_mask=mask, scale=self.scale
+        )
+        return out[..., :width].unflatten(2, (self.group, rows)) * sees[:, None, None]
+
+    def _grouped(self, query: Tensor) -> Tensor:
+        """[batch, key heads, group * rows, head_dim]; a key head serves a group of query heads."""
+        return query.unflatten(1, (-1, self.group)).flatten(2, 3)
+
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """[batch, key heads, group, rows, keys]; a key head serves a group of query heads."""
-        rows = query.shape[2]
-        grouped = query.unflatten(1, (-1, self.group)).flatten(2, 3)
-        scores = grouped @ key.transpose(-1, -2) * self.scale
+        """[batch, key heads, group, rows, keys]."""
+        scores = self._grouped(query) @ key.transpose(-1, -2) * self.scale
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        return scores.unflatten(2, (self.group, rows))
+        return scores.unflatten(2, (self.group, query.shape[2]))
 
     def _project_out(self, out: Tensor, dtype: torch.dtype) -> Tensor:
         """[batch, key heads, group, rows, head_dim] -> [batch, rows, hidden]."""
@@ -118,11 +150,11 @@ class CrossAttention(Projections):
 
     def forward(self, rows: Tensor, images: KeyValue, seen: Seen) -> Tensor:
         """What images add to text rows; arguments and result as of `Attention`."""
-        query, (key, value) = self._heads(self.q_proj(rows)), images
-        out = []
-        for block, seen_here in seen.blocks(self.num_heads):
-            scores = self._scores(query[:, :, block], key)
-            out.append(_read(_softmax(scores, seen_here.images[:, None, None]), value))
+        query = self._heads(self.q_proj(rows))
+        out = [
+            self._attend(query[:, :, block], *images, seen_here.images)
+            for block, seen_here in seen.blocks(self.num_heads)
+        ]
         return self._project_out(torch.cat(out, dim=3), rows.dtype)
 
 
@@ -157,33 +189,48 @@ class Attention(Projections):
         text: KeyValue = cache.update(rotate(key, rotary), value, self.number)
         of_images = rotated if self.rotates_t2v else query
         out = [
-            self._attend(of_images[:, :, block], rotated[:, :, block], images, text, seen_here)
+            self._attend_both(of_images[:, :, block], rotated[:, :, block], images, text, seen_here)
             for block, seen_here in seen.blocks(self.num_heads)
         ]
         return self._project_out(torch.cat(out, dim=3), rows.dtype)
 
-    def _attend(
+    def _attend_both(
         self, of_images: Tensor, of_text: Tensor, images: KeyValue, text: KeyValue, seen: Seen
     ) -> Tensor:
         """What rows with these queries to images and to text read, [batch, key heads, group, rows,
         head_dim]."""
-        key, value = text
-        t2t = self._scores(of_text, key)
-        seen_text = (seen.near_text if self.slides else seen.text)[:, None, None]
-        if self.merge == "cascade":
-            return _read(_softmax(t2t, seen_text), value)
-        visual_key, visual_value = images
-        t2v = self._scores(of_images, visual_key)
-        seen_images = seen.images[:, None, None]
+        seen_text = seen.near_text if self.slides else seen.text
         if self.merge == "alpha":
-            # One softmax over all keys is what the paper's alpha-weighting computes in parts.
-            seen_all = torch.cat((seen_images, seen_text), dim=-1)
-            joint = _softmax(torch.cat((t2v, t2t), dim=-1), seen_all)
-            t2v, t2t = joint.split((t2v.shape[-1], t2t.shape[-1]), dim=-1)
-            return _read(t2v, visual_value) + _read(t2t, value)
-        from_images = _read(_softmax(t2v, seen_images), visual_value)
-        from_text = _read(_softmax(t2t, seen_text), value)
-        return self._join(from_images, from_text, seen_images.any(-1, keepdim=True))
+            return self._joint(of_images, of_text, images, text, (seen.images, seen_text))
+        from_text = self._attend(of_text, *text, seen_text)
+        if self.merge == "cascade":
+            return from_text
+        from_images = self._attend(of_images, *images, seen.images)
+        return self._join(from_images, from_text, seen.images.any(-1)[:, None, None, :, None])
+
+    def _joint(
+        self,
+        of_images: Tensor,
+        of_text: Tensor,
+        images: KeyValue,
+        text: KeyValue,
+        seen: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """One softmax over all keys: what the paper's alpha-weighting computes in parts."""
+        (visual_key, visual_value), (key, value) = images, text
+        seen_all = torch.cat(seen, dim=-1)
+        if self._is_fused(of_text):
+            # Queries of both kinds side by side; zeros in a key let it meet the one that is its.
+            query = torch.cat((of_images, of_text), dim=-1)
+            visual_key = F.pad(visual_key, (0, self.head_dim))
+            key = F.pad(key, (self.head_dim, 0))
+            keys = torch.cat((visual_key, key), dim=2)
+            values = torch.cat((visual_value, value), dim=2)
+            return self._fused(query, keys, values, seen_all)
+        t2v, t2t = self._scores(of_images, visual_key), self._scores(of_text, key)
+        joint = _softmax(torch.cat((t2v, t2t), dim=-1), seen_all)
+        t2v, t2t = joint.split((t2v.shape[-1], t2t.shape[-1]), dim=-1)
+        return _read(t2v, visual_value) + _read(t2t, value)
 
     def _join(self, from_images: Tensor, from_text: Tensor, sees_images: Tensor) -> Tensor:
         if self.merge == "sum":
@@ -196,7 +243,9 @@ class Attention(Projections):
 
 
 def _softmax(scores: Tensor, seen: Tensor) -> Tensor:
-    """Probabilities in fp32 (fp64 for fp64 scores); all zero where a row sees nothing."""
+    """Probabilities of scores [batch, key heads, group, rows, keys], seen bool [batch, rows, keys],
+    in fp32 (fp64 for fp64 scores); all zero where a row sees nothing."""
+    seen = seen[:, None, None]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     masked = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     return masked.softmax(dim=-1) * seen

@@ -9,7 +9,6 @@ This file travels with the exported weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,8 +142,12 @@ class DAttnCache(DynamicCache):
             samples = torch.arange(len(self.is_text), device=self.is_text.device)
             self._keep_samples(samples.repeat_interleave(repeats))
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("a DAttnCache cannot be shortened, as assisted generation would")
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns, as assisted generation does with guesses that it rejects; images
+        are never among those."""
+        super().crop(tokens_to_remove)
+        if self.is_text is not None:
+            self.is_text = self.is_text[:, : self.get_seq_length()]
 
     def _keep_samples(self, index: Tensor) -> None:
         if self.visual is not None and self.is_text is not None:

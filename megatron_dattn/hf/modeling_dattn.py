@@ -36,7 +36,7 @@ class DAttnPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]  # noqa: RUF012
     _no_split_modules = ["DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "image_cache"]  # noqa: RUF012
-    _supports_sdpa = True  # the vision encoder's
+    _supports_sdpa = True
 
 
 class DAttnModel(DAttnPreTrainedModel):

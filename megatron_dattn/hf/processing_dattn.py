@@ -3,12 +3,15 @@
 This file travels with the exported weights.
 """
 
+import os
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from PIL import Image, ImageOps
 from transformers import ProcessorMixin
+from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 from transformers.utils.versions import require_version
 
@@ -16,13 +19,16 @@ from .configuration_dattn import TRANSFORMERS_NEEDED
 
 require_version(TRANSFORMERS_NEEDED)
 
+_CHANNELS = (1, 3, 4)
+
 
 class DAttnProcessor(ProcessorMixin):
     """A tokenizer and the encoder's image processor, SigLIP's or CLIP's.
 
     Texts are complete prompts, as the chat template writes them: no token is added. Batches are
     padded on the left, so that generation continues every prompt. Images are resized with Pillow
-    as in training, whatever else is installed.
+    as in training, whatever else is installed: Pillow images, paths, URLs, or arrays and tensors of
+    uint8 with channels first or last.
 
     Args:
         image_fit: "resize" distorts an image to a square, "crop" cuts out its middle (the image
@@ -57,16 +63,16 @@ class DAttnProcessor(ProcessorMixin):
         count = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[1] * count, num_image_patches=[1] * count)
 
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-        return super()._process_images(self._prepared(images), **kwargs)
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As of every processor; images are prepared before the base class opens paths its way."""
+        images = None if images is None else self._prepared(images)
+        return super().__call__(images=images, text=text, **kwargs)
 
     def _prepared(self, images: Any) -> Any:
         """Upright RGB images, one or lists of them; square ones if they are to be padded."""
-        if isinstance(images, list | tuple):
+        if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
             return [self._prepared(image) for image in images]
-        if not isinstance(images, Image.Image):
-            return images
-        image = ImageOps.exif_transpose(images)
+        image = ImageOps.exif_transpose(_as_pillow(images))
         if image.mode.startswith("I"):  # 16-bit grey keeps its upper 8 bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("RGB")
@@ -78,6 +84,46 @@ class DAttnProcessor(ProcessorMixin):
         square = Image.new("RGB", (side, side), fill)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
+
+
+def _as_pillow(image: Any) -> Image.Image:
+    """Any kind of image as one that Pillow resizes.
+
+    Raises:
+        ValueError: it is of another kind, or an array whose values or axes are not certain.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | os.PathLike):
+        # A file is opened here: transformers would clip 16-bit grey.
+        return Image.open(image) if os.path.isfile(image) else load_image(str(image))
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().numpy() if image.dtype == torch.uint8 else image
+    elif not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"an image of type {type(image).__name__}: pass a Pillow image, a path, a URL, or an "
+            "array or tensor of uint8"
+        )
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"an image of {image.dtype}: pass values from 0 to 255 as uint8, or a Pillow image"
+        )
+    return Image.fromarray(_channels_last(image))
+
+
+def _channels_last(pixels: np.ndarray) -> np.ndarray:
+    """[height, width, 3 or 4], or [height, width] of a grey image."""
+    if pixels.ndim == 2:
+        return pixels
+    is_first, is_last = (pixels.ndim == 3 and pixels.shape[axis] in _CHANNELS for axis in (0, -1))
+    if is_first == is_last:
+        problem = "may have its channels first or last" if is_first else "has no axis of channels"
+        raise ValueError(
+            f"an image of shape {list(pixels.shape)} {problem}: pass a Pillow image, or 1, 3 or 4 "
+            "channels as the first or the last axis"
+        )
+    pixels = np.moveaxis(pixels, 0, -1) if is_first else pixels
+    return np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def _with_pillow(image_processor: Any) -> Any:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint
-from megatron_dattn.checkpoint.discovery import FoundCheckpoint
+from megatron_dattn.checkpoint import FoundCheckpoint, find_checkpoint, find_step, load_checkpoint
+from megatron_dattn.checkpoint.files import step_of
 from megatron_dattn.checkpoint.manifest import compare_facts
 from megatron_dattn.config.cli import load_config
 from megatron_dattn.config.pretrain import PretrainConfig
@@ -21,7 +21,7 @@ from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import template_tokens
 from megatron_dattn.data.tokenizer import generation_ends, load_tokenizer, token_id
-from megatron_dattn.errors import CheckpointError
+from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import (
@@ -33,6 +33,7 @@ from megatron_dattn.models.config import (
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything
+from megatron_dattn.runtime.progress import Progress, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class LoadedModel(RunAssets):
 
 
 def load_model(run_folder: str | Path, *, template: str | None = None) -> LoadedModel:
-    """Load the newest sound checkpoint of a run folder.
+    """Load the newest sound checkpoint of a run folder, or the one of `run/step-0000400`.
 
     The process group of one process is set up if there is none; `destroy_distributed` ends it.
 
@@ -85,8 +86,8 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
         CheckpointError: there is no usable checkpoint, or it lacks a module.
         ConfigError: the folder's configuration or tokenizer does not fit.
     """
-    folder = Path(run_folder)
-    found, config = find_run(folder)
+    folder, step = run_and_step(Path(run_folder))
+    found, config = find_run(folder, step)
     assets = load_assets(folder, config, template=template)
     initialize_distributed()
     seed_everything(config.training.seed)
@@ -133,8 +134,35 @@ def load_assets(folder: Path, config: PretrainConfig, *, template: str | None = 
     )
 
 
-def find_run(folder: Path) -> tuple[FoundCheckpoint, PretrainConfig]:
-    """The newest sound checkpoint of a run folder, and its configuration; no weights are read.
+def run_and_step(folder: Path, step: int | None = None) -> tuple[Path, int | None]:
+    """What a user means who names a run's folder, or one of its checkpoints as a folder.
+
+    Args:
+        folder: `run/` or `run/step-0000400`.
+        step: if it is named apart from the folder.
+
+    Returns:
+        The run's folder, and the step; None is the newest.
+
+    Raises:
+        ConfigError: two steps are named.
+    """
+    named = step_of(folder.resolve().name)
+    if named is None:
+        return folder, step
+    if step not in (None, named):
+        raise ConfigError(f"{folder} is the checkpoint of step {named}, not of {step}; name one")
+    return folder.resolve().parent, named
+
+
+def find_run(
+    folder: Path, step: int | None = None, progress: Progress = unseen
+) -> tuple[FoundCheckpoint, PretrainConfig]:
+    """A checkpoint of a run folder, and its configuration; no weights are read.
+
+    Args:
+        step: whose checkpoint it is; the newest sound one where None.
+        progress: of comparing it with its manifest.
 
     Raises:
         CheckpointError: there is no usable checkpoint, it lacks a module, or it is of another model
@@ -143,9 +171,13 @@ def find_run(folder: Path) -> tuple[FoundCheckpoint, PretrainConfig]:
     """
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"{folder} holds no config.yaml: is it the folder of a run?")
-    found = find_checkpoint(folder)
-    if found is None:
-        raise CheckpointError(f"{folder} holds no checkpoint yet")
+    if step is None:
+        newest = find_checkpoint(folder, progress=progress)
+        if newest is None:
+            raise CheckpointError(f"{folder} holds no checkpoint yet")
+        found = newest
+    else:
+        found = find_step(folder, step, progress)
     _check_modules(found.path, found.manifest.modules)
     config = load_config(folder / "config.yaml")
     _check_model(found, config.model)

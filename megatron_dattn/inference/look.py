@@ -9,6 +9,8 @@ from megatron_dattn.attention import Scoring, image_attention, visual_weight
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.inference.load import LoadedModel
 from megatron_dattn.inference.prompt import Prompt, pack_prompts
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.observer import NO_ALPHA
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,16 @@ class Look:
     stands here; it sees no image yet.
     """
 
+    preset: str
     tokens: tuple[str, ...]
-    weights: Tensor
-    """alpha_V, equation 9, float32 [layers, tokens, heads]."""
+    weights: Tensor | None
+    """alpha_V, equation 9, float32 [layers, tokens, heads]; None where it has no meaning, because
+    images are read by a cross-attention."""
     maps: Tensor
-    """Probability of each visual row, mean over heads, float32 [layers, tokens, visual rows]."""
+    """Probability of each patch, mean over heads, float32 [layers, tokens, patches of all images];
+    0 for patches that do not enter the decoder."""
     grids: tuple[tuple[int, int], ...]
-    """Patch rows and columns of each image, in the order of the visual rows."""
+    """Patch rows and columns of each image, in the order of the patches."""
 
     def image_maps(self, token: int, layers: list[int] | None = None) -> list[Tensor]:
         """Where one token looked, [patch rows, patch columns] for each image, mean over layers.
@@ -38,27 +43,40 @@ class Look:
         pieces = rows.split([height * width for height, width in self.grids])
         return [piece.view(grid) for piece, grid in zip(pieces, self.grids, strict=True)]
 
-    def mean_weight(self, token: int, layers: list[int] | None = None) -> float:
-        """alpha_V of one token, mean over heads and layers."""
+    def mean_weight(self, token: int, layers: list[int] | None = None) -> float | None:
+        """alpha_V of one token, mean over heads and layers; None where it has no meaning."""
+        if self.weights is None:
+            return None
         return self.weights[self._layers(layers), token].mean().item()
 
     def table(self) -> list[str]:
-        """alpha_V by layer, mean over the answer's tokens, in lines of text."""
-        lines = [f"alpha_V, mean over the answer's {len(self.tokens)} tokens", "layer  mean  heads"]
-        for number, heads in enumerate(self.weights.mean(1), 1):
-            low, high = heads.min().item(), heads.max().item()
-            lines.append(f"{number:5d}  {heads.mean().item():.2f}  {low:.2f} to {high:.2f}")
-        return lines
+        """alpha_V by layer and head, mean over the answer's tokens, in lines of text."""
+        if self.weights is None:
+            return [f"the preset '{self.preset}' {NO_ALPHA}"]
+        names = [f"h{head}" for head in range(1, self.weights.shape[2] + 1)]
+        return [
+            f"alpha_V by layer and head, mean over the answer's {len(self.tokens)} tokens",
+            " ".join(["layer", " mean", *(f"{name:>4}" for name in names)]),
+            *(
+                " ".join([f"{number:5d}", f" {heads.mean():.2f}", *(f"{x:.2f}" for x in heads)])
+                for number, heads in enumerate(self.weights.mean(1), 1)
+            ),
+        ]
 
     def _layers(self, layers: list[int] | None) -> list[int]:
         """Checked, and counted from 0."""
-        depth = len(self.weights)
+        depth = len(self.maps)
         if layers is None:
             return list(range(depth))
-        for layer in layers:
-            if not 1 <= layer <= depth:
-                raise ConfigError(f"there is no layer {layer}; the model has layers 1 to {depth}")
+        check_layers(layers, depth)
         return [layer - 1 for layer in layers]
+
+
+def check_layers(layers: list[int], depth: int) -> None:
+    """Raises ConfigError for a layer that a model of that depth does not have."""
+    for layer in layers:
+        if not 1 <= layer <= depth:
+            raise ConfigError(f"there is no layer {layer}; the model has layers 1 to {depth}")
 
 
 @torch.inference_mode()
@@ -68,9 +86,7 @@ def look(loaded: LoadedModel, prompt: Prompt, answer: list[int]) -> Look:
     Args:
         answer: the token ids that were generated; an end token is not looked at.
 
-    Raises:
-        DataError: there is no image to look at, or no token that could.
-        ConfigError: the preset drops patches, so visual rows have no place in the image.
+    Raises DataError if there is no image to look at, or no token that could.
     """
     if answer and answer[-1] in loaded.stop_ids:
         answer = answer[:-1]
@@ -78,22 +94,33 @@ def look(loaded: LoadedModel, prompt: Prompt, answer: list[int]) -> Look:
         raise DataError("without an image there is no attention to show; give one")
     if not answer:
         raise DataError("the answer is empty; ask something else, or train longer")
-    kept = loaded.model.attention.visual.keep
-    if kept < 1.0:
-        raise ConfigError(
-            f"the preset {loaded.config.model.attention!r} keeps a share of {kept} of the patches "
-            "and does not say which; attention cannot be laid over the image"
-        )
-    grids = (loaded.config.model.vision.grid,) * len(prompt.images)
+    model, config = loaded.model, loaded.config.model
     first = len(prompt.rows.input_ids) - 1
     rows = list(range(first, first + len(answer)))
-    recorder = _Recorder(rows, sum(height * width for height, width in grids))
     batch = pack_prompts(loaded, [(prompt, answer[:-1])])
-    loaded.model.forward_logits(
+    recorder = _Recorder(rows, batch.layout.num_visual_rows)
+    model.forward_logits(
         batch, torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device), recorder
     )
-    tokens = tuple(str(loaded.tokenizer.decode([token])) for token in answer)
-    return Look(tokens, torch.stack(recorder.weights), torch.stack(recorder.maps), grids)
+    patches = _patches(model.kept_patches(batch.pixel_values), config)
+    maps = torch.stack(recorder.maps)
+    whole = maps.new_zeros(*maps.shape[:2], len(prompt.images) * config.vision.num_patches)
+    whole[..., patches] = maps
+    return Look(
+        preset=config.attention,
+        tokens=tuple(str(loaded.tokenizer.decode([token])) for token in answer),
+        weights=torch.stack(recorder.weights) if recorder.weights else None,
+        maps=whole,
+        grids=(config.vision.grid,) * len(prompt.images),
+    )
+
+
+def _patches(kept: Tensor | None, config: ModelConfig) -> Tensor | slice:
+    """The place of every visual row among the patches of all images."""
+    if kept is None:
+        return slice(None)
+    first = torch.arange(len(kept), device=kept.device) * config.vision.num_patches
+    return (first.unsqueeze(1) + kept).flatten().cpu()
 
 
 class _Recorder:
@@ -106,7 +133,8 @@ class _Recorder:
         self.maps: list[Tensor] = []
 
     def __call__(self, layer_number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
-        self.weights.append(visual_weight(query, key, scoring)[self._rows].float().cpu())
+        if scoring.plan.merge != "cascade":
+            self.weights.append(visual_weight(query, key, scoring)[self._rows].float().cpu())
         maps = image_attention(query, key, scoring, self._rows).mean(1).float().cpu()
         if maps.shape[1] == 0:  # a layer after the visual rows have left
             maps = maps.new_zeros(len(self._rows), self._num_visual_rows)

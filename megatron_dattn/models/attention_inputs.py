@@ -15,6 +15,7 @@ from megatron_dattn.attention import (
     Backend,
     LayerRule,
     ReportPlan,
+    Scoring,
     TokenLayout,
     plan_attention,
     plan_report,
@@ -43,6 +44,15 @@ class LayerInputs:
     """Who is shown the layer's queries and keys; None in nearly every step."""
     report: ReportPlan | None = None
     """For the observer: the same attention, taken apart."""
+
+    @torch.no_grad()
+    def show(self, layer_number: int, query: Tensor, key: Tensor, scale: float) -> None:
+        """Show projections to the observer, if there is one; full recomputation does so twice."""
+        if self.observer is None:
+            return
+        assert self.report is not None, "an observer comes with a report's plan"
+        scoring = Scoring(self.report, self.rotary, scale, self.backend, self.softcap)
+        self.observer(layer_number, query.detach(), key.detach(), scoring)
 
 
 @dataclass(frozen=True)

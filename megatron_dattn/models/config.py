@@ -304,6 +304,9 @@ class ExactSavings:
     of query heads, instead of repeating them for every query head."""
     unread_rows: bool = True
     """In the last layer that sees images, give visual rows keys and values only."""
+    labelled_logits: bool = True
+    """Compute logits and losses of the rows that predict a labelled token; else of all text rows,
+    and those without a label are dropped afterwards."""
     ffn_chunk_rows: int = 0
     """Run the second half of a layer (norm and FFN) on this many rows at a time and recompute each
     chunk in the backward pass, so that its activations do not grow with the pack; 0 does not."""

@@ -25,8 +25,15 @@ class ImageCrossAttention(MegatronModule):
     scores are scaled and capped as there.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        *,
+        layer_number: int,
+    ) -> None:
         super().__init__(config=config)
+        self.layer_number = layer_number
         assert config.kv_channels is not None, "TransformerConfig fills these two in"
         assert config.num_query_groups is not None
         self.head_dim = config.kv_channels
@@ -69,6 +76,7 @@ class ImageCrossAttention(MegatronModule):
     def read(self, text: Tensor, key: Tensor, value: Tensor, inputs: LayerInputs) -> Tensor:
         """`forward` from keys and values; rows behind the visual ones are not read."""
         query = self.linear_q(text)[0].unflatten(2, (-1, self.head_dim)).squeeze(1)
+        inputs.show(self.layer_number, query, key, self.scale)
         out = attend_images(
             query,
             key,

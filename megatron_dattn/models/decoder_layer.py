@@ -6,6 +6,8 @@ which pass the FFN, and which are there at all (`LayerRule`). With the rule of p
 the language model's own layer.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +70,9 @@ class DecoderLayer(TransformerLayer):
         self.cross_attention: ImageCrossAttention | None = None
         if preset.merge == "cascade":
             self.cross_attention = ImageCrossAttention(
-                config, ProcessGroupCollection.use_mpu_process_groups()
+                config,
+                ProcessGroupCollection.use_mpu_process_groups(),
+                layer_number=self.layer_number,
             )
 
     def forward(
@@ -130,20 +134,27 @@ class DecoderLayer(TransformerLayer):
             return visual
         if share == 1.0:
             return self.ffn(visual)
-        added = partial_ffn(self.mlp, self.pre_mlp_layernorm(visual), share)
-        return visual + self.post_feedforward_layernorm(added)
+        return self._in_chunks(partial(self._part_of_ffn, share=share), visual)
 
     def ffn(self, rows: Tensor) -> Tensor:
-        """Norm, FFN and residual, [rows, 1, H]; in recomputed chunks if the savings say so."""
+        """Norm, FFN and residual, [rows, 1, H]."""
+        return self._in_chunks(self._ffn_of, rows)
+
+    def _in_chunks(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """The function of all rows at once, or of recomputed chunks if the savings say so."""
         limit = self.savings.ffn_chunk_rows // self._row_ranks
         if not 0 < limit < rows.shape[0]:
-            return self._ffn_of(rows)
+            return function(rows)
         if not (self.training and torch.is_grad_enabled()):
-            return torch.cat([self._ffn_of(chunk) for chunk in rows.split(limit)])
-        return torch.cat([self._checkpoint(self._ffn_of, chunk) for chunk in rows.split(limit)])
+            return torch.cat([function(chunk) for chunk in rows.split(limit)])
+        return torch.cat([self._checkpoint(function, chunk) for chunk in rows.split(limit)])
 
     def _ffn_of(self, rows: Tensor) -> Tensor:
         added, _ = self.mlp(self.pre_mlp_layernorm(rows))
+        return rows + self.post_feedforward_layernorm(added)
+
+    def _part_of_ffn(self, rows: Tensor, share: float) -> Tensor:
+        added = partial_ffn(self.mlp, self.pre_mlp_layernorm(rows), share)
         return rows + self.post_feedforward_layernorm(added)
 
     def _post_norm(self, norm: type[torch.nn.Module] | None) -> torch.nn.Module:
@@ -171,7 +182,7 @@ class DecoderLayer(TransformerLayer):
     def _row_ranks(self) -> int:
         return self.tp_group.size() if self.config.sequence_parallel else 1
 
-    def _checkpoint(self, function: Any, rows: Tensor) -> Tensor:
+    def _checkpoint(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         if self.config.fp8:
             from megatron.core.extensions.transformer_engine import te_checkpoint
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_dattn.attention import (
     AttentionConfig,
-    Scoring,
     attend_scored_rows,
     diagonal_attention,
     num_shared,
@@ -86,6 +85,7 @@ class DecomposedSelfAttention(SelfAttention):
         self.gate: torch.nn.Parameter | None = None
         if preset.has_gate:
             self.gate = _head_parameter(self.num_attention_heads_per_partition, config.params_dtype)
+        self.images_are_apart = preset.merge == "cascade"
         self.heads_with_images = num_shared(config.num_query_groups, preset.visual.heads)
 
     def forward(self, hidden_states: Tensor, inputs: LayerInputs) -> Tensor:
@@ -100,8 +100,8 @@ class DecomposedSelfAttention(SelfAttention):
             attention output, to the text rows alone.
         """
         query, key, value = self._project_in(hidden_states, inputs)
-        if inputs.observer is not None:
-            self._show(query, key, inputs)
+        if not self.images_are_apart:
+            inputs.show(self.layer_number, query, key, self.core_attention.scale)
         head_mask = self.head_mask(value)
         text = self._attend(query, key, value, head_mask, inputs)
         visual = value[: inputs.plan.num_diagonal_rows]
@@ -159,15 +159,6 @@ class DecomposedSelfAttention(SelfAttention):
             scored = shards.to_rank_order(scored)
         out, _ = self.linear_proj(scored.unsqueeze(1))
         return out
-
-    @torch.no_grad()
-    def _show(self, query: Tensor, key: Tensor, inputs: LayerInputs) -> None:
-        """Show the layer's projections to the observer; full recomputation does so twice."""
-        assert inputs.observer is not None
-        assert inputs.report is not None, "an observer comes with a report's plan"
-        scale: float = self.core_attention.scale
-        scoring = Scoring(inputs.report, inputs.rotary, scale, inputs.backend, inputs.softcap)
-        inputs.observer(self.layer_number, query.detach(), key.detach(), scoring)
 
     def head_mask(self, value: Tensor) -> Tensor | None:
         """1 for this rank's key heads that deal with images, 0 for the others, fp32 [key heads], on

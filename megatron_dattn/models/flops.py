@@ -145,7 +145,9 @@ def executed_flops(
     # A pack without images sends a blank one through modules that train.
     blank = int(bool(trained - {"language_model"}))
     images = sum(len(pack.images) or blank for pack in packs)
-    if labelled_rows is None:
+    if not savings.labelled_logits:
+        labelled_rows = sum(pack.text_budget for pack in packs)
+    elif labelled_rows is None:
         labelled_rows = sum(pack.num_text_rows for pack in packs)
     return _count(
         config,

@@ -10,9 +10,16 @@ from torch import Tensor
 
 from megatron_dattn.attention import Scoring, visual_weight
 
+NO_ALPHA = "reads images by attention of its own, apart from the text's: there is no alpha_V"
+"""Of a preset with merge "cascade"; the preset's name stands before it."""
+
 
 class AttentionObserver(Protocol):
-    """Is shown what every layer of this rank's pipeline stage attends with."""
+    """Is shown what every layer of this rank's pipeline stage attends to images with.
+
+    Under merge "cascade" that is the cross-attention of the layers that see images, and alpha_V has
+    no meaning; elsewhere it is the self-attention of all layers.
+    """
 
     def __call__(self, layer_number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
         """
@@ -20,7 +27,7 @@ class AttentionObserver(Protocol):
             layer_number: in the whole decoder, from 1.
             query: of this rank's heads, as projected, without rotation, of all rows or of the text
                 rows alone, [.., Hq, D].
-            key: of all rows, [S, Hk, D].
+            key: of all rows, [S, Hk, D], or of the visual rows that a cross-attention reads.
             scoring: how scores come from them.
         """
 
@@ -42,6 +49,7 @@ class VisualWeightMeter:
         self.rows = torch.zeros(num_layers, dtype=torch.float32, device=device)
 
     def __call__(self, layer_number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
+        assert scoring.plan.merge != "cascade", "the configuration refuses it"
         weights = visual_weight(query, key, scoring)
         self.weights[layer_number - 1] += weights.sum(0)
         self.rows[layer_number - 1] += scoring.plan.num_seeing

@@ -1,8 +1,9 @@
-"""Which patches of an image enter the decoder: those that the others attend to most (FasterVLM).
+"""Which patches of an image enter the decoder: those that the encoder attends to most (FasterVLM).
 
-FasterVLM ranks patches by the attention of the encoder's class token. SigLIP has none, so a patch
-counts by the attention it receives on average over all heads and all patches of its image. Nothing
-here has a gradient: what is selected is trained, the selection is not.
+FasterVLM ranks patches by the attention that the encoder's class token pays them, on average over
+its heads. SigLIP has no class token: there a patch counts by the attention it receives on average
+over all heads and all patches of its image. Nothing here has a gradient: what is selected is
+trained, the selection is not.
 """
 
 import torch
@@ -14,25 +15,26 @@ _QUERY_CHUNK = 64
 
 @torch.no_grad()
 def attention_received(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
-    """Attention that every patch receives, averaged over the given heads and all queries.
+    """Attention that every row receives, averaged over the given heads and queries.
 
     Args:
-        query: [images, heads, patches, head_dim]; `key` likewise.
+        query: [images, heads, queries, head_dim], those whose attention counts.
+        key: [images, heads, rows, head_dim].
         scale: of the scores; head_dim^-0.5 by default.
 
     Returns:
-        [images, patches]; an image's values add up to 1. Scores and result are fp32 (fp64 for
-        fp64 inputs).
+        [images, rows]; an image's values add up to 1. Scores and result are fp32 (fp64 for fp64
+        inputs).
     """
-    images, heads, patches, head_dim = query.shape
+    images, heads, asking, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     dtype = torch.promote_types(query.dtype, torch.float32)
     keys = key.to(dtype).transpose(2, 3)
-    received = torch.zeros(images, patches, dtype=dtype, device=query.device)
+    received = torch.zeros(images, key.shape[2], dtype=dtype, device=query.device)
     for queries in query.split(_QUERY_CHUNK, dim=2):
         scores = queries.to(dtype) @ keys * scale
         received += scores.softmax(dim=-1).sum(dim=(1, 2))
-    return received / (heads * patches)
+    return received / (heads * asking)
 
 
 def most_attended(received: Tensor, count: int) -> Tensor:

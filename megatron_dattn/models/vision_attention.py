@@ -30,15 +30,19 @@ class BidirectionalCore(torch.nn.Module):
         super().__init__()
         self.softmax_scale = softmax_scale
         self._received: list[Tensor] | None = None
+        self._asking: int | None = None
 
     @contextmanager
-    def recording(self) -> Iterator[list[Tensor]]:
+    def recording(self, asking: int | None = None) -> Iterator[list[Tensor]]:
         """Takes note of the attention that patches receive from this rank's heads.
 
         Every forward pass inside adds one [images, patches] to the list, see `attention_received`;
         a recomputation after it adds none.
+
+        Args:
+            asking: only the attention of so many leading rows counts; by default that of all.
         """
-        self._received = []
+        self._received, self._asking = [], asking
         try:
             yield self._received
         finally:
@@ -56,6 +60,7 @@ class BidirectionalCore(torch.nn.Module):
         # [patches, images, heads, head_dim] -> [images, heads, patches, head_dim]
         query, key, value = (states.permute(1, 2, 0, 3) for states in (query, key, value))
         if self._received is not None:
-            self._received.append(attention_received(query, key, self.softmax_scale))
+            asking = query[:, :, : self._asking]
+            self._received.append(attention_received(asking, key, self.softmax_scale))
         out = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)

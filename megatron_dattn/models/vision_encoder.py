@@ -108,16 +108,18 @@ class VisionEncoder(MegatronModule):
         Returns:
             [images, patches, hidden_size], patches row-major, equal to Hugging Face's
             `hidden_states[feature_layer]`. With attention also [images, patches]: what a patch
-            receives in the last layer here, on average over heads and queries (CLIP's class token
-            asks among them, what it receives is left out); equal on all tensor-parallel ranks and
-            without a gradient.
+            receives in the last layer here, on average over heads, from CLIP's class token, or,
+            where there is none, on average from the patches; equal on all tensor-parallel ranks
+            and without a gradient. The class token's attention to itself is left out.
         """
         rows = self._rows(pixel_values.to(self.patch_embedding.weight.dtype))
         hidden_states = rows.transpose(0, 1).contiguous()  # rows first, as megatron-core has it
         if not with_attention:
             return self._encode(hidden_states)
         core = self.encoder.layers[-1].self_attention.core_attention
-        with core.recording() as received:
+        # The class token is row 0. What it asks for is what the whole image is about (FasterVLM).
+        asking = None if self.class_embedding is None else 1
+        with core.recording(asking) as received:
             features = self._encode(hidden_states)
         (of_own_heads,) = received
         return features, _mean_over_heads(of_own_heads)[:, -self.vision.num_patches :]

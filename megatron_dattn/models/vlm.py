@@ -22,7 +22,6 @@ from megatron_dattn.attention import (
     output_rows,
     select_backend,
 )
-from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.adapter import Adapter, build_adapter
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import ExecutionConfig, ModelConfig
@@ -72,6 +71,7 @@ class DAttnVLM(MegatronModule):
         self.model_config = model
         self.attention = get_preset(model.attention)
         self.attention_backend = execution.attention_backend
+        self.labelled_logits = execution.savings.labelled_logits
         self.pre_process = pre_process
         self.post_process = post_process
         # What megatron-core's schedules and gradient finalization ask of a model.
@@ -121,9 +121,13 @@ class DAttnVLM(MegatronModule):
             return hidden_states
         labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
         rows = output_rows(batch.layout, self.attention).to(labelled.device)
-        return self.language_model.losses(
-            hidden_states, rows[labelled], batch.labels[labelled], self._shards(batch.layout)
-        )
+        shards = self._shards(batch.layout)
+        if self.labelled_logits:
+            return self.language_model.losses(
+                hidden_states, rows[labelled], batch.labels[labelled], shards
+            )
+        any_token = batch.labels.clamp(min=0)
+        return self.language_model.losses(hidden_states, rows, any_token, shards)[labelled]
 
     def forward_logits(
         self, batch: "PackedBatch", rows: Tensor, observer: AttentionObserver | None = None
@@ -197,6 +201,11 @@ class DAttnVLM(MegatronModule):
             rows = self.adapter(features, self.model_config.vision.grid, kept)
         return rows[:0] if no_images else rows
 
+    @torch.no_grad()
+    def kept_patches(self, pixel_values: Tensor) -> Tensor | None:
+        """Which patches of each image enter the decoder, int64 [images, kept]; None if all do."""
+        return self._features(pixel_values)[1]
+
     def _features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features of the patches that enter the decoder, and which they are if not all."""
         assert self.vision_model is not None, "images belong to the first pipeline stage"
@@ -211,14 +220,8 @@ class DAttnVLM(MegatronModule):
     ) -> AttentionInputs:
         """What the layers need to know about a pack, on that device.
 
-        Raises:
-            ConfigError: an observer where there is no alpha_V, or no backend that fits.
+        Raises ConfigError if no backend fits.
         """
-        if observer is not None and self.attention.merge == "cascade":
-            raise ConfigError(
-                f"model.attention '{self.model_config.attention}' reads images by attention of "
-                "its own, apart from the text's: there is no alpha_V to report"
-            )
         language = self.model_config.language
         dtype = next(self.language_model.parameters()).dtype
         return prepare_attention(

@@ -42,6 +42,8 @@ REPORT_FILE = "resume_report.json"
 _MAY_BE_ABSENT = {"adapter"}
 # Settings of the adapter that only its positions depend on.
 _OF_POSITIONS = ("adapter.max_grid", "adapter.text_scale")
+# What a stage remembers of the checkpoint that it started from, and so of all that came before.
+_OF_A_PARENT = ("stage", "data_sets", "sources", "parent")
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 # Stores the distributed optimizer's state as if it were not distributed: it then loads under any
@@ -64,6 +66,8 @@ class Checkpointer:
         stage: name of the stage; only its own checkpoints are resumed.
         recipe: further plain data that must be equal on resume but not between stages: batch
             size, optimizer settings.
+        data_sets: names of the training data; they are recorded, for those who ask later what a
+            model has seen.
         num_loader_workers: loader processes per data-parallel rank; part of the loader's state.
         modules: names of the model's modules, the first parts of its state-dict keys.
     """
@@ -76,6 +80,7 @@ class Checkpointer:
         tokenizer: str,
         stage: str,
         recipe: Mapping[str, Any] | None = None,
+        data_sets: Sequence[str] = (),
         num_loader_workers: int = 0,
         modules: Sequence[str] = MODULES,
     ) -> None:
@@ -85,6 +90,7 @@ class Checkpointer:
         self._tokenizer = tokenizer
         self._stage = stage
         self._recipe = dict(recipe or {})
+        self._data_sets = list(data_sets)
         self._num_loader_workers = num_loader_workers
         self._modules = tuple(modules)
         self._parent: dict[str, Any] | None = None
@@ -184,8 +190,8 @@ class Checkpointer:
         state.optimizer.reload_model_params()
         self._parent = {
             "path": str(found.path),
-            "stage": found.manifest.facts.get("stage"),
             "step": found.step,
+            **{name: found.manifest.facts.get(name) for name in _OF_A_PARENT},
         }
         if rank() == 0:
             logger.info("weights of %s loaded from %s", ", ".join(present), found.path)
@@ -211,6 +217,7 @@ class Checkpointer:
             "tokenizer": self._tokenizer,
             "stage": self._stage,
             "recipe": self._recipe,
+            "data_sets": self._data_sets,
             "step": state.progress.step,
             "progress": state.progress.to_json(),
             "validation": state.validation,

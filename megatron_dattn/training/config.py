@@ -154,7 +154,8 @@ class LoggingConfig:
     """Folder for one JSON line per step and data-parallel rank with the consumed sample keys."""
     progress_bar: Literal["auto", "on", "off"] = "auto"
     alpha_interval: int = 0
-    """Report every so many steps how much text attends to images, by layer; 0 never does."""
+    """Report every so many steps how much text attends to images, by layer and head; 0 never
+    does."""
 
     def __post_init__(self) -> None:
         if self.log_interval < 1:

@@ -112,9 +112,8 @@ class Metrics:
         layers = [_describe_layer(number, heads) for number, heads in enumerate(weights, 1)]
         logger.info("iteration %d | alpha_V: %s", step, " | ".join(layers))
         if self._writer is not None:
-            for number, heads in enumerate(weights, 1):
-                if not math.isnan(fmean(heads)):
-                    self._writer.add_scalar(f"alpha_V/layer_{number:02d}", fmean(heads), step)
+            for tag, value in _alpha_scalars(weights).items():
+                self._writer.add_scalar(tag, value, step)
 
     def _line(self, interval: "Interval", totals: Progress) -> str:
         last = interval.last
@@ -159,6 +158,17 @@ class Metrics:
         for module, rate in last.learning_rates.items():
             scalars[f"learning rate/{module}"] = rate
         return scalars
+
+
+def _alpha_scalars(weights: list[list[float]]) -> dict[str, float]:
+    """The mean of every layer that sees images, and each of its heads."""
+    scalars: dict[str, float] = {}
+    for number, heads in enumerate(weights, 1):
+        if not math.isnan(fmean(heads)):
+            layer = f"alpha_V/layer_{number:02d}"
+            scalars[layer] = fmean(heads)
+            scalars |= {f"{layer}/head_{head:02d}": value for head, value in enumerate(heads, 1)}
+    return scalars
 
 
 def _describe_layer(number: int, heads: list[float]) -> str:

@@ -200,6 +200,7 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
         tokenizer=tokenizer,
         stage=config.training.stage,
         recipe=fixed_settings(config),
+        data_sets=[Path(data.path).name for data in config.data.train],
         num_loader_workers=config.data.num_workers,
     )
     restore(config, checkpointer, state)

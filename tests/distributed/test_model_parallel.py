@@ -21,6 +21,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.config import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
@@ -37,7 +38,9 @@ from tests.support.vlm import (
 )
 
 SAVING = ExactSavings()
-NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=False)
+NAIVE = ExactSavings(
+    visual_queries=False, folded_output=False, unread_rows=False, labelled_logits=False
+)
 CHUNKED = ExactSavings(ffn_chunk_rows=16)
 Joined = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, whole gradients
 
@@ -214,15 +217,11 @@ def _results(
 ) -> dict[Case, Joined]:
     """Losses and gradients of all cases of one layout, from one start of its ranks."""
     cases = list(dict.fromkeys(c for case in CASES for c in (case, case.alone) if c.ranks == ranks))
-    by_rank = run_distributed(_train_cases, math.prod(ranks), ranks, cases)
+    by_rank = run_distributed(_train_cases, math.prod(ranks), ranks, cases, timeout=300)
     return {case: _joined(r[i] for r in by_rank) for i, case in enumerate(cases)}
 
 
-# Presets whose layers differ in modules, in rows or from each other.
-OTHER_PRESETS = (
-    *("dattn_tanh", "dattn_sigmoid", "dattn_cascade", "vidi", "saisa"),
-    *("shortv", "exit", "yopo"),
-)
+OTHER_PRESETS = [name for name in PRESETS if name not in ("dattn", "s_attn")]
 GEMMA2_PRESETS = ("dattn", "s_attn", "dattn_cascade", "saisa", "yopo")
 CASES = [
     Case(tensor=2),
@@ -254,6 +253,7 @@ CASES = [
     # A pack without images must send a gradient, of zero, to what a preset adds.
     *(Case(data=2, preset=preset) for preset in ("dattn_tanh", "dattn_cascade", "vidi", "saisa")),
     Case(tensor=2, pipeline=2, sequence_parallel=True, preset="fastervlm"),
+    Case(tensor=2, pipeline=2, sequence_parallel=True, preset="yopo", savings=CHUNKED),
 ]
 
 

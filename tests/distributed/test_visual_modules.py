@@ -6,7 +6,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.config import ExecutionConfig, VisionConfig
 from megatron_dattn.models.transformer_config import (
     language_transformer_config,
     vision_transformer_config,
@@ -16,7 +16,7 @@ from megatron_dattn.models.visual_projector import VisualProjector
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed
 from tests.support.megatron import init_model_parallel
-from tests.support.vlm import LANGUAGE, VISION, fill_parameters, join_shards, partition_of
+from tests.support.vlm import CLIP, LANGUAGE, VISION, fill_parameters, join_shards, partition_of
 
 ROWS = 6
 # Name -> this rank's gradient, the axis it is cut along, its stride.
@@ -49,12 +49,12 @@ def _project(tensor: int, sequence_parallel: bool) -> tuple[Tensor, Tensor, Grad
     return projected.detach(), rows.grad, gradients
 
 
-def _encode(tensor: int) -> tuple[Tensor, Tensor]:
+def _encode(tensor: int, vision: VisionConfig) -> tuple[Tensor, Tensor]:
     """Features of two images and the attention that their patches receive."""
     init_model_parallel(tensor)
     parallel = ParallelConfig(tensor_model_parallel_size=tensor)
-    config = vision_transformer_config(VISION, parallel, ExecutionConfig(precision="fp32"))
-    encoder = VisionEncoder(config, VISION, "local")
+    config = vision_transformer_config(vision, parallel, ExecutionConfig(precision="fp32"))
+    encoder = VisionEncoder(config, vision, "local")
     encoder.share_embeddings_and_output_weights = False
     fill_parameters(encoder)
     generator = torch.Generator().manual_seed(4)
@@ -64,9 +64,10 @@ def _encode(tensor: int) -> tuple[Tensor, Tensor]:
     return features, received
 
 
-def test_attention_received_is_summed_over_the_heads_of_all_ranks() -> None:
-    ((features, received),) = run_distributed(_encode, 1, 1)
-    first, second = run_distributed(_encode, 2, 2)
+@pytest.mark.parametrize("vision", [VISION, CLIP], ids=["siglip", "clip"])
+def test_attention_received_is_summed_over_the_heads_of_all_ranks(vision: VisionConfig) -> None:
+    ((features, received),) = run_distributed(_encode, 1, 1, vision)
+    first, second = run_distributed(_encode, 2, 2, vision)
     assert torch.equal(first[1], second[1])  # all ranks must keep the same patches
     # fp32 sums in another order.
     torch.testing.assert_close(first[0], features, rtol=1e-5, atol=1e-5)

@@ -117,7 +117,11 @@ def test_an_untouched_run(untouched: Path) -> None:
     assert [len(ledger) for ledger in ledgers] == [TRAIN_ITERS] * RANKS
     found = find_checkpoint(untouched)
     assert found is not None
-    assert found.manifest.facts["parent"]["stage"] == "stage1"
+    assert found.manifest.facts["data_sets"] != []
+    parent = found.manifest.facts["parent"]
+    assert parent["stage"] == "stage1"
+    assert parent["data_sets"] != []
+    assert parent["parent"]["sources"].keys() == {"vision_model", "language_model"}
     assert all(len(packs) == 2 for ledger in ledgers for packs in ledger.values())
     assert (untouched / "config.yaml").is_file()
     assert (untouched / "tokenizer" / "preprocessor_config.json").is_file()

@@ -58,7 +58,15 @@ def make_run_folder(base: Path, folder: Path, attention: str, **adapter: Any) ->
     settings["training"] = {"precision": "fp32"}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     modules = ["vision_model", "adapter", "language_model"]
-    changed = {"modules": modules, "has_added": True, "stage": "tiny", "model": asdict(config)}
-    facts = {**found.manifest.facts, **changed}
+    imported_facts = found.manifest.facts
+    facts = {
+        "model": asdict(config),
+        "modules": modules,
+        "tokenizer": imported_facts["tokenizer"],
+        "stage": "tiny",
+        "step": 1,
+        "data_sets": ["tiny.jsonl"],
+        "parent": {name: imported_facts[name] for name in ("stage", "step", "sources")},
+    }
     save_checkpoint(folder, 1, {"model": model.sharded_state_dict()}, facts=facts)
     destroy_distributed()

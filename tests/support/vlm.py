@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout
 from megatron_dattn.conversion.families import language_rules, vision_rules
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.sample import PackedBatch
@@ -45,6 +45,7 @@ LANGUAGE = LanguageConfig(
     vocab_size=64,
     rope_theta=10_000.0,
 )
+MORE_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 CLIP = replace(VISION, family="clip", hidden_act="quick_gelu", layer_norm_eps=1e-5)
 # What makes the tiny decoder one of another family. The cap is so low and the window so short that
 # both matter; 7 is neither head_dim nor a square; 65 tokens are padded to 128.
@@ -68,8 +69,13 @@ NO_IMAGES: tuple[tuple[int, ...], ...] = ()
 def tiny_model_config(
     attention: str = "dattn", *, vision: VisionConfig = VISION, **language: Any
 ) -> ModelConfig:
-    """All sizes divisible by two, none equal to another by accident."""
-    sizes = {**LANGUAGE.__dict__, **FAMILIES[language.get("family", "mistral")], **language}
+    """All sizes divisible by two, none equal to another by accident.
+
+    Where a preset reads images in a share of the key heads, that share is less than all of them.
+    """
+    heads = MORE_HEADS if PRESETS[attention].visual.heads < 1.0 else {}
+    family = FAMILIES[language.get("family", "mistral")]
+    sizes = {**LANGUAGE.__dict__, **heads, **family, **language}
     adapter = AdapterConfig(max_grid=4)
     return ModelConfig(vision, adapter, LanguageConfig(**sizes), attention)
 

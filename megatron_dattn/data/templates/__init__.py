@@ -12,7 +12,9 @@ from typing import Literal
 
 from megatron_dattn.errors import ConfigError
 
-TemplateName = Literal["plain", "mistral_v1", "mistral_v3", "llama3", "gemma", "vicuna_v1"]
+TemplateName = Literal[
+    "plain", "mistral_v1", "mistral_v3", "llama2", "llama3", "gemma", "vicuna_v1"
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ TEMPLATES: dict[TemplateName, TemplateTokens] = {
     "plain": TemplateTokens(),
     "mistral_v1": TemplateTokens(),
     "mistral_v3": TemplateTokens(("[INST]", "[/INST]")),
+    "llama2": TemplateTokens(),
     "llama3": TemplateTokens(
         ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), end="<|eot_id|>"
     ),

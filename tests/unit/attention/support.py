@@ -1,28 +1,53 @@
 """What the attention tests share: layouts to draw, tensors to fill, and how errors are measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dattn.attention import (
+    PRESETS,
     AttentionConfig,
     AttentionPlan,
     Backend,
     ImageSpan,
+    Positions,
+    TextToVisual,
     TokenLayout,
     attend_images,
     decomposed_attention,
+    layer_rules,
     plan_attention,
     rotary_tables,
     row_positions,
 )
 from megatron_dattn.attention.positions import Rotary
-from megatron_dattn.attention.reference import reference_attention
+from megatron_dattn.attention.reference import described_positions, reference_attention
 
 HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5
+BASE = 100.0  # of the rotary frequencies
+
+IN_SEQUENCE = Positions(text="gap", visual="sequence", embedding="none")
+_INHERIT = TextToVisual(window="inherit")
+_INHERIT_ROTATED = TextToVisual("following", rotary=True, window="inherit")
+# What no preset has: layers that presets consist of, and values of the windows' axes.
+VARIANTS = {
+    "frozen": layer_rules(PRESETS["shortv"], 5, skip_unread=False)[-1].attention,
+    "frozen_yopo": layer_rules(PRESETS["yopo"], 2, skip_unread=True)[0].attention,
+    "reading_order": AttentionConfig(
+        t2v=TextToVisual("following"), merge="sum", window="reading_order"
+    ),
+    "inherit": AttentionConfig(t2v=_INHERIT),
+    "inherit_sigmoid": AttentionConfig(t2v=_INHERIT, merge="sigmoid"),
+    "inherit_cascade": AttentionConfig(t2v=_INHERIT, merge="cascade"),
+    "inherit_naavit": AttentionConfig(v2v="none", t2v=_INHERIT_ROTATED, positions=IN_SEQUENCE),
+    "inherit_debias": replace(
+        PRESETS["s_attn_debias"], t2v=TextToVisual("following", window="inherit")
+    ),
+}
+CONFIGS = PRESETS | VARIANTS
 
 # Images before, between, back to back and after the text; a text-only sample; padding rows.
 RICH_LAYOUT = TokenLayout(
@@ -108,7 +133,7 @@ def make_problem(
     draws = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     query, key, value = (x.requires_grad_() for x in draws[:3])
     gate = torch.randn(2 * group, generator=generator).to(dtype).requires_grad_()
-    rotary = rotary_tables(row_positions(layout, config), head_dim, base=100.0)
+    rotary = rotary_tables(row_positions(layout, config), head_dim, base=BASE)
     mask = torch.tensor([1.0, 0.0]) if config.visual.heads < 1.0 else None
     return Problem(query, key, value, rotary, draws[3], gate if config.has_gate else None, mask)
 
@@ -158,9 +183,12 @@ def run_oracle(
     softcap: float | None = None,
     window: int | None = None,
 ) -> list[Tensor]:
-    """The same from the oracle, in float64 on the same numbers."""
+    """The same from the oracle, in float64 on the same numbers, at its own positions."""
     exact = problem.to(torch.float64)
-    arguments = (*exact.inputs, layout, config, exact.rotary)
+    positions = torch.tensor(described_positions(layout, config), device=exact.query.device)
+    head_dim = exact.query.shape[-1]
+    rotary = rotary_tables(positions, head_dim, base=BASE, device=exact.query.device)
+    arguments = (*exact.inputs, layout, config, rotary)
     options = {
         "scale": exact.query.shape[-1] ** -0.5,
         "gate": exact.gate,

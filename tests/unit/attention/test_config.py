@@ -41,7 +41,7 @@ def test_the_merges_change_nothing_else() -> None:
 
 
 def test_plain_self_attention_is_recognized() -> None:
-    plain = [name for name, config in PRESETS.items() if config.is_self_attention]
+    plain = [name for name, config in PRESETS.items() if config.attends_in_reading_order]
     assert plain == ["s_attn", "shortv", "exit", "fastervlm"]
     assert {replace(PRESETS[name], visual=VisualRows()) for name in plain} == {PRESETS["s_attn"]}
 
@@ -96,8 +96,70 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
             "keep=0.5 leaves no grid",
         ),
         ({"merge": "sum", "visual": VisualRows(heads=0.5)}, "defined for merge='alpha', not 'sum'"),
+        (
+            {
+                "v2v": "causal",
+                "t2v": TextToVisual("following"),
+                "positions": IN_SEQUENCE,
+                "merge": "cascade",
+            },
+            "asks for text rows alone, but v2v='causal' makes visual rows ask",
+        ),
+        ({"visual": VisualRows(exit=0.5, frozen=(0.6, 1.0))}, r"frozen=\(0.6, 1.0\) begins where"),
+        ({"visual": VisualRows(exit=0.5, frozen=(0.5, 1.0))}, "visual rows are gone"),
+        (
+            {"v2v": "none", "visual": VisualRows(ffn=0.0, frozen=(0.5, 1.0))},
+            "with v2v='none' and visual.ffn=0 no layer changes visual rows",
+        ),
+        (
+            {
+                "v2v": "causal",
+                "v2t": "preceding",
+                "t2v": TextToVisual("following", rotary=True, window="inherit"),
+                "positions": IN_SEQUENCE,
+            },
+            "window counts all rows in reading order",
+        ),
+        ({"window": "reading_order"}, "t2v.scope='all' shows it images behind it"),
+        (
+            {"t2v": TextToVisual("following", window="inherit"), "window": "reading_order"},
+            "leave one of the two out",
+        ),
+        (
+            {
+                "v2v": "causal",
+                "t2v": TextToVisual("following"),
+                "positions": IN_SEQUENCE,
+                "window": "reading_order",
+            },
+            "is for visual rows without scores",
+        ),
     ],
 )
 def test_meaningless_combinations_are_refused(axes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AttentionConfig(**axes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "values", "message"),
+    [
+        (AttentionConfig, {"v2v": "diag"}, "attention: v2v is one of 'causal', .*; it is 'diag'"),
+        (AttentionConfig, {"v2t": "pre"}, "v2t is one of 'none', 'preceding', 'prompt'"),
+        (AttentionConfig, {"merge": "gated"}, "merge is one of .*'cascade'; it is 'gated'"),
+        (AttentionConfig, {"window": "text"}, "window is one of 'part', 'reading_order'"),
+        (TextToVisual, {"scope": "post"}, "t2v.scope is one of 'all', 'following'; it is 'post'"),
+        (TextToVisual, {"rotary": "off"}, "t2v.rotary is True or False; it is 'off'"),
+        (TextToVisual, {"window": True}, "t2v.window is one of 'none', 'inherit'; it is True"),
+        (Positions, {"text": "nogap"}, "positions.text is one of 'gap', 'text_only'"),
+        (Positions, {"visual": "rings"}, "positions.visual is one of"),
+        (Positions, {"embedding": None}, "positions.embedding is one of .*; it is None"),
+        (VisualRows, {"source": "pooled"}, "visual.source is one of 'stream', 'reproject'"),
+        (AttentionConfig, {"v2v": "window", "v2v_window": "3"}, "an odd v2v_window"),
+    ],
+)
+def test_values_that_an_axis_does_not_have_are_refused(
+    axes: type, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        axes(**values)

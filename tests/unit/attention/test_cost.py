@@ -16,16 +16,14 @@ from megatron_dattn.attention import (
     layer_rules,
 )
 from megatron_dattn.attention.reference import pair_masks
-from tests.unit.attention.support import layouts
+from tests.unit.attention.support import CONFIGS, layouts
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=30, deadline=None)
 @given(layout=layouts(), window=st.none() | st.integers(1, 12))
-def test_pairs_are_those_of_the_oracle(
-    preset: str, layout: TokenLayout, window: int | None
-) -> None:
-    config = PRESETS[preset]
+def test_pairs_are_those_of_the_oracle(name: str, layout: TokenLayout, window: int | None) -> None:
+    config = CONFIGS[name]
     seen, _ = pair_masks(layout, config, window)
     if config.v2v == "diagonal":
         seen[: layout.visual_budget] = False

@@ -23,6 +23,7 @@ from megatron_dattn.attention import (
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.naive import constant_alpha_gradients, naive_attention
 from tests.unit.attention.support import (
+    CONFIGS,
     HEAD_DIM,
     RICH_LAYOUT,
     SCALE,
@@ -63,13 +64,13 @@ def test_float64_equals_the_oracle(
 @pytest.mark.parametrize(
     ("backend", "softcap"), [("math", 1.5), ("math", None), ("cpu_flash", None)]
 )
-@every_preset
+@pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=15, deadline=None)
 @given(layout=layouts(), window=st.integers(1, 8))
 def test_softcaps_and_sliding_windows_equal_the_oracle(
-    preset: str, backend: str, softcap: float | None, layout: TokenLayout, window: int
+    name: str, backend: str, softcap: float | None, layout: TokenLayout, window: int
 ) -> None:
-    config = PRESETS[preset]
+    config = CONFIGS[name]
     problem = make_problem(layout, config)
     rules = {"softcap": softcap, "window": window}
     actual = run_fast(problem, layout, config, backend_named(backend), **rules)

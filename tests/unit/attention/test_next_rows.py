@@ -19,7 +19,7 @@ from megatron_dattn.attention import (
 )
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
 from megatron_dattn.attention.reference import reference_attention
-from tests.unit.attention.support import SCALE, layouts, make_problem
+from tests.unit.attention.support import CONFIGS, SCALE, layouts, make_problem
 
 
 def longer_by(layout: TokenLayout, rows: list[int]) -> TokenLayout:
@@ -41,13 +41,13 @@ def rows_of_growth(layout: TokenLayout, longer: TokenLayout, added: list[int]) -
     return rows
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", CONFIGS)
 @given(layout=layouts(), data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_each_new_row_is_as_in_the_longer_pack(
-    preset: str, layout: TokenLayout, data: st.DataObject
+    name: str, layout: TokenLayout, data: st.DataObject
 ) -> None:
-    config = PRESETS[preset]
+    config = CONFIGS[name]
     steps = [data.draw(st.integers(0, 3)) for _ in layout.text_lengths]
     window = data.draw(st.sampled_from([None, 1, 2, 4]))
     longer = longer_by(layout, steps)
@@ -56,7 +56,8 @@ def test_each_new_row_is_as_in_the_longer_pack(
     everything = (*problem.inputs, longer, config, problem.rotary)
     expected = reference_attention(*everything, **options, window=window)
     if config.merge == "cascade":
-        expected = expected + reference_attention(*everything, **options, images_alone=True)
+        alone = reference_attention(*everything, **options, window=window, images_alone=True)
+        expected = expected + alone
     added: list[int] = []
     for step in range(max(steps)):
         new = [sample for sample, count in enumerate(steps) if count > step]

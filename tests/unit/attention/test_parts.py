@@ -8,10 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dattn.attention import PRESETS, TokenLayout, plan_attention
+from megatron_dattn.attention import (
+    PRESETS,
+    ImageSpan,
+    TokenLayout,
+    VisualRows,
+    layer_rules,
+    plan_attention,
+)
 from megatron_dattn.attention.parts import AttentionPlan, Part
 from megatron_dattn.attention.reference import pair_masks
-from tests.unit.attention.support import RICH_LAYOUT, TEXT_ONLY_LAYOUT, layouts
+from tests.unit.attention.support import (
+    CONFIGS,
+    RICH_LAYOUT,
+    TEXT_ONLY_LAYOUT,
+    VARIANTS,
+    layouts,
+)
 
 
 def pair_counts(part: Part, plan: AttentionPlan) -> Tensor:
@@ -30,13 +43,13 @@ def pair_counts(part: Part, plan: AttentionPlan) -> Tensor:
     return counts
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=50, deadline=None)
 @given(layout=layouts(), window=st.none() | st.integers(1, 8))
-def test_parts_score_every_pair_of_the_preset_once(
-    preset: str, layout: TokenLayout, window: int | None
+def test_parts_score_every_pair_of_the_oracle_once(
+    name: str, layout: TokenLayout, window: int | None
 ) -> None:
-    config = PRESETS[preset]
+    config = CONFIGS[name]
     plan = plan_attention(layout, config, window=window)
     seen, rotated = pair_masks(layout, config, window)
     seen[: plan.scored_rows[0]] = False  # diagonal rows have no scores
@@ -46,11 +59,11 @@ def test_parts_score_every_pair_of_the_preset_once(
         assert torch.equal(counts, (seen & (rotated == rotary)).long())
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=25, deadline=None)
-@given(layout=layouts())
-def test_parts_keep_their_promises(preset: str, layout: TokenLayout) -> None:
-    plan = plan_attention(layout, PRESETS[preset])
+@given(layout=layouts(), window=st.none() | st.integers(1, 8))
+def test_parts_keep_their_promises(name: str, layout: TokenLayout, window: int | None) -> None:
+    plan = plan_attention(layout, CONFIGS[name], window=window)
     for part in (*plan.parts, *plan.visual_parts):
         assert part.query_lengths
         assert min(part.query_lengths + part.key_lengths) >= 1
@@ -99,15 +112,28 @@ def test_attention_to_the_prompt_needs_a_layout_that_knows_it() -> None:
         plan_attention(layout, PRESETS["aki"])
 
 
-def test_frozen_visual_rows_are_read_as_ever() -> None:
-    """The plan of a layer that leaves visual rows alone."""
-    config = PRESETS["s_attn"]
-    frozen = replace(config, v2v="none", v2t="none")
-    plan = plan_attention(RICH_LAYOUT, frozen)
-    assert plan.scored_rows == (15, 31)
-    whole, _ = pair_masks(RICH_LAYOUT, config)
-    counts = sum(pair_counts(part, plan) for part in plan.parts)
-    assert torch.equal(counts[15:] > 0, whole[15:])
+@pytest.mark.parametrize("preset", ["shortv", "exit", "fastervlm"])
+@settings(max_examples=50, deadline=None)
+@given(layout=layouts(), window=st.none() | st.integers(1, 8))
+def test_frozen_visual_rows_are_read_as_ever(
+    preset: str, layout: TokenLayout, window: int | None
+) -> None:
+    """The text rows of a layer that leaves visual rows alone see what they see in S-Attn."""
+    frozen = replace(PRESETS[preset], visual=VisualRows(frozen=(0.0, 1.0)))
+    (rule,) = layer_rules(frozen, 1, skip_unread=False)
+    plan = plan_attention(layout, rule.attention, window=window)
+    assert plan.scored_rows == (layout.visual_budget, layout.num_rows)
+    whole, _ = pair_masks(layout, PRESETS["s_attn"], window)
+    counts = sum((pair_counts(part, plan) for part in plan.parts), torch.zeros_like(whole).long())
+    text = slice(layout.visual_budget, None)
+    assert torch.equal(counts[text], whole[text].long())
+
+
+def test_a_window_in_reading_order_costs_a_few_segments() -> None:
+    """Not one per text row: a pack of thousands of rows has plans for every layer."""
+    layout = TokenLayout((4000,), (ImageSpan(0, 100, (20, 20)),), 400, 4000)
+    plan = plan_attention(layout, VARIANTS["frozen"], window=1000)
+    assert sum(len(part.query_lengths) for part in plan.parts) < 10
 
 
 @pytest.mark.parametrize("preset", PRESETS)

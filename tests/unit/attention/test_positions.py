@@ -4,18 +4,29 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from megatron_dattn.attention import (
     PRESETS,
+    AttentionConfig,
     ImageSpan,
+    Positions,
     RotaryScaling,
+    TextToVisual,
     TokenLayout,
     apply_rotary,
     rotary_tables,
     row_positions,
 )
-from tests.unit.attention.support import layouts
+from megatron_dattn.attention.reference import described_positions
+from tests.unit.attention.support import CONFIGS, layouts
+
+OTHER_POSITIONS = {
+    "gap_alone": AttentionConfig(positions=Positions(text="gap")),
+    "ring_of_diagonal": AttentionConfig(
+        t2v=TextToVisual(rotary=True), positions=Positions("gap", "ring", "none")
+    ),
+}
 
 # Sample 0: text text IMAGE(2) text IMAGE(1); sample 1: IMAGE(2) text text.
 LAYOUT = TokenLayout(
@@ -44,6 +55,21 @@ def test_rings_count_from_the_border_and_text_goes_on_after_the_centre() -> None
     positions = row_positions(layout, PRESETS["cca"]).tolist()
     assert positions[:12] == [1, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 1]
     assert positions[12:] == [3, 3, 0, 0, 4, 5, 0]
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "gap_alone", "ring_of_diagonal"])
+@settings(max_examples=50, deadline=None)
+@given(layout=layouts())
+def test_positions_are_those_of_the_oracle(name: str, layout: TokenLayout) -> None:
+    config = (CONFIGS | OTHER_POSITIONS)[name]
+    assert row_positions(layout, config).tolist() == described_positions(layout, config)
+
+
+def test_the_oracle_s_positions_of_a_layout_by_hand() -> None:
+    # Read as: text text IMAGE(2) text IMAGE(1); in rings, the image of 1 x 2 is a single one.
+    assert described_positions(LAYOUT, PRESETS["s_attn"])[:9] == [2, 3, 5, 0, 1, 0, 0, 1, 4]
+    assert described_positions(LAYOUT, PRESETS["cca"])[:9] == [2, 2, 4, 0, 0, 0, 0, 1, 3]
+    assert described_positions(LAYOUT, PRESETS["dattn"])[:9] == [0, 0, 0, 0, 0, 0, 0, 1, 2]
 
 
 @given(layout=layouts())

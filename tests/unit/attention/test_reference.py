@@ -20,6 +20,7 @@ from tests.unit.attention.support import (
     RICH_LAYOUT,
     SCALE,
     TEXT_ONLY_LAYOUT,
+    VARIANTS,
     layouts,
     make_problem,
     run_oracle,
@@ -84,6 +85,24 @@ def test_a_window_slides_over_the_rows_of_its_own_part() -> None:
     for preset, keys in expected.items():
         seen, _ = pair_masks(LAYOUT, PRESETS[preset], window=3)
         assert {ROWS[key] for key in seen[d].nonzero().flatten().tolist()} == keys
+
+
+def test_an_inherited_window_counts_the_text_behind_an_image() -> None:
+    """Read as a v w b c x d: from the first image to d three text rows, from the second one."""
+    for window, images in ((4, "vwx"), (3, "x"), (2, "x"), (1, "")):
+        seen, _ = pair_masks(LAYOUT, VARIANTS["inherit"], window)
+        keys = {ROWS[key] for key in seen[ROWS.index("d")].nonzero().flatten().tolist()}
+        assert {key for key in keys if key in "vwx"} == set(images)
+        # Text before an image sees it whatever the window: scope is "all".
+        assert seen[ROWS.index("a"), :3].tolist() == [True] * 3
+
+
+def test_a_frozen_layer_s_window_counts_images_as_its_preset_s_does() -> None:
+    d = ROWS.index("d")  # read last, after a v w b c x
+    for window, expected in ((3, "cxd"), (4, "bcxd"), (5, "wbcxd"), (7, "avwbcxd")):
+        for config in (PRESETS["s_attn"], VARIANTS["frozen"]):
+            seen, _ = pair_masks(LAYOUT, config, window)
+            assert {ROWS[key] for key in seen[d].nonzero().flatten().tolist()} == set(expected)
 
 
 def test_a_concentric_image_is_seen_from_the_border_inwards() -> None:

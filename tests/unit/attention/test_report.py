@@ -21,6 +21,7 @@ from megatron_dattn.attention import (
 )
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import (
+    CONFIGS,
     HEAD_DIM,
     RICH_LAYOUT,
     SCALE,
@@ -31,6 +32,7 @@ from tests.unit.attention.support import (
 )
 
 Rules = dict[str, float | int | None]
+every_config = pytest.mark.parametrize("name", CONFIGS)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
 
@@ -77,13 +79,13 @@ RULES = st.fixed_dictionaries(
 )
 
 
-@every_preset
+@every_config
 @settings(max_examples=25, deadline=None)
 @given(layout=layouts(), group=st.sampled_from([1, 2]), rules=RULES)
 def test_the_visual_weight_is_the_share_of_the_softmax(
-    preset: str, layout: TokenLayout, group: int, rules: Rules
+    name: str, layout: TokenLayout, group: int, rules: Rules
 ) -> None:
-    config = PRESETS[preset]
+    config = CONFIGS[name]
     problem = make_problem(layout, config, group=group)
     masses, sees = dense_masses(problem, layout, config, **rules)
     scoring = scoring_of(problem, layout, config, **rules)
@@ -97,13 +99,13 @@ def test_the_visual_weight_is_the_share_of_the_softmax(
     assert actual[sees].gt(0).all()
 
 
-@every_preset
+@every_config
 @settings(max_examples=25, deadline=None)
 @given(layout=layouts(), rules=RULES, data=st.data())
 def test_the_maps_are_the_softmaxs_probabilities(
-    preset: str, layout: TokenLayout, rules: Rules, data: st.DataObject
+    name: str, layout: TokenLayout, rules: Rules, data: st.DataObject
 ) -> None:
-    config = PRESETS[preset]
+    config = CONFIGS[name]
     problem = make_problem(layout, config)
     sample = data.draw(st.integers(0, layout.num_samples - 1))
     own = range(*(layout.text_cu_seqlens[sample + i] for i in (0, 1)))
@@ -149,7 +151,7 @@ def test_lower_precision_is_reported_in_float32(preset: str, dtype: torch.dtype)
     maps = image_attention(problem.query, problem.key, scoring, [0])
     assert maps.dtype == torch.float32
     nothing_seen = scoring_of(problem, RICH_LAYOUT, config, "cpu_flash")
-    nothing_seen = replace(nothing_seen, plan=replace(nothing_seen.plan, t2v=None))
+    nothing_seen = replace(nothing_seen, plan=replace(nothing_seen.plan, t2v=()))
     maps = image_attention(problem.query, problem.key, nothing_seen, [0])
     assert maps.dtype == torch.float32
     assert not maps.any()

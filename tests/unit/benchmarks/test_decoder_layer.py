@@ -1,18 +1,35 @@
 """Variants are read, layouts are square, and every variant computes what its preset means."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.agreement import Outcome, agree, compare, local_name, relative_error
-from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sample
+from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sample, rules_of
+from benchmarks.exact_attention import SCORES_AT_A_TIME, ExactBackend
 from benchmarks.layer_memory import fit_line, peak_in_new_process, peak_table
-from megatron_dattn.attention import LayerSizes
+from benchmarks.roofline import Work, layer_operators
+from megatron_dattn.attention import (
+    PRESETS,
+    LayerSizes,
+    get_preset,
+    layer_flops,
+    plan_attention,
+)
+from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError
 
-SIZES = LayerSizes(32, 4, 2, 8, 48)
+SIZES = LayerSizes(32, 4, 4, 8, 48, 24)  # four key heads: yopo silences one of them
 BENCH = Bench(SIZES, torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp32")
 LAYOUT = one_sample(12, 40)
-VARIANTS = ["dattn", "dattn:naive", "dattn:recompute", "dattn:chunk=8", "s_attn", "s_attn:eager"]
+OPTIONS = ("naive", "recompute", "chunk=8")
+VARIANTS = [
+    *PRESETS,
+    *(f"{preset}:{option}" for preset in ("dattn", "yopo") for option in OPTIONS),
+    "s_attn:eager",
+    "dattn:backend=math",
+]
 
 
 def test_variant_options() -> None:
@@ -34,12 +51,37 @@ def test_variant_options() -> None:
         ("dattn:fast", "unknown option 'fast'"),
         ("dattn:chunk=", "unknown option 'chunk='"),
         ("dattn:eager", "for s_attn alone"),
+        ("exit:eager", "variant 'exit:eager': eager attention is written for s_attn alone"),
+        ("fastervlm:eager", "for s_attn alone"),
+        ("s_attn:eager:backend=math", "has no backend"),
+        ("dattn:backend=fast", "backend=NAME with auto, flash_attn3"),
         ("attn", "unknown attention preset"),
     ],
 )
 def test_wrong_variants_are_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Variant.parse(text)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_layer_that_is_built_is_the_one_that_is_counted(preset: str) -> None:
+    """Its visual rows do what the preset's do, and the next layer reads them."""
+    layer, following, *_ = rules_of(preset)
+    assert layer.sees_images
+    assert following.sees_images
+    assert layer.visual_ffn == get_preset(preset).visual.ffn
+    variant = Variant.parse(preset)
+    unfolded = replace(variant, savings=replace(variant.savings, folded_output=False))
+    operators = layer_operators(BENCH.run_of(unfolded, LAYOUT))
+    counted = sum((operator.forward for operator in operators), Work())
+    assert counted.flops == layer_flops(LAYOUT, layer, SIZES).total
+
+
+def test_features_must_fit_into_the_rows() -> None:
+    narrow = replace(BENCH, sizes=replace(SIZES, vision_hidden_size=33))
+    narrow.check([Variant.parse("dattn"), Variant.parse("naavit")])
+    with pytest.raises(ConfigError, match="--vision-size 33 in rows of --hidden-size 32"):
+        narrow.check([Variant.parse("dattn"), Variant.parse("saisa")])
 
 
 @pytest.mark.parametrize(
@@ -62,21 +104,46 @@ def test_eager_attention_that_does_not_fit_is_left_out() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_agree_with_float64(name: str) -> None:
+@pytest.mark.parametrize("scores", [SCORES_AT_A_TIME, 256])
+def test_variants_agree_with_float64(scores: int, monkeypatch) -> None:
     """fp32 has 24 bits; a layer adds up hundreds of products, in another order than float64."""
-    found = agree(LayerBench(BENCH, Variant.parse(name), LAYOUT))
-    assert found.against == "float64"
-    assert max(found.output, found.input_gradient, found.weight_gradient) < 1e-5
+    monkeypatch.setattr("benchmarks.exact_attention.SCORES_AT_A_TIME", scores)
+    layers = {name: LayerBench(BENCH, Variant.parse(name), LAYOUT) for name in VARIANTS}
+    for name, found in agree(layers).items():
+        assert found.against == "float64"
+        errors = (found.output, found.input_gradient, found.weight_gradient)
+        assert min(errors) > 0, name
+        assert max(errors) < 1e-5, name
+
+
+@pytest.mark.parametrize("scores", [SCORES_AT_A_TIME, 100])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_reference_is_the_math_backend_in_blocks(
+    preset: str, window: int | None, scores: int, monkeypatch
+) -> None:
+    monkeypatch.setattr("benchmarks.exact_attention.SCORES_AT_A_TIME", scores)
+    plan = plan_attention(LAYOUT, get_preset(preset), window=window)
+    generator = torch.Generator().manual_seed(0)
+    for part in (*plan.parts, *plan.visual_parts):
+        queries, keys = part.query_rows.length, part.key_rows.length
+        q, g = torch.randn(2, queries, 4, 8, generator=generator, dtype=torch.float64)
+        k, v = torch.randn(2, keys, 2, 8, generator=generator, dtype=torch.float64)
+        exact, known = ExactBackend(), BACKENDS["math"]
+        out, lse = known.forward(q, k, v, part, 0.3)
+        gradients = exact.backward(g, q, k, v, out, lse, part, 0.3)
+        actual = (*exact.forward(q, k, v, part, 0.3), *gradients)
+        expected = (out, lse, *known.backward(g, q, k, v, out, lse, part, 0.3))
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("one_process")
-def test_long_variants_are_compared_with_their_plain_preset(monkeypatch) -> None:
-    monkeypatch.setattr("benchmarks.agreement.LONGEST_CHECKED", 4)
-    eager = agree(LayerBench(BENCH, Variant.parse("s_attn:eager"), LAYOUT))
-    assert eager.against == "s_attn"
-    assert 0 < eager.input_gradient < 1e-5
-    assert agree(LayerBench(BENCH, Variant.parse("dattn"), LAYOUT)).against == "not checked"
+def test_a_variant_may_name_its_backend() -> None:
+    named = LayerBench(BENCH, Variant.parse("dattn:backend=math"), LAYOUT)
+    common = LayerBench(BENCH, Variant.parse("dattn"), LAYOUT)
+    assert named.attention.layer(1).backend.name == "math"
+    assert common.attention.layer(1).backend.name != "math"
 
 
 @pytest.mark.usefixtures("one_process")

@@ -22,15 +22,17 @@ from megatron_dattn.attention import (
     LayerRule,
     LayerSizes,
     TokenLayout,
+    decoder_flops,
     layer_flops,
     layer_rules,
 )
-from megatron_dattn.models.config import ExactSavings
+from megatron_dattn.models.config import ExactSavings, LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.flops import model_flops
 from tests.unit.attention.support import layouts
 
 # d 6, q 8, e 4, f 10; 4 visual rows and 2 text rows, 1 of them before the image.
 SIZES = LayerSizes(6, 4, 2, 2, 10, 5)
-LAYOUT = TokenLayout((2,), (ImageSpan(0, 1, (2, 2)),), 4, 2)
+LAYOUT = TokenLayout((2,), (ImageSpan(0, 1, (2, 2)),), 4, 2, prompt_lengths=(2,))
 BF16 = 2
 
 
@@ -57,6 +59,27 @@ def test_forward_operations_are_those_of_the_attention_room(
     rule = layer_rules(PRESETS[preset], 4, skip_unread=skip_unread)[layer]
     run = LayerRun(layout, rule, SIZES, BF16, ExactSavings(folded_output=False))
     assert forward(run).flops == layer_flops(layout, rule, SIZES).total
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_three_counts_of_a_decoder_agree(preset: str) -> None:
+    """Bounds, MFU and the drawing's cost speak of the same operations."""
+    language = LanguageConfig(
+        hidden_size=6,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=2,
+        intermediate_size=10,
+    )
+    vision = VisionConfig(hidden_size=5, num_attention_heads=1)
+    model = ModelConfig(vision, language=language)
+    rules = layer_rules(PRESETS[preset], language.num_hidden_layers, skip_unread=False)
+    whole = ExactSavings(folded_output=False)
+    bounds = sum(forward(LayerRun(LAYOUT, rule, SIZES, BF16, whole)).flops for rule in rules)
+    parts = model_flops(model, [LAYOUT], attention=preset).parts
+    mfu = sum(parts[name].forward for name in ("projections", "attention", "ffn"))
+    assert bounds == mfu == decoder_flops(LAYOUT, PRESETS[preset], SIZES, len(rules)).total
 
 
 def test_savings_leave_out_what_they_say() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import bench_attention, bench_step
 
+FEW = ["--samples", "2", "--rounds", "1"]
 TINY = ["--hidden-size", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "8", "--ffn", "48"]
 
 
@@ -41,11 +42,23 @@ def test_bench_step(tmp_path: Path) -> None:
     assert "losses of the first steps agree" in text
 
 
+def test_every_preset_has_a_pack_of_its_own(capsys) -> None:
+    """fastervlm keeps four of the demo's sixteen patches, s_attn all of them."""
+    assert bench_step.main(["--attention", "s_attn", "fastervlm", *FEW]) == 0
+    rows = {row[0]: row for row in table_rows(capsys.readouterr().out)}
+    assert rows["engine s_attn"][1] == "32"
+    assert rows["engine fastervlm"][1] == "8"
+    assert rows["engine s_attn"][2] == rows["engine fastervlm"][2]
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "words"),
     [
         (bench_attention.main, ["--variants", "attn"], "unknown attention preset 'attn'"),
         (bench_attention.main, ["--visual", "0", *TINY], "0 visual"),
+        (bench_attention.main, ["--variants", "saisa", *TINY], "variant 'saisa' carries features"),
+        (bench_attention.main, ["--threads", "0"], "--threads must be at least 1, got 0"),
+        (bench_step.main, ["--threads", "-1"], "--threads must be at least 1, got -1"),
         (bench_step.main, ["--attention", "attn"], "model.attention 'attn' is unknown"),
     ],
 )

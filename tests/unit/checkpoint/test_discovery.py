@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dattn.checkpoint import find_checkpoint, find_checkpoint_together
+from megatron_dattn.checkpoint import find_checkpoint, find_checkpoint_together, find_step, steps_of
 from megatron_dattn.errors import CheckpointError
 from tests.unit.checkpoint.test_manifest import DAMAGES, FILES, damage
 
@@ -50,6 +50,22 @@ def test_the_pointer_is_only_a_hint(
     else:
         (tmp_path / "latest.json").write_text(pointer)
     assert find(tmp_path).step == 2
+
+
+def test_one_step_and_no_other(tmp_path: Path, save: Callable[[int], Path]) -> None:
+    for step in (3, 10, 7):
+        save(step)
+    (tmp_path / "tensorboard").mkdir()
+    assert steps_of(tmp_path) == [3, 7, 10]
+    found = find_step(tmp_path, 7)
+    assert (found.step, found.path.name) == (7, "step-0000007")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 4; steps: 3, 7, 10$"):
+        find_step(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 4; steps: none$"):
+        find_step(tmp_path / "nowhere", 4)
+    damage(tmp_path / "step-0000007" / FILES[0], DAMAGES["bit at 0.5"])
+    with pytest.raises(CheckpointError, match=f"{FILES[0]} is damaged"):
+        find_step(tmp_path, 7)
 
 
 def test_steps_are_compared_as_numbers(tmp_path: Path, save: Callable, find: Callable) -> None:

@@ -118,6 +118,10 @@ def test_resolved_config_reads_back(tmp_path: Path) -> None:
         (["--max-grid", "0"], ["adapter.max_grid", "0"]),
         (["--attention-backend", "nope"], ["training.attention_backend", "nope", "cpu_flash"]),
         (["--adam-beta2", "1.5"], ["optimizer.adam_beta2", "1.5"]),
+        (
+            ["--attention", "dattn_cascade", "--alpha-interval", "5"],
+            ["logging.alpha_interval 5", "'dattn_cascade'", "no alpha_V", "set it to 0"],
+        ),
         (["--config", "missing.yaml"], ["missing.yaml", "not exist"]),
     ],
 )

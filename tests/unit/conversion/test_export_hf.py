@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from megatron_dattn.attention import PRESETS, VisualRows
+from megatron_dattn.attention import PRESETS, AttentionConfig, TextToVisual, VisualRows
 from megatron_dattn.conversion import export_hf, hf_config
 from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
 from megatron_dattn.conversion.hf_processor import chat_template
@@ -100,7 +100,8 @@ def test_the_folder_describes_itself(exported):
     assert processor["image_processor"] == older
     card = (exported / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
-    assert "stage: tiny" in card
+    assert "- stage tiny, step 1, on tiny.jsonl" in card
+    assert "- before that: import of language (language_model), vision (vision_model)" in card
     assert "shapes: 0.75" in card
     assert "transformers>=5.10" in card
 
@@ -214,7 +215,7 @@ def test_what_hugging_face_s_classes_cannot_hold_is_refused():
     llava = ModelConfig(
         language=GEMMA2, adapter=AdapterConfig(input_norm=False), attention="s_attn"
     )
-    with pytest.raises(ConfigError, match="does not scale visual rows"):
+    with pytest.raises(ConfigError, match="in transformers 4, and does not in 5"):
         hf_config.check_exportable(llava)
 
 
@@ -223,6 +224,20 @@ def test_a_preset_that_thins_visual_rows_is_refused(monkeypatch):
     monkeypatch.setitem(PRESETS, "dattn", thinned)
     with pytest.raises(ConfigError, match="every layer whole"):
         hf_config.check_exportable(ModelConfig())
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        AttentionConfig(t2v=TextToVisual(window="inherit")),
+        AttentionConfig(t2v=TextToVisual("following"), window="reading_order"),
+    ],
+    ids=["inherit", "reading_order"],
+)
+def test_a_preset_whose_images_fall_out_of_a_window_is_refused(monkeypatch, axes):
+    monkeypatch.setitem(PRESETS, "forgetful", axes)
+    with pytest.raises(ConfigError, match=r"'forgetful' cannot be exported: .* sliding window"):
+        hf_config.check_exportable(ModelConfig(attention="forgetful"))
 
 
 # Of the encoder, of the language model. The window is shorter than an image has rows.

@@ -349,7 +349,7 @@ SIGLIP_SECTION = {"model_type": "siglip_vision_model"}
         ({"text_config": {"model_type": "llama", "vocab_size": 1.5}}, r"has vocab_size 1\.5"),
         ({"tie_word_embeddings": 1}, "has tie_word_embeddings 1"),
         ({"vision_config": None}, "has vision_config null, but it must be an object"),
-        ({"text_config": {"model_type": "gemma2"}}, "'gemma2' is not supported: it does not scale"),
+        ({"text_config": {"model_type": "gemma2"}}, "'gemma2' is not supported: versions"),
         ({"text_config": {"model_type": "qwen2"}}, "'qwen2'; supported: gemma2"),
     ],
     ids=str,

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
 from megatron_dattn.conversion.export_hf import export_checkpoint
+from megatron_dattn.conversion.verify_export import verify_export
+from tests.support.passes import Passes
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tools.convert_checkpoint import main
@@ -103,6 +105,15 @@ def test_what_does_not_fit_is_one_line(base, tmp_path, capsys):
         assert message in error
     assert main(["verify", str(base / "dattn"), "--question", "what?"]) == 2
     assert "are for --against" in capsys.readouterr().err
+
+
+def test_one_checkpoint_s_folder_is_compared_and_tells_how_far_it_is(base, caplog):
+    passes, folder = Passes(), base / "dattn" / "step-0000001"
+    compared = verify_export(folder, base / "dattn-hf", progress=passes)
+    assert all(each.largest < 1e-4 for each in compared)
+    passes.check("checking step-0000001", "reading the checkpoint")
+    assert "1 of 2: logits of" in caplog.text
+    assert f"2 of 2: logits of {folder}" in caplog.text
 
 
 def test_bf16_agrees_coarsely(base, capsys):

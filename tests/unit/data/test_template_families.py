@@ -1,4 +1,4 @@
-"""The templates of Gemma, Llama-3 and Vicuna: their makers' strings, masks, ends and prompts."""
+"""The templates of Gemma, Llama and Vicuna: their makers' strings, masks, ends and prompts."""
 
 from pathlib import Path
 from typing import get_args
@@ -38,12 +38,19 @@ LLAMA3 = make_tokenizer(
     eos="<|end_of_text|>",
 )
 VICUNA = make_tokenizer(["<unk>", "<s>", "</s>", "<image>"])
-TOKENIZERS = {"gemma": GEMMA, "llama3": LLAMA3, "vicuna_v1": VICUNA, "mistral_v1": VICUNA}
+TOKENIZERS = {
+    "gemma": GEMMA,
+    "llama3": LLAMA3,
+    "llama2": VICUNA,
+    "vicuna_v1": VICUNA,
+    "mistral_v1": VICUNA,
+}
 ENDS = {
     "gemma": "<end_of_turn>",
     "llama3": "<|eot_id|>",
     "vicuna_v1": "</s>",
     "mistral_v1": "</s>",
+    "llama2": "</s>",
 }
 # What Google and Meta publish in their tokenizers' chat_template.
 OFFICIAL = {
@@ -65,6 +72,15 @@ OFFICIAL = {
         "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
         "{{ content }}{% endfor %}{% if add_generation_prompt %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "llama2": (
+        "{% for message in messages %}"
+        "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}"
+        "{% if message['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}"
+        "{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
 }
 VICUNA_SYSTEM = (
@@ -124,6 +140,10 @@ def rendered(source: str, messages: list[dict], tokenizer: PreTrainedTokenizerFa
             "USER: q2 ASSISTANT:[[ a2</s>]]",
         ),
         (
+            "llama2",
+            "<s>[INST] <image>\nq1 [/INST][[ a1 </s>]]<s>[INST] q2 [/INST][[ a2 </s>]]",
+        ),
+        (
             "mistral_v1",
             "<s>[INST] <image>\nq1 [/INST][[ a1</s>]][INST] q2 [/INST][[ a2</s>]]",
         ),
@@ -157,6 +177,7 @@ def test_the_text_is_the_maker_s(name: str, num_messages: int) -> None:
             "<|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>",
         ),
         ("vicuna_v1", "<s>Be brief. USER: q"),
+        ("llama2", "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nq [/INST]"),
         ("mistral_v1", "<s>[INST] Be brief.\n\nq [/INST]"),
     ],
 )
@@ -245,9 +266,10 @@ def test_the_supervised_tokens_spell_the_answers(
     chat = conversation(*spoken, images=int(with_image))
     template, tokenizer = encoder(name), TOKENIZERS[name]
     text, spans = template.render(chat)
-    lead = " " if name in ("vicuna_v1", "mistral_v1") else ""
+    lead = " " if name in ("vicuna_v1", "mistral_v1", "llama2") else ""
+    close = (" " if name == "llama2" else "") + ENDS[name]
     assert [text[start:end] for start, end in spans] == [
-        f"{lead}{answer}{ENDS[name]}" for answer in chat.answers
+        f"{lead}{answer}{close}" for answer in chat.answers
     ]
     end = tokenizer.convert_tokens_to_ids(ENDS[name])
     pieces: list[list[int]] = [[]]
@@ -259,7 +281,7 @@ def test_the_supervised_tokens_spell_the_answers(
     assert pieces.pop() == []
     # The decoder of sentencepiece-like tokenizers strips one space in front.
     decoded = [tokenizer.decode(p, clean_up_tokenization_spaces=False) for p in pieces]
-    assert decoded == [f"{answer}{ENDS[name]}" for answer in chat.answers]
+    assert decoded == [f"{answer}{close}" for answer in chat.answers]
 
 
 def test_names_files_and_entries_are_the_same_set() -> None:

@@ -47,12 +47,17 @@ def our_logits(loaded, prompt):
 
 @pytest.fixture
 def opened(exported):
-    """Model and processor of an export, loaded in this process."""
+    """Model and processor of an export, loaded in this process.
 
-    def load(case):
+    The implementation is the decoder's alone: SigLIP's eager attention rounds to fp32.
+    """
+
+    def load(case, implementation="sdpa"):
         _, folder = exported(case)
         model, report = DAttnForConditionalGeneration.from_pretrained(
-            folder, output_loading_info=True
+            folder,
+            output_loading_info=True,
+            attn_implementation={"": implementation, "vision_config": "sdpa"},
         )
         assert not any(report.values()), "all that is there, and nothing else"
         return model.eval(), DAttnProcessor.from_pretrained(folder)
@@ -102,10 +107,11 @@ def test_a_fresh_process_answers_alike(base, exported, answers, case):
         assert answer["tokens"].tolist() == expected
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", CASES)
-def test_double_precision_shows_the_same_function(base, exported, opened, case):
+def test_double_precision_shows_the_same_function(base, exported, opened, case, implementation):
     run, _ = exported(case)
-    model, processor = opened(case)
+    model, processor = opened(case, implementation)
     model = model.double()
     loaded = load_model(run)
     loaded.model.double()
@@ -169,27 +175,63 @@ def test_cached_decoding_equals_the_full_forward(base, opened, case):
     assert torch.equal(model.generate(**inputs, max_new_tokens=6), without)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", ["dattn", "dattn_biased", "dattn_sigmoid", "dattn_cascade"])
-def test_blocks_of_rows_bound_the_scores_and_change_nothing(base, opened, monkeypatch, case):
-    model, processor = opened(case)
+def test_blocks_of_rows_bound_the_scores_and_change_nothing(
+    base, opened, monkeypatch, case, implementation
+):
+    model, processor = opened(case, implementation)
     model = model.double()
     inputs = inputs_of(processor, messages(base))
     inputs["pixel_values"] = inputs["pixel_values"].double()
     with torch.inference_mode():
         whole = model(**inputs).logits
         sizes = []
-
-        def softmax(scores, seen):
-            sizes.append(scores.numel())
-            return usual(scores, seen)
-
-        usual = attention_dattn._softmax
-        monkeypatch.setattr(attention_dattn, "_softmax", softmax)
+        record_scores(monkeypatch, sizes)
         monkeypatch.setattr(attention_dattn, "MAX_SCORES", 3000)
         blocks = model(**inputs).logits
     assert max(sizes) <= 3000
     # fp64, sums of the same terms.
     torch.testing.assert_close(blocks, whole, rtol=1e-10, atol=1e-10)
+
+
+def record_scores(monkeypatch, sizes):
+    """Note how many scores each softmax of the decoder is over, explicit or torch's."""
+    explicit, fused = attention_dattn._softmax, torch.nn.functional.scaled_dot_product_attention
+
+    def softmax(scores, seen):
+        sizes.append(scores.numel())
+        return explicit(scores, seen)
+
+    def attention(query, key, value, attn_mask=None, **options):
+        if attn_mask is not None:  # the vision encoder's has none
+            sizes.append(query.shape[:3].numel() * key.shape[2])
+        return fused(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(attention_dattn, "_softmax", softmax)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+
+
+def test_prompts_are_fused_and_single_tokens_are_not(base, opened, monkeypatch):
+    model, processor = opened("dattn")
+    inputs = inputs_of(processor, messages(base))
+    usual_softmax, usual_fused = attention_dattn._softmax, attention_dattn.Projections._fused
+    explicit, fused = [], []
+
+    def softmax(scores, seen):
+        explicit.append(scores.shape[3])
+        return usual_softmax(scores, seen)
+
+    def fused_attention(self, query, *arguments):
+        fused.append(query.shape[2])
+        return usual_fused(self, query, *arguments)
+
+    monkeypatch.setattr(attention_dattn, "_softmax", softmax)
+    monkeypatch.setattr(attention_dattn.Projections, "_fused", fused_attention)
+    model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    layers = model.config.text_config.num_hidden_layers
+    assert fused == [inputs["input_ids"].shape[1]] * layers
+    assert explicit == [1] * (2 * layers)
 
 
 @pytest.mark.parametrize("case", ["dattn_biased", "dattn_cascade", "saisa"])
@@ -241,6 +283,28 @@ def test_repeated_samples_take_their_images_along(base, opened):
         answer = model.generate(**alone, max_new_tokens=5, num_beams=3)[0]
         new = answer[alone["input_ids"].shape[1] :].tolist()
         assert beams[index, inputs["input_ids"].shape[1] :].tolist()[: len(new)] == new
+
+
+@pytest.mark.parametrize("case", ["dattn", "dattn_biased", "dattn_tanh"])
+def test_guessed_tokens_that_are_rejected_leave_no_trace(base, opened, case):
+    model, processor = opened(case)
+    inputs = inputs_of(processor, [messages(base)[2]])
+    expected = model.generate(**inputs, max_new_tokens=12)
+    guessed = model.generate(**inputs, max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert torch.equal(guessed, expected)
+
+
+def test_a_cropped_cache_goes_on_as_if_it_had_not_seen_more(base, opened):
+    model, processor = opened("dattn_biased")
+    inputs = inputs_of(processor, messages(base))
+    more = torch.tensor([[7, 8, 9]] * len(QUESTIONS))
+    with torch.inference_mode():
+        cache = model(**inputs, use_cache=True).past_key_values
+        expected = model(more[:, :1], past_key_values=cache, use_cache=True).logits
+        model(more[:, 1:], past_key_values=cache, use_cache=True)
+        cache.crop(-more.shape[1])
+        again = model(more[:, :1], past_key_values=cache, use_cache=True).logits
+    assert torch.equal(again, expected)
 
 
 def test_loss_skips_images_padding_and_sample_borders(base, opened):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, SiglipImageProcessorPil
+from transformers import AutoTokenizer, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.hf import configuration_dattn, processing_dattn
@@ -50,6 +50,81 @@ def test_pixels_are_those_of_training(exported, fit):
     expected = ours.normalise([ours.fit(each) for each in data])
     # Both resize bytes with Pillow; scaling in one step or in two differs by fp32 rounding.
     torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
+
+
+def as_everything(pixels, path):
+    """The same RGB picture in every form that a processor is given."""
+    Image.fromarray(pixels).save(path)
+    first = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return {
+        "Pillow": Image.fromarray(pixels),
+        "path": str(path),
+        "Path": path,
+        "array, channels last": pixels,
+        "array, channels first": first,
+        "array, not contiguous": first.transpose(1, 2, 0),
+        "tensor, channels last": torch.from_numpy(pixels),
+        "tensor, channels first": torch.from_numpy(first),
+        "batch of one": torch.from_numpy(first)[None],
+        "RGBA": np.concatenate([pixels, np.zeros_like(pixels[..., :1])], axis=-1),
+    }
+
+
+@pytest.mark.parametrize("fit", ["resize", "crop", "pad"])
+def test_every_kind_of_image_gives_the_same_pixels(exported, tmp_path, fit):
+    _, folder = exported("dattn")
+    processor = DAttnProcessor.from_pretrained(folder)
+    processor.image_fit = fit
+    if fit == "crop":
+        square = {"height": SIDE, "width": SIDE}
+        changes = {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": SIDE}}
+        settings = {**processor.image_processor.to_dict(), **changes}
+        processor.image_processor = CLIPImageProcessorPil.from_dict(settings)
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 44, 3), dtype=np.uint8)
+    ours = ImagePreprocessor(SIDE, image_fit=fit)
+    expected = ours.normalise([ours.fit(encoded(Image.fromarray(pixels), "PNG"))])
+    for kind, image in as_everything(pixels, tmp_path / "a.png").items():
+        for given in (image, [image]):
+            inputs = processor(text="<image>", images=given, return_tensors="pt")
+            torch.testing.assert_close(
+                inputs["pixel_values"], expected, atol=1e-6, rtol=0, msg=kind
+            )
+
+
+def test_grey_arrays_and_files_are_those_of_training(exported, tmp_path):
+    _, folder = exported("dattn")
+    processor = DAttnProcessor.from_pretrained(folder)
+    ours = ImagePreprocessor(SIDE)
+    grey = np.random.default_rng(0).integers(0, 255, (30, 24), dtype=np.uint8)
+    for image in (grey, grey[None], torch.from_numpy(grey)[..., None]):
+        pixels = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
+        expected = ours.normalise([ours.fit(encoded(Image.fromarray(grey), "PNG"))])
+        torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
+    for number, data in enumerate(files()):  # 16-bit grey and a turned JPEG, by path
+        path = tmp_path / str(number)
+        path.write_bytes(data)
+        pixels = processor(text="<image>", images=str(path), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(pixels, ours.normalise([ours.fit(data)]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((20, 44, 3), np.float32), "an image of float32: pass values from 0 to 255"),
+        (torch.zeros(3, 20, 44), r"an image of torch\.float32: pass values from 0 to 255"),
+        (torch.zeros(3, 20, 44, dtype=torch.bfloat16), r"an image of torch\.bfloat16"),
+        (np.zeros((20, 44, 3), np.uint16), "an image of uint16"),
+        (np.zeros((3, 44, 3), np.uint8), "may have its channels first or last"),
+        (np.zeros((20, 44, 2), np.uint8), "has no axis of channels"),
+        (np.zeros(9, np.uint8), "has no axis of channels"),
+        (b"GIF89a", "an image of type bytes: pass a Pillow image"),
+        ([None], "an image of type NoneType"),
+    ],
+)
+def test_what_is_not_certainly_an_image_is_refused(exported, image, message):
+    _, folder = exported("dattn")
+    with pytest.raises(ValueError, match=message):
+        DAttnProcessor.from_pretrained(folder)(text="<image>", images=image)
 
 
 def test_text_is_a_complete_prompt(exported):

@@ -11,8 +11,8 @@ from megatron_dattn.runtime.distributed import (
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
 
-# The third has fewer rows than patches, the last no adapter.
-PRESETS_SHOWN = ["dattn", "s_attn", "fastervlm", "saisa"]
+# The third has fewer rows than patches, the fourth no adapter, the last a cross-attention.
+PRESETS_SHOWN = ["dattn", "s_attn", "fastervlm", "saisa", "dattn_cascade"]
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from megatron_dattn.inference.prompt import pack_prompts
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.megatron import init_model_parallel
 from tests.support.vlm import VISION, tiny_model, tiny_model_config
+from tests.unit.attention.support import VARIANTS
 
 LAYERS = 4  # so that some layers freeze, and some see no image any more
 ALONE = [name for name, config in PRESETS.items() if not config.scores_visual_rows]
@@ -105,6 +106,20 @@ def test_a_token_at_a_time_is_the_whole_pack(preset: str, kind: str) -> None:
 def test_with_windows_softcap_and_norms_behind(preset: str) -> None:
     """Gemma-2: a window of five rows in every second layer."""
     assert_same(loaded_model(preset, family="gemma2"), make_prompts(PROMPTS["mixed pack"]))
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "inherit" in name])
+def test_images_fall_out_of_an_inherited_window(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do so while the answer grows, and in the layers with a window alone."""
+    monkeypatch.setitem(PRESETS, name, VARIANTS[name])
+    assert_same(loaded_model(name, family="gemma2"), make_prompts(PROMPTS["mixed pack"]))
+
+
+@pytest.mark.parametrize("name", ["exit", "shortv"])
+def test_a_frozen_layer_s_window_goes_on_counting_images(name: str) -> None:
+    assert_same(
+        loaded_model(name, family="mistral", sliding_window=5), make_prompts(PROMPTS["mixed pack"])
+    )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PROMPTS if kind != "text only"])

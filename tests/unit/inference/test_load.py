@@ -1,4 +1,4 @@
-"""What ends an answer, by template."""
+"""What ends an answer, by template; what names a checkpoint of a run."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_dattn.data.conversation import Conversation, Turn
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.template import ConversationTokenizer
-from megatron_dattn.inference.load import RunAssets
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.inference.load import RunAssets, run_and_step
 from tests.unit.data.builders import make_tokenizer
 from tests.unit.data.test_template_families import TOKENIZERS
 
@@ -45,3 +46,16 @@ def test_a_caption_ends_also_where_its_full_stop_and_line_break_are_one_token():
     last = caption(Conversation(turns, ("x",))).input_ids[-1]
     assert tokenizer.convert_ids_to_tokens(last) == ".\u010a"
     assert assets.stop_ids == {vocab[end] for end in ("</s>", "\u010a", ".\u010a")}
+
+
+def test_a_run_or_one_of_its_checkpoints(tmp_path, monkeypatch):
+    assert run_and_step(tmp_path) == (tmp_path, None)
+    assert run_and_step(tmp_path, 3) == (tmp_path, 3)
+    step = tmp_path / "step-0000400"
+    step.mkdir()
+    for given in (None, 400):
+        assert run_and_step(step, given) == (tmp_path, 400)
+    monkeypatch.chdir(step)
+    assert run_and_step(step.relative_to(step)) == (tmp_path, 400)
+    with pytest.raises(ConfigError, match="is the checkpoint of step 400, not of 3; name one"):
+        run_and_step(step, 3)

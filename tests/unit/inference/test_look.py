@@ -1,7 +1,5 @@
 """What an answer looked at: as when its tokens were generated, and drawn in the right place."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_dattn.attention import PRESETS, visual_weight
+from megatron_dattn.attention import visual_weight
 from megatron_dattn.errors import ConfigError, DataError, UserError
 from megatron_dattn.inference import Look, Prompt, generate_tokens, load_model, look
 from megatron_dattn.inference.prompt import pack_prompts
 from megatron_dattn.runtime.distributed import destroy_distributed
+from tools.generate import main as generate_main
 from tools.show_attention import chosen_tokens, draw, main
 
 ROOT = Path(__file__).parents[3]
 LAYERS, HEADS, GRID, PATCH = 2, 4, (3, 3), 8
 
 
-@pytest.fixture(params=["dattn", "s_attn", "saisa"])
+@pytest.fixture(params=["dattn", "s_attn", "saisa", "fastervlm"])
 def loaded(base, request):
     yield load_model(base[0] / request.param)
     destroy_distributed()
@@ -75,17 +74,55 @@ def test_without_an_image_there_is_nothing_to_see(base, loaded):
         look(loaded, prompt, answer)
 
 
-def test_patches_without_a_place_cannot_be_shown(base, loaded, monkeypatch):
-    prompt, answer = asked(loaded, base[0], "0.png")
-    monkeypatch.setattr(loaded.model, "attention", PRESETS["fastervlm"])
-    with pytest.raises(ConfigError, match=r"keeps a share of 0\.25 of the patches"):
-        look(loaded, prompt, answer)
+def test_kept_patches_stand_where_they_were(base):
+    """FasterVLM keeps two of nine patches, by the attention that they receive in the encoder."""
+    loaded = load_model(base[0] / "fastervlm")
+    prompt, answer = asked(loaded, base[0], "0.png", "1.png")
+    seen = look(loaded, prompt, answer)
+    with torch.inference_mode():
+        pixels = loaded.preprocessor.normalise(prompt.pixels)
+        _, received = loaded.model.vision_model(pixels, with_attention=True)
+    for number, of_image in enumerate(received):
+        best = sorted(of_image.topk(2).indices.tolist())
+        assert seen.image_maps(0)[number].flatten().nonzero().flatten().tolist() == best
+    destroy_distributed()
+
+
+def test_a_cross_attention_has_maps_and_no_alpha(base):
+    """Its own softmax over the patches of both images, in each of the layers."""
+    loaded = load_model(base[0] / "dattn_cascade")
+    prompt, answer = asked(loaded, base[0], "0.png", "1.png")
+    seen = look(loaded, prompt, answer)
+    assert seen.weights is None
+    assert seen.mean_weight(0) is None
+    assert seen.maps.shape == (LAYERS, 4, 2 * 9)
+    torch.testing.assert_close(seen.maps.sum(-1), torch.ones(LAYERS, 4))
+    assert seen.table() == [
+        "the preset 'dattn_cascade' reads images by attention of its own, apart from the text's: "
+        "there is no alpha_V"
+    ]
+    # By hand: the last text row's scores in the first layer.
+    layer, states = loaded.model.language_model.decoder.layers[0], []
+    cross = layer.cross_attention
+    cross.register_forward_pre_hook(lambda _, args: states.extend(args[:2]))
+    with torch.inference_mode():
+        batch = pack_prompts(loaded, [(prompt, answer[:-1])])
+        loaded.model.forward_logits(batch, torch.zeros(1, dtype=torch.int64))
+        visual, text = states
+        key, _ = cross.keys_values(visual)
+        query = cross.linear_q(text)[0].view(len(text), -1, cross.head_dim)[-1]
+        keys = key.repeat_interleave(len(query) // key.shape[1], dim=1)
+        scores = torch.einsum("hd,khd->hk", query, keys) * cross.scale
+    # fp32 sums of a few products.
+    torch.testing.assert_close(seen.maps[0, -1], scores.softmax(-1).mean(0), atol=1e-6, rtol=0)
+    destroy_distributed()
 
 
 def made_up_look() -> Look:
     """Two layers, three tokens, two heads, an image of 2 x 3 and one of 1 x 2 patches."""
     generator = torch.Generator().manual_seed(0)
     return Look(
+        "dattn",
         ("a", "$b", "c"),
         torch.rand(2, 3, 2, generator=generator),
         torch.rand(2, 3, 8, generator=generator),
@@ -104,15 +141,15 @@ def test_maps_are_cut_by_image_and_averaged_over_layers():
         seen.image_maps(0, [1, 3])
 
 
-def test_the_table_has_a_line_for_every_layer():
+def test_the_table_has_every_head_of_every_layer():
     seen = made_up_look()
     title, head, *lines = seen.table()
-    assert title == "alpha_V, mean over the answer's 3 tokens"
-    assert head.split() == ["layer", "mean", "heads"]
+    assert title == "alpha_V by layer and head, mean over the answer's 3 tokens"
+    assert head.split() == ["layer", "mean", "h1", "h2"]
     heads = seen.weights.mean(1)[1]
-    low, high, mean = (f"{x.item():.2f}" for x in (heads.min(), heads.max(), heads.mean()))
-    assert lines[1].split() == ["2", mean, low, "to", high]
+    assert lines[1].split() == ["2", *(f"{x.item():.2f}" for x in (heads.mean(), *heads))]
     assert len(lines) == 2
+    assert len({len(line) for line in (head, *lines)}) == 1, "columns stand below each other"
 
 
 def test_panels_lay_patches_over_the_pixels_they_were_made_of():
@@ -142,7 +179,7 @@ def test_one_token_can_be_chosen():
             chosen_tokens(seen, wrong)
 
 
-@pytest.mark.parametrize("preset", ["dattn", "s_attn"])
+@pytest.mark.parametrize("preset", ["dattn", "s_attn", "fastervlm", "dattn_cascade"])
 def test_the_tool_writes_a_picture(base, tmp_path, preset, capsys):
     output = tmp_path / "attention.png"
     call = ["--checkpoint", base[0] / preset, "--image", base[0] / "0.png", "--question", "why?"]
@@ -155,30 +192,57 @@ def test_the_tool_writes_a_picture(base, tmp_path, preset, capsys):
     assert wide.width == 3 * narrow.width
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--layers", "9"], "no layer 9; the model has layers 1 to 2"),
-        (["--token", "9"], "--token 9 is not in the answer"),
-        (["--output", "nowhere/attention.png"], "cannot write the picture"),
-        (["--output", "attention.xyz"], "cannot write the picture"),
-        (["--image", "none.png"], "none.png"),
-    ],
-)
-def test_errors_are_one_line(base, tmp_path, extra, message, capsys, monkeypatch):
+BEFORE_LOADING = [
+    (["--token", "9"], "--token 9 is no token of an answer with at most 2"),
+    (["--token", "0"], "--token 0 is no token"),
+    (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+    (["--output", "nowhere/attention.png"], "cannot write the picture 'nowhere/attention.png'"),
+    (["--output", "attention.xyz"], "choose one of the formats"),
+    (["--output", "."], "cannot write the picture '.': it is a folder"),
+]
+BEFORE_ASKING = [
+    (["--layers", "1", "9"], "no layer 9; the model has layers 1 to 2"),
+    (["--image", "none.png"], "none.png"),
+]
+
+
+@pytest.mark.parametrize(("extra", "message"), [*BEFORE_LOADING, *BEFORE_ASKING])
+def test_errors_are_one_line_before_anything_is_generated(
+    base, tmp_path, extra, message, capsys, monkeypatch
+):
+    def fail(*arguments, **options):
+        raise AssertionError("too early")
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megatron_dattn.inference.generate_tokens", fail)
+    if (extra, message) in BEFORE_LOADING:
+        monkeypatch.setattr("megatron_dattn.inference.load_model", fail)
     call = ["--checkpoint", str(base[0] / "dattn"), "--image", str(base[0] / "0.png")]
     assert main([*call, "--max-new-tokens", "2", *extra]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+    assert captured.out == ""
 
 
-def test_generate_prints_the_table_on_request(base):
-    call = [sys.executable, "tools/generate.py", "--checkpoint", base[0] / "dattn", "--alpha"]
-    call += ["--max-new-tokens", "3", "--question", "why?", "--image", base[0] / "0.png"]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[-4:-2] == ["alpha_V, mean over the answer's 3 tokens", "layer  mean  heads"]
-    assert [line.split()[0] for line in lines[-2:]] == ["1", "2"]
+@pytest.mark.parametrize(
+    ("preset", "images", "table"),
+    [
+        ("dattn", ["0.png"], "alpha_V by layer and head, mean over the answer's 3 tokens"),
+        ("fastervlm", ["0.png"], "alpha_V by layer and head, mean over the answer's 3 tokens"),
+        ("dattn_cascade", ["0.png"], "the preset 'dattn_cascade' reads images by attention of"),
+        ("dattn", [], "no alpha_V: without an image there is no attention to show"),
+    ],
+)
+def test_generate_prints_the_answer_and_then_what_there_is_of_the_table(
+    base, preset, images, table, capsys
+):
+    call = ["--checkpoint", base[0] / preset, "--question", "why?", "--max-new-tokens", "3"]
+    for image in images:
+        call += ["--image", base[0] / image]
+    assert generate_main([str(word) for word in call]) == 0
+    answer = capsys.readouterr().out
+    assert generate_main([str(word) for word in (*call, "--alpha")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(answer + "\n" + table)

@@ -194,6 +194,7 @@ def _engine_products(
     [
         ("dattn", ALL_MODULES, "none", SAVING),
         ("dattn", ALL_MODULES, "none", NAIVE),
+        ("s_attn", ALL_MODULES, "none", ExactSavings(labelled_logits=False)),
         ("dattn", ALL_MODULES, "full", SAVING),
         ("dattn", frozenset({"adapter"}), "none", SAVING),
         ("s_attn", ALL_MODULES, "none", SAVING),

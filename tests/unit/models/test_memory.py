@@ -201,14 +201,20 @@ def test_parameters_are_those_of_the_built_model(
 
 
 def _saved_bytes(execution: ExecutionConfig) -> int:
-    """One rank: bytes that autograd keeps between forward and backward, parameters excluded."""
+    """One rank: what TINY keeps."""
+    init_model_parallel()
+    return _bytes_kept_by(TINY, execution)
+
+
+def _bytes_kept_by(config: ModelConfig, execution: ExecutionConfig) -> int:
+    """Bytes that autograd keeps between forward and backward, parameters excluded."""
     from megatron_dattn.data.sample import PackedBatch
     from megatron_dattn.models.build import build_model
 
-    init_model_parallel()
-    model = build_model(TINY, ParallelConfig(), execution)
+    model = build_model(config, ParallelConfig(), execution)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    layout = TokenLayout((8,) * 4, tuple(ImageSpan(s, 0, (4, 4)) for s in range(4)), 64, 32)
+    images = tuple(ImageSpan(sample, 0, config.image_grid) for sample in range(4))
+    layout = TokenLayout((8,) * 4, images, 4 * config.rows_per_image, 32, prompt_lengths=(1,) * 4)
     batch = PackedBatch(
         layout=layout,
         input_ids=torch.zeros(32, dtype=torch.int64),
@@ -257,6 +263,31 @@ def test_activations_are_near_what_autograd_keeps(recompute: str, savings: Exact
     memory = memory_of(execution=execution)
     estimate = memory.decoder + memory.vision + memory.head // 2
     assert 0.65 * kept < estimate < 1.15 * kept
+
+
+def _bytes_kept_by_ffn_width() -> dict[str, list[int]]:
+    """Per preset: with an FFN of 96 and of 192, each without and with chunks."""
+    init_model_parallel()
+    kept: dict[str, list[int]] = {}
+    for attention in PRESETS:
+        for width in (96, 192):
+            language = dataclasses.replace(TINY.language, intermediate_size=width)
+            config = dataclasses.replace(TINY, language=language, attention=attention)
+            for rows in (0, 8):
+                savings = ExactSavings(ffn_chunk_rows=rows)
+                execution = ExecutionConfig("fp32", attention_backend="math", savings=savings)
+                kept.setdefault(attention, []).append(_bytes_kept_by(config, execution))
+    return kept
+
+
+def test_chunks_keep_nothing_of_any_ffn() -> None:
+    """A wider FFN keeps more activations, for visual rows that pass a share of it as well: with 32
+    text rows alone, it would be 3 values of 96 more columns in 4 layers. With chunks it does not.
+    """
+    (kept,) = run_distributed(_bytes_kept_by_ffn_width, 1)
+    for attention, (narrow, narrow_chunked, wide, wide_chunked) in kept.items():
+        assert wide - narrow >= 4 * 32 * 3 * 96 * 4, attention
+        assert wide_chunked == narrow_chunked, attention
 
 
 def _added_to(attention: str) -> int:

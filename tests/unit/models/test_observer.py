@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dattn.attention import Scoring, visual_weight
 from megatron_dattn.models.decomposed_attention import DecomposedCore
@@ -13,6 +14,8 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 BATCH = make_batch([9, 5, 8], [(3,), (), (0, 5)])
 PRESETS = ["dattn", "s_attn", "dattn_sum"]
+# Equal samples: the CPU's kernels take ragged ones in padded batches, laid out by the host.
+EVEN = make_batch([8, 8], [(3,), (3,)], budgets=(18, 16))
 
 
 class Recorder:
@@ -56,6 +59,72 @@ def test_it_changes_no_loss_and_no_gradient(preset: str) -> None:
         results.append([losses, *(p.grad for p in model.parameters() if p.grad is not None)])
     for with_observer, without in zip(*results, strict=True):
         assert torch.equal(with_observer, without)
+
+
+class Syncs(TorchDispatchMode):
+    """Notes what would make a GPU wait for its host: reads of values, and shapes from values."""
+
+    VALUES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in self.VALUES or by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _syncs(model, observer, monkeypatch) -> list[str]:
+    """Of one forward and backward pass; `tolist` and its like bypass the dispatcher on a CPU."""
+    with Syncs() as syncs, monkeypatch.context() as patched:
+        for name in ("tolist", "item", "cpu", "numpy"):
+            original = getattr(torch.Tensor, name)
+            patched.setattr(
+                torch.Tensor,
+                name,
+                lambda self, *a, n=name, f=original: syncs.seen.append(n) or f(self, *a),
+            )
+        model(EVEN, observer=observer).sum().backward()
+    return syncs.seen
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_meter_never_waits_for_the_device(preset: str, recompute: str, monkeypatch) -> None:
+    model = tiny_model(tiny_model_config(preset), recompute=recompute)
+    meter = VisualWeightMeter(2, LANGUAGE.num_attention_heads, "cpu")
+    # The one place where the engine does: which rows have a label.
+    assert _syncs(model, None, monkeypatch) == ["nonzero"]
+    assert _syncs(model, meter, monkeypatch) == ["nonzero"]
+    assert meter.weights.min() > 0
+
+
+def test_the_instrument_notices_who_waits(monkeypatch) -> None:
+    def wait(number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
+        query.sum().item()
+        key[key > 0].tolist()
+
+    model = tiny_model(tiny_model_config())
+    seen = _syncs(model, wait, monkeypatch)
+    assert {"item", "_local_scalar_dense", "index", "tolist"} <= set(seen)
+
+
+def test_under_a_cascade_it_is_shown_the_cross_attention() -> None:
+    """Its own queries, of text rows, and keys, of visual rows; a meter has no meaning there."""
+    model = tiny_model(tiny_model_config("dattn_cascade"))
+    recorder = Recorder()
+    model(BATCH, observer=recorder)
+    assert [number for number, *_ in recorder.shown] == [1, 2]
+    for _, query, key, scoring in recorder.shown:
+        assert query.shape[0] == BATCH.layout.text_budget
+        assert key.shape[0] == BATCH.layout.visual_budget
+        assert scoring.plan.merge == "cascade"
 
 
 def test_the_meter_means_over_the_rows_that_see_an_image() -> None:

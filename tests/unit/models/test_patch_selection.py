@@ -11,7 +11,7 @@ from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.patch_selection import attention_received, most_attended, take_patches
 from megatron_dattn.models.vlm import DAttnVLM
-from tests.support.vlm import VISION, make_batch, tiny_model, tiny_model_config
+from tests.support.vlm import CLIP, VISION, make_batch, tiny_model, tiny_model_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -27,6 +27,13 @@ def test_attention_received_equals_a_dense_softmax(patches: int, scale: float | 
     received = attention_received(query, key, scale)
     torch.testing.assert_close(received, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(received.sum(1), torch.ones(3, dtype=torch.float64))
+
+
+def test_the_attention_of_one_row_alone() -> None:
+    query, key = torch.randn(2, 3, 4, 10, 8, dtype=torch.float64)
+    expected = torch.einsum("ihd,ihkd->ihk", query[:, :, 0], key).mul(0.7).softmax(-1).mean(dim=1)
+    received = attention_received(query[:, :, :1], key, 0.7)
+    torch.testing.assert_close(received, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_halves_are_computed_in_fp32() -> None:
@@ -84,6 +91,32 @@ def test_loss_is_that_of_a_model_fed_with_the_kept_features(fastervlm: ModelConf
         assert torch.equal(model(batch), conventional(batch))
         conventional.vision_model.forward = lambda pixel_values: features[:, :KEPT]
         assert not torch.allclose(model(batch), conventional(batch), atol=1e-3)
+
+
+def test_clip_s_class_token_chooses() -> None:
+    """Its choice, by the encoder's own projections, is what the decoder gets."""
+    model = tiny_model(tiny_model_config("fastervlm", vision=CLIP))
+    encoder, pixels = model.vision_model, _batch().pixel_values
+    seen: list[Tensor] = []
+    core = encoder.encoder.layers[-1].self_attention.core_attention
+    hook = core.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:2]))
+    with torch.no_grad():
+        features, kept = model._features(pixels)
+        every_feature = encoder(pixels)
+    hook.remove()
+    query, key = (rows.permute(1, 2, 0, 3) for rows in seen[:2])  # [images, heads, rows, D]
+    scores = torch.einsum("ihqd,ihkd->ihqk", query, key) * query.shape[-1] ** -0.5
+    attention = scores.softmax(-1)
+
+    def best(received: Tensor) -> list[list[int]]:
+        return received[:, 1:].topk(KEPT).indices.sort().values.tolist()
+
+    by_token = best(attention[:, :, 0].mean(1))
+    assert kept.tolist() == by_token
+    assert by_token != best(attention.mean((1, 2))), "all rows would choose the same"
+    assert torch.equal(
+        features, torch.stack([f[k] for f, k in zip(every_feature, kept, strict=True)])
+    )
 
 
 def test_embedded_positions_are_those_of_the_kept_patches(

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from examples.quickstart.demo import STAGES, Demo, Step, is_done, plan, prepare, run
+from examples.quickstart.demo import (
+    STAGES,
+    Demo,
+    Step,
+    export_and_ask,
+    is_done,
+    plan,
+    prepare,
+    run,
+)
 from megatron_dattn.config.cli import parse_command_line
 
 
@@ -54,6 +63,14 @@ def test_training_commands_parse_and_chain(tmp_path: Path, processes: int) -> No
 def test_the_preset_reaches_the_conversion(tmp_path: Path) -> None:
     (convert,) = [step for step in plan(_demo(tmp_path)) if "import" in step.command]
     assert convert.command[convert.command.index("--attention") + 1] == "s_attn"
+
+
+def test_the_card_of_the_export_gets_what_the_evaluation_wrote(tmp_path: Path) -> None:
+    demo = _demo(tmp_path)
+    (evaluate,) = [step for step in plan(demo) if "examples.quickstart.evaluate" in step.command]
+    written = Path(evaluate.command[evaluate.command.index("--output") + 1]) / "accuracy.json"
+    export = export_and_ask(demo)[0].command
+    assert export[export.index("--metrics") + 1] == str(written)
 
 
 def test_a_shorter_run_with_another_seed_shares_what_does_not_depend_on_it(tmp_path: Path) -> None:

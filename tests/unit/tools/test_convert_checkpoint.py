@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dattn.conversion import export_hf, import_hf, listing
+from megatron_dattn.conversion.verify import verify_checkpoint
+from tests.support.passes import Passes
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.conversion.llava_models import save_llava
 from tools.convert_checkpoint import main
@@ -100,6 +102,20 @@ def test_verify_agrees_with_the_models_that_were_converted(converted, tokens, ca
     assert main(["verify", str(converted), *tokens]) == 0
     said = capsys.readouterr().out
     assert said.count(": agree") == 2
+
+
+def test_verify_tells_how_far_it_is(converted, tmp_path, caplog):
+    passes = Passes()
+    verify_checkpoint(converted, progress=passes)
+    passes.check("checking step-0000000", "reading the checkpoint")
+    steps = [line.partition(":")[0] for line in caplog.messages if " of 3:" in line]
+    assert steps == ["1 of 3", "2 of 3", "3 of 3"]
+    save_llava(tmp_path / "llava")
+    arguments = ["import", "--model", str(tmp_path / "llava"), "--output", str(tmp_path / "base")]
+    assert main(arguments) == 0
+    passes = Passes()
+    verify_checkpoint(tmp_path / "base", progress=passes)
+    passes.check("checking step-0000000", "reading the checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +283,27 @@ def test_export_refuses_a_folder_without_a_name_of_its_own(
     for output in (".", str(tmp_path)):
         assert main(["export", "--checkpoint", str(converted), "--output", output]) == 2
         assert "is the working directory; name a new folder" in capsys.readouterr().err
+
+
+def test_export_refuses_a_damaged_file_of_metrics_first(tmp_path, capsys):
+    base = tmp_path / "base"
+    save_llava(tmp_path / "llava")
+    assert main(["import", "--model", str(tmp_path / "llava"), "--output", str(base)]) == 0
+    arguments = ["export", "--checkpoint", str(base), "--output", str(tmp_path / "out")]
+    (tmp_path / "damaged.json").write_text("{")
+    before = set(tmp_path.iterdir())
+    for name, message in (("damaged", "is not valid JSON"), ("missing", "No such file")):
+        metrics = tmp_path / f"{name}.json"
+        capsys.readouterr()
+        assert main([*arguments, "--metrics", str(metrics)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: metrics file {metrics}")
+        assert message in error
+        assert error.count("\n") == 1
+    assert set(tmp_path.iterdir()) == before
+    (tmp_path / "sound.json").write_text('{"all": {"accuracy": 0.5}}')
+    assert main([*arguments, "--metrics", str(tmp_path / "sound.json")]) == 0
+    assert "- all, accuracy: 0.5\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_interrupt_is_one_line(folders, converted, tmp_path, monkeypatch, capsys):

@@ -273,7 +273,7 @@ def test_the_resume_is_reported(tmp_path: Path) -> None:
 def test_a_stage_starts_from_weights_alone(tmp_path: Path, distributed_optimizer: bool) -> None:
     setup = Setup(bf16=True, distributed_optimizer=distributed_optimizer)
     run = trained(3, setup)
-    run.checkpointer(tmp_path).save(run.state)
+    run.checkpointer(tmp_path, data_sets=["captions.jsonl"]).save(run.state)
     other = fresh(setup)
     before = other.digests()
     checkpointer = other.checkpointer(tmp_path / "stage2", stage="stage2")
@@ -290,7 +290,14 @@ def test_a_stage_starts_from_weights_alone(tmp_path: Path, distributed_optimizer
     assert max(moved) < 0.01
     checkpointer.save(other.state)
     parent = find_checkpoint(tmp_path / "stage2").manifest.facts["parent"]
-    assert parent == {"path": str(tmp_path / "step-0000003"), "stage": "stage1", "step": 3}
+    assert parent == {
+        "path": str(tmp_path / "step-0000003"),
+        "stage": "stage1",
+        "step": 3,
+        "data_sets": ["captions.jsonl"],
+        "sources": None,
+        "parent": None,
+    }
 
 
 def test_a_conversion_without_adapter_starts_the_adapter_anew(

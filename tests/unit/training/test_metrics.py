@@ -125,7 +125,10 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert events.Scalars("lm loss validation")[0].value == 0.5
     (alpha,) = events.Scalars("alpha_V/layer_01")
     assert (alpha.step, alpha.value) == (1, pytest.approx(0.925 / 3))
-    assert "alpha_V/layer_02" not in events.Tags()["scalars"]
+    for head, weight in enumerate(WEIGHTS[0], 1):
+        (alpha,) = events.Scalars(f"alpha_V/layer_01/head_{head:02d}")
+        assert (alpha.step, alpha.value) == (1, pytest.approx(weight))
+    assert not any("layer_02" in tag for tag in events.Tags()["scalars"])
     assert {"lm loss", "grad norm", "throughput/visual_tokens per s"} <= set(
         events.Tags()["scalars"]
     )

@@ -1,0 +1,33 @@
+"""How far a pass over gigabytes is: code that takes minutes tells, an entry point shows.
+
+Whoever reads or writes that much takes a `Progress`, begins a pass with it, and tells it of the
+bytes of each part that is done.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+Advance = Callable[[int], object]
+"""Is told the bytes of a part that is done."""
+
+
+class Progress(Protocol):
+    """Begins a pass over so many bytes, which ends with the context."""
+
+    def __call__(self, what: str, num_bytes: int) -> AbstractContextManager[Advance]: ...
+
+
+@contextmanager
+def unseen(what: str, num_bytes: int) -> Iterator[Advance]:
+    """Nobody looks."""
+    yield lambda done: None
+
+
+@contextmanager
+def bar(what: str, num_bytes: int) -> Iterator[Advance]:
+    """A bar on standard error, where that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, disable=None) as shown:
+        yield shown.update
