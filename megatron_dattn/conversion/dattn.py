@@ -21,7 +21,7 @@ _VISION_TYPE, _TEXT_TYPE = "siglip_vision_model", "mistral"
 _WHERE = "the model's config.json"
 
 
-def model_config(config: dict[str, Any], attention: str | None = None) -> ModelConfig:
+def model_from_config(config: dict[str, Any], attention: str | None = None) -> ModelConfig:
     """Translate a config.json.
 
     Args:

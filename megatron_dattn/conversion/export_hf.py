@@ -20,7 +20,7 @@ from megatron_dattn import hf
 from megatron_dattn.checkpoint import steps_of
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.exportable import check_exportable, is_llava
-from megatron_dattn.conversion.hf_config import TokenIds, generation_config, model_config
+from megatron_dattn.conversion.hf_config import TokenIds, config_from_model, generation_config
 from megatron_dattn.conversion.hf_names import export_rules
 from megatron_dattn.conversion.hf_processor import write_processor, write_tokenizer
 from megatron_dattn.conversion.metrics import metrics_of_run, read_metrics
@@ -178,7 +178,7 @@ def _write_small_files(
     write_processor(assets.preprocessor, target, llava_vision=vision)
     if not llava:
         _copy_code(target)
-    content = model_config(config.model, tokens=tokens, dtype=_DTYPE_NAMES[dtype])
+    content = config_from_model(config.model, tokens=tokens, dtype=_DTYPE_NAMES[dtype])
     (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stops = sorted(assets.stop_ids)
     generation_config(stops, tokens).save_pretrained(target)

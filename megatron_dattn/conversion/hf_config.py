@@ -32,7 +32,7 @@ class TokenIds:
     pad: int
 
 
-def model_config(model: ModelConfig, *, tokens: TokenIds, dtype: str) -> dict[str, Any]:
+def config_from_model(model: ModelConfig, *, tokens: TokenIds, dtype: str) -> dict[str, Any]:
     """The content of config.json: what the model is, and nothing that is a default elsewhere."""
     if is_llava(model):
         content = _llava_config(model, tokens)

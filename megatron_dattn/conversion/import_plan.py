@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from megatron_dattn.conversion.named_tokens import check_named_tokens
 from megatron_dattn.conversion.origin import Origin, parts_origin
 from megatron_dattn.conversion.output_folder import check_output, check_room
 from megatron_dattn.conversion.spoken_template import SpokenTemplate, spoken_template
@@ -158,6 +159,7 @@ def _check_tokenizer(origin: Origin) -> SpokenTemplate:
             f"{origin.tokenizer}: config.json says that <image> has id {origin.image_token_id}, in "
             f"the tokenizer it is {image_id}; they belong to different models"
         )
+    check_named_tokens(origin.named_tokens, tokenizer, origin.tokenizer)
     return spoken_template(origin.tokenizer, tokenizer, language.family)
 
 

@@ -29,7 +29,7 @@ _VISION_TYPE, _TEXT_TYPE = "clip_vision_model", "llama"
 SELECT_STRATEGIES = {"clip": "default", "siglip": "full"}
 
 
-def model_config(config: dict[str, Any], attention: str = "s_attn") -> ModelConfig:
+def model_from_config(config: dict[str, Any], attention: str = "s_attn") -> ModelConfig:
     """Translate a config.json.
 
     Args:

@@ -6,11 +6,12 @@ Only configurations and headers are read here.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_dattn.conversion import families
+from megatron_dattn.conversion.named_tokens import NamedTokens, named_tokens
 from megatron_dattn.conversion.safetensors_reader import (
     DTYPE_NAMES,
     SafetensorsFolder,
@@ -53,6 +54,8 @@ class Origin:
     """How images were made squares, where that is not the image processor's own way."""
     image_token_id: int | None = None
     """What the config says it is."""
+    named_tokens: NamedTokens = field(default_factory=dict)
+    """What the config says about the tokenizer."""
 
 
 def parts_origin(vision: Path, language: Path, attention: str) -> Origin:
@@ -73,7 +76,14 @@ def parts_origin(vision: Path, language: Path, attention: str) -> Origin:
         _language_source(language, language_json, model),
     ]
     folders = {"vision_model": vision, "language_model": language}
-    return Origin(model, sources, folders, tokenizer=language, image_processor=vision)
+    return Origin(
+        model,
+        sources,
+        folders,
+        tokenizer=language,
+        image_processor=vision,
+        named_tokens=named_tokens(language_json),
+    )
 
 
 def _vision_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> Source:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dattn.conversion.hf_processor import chat_template
+from megatron_dattn.conversion.tokenizer import TEKKEN_RESERVED
 from megatron_dattn.data.templates import TEMPLATES, TemplateName
 from megatron_dattn.data.tokenizer import special_token_ids
 
@@ -29,6 +30,12 @@ _BY_FAMILY: dict[str, tuple[TemplateName, ...]] = {
     "llama": ("llama3", "vicuna_v1"),
     "gemma2": ("gemma",),
 }
+
+_TEKKEN = SpokenTemplate(
+    "mistral_v3",
+    "a guess for a model with a Tekken tokenizer (Nemo, Small 3): those were trained without the "
+    "spaces that it writes behind [INST] and [/INST]",
+)
 
 
 def spoken_template(
@@ -55,18 +62,27 @@ def spoken_template(
     for name in _BY_FAMILY[family]:
         control = TEMPLATES[name].control
         if control and all(tokenizer.convert_tokens_to_ids(t) in special for t in control):
-            return SpokenTemplate(name, f"the tokenizer has its {', '.join(control)}")
-    return _guess(folder, family)
+            spoken = SpokenTemplate(name, f"the tokenizer has its {', '.join(control)}")
+            return _as_guess(folder, _TEKKEN) if _is_tekken(tokenizer) else spoken
+    return _as_guess(folder, _guess(family))
 
 
-def _guess(folder: Path, family: str) -> SpokenTemplate:
+def _is_tekken(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it is one of Mistral's newer tokenizers; their control tokens are the older ones'."""
+    return any(TEKKEN_RESERVED.fullmatch(token) for token in tokenizer.get_added_vocab())
+
+
+def _guess(family: str) -> SpokenTemplate:
     name: TemplateName = next(
         (name for name in _BY_FAMILY[family] if not TEMPLATES[name].control), "plain"
     )
     controls = [", ".join(TEMPLATES[n].control) for n in _BY_FAMILY[family] if TEMPLATES[n].control]
     lacks = f"its tokenizer lacks {' and '.join(controls)}"
     loss = "; the questions themselves are not shown to the model then" if name == "plain" else ""
-    guess = SpokenTemplate(name, f"a guess for a model of family {family}: {lacks}{loss}")
+    return SpokenTemplate(name, f"a guess for a model of family {family}: {lacks}{loss}")
+
+
+def _as_guess(folder: Path, guess: SpokenTemplate) -> SpokenTemplate:
     logger.warning(
         "%s will be asked in the template %s, %s; if it was trained with another, set "
         "data.template in the new config.yaml",

@@ -2,9 +2,9 @@
 
 A vision-language model needs one token that marks an image's place. Growing the vocabulary would
 change the embedding's shape, so a reserved entry that no text needs is renamed: Mistral v0.3 ships
-`[control_8]` and hundreds more, Llama-3 `<|reserved_special_token_0|>`, Gemma `<unused0>`. Llama-2
-and Vicuna reserve nothing; there an entry is added behind the others, if the embedding has a row
-for it, as the padded ones of LLaVA's checkpoints do.
+`[control_8]` and hundreds more, Nemo `<SPECIAL_n>`, Llama-3 `<|reserved_special_token_0|>`, Gemma
+`<unused0>`. Llama-2 and Vicuna reserve nothing; there an entry is added behind the others, if the
+embedding has a row for it, as the padded ones of LLaVA's checkpoints do.
 """
 
 import json
@@ -20,10 +20,13 @@ from megatron_dattn.conversion.safetensors_reader import read_json
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.errors import CheckpointError
 
+TEKKEN_RESERVED = re.compile(r"<SPECIAL_(\d+)>")
+"""In Mistral's Tekken tokenizers: Nemo, Small 3."""
 RESERVED_NAMES = (
     re.compile(r"\[control_(\d+)\]"),
     re.compile(r"<\|reserved_special_token_(\d+)\|>"),
     re.compile(r"<unused(\d+)>"),
+    TEKKEN_RESERVED,
 )
 TOKENIZER_FILES = (
     "tokenizer.json",

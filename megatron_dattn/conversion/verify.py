@@ -81,7 +81,7 @@ def verify_checkpoint(
     if found is None:
         raise CheckpointError(f"{run_folder} holds no checkpoint")
     facts, tensors = found.manifest.facts, open_tensors(found.path)
-    config, sources = model_config(facts), facts.get("sources", {})
+    config, sources = model_from_facts(facts), facts.get("sources", {})
     if vision is None and language is None:
         whole = whole or _folder(sources.get("model"))
     if whole is not None:
@@ -138,7 +138,7 @@ def _check_parts(config: ModelConfig, vision: Path | None, language: Path) -> No
         check_same_model(vision, replace(config, vision=encoder), config)
 
 
-def model_config(facts: Mapping[str, Any]) -> ModelConfig:
+def model_from_facts(facts: Mapping[str, Any]) -> ModelConfig:
     """The model that a checkpoint's manifest describes.
 
     Raises:

@@ -95,9 +95,9 @@ def check_same_whole_model(folder: Path, original: dict[str, Any], config: Model
         original: the folder's config.json.
     """
     if original["model_type"] == llava.MODEL_TYPE:
-        theirs = llava.model_config(original, config.attention)
+        theirs = llava.model_from_config(original, config.attention)
     else:
-        theirs = dattn.model_config(original)
+        theirs = dattn.model_from_config(original)
     check_same_model(folder, theirs, config)
 
 

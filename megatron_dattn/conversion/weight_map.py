@@ -78,8 +78,7 @@ class GroupedQKV:
     head_dim: int
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        grouped = [part.reshape(self.num_groups, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(grouped, dim=1).flatten(0, 1)
+        return _join_groups(parts, self.num_groups)
 
     def split(self, whole: Tensor) -> list[Tensor]:
         heads = self.num_heads // self.num_groups
@@ -95,12 +94,17 @@ class GroupedKV:
     num_groups: int
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        grouped = [part.reshape(self.num_groups, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(grouped, dim=1).flatten(0, 1)
+        return _join_groups(parts, self.num_groups)
 
     def split(self, whole: Tensor) -> list[Tensor]:
         grouped = whole.reshape(self.num_groups, -1, *whole.shape[1:])
         return [part.flatten(0, 1) for part in grouped.chunk(2, dim=1)]
+
+
+def _join_groups(parts: Sequence[Tensor], num_groups: int) -> Tensor:
+    """The first group of every part, then the second of every part, and so on."""
+    grouped = [part.reshape(num_groups, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from megatron_dattn.conversion import dattn, llava
 from megatron_dattn.conversion.config_values import ConfigValues
 from megatron_dattn.conversion.hf_names import rules_by_module
 from megatron_dattn.conversion.key_names import KeyNames, key_names
+from megatron_dattn.conversion.named_tokens import named_tokens
 from megatron_dattn.conversion.origin import (
     EMBEDDING,
     HEAD,
@@ -67,7 +68,7 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
         raise ConfigError(
             f"attention '{attention}' has no adapter to take LLaVA's weights; choose another"
         )
-    model = llava.model_config(config, attention)
+    model = llava.model_from_config(config, attention)
     weights = SafetensorsFolder(folder)
     keys = key_names(weights.shapes)
     rules = llava.weight_rules(model, keys)
@@ -80,11 +81,12 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
         tokenizer=folder,
         image_processor=folder,
         image_token_id=image_token_id(config),
+        named_tokens=named_tokens(config.get("text_config") or {}, config),
     )
 
 
 def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -> Origin:
-    model = dattn.model_config(config, attention)
+    model = dattn.model_from_config(config, attention)
     weights = SafetensorsFolder(folder)
     names = KeyNames()
     unused = repeated_head(weights, model.language, names.language(HEAD), names.language(EMBEDDING))
@@ -97,6 +99,7 @@ def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -
         has_added=True,
         image_fit=_exported_fit(folder),
         image_token_id=image_token_id(config),
+        named_tokens=named_tokens(config.get("text_config") or {}, config),
     )
 
 

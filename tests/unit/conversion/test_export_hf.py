@@ -106,7 +106,7 @@ def test_the_folder_describes_itself(exported):
 
 def test_a_row_that_pads_is_the_end_token_s_only_outside_the_embedding():
     tokens = hf_config.TokenIds(image=5, bos=1, eos=2, pad=2)
-    config = hf_config.model_config(ModelConfig(), tokens=tokens, dtype="float32")
+    config = hf_config.config_from_model(ModelConfig(), tokens=tokens, dtype="float32")
     assert config["pad_token_id"] == 2
     assert config["text_config"]["pad_token_id"] is None
     assert "max_position_embeddings" not in config["text_config"], "nothing was said about it"

@@ -307,7 +307,7 @@ LLAVA_7B = {
 
 
 def test_published_llava_7b():
-    model = llava.model_config(LLAVA_7B)
+    model = llava.model_from_config(LLAVA_7B)
     assert model.attention == "s_attn"
     assert not model.adapter.input_norm
     assert model.rows_per_image == 576
@@ -357,7 +357,7 @@ SIGLIP_SECTION = {"model_type": "siglip_vision_model"}
 )
 def test_llavas_that_differ_are_refused_by_name(changes, message):
     with pytest.raises(CheckpointError, match=message):
-        llava.model_config({**LLAVA_7B, **changes})
+        llava.model_from_config({**LLAVA_7B, **changes})
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -365,7 +365,7 @@ def test_llavas_that_differ_are_refused_by_name(changes, message):
 def test_llavas_names_are_recognised(nested, deeper):
     vision = "vision_tower.vision_model." if deeper else "vision_tower."
     keys = KeyNames(nested, vision)
-    rules = llava.weight_rules(llava.model_config(LLAVA_7B), keys)
+    rules = llava.weight_rules(llava.model_from_config(LLAVA_7B), keys)
     names = [name for part in rules.values() for rule in part for name in rule.sources]
     assert len(names) == len(set(names))
     assert key_names(names) == keys

@@ -20,7 +20,7 @@ from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
 from megatron_dattn.conversion.import_hf import import_whole_model
 from megatron_dattn.conversion.import_plan import plan_whole_import
 from megatron_dattn.conversion.key_names import KeyNames
-from megatron_dattn.conversion.llava import model_config as llava_config
+from megatron_dattn.conversion.llava import model_from_config as llava_config
 from megatron_dattn.conversion.llava import weight_rules
 from megatron_dattn.conversion.verify import verify_checkpoint
 from megatron_dattn.conversion.verify_whole import ROWS, SEEN, TEXT

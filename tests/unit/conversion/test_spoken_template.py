@@ -15,6 +15,7 @@ from megatron_dattn.errors import CheckpointError
 from tests.unit.conversion.hf_models import (
     LANGUAGE_SIZES,
     SPECIAL_TOKENS,
+    save_language,
     save_tokenizer,
     save_vision,
 )
@@ -62,6 +63,37 @@ def test_a_guess_is_not_silent(tmp_path, caplog, family, guess):
     caplog.clear()
     spoken_template(tmp_path, LLAMA3, "llama")
     assert not caplog.messages
+
+
+TEKKEN = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "<SPECIAL_12>"]
+
+
+def test_a_tekken_tokenizer_s_spaces_are_a_guess(tmp_path, caplog):
+    nemo = make_tokenizer([*TEKKEN[:-1], "<image>", "<SPECIAL_13>"])
+    spoken = spoken_template(tmp_path, nemo, "mistral")
+    assert spoken.name == "mistral_v3"
+    (warning,) = caplog.messages
+    assert re.search(
+        r"mistral_v3, a guess .*Tekken .*without the spaces.* set data\.template", warning
+    )
+    caplog.clear()
+    export = tmp_path / "chat_template.jinja"
+    export.write_text(read_template("mistral_v3"), encoding="utf-8")
+    assert spoken_template(tmp_path, nemo, "mistral").reason == "the export's own"
+    assert not caplog.messages
+
+
+def test_a_nemo_is_imported_with_a_reserved_entry_as_image(tmp_path, caplog):
+    save_vision(tmp_path / "vision")
+    save_language(tmp_path / "language")
+    save_tokenizer(tmp_path / "language", [*TEKKEN, "<SPECIAL_13>", "<SPECIAL_10>"])
+    plan = plan_import(tmp_path / "vision", tmp_path / "language", tmp_path / "run")
+    assert "conversations are written as mistral_v3: a guess" in plan.summary()
+    assert "Tekken" in caplog.text
+    write_import(plan)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    assert tokenizer.convert_tokens_to_ids("<image>") == len(TEKKEN) - 1, "the lowest id"
+    assert "<SPECIAL_12>" not in tokenizer.get_vocab()
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def _llava(vision: str, language: str, feature_layer: int = -2) -> LlavaForCondi
 
 def _converted(folder: Path) -> DAttnVLM:
     """Our model with a folder's weights, as an importer would fill it."""
-    config = conversion.model_config(read_json(folder / "config.json"))
+    config = conversion.model_from_config(read_json(folder / "config.json"))
     weights = SafetensorsFolder(folder)
     keys = key_names(weights.shapes)
     model = tiny_model(config)
