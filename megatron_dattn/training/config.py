@@ -84,7 +84,7 @@ class TrainingConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     savings: ExactSavings = field(default_factory=ExactSavings)
-    """Work on visual rows that no result depends on."""
+    """Work that no result depends on and that is left out, each with its switch."""
     eval_interval: int = 0
     """Validate every so many steps; 0 does not validate."""
     eval_iters: int = 10
