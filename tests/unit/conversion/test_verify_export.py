@@ -108,6 +108,7 @@ def test_what_does_not_fit_is_one_line(base, tmp_path, capsys):
 
 
 def test_one_checkpoint_s_folder_is_compared_and_tells_how_far_it_is(base, caplog):
+    caplog.set_level("INFO")
     passes, folder = Passes(), base / "dattn" / "step-0000001"
     compared = verify_export(folder, base / "dattn-hf", progress=passes)
     assert all(each.largest < 1e-4 for each in compared)

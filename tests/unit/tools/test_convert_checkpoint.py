@@ -105,6 +105,7 @@ def test_verify_agrees_with_the_models_that_were_converted(converted, tokens, ca
 
 
 def test_verify_tells_how_far_it_is(converted, tmp_path, caplog):
+    caplog.set_level("INFO")
     passes = Passes()
     verify_checkpoint(converted, progress=passes)
     passes.check("checking step-0000000", "reading the checkpoint")
