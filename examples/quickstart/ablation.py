@@ -71,7 +71,8 @@ def table(results: dict[str, dict[int, Result]]) -> str:
     first = next(iter(next(iter(results.values())).values()))
     header = ["attention", *first.accuracy, "each seed", "validation loss"]
     lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
-    for attention, runs in results.items():
+    for attention in (name for name in PRESETS if name in results):
+        runs = results[attention]
         cells = [
             _mean_and_spread([run.accuracy[category] for run in runs.values()], 1)
             for category in first.accuracy
