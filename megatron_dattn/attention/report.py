@@ -33,9 +33,9 @@ class ReportPlan:
     device: torch.device
 
     @cached_property
-    def num_seeing(self) -> int:
-        """Text rows that see an image."""
-        return int(self.sees_images.sum())
+    def num_seeing(self) -> Tensor:
+        """Text rows that see an image, a number on the device: reading it would wait for it."""
+        return self.sees_images.sum()
 
     @cached_property
     def sees_images(self) -> Tensor:

@@ -15,7 +15,7 @@ from megatron_dattn.conversion.compared_model import one_text
 from megatron_dattn.conversion.import_hf import import_whole_model
 from megatron_dattn.inference.load import find_run
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ExecutionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed

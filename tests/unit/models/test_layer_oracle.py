@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_dattn.attention import PRESETS, TokenLayout, rotary_tables
 from megatron_dattn.attention.reference import described_positions, reference_attention
-from megatron_dattn.models.config import ExactSavings
 from megatron_dattn.models.decoder_layer import DecoderLayer
+from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.vlm import DAttnVLM
 from tests.support.vlm import make_batch, tiny_model, tiny_model_config
 

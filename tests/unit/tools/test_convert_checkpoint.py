@@ -1,7 +1,6 @@
 """The commands of the converter, from their command line to exit status and output."""
 
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -309,7 +308,7 @@ def test_export_refuses_a_damaged_file_of_metrics_first(tmp_path, capsys):
 
 def test_an_interrupt_is_one_line(folders, converted, tmp_path, monkeypatch, capsys):
     def interrupt(*arguments: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(import_hf, "_convert", interrupt)  # in the middle of the weights
     assert main(import_arguments(folders, tmp_path / "out")) == 130
