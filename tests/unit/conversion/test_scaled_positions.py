@@ -24,6 +24,8 @@ from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
 
+pytestmark = pytest.mark.usefixtures("own_modules")
+
 # Of four pairs of channels one keeps its frequency, one part of it, and two are slowed down. The
 # texts that are compared are longer than 32.
 SCALING = RotaryScaling(

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import dynamic_module_utils
 
 from megatron_dattn.conversion.export_hf import export_checkpoint
 from megatron_dattn.conversion.verify_export import verify_export
@@ -17,6 +15,8 @@ from tests.support.passes import Passes
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tools.convert_checkpoint import main
+
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.random.default_rng(number).integers(0, 255, (40, 28, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(base / f"{number}.png")
     return base
-
-
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies a folder's code before it runs it: not into the user's home."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        monkeypatch.delitem(sys.modules, name)  # it knows where an earlier test's copies were
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 def verify(base: Path, run: str, exported: Path | str, *more: str) -> int:
