@@ -20,8 +20,8 @@ def test_mean_spread_and_every_seed() -> None:
     lines = table(results).splitlines()
     assert lines[0] == "| attention | where | all | each seed | validation loss |"
     assert lines[2:] == [
-        "| `dattn` | 60.0 ± 10.0 | 85.0 ± 5.0 | 80.0, 90.0 | 0.150 ± 0.050 |",
         "| `s_attn` | 25.0 ± 0.0 | 50.0 ± 0.0 | 50.0 | 0.250 ± 0.000 |",
+        "| `dattn` | 60.0 ± 10.0 | 85.0 ± 5.0 | 80.0, 90.0 | 0.150 ± 0.050 |",
     ]
 
 
