@@ -31,7 +31,13 @@ from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.tokenizer import padding_id, token_id
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.inference.load import RunAssets, find_run, load_assets, run_and_step
+from megatron_dattn.inference.load import (
+    RunAssets,
+    find_run,
+    load_assets,
+    read_config,
+    run_and_step,
+)
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.progress import Progress, unseen
 
@@ -81,8 +87,8 @@ def export_checkpoint(
     output = check_output(output)
     named = None if options.metrics is None else read_metrics(options.metrics)
     run_folder, step = run_and_step(run_folder, options.step)
+    check_exportable(read_config(run_folder).model)  # before gigabytes are read
     found, config = find_run(run_folder, step, progress)
-    check_exportable(config.model)
     assets = load_assets(run_folder, config)
     planned = plan_tensors(open_tensors(found.path), config.model)
     num_bytes = sum(part.num_bytes for part in planned)

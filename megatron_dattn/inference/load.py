@@ -151,6 +151,18 @@ def run_and_step(folder: Path, step: int | None = None) -> tuple[Path, int | Non
     return folder.resolve().parent, named
 
 
+def read_config(folder: Path) -> PretrainConfig:
+    """The configuration of a run folder, as it stands there.
+
+    Raises:
+        CheckpointError: the folder is none of a run.
+        ConfigError: the configuration is damaged.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder} holds no config.yaml: is it the folder of a run?")
+    return load_config(folder / "config.yaml")
+
+
 def find_run(
     folder: Path, step: int | None = None, progress: Progress = unseen
 ) -> tuple[FoundCheckpoint, PretrainConfig]:
@@ -165,8 +177,7 @@ def find_run(
             than the configuration describes.
         ConfigError: the configuration is damaged.
     """
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"{folder} holds no config.yaml: is it the folder of a run?")
+    config = read_config(folder)
     if step is None:
         newest = find_checkpoint(folder, progress=progress)
         if newest is None:
@@ -175,7 +186,6 @@ def find_run(
     else:
         found = find_step(folder, step, progress)
     _check_modules(found.path, found.manifest.modules)
-    config = load_config(folder / "config.yaml")
     _check_model(found, config.model)
     return found, config
 
