@@ -111,7 +111,11 @@ def _training(facts: dict[str, Any]) -> list[str]:
     progress = facts.get("progress") or {}
     lines = [
         f"- {_stage(facts)}",
-        *(f"  - {name.replace('_', ' ')}: {value:,}" for name, value in progress.items() if value),
+        *(
+            f"  - {name.replace('_', ' ')}: {value:,}"
+            for name, value in progress.items()
+            if value and name != "step"
+        ),
     ]
     while facts := facts.get("parent") or {}:
         lines.append(f"- before that: {_stage(facts)}")
@@ -124,8 +128,8 @@ def _stage(facts: dict[str, Any]) -> str:
         names = (f"{Path(path).name} ({module})" for module, path in sources.items())
         return f"import of {', '.join(names)}"
     data_sets = ", ".join(facts.get("data_sets") or []) or "data that was not recorded"
-    stage, step = facts.get("stage", "unknown"), facts.get("step", "unknown")
-    return f"stage {stage}, step {step}, on {data_sets}"
+    stage, step = facts.get("stage", "unknown stage"), facts.get("step", "unknown")
+    return f"{stage}, step {step}, on {data_sets}"
 
 
 def _metrics(facts: dict[str, Any], metrics: Metrics) -> list[str]:

@@ -98,7 +98,7 @@ def test_the_folder_describes_itself(exported):
     assert processor["image_processor"] == older
     card = (exported / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
-    assert "- stage tiny, step 1, on tiny.jsonl" in card
+    assert "- tiny, step 1, on tiny.jsonl" in card
     assert "- before that: import of language (language_model), vision (vision_model)" in card
     assert "shapes: 0.75" in card
     assert "transformers>=5.10" in card

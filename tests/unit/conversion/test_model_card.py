@@ -12,7 +12,7 @@ FACTS = {
     "stage": "stage3",
     "step": 40,
     "data_sets": ["mix.jsonl", "talk.jsonl"],
-    "progress": {"consumed_samples": 12345, "skipped_samples": 0},
+    "progress": {"step": 40, "consumed_samples": 12345, "skipped_samples": 0},
     "validation": {"step": 30, "loss": 1.25},
     "parent": {
         "path": "/somewhere/private",
@@ -34,10 +34,10 @@ def test_every_stage_back_to_the_import_with_its_data():
     text = card()
     _, _, section = text.partition("## Training\n")
     assert section.partition("\n\n")[0].splitlines() == [
-        "- stage stage3, step 40, on mix.jsonl, talk.jsonl",
+        "- stage3, step 40, on mix.jsonl, talk.jsonl",
         "  - consumed samples: 12,345",
-        "- before that: stage stage2, step 7, on captions.jsonl",
-        "- before that: stage stage1, step 5, on data that was not recorded",
+        "- before that: stage2, step 7, on captions.jsonl",
+        "- before that: stage1, step 5, on data that was not recorded",
         "- before that: import of siglip (vision_model), Mistral-7B (language_model)",
     ]
     assert "private" not in text
