@@ -13,6 +13,7 @@ import socket
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 from megatron_dattn.runtime.progress import Advance
@@ -88,13 +89,15 @@ def size_and_sha256(path: Path, advance: Advance = lambda done: None) -> tuple[i
     digest = hashlib.sha256()
     size = 0
     hashed: Future[None] | None = None
-    with open(path, "rb") as file, ThreadPoolExecutor(1) as hasher:
-        while block := file.read(_HASH_BLOCK):
+    # Two blocks in turns: fresh memory for each would cost more than the read.
+    blocks = cycle((memoryview(bytearray(_HASH_BLOCK)), memoryview(bytearray(_HASH_BLOCK))))
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        while count := file.readinto(block := next(blocks)):
             if hashed is not None:
                 hashed.result()
-            hashed = hasher.submit(digest.update, block)  # beside the next read
-            size += len(block)
-            advance(len(block))
+            hashed = hasher.submit(digest.update, block[:count])  # beside the next read
+            size += count
+            advance(count)
     return size, digest.hexdigest()
 
 

@@ -17,14 +17,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_dattn.checkpoint.chunk_bytes import empty_on_host, read_chunk_into
 from megatron_dattn.checkpoint.manifest import read_manifest
 from megatron_dattn.checkpoint.reader import check_trusted, read_metadata
 from megatron_dattn.errors import CheckpointError
@@ -65,18 +67,30 @@ class StoredTensor:
         layer = () if self._layer is None else (self._layer,)
         start = torch.Size([*layer, *(0 for _ in self.shape)])
         size = torch.Size([*(1 for _ in layer), *self.shape])
-        value = torch.empty(size, dtype=self.dtype)
+        value = empty_on_host(size, self.dtype)
         wanted = [ChunkStorageMetadata(offsets=start, sizes=size)]
         items = create_read_items_for_chunk_list(self._key, self._stored, wanted)
         if sum(prod(item.lengths) for item in items) != value.numel():
             raise CheckpointError(f"{self._reader.path} does not hold all of {self.name}")
         try:
-            self._reader.read_data(LoadPlan(items), _Into(value)).wait()
+            left = [item for item in items if not self._read_in_place(item, value)]
+            self._reader.read_data(LoadPlan(left), _Into(value)).wait()
         except Exception as error:  # a damaged archive may raise anything
             raise CheckpointError(
                 f"{self.name} cannot be read from {self._reader.path}: {error}"
             ) from error
         return value.reshape(self.shape)
+
+    def _read_in_place(self, item: ReadItem, value: Tensor) -> bool:
+        """Read a chunk that is wanted whole, and whose place has no gaps; whether it was one."""
+        place = narrow_tensor_by_index(value, item.dest_offsets, item.lengths)
+        index = item.storage_index.index
+        assert index is not None, "reads are planned by index"
+        if self._stored.chunks[index].sizes != item.lengths or not place.is_contiguous():
+            return False
+        chunk = self._reader.storage_data[item.storage_index]
+        shard = Path(self._reader.path) / chunk.relative_path
+        return read_chunk_into(place, shard, chunk.offset, chunk.length)
 
 
 class _Into(dcp.DefaultLoadPlanner):

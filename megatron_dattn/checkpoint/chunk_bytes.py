@@ -1,0 +1,74 @@
+"""Reads one stored chunk from a shard straight to where it belongs.
+
+A shard holds every chunk as a small archive of its own (`torch.save`). Unpickling one allocates it,
+and copying it to its place reads it once more; at 15 GB those passes through fresh memory cost more
+than the disk. Here the archive only tells where its values begin.
+"""
+
+import os
+from io import IOBase
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_dattn.errors import CheckpointError
+
+
+def read_chunk_into(target: Tensor, shard: Path, offset: int, length: int) -> bool:
+    """Read a whole chunk into a tensor of the host.
+
+    Args:
+        target: of the chunk's shape and type, contiguous, not empty.
+        shard: the file.
+        offset, length: of the chunk's archive in the file, in bytes.
+
+    Returns:
+        Whether it was done. A chunk that is not stored as its plain values (a view with strides,
+        say) is left to torch's own reader.
+
+    Raises:
+        CheckpointError: the file ends within the chunk.
+        Exception: whatever a damaged archive makes torch raise.
+    """
+    assert target.is_contiguous()
+    with open(shard, "rb") as file:
+        start = _start_of_values(file, offset, length, target)
+        if start is None:
+            return False
+        _read_fully(file, offset + start, target)
+    return True
+
+
+def _start_of_values(file: BinaryIO, offset: int, length: int, like: Tensor) -> int | None:
+    """Where the values begin within an archive; None if they are not those of `like`, in order."""
+    # Under the fake mode torch.load reads no values, but notes where they are.
+    with FakeTensorMode():
+        archive = cast(IO[bytes], _create_file_view(cast(IOBase, file), offset, length))
+        stored = torch.load(archive, weights_only=True)
+    plain = (
+        isinstance(stored, Tensor)
+        and (stored.shape, stored.dtype) == (like.shape, like.dtype)
+        and stored.is_contiguous()
+        and stored.storage_offset() == 0
+    )
+    return getattr(stored.untyped_storage(), "_checkpoint_offset", None) if plain else None
+
+
+def _read_fully(file: BinaryIO, position: int, target: Tensor) -> None:
+    left = target.reshape(-1).view(torch.uint8).numpy().data
+    while left:
+        count = os.preadv(file.fileno(), [left], position)
+        if count == 0:
+            raise CheckpointError(f"{file.name} ends {len(left)} bytes too early")
+        position, left = position + count, left[count:]
+
+
+def empty_on_host(size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Like `torch.empty`, in large pages where the system has them: numpy asks for these."""
+    num_bytes = size.numel() * dtype.itemsize
+    return torch.from_numpy(np.empty(num_bytes, np.uint8)).view(dtype).reshape(size)
