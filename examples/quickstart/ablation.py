@@ -1,6 +1,6 @@
 """The demo once per attention preset and seed, on the same data and backbones.
 
-    python -m examples.quickstart.ablation --attention dattn s_attn --seeds 1 2 3 --length 0.5
+    python -m examples.quickstart.ablation --attention dattn s_attn --seeds 1 2 3
 
 The seed sets the initial adapter and the order of the data. Every run is one process, so several of
 these commands with different presets may share a machine; started again, a command goes on where
@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from examples.quickstart.demo import Demo, prepare, run, train_and_evaluate
+from examples.quickstart.demo import STAGES, Demo, prepare, run, train_and_evaluate
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.runtime.log import silence_import_warnings
 
@@ -100,7 +100,9 @@ def main() -> int:
     )
     parser.add_argument("--attention", nargs="+", choices=PRESETS, default=["dattn", "s_attn"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--length", type=float, default=1.0, help="share of the demo's steps")
+    parser.add_argument(
+        "--steps", nargs=3, type=int, metavar="N", help="of each stage, if not the demo's"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     parser.add_argument(
         "--results", type=Path, help="JSON file of finished runs, here and elsewhere"
@@ -115,7 +117,7 @@ def main() -> int:
                 attention=attention,
                 processes=1,
                 training=("--training.seed", str(seed)),
-                length=arguments.length,
+                steps=dict(zip(STAGES, arguments.steps or (), strict=False)),
             )
             run([*prepare(demo), *train_and_evaluate(demo)])
     results = finished(output)

@@ -15,10 +15,9 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import yaml
 
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError
@@ -53,8 +52,8 @@ class Demo:
     """Tensor-parallel processes."""
     training: tuple[str, ...] = ()
     """More words for pretrain_vlm.py, in every stage."""
-    length: float = 1.0
-    """Share of the recipes' steps to train."""
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """Steps to train by stage, where not the recipe's."""
 
 
 def plan(demo: Demo) -> list[Step]:
@@ -201,9 +200,8 @@ def train_step(stage: str, demo: Demo, previous: Path) -> Step:
     command += ["--sequence-parallel", "true" if processes > 1 else "false"]
     command += ["--load", str(previous), "--save", str(folder)]
     command += ["--tensorboard-dir", str(folder / "tensorboard")]
-    if demo.length != 1.0:
-        iterations = yaml.safe_load(recipe.read_text())["training"]["train_iters"]
-        command += ["--training.train_iters", str(max(2, round(demo.length * iterations)))]
+    if stage in demo.steps:
+        command += ["--training.train_iters", str(demo.steps[stage])]
     command += demo.training
     return Step(f"train {stage}", command, folder / "exit_reason.json")
 

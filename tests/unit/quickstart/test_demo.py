@@ -75,7 +75,7 @@ def test_the_card_of_the_export_gets_what_the_evaluation_wrote(tmp_path: Path) -
 
 def test_a_shorter_run_with_another_seed_shares_what_does_not_depend_on_it(tmp_path: Path) -> None:
     _written_configs(tmp_path)
-    demo = _demo(tmp_path, length=0.5, training=("--training.seed", "7"))
+    demo = _demo(tmp_path, steps={"stage2": 200, "stage3": 400}, training=("--training.seed", "7"))
     steps = _training_steps(demo)
     iterations = []
     for step in steps:
@@ -83,7 +83,7 @@ def test_a_shorter_run_with_another_seed_shares_what_does_not_depend_on_it(tmp_p
         config = parse_command_line(flags).config
         assert config.training.seed == 7
         iterations.append(config.training.train_iters)
-    assert iterations == [30, 200, 400]
+    assert iterations == [60, 200, 400]
     elsewhere = _demo(tmp_path / "other", shared=tmp_path)
     assert prepare(elsewhere) == prepare(demo)
 
