@@ -37,8 +37,9 @@ def pretrain(config: PretrainConfig) -> int:
     """Train one stage to its end, or until it has to stop."""
     # Imported late: mistakes in the command line need no megatron-core to be seen.
     from megatron_dattn.runtime.distributed import destroy_distributed
+    from megatron_dattn.training.build import start
     from megatron_dattn.training.exits import ExitReason, NumericsError, record_exit
-    from megatron_dattn.training.setup import open_run, start
+    from megatron_dattn.training.setup import open_run
     from megatron_dattn.training.trainer import train
 
     try:

@@ -19,6 +19,7 @@ from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
+from megatron_dattn.training.build import build_training_model
 from megatron_dattn.training.config import (
     LoggingConfig,
     ModuleLearningRates,
@@ -28,7 +29,6 @@ from megatron_dattn.training.config import (
 from megatron_dattn.training.metrics import Metrics, StepReport
 from megatron_dattn.training.optimizer import build_optimizer, build_scheduler
 from megatron_dattn.training.run import Run
-from megatron_dattn.training.setup import build_training_model
 from megatron_dattn.training.state import TrainState
 from megatron_dattn.training.step import train_step
 from megatron_dattn.training.stream import BatchStream

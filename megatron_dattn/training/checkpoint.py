@@ -1,23 +1,19 @@
 """Saves a training run, resumes it exactly, and starts a stage from another one's weights.
 
-`Checkpointer` decides what belongs into a checkpoint and when one fits; how it reaches the disk
-whole is megatron_dattn/checkpoint's business. Resuming restores everything (weights, optimizer,
-schedule, random states, the loader's place, counters) and is refused if the model, the tokenizer,
-the stage or the way the data is split differs. All methods are collective over the world.
+`Checkpointer` decides when a checkpoint fits; what of a run it holds is the business of
+`stored_state`, how it reaches the disk whole that of megatron_dattn/checkpoint. Resuming restores
+everything (weights, optimizer, schedule, random states, the loader's place, counters) and is
+refused if the model, the tokenizer, the stage or the way the data is split differs. All methods are
+collective over the world.
 """
 
-import copy
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
-from megatron.core.utils import unwrap_model
 
 from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank, rank
 from megatron_dattn.checkpoint.commit import parallel_layout, save_checkpoint
@@ -25,14 +21,23 @@ from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint
 from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.checkpoint.load import load_checkpoint
 from megatron_dattn.checkpoint.manifest import compare_facts
-from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, with_later_fields
 from megatron_dattn.training.config import CheckpointConfig
-from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
-from megatron_dattn.training.stages import MODULES, module_of_parameter
+from megatron_dattn.training.stages import MODULES
 from megatron_dattn.training.state import Progress, TrainState
+from megatron_dattn.training.stored_state import (
+    added_parameters,
+    check_finite,
+    load_modules,
+    loader_file,
+    local_files,
+    model_state,
+    restore_state,
+    rng_file,
+    sharded_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +49,6 @@ _MAY_BE_ABSENT = {"adapter"}
 _OF_POSITIONS = ("adapter.max_grid", "adapter.text_scale")
 # What a stage remembers of the checkpoint that it started from, and so of all that came before.
 _OF_A_PARENT = ("stage", "data_sets", "sources", "parent")
-_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-# Stores the distributed optimizer's state as if it were not distributed: it then loads under any
-# tensor-, pipeline- and data-parallel size. It is gathered in host memory, on the first rank of the
-# data-parallel group: gathered on the device it might not fit in the middle of a run.
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-}
 
 
 class Checkpointer:
@@ -107,12 +102,12 @@ class Checkpointer:
         """
         if self._folder is None:
             raise CheckpointError("checkpoint.save is not set: there is no folder to save into")
-        on_every_rank("checking the parameters", lambda: _check_finite(state.model))
-        extra_files = on_every_rank("collecting the state", lambda: _local_files(state))
+        on_every_rank("checking the parameters", lambda: check_finite(state.model))
+        extra_files = on_every_rank("collecting the state", lambda: local_files(state))
         path = save_checkpoint(
             self._folder,
             state.progress.step,
-            _sharded_state(state, is_loading=False),
+            sharded_state(state, is_loading=False),
             facts=self._facts(state),
             extra_files=extra_files,
         )
@@ -141,8 +136,10 @@ class Checkpointer:
             f"reading {found.path}",
             lambda: self._read_local_files(found, state, random_state == "restored"),
         )
-        loaded = load_checkpoint(found.path, _sharded_state(state, is_loading=True))
-        on_every_rank(f"restoring {found.path}", lambda: _restore(state, loaded, local, found.path))
+        loaded = load_checkpoint(found.path, sharded_state(state, is_loading=True))
+        on_every_rank(
+            f"restoring {found.path}", lambda: restore_state(state, loaded, local, found.path)
+        )
         for name, value in progress.to_json().items():
             setattr(state.progress, name, value)
         state.validation = found.manifest.facts.get("validation")
@@ -180,12 +177,12 @@ class Checkpointer:
         present = [name for name in self._modules if name not in absent]
         loaded = load_checkpoint(
             found.path,
-            _model_state(state.model),
+            model_state(state.model),
             modules=present,
             without=comes_with_preset if plain else None,
         )
         on_every_rank(
-            "loading the weights", lambda: _load_modules(state.model, loaded, present, plain)
+            "loading the weights", lambda: load_modules(state.model, loaded, present, plain)
         )
         state.optimizer.reload_model_params()
         self._parent = {
@@ -197,7 +194,7 @@ class Checkpointer:
             logger.info("weights of %s loaded from %s", ", ".join(present), found.path)
             for name in sorted(absent):
                 logger.warning("NO %s IN %s: IT STARTS FROM RANDOM VALUES", name, found.path)
-            added = _added(state.model, absent) if plain else {}
+            added = added_parameters(state.model, absent) if plain else {}
             if added:
                 logger.warning(
                     "%s parameters (on this rank) that the attention preset adds are not in %s: "
@@ -262,10 +259,10 @@ class Checkpointer:
     ) -> dict[str, bytes]:
         local = {}
         if with_random_state:
-            local["rng"] = (found.path / _rng_file()).read_bytes()
+            local["rng"] = (found.path / rng_file()).read_bytes()
         if state.loader is not None:
             self._check_loader(found)
-            local["loader"] = (found.path / _loader_file()).read_bytes()
+            local["loader"] = (found.path / loader_file()).read_bytes()
         return local
 
     def _check_loader(self, found: FoundCheckpoint) -> None:
@@ -309,108 +306,3 @@ class Checkpointer:
 
 def _spell(layout: Mapping[str, int]) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in sorted(layout.items()))
-
-
-def _rng_file() -> str:
-    return f"rng-{rank():05d}.pt"
-
-
-def _loader_file() -> str:
-    return f"loader-dp-{parallel_state.get_data_parallel_rank():05d}.bin"
-
-
-def _local_files(state: TrainState) -> dict[str, bytes]:
-    """What this rank adds to the shards: its random states, and one loader per data rank."""
-    local = {_rng_file(): capture_rng()}
-    first_of_its_data_rank = (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_pipeline_model_parallel_rank() == 0
-        and parallel_state.get_context_parallel_rank() == 0
-    )
-    if first_of_its_data_rank and state.loader is not None:
-        local[_loader_file()] = state.loader.save_state()
-    return local
-
-
-def _check_finite(model: Sequence[torch.nn.Module]) -> None:
-    for chunk in model:
-        for name, parameter in chunk.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise CheckpointError(f"parameter {name} is not finite: the state is not saved")
-
-
-def _model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
-    chunks = unwrap_model(list(model))
-    keys = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return {
-        key: chunk.sharded_state_dict(metadata=dict(_SHARDING))
-        for key, chunk in zip(keys, chunks, strict=True)
-    }
-
-
-def _sharded_state(state: TrainState, *, is_loading: bool) -> ShardedStateDict:
-    sharded = _model_state(state.model)
-    sharded["optimizer"] = sharded_optimizer_state(
-        state.optimizer, copy.copy(sharded), is_loading=is_loading, metadata=dict(_SHARDING)
-    )
-    if not is_loading:
-        sharded["scheduler"] = state.scheduler.state_dict()
-        sharded["content_metadata"] = dict(_SHARDING)
-    return sharded
-
-
-def _restore(state: TrainState, loaded: StateDict, local: Mapping[str, bytes], path: Path) -> None:
-    _load_modules(state.model, loaded, None)
-    restore_optimizer(state.optimizer, loaded["optimizer"])
-    state.scheduler.num_steps = 0  # loading adds the saved steps to those already made
-    try:
-        state.scheduler.load_state_dict(loaded["scheduler"])
-    except AssertionError as error:  # megatron-core's way to refuse another schedule
-        raise CheckpointError(
-            f"{path} was trained with another learning-rate schedule: {error}; resume with the "
-            "same optimizer settings and training.train_iters"
-        ) from error
-    if "rng" in local:
-        restore_rng(local["rng"])
-    if state.loader is not None:
-        state.loader.restore_state(local["loader"])
-
-
-def _added(model: Sequence[torch.nn.Module], absent: set[str]) -> dict[str, int]:
-    """Sizes of what the preset adds to the modules that are there, by name; layers together."""
-    sizes: dict[str, int] = {}
-    for chunk in unwrap_model(list(model)):
-        for name, parameter in chunk.named_parameters():
-            if comes_with_preset(name) and name.partition(".")[0] not in absent:
-                every = _LAYER_NUMBER.sub("*", name)
-                sizes[every] = sizes.get(every, 0) + parameter.numel()
-    return sizes
-
-
-def _load_modules(
-    model: Sequence[torch.nn.Module],
-    loaded: StateDict,
-    modules: Sequence[str] | None,
-    plain: bool = False,
-) -> None:
-    """Hand loaded values to the modules; all keys below `modules` must be there.
-
-    Args:
-        plain: but for what the attention preset adds.
-    """
-    chunks = unwrap_model(list(model))
-    for index, chunk in enumerate(chunks):
-        values = loaded.get("model" if len(chunks) == 1 else f"model{index}", {})
-        result = chunk.load_state_dict(values, strict=False)
-        missing = [
-            key
-            for key in result.missing_keys
-            if not key.endswith("_extra_state")
-            and (modules is None or module_of_parameter(key) in modules)
-            and not (plain and comes_with_preset(key))
-        ]
-        if missing or result.unexpected_keys:
-            raise CheckpointError(
-                f"the weights do not fit the model: missing {missing}, unexpected "
-                f"{result.unexpected_keys}"
-            )

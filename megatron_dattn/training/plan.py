@@ -11,7 +11,8 @@ from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.build import check_model_sizes
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.runtime.distributed import check_parallel_sizes
-from megatron_dattn.training.setup import check_rows, execution_config
+from megatron_dattn.training.build import execution_config
+from megatron_dattn.training.setup import check_rows
 from megatron_dattn.training.stages import trained_modules
 
 

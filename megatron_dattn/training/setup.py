@@ -1,181 +1,34 @@
-"""Builds a run from its configuration: process groups, model, optimizer, loaders, checkpoints."""
+"""Opens a run: its parts, checkpoints and logs; what does not fit is refused before any step."""
 
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.transformer.module import Float16Module
-from torch import nn
 
 from megatron_dattn.attention import select_backend
 from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.config.pretrain import PretrainConfig
-from megatron_dattn.data.config import DatasetConfig
-from megatron_dattn.data.loader import VLMLoader, build_loader
 from megatron_dattn.data.tokenizer import tokenizer_sha256
-from megatron_dattn.errors import ConfigError, UserError
-from megatron_dattn.models.build import build_model
-from megatron_dattn.models.execution import ExecutionConfig
-from megatron_dattn.runtime.distributed import (
-    all_ranks_agree,
-    get_device,
-    initialize_distributed,
-    is_rank_0,
-    seed_everything,
-)
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.runtime.distributed import get_device, is_rank_0
+from megatron_dattn.training.build import agreed, build_state, make_loader
 from megatron_dattn.training.checkpoint import Checkpointer
-from megatron_dattn.training.config import TrainingConfig
 from megatron_dattn.training.ledger import SampleLedger
 from megatron_dattn.training.metrics import Metrics
-from megatron_dattn.training.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    check_peak_rates,
-    describe_optimizer,
-)
+from megatron_dattn.training.optimizer import check_peak_rates
 from megatron_dattn.training.peak_flops import device_peak
 from megatron_dattn.training.run import Run
 from megatron_dattn.training.run_folder import describe_run
-from megatron_dattn.training.stages import (
-    count_parameters,
-    describe_modules,
-    every_pipeline_stage_trains,
-    freeze_modules,
-)
 from megatron_dattn.training.state import TrainState
 from megatron_dattn.training.stream import BatchStream
 from megatron_dattn.training.validate import Validation
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-def execution_config(training: TrainingConfig) -> ExecutionConfig:
-    """How the model is computed: the fields of that name."""
-    fields = dataclasses.fields(ExecutionConfig)
-    return ExecutionConfig(**{field.name: getattr(training, field.name) for field in fields})
-
-
-def start(config: PretrainConfig) -> None:
-    """Join the process group, build the model-parallel groups, seed. Collective."""
-    parallel = config.parallel
-    initialize_distributed(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        timeout_seconds=60 * parallel.distributed_timeout_minutes,
-    )
-    seed_everything(config.training.seed)
-
-
-def build_training_model(config: PretrainConfig) -> list[DistributedDataParallel]:
-    """This rank's share of the model, frozen where it is not trained and wrapped for training.
-
-    Returns:
-        One chunk per virtual pipeline stage: today one.
-    """
-    model = build_model(
-        config.model,
-        config.parallel,
-        execution_config(config.training),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    freeze_modules(model, config.optimizer.learning_rates)
-    counts = count_parameters(model)
-    for line in describe_modules(config.optimizer.learning_rates, counts):
-        logger.info(line)
-    transformer_config = model.config
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        use_distributed_optimizer=uses_distributed_optimizer(config, model),
-    )
-    inner = model if config.training.precision == "fp32" else Float16Module(model.config, model)
-    wrapped = DistributedDataParallel(transformer_config, ddp_config, inner)
-    transformer_config.finalize_model_grads_func = finalize_model_grads
-    if config.parallel.overlap_grad_reduce:
-        transformer_config.no_sync_func = wrapped.no_sync
-    return [wrapped]
-
-
-def uses_distributed_optimizer(config: PretrainConfig, model: nn.Module) -> bool:
-    """Whether the optimizer's state is spread over data-parallel ranks. Collective.
-
-    Not if a whole pipeline stage is frozen: megatron-core's distributed optimizer cannot save the
-    state of a rank that has none. Little is lost, as then only a small part of the model trains.
-    """
-    wanted = config.parallel.use_distributed_optimizer
-    if not wanted or every_pipeline_stage_trains(model):
-        return wanted
-    if is_rank_0():
-        logger.warning(
-            "a pipeline stage is frozen as a whole: parallel.use_distributed_optimizer is off for "
-            "this stage of training"
-        )
-    return False
-
-
-def build_state(config: PretrainConfig) -> TrainState:
-    """Model, optimizer, schedule and loader of a run that begins. Collective."""
-    model = build_training_model(config)
-    optimizer = build_optimizer(
-        config.optimizer,
-        model,
-        bf16=config.training.precision == "bf16",
-        use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
-    )
-    scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)
-    for line in describe_optimizer(optimizer):
-        logger.info(line)
-    loader = agreed(lambda: make_loader(config, config.data.train, training=True))
-    return TrainState(model, optimizer, scheduler, loader)
-
-
-def make_loader(
-    config: PretrainConfig, datasets: list[DatasetConfig], *, training: bool
-) -> VLMLoader | None:
-    """The loader of this rank's data-parallel replica; None on tensor-parallel ranks above 0."""
-    if parallel_state.get_tensor_model_parallel_rank() > 0:
-        return None
-    return build_loader(
-        config.data,
-        datasets=datasets,
-        model_config=config.model,
-        micro_batch_size=config.training.micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        seed=config.training.seed,
-        training=training,
-    )
-
-
-def agreed(work: Callable[[], T]) -> T:
-    """Do work that can fail on one rank alone; its UserError is raised on all of them.
-
-    What the file system refuses counts as a UserError: its words name the path.
-    """
-    result: T | None = None
-    error: UserError | None = None
-    try:
-        result = work()
-    except UserError as caught:
-        error = caught
-    except OSError as caught:
-        error = UserError(str(caught))
-    all_ranks_agree(error)
-    return cast(T, result)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from megatron_dattn.data.counters import LoaderCounters
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
+from megatron_dattn.training.build import build_training_model, start
 from megatron_dattn.training.config import (
     LoggingConfig,
     ModuleLearningRates,
@@ -27,7 +28,6 @@ from megatron_dattn.training.config import (
 from megatron_dattn.training.metrics import Metrics
 from megatron_dattn.training.optimizer import build_optimizer, build_scheduler
 from megatron_dattn.training.run import Run
-from megatron_dattn.training.setup import build_training_model, start
 from megatron_dattn.training.state import TrainState
 from megatron_dattn.training.stream import BatchStream
 from tests.support.megatron import global_parameters
