@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from benchmarks import report
 from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sample
 from megatron_dattn.attention import LayerSizes
+from megatron_dattn.errors import UserError
 from megatron_dattn.runtime.distributed import destroy_distributed, initialize_distributed
 
 NOTES = (
@@ -60,6 +62,7 @@ def peak_in_new_process(bench: Bench, variant: str, visual: int, text: int) -> i
     """Measure one variant at one size, in bytes.
 
     Raises:
+        UserError: the kernel killed the process, which it does where memory runs out.
         RuntimeError: the process failed, with the end of what it said.
     """
     order = {
@@ -77,6 +80,11 @@ def peak_in_new_process(bench: Bench, variant: str, visual: int, text: int) -> i
     ended = subprocess.run(
         command, env=environment, cwd=_ROOT, capture_output=True, text=True, check=False
     )
+    if ended.returncode == -signal.SIGKILL:
+        raise UserError(
+            f"the process of {variant} at {visual} rows was killed, most likely for want of "
+            "memory; leave it out, or measure fewer rows"
+        )
     if ended.returncode:
         raise RuntimeError(
             f"{variant} at {visual} rows ended with {ended.returncode}: {ended.stderr[-2000:]}"

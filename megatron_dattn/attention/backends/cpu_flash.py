@@ -64,9 +64,36 @@ class CpuFlashBackend(DenseBackend):
         rule: ScoreRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
         mask, causal = _mask(query, bias, rule)
-        return _backward(
-            grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=rule.scale
+        group = _foldable_group(query, key, rule)
+        do, q, o, s = (_fold(rows, group) for rows in (grad_out, query, out, lse))
+        dq, dk, dv = _backward(
+            do, q, key, value, o, s, 0.0, causal, attn_mask=mask, scale=rule.scale
         )
+        return _unfold(dq, group), dk, dv
+
+
+def _foldable_group(query: Tensor, key: Tensor, rule: ScoreRule) -> int:
+    """How many query heads may be the rows of one for the backward pass; 1 for none.
+
+    Where every query sees every key, the heads of a group differ in nothing but their row. One tall
+    head reads keys and values once instead of once per head; in BF16 the kernel then takes two
+    thirds of the time (T2V of 256 to 2304 and to 9216 rows). It works on whole heads, so there must
+    be one left for every thread; in float32 nothing is gained.
+    """
+    heads = key.shape[0] * key.shape[1]
+    if rule.causal or query.dtype != torch.bfloat16 or heads < torch.get_num_threads():
+        return 1
+    return query.shape[1] // key.shape[1]
+
+
+def _fold(rows: Tensor, group: int) -> Tensor:
+    """[batch, heads, width, ...] -> [batch, heads / group, group * width, ...]."""
+    return rows if group == 1 else rows.unflatten(1, (-1, group)).flatten(2, 3)
+
+
+def _unfold(rows: Tensor, group: int) -> Tensor:
+    """The inverse of `_fold`."""
+    return rows if group == 1 else rows.unflatten(2, (group, -1)).flatten(1, 2)
 
 
 def _mask(query: Tensor, bias: Tensor | None, rule: ScoreRule) -> tuple[Tensor | None, bool]:

@@ -1,5 +1,7 @@
 """Variants are read, layouts are square, and every variant computes what its preset means."""
 
+import signal
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -18,7 +20,7 @@ from megatron_dattn.attention import (
     plan_attention,
 )
 from megatron_dattn.attention.backends.select import BACKENDS
-from megatron_dattn.errors import ConfigError
+from megatron_dattn.errors import ConfigError, UserError
 
 SIZES = LayerSizes(32, 4, 4, 8, 48, 24)  # four key heads: yopo silences one of them
 BENCH = Bench(SIZES, torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp32")
@@ -193,6 +195,13 @@ def test_memory_table_leaves_unknown_peaks_empty() -> None:
         "| dattn | 10 | 20 | 40 | 1000.00 | 0.0 % |",
         "| s_attn:eager | 100 |  |  |  |  |",
     ]
+
+
+def test_a_process_that_ran_out_of_memory_is_one_line(monkeypatch) -> None:
+    killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: killed)
+    with pytest.raises(UserError, match="dattn at 64 rows was killed, most likely for want of mem"):
+        peak_in_new_process(BENCH, "dattn", 64, 16)
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ SHAPES = {
     "no keys at all": ((2, 1), (0, 0), False),
     "nothing causal": ((2, 0, 3), (2, 0, 3), True),
     "several causal batches": ((2, 400, 3), (2, 400, 3), True),
+    "wide": ((130, 190), (200, 150), False),
+    "wide causal": ((130, 190), (130, 190), True),
 }
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -159,6 +161,28 @@ def test_half_precision_is_computed_in_float32(backend: Backend) -> None:
     # Float32 arithmetic on BF16 inputs, without one BF16 rounding (4e-3) on the way.
     torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=0)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 99])
+@pytest.mark.parametrize("shape", ["wide", "wide causal"])
+def test_wide_segments_are_computed_in_bfloat16(
+    shape: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few threads fold the heads of a group for the gradients of segments without a mask."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    part = make_part(shape)
+    inputs = make_inputs(part, torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, lse = plain_attention(exact, part)
+    grad_out = torch.randn_like(out).bfloat16()
+    expected = torch.autograd.grad(out, exact, grad_out.double())
+    detached = [x.detach() for x in inputs]
+    given = out.detach().bfloat16(), lse.detach().float()
+    gradients = CpuFlashBackend().backward(grad_out, *detached, *given, part, SCALE)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        # Probabilities and gradients of the scores are rounded to BF16 (4e-3) before their sums.
+        error = (actual.double() - wanted).norm() / wanted.norm()
+        assert error < 1e-2, error
 
 
 @every_backend
