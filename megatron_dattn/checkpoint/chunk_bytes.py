@@ -49,7 +49,7 @@ def _start_of_values(file: BinaryIO, offset: int, length: int, like: Tensor) -> 
     # Under the fake mode torch.load reads no values, but notes where they are.
     with FakeTensorMode():
         archive = cast(IO[bytes], _create_file_view(cast(IOBase, file), offset, length))
-        stored = torch.load(archive, weights_only=True)
+        stored = torch.load(archive, map_location="cpu", weights_only=True)
     plain = (
         isinstance(stored, Tensor)
         and (stored.shape, stored.dtype) == (like.shape, like.dtype)
