@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test test-all lint install clean help
 
 help:
-	@echo "make demo                    train and evaluate a small model here (10 to 15 minutes)"
+	@echo "make demo                    train and evaluate a small model here (about 15 minutes)"
 	@echo "make demo ATTENTION=s_attn   the same with conventional causal attention"
 	@echo "make test                    the test suite (about 10 minutes on two cores)"
 	@echo "make lint                    ruff and mypy"
