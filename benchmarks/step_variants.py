@@ -19,7 +19,7 @@ from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
-from megatron_dattn.training.build import build_training_model
+from megatron_dattn.training.build import build_training_model, state_of
 from megatron_dattn.training.config import (
     LoggingConfig,
     ModuleLearningRates,
@@ -27,9 +27,7 @@ from megatron_dattn.training.config import (
     TrainingConfig,
 )
 from megatron_dattn.training.metrics import Metrics, StepReport
-from megatron_dattn.training.optimizer import build_optimizer, build_scheduler
 from megatron_dattn.training.run import Run
-from megatron_dattn.training.state import TrainState
 from megatron_dattn.training.step import train_step
 from megatron_dattn.training.stream import BatchStream
 
@@ -91,17 +89,10 @@ class EngineVariant:
     def __init__(self, config: PretrainConfig, batch: PackedBatch) -> None:
         seed_everything(config.training.seed)
         chunks = build_training_model(config)
-        optimizer = build_optimizer(
-            config.optimizer,
-            chunks,
-            bf16=config.training.precision == "bf16",
-            use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
-        )
-        scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)
         (self.model,) = unwrap_model(chunks)
         self.run = Run(
             config=config,
-            state=TrainState(chunks, optimizer, scheduler, None),
+            state=state_of(config, chunks),
             stream=BatchStream(itertools.repeat(batch), get_device()),
             num_microbatches=1,
             num_rows=batch.layout.num_rows,

@@ -112,7 +112,17 @@ def uses_distributed_optimizer(config: PretrainConfig, model: nn.Module) -> bool
 
 def build_state(config: PretrainConfig) -> TrainState:
     """Model, optimizer, schedule and loader of a run that begins. Collective."""
-    model = build_training_model(config)
+    state = state_of(config, build_training_model(config))
+    for line in describe_optimizer(state.optimizer):
+        logger.info(line)
+    state.loader = agreed(lambda: make_loader(config, config.data.train, training=True))
+    return state
+
+
+def state_of(
+    config: PretrainConfig, model: list[DistributedDataParallel], loader: VLMLoader | None = None
+) -> TrainState:
+    """A model that is there, with a new optimizer and schedule. Collective."""
     optimizer = build_optimizer(
         config.optimizer,
         model,
@@ -120,9 +130,6 @@ def build_state(config: PretrainConfig) -> TrainState:
         use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
     )
     scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)
-    for line in describe_optimizer(optimizer):
-        logger.info(line)
-    loader = agreed(lambda: make_loader(config, config.data.train, training=True))
     return TrainState(model, optimizer, scheduler, loader)
 
 

@@ -18,7 +18,7 @@ from megatron_dattn.data.counters import LoaderCounters
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
-from megatron_dattn.training.build import build_training_model, start
+from megatron_dattn.training.build import build_training_model, start, state_of
 from megatron_dattn.training.config import (
     LoggingConfig,
     ModuleLearningRates,
@@ -26,9 +26,7 @@ from megatron_dattn.training.config import (
     TrainingConfig,
 )
 from megatron_dattn.training.metrics import Metrics
-from megatron_dattn.training.optimizer import build_optimizer, build_scheduler
 from megatron_dattn.training.run import Run
-from megatron_dattn.training.state import TrainState
 from megatron_dattn.training.stream import BatchStream
 from tests.support.megatron import global_parameters
 from tests.support.vlm import fill_parameters, join_shards, partition_of, tiny_model_config
@@ -115,21 +113,15 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     fill_parameters(
         unwrap_model(model)[0], stage * config.model.language.num_hidden_layers // stages
     )
-    optimizer = build_optimizer(
-        config.optimizer,
-        model,
-        bf16=config.training.precision == "bf16",
-        use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
-    )
-    optimizer.reload_model_params()
-    scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)
     replicas = parallel_state.get_data_parallel_world_size()
     loader = None
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         loader = PackLoader(packs[parallel_state.get_data_parallel_rank() :: replicas])
+    state = state_of(config, model, loader)
+    state.optimizer.reload_model_params()
     return Run(
         config=config,
-        state=TrainState(model, optimizer, scheduler, loader),
+        state=state,
         stream=BatchStream(loader, get_device()),
         num_microbatches=config.training.num_microbatches(replicas),
         num_rows=config.data.visual_budget + config.data.text_budget,

@@ -76,9 +76,8 @@ def _foldable_group(query: Tensor, key: Tensor, rule: ScoreRule) -> int:
     """How many query heads may be the rows of one for the backward pass; 1 for none.
 
     Where every query sees every key, the heads of a group differ in nothing but their row. One tall
-    head reads keys and values once instead of once per head; in BF16 the kernel then takes two
-    thirds of the time (T2V of 256 to 2304 and to 9216 rows). It works on whole heads, so there must
-    be one left for every thread; in float32 nothing is gained.
+    head reads keys and values once instead of once per head, which is worth it in BF16 and not in
+    float32. The kernel gives whole heads to its threads, so there must be one left for each.
     """
     heads = key.shape[0] * key.shape[1]
     if rule.causal or query.dtype != torch.bfloat16 or heads < torch.get_num_threads():
