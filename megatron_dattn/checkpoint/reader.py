@@ -9,7 +9,6 @@ still be tampered with, therefore `check_trusted` refuses what anybody on the ma
 import io
 import logging
 import os
-import pickle
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,39 +35,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from megatron_dattn.checkpoint.metadata_unpickler import MetadataUnpickler
 from megatron_dattn.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 METADATA_FILE = ".metadata"
-
-_ALLOWED = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-    "collections": {"OrderedDict"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint contains")
 
 
 def read_metadata(folder: Path) -> dcp.Metadata:
@@ -80,7 +52,7 @@ def read_metadata(folder: Path) -> dcp.Metadata:
     path = folder / METADATA_FILE
     try:
         with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            metadata = MetadataUnpickler(file).load()
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is no distributed checkpoint: {path.name} is missing"
