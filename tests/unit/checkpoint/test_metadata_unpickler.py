@@ -1,4 +1,4 @@
-"""An index that any interpreter wrote is read, and a hostile one reaches nothing through getattr."""
+"""An index is read whichever Python wrote it, and a hostile one reaches nothing by getattr."""
 
 import builtins
 import copyreg
