@@ -20,7 +20,9 @@ RECIPE = EXAMPLES / "mistral_7b"
 STAGES = ("stage1", "stage2", "stage3")
 # Rows of the public files; those of ShareGPT4V are known to three digits.
 SAMPLES = {"stage1": 558_128, "stage2": 1_246_900, "stage3": 665_298 + 102_000}
-SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
+SCRIPTS = sorted(
+    [*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch"), *(ROOT / "tools").glob("*.sh")]
+)
 
 
 def recipe(stage: str) -> PretrainConfig:
@@ -93,7 +95,7 @@ def test_stages_plan_on_one_to_four_nodes_and_fit_80_gb(stage: str, world_size: 
     assert "80 GB yes" in report
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(EXAMPLES)))
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_scripts_are_sound(script: Path) -> None:
     """`bash -n` finds syntax errors, shellcheck the rest; scripts can be run as they are."""
     subprocess.run(["bash", "-n", script], check=True)

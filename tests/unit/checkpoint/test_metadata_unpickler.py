@@ -107,7 +107,6 @@ def test_a_path_as_each_interpreter_names_its_class(module: str) -> None:
         (_MEM_FORMAT_ENCODING, Call(getattr, Metadata, "__doc__")),
         (_MEM_FORMAT_ENCODING, 1),
     ],
-    ids=str,
 )
 def test_getattr_answers_nothing_else(owner: Any, name: Any) -> None:
     with pytest.raises(pickle.UnpicklingError, match="it calls getattr"):
