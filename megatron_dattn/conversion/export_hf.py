@@ -19,10 +19,11 @@ from torch import Tensor
 from megatron_dattn import hf
 from megatron_dattn.checkpoint import steps_of
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
+from megatron_dattn.conversion.export_tokenizer import write_tokenizer
 from megatron_dattn.conversion.exportable import check_exportable, is_llava
 from megatron_dattn.conversion.hf_config import TokenIds, config_from_model, generation_config
-from megatron_dattn.conversion.hf_names import export_rules
-from megatron_dattn.conversion.hf_processor import write_processor, write_tokenizer
+from megatron_dattn.conversion.hf_names import LLAVA_NAMES, export_rules
+from megatron_dattn.conversion.hf_processor import write_chat_template, write_processor
 from megatron_dattn.conversion.metrics import metrics_of_run, read_metrics
 from megatron_dattn.conversion.model_card import model_card
 from megatron_dattn.conversion.output_folder import check_output, check_room, new_folder
@@ -153,7 +154,8 @@ def _pieces(rule: Rule, tensor: StoredTensor) -> dict[str, Tensor]:
 
 def _unread_norm(config: ModelConfig, dtype: torch.dtype) -> list[PlannedTensors]:
     """Hugging Face's encoder has a last norm, behind the features that LLaVA takes."""
-    names = {f"model.vision_tower.post_layernorm.{kind}" for kind in ("weight", "bias")}
+    name = LLAVA_NAMES.vision("post_layernorm")
+    names = {f"{name}.{kind}" for kind in ("weight", "bias")}
     shape = (config.vision.hidden_size,)
 
     def make() -> dict[str, Tensor]:
@@ -174,12 +176,9 @@ def _write_small_files(
         eos=int(tokenizer.eos_token_id),
         pad=padding_id(tokenizer),
     )
-    write_tokenizer(
-        run_folder / "tokenizer",
-        target,
-        template=assets.conversations.template,
-        pad_token=str(tokenizer.convert_ids_to_tokens(tokens.pad)),
-    )
+    pad_token = str(tokenizer.convert_ids_to_tokens(tokens.pad))
+    write_tokenizer(tokenizer, run_folder / "tokenizer", target, pad_token=pad_token)
+    write_chat_template(target, assets.conversations.template)
     vision = config.model.vision if llava else None
     write_processor(assets.preprocessor, target, llava_vision=vision)
     if not llava:

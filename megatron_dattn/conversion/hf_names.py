@@ -6,9 +6,13 @@ Hugging Face's terms are fixed here and in megatron_dattn/hf.
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion import families
-from megatron_dattn.conversion.key_names import KeyNames
+from megatron_dattn.conversion.exportable import is_llava
+from megatron_dattn.conversion.key_names import DEEPER_ENCODER, KeyNames
 from megatron_dattn.conversion.weight_map import GroupedKV, Rule, below, renamed
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
+
+LLAVA_NAMES = KeyNames(vision_module=DEEPER_ENCODER)
+"""transformers 4 knows a LLaVA's encoder by these names alone; 5 reads them too."""
 
 
 def export_rules(model: ModelConfig) -> list[Rule]:
@@ -25,7 +29,7 @@ def rules_by_module(model: ModelConfig) -> dict[str, list[Rule]]:
 
     A preset may have no adapter; the module is then complete without a parameter.
     """
-    keys = KeyNames()
+    keys = LLAVA_NAMES if is_llava(model) else KeyNames()
     language = [*families.language_rules(model.language), *_added_rules(model)]
     return {
         "vision_model": renamed(families.vision_rules(model.vision), keys.vision),

@@ -1,14 +1,11 @@
-"""Tokenizer, image processor and chat template of an export."""
+"""Image processor and chat template of an export."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_dattn.conversion.hf_config import AUTO_MAP
 from megatron_dattn.conversion.llava import SELECT_STRATEGIES
-from megatron_dattn.conversion.safetensors_reader import read_json
-from megatron_dattn.conversion.tokenizer import TOKENIZER_FILES
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.templates import read_template
@@ -28,31 +25,24 @@ def chat_template(template: str) -> str:
     return read_template(template)
 
 
-def write_tokenizer(source: Path, target: Path, *, template: str, pad_token: str) -> None:
-    """Copy the tokenizer's files; prompts are padded on the left, by the given token."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    text = chat_template(template)
-    (target / _CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8")
-    path = target / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
-    config |= {"chat_template": text, "pad_token": pad_token, "padding_side": "left"}
-    _write_json(path, config)
+def write_chat_template(target: Path, template: str) -> None:
+    """Write the one file of it: a second copy, in tokenizer_config.json, would only grow stale."""
+    (target / _CHAT_TEMPLATE_FILE).write_text(chat_template(template), encoding="utf-8")
 
 
 def write_processor(
     preprocessor: ImagePreprocessor, target: Path, *, llava_vision: VisionConfig | None
 ) -> None:
-    """Write processor_config.json, and the image processor's part of it in a file of its own.
+    """Write processor_config.json, and the image processor in a file of its own.
+
+    transformers 5 would write both into one file, which the older releases of 4 cannot read; with
+    a copy in each, an edit of one would be lost on some readers.
 
     Args:
         llava_vision: the encoder, for Hugging Face's LlavaProcessor; None for ours.
     """
-    image_processor = _image_processor(preprocessor)
-    # Where programs look that know older exports.
-    _write_json(target / "preprocessor_config.json", image_processor)
-    config: dict[str, Any] = {"image_processor": image_processor, "image_token": IMAGE_TOKEN}
+    _write_json(target / "preprocessor_config.json", _image_processor(preprocessor))
+    config: dict[str, Any] = {"image_token": IMAGE_TOKEN}
     if llava_vision is None:
         config |= {
             "processor_class": "DAttnProcessor",

@@ -7,7 +7,8 @@ head into a module `model`; our exports have the newer ones.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_ENCODER, _DEEPER_ENCODER = "vision_tower.", "vision_tower.vision_model."
+_ENCODER = "vision_tower."
+DEEPER_ENCODER = "vision_tower.vision_model."
 
 
 @dataclass(frozen=True)
@@ -42,5 +43,5 @@ def key_names(names: Iterable[str]) -> KeyNames:
     """Which names a checkpoint uses, from all of them."""
     found = tuple(names)
     nested = not any(name.startswith("language_model.") for name in found)
-    is_deeper = any(name.removeprefix("model.").startswith(_DEEPER_ENCODER) for name in found)
-    return KeyNames(nested, _DEEPER_ENCODER if is_deeper else _ENCODER)
+    is_deeper = any(name.removeprefix("model.").startswith(DEEPER_ENCODER) for name in found)
+    return KeyNames(nested, DEEPER_ENCODER if is_deeper else _ENCODER)

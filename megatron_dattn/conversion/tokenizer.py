@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_dattn.conversion.safetensors_reader import read_json
+from megatron_dattn.conversion.sentencepiece_model import SENTENCEPIECE_FILE, rename_piece
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.errors import CheckpointError
 
@@ -32,7 +33,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "tokenizer.model",
+    SENTENCEPIECE_FILE,
     "chat_template.jinja",
     "generation_config.json",  # it says which tokens end an answer
 )
@@ -71,6 +72,7 @@ def copy_tokenizer(source: Path, target: Path, *, vocab_size: int | None = None)
         for path in (target / name for name in TOKENIZER_FILES):
             if path.suffix == ".json" and path.is_file():
                 _rewrite(path, lambda content: _renamed(content, entry))
+        rename_piece(target / SENTENCEPIECE_FILE, image_id, IMAGE_TOKEN)
     if (target / "tokenizer_config.json").is_file():
         _rewrite(target / "tokenizer_config.json", lambda content: _listed(content, image_id))
     return image_id

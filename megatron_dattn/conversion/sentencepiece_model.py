@@ -1,0 +1,59 @@
+"""tokenizer.model, the sentencepiece file beside tokenizer.json, made to say the same.
+
+transformers reads tokenizer.json, but older releases rebuild the tokenizer from tokenizer.model in
+some cases, and other programs read nothing else. An entry that is renamed in one of the two files
+alone is then another token, or none. Llama-3 calls a file of another format by the same name; it
+has no special tokens, so it contradicts nothing and is left as it is.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+
+logger = logging.getLogger(__name__)
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+def rename_piece(path: Path, index: int, name: str) -> None:
+    """Call a piece by another name; nothing happens if there is no such file or piece."""
+    model = _read(path)
+    if model is None or index >= len(model.pieces) or model.pieces[index].piece == name:
+        return
+    model.pieces[index].piece = name
+    path.write_bytes(model.SerializeToString())
+
+
+def remove_if_contradicting(path: Path, vocabulary: dict[str, int]) -> None:
+    """Remove the file, with a warning, if a piece of it is another token in the vocabulary.
+
+    Entries that the vocabulary has behind the last piece are no contradiction: every program adds
+    those from tokenizer.json or tokenizer_config.json.
+    """
+    model = _read(path)
+    if model is None:
+        return
+    names = {index: token for token, index in vocabulary.items()}
+    for index, piece in enumerate(model.pieces):
+        if names.get(index) != piece.piece:
+            logger.warning(
+                "%s is left out: it calls id %d %r, and tokenizer.json %r",
+                *(path.name, index, piece.piece, names.get(index)),
+            )
+            path.unlink()
+            return
+
+
+def _read(path: Path) -> Any:
+    """The model, or None if the file is missing or of another format."""
+    if not path.is_file():
+        return None
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        return None
+    return model
