@@ -94,8 +94,9 @@ def test_the_folder_describes_itself(exported):
     assert generation["eos_token_id"] == [2]
     assert generation["suppress_tokens"] == [IMAGE_ID]
     processor = json.loads((exported / "processor_config.json").read_text())
-    older = json.loads((exported / "preprocessor_config.json").read_text())
-    assert processor["image_processor"] == older
+    assert "image_processor" not in processor, "it has a file of its own"
+    images = json.loads((exported / "preprocessor_config.json").read_text())
+    assert images["size"] == {"height": 28, "width": 28}
     card = (exported / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
     assert "- tiny, step 1, on tiny.jsonl" in card
@@ -208,6 +209,9 @@ def test_s_attn_becomes_a_llava_model(tmp_path, name):
     export_checkpoint(run, output)
     assert not list(output.glob("*.py")), "it runs on transformers' own code"
     assert 'backend="pil"' in (output / "README.md").read_text()
+    encoder = {name for name in SafetensorsFolder(output).shapes if "vision_tower" in name}
+    # transformers 4 knows no others, and starts at random what it does not find.
+    assert all(name.startswith("model.vision_tower.vision_model.") for name in encoder)
     loaded = load_model(run)
     model = LlavaForConditionalGeneration.from_pretrained(output).eval()
     assert model.config.tie_word_embeddings == loaded.config.model.language.tie_word_embeddings
