@@ -1,7 +1,7 @@
 """Hugging Face folders into one Megatron checkpoint: encoder and language model, or a whole VLM.
 
 A stage starts from it. The result is a run folder like any other: `config.yaml` with the model
-section, `tokenizer/`, and a committed checkpoint of step 0. Made of two folders it holds no
+section and the precision, `tokenizer/`, and a committed checkpoint of step 0. Made of two folders it holds no
 adapter, and unless it was an export of ours, nothing of what the attention preset adds: training
 begins with initial values there. The folder gets its name last, so an interrupted conversion leaves
 none. Parameters are read, converted and written one by one: memory does not grow with the
@@ -115,7 +115,12 @@ def _write_assets(plan: ImportPlan, folder: Path) -> None:
     data = {"tokenizer": str(plan.output / tokenizer.name), "template": plan.template}
     if origin.image_fit is not None:
         data["image_fit"] = origin.image_fit
-    config = {"model": dataclasses.asdict(origin.model), "data": data}
+    config = {
+        "model": dataclasses.asdict(origin.model),
+        "data": data,
+        # Without it FP32 weights would be computed with in BF16, the default.
+        "training": {"precision": plan.dtype},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     logger.info("token <image> has id %d; conversations are written as %s", image_id, plan.template)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dattn.checkpoint import FoundCheckpoint, find_checkpoint, find_step, load_checkpoint
 from megatron_dattn.checkpoint.files import step_of
 from megatron_dattn.checkpoint.manifest import compare_facts
+from megatron_dattn.checkpoint.tensors import open_tensors
 from megatron_dattn.config.cli import load_config
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.images import ImagePreprocessor
@@ -98,6 +99,7 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
     )
     missing = model.load_state_dict(loaded["model"], strict=not plain).missing_keys
     logger.info("loaded %s", found.path)
+    _warn_of_rounding(found, model)
     if missing:
         logger.warning(
             "%s holds no %s: the model answers with their initial values; train it first",
@@ -206,6 +208,24 @@ def _check_model(found: FoundCheckpoint, model: ModelConfig) -> None:
         raise CheckpointError(
             f"config.yaml does not describe the model of {found.path}: {'; '.join(differences)}; "
             "restore the configuration that the checkpoint was written with"
+        )
+
+
+def _warn_of_rounding(found: FoundCheckpoint, model: DAttnVLM) -> None:
+    """Say it if the model computes with fewer digits than the checkpoint has."""
+    parameters = dict(model.named_parameters())
+    stored = open_tensors(found.path)
+    rounded = [
+        name
+        for name, tensor in stored.items()
+        if name in parameters and tensor.dtype.itemsize > parameters[name].dtype.itemsize
+    ]
+    if rounded:
+        logger.warning(
+            "%d parameters of %s are rounded to bf16, as its config.yaml says or leaves open; "
+            "training.precision: fp32 in there keeps all their digits",
+            len(rounded),
+            found.path,
         )
 
 

@@ -63,14 +63,7 @@ def llava(request, tmp_path_factory):
     vision, language, original_names = request.param
     model = save_llava(base / "hf", vision, language, original_names=original_names)
     import_whole_model(base / "hf", base / "run", dtype="fp32")
-    compute_in_fp32(base / "run")
     return model, base / "hf", base / "run"
-
-
-def compute_in_fp32(run):
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    settings["training"] = {"precision": "fp32"}
-    (run / "config.yaml").write_text(yaml.safe_dump(settings))
 
 
 @pytest.fixture(autouse=True)
