@@ -5,23 +5,35 @@ which they are written, the later one wins, and a key that no section knows is a
 own spelling works for every field whose name only one section has
 (`--tensor-model-parallel-size 2` is `--parallel.tensor_model_parallel_size 2`); the table of these
 names is read off the dataclasses. Relative paths, in files as on the command line, start at the
-working directory, so that one recipe serves from wherever its data lies.
+working directory, so that one recipe serves from wherever its data lies; `${config_dir}` at the
+beginning of a value stands for the folder of the file that says it. Words are read as the field's
+type wants them (yaml_files.py), not as YAML 1.1 does.
 """
 
 import argparse
 import dataclasses
+import json
 import re
 import typing
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 import yaml
 
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.yaml_files import (
+    CONFIG_DIR,
+    fields_of,
+    is_wordless,
+    parse_yaml,
+    plain_value,
+    read_yaml,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ def parse_command_line(argv: Sequence[str], prog: str = "pretrain_vlm.py") -> Co
     """
     parser = _build_parser(prog)
     try:
-        parsed = parser.parse_args(expand_short_flags(argv))
+        parsed = parser.parse_args(_values_as_meant(expand_short_flags(argv)))
         dry_run = parsed.pop("dry_run")
         built = parser.instantiate(parsed)
         sections = {f.name: built[f.name] for f in dataclasses.fields(PretrainConfig)}
@@ -111,13 +123,80 @@ def _fields_by_name(config_class: type, prefix: str = "") -> dict[str, dict[str,
     return dict(found)
 
 
+def _values_as_meant(argv: Sequence[str]) -> list[str]:
+    """Rewrite values as the files' reader understands them, in JSON where that differs."""
+    words: list[str] = []
+    name = ""
+    for token in argv:
+        if not token.startswith("--"):
+            words.append(_as_meant(token, name))
+            name = ""
+            continue
+        flag, equals, value = token.partition("=")
+        words.append(f"{flag}={_as_meant(value, flag)}" if equals else token)
+        name = "" if equals else flag
+    return words
+
+
+def _as_meant(value: str, flag: str) -> str:
+    name = flag.removeprefix("--").removesuffix("+")
+    kind = _kind_at(name)
+    if kind is None:
+        return value
+    in_brackets = value.lstrip().startswith(("{", "["))
+    if flag.endswith("+") and not value.lstrip().startswith("["):
+        (kind,) = typing.get_args(kind) or (kind,)  # `--data.train+` adds one
+    try:
+        if in_brackets and is_wordless(kind):
+            return json.dumps(_parse_inline(value, kind))
+        if value.startswith(CONFIG_DIR):
+            raise ConfigError(f"{CONFIG_DIR} has a meaning in files only")
+        meant = plain_value(value, kind)
+    except ConfigError as error:
+        raise ConfigError(f"--{name}: {error}") from None
+    return json.dumps(meant) if isinstance(meant, bool | int | float) else value
+
+
+def _kind_at(name: str) -> Any:
+    """Type of the section or field of this full name; None for any other name."""
+    kind: Any = PretrainConfig
+    for part in name.split("."):
+        kind = fields_of(kind).get(part)
+    return kind
+
+
+def _parse_inline(text: str, kind: Any) -> Any:
+    return parse_yaml(text, kind, source=f"'{text:.100}'")
+
+
+class _ConfigFile(jsonargparse.ActionConfigFile):
+    """Hands a file to the parser as JSON, which has one meaning only."""
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
+        inline = value.lstrip().startswith("{")
+        content = (
+            _parse_inline(value, PretrainConfig)
+            if inline
+            else read_yaml(Path(value), PretrainConfig)
+        )
+        if not isinstance(content, dict | None):
+            raise ConfigError(f"'{value:.100}' must hold sections such as `training:`")
+        try:
+            text = json.dumps(content or {})
+            jsonargparse.ActionConfigFile.apply_config(parser, cfg, dest, text)
+        except TypeError as error:
+            raise TypeError(f"'{value:.100}': {error}") from error
+
+
 def _build_parser(prog: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=prog,
+        parser_mode="json",
         description="Pretrain a vision-language model with Decomposed Attention.",
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="a YAML file; may be given repeatedly")
+    parser.add_argument("--config", action=_ConfigFile, help="a YAML file; may be given repeatedly")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     parser.add_class_arguments(PretrainConfig, None)
     return parser
@@ -127,4 +206,4 @@ def _one_line(message: str) -> str:
     """Join the parser's lines and spell its words as a user would."""
     text = " ".join(line.strip() for line in message.splitlines() if line.strip())
     text = text.replace("Parser key ", "").replace("Expected a typing.Literal", "Expected one of ")
-    return re.sub(r"<class '(\w+)'>", r"\1", text)
+    return re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)

@@ -6,17 +6,19 @@ and counts bad ones, and `check.py` lists them beforehand.
 """
 
 import json
+import os
 import random
 import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
-from megatron_dattn.errors import DataError
+from megatron_dattn.errors import ConfigError, DataError
+from megatron_dattn.yaml_files import CONFIG_DIR, read_yaml
 
 _OFFSET = struct.Struct("Q")
 _SAMPLING = re.compile(r"(first|end|random):(\d+)(%?)")
@@ -133,13 +135,31 @@ def prepare(
         count = write_jsonl(_keyed(rows, name), path)
         entries.append(
             {
-                "path": str(path.absolute()),
-                "image_root": str(image_root.absolute()),
+                "path": f"{CONFIG_DIR}/{path.name}",
+                "image_root": _named_from(output, image_root),
                 "weight": source.weight,
             }
         )
         yield source, path, count
     config_path.write_text(yaml.safe_dump({"data": {section: entries}}, sort_keys=False))
+
+
+def _named_from(folder: Path, path: Path) -> str:
+    """A path in a configuration of `folder`, which may be moved with what it holds."""
+    folder, path = (Path(os.path.abspath(name)) for name in (folder, path))  # links stay links
+    inside = path.is_relative_to(folder)
+    return str(Path(CONFIG_DIR, path.relative_to(folder)) if inside else path)
+
+
+class _MixtureEntry(TypedDict, total=False):
+    json_path: str
+    image_root: str | None
+    weight: float
+    sampling_strategy: str
+
+
+class _Mixture(TypedDict):
+    datasets: list[_MixtureEntry]
 
 
 def read_mixture(path: Path) -> list[Source]:
@@ -152,8 +172,8 @@ def read_mixture(path: Path) -> list[Source]:
         DataError: the file is missing or has another form.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path, _Mixture)
+    except ConfigError as error:
         raise DataError(f"mixture '{path}' cannot be read: {error}") from error
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dattn.attention.positions import RotaryScaling
 from megatron_dattn.config.cli import (
     expand_short_flags,
     load_config,
@@ -12,6 +13,7 @@ from megatron_dattn.config.cli import (
     render_config,
 )
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.errors import ConfigError
 
 
@@ -123,6 +125,10 @@ def test_resolved_config_reads_back(tmp_path: Path) -> None:
             ["logging.alpha_interval 5", "'dattn_cascade'", "no alpha_V", "set it to 0"],
         ),
         (["--config", "missing.yaml"], ["missing.yaml", "not exist"]),
+        (["--train-iters", "1:30"], ["training.train_iters", "int", "1:30"]),
+        (["--adam-eps", ".nan"], ["optimizer.adam_eps", "float", ".nan"]),
+        (["--training", "3"], ["training", "mapping", "3"]),
+        (["--data.tokenizer", "${config_dir}/x"], ["data.tokenizer", "files only"]),
     ],
 )
 def test_mistakes_are_one_line_that_names_them(argv: list[str], words: list[str]) -> None:
@@ -132,6 +138,74 @@ def test_mistakes_are_one_line_that_names_them(argv: list[str], words: list[str]
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "word", "expected"),
+    [
+        ("logging", "progress_bar", "off", "off"),
+        ("logging", "progress_bar", "on", "on"),
+        ("training", "stage", "1", "1"),
+        ("training", "stage", "010", "010"),
+        ("training", "stage", "1e-3", "1e-3"),
+        ("training", "stage", "2024-01-01", "2024-01-01"),
+        ("training", "train_iters", "1e3", 1000),
+        ("training", "seed", "010", 10),
+        ("optimizer", "weight_decay", "1e-1", 0.1),
+        ("parallel", "overlap_grad_reduce", "yes", True),
+        ("parallel", "overlap_grad_reduce", "off", False),
+        ("checkpoint", "save", "1:30", "1:30"),
+        ("checkpoint", "save", "no", "no"),
+    ],
+)
+def test_words_are_read_as_meant_in_files_and_on_the_command_line(
+    tmp_path: Path, section: str, field: str, word: str, expected: object
+) -> None:
+    name = f"{section}.{field}"
+    for argv in (
+        ["--config", _yaml(tmp_path, "a.yaml", f"{section}: {{{field}: {word}}}\n")],
+        ["--config", f"{{{section}: {{{field}: {word}}}}}"],
+        [f"--{name}", word],
+        [f"--{name}={word}"],
+        [f"--{section}", f"{{{field}: {word}}}"],
+    ):
+        config = parse_command_line(argv).config
+        assert getattr(getattr(config, section), field) == expected, argv
+        again = load_config(_yaml(tmp_path, "config.yaml", render_config(config)))
+        assert again == config
+
+
+@pytest.mark.parametrize("flag", ["--data.train", "--data.train+"])
+def test_data_sets_are_read_as_meant(tmp_path: Path, flag: str) -> None:
+    entry = "{path: on, image_root: 007, weight: 1e-1}"
+    expected = [DatasetConfig("on", "007", 0.1)]
+    value = entry if flag.endswith("+") else f"[{entry}]"
+    assert parse_command_line([flag, value]).config.data.train == expected
+    file = _yaml(tmp_path, "a.yaml", f"data: {{train: [{entry}]}}\n")
+    assert load_config(file).data.train == expected
+
+
+def test_a_section_that_may_be_absent_is_read_as_meant_too(tmp_path: Path) -> None:
+    scaling = (
+        "{factor: 8, low_freq_factor: 1e0, high_freq_factor: 4, "
+        "original_max_position_embeddings: 1e1}"
+    )
+    expected = RotaryScaling(8.0, 1.0, 4.0, 10)
+    name = "model.language.rope_scaling"
+    assert parse_command_line([f"--{name}", scaling]).config.model.language.rope_scaling == expected
+    file = _yaml(tmp_path, "a.yaml", f"model: {{language: {{rope_scaling: {scaling}}}}}\n")
+    assert load_config(file).model.language.rope_scaling == expected
+    argv = ["--config", file, f"--{name}", "null"]
+    assert parse_command_line(argv).config.model.language.rope_scaling is None
+
+
+def test_a_file_may_name_its_neighbours(tmp_path: Path) -> None:
+    text = (
+        "data: {tokenizer: '${config_dir}/tokenizer', train: [{path: '${config_dir}/a.jsonl'}]}\n"
+    )
+    data = load_config(_yaml(tmp_path, "a.yaml", text)).data
+    assert data.tokenizer == f"{tmp_path}/tokenizer"
+    assert data.train[0].path == f"{tmp_path}/a.jsonl"
 
 
 @pytest.mark.parametrize("text", ["training: {itres: 3}\n", "trainign: {seed: 3}\n", "a: [\n"])
