@@ -12,6 +12,7 @@ from megatron_dattn.conversion.exportable import is_llava
 from megatron_dattn.conversion.families import LANGUAGE, VISION
 from megatron_dattn.conversion.llava import SELECT_STRATEGIES
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
+from megatron_dattn.hf.versions_dattn import NEWEST_TESTED, TESTED_RANGE
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 
 AUTO_MAP = {
@@ -20,6 +21,11 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_dattn.DAttnForConditionalGeneration",
     "AutoProcessor": "processing_dattn.DAttnProcessor",
 }
+
+
+# The oldest transformers that a LlavaForConditionalGeneration of ours was read with. The newest is
+# that of our own code.
+OLDEST_STOCK = "4.57.6"
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,11 @@ def config_from_model(model: ModelConfig, *, tokens: TokenIds, dtype: str) -> di
     if is_llava(model):
         content = _llava_config(model, tokens)
         LlavaConfig(**deepcopy(content))  # refuses what it does not know, and edits its arguments
-        content |= {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+        content |= {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "transformers_tested": f">={OLDEST_STOCK},<={NEWEST_TESTED}",
+        }
     else:
         content = _dattn_config(model, tokens)
         DAttnConfig(**deepcopy(content))
@@ -45,6 +55,7 @@ def config_from_model(model: ModelConfig, *, tokens: TokenIds, dtype: str) -> di
             "architectures": ["DAttnForConditionalGeneration"],
             "model_type": DAttnConfig.model_type,
             "auto_map": AUTO_MAP,
+            "transformers_tested": TESTED_RANGE,
         }
     return {**content, "dtype": dtype, "transformers_version": transformers.__version__}
 

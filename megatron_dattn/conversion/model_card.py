@@ -7,8 +7,9 @@ import yaml
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.exportable import is_llava
+from megatron_dattn.conversion.hf_config import OLDEST_STOCK
 from megatron_dattn.conversion.metrics import Metrics
-from megatron_dattn.hf.configuration_dattn import TRANSFORMERS_NEEDED
+from megatron_dattn.hf.versions_dattn import NEWEST_TESTED, OLDEST_TESTED, OVERRIDE
 from megatron_dattn.models.config import ModelConfig
 
 _NAMES = {
@@ -18,23 +19,26 @@ _NAMES = {
     "llama": "Llama",
     "gemma2": "Gemma-2",
 }
-_DATTN_USAGE = """\
+_DATTN_USAGE = f"""\
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-messages = [{"role": "user", "content": [
-    {"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is this?"}]}]
+messages = [{{"role": "user", "content": [
+    {{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "What is this?"}}]}}]
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-`trust_remote_code=True` runs the Python files of this folder, which need @NEEDED@ and Pillow.
-""".replace("@NEEDED@", TRANSFORMERS_NEEDED)
-_LLAVA_USAGE = """\
+`trust_remote_code=True` runs the Python files of this folder, which need Pillow. They were tested
+with transformers {OLDEST_TESTED} to {NEWEST_TESTED} and refuse any older or newer one, because a
+change there can spoil answers without an error; `{OVERRIDE}=1` in the
+environment lets them try.
+"""
+_LLAVA_USAGE = f"""\
 ```python
 from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
@@ -44,7 +48,8 @@ processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="
 ```
 
 The last line matters where torchvision is installed: transformers would resize images with it, and
-its pixels differ a little from those of training, which Pillow resized.
+its pixels differ a little from those of training, which Pillow resized. Tested with transformers
+{OLDEST_STOCK} to {NEWEST_TESTED}.
 """
 
 

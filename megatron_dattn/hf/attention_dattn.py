@@ -175,7 +175,7 @@ class Attention(Projections):
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
     def forward(
-        self, rows: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache
+        self, rows: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache | None
     ) -> Tensor:
         """Attention output of text rows, [batch, rows, hidden].
 
@@ -183,10 +183,14 @@ class Attention(Projections):
             rows: normalized text rows.
             images: key and value of the visual rows, keys rotated where T2V is; not read by merge
                 "cascade", which has read them before.
+            cache: gives the text before these rows, and takes theirs; None where they are all the
+                text, and nothing is to be remembered.
         """
         query, (key, value) = self._heads(self.q_proj(rows)), self.keys_values(rows)
         rotated = rotate(query, rotary)
-        text: KeyValue = cache.update(rotate(key, rotary), value, self.number)
+        text: KeyValue = (rotate(key, rotary), value)
+        if cache is not None:
+            text = cache.update(*text, self.number)
         of_images = rotated if self.rotates_t2v else query
         out = [
             self._attend_both(of_images[:, :, block], rotated[:, :, block], images, text, seen_here)

@@ -9,10 +9,17 @@ This file travels with the exported weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What transformers calls the cache in outputs, and in the arguments that `generate` passes.
+CACHE_FIELD = next(
+    name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__
+)
 
 
 @dataclass(frozen=True)
@@ -153,3 +160,23 @@ class DAttnCache(DynamicCache):
         if self.visual is not None and self.is_text is not None:
             self.visual = self.visual.samples(index.to(self.is_text.device))
             self.is_text = self.is_text[index.to(self.is_text.device)]
+
+
+def given_cache(past_key_values: Any, cache: Any) -> DAttnCache | None:
+    """The cache that was given under either name; None for the empty one that `generate` makes.
+
+    Raises:
+        ValueError: both were given, or a cache of another kind.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; pass one")
+    given = past_key_values if cache is None else cache
+    if given is None or isinstance(given, DAttnCache):
+        return given
+    is_plain = type(given) is DynamicCache and not getattr(given, "offloading", False)
+    if is_plain and given.get_seq_length() == 0:
+        return None
+    raise ValueError(
+        f"the cache is a {type(given).__name__}; this model keeps text and images in a DAttnCache "
+        "of its own: leave cache_implementation out, and pass a cache that the model returned"
+    )

@@ -3,15 +3,12 @@
 This file travels with the exported weights and imports nothing but transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers.utils.versions import require_version
+from .versions_dattn import TESTED_RANGE, check_transformers
 
-# Whose processors have a hook for the place of an image; older ones would pass ours over in
-# silence. Checked in front of the imports, whose names older versions lack.
-TRANSFORMERS_NEEDED = "transformers>=5.10"
-require_version(TRANSFORMERS_NEEDED, "The code of this model needs it: pip install -U transformers")
+check_transformers()  # in front of the imports, whose names older versions lack
 
 from transformers import (  # noqa: E402
     AutoConfig,
@@ -39,6 +36,22 @@ _CHOICES = {
     "visual_embedding": ("none", "row_column", "fractional"),
     "visual_source": ("stream", "reproject"),
     "merge": ("alpha", "sum", "tanh", "sigmoid", "cascade"),
+}
+# What transformers writes into a config or takes from it without declaring it.
+_OF_EVERY_MODEL = {
+    "attn_implementation",
+    "auto_map",
+    "bos_token_id",
+    "custom_pipelines",
+    "eos_token_id",
+    "experts_implementation",
+    "is_decoder",
+    "pad_token_id",
+    "per_layer_config",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "use_cache",
 }
 
 
@@ -70,8 +83,12 @@ class DAttnConfig(PreTrainedConfig):
         merge: how T2V and T2T join: one softmax over both ("alpha"), or two, added ("sum"), T2V
             weighted by tanh(gate), or both weighted by sigmoid(gate) and the rest; or T2V is a
             cross-attention of its own in front of the self-attention ("cascade").
+        transformers_tested: the versions of transformers that the model's code was tested with,
+            for the reader of config.json.
+        **kwargs: what every config of transformers has.
 
     Raises:
+        TypeError: an argument that neither this code nor transformers has.
         ValueError: an encoder, a language model or a choice that the model's code does not know.
     """
 
@@ -96,8 +113,10 @@ class DAttnConfig(PreTrainedConfig):
         visual_embedding: str = "row_column",
         visual_source: str = "stream",
         merge: str = "alpha",
+        transformers_tested: str = TESTED_RANGE,
         **kwargs: Any,
     ) -> None:
+        _check_names(kwargs)
         self.vision_config: Any = _section("vision_config", vision_config, VISION_CONFIGS)
         self.text_config: Any = _section("text_config", text_config, TEXT_CONFIGS)
         self.image_token_id = image_token_id
@@ -114,6 +133,7 @@ class DAttnConfig(PreTrainedConfig):
         self.visual_embedding = visual_embedding
         self.visual_source = visual_source
         self.merge = merge
+        self.transformers_tested = transformers_tested
         self._check_choices()
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
@@ -174,6 +194,14 @@ class DAttnConfig(PreTrainedConfig):
                 "visual_source='reproject' leaves visual rows no state to add to; set v2v='none' "
                 "and visual_embedding='none'"
             )
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Refuse what transformers would keep as an attribute that nobody reads: a misspelt axis."""
+    for name in names:
+        is_usual = name.startswith("_") or hasattr(PreTrainedConfig, name)
+        if not is_usual and name not in _OF_EVERY_MODEL:
+            raise TypeError(f"DAttnConfig has no argument {name!r}; take it out of config.json")
 
 
 def _section(

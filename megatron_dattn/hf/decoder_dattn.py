@@ -59,6 +59,7 @@ class DecoderLayer(nn.Module):
             width = config.vision_config.hidden_size, text.hidden_size, text.hidden_size
             self.visual_projector = FeatureMLP(*width, norm_eps=text.rms_norm_eps)
         is_last = number == text.num_hidden_layers - 1
+        self.gradient_checkpointing = False  # transformers sets it on whatever has it
         self.changes_images = not is_last and self.visual_projector is None
         self.adds_own_values = config.v2v == "diagonal"
 
@@ -80,7 +81,7 @@ class DecoderLayer(nn.Module):
         return key, value, rows
 
     def forward(
-        self, rows: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache
+        self, rows: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache | None
     ) -> Tensor:
         """New state of text rows; arguments as of `Attention.forward`."""
         if self.cross_attn is not None:

@@ -2,7 +2,7 @@
 
 Images become visual rows, which are computed once, layer by layer, and read by every text row
 after that (`decoder_dattn.py`). `input_ids` hold one `<image>` for each image; it marks the image's
-place and is no row of the language model, so its column's logits mean nothing.
+place and is no row of the language model.
 
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     model.generate(**inputs)                                      # inputs of the processor
@@ -12,22 +12,33 @@ place and is no row of the language model, so its column's logits mean nothing.
 This file travels with the exported weights.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .attention_dattn import Rotary, Seen, rotary_tables, rotate
-from .caches_dattn import DAttnCache, ImageCache, ImagePlaces, VisualRows
+from .caches_dattn import (
+    CACHE_FIELD,
+    DAttnCache,
+    ImageCache,
+    ImagePlaces,
+    VisualRows,
+    given_cache,
+)
+from .checkpointing_dattn import checkpointed, is_checkpointing
+from .columns_dattn import answering_columns, check_has_text, token_mask
 from .configuration_dattn import DAttnConfig
 from .decoder_dattn import LanguageModel
+from .loss_dattn import next_token_loss
 from .vision_dattn import Adapter, VisionTower
 
-IGNORED_LABEL = -100
+logger = logging.get_logger(__name__)
 
 
 class DAttnPreTrainedModel(PreTrainedModel):
@@ -35,7 +46,8 @@ class DAttnPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ["image", "text"]  # noqa: RUF012
     _no_split_modules = ["DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values", "image_cache"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache", "image_cache"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
 
 
@@ -64,7 +76,7 @@ class DAttnModel(DAttnPreTrainedModel):
         rows = self.language_model.scaled(rows)
         keys, values = [], []
         for layer in self.language_model.layers:
-            key, value, rows = layer.images(rows)
+            key, value, rows = checkpointed(layer, layer.images, rows)
             keys.append(key)
             values.append(value)
         entries = torch.arange(len(pixel_values), device=rows.device)
@@ -79,56 +91,105 @@ class DAttnModel(DAttnPreTrainedModel):
         past_key_values: Any = None,
         image_cache: ImageCache | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: Any = None,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of all columns.
+        """Hidden states of all columns; those of images and padding mean nothing.
 
         Args:
-            input_ids: int64 [batch, columns], padded left or right; those that follow what
-                `past_key_values` remembers.
+            input_ids: int64 [batch, columns], padded left or right; those that follow what the
+                cache remembers.
             pixel_values: [images, 3, side, side], in the reading order of the batch's `<image>`s.
             attention_mask: 1 for tokens, 0 for padding, [batch, columns], with or without the
                 remembered ones; no padding where None.
-            past_key_values: of an earlier call.
+            past_key_values, cache: of an earlier call. One thing: transformers has the second name
+                for it from 5.24 on.
             image_cache: in place of `pixel_values`.
+            use_cache: whether the outputs have a cache; they have none where None.
+            output_hidden_states: also what enters each layer, and what leaves the last norm.
+            output_attentions, inputs_embeds: refused: weights are not kept, and without ids the
+                images' places are not known.
 
         Raises:
-            ValueError: images and `<image>`s differ in number, or an image comes after text that
-                is already remembered and would have seen it.
+            ValueError: images and `<image>`s differ in number, an image comes after text that is
+                already remembered and would have seen it, or an argument cannot be honoured.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        is_token = attention_mask[:, -input_ids.shape[1] :].bool()
+        self._refuse(output_attentions, input_ids, inputs_embeds)
+        known = given_cache(past_key_values, cache)
+        use_cache = self._may_cache(use_cache, known)
+        is_token = token_mask(input_ids, attention_mask)
         is_image = (input_ids == self.config.image_token_id) & is_token
-        cache = _own_cache(past_key_values)
-        if cache.visual is None:
+        memory = DAttnCache() if known is None else known
+        if memory.visual is None:
             if image_cache is None and pixel_values is not None:
                 image_cache = self.encode_images(pixel_values)
             positions = self._positions(is_token, is_image, 0)
-            cache.visual = self._place_images(is_image, positions, image_cache)
+            memory.visual = self._place_images(is_image, positions, image_cache)
         else:
-            if is_image.any():
+            if is_image.any() or pixel_values is not None or image_cache is not None:
                 raise ValueError(
                     "an image cannot be added to a cached prompt, whose text would have seen it; "
                     "start anew with all images"
                 )
-            positions = self._positions(is_token, is_image, self._length(cache))
-        rows = self._run(input_ids, positions, is_token & ~is_image, cache)
+            positions = self._positions(is_token, is_image, self._length(memory))
+        states = self._run(
+            input_ids, positions, is_token & ~is_image, memory, keeps=use_cache or known is not None
+        )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return BaseModelOutputWithPast(
-            last_hidden_state=rows, past_key_values=cache if use_cache else None
+            last_hidden_state=states[-1],
+            hidden_states=tuple(states) if output_hidden_states else None,
+            **_cache_field(memory if use_cache else None),
         )
 
+    def _refuse(
+        self, output_attentions: bool | None, input_ids: Any, inputs_embeds: Tensor | None
+    ) -> None:
+        """Arguments that callers of transformers' models may give, and this one cannot honour."""
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions:
+            raise ValueError(
+                "output_attentions: this model keeps no attention weights; leave it out"
+            )
+        if inputs_embeds is not None or input_ids is None:
+            raise ValueError("inputs_embeds: pass input_ids, which say where the images stand")
+
+    def _may_cache(self, use_cache: bool | None, known: DAttnCache | None) -> bool:
+        """Whether to return a cache: not under gradient checkpointing, where every layer runs twice
+        and would remember its text twice."""
+        if not any(map(is_checkpointing, self.language_model.layers)):
+            return bool(use_cache)
+        if known is not None:
+            raise ValueError("gradient checkpointing cannot go on from a cache; pass all input_ids")
+        if use_cache:
+            logger.warning_once("use_cache=True is ignored under gradient checkpointing")
+        return False
+
     def _run(
-        self, input_ids: Tensor, positions: Tensor, is_text: Tensor, cache: DAttnCache
-    ) -> Tensor:
-        language, visual = self.language_model, cache.visual
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        is_text: Tensor,
+        memory: DAttnCache,
+        *,
+        keeps: bool,
+    ) -> list[Tensor]:
+        """What enters each layer, and what leaves the last norm."""
+        language, visual = self.language_model, memory.visual
         assert visual is not None
-        seen = self._seen(cache.extend_text(is_text), input_ids.shape[1], visual)
+        seen = self._seen(memory.extend_text(is_text), input_ids.shape[1], visual)
         rotary = self._rotary(positions)
         rows = language.scaled(language.embed_tokens(input_ids))
+        states = []
         for layer, key, value in zip(language.layers, visual.keys, visual.values, strict=True):
-            rows = layer(rows, rotary, (key, value), seen, cache)
-        return language.norm(rows)
+            states.append(rows)
+            run = partial(_run_layer, layer, rotary, seen, memory if keeps else None)
+            rows = checkpointed(layer, run, rows, key, value)
+        return [*states, language.norm(rows)]
 
     def _positions(self, is_token: Tensor, is_image: Tensor, start: Tensor | int) -> Tensor:
         """Rotary position of every column: a text row's own, an image's first row's.
@@ -197,13 +258,22 @@ class DAttnModel(DAttnPreTrainedModel):
         return rotary_tables(positions, self.config.head_dim, rope)
 
 
-def _own_cache(past_key_values: Any) -> DAttnCache:
-    """The given cache, or a new one in place of the empty plain one that `generate` makes."""
-    if isinstance(past_key_values, DAttnCache):
-        return past_key_values
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError(f"past_key_values must be a DAttnCache, not {type(past_key_values)}")
-    return DAttnCache()
+def _cache_field(cache: DAttnCache | None) -> dict[str, Any]:
+    """The argument of an output's class."""
+    return {CACHE_FIELD: cache}
+
+
+def _run_layer(
+    layer: nn.Module,
+    rotary: Rotary,
+    seen: Seen,
+    cache: DAttnCache | None,
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    new_rows: Tensor = layer(rows, rotary, (key, value), seen, cache)
+    return new_rows
 
 
 class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
@@ -212,6 +282,8 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {  # noqa: RUF012
         "lm_head.weight": "model.language_model.embed_tokens.weight"
     }
+    # So says transformers' Trainer `num_items_in_batch`, and leaves the division to `forward`.
+    accepts_loss_kwargs = True
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__(config)
@@ -251,29 +323,62 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
         image_cache: ImageCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **kwargs: Any,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: Any = None,
     ) -> CausalLMOutputWithPast:
-        """Logits of all columns, or of the last `logits_to_keep`; arguments as of `DAttnModel`.
+        """Logits of all columns, or of some; arguments as of `DAttnModel`.
 
-        With `labels` (of `input_ids`' shape, -100 where nothing is supervised) also the mean loss
-        of every text row's next text token.
+        An `<image>`'s column has the logits of the last text before it: of what follows.
+
+        Args:
+            labels: int64 [batch, columns], -100 where nothing is supervised, which is as good as
+                always so at `<image>`: also return the loss of every text row's next text token.
+            logits_to_keep: how many of the last columns, or which ones; 0 for all.
+            num_items_in_batch: what the summed loss is divided by, as transformers' Trainer says
+                when it accumulates gradients; the mean over `labels` where None. Without `labels`
+                the caller makes the loss, and divides.
+
+        Raises:
+            ValueError: as of `DAttnModel`; a sample of images without text; `labels` beside
+                `logits_to_keep`.
         """
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            raise ValueError("logits_to_keep leaves out what the loss of labels needs; pass one")
         outputs = self.model(
-            input_ids, pixel_values, attention_mask, past_key_values, image_cache, use_cache
+            input_ids,
+            pixel_values,
+            attention_mask,
+            past_key_values,
+            image_cache,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            inputs_embeds,
+            cache,
+            return_dict=True,
         )
+        is_token = token_mask(input_ids, attention_mask)
+        is_image = (input_ids == self.config.image_token_id) & is_token
+        is_text = is_token & ~is_image
+        check_has_text(is_text, is_image)
+        logits = self._logits(outputs.last_hidden_state, answering_columns(is_text), logits_to_keep)
         loss = None
-        logits = self._logits(outputs.last_hidden_state[:, -logits_to_keep:])
         if labels is not None:
-            is_text = input_ids != self.config.image_token_id
-            if attention_mask is not None:
-                is_text = is_text & attention_mask.bool()
-            loss = _next_token_loss(logits, labels, is_text)
+            loss = next_token_loss(logits, labels, is_text, num_items_in_batch)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **_cache_field(outputs.get(CACHE_FIELD)),
         )
 
-    def _logits(self, rows: Tensor) -> Tensor:
+    def _logits(self, rows: Tensor, answering: Tensor, kept: int | Tensor) -> Tensor:
+        answering = answering[:, slice(-kept, None) if isinstance(kept, int) else kept]
+        rows = rows.gather(1, answering.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
         logits = self.lm_head(rows)
         softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -281,11 +386,10 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Any, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
+        given_cache(kwargs.get("past_key_values"), kwargs.get("cache"))
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
-        # Positions are the model's own affair: they depend on where the images stand.
-        inputs.pop("position_ids", None)
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("image_cache", None)
             inputs.pop("pixel_values", None)
@@ -311,11 +415,3 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
         return super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-
-
-def _next_token_loss(logits: Tensor, labels: Tensor, is_text: Tensor) -> Tensor:
-    """Mean cross entropy of the next text token of the same sample, in fp32."""
-    sample = is_text.nonzero()[:, 0]
-    rows, targets = logits[is_text][:-1].float(), labels[is_text][1:]
-    targets = targets.masked_fill(sample[:-1] != sample[1:], IGNORED_LABEL)
-    return F.cross_entropy(rows, targets, ignore_index=IGNORED_LABEL)

@@ -13,11 +13,10 @@ from PIL import Image, ImageOps
 from transformers import ProcessorMixin
 from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
-from transformers.utils.versions import require_version
 
-from .configuration_dattn import TRANSFORMERS_NEEDED
+from .versions_dattn import check_transformers
 
-require_version(TRANSFORMERS_NEEDED)
+check_transformers()
 
 _CHANNELS = (1, 3, 4)
 
@@ -44,7 +43,6 @@ class DAttnProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_token: str = "<image>",
         image_fit: str = "resize",
-        **kwargs: Any,
     ) -> None:
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -54,17 +52,37 @@ class DAttnProcessor(ProcessorMixin):
     def replace_image_token(
         self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any
     ) -> str:
-        """One token marks an image's place, whatever its number of rows."""
+        """One token marks an image's place, whatever its number of rows.
+
+        Args:
+            **kwargs: settings of the image processor, which has checked them; some versions pass
+                them on.
+        """
         return self.image_token
 
     def _get_num_multimodal_tokens(
-        self, image_sizes: list[list[int]] | None = None, **kwargs: Any
+        self, image_sizes: list[list[int]] | None = None
     ) -> MultiModalData:
         count = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[1] * count, num_image_patches=[1] * count)
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """As of every processor; images are prepared before the base class opens paths its way."""
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As of every processor; images are prepared before the base class opens paths its way.
+
+        Raises:
+            ValueError: videos or audio, which the base class would leave out in silence, or what is
+                not certainly an image.
+        """
+        for name, given in (("videos", videos), ("audio", audio)):
+            if given is not None:
+                raise ValueError(f"{name} were given, but this model reads images and text only")
         images = None if images is None else self._prepared(images)
         return super().__call__(images=images, text=text, **kwargs)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
+from .checkpointing_dattn import with_gradient
 from .configuration_dattn import DAttnConfig
 from .norms_dattn import RMSNorm
 
@@ -47,7 +48,8 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList(kind(vision) for _ in range(num_layers))
 
     def forward(self, rows: Tensor) -> Tensor:
-        for layer in self.layers:
+        for layer in self.layers:  # which checkpoint themselves
+            (rows,) = with_gradient(layer, rows)
             rows = layer(rows, attention_mask=None)
         return rows
 

@@ -1,0 +1,53 @@
+"""The columns of `input_ids`: text, `<image>` or padding, and whose row answers for each.
+
+This file travels with the exported weights.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Which columns are no padding, bool [batch, columns].
+
+    Args:
+        attention_mask: [batch, columns], or longer by the columns that are already remembered.
+
+    Raises:
+        ValueError: it is of another shape: a mask of pairs, or one of other prompts.
+    """
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    batch, columns = input_ids.shape
+    shape = list(attention_mask.shape)
+    if len(shape) != 2 or shape[0] != batch or shape[1] < columns:
+        raise ValueError(
+            f"attention_mask of shape {shape} does not fit input_ids of shape {[batch, columns]}; "
+            "it is 1 for tokens and 0 for padding, and who sees whom is the model's own affair"
+        )
+    return attention_mask[:, -columns:].bool()
+
+
+def answering_columns(is_text: Tensor) -> Tensor:
+    """For every column the last one of text up to it, int64 [batch, columns].
+
+    An image's column, or one of padding, has no row of its own whose logits mean anything: what
+    comes after it is what comes after the text before it. Columns before all text are their own.
+    """
+    column = torch.arange(is_text.shape[1], device=is_text.device).expand_as(is_text)
+    last = torch.where(is_text, column, -1).cummax(dim=1).values
+    return torch.where(last < 0, column, last)
+
+
+def check_has_text(is_text: Tensor, is_image: Tensor) -> None:
+    """Refuse a prompt of images alone: there is no row that could say what follows.
+
+    Raises:
+        ValueError: naming the sample.
+    """
+    wordless = is_image.any(1) & ~is_text.any(1)
+    if wordless.any():
+        raise ValueError(
+            f"sample {int(wordless.nonzero()[0])} of the batch is <image> without any text; put "
+            "the begin token in front, as the chat template does"
+        )
