@@ -6,6 +6,7 @@ VENV ?= .venv
 ATTENTION ?= dattn
 OUTPUT ?= runs/demo-$(ATTENTION)
 PYTEST_ARGS ?=
+READERS ?=
 
 RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
@@ -13,13 +14,14 @@ export TOKENIZERS_PARALLELISM := false
 # Given on the command line or in the environment, for the scripts below.
 export PYTHON TORCH_ARGS
 
-.PHONY: demo test test-all test-pythons lint install clean help
+.PHONY: demo test test-all test-pythons test-readers lint install clean help
 
 help:
 	@echo "make demo                    train and evaluate a small model here (about 15 minutes)"
 	@echo "make demo ATTENTION=s_attn   the same with conventional causal attention"
 	@echo "make test                    the test suite (about 10 minutes on two cores)"
 	@echo "make test-pythons            saving, loading and resuming under every Python found"
+	@echo "make test-readers            exports under several versions of transformers (about 6 minutes)"
 	@echo "make lint                    ruff and mypy"
 
 install:
@@ -37,10 +39,14 @@ test-all: install
 test-pythons:
 	tools/test_pythons.sh $(PYTEST_ARGS)
 
+# Each version has an environment of its own below .venv-readers; READERS="5.24.0" takes some only.
+test-readers: install
+	$(RUN) -m tests.readers.run $(READERS)
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) .venv-pythons runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-pythons .venv-readers runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

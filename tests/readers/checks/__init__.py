@@ -1,0 +1,1 @@
+"""What every reader must do with every export; imported in the readers' environments alone."""
