@@ -16,7 +16,8 @@ class DatasetConfig:
     image_root: str | None = None
     """Images are looked up below this folder; the file's own folder where None."""
     weight: float = 1.0
-    """Share of this set in the blend, relative to the other sets' weights."""
+    """How often an epoch shows each record. A set's share of the training is its records times its
+    weight: without weights, every record of every set is shown once per epoch."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class DataConfig:
     """Text rows of one pack, padding included."""
     packing_buffer_size: int = 32
     """Samples looked at together when packs are filled."""
-    shuffle_buffer_size: int = 1000
+    shuffle_buffer_size: int | None = None
+    """Without effect, and reported where it is set: an epoch is shuffled as a whole."""
     num_workers: int = 2
     """Loader processes per data-parallel rank; 0 loads in the training process."""
     bad_samples: Literal["skip", "fail"] = "skip"
     """What to do with a sample that cannot be used: skip, count and report it, or stop."""
     max_skipped_fraction: float = 0.1
-    """Stop when more than this share of the samples seen so far (of at least 100) was skipped."""
+    """Stop when more than this share of the data cannot be used. Judged on the samples of all ranks
+    since the stage began, with a margin for chance: see megatron_dattn/data/skip_limit.py."""
     max_image_pixels: int = 40_000_000
     long_samples: Literal["skip", "truncate"] = "skip"
     """A conversation beyond a budget is skipped and counted, or cut after an answer that fits."""
@@ -55,9 +58,8 @@ class DataConfig:
         for name in ("visual_budget", "text_budget", "packing_buffer_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be positive, got {getattr(self, name)}")
-        for name in ("shuffle_buffer_size", "num_workers"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers must not be negative, got {self.num_workers}")
         if not 0.0 <= self.max_skipped_fraction <= 1.0:
             raise ConfigError(
                 f"data.max_skipped_fraction must lie in [0, 1], got {self.max_skipped_fraction}"

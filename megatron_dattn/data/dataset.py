@@ -3,25 +3,16 @@
 `tools/prepare_data.py` makes both. What is wrong with them is found here, before any worker starts.
 """
 
-import contextlib
 import hashlib
-import io
-import logging
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_dattn.data.config import DatasetConfig
-from megatron_dattn.data.energon import CrudeJsonlDatasetFactory, EPath, WorkerConfig
+from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET
 from megatron_dattn.errors import DataError
 
-INDEX_SUFFIX = ".idx"
-SLICE_LENGTH = 32  # neighbouring rows that are read one after the other before shuffling
-
-logger = logging.getLogger(__name__)
-
-_OFFSET = struct.Struct("Q")
+# What nobody asks for, but what a number of records, once written as a weight, amounts to.
+MAX_WEIGHT = 1000
 
 
 @dataclass(frozen=True)
@@ -53,8 +44,12 @@ def open_dataset(config: DatasetConfig) -> PreparedDataset:
             f"data set '{path}' is not prepared: run `python tools/prepare_data.py {path} --output "
             "FOLDER` and use the .jsonl file it writes"
         )
-    if config.weight <= 0:
-        raise DataError(f"data set '{path}' has weight {config.weight}; it must be positive")
+    if not 0 < config.weight <= MAX_WEIGHT:
+        raise DataError(
+            f"data set '{path}' has weight {config.weight:g}, which must be positive and at most "
+            f"{MAX_WEIGHT}: it is how often an epoch shows each record, so that a file's share is "
+            "its records times its weight; leave it out to show every record once"
+        )
     image_root = Path(config.image_root) if config.image_root is not None else path.parent
     if not image_root.is_dir():
         raise DataError(f"image root '{image_root}' of data set '{path}' is not a folder")
@@ -65,8 +60,8 @@ def open_dataset(config: DatasetConfig) -> PreparedDataset:
             "FOLDER`"
         )
     offsets = index.read_bytes()
-    num_samples = len(offsets) // _OFFSET.size - 1
-    if num_samples < 1 or _OFFSET.unpack(offsets[-_OFFSET.size :])[0] != path.stat().st_size:
+    num_samples = len(offsets) // OFFSET.size - 1
+    if num_samples < 1 or OFFSET.unpack(offsets[-OFFSET.size :])[0] != path.stat().st_size:
         raise DataError(f"data set '{path}' was changed after its index was made; prepare it again")
     return PreparedDataset(
         path=path.absolute(),
@@ -75,29 +70,3 @@ def open_dataset(config: DatasetConfig) -> PreparedDataset:
         num_samples=num_samples,
         fingerprint=hashlib.sha256(offsets).hexdigest(),
     )
-
-
-class RowSource(CrudeJsonlDatasetFactory):
-    """Energon's reader of JSON lines; rows stay undecoded, so that bad ones can be counted."""
-
-    def __init__(
-        self, dataset: PreparedDataset, *, training: bool, worker_config: WorkerConfig
-    ) -> None:
-        super().__init__(
-            EPath(str(dataset.path)),
-            training=training,
-            worker_config=worker_config,
-            max_samples_per_sequence=SLICE_LENGTH if training else None,
-        )
-        self.subflavors = {"name": dataset.name, "image_root": str(dataset.image_root)}
-
-    def build(self, worker_rotation_offset: int = 0) -> Any:
-        # Energon prints each worker's share of the rows.
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            rows = super().build(worker_rotation_offset)
-        logger.debug("%s", printed.getvalue().strip())
-        return rows
-
-    def _load_sample(self, sample: dict[str, Any]) -> Any:
-        sample["__subflavors__"] = self.subflavors
-        return super()._load_sample(sample)

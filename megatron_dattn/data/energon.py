@@ -14,25 +14,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import webdataset.utils
 from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.energon import (
-    Cooker,
     SavableDataLoader,
     SavableDataset,
     TaskEncoder,
     WorkerConfig,
-    cooker,
     stateless,
 )
-from megatron.energon.epathlib import EPath
 from megatron.energon.errors import reraise_exception
-from megatron.energon.flavors.jsonl.crude_jsonl_dataset import (
-    CrudeJsonlDatasetFactory,
-)
-from megatron.energon.metadataset.loader_interface import (
-    DatasetBlendMode,
-    LoadedDataset,
-)
+from megatron.energon.flavors.crude import CrudeSample
 from megatron.energon.savable_loader import BasicDataLoader
-from megatron.energon.wrappers import PackingDataset
+from megatron.energon.wrappers import MapDataset, PackingDataset
 
 # Somebody may have imported webdataset before us; it consults this flag at every use.
 webdataset.utils.enforce_security = True
@@ -40,17 +31,13 @@ MultiStorageClientFeature.disable()
 
 __all__ = [
     "BasicDataLoader",
-    "Cooker",
-    "CrudeJsonlDatasetFactory",
-    "DatasetBlendMode",
-    "EPath",
-    "LoadedDataset",
+    "CrudeSample",
+    "MapDataset",
     "PackingDataset",
     "SavableDataLoader",
     "SavableDataset",
     "TaskEncoder",
     "WorkerConfig",
-    "cooker",
     "reraise_exception",
     "stateless",
 ]

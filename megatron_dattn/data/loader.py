@@ -1,8 +1,9 @@
 """The data loader of one data-parallel rank: an iterable of PackedBatch.
 
-Training data is blended by weight, shuffled and endless; validation data comes once, in order. Two
-loaders with the same data, settings and seed give the same batches, and a loader that is restored
-goes on with the very batch that would have come next.
+Training data is endless: epochs that show every record of every file once (a file with a weight, as
+often as that says), each in another order. Validation data comes once, in order. Two loaders with
+the same data, settings and seed give the same batches, and a loader that is restored goes on with
+the very batch that would have come next.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,28 +11,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dattn.data.config import DataConfig, DatasetConfig
-from megatron_dattn.data.counters import LoaderCounters, SkipPolicy
-from megatron_dattn.data.dataset import PreparedDataset, RowSource, open_dataset
+from megatron_dattn.data.counters import LoaderCounters, count_pack
+from megatron_dattn.data.dataset import PreparedDataset, open_dataset
 from megatron_dattn.data.encoder import RowEncoder
-from megatron_dattn.data.energon import (
-    DatasetBlendMode,
-    LoadedDataset,
-    SavableDataset,
-    WorkerConfig,
-    reraise_exception,
-)
+from megatron_dattn.data.energon import PackingDataset, WorkerConfig, reraise_exception
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.packing import buffer_size
+from megatron_dattn.data.rejection import Rejection
+from megatron_dattn.data.row_source import TrainingRows, ValidationRows
 from megatron_dattn.data.sample import LoadedPack, PackedBatch
+from megatron_dattn.data.skip_limit import most_in_a_row
 from megatron_dattn.data.task_encoder import VLMTaskEncoder
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.tokenizer import load_tokenizer, padding_id
 from megatron_dattn.data.workers import ResumableLoader, basic_loader, savable_loader
-from megatron_dattn.errors import CheckpointError, ConfigError
+from megatron_dattn.errors import CheckpointError, ConfigError, DataError
 from megatron_dattn.models.config import ModelConfig
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 def build_loader(
@@ -55,7 +53,7 @@ def build_loader(
 
     Raises:
         ConfigError: settings that do not fit each other.
-        DataError: a data set that is missing, not prepared, or too small for the workers.
+        DataError: a data set that is missing or not prepared.
     """
     if not datasets:
         raise ConfigError(f"data.{'train' if training else 'validation'} names no data set")
@@ -68,15 +66,12 @@ def build_loader(
         seed_offset=seed,
         global_error_handler=reraise_exception,
     )
-    if training:
-        _require_rows(opened, workers)
     encoder, pad_id = _row_encoder(config, model_config)
     task_encoder = VLMTaskEncoder(
         encoder, max_samples=micro_batch_size, pad_id=pad_id, keep_order=not training
     )
-    source = _PackSource(config, opened, workers, task_encoder, training)
-    policy = SkipPolicy(fail=config.bad_samples == "fail", max_fraction=config.max_skipped_fraction)
-    return VLMLoader(source, policy, _identity(config, source, micro_batch_size, seed))
+    source = _PackSource(config, opened, workers, task_encoder, seed, training)
+    return VLMLoader(source, _identity(config, source, micro_batch_size, seed))
 
 
 class VLMLoader:
@@ -86,9 +81,8 @@ class VLMLoader:
     first sample with every `iter()`.
     """
 
-    def __init__(self, source: "_PackSource", policy: SkipPolicy, identity: dict[str, Any]) -> None:
+    def __init__(self, source: "_PackSource", identity: dict[str, Any]) -> None:
         self._source = source
-        self._policy = policy
         self._identity = identity
         self._counters = LoaderCounters()
         self._training = source.training
@@ -129,18 +123,36 @@ class VLMLoader:
             raise RuntimeError("restore_state must be called before the loader is iterated")
         state = load_state(data)
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-            raise CheckpointError("the data loader's state was saved by another version")
+            raise CheckpointError(
+                "the data loader's state was saved by a version that ordered samples differently; "
+                "resume with that version, or start the stage anew from these weights with "
+                "checkpoint.load"
+            )
         _require_same(state["identity"], self._identity)
         self._counters = LoaderCounters(**state["counters"])
         loader.restore_state_rank(state["energon"])
 
     def _batches(self, loader: Any) -> Iterator[PackedBatch]:
         pack: LoadedPack
+        fail, in_a_row = self._source.config.bad_samples == "fail", 0
         for pack in loader:
             used = pack.batch.num_samples if pack.batch is not None else 0
-            self._policy.count(self._counters, used, pack.rejections)
+            count_pack(self._counters, used, pack.rejections, fail=fail)
             if pack.batch is not None:
+                in_a_row = 0
                 yield pack.batch
+            elif self._training:
+                in_a_row += len(pack.rejections)
+                self._require_end_of_search(in_a_row, pack.rejections[-1])
+
+    def _require_end_of_search(self, in_a_row: int, last: Rejection) -> None:
+        """Training data has no end at which a search for a usable sample would stop by itself."""
+        if in_a_row >= most_in_a_row(self._source.config.max_skipped_fraction):
+            raise DataError(
+                f"data-parallel rank {self._source.workers.rank} met {in_a_row} samples in a row "
+                f"that cannot be used, the last one {last.key} ({last.reason}): {last.message}; "
+                "tools/check_data.py lists what is wrong with a data set"
+            )
 
     def _require_training(self) -> ResumableLoader:
         if self._loader is None:
@@ -156,6 +168,7 @@ class _PackSource:
     datasets: list[PreparedDataset]
     workers: WorkerConfig
     task_encoder: VLMTaskEncoder
+    seed: int
     training: bool
 
     def savable_loader(self) -> ResumableLoader:
@@ -168,29 +181,13 @@ class _PackSource:
     def packing_buffer_size(self) -> int:
         return buffer_size(self.config.packing_buffer_size, self.task_encoder.max_samples)
 
-    def _chain(self) -> SavableDataset:
-        sources = [
-            LoadedDataset(
-                dataset=RowSource(dataset, training=self.training, worker_config=self.workers),
-                weight=dataset.weight,
-            )
-            for dataset in self.datasets
-        ]
-        if not self.training:
-            return self.task_encoder.build_val_datasets(
-                datasets=sources,
-                worker_config=self.workers,
-                batch_size=1,
-                packing_buffer_size=self.packing_buffer_size,
-            )
-        return self.task_encoder.build_train_datasets(
-            datasets=sources,
-            worker_config=self.workers,
-            batch_size=None,
-            packing_buffer_size=self.packing_buffer_size,
-            shuffle_buffer_size=self.config.shuffle_buffer_size,
-            blend_mode=DatasetBlendMode.DATASET_WEIGHT,
+    def _chain(self) -> PackingDataset:
+        rows = (
+            TrainingRows(self.datasets, self.workers, self.seed)
+            if self.training
+            else ValidationRows(self.datasets, self.workers)
         )
+        return self.task_encoder.build_chain(rows, packing_buffer_size=self.packing_buffer_size)
 
 
 def _row_encoder(config: DataConfig, model: ModelConfig) -> tuple[RowEncoder, int]:
@@ -219,17 +216,6 @@ def _row_encoder(config: DataConfig, model: ModelConfig) -> tuple[RowEncoder, in
     return encoder, padding_id(tokenizer)
 
 
-def _require_rows(datasets: Sequence[PreparedDataset], workers: WorkerConfig) -> None:
-    num_workers = workers.world_size * max(1, workers.num_workers)
-    largest = max(datasets, key=lambda dataset: dataset.num_samples)
-    if largest.num_samples < num_workers:
-        raise ConfigError(
-            f"the largest data set, '{largest.path}', has {largest.num_samples} samples for "
-            f"{num_workers} loader workers ({workers.world_size} data-parallel ranks with "
-            f"data.num_workers {workers.num_workers}); every worker needs one"
-        )
-
-
 def _identity(
     config: DataConfig, source: _PackSource, micro_batch_size: int, seed: int
 ) -> dict[str, Any]:
@@ -239,7 +225,6 @@ def _identity(
         "data-parallel size": source.workers.world_size,
         "data.num_workers": config.num_workers,
         "data.packing_buffer_size": source.packing_buffer_size,
-        "data.shuffle_buffer_size": config.shuffle_buffer_size,
         "data.visual_budget": config.visual_budget,
         "data.text_budget": config.text_budget,
         "data.template": config.template,

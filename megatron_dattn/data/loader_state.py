@@ -22,7 +22,6 @@ _STATE_CLASSES = {
     ),
     "megatron.energon.state": ("FlexState",),
     "megatron.energon.rng": ("SystemRngState",),
-    "megatron.energon.flavors.webdataset.sample_loader": ("SliceState",),
     "collections": ("OrderedDict",),
     __name__: ("_tensor_from_bytes", "_array_from_bytes"),
 }

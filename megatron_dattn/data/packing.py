@@ -2,7 +2,9 @@
 
 A pack is full when its visual rows, its text rows or its number of samples are used up. First fit
 keeps the samples' order as far as it can, so that a shuffled stream stays shuffled (sorting by size
-would fill slightly better and put all long samples together).
+would fill slightly better and put all long samples together). Where an epoch ends, the pack that its
+last samples began is filled up by the next epoch's first ones, and no earlier pack is: packs give
+out an epoch to its last sample before they give out another.
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,9 @@ class Sized(Protocol):
 
     @property
     def num_text_rows(self) -> int: ...
+
+    @property
+    def epoch(self) -> int: ...
 
 
 @dataclass
@@ -59,8 +64,11 @@ def pack_samples(
         ValueError: a sample does not fit an empty pack.
     """
     packs: list[_OpenPack] = []
+    num_closed = 0  # packs that hold samples of an earlier epoch, but for the newest
     for index, sample in enumerate(samples):
-        candidates = packs[-1:] if keep_order else packs
+        if keep_order or (index and sample.epoch != samples[index - 1].epoch):
+            num_closed = max(0, len(packs) - 1)
+        candidates = packs[num_closed:]
         pack = next((pack for pack in candidates if pack.takes(sample)), None)
         if pack is None:
             pack = _OpenPack(visual_budget, text_budget, max_samples)

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any, TypedDict
 
 import yaml
 
+from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.yaml_files import CONFIG_DIR, read_yaml
 
-_OFFSET = struct.Struct("Q")
 _SAMPLING = re.compile(r"(first|end|random):(\d+)(%?)")
 
 
@@ -87,7 +86,7 @@ def write_jsonl(rows: Iterable[Any], path: Path) -> int:
     Raises:
         DataError: one of the files exists already.
     """
-    index_path = Path(f"{path}.idx")
+    index_path = Path(f"{path}{INDEX_SUFFIX}")
     for existing in (path, index_path):
         if existing.exists():
             raise DataError(f"'{existing}' exists already; remove it or choose another folder")
@@ -96,10 +95,10 @@ def write_jsonl(rows: Iterable[Any], path: Path) -> int:
     try:
         with lines_part.open("wb") as lines, index_part.open("wb") as index:
             for row in rows:
-                index.write(_OFFSET.pack(lines.tell()))
+                index.write(OFFSET.pack(lines.tell()))
                 lines.write(json.dumps(row, ensure_ascii=True).encode() + b"\n")
                 count += 1
-            index.write(_OFFSET.pack(lines.tell()))
+            index.write(OFFSET.pack(lines.tell()))
         lines_part.rename(path)
         index_part.rename(index_path)
     finally:

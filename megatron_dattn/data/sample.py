@@ -29,6 +29,7 @@ class EncodedSample:
     image_offsets: tuple[int, ...]  # per image: text rows before it
     images: list[np.ndarray]  # uint8 [image_size, image_size, 3] each
     grid: tuple[int, int]  # patch rows, patch columns of every image
+    epoch: int  # in which the sample takes its turn, counted from 0
 
     @property
     def num_text_rows(self) -> int:

@@ -1,11 +1,10 @@
 """The task encoder: what Energon calls in its workers.
 
-    row --cook--> conversation --shuffle buffer--> --encode--> rows and pixels --pack--> LoadedPack
+    row --cook--> conversation --encode--> rows and pixels --pack--> LoadedPack
 
-Cooking does not touch the images, so that the shuffle buffer stays small and is quickly refilled
-when a run resumes. A sample that cannot be used becomes a RejectedSample and stays in the stream up
-to the trainer's process: nothing is lost without being counted, counts need no channel of their own
-and are as exact after a resume as the samples are.
+A sample that cannot be used becomes a RejectedSample and stays in the stream up to the trainer's
+process: nothing is lost without being counted, counts need no channel of their own and are as exact
+after a resume as the samples are.
 
 No step draws random numbers, so `@stateless` does without restoring seeds, which would save and
 set three random number generators per sample.
@@ -17,10 +16,13 @@ from typing import Any
 
 from megatron_dattn.data.conversation import Conversation, parse_row
 from megatron_dattn.data.encoder import RowEncoder
-from megatron_dattn.data.energon import Cooker, PackingDataset, TaskEncoder, cooker, stateless
+from megatron_dattn.data.energon import MapDataset, PackingDataset, TaskEncoder, stateless
 from megatron_dattn.data.packing import pack_samples
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
+from megatron_dattn.data.row_source import RowSource
 from megatron_dattn.data.sample import EncodedSample, LoadedPack, RejectedSample, build_batch
+
+MAX_KEY_LENGTH = 200  # longer keys than prepare_data's can be are replaced by the row's number
 
 
 @dataclass
@@ -31,23 +33,22 @@ class CookedSample:
     __restore_key__: tuple[Any, ...]
     conversation: Conversation
     image_root: str
+    epoch: int
 
 
 @stateless
-@cooker
 def cook_row(sample: dict[str, Any]) -> CookedSample | RejectedSample:
     """Parse and normalise one line of a LLaVA file."""
-    name, index = sample["__subflavors__"]["name"], int(sample["__key__"])
-    key = f"{name}-{index:09d}"
-    restore_key = sample["__restore_key__"]
+    key, restore_key = sample["__key__"], sample["__restore_key__"]
     try:
         row = _parse_json(sample["json"])
-        if isinstance(row, dict) and isinstance(row.get("key"), str):
-            key = row["key"]
+        own_key = row.get("key") if isinstance(row, dict) else None
+        if isinstance(own_key, str) and len(own_key) <= MAX_KEY_LENGTH:
+            key = own_key
         conversation = parse_row(row)
     except SampleError as error:
         return RejectedSample(key, restore_key, Rejection(key, error.reason, str(error)))
-    return CookedSample(key, restore_key, conversation, sample["__subflavors__"]["image_root"])
+    return CookedSample(key, restore_key, conversation, sample["image_root"], sample["epoch"])
 
 
 def _parse_json(line: bytes) -> Any:
@@ -59,9 +60,6 @@ def _parse_json(line: bytes) -> Any:
 
 class VLMTaskEncoder(TaskEncoder):
     """Encodes and packs; the settings are those of the run."""
-
-    cookers = (Cooker(cook_row),)
-    decoder = None
 
     def __init__(
         self, encoder: RowEncoder, *, max_samples: int, pad_id: int, keep_order: bool
@@ -90,6 +88,22 @@ class VLMTaskEncoder(TaskEncoder):
             image_offsets=row.image_offsets,
             images=row.images,
             grid=self.encoder.grid,
+            epoch=sample.epoch,
+        )
+
+    def build_chain(self, rows: RowSource, *, packing_buffer_size: int) -> PackingDataset:
+        """Everything from rows to packs, as data sets around each other."""
+        workers = rows.worker_config
+        cooked = MapDataset(rows, cook_row, stateless_map_fn=True, worker_config=workers)
+        encoded = self.build_encode_sample(cooked, worker_config=workers)
+        return CarryingPacking(
+            encoded,
+            buffer_size=packing_buffer_size,
+            pre_packer=self.select_samples_to_pack,
+            final_packer=self.pack_selected_samples,
+            final_packer_stateless=True,
+            sample_encoder_stateless=True,
+            worker_config=workers,
         )
 
     def select_samples_to_pack(
@@ -132,21 +146,6 @@ class VLMTaskEncoder(TaskEncoder):
             __restore_key__=(),
             batch=batch,
             rejections=tuple(s.rejection for s in samples if isinstance(s, RejectedSample)),
-        )
-
-    def build_batch(
-        self, dataset: Any, *, packing_buffer_size: int | None, worker_config: Any, **_: Any
-    ) -> PackingDataset:
-        """A pack is a micro-batch: no batching comes after packing."""
-        assert packing_buffer_size is not None
-        return CarryingPacking(
-            dataset,
-            buffer_size=packing_buffer_size,
-            pre_packer=self.select_samples_to_pack,
-            final_packer=self.pack_selected_samples,
-            final_packer_stateless=True,
-            sample_encoder_stateless=True,
-            worker_config=worker_config,
         )
 
 

@@ -68,8 +68,10 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
         validation=make_validation(config),
         ledger=agreed(lambda: make_ledger(config, state)),
     )
-    describe_start(run)
     try:
+        if run.validation is not None:
+            run.validation.require_packs()
+        describe_start(run)
         yield run
     finally:
         run.close()
@@ -131,6 +133,7 @@ def make_validation(config: PretrainConfig) -> Validation | None:
         lambda: agreed(lambda: make_loader(config, config.data.validation, training=False)),
         max_microbatches=config.training.eval_iters,
         num_rows=config.data.visual_budget + config.data.text_budget,
+        max_skipped_fraction=config.data.max_skipped_fraction,
     )
 
 

@@ -13,6 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from megatron_dattn.data.counters import LoaderCounters, as_counts, from_counts
+from megatron_dattn.data.skip_limit import check_share
 from megatron_dattn.models.flops import model_flops
 from megatron_dattn.training.losses import (
     LossSum,
@@ -61,7 +63,8 @@ def train_step(run: Run) -> StepReport:
     skipped steps too, so that step N always means the same rate and the same samples.
 
     Raises:
-        UserError: on all ranks, if the loader of any rank failed.
+        UserError: on all ranks, if the loader of any rank failed, or if all of them together met
+            too many samples that cannot be used.
     """
     started = time.perf_counter()
     state = run.state
@@ -83,6 +86,7 @@ def train_step(run: Run) -> StepReport:
     grad_norm, finite = measure_gradients(state.optimizer)
     consumed = run.stream.take()
     totals = _sum_over_replicas(run, sums, consumed, finite)
+    check_share(totals.rejected, totals.seen, run.config.data.max_skipped_fraction)
     if not totals.skip:
         update_weights(state.optimizer, grad_norm, run.config.optimizer.clip_grad)
     state.scheduler.step(increment=1)
@@ -113,8 +117,10 @@ class _Totals:
     visual_tokens: int
     flops: float
     wait_seconds: float
-    skipped_samples: int
-    """Since the stage began."""
+    seen: int
+    """Samples since the stage began, used and unusable ones."""
+    rejected: dict[str, int]
+    """The unusable ones of them by reason."""
     skip: bool
 
 
@@ -131,14 +137,15 @@ def _sum_over_replicas(run: Run, sums: LossSum, consumed: Consumed, finite: bool
         consumed.visual_tokens,
         _flops(run, sums, consumed),
         consumed.wait_seconds,
-        _skipped_samples(run),
+        *_loader_counts(run),
     ]
     if not speaks_for_its_replica():
         mine = [0.0] * len(mine)
     # Any rank may have met a non-finite gradient, so this flag is summed over all of them.
     totals = sum_over_world(*mine, 0.0 if finite else 1.0)
-    loss, num_tokens, samples, text, visual, flops, wait, rejected, bad = totals
+    loss, num_tokens, samples, text, visual, flops, wait, *counts, bad = totals
     mean = LossSum(loss, num_tokens).mean
+    seen, rejected = from_counts(counts)
     return _Totals(
         loss=mean,
         samples=int(samples),
@@ -146,7 +153,8 @@ def _sum_over_replicas(run: Run, sums: LossSum, consumed: Consumed, finite: bool
         visual_tokens=int(visual),
         flops=flops,
         wait_seconds=wait,
-        skipped_samples=int(rejected),
+        seen=seen,
+        rejected=rejected,
         skip=bad > 0 or not math.isfinite(mean),
     )
 
@@ -160,10 +168,10 @@ def _flops(run: Run, sums: LossSum, consumed: Consumed) -> float:
     ).total
 
 
-def _skipped_samples(run: Run) -> int:
-    """Samples that this rank's loader could not use; its counters survive a resume."""
+def _loader_counts(run: Run) -> list[float]:
+    """What became of this rank's samples; the loader's counters survive a resume."""
     loader = run.state.loader
-    return 0 if loader is None else loader.counters().num_skipped
+    return as_counts(LoaderCounters() if loader is None else loader.counters())
 
 
 def _account(run: Run, totals: _Totals, consumed: Consumed) -> None:
@@ -173,7 +181,7 @@ def _account(run: Run, totals: _Totals, consumed: Consumed) -> None:
     progress.consumed_packs += run.num_microbatches * parallel_state.get_data_parallel_world_size()
     progress.text_tokens += totals.text_tokens
     progress.visual_rows += totals.visual_tokens
-    progress.skipped_samples = totals.skipped_samples
+    progress.skipped_samples = sum(totals.rejected.values())
     progress.skipped_steps += totals.skip
     progress.skipped_steps_in_a_row = progress.skipped_steps_in_a_row + 1 if totals.skip else 0
     if run.ledger is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_dattn.attention import TokenLayout
 from megatron_dattn.data.sample import PackedBatch
@@ -78,15 +79,19 @@ class BatchStream(Iterator[PackedBatch]):
         all_ranks_agree(error)
 
     def load_at_most(self, num_packs: int) -> int:
-        """Fetch up to that many packs; how many every rank has. Collective over the world.
+        """Fetch up to that many packs; how many this data-parallel replica has.
+
+        Collective over the world.
 
         Raises:
             UserError: on all ranks, if the loader of any rank failed.
         """
         all_ranks_agree(self._fetch(num_packs))
+        # Ranks above tensor-parallel rank 0 do not load; those that do have the same packs.
         available = num_packs if self._loader is None else len(self._waiting)
         fewest = torch.tensor([available], device=self._device)
-        dist.all_reduce(fewest, dist.ReduceOp.MIN)
+        group = parallel_state.get_model_parallel_group()
+        dist.all_reduce(fewest, dist.ReduceOp.MIN, group=group)
         return int(fewest.item())
 
     def _fetch(self, num_packs: int) -> UserError | None:

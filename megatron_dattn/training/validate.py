@@ -1,38 +1,91 @@
 """The validation loss while training: measured aside, without a trace in the training state."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import torch
+from megatron.core import parallel_state
 from torch import nn
 
+from megatron_dattn.data.counters import LoaderCounters, as_counts, from_counts
 from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.data.skip_limit import check_share, describe
 from megatron_dattn.errors import DataError
-from megatron_dattn.runtime.distributed import get_device
-from megatron_dattn.training.losses import LossSum, run_micro_batches, sum_over_world
+from megatron_dattn.runtime.distributed import get_device, is_rank_0
+from megatron_dattn.training.losses import (
+    LossSum,
+    run_micro_batches,
+    speaks_for_its_replica,
+    sum_over_world,
+)
 from megatron_dattn.training.random_states import untouched_random_states
 from megatron_dattn.training.stream import BatchStream
 
+logger = logging.getLogger(__name__)
+
+
+class CountingLoader(Iterable[PackedBatch], Protocol):
+    """Packs, and what became of the samples so far."""
+
+    def counters(self) -> LoaderCounters: ...
+
 
 class Validation:
-    """Loss per labelled token over the first packs of the validation data, each time the same."""
+    """Loss per labelled token over the first packs of the validation data, each time the same.
+
+    Every data-parallel replica evaluates the packs that it has, be it none: a small validation set
+    is evaluated by some of them, and no sample is left out so that all have equally many.
+    """
 
     def __init__(
         self,
-        make_loader: Callable[[], Iterable[PackedBatch] | None],
+        make_loader: Callable[[], CountingLoader | None],
         *,
         max_microbatches: int,
         num_rows: int,
+        max_skipped_fraction: float,
     ) -> None:
         """
         Args:
             make_loader: a fresh loader from the data's beginning; None on ranks that do not load.
             max_microbatches: packs per data-parallel rank at most; fewer if the data has no more.
             num_rows: rows of one pack.
+            max_skipped_fraction: of the validation samples.
         """
         self._make_loader = make_loader
         self._max_microbatches = max_microbatches
         self._num_rows = num_rows
+        self._max_skipped_fraction = max_skipped_fraction
+
+    def require_packs(self) -> None:
+        """Look whether there is anything to evaluate, and say so if some replicas have nothing.
+
+        Collective over the world; to be called before the first step.
+
+        Raises:
+            UserError: on all ranks, if the validation data cannot be read or holds no usable sample.
+        """
+        with untouched_random_states():
+            loader = self._make_loader()
+            stream = BatchStream(loader, get_device(), "validation")
+            num_packs = stream.load_at_most(1)
+        having, *counts = _sum_over_replicas(float(num_packs), *as_counts(_counters(loader)))
+        if not having:
+            seen, skipped = from_counts(counts)
+            raise DataError(
+                f"none of the {seen} validation samples can be used ({describe(skipped)}); mend "
+                "data.validation, or set training.eval_interval to 0"
+            )
+        replicas = parallel_state.get_data_parallel_world_size()
+        if having < replicas and is_rank_0():
+            logger.info(
+                "the validation data has samples for %d of %d data-parallel ranks, which evaluate "
+                "it alone",
+                int(having),
+                replicas,
+            )
 
     def loss(self, model_chunks: list[nn.Module]) -> float:
         """Loss per labelled token over all ranks, the same number on every rank.
@@ -40,24 +93,38 @@ class Validation:
         Collective over the world.
 
         Raises:
-            UserError: on all ranks, if the validation data cannot be read or has no label.
+            UserError: on all ranks, if the validation data cannot be read, if too much of it cannot
+                be used, or if it has no label.
         """
         with untouched_random_states(), _evaluation_mode(model_chunks), torch.no_grad():
-            stream = BatchStream(self._make_loader(), get_device(), "validation")
+            loader = self._make_loader()
+            stream = BatchStream(loader, get_device(), "validation")
             num_microbatches = stream.load_at_most(self._max_microbatches)
-            if num_microbatches == 0:
-                raise DataError("the validation data has no pack for some data-parallel rank")
-            sums = run_micro_batches(
-                model_chunks,
-                stream,
-                num_microbatches=num_microbatches,
-                num_rows=self._num_rows,
-                forward_only=True,
-            )
-        total = LossSum(*sum_over_world(sums.loss, sums.num_tokens))
-        if total.num_tokens == 0:
+            sums = LossSum(0.0, 0.0)
+            if num_microbatches:  # megatron-core's schedules begin with a first micro-batch
+                sums = run_micro_batches(
+                    model_chunks,
+                    stream,
+                    num_microbatches=num_microbatches,
+                    num_rows=self._num_rows,
+                    forward_only=True,
+                )
+        loss, num_tokens, *counts = _sum_over_replicas(
+            sums.loss, sums.num_tokens, *as_counts(_counters(loader))
+        )
+        seen, skipped = from_counts(counts)
+        check_share(skipped, seen, self._max_skipped_fraction)
+        if num_tokens == 0:
             raise DataError("the validation packs hold no labelled token; give other samples")
-        return total.mean
+        return LossSum(loss, num_tokens).mean
+
+
+def _counters(loader: CountingLoader | None) -> LoaderCounters:
+    return LoaderCounters() if loader is None else loader.counters()
+
+
+def _sum_over_replicas(*values: float) -> list[float]:
+    return sum_over_world(*(values if speaks_for_its_replica() else [0.0] * len(values)))
 
 
 @contextlib.contextmanager

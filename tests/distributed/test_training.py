@@ -274,7 +274,9 @@ def _with_and_without_validation() -> tuple:
             lambda loads=loads: PackLoader(_packs(3)) if loads else None,
             max_microbatches=5,
             num_rows=run.num_rows,
+            max_skipped_fraction=0.1,
         )
+        validation.require_packs()
         for _ in range(3):
             train_step(run)
             if validates:

@@ -183,7 +183,6 @@ def write_recipe(folder: Path) -> None:
             "train": [{"path": train.path}],
             "visual_budget": 16,
             "text_budget": 256,
-            "shuffle_buffer_size": 10,
             "num_workers": 1,  # a process that is signalled too and must not die of it
         },
         "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},

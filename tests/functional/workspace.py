@@ -70,7 +70,6 @@ def make_workspace(folder: Path, **training: Any) -> Workspace:
             "visual_budget": 16,
             "text_budget": 160,
             "packing_buffer_size": 8,
-            "shuffle_buffer_size": 10,
             "num_workers": 0,
         },
         "optimizer": {

@@ -120,7 +120,6 @@ def data_config(processor: Path, **changes: Any) -> DataConfig:
         "visual_budget": 16,
         "text_budget": 256,
         "packing_buffer_size": 8,
-        "shuffle_buffer_size": 10,
         "num_workers": 0,
     }
     return DataConfig(**{**settings, **changes})

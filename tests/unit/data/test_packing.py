@@ -15,6 +15,7 @@ BUDGET = 10
 class Rows:
     num_visual_rows: int
     num_text_rows: int
+    epoch: int = 0
 
 
 samples = st.lists(
@@ -75,6 +76,22 @@ def test_no_two_packs_could_be_one(rows: list[Rows]) -> None:
 def test_a_small_sample_fills_an_earlier_pack() -> None:
     assert pack([Rows(6, 1), Rows(6, 1), Rows(4, 1)]) == [[0, 2], [1]]
     assert pack([Rows(6, 1), Rows(6, 1), Rows(4, 1)], keep_order=True) == [[0], [1, 2]]
+
+
+@settings(deadline=None)
+@given(samples, st.integers(0, 30))
+def test_an_epoch_is_given_out_before_the_next(rows: list[Rows], end: int) -> None:
+    """Read one after the other; the pack at the boundary may hold both."""
+    rows = [Rows(r.num_visual_rows, r.num_text_rows, int(i >= end)) for i, r in enumerate(rows)]
+    packs = pack(rows)
+    assert sorted(index for members in packs for index in members) == list(range(len(rows)))
+    epochs = [rows[index].epoch for members in packs for index in members]
+    assert epochs == sorted(epochs)
+
+
+def test_the_next_epoch_fills_up_the_last_pack() -> None:
+    rows = [Rows(6, 1), Rows(6, 1), Rows(4, 1, epoch=1), Rows(4, 1, epoch=1)]
+    assert pack(rows) == [[0], [1, 2], [3]]
 
 
 def test_a_sample_beyond_the_budgets_is_our_mistake() -> None:

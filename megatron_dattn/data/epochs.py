@@ -1,0 +1,91 @@
+"""Which record comes when: a mixture of files as one endless shuffled sequence, epoch after epoch.
+
+An epoch shows every record of a file `weight` times: once where no weight is given, so that a
+file's share of the training is its records over all. All data-parallel ranks and loader workers
+walk through the same sequence, each taking every n-th position, so that together they show every
+record of an epoch once, and so that files in which similar records stand together are dealt evenly.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_dattn.data.permutation import shuffled
+
+
+def records_per_epoch(num_records: int, weight: float) -> int:
+    """How many records of a file an epoch shows: at least one."""
+    return max(1, round(weight * num_records))
+
+
+@dataclass(frozen=True)
+class Records:
+    """Records that follow each other in a stream, as arrays of the same length."""
+
+    positions: np.ndarray  # int64: where in the endless sequence
+    files: np.ndarray  # int64: which file
+    rows: np.ndarray  # int64: which row of it
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The endless sequence. Positions count from 0 over all epochs."""
+
+    sizes: tuple[int, ...]
+    """Records of each file."""
+    quotas: tuple[int, ...]
+    """Records of each file in an epoch."""
+    seed: int
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], weights: Sequence[float], seed: int) -> "EpochOrder":
+        quotas = [records_per_epoch(*file) for file in zip(sizes, weights, strict=True)]
+        return cls(tuple(sizes), tuple(quotas), seed)
+
+    @property
+    def length(self) -> int:
+        """Records of an epoch."""
+        return sum(self.quotas)
+
+    def epoch(self, position: int) -> int:
+        return position // self.length
+
+    def records(self, first: int, step: int, count: int) -> Records:
+        """Up to `count` records at first, first + step, ..., as far as they are of one epoch.
+
+        At least one is returned.
+        """
+        epoch = self.epoch(first)
+        end = min((epoch + 1) * self.length, first + step * count)
+        positions = np.arange(first, end, step, dtype=np.int64)
+        drawn = shuffled(positions - epoch * self.length, self.length, self._key("epoch", epoch))
+        ends = np.cumsum(self.quotas)
+        files = np.searchsorted(ends, drawn, side="right")
+        rows = np.empty_like(drawn)
+        for file in np.unique(files):
+            chosen = files == file
+            start = int(ends[file]) - self.quotas[file]
+            rows[chosen] = self._rows(int(file), epoch, drawn[chosen] - start)
+        return Records(positions, files, rows)
+
+    def _rows(self, file: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Rows at some places of a file's quota in an epoch.
+
+        Epoch after epoch a file goes through shuffled passes over its rows. A quota need not be
+        whole passes: the next epoch goes on where this one ended, so that with weight 0.5 two
+        epochs show every record once.
+        """
+        size = self.sizes[file]
+        passes, rows = np.divmod(epoch * self.quotas[file] + places, size)
+        if self.quotas[file] == size:
+            return rows  # one pass per epoch, and the epoch itself is shuffled
+        for number in np.unique(passes):
+            chosen = passes == number
+            rows[chosen] = shuffled(rows[chosen], size, self._key(f"file {file}", int(number)))
+        return rows
+
+    def _key(self, what: str, number: int) -> int:
+        text = f"seed {self.seed}, {what}, {number}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

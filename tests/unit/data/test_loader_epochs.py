@@ -1,0 +1,82 @@
+"""What a loader shows in an epoch: every record once, over all ranks and workers, whatever packs."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_dattn.data.config import DatasetConfig
+from megatron_dattn.data.loader import VLMLoader
+from tests.unit.data.builders import data_config, make_dataset, make_loader, make_rows
+
+NUM_EPOCHS = 3
+
+
+def streams(loader: VLMLoader, num_workers: int, count: int) -> list[list[str]]:
+    """The first `count` or more samples of each worker, which take turns with their packs."""
+    shown: list[list[str]] = [[] for _ in range(max(1, num_workers))]
+    for number, batch in enumerate(loader):
+        shown[number % len(shown)] += batch.sample_keys
+        if min(map(len, shown)) >= count:
+            return shown
+    raise AssertionError("training data has no end")
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_workers", "num_ranks"), [(4, 0, 1), (61, 0, 1), (61, 2, 2), (4, 2, 3)]
+)
+def test_every_epoch_is_whole(
+    processor: Path, tmp_path: Path, num_rows: int, num_workers: int, num_ranks: int
+) -> None:
+    """Of each stream, the samples up to an epoch's end come before those of the next epoch."""
+    dataset = make_dataset(tmp_path, make_rows(tmp_path, num_rows))
+    config = data_config(processor, num_workers=num_workers)
+    num_streams = num_ranks * max(1, num_workers)
+    all_streams: list[list[str]] = []
+    for rank in range(num_ranks):
+        loader = make_loader(
+            config, [dataset], data_parallel_rank=rank, data_parallel_size=num_ranks
+        )
+        count = -(-NUM_EPOCHS * num_rows // num_streams)
+        all_streams += streams(loader, num_workers, count)
+    orders = []
+    for epoch in range(NUM_EPOCHS):
+        shown: list[str] = []
+        for number, keys in enumerate(all_streams):
+            start, stop = (
+                len(range(number, e * num_rows, num_streams)) for e in (epoch, epoch + 1)
+            )
+            shown += keys[start:stop]
+        assert sorted(shown) == [f"set-{row:09d}" for row in range(num_rows)]
+        orders.append(tuple(shown))
+    assert len(set(orders)) > 1
+
+
+def test_files_are_shown_by_their_records_and_weights(processor: Path, tmp_path: Path) -> None:
+    big = make_dataset(tmp_path, make_rows(tmp_path, 40), name="big")
+    small = make_dataset(tmp_path, make_rows(tmp_path, 4), name="small")
+    for weight, shown in ((1.0, 4), (2.5, 10), (0.5, 2)):
+        datasets = [big, DatasetConfig(small.path, weight=weight)]
+        loader = make_loader(data_config(processor), datasets)
+        (keys,) = streams(loader, 0, 2 * (40 + shown))
+        for epoch in (0, 1):
+            counts = Counter(keys[epoch * (40 + shown) : (epoch + 1) * (40 + shown)])
+            by_file = Counter(key.split("-")[0] for key in counts.elements())
+            assert by_file == {"big": 40, "small": shown}
+            assert {n for key, n in counts.items() if key.startswith("big")} == {1}
+
+
+def test_a_state_in_the_middle_of_an_epoch_goes_on_with_its_rest(
+    processor: Path, tmp_path: Path
+) -> None:
+    dataset = make_dataset(tmp_path, make_rows(tmp_path, 30))
+    loader = make_loader(data_config(processor), [dataset])
+    shown: list[str] = []
+    for _ in range(12):  # packs of about four: one and a half epochs
+        shown += next(iter(loader)).sample_keys
+        state = loader.save_state()
+        loader = make_loader(data_config(processor), [dataset])
+        loader.restore_state(state)
+    assert 30 < len(shown) < 60
+    assert len(set(shown[:30])) == 30
+    assert len(set(shown[30:])) == len(shown) - 30

@@ -1,0 +1,63 @@
+"""When unusable samples stop a run: seldom by chance, soon in earnest, and always in the end."""
+
+import random
+
+import pytest
+
+from megatron_dattn.data.skip_limit import check_share, exceeds, most_in_a_row
+from megatron_dattn.errors import DataError
+
+LIMIT = 0.1
+
+
+def first_stop(num_bad_of: tuple[int, int], limit: float = LIMIT) -> int:
+    """Samples after which a run stops if the bad ones are spread evenly."""
+    bad, total = num_bad_of
+    return next(seen for seen in range(1, 20_000) if exceeds(seen * bad // total, seen, limit))
+
+
+def test_small_cases_are_decided_like_this() -> None:
+    assert first_stop((1, 1)) == 7
+    assert first_stop((1, 2)) == 32
+    assert 350 < first_stop((1, 5)) < 450
+    assert 5000 < first_stop((1, 8)) < 6500
+    assert first_stop((1, 1), 0.5) == 24
+
+
+@pytest.mark.parametrize("seen", [1, 10, 100, 10_000, 10**9])
+def test_the_limit_itself_is_allowed(seen: int) -> None:
+    assert not exceeds(seen // 10, seen, LIMIT)
+    assert not exceeds(seen, seen, 1.0)
+    assert not exceeds(0, seen, 0.0)
+    assert exceeds(1, seen, 0.0)
+
+
+def test_a_share_at_the_limit_does_not_stop_by_chance() -> None:
+    """Judged after every sample of 50 runs; a plain comparison would stop nearly all."""
+    draw = random.Random(1)
+    compared = stopped = 0
+    for _ in range(50):
+        bad, above = 0, False
+        for seen in range(1, 4001):
+            bad += draw.random() < LIMIT
+            above |= bad > LIMIT * seen
+            stopped += exceeds(bad, seen, LIMIT)
+        compared += above
+    assert compared > 40
+    assert stopped == 0
+
+
+def test_ranks_that_give_up() -> None:
+    """A rank whose data are as bad as the limit allows meets that many in a row by 1e-12."""
+    for limit in (0.0, 0.1, 0.75):
+        assert most_in_a_row(limit) == 100
+    assert 0.9 ** most_in_a_row(0.9) < 1e-12 < 0.9 ** (most_in_a_row(0.9) - 2)
+    assert most_in_a_row(0.9999) == most_in_a_row(1.0) == 10_000
+
+
+def test_the_message_has_the_whole_count() -> None:
+    skipped = {"bad_row": 0, "odd_roles": 3, "missing_image": 40}
+    check_share(skipped, 430, LIMIT)  # exactly the limit
+    check_share(skipped, 300, LIMIT)  # a little more, which may be chance
+    with pytest.raises(DataError, match=r"^43 of 100 .*\(missing_image 40, odd_roles 3\).* 0\.1 "):
+        check_share(skipped, 100, LIMIT)
