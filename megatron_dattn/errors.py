@@ -6,10 +6,37 @@ remedy.
 """
 
 EXIT_USER_ERROR = 2
+MAX_MESSAGE = 600  # characters
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text of at most `limit` characters: its beginning and end, and how long it was.
+
+    What users name (paths, roles, ids) can be anything, a picture spelled out in letters too.
+    """
+    if len(text) <= limit:
+        return text
+    cut = f" ...({len(text)} characters)... "
+    ends = limit - len(cut)
+    head = ends - ends // 3
+    return text[:head] + cut + text[len(text) - (ends - head) :]
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """A value in quotes as Python writes it, so that no control character gets through."""
+    if isinstance(value, str):  # before it is written out: repr of a long text is longer still
+        value = shortened(value, limit)
+    return shortened(repr(value), limit + 2)
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong: a flag, a file, a machine too small."""
+    """Something outside the program is wrong: a flag, a file, a machine too small.
+
+    The message is cut in its middle if it is longer than a person reads.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message, MAX_MESSAGE))
 
 
 class ConfigError(UserError):

@@ -3,12 +3,17 @@
 The rules are LLaVA's: a leading answer is dropped, roles alternate, and a turn's single `<image>`
 is moved to its front on a line of its own. Several placeholders in one turn stay where they are
 (LLaVA-NeXT), because their places carry meaning. The text is otherwise the writer's.
+
+A system message comes as a first turn from `system`, or for all turns in the row's `system`
+(ShareGPT's two ways; the turn goes before the key). An empty one is none, and so is an `image` or
+`video` that is there but empty.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.errors import quoted
 
 IMAGE_TOKEN = "<image>"
 
@@ -30,11 +35,14 @@ class Conversation:
 
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
+    system: str | None = None
+    """What the assistant is told before the first question."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation as chat templates expect it."""
-        return [{"role": turn.role, "content": turn.text} for turn in self.turns]
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return system + [{"role": turn.role, "content": turn.text} for turn in self.turns]
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -43,7 +51,8 @@ class Conversation:
     def without_last_exchange(self) -> "Conversation":
         """The conversation up to the previous answer, with the images it still speaks of."""
         turns = self.turns[:-2]
-        return Conversation(turns, self.images[: sum(turn.num_images for turn in turns)])
+        images = self.images[: sum(turn.num_images for turn in turns)]
+        return replace(self, turns=turns, images=images)
 
 
 def parse_row(row: Any) -> Conversation:
@@ -54,40 +63,65 @@ def parse_row(row: Any) -> Conversation:
     """
     if not isinstance(row, dict):
         raise SampleError(Reason.BAD_ROW, f"a row must be an object, got {type(row).__name__}")
-    images = _images(row)
-    turns = tuple(_turn(role, text) for role, text in _utterances(row))
+    images = image_paths(row)
+    system, entries = _system(row)
+    turns = tuple(_turn(role, text) for role, text in _utterances(entries))
     placeholders = sum(turn.num_images for turn in turns)
     if placeholders != len(images):
         raise SampleError(
             Reason.IMAGE_COUNT,
             f"{placeholders} {IMAGE_TOKEN} placeholders for {len(images)} images",
         )
-    return Conversation(turns, images)
+    return Conversation(turns, images, system)
 
 
-def _images(row: dict[str, Any]) -> tuple[str, ...]:
-    if row.get("video") is not None:
+def image_paths(row: dict[str, Any]) -> tuple[str, ...]:
+    """The images that a row names, as it names them.
+
+    Raises:
+        SampleError: it has a video, or something that is no path.
+    """
+    if _named(row, "video"):
         raise SampleError(Reason.BAD_ROW, "the row has a video; only images are supported")
-    image = row.get("image")
-    if image is None:
-        return ()
-    paths = image if isinstance(image, list) else [image]
+    paths = _named(row, "image")
     for path in paths:
-        if not isinstance(path, str) or not path:
-            raise SampleError(Reason.BAD_ROW, f"'image' must name files, got {path!r:.80}")
+        if not isinstance(path, str):
+            raise SampleError(Reason.BAD_ROW, f"'image' must name files, got {quoted(path)}")
     return tuple(paths)
 
 
-def _utterances(row: dict[str, Any]) -> list[tuple[Literal["user", "assistant"], str]]:
-    """Roles and texts, checked: they alternate, start with a question and end with an answer."""
+def _named(row: dict[str, Any], key: str) -> list[Any]:
+    """What a key names, one thing or a list of them; data sets write "nothing" in many ways."""
+    value = row.get(key)
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if v is not None and not (isinstance(v, str) and not v.strip())]
+
+
+def _system(row: dict[str, Any]) -> tuple[str | None, list[Any]]:
+    """The system message, and the turns without it."""
     entries = row.get("conversations")
     if not isinstance(entries, list) or not entries:
         raise SampleError(Reason.BAD_ROW, "'conversations' must be a list of turns")
+    text = row.get("system")
+    if isinstance(entries[0], dict) and entries[0].get("from") == "system":
+        text, entries = _text(entries[0]), entries[1:]
+    if text is not None and not isinstance(text, str):
+        raise SampleError(Reason.BAD_ROW, f"'system' must be a text, got {quoted(text)}")
+    if text is None or not text.strip():
+        return None, entries
+    _require_unicode(text)
+    if IMAGE_TOKEN in text:
+        raise SampleError(Reason.CONTROL_TOKEN, f"the system message contains {IMAGE_TOKEN}")
+    return text, entries
+
+
+def _utterances(entries: list[Any]) -> list[tuple[Literal["user", "assistant"], str]]:
+    """Roles and texts, checked: they alternate, start with a question and end with an answer."""
     utterances = [_utterance(entry) for entry in entries]
-    if utterances[0][0] == "assistant":
+    if utterances and utterances[0][0] == "assistant":
         utterances = utterances[1:]
     if all(role == "user" for role, _ in utterances):
-        raise SampleError(Reason.NO_ANSWER, "the conversation has a question but no answer")
+        raise SampleError(Reason.NO_ANSWER, "the conversation has no answer to a question")
     for index, (role, _) in enumerate(utterances):
         if role != ("user", "assistant")[index % 2]:
             raise SampleError(Reason.ODD_ROLES, f"two {role} turns follow each other")
@@ -97,16 +131,31 @@ def _utterances(row: dict[str, Any]) -> list[tuple[Literal["user", "assistant"],
 
 
 def _utterance(entry: Any) -> tuple[Literal["user", "assistant"], str]:
+    text = _text(entry)
+    role = entry.get("from")
+    if role == "system":
+        raise SampleError(Reason.ODD_ROLES, "a system message stands behind the first turn")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise SampleError(
+            Reason.ODD_ROLES, f"unknown role {quoted(role)}; LLaVA has human, gpt and system"
+        )
+    _require_unicode(text)
+    return _ROLES[role], text
+
+
+def _text(entry: Any) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get("value"), str):
         raise SampleError(Reason.BAD_ROW, "a turn must be an object with 'from' and a text 'value'")
-    role = entry.get("from")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise SampleError(Reason.ODD_ROLES, f"unknown role {role!r:.80}; LLaVA has human and gpt")
+    return entry["value"]
+
+
+def _require_unicode(text: str) -> None:
     try:
-        entry["value"].encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise SampleError(Reason.BAD_ROW, f"the text is not valid Unicode: {error}") from error
-    return _ROLES[role], entry["value"]
+        raise SampleError(
+            Reason.BAD_ROW, f"a text holds half a character at place {error.start}"
+        ) from error
 
 
 def _turn(role: Literal["user", "assistant"], text: str) -> Turn:

@@ -1,53 +1,98 @@
 """Opening images that nobody has checked, and preparing them for SigLIP or CLIP.
 
-Image files are untrusted input: formats are limited to JPEG, PNG and WEBP (others can start
+Image files are untrusted input: formats are limited to JPEG, PNG, WEBP and GIF (others can start
 external programs), sizes are read from the header and refused before anything is decoded, and
-truncated files are errors. Pixels are what Hugging Face's SigLIP and CLIP processors make of them,
-computed with Pillow alone.
+truncated files are errors. Damaged notes beside sound pixels are not. Pixels are what Hugging
+Face's SigLIP and CLIP processors make of them, computed with Pillow alone.
 """
 
 import io
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
+from megatron_dattn.data.image_metadata import without_metadata
 from megatron_dattn.data.image_settings import ImageFit, read_image_settings
 from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.errors import quoted
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_SIDE = 16_384
 MAX_FILE_BYTES = 256 * 1024 * 1024
+_ADDRESS = re.compile(r"(data|https?|ftp|file|s3|gs|hdfs):", re.IGNORECASE)
+_ORIENTATION = 0x0112  # EXIF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def locate_image(root: str, path: str) -> str:
+    """Where an image below `root` is, whether it is there or not.
+
+    The path may be absolute, but may not leave the root; links that the owner put below it are
+    followed.
+
+    Raises:
+        SampleError: the path is outside the root, or is no path.
+    """
+    if _ADDRESS.match(path):
+        kind = "a data URI" if path[:5].lower() == "data:" else "an address"
+        raise SampleError(Reason.BAD_ROW, f"image {quoted(path)} is {kind}; only files are read")
+    root = os.path.abspath(root)
+    place = os.path.normpath(os.path.join(root, path))
+    if "\0" in path or not _is_below(place, root):
+        raise SampleError(
+            Reason.MISSING_IMAGE, f"image path {quoted(path)} leaves its image root {quoted(root)}"
+        )
+    return place
+
+
+def _is_below(place: str, root: str) -> bool:
+    """By name; or else by what the names stand for, as one of them may go through a link."""
+    for name in (str, os.path.realpath):
+        folder = name(root)
+        if name(place).startswith(folder if folder.endswith(os.sep) else folder + os.sep):
+            return True
+    return False
 
 
 def read_image_file(root: str, path: str) -> bytes:
     """The bytes of an image below `root`.
 
-    The path may not leave the root; links that the owner put below it are followed.
-
     Raises:
         SampleError: the file is missing, outside the root, too large, or not a regular file.
     """
-    relative = os.path.normpath(path)
-    if os.path.isabs(relative) or relative.split(os.sep, 1)[0] == os.pardir or "\0" in path:
-        raise SampleError(Reason.MISSING_IMAGE, f"image path {path!r} leaves its image root")
+    place = locate_image(root, path)
     try:
         # Without O_NONBLOCK, a named pipe would be waited for.
-        descriptor = os.open(os.path.join(root, relative), os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise SampleError(Reason.MISSING_IMAGE, f"image {path!r} is not a regular file")
+                raise SampleError(
+                    Reason.MISSING_IMAGE, f"image {quoted(path)} is not a regular file"
+                )
             if status.st_size > MAX_FILE_BYTES:
-                raise SampleError(Reason.BROKEN_IMAGE, f"image {path!r} has {status.st_size} bytes")
+                raise SampleError(
+                    Reason.BROKEN_IMAGE, f"image {quoted(path)} has {status.st_size} bytes"
+                )
             return file.read()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: characters that no file name has
+        why = error.strerror if isinstance(error, OSError) else str(error)
         raise SampleError(
-            Reason.MISSING_IMAGE, f"image {path!r} below {root!r}: {error.strerror}"
+            Reason.MISSING_IMAGE, f"image {quoted(path)} below {quoted(root)}: {why}"
         ) from error
 
 
@@ -63,10 +108,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     # A process-wide switch that some libraries turn on; half an image is not a sample.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image.size, max_pixels)
-        ImageOps.exif_transpose(image, in_place=True)
-        return _as_rgb(image)
+        return _decode(data, max_pixels)
     except SampleError:
         raise
     except Image.DecompressionBombError as error:
@@ -81,6 +123,35 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         raise SampleError(
             Reason.BROKEN_IMAGE, f"the image is damaged: {type(error).__name__}: {error}"
         ) from error
+
+
+def _decode(data: bytes, max_pixels: int) -> Image.Image:
+    """Decode, and if that fails decode what is left without metadata."""
+    try:
+        return _decode_as_is(data, max_pixels)
+    except (SampleError, Image.DecompressionBombError):
+        raise
+    except Exception:
+        pixels = without_metadata(data)
+        if pixels is None or len(pixels) == len(data):
+            raise
+        return _decode_as_is(pixels, max_pixels)
+
+
+def _decode_as_is(data: bytes, max_pixels: int) -> Image.Image:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(image.size, max_pixels)
+    return _as_rgb(_upright(image))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says, where it says something that can be understood."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # whatever the parser runs into: a note about the image, not the image
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

@@ -2,9 +2,9 @@
 
 A pack is full when its visual rows, its text rows or its number of samples are used up. First fit
 keeps the samples' order as far as it can, so that a shuffled stream stays shuffled (sorting by size
-would fill slightly better and put all long samples together). Where an epoch ends, the pack that its
-last samples began is filled up by the next epoch's first ones, and no earlier pack is: packs give
-out an epoch to its last sample before they give out another.
+would fill slightly better and put all long samples together). Where an epoch ends, the pack that
+its last samples began is filled up by the next epoch's first ones, and no earlier pack is: packs
+give out an epoch to its last sample before they give out another.
 """
 
 from collections.abc import Sequence

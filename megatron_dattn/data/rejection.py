@@ -8,7 +8,9 @@ what `tools/check_data.py` tabulates.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_dattn.errors import DataError
+from megatron_dattn.errors import DataError, shortened
+
+MAX_MESSAGE = 300  # characters: a rejection is one line of a log or of a table
 
 
 class Reason(StrEnum):
@@ -28,10 +30,10 @@ class Reason(StrEnum):
 
 
 class SampleError(DataError):
-    """One sample that cannot be used, and why."""
+    """One sample that cannot be used, and why: in one line, whatever the sample holds."""
 
     def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
+        super().__init__(shortened(" ".join(message.split()), MAX_MESSAGE))
         self.reason = reason
 
 

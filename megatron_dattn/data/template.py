@@ -6,7 +6,7 @@ cannot disagree, whatever the tokenizer does with white space.
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ from megatron_dattn.data.tokenizer import special_token_ids, token_id
 _render_lock = threading.Lock()
 
 Span = tuple[int, int]  # characters start .. end-1
-Shape = tuple[tuple[str, int], ...]  # role and number of images of each turn
+Shape = tuple[bool, tuple[tuple[str, int], ...]]  # system message? role and images of each turn
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ class ConversationTokenizer:
             SampleError: as for a whole conversation.
         """
         if self.template == "plain":  # it has no question to end with: stop where captions begin
-            conversation = Conversation(
-                (*conversation.turns, Turn("assistant", "")), conversation.images
-            )
+            conversation = replace(conversation, turns=(*conversation.turns, Turn("assistant", "")))
         ids, supervised = self._checked(conversation)
         if self.template == "plain":
             ids = ids[: supervised.index(True)]
@@ -116,13 +114,15 @@ class ConversationTokenizer:
 
     def _expected_controls(self, conversation: Conversation) -> list[int]:
         """The control tokens of a harmless conversation with the same turns and images."""
-        shape = tuple((turn.role, turn.num_images) for turn in conversation.turns)
+        roles = tuple((turn.role, turn.num_images) for turn in conversation.turns)
+        shape = (conversation.system is not None, roles)
         if shape not in self._expected:
             turns = tuple(
                 Turn(turn.role, f"{IMAGE_TOKEN * turn.num_images}x", turn.num_images)
                 for turn in conversation.turns
             )
-            ids, _, _ = self._tokenise(Conversation(turns, conversation.images))
+            system = None if conversation.system is None else "x"
+            ids, _, _ = self._tokenise(Conversation(turns, conversation.images, system))
             self._expected[shape] = self._controls(ids)
         return self._expected[shape]
 

@@ -65,7 +65,7 @@ class Validation:
         Collective over the world; to be called before the first step.
 
         Raises:
-            UserError: on all ranks, if the validation data cannot be read or holds no usable sample.
+            UserError: on all ranks, if the validation data cannot be read or has no usable sample.
         """
         with untouched_random_states():
             loader = self._make_loader()

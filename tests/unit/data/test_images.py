@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from transformers import AutoImageProcessor
 
+from megatron_dattn.data.image_metadata import without_metadata
 from megatron_dattn.data.images import (
     FORMATS,
     MAX_SIDE,
@@ -50,17 +51,14 @@ def assert_refused(data: bytes, text: str, max_pixels: int = MAX_PIXELS) -> None
     assert caught.value.reason == Reason.BROKEN_IMAGE
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Of a PNG."""
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds a few bytes of data."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + kind
-            + content
-            + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IDAT", zlib.compress(bytes(64)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body + chunk(b"IEND", b"")
@@ -71,9 +69,9 @@ def test_allowed_formats_open(format: str) -> None:
     assert decode(encoded(noise(), format)).size == (13, 9)
 
 
-@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "PPM", "ICO", "EPS"])
+@pytest.mark.parametrize("format", ["BMP", "TIFF", "PPM", "ICO", "EPS"])
 def test_other_formats_are_refused_whatever_their_name(format: str) -> None:
-    assert_refused(encoded(noise(16, 16), format), "JPEG, PNG, WEBP")
+    assert_refused(encoded(noise(16, 16), format), "JPEG, PNG, WEBP, GIF")
 
 
 def test_sizes_are_refused_from_the_header() -> None:
@@ -130,6 +128,8 @@ def test_colour_modes_have_defined_results() -> None:
     )
     palette = noise().quantize(16)
     assert np.array_equal(np.asarray(decode(encoded(palette))), np.asarray(palette.convert("RGB")))
+    half_seen = decode(encoded(palette, transparency=3))
+    assert np.array_equal(np.asarray(half_seen), np.asarray(palette.convert("RGB")))
     cmyk = noise(mode="CMYK")
     opened = Image.open(io.BytesIO(encoded(cmyk, "JPEG")))
     assert np.array_equal(
@@ -143,10 +143,87 @@ def test_transparency_is_dropped_as_hugging_face_does() -> None:
     assert np.array_equal(np.asarray(decode(encoded(image))), np.asarray(noise()))
 
 
-def test_of_an_animation_the_first_frame_is_taken() -> None:
-    first, second = noise(), Image.new("RGB", (13, 9), "red")
-    data = encoded(first, "WEBP", save_all=True, append_images=[second], lossless=True)
-    assert np.array_equal(np.asarray(decode(data)), np.asarray(first))
+@pytest.mark.parametrize("format", ["WEBP", "GIF", "PNG", "MPO"])
+def test_of_an_animation_the_first_frame_is_taken(format: str) -> None:
+    """Or of a stereo camera's pair of pictures; GIF has 256 colours, JPEG is not exact."""
+    first, second = noise(mode="L").convert("RGB"), Image.new("RGB", (13, 9), "red")
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(first, format, save_all=True, append_images=[second], **options)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.n_frames == 2  # type: ignore[attr-defined]
+    expected = decode(encoded(first, "JPEG")) if format == "MPO" else first
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(expected))
+
+
+def with_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG with one more chunk behind its first."""
+    end_of_first = 8 + 25
+    return data[:end_of_first] + chunk(kind, content) + data[end_of_first:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (b"zTXt", b"history\0\0" + zlib.compress(bytes(8_000_000))),
+        (b"iTXt", b"history\0\1\0\0\0" + zlib.compress(bytes(8_000_000))),
+        (b"iCCP", b"profile\0\0" + zlib.compress(bytes(8_000_000))),
+        (b"zTXt", b"history\0\7damaged"),
+        (b"pHYs", b"\1"),
+        (b"acTL", b""),
+    ],
+    ids=["text", "unicode text", "profile", "unknown compression", "short", "animation"],
+)
+def test_a_png_is_not_lost_by_its_metadata(kind: bytes, content: bytes) -> None:
+    sound = encoded(noise())
+    assert np.array_equal(np.asarray(decode(with_chunk(sound, kind, content))), np.asarray(noise()))
+    # What is damaged among the pixels stays an error.
+    assert_refused(with_chunk(sound, kind, content)[:-40], "damaged")
+
+
+def test_a_png_with_long_metadata_is_still_turned() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    history = b"history\0\0" + zlib.compress(bytes(8_000_000))
+    assert decode(with_chunk(encoded(noise(), exif=exif), b"zTXt", history)).size == (9, 13)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0garbage",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\1",
+        # An orientation that is a text.
+        b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\2\0\4\0\0\0top\0\0\0\0\0",
+    ],
+    ids=["no header", "offset beyond", "count beyond", "text"],
+)
+def test_an_image_is_not_lost_by_odd_exif(format: str, exif: bytes) -> None:
+    image = noise(12, 8)
+    found = decode(encoded(image, format, exif=exif))
+    assert np.array_equal(np.asarray(found), np.asarray(decode(encoded(image, format))))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientations_are_pillow_s(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(), exif=exif)
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = ImageOps.exif_transpose(opened)
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("marker", [0xE1, 0xE2, 0xED, 0xFE])
+def test_a_jpeg_without_its_notes_is_the_same(marker: int) -> None:
+    for mode in ("RGB", "CMYK", "L"):
+        sound = encoded(noise(mode=mode), "JPEG")
+        note = struct.pack(">BBH", 0xFF, marker, 9) + b"garbage"
+        stripped = without_metadata(sound[:2] + note + sound[2:])
+        assert stripped is not None
+        assert b"garbage" not in stripped
+        assert np.array_equal(np.asarray(decode(stripped)), np.asarray(decode(sound)))
 
 
 def test_reading_stays_below_the_root(tmp_path: Path) -> None:
@@ -156,9 +233,36 @@ def test_reading_stays_below_the_root(tmp_path: Path) -> None:
     (root / "sub" / "a.png").write_bytes(b"inside")
     assert read_image_file(str(root), "sub/a.png") == b"inside"
     assert read_image_file(str(root), "sub/../sub/a.png") == b"inside"
-    for path in ("../secret.png", "sub/../../secret.png", str(tmp_path / "secret.png"), "a\0b"):
+    outside = str(tmp_path / "secret.png")
+    neighbour = str(tmp_path / "root-too" / "a.png")
+    for path in ("../secret.png", "sub/../../secret.png", outside, neighbour, "a\0b", ".", "/"):
         with pytest.raises(SampleError, match="leaves its image root"):
             read_image_file(str(root), path)
+
+
+def test_absolute_paths_below_the_root_are_those_images(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    (root / "sub" / "a.png").write_bytes(b"inside")
+    (tmp_path / "link").symlink_to(root)
+    inside = root / "sub" / "a.png"
+    for folder, path in (
+        (root, inside),
+        (f"{root}/", inside),
+        ("/", inside),
+        ("/", str(inside)[1:]),
+        (tmp_path / "link", inside),
+        (root, tmp_path / "link" / "sub" / "a.png"),
+        (root, root / "sub" / ".." / "sub" / "a.png"),
+    ):
+        assert read_image_file(str(folder), str(path)) == b"inside"
+
+
+@pytest.mark.parametrize("path", ["data:image/png;base64,", "https://host/", "s3://bucket/"])
+def test_addresses_are_refused_as_what_they_are(tmp_path: Path, path: str) -> None:
+    with pytest.raises(SampleError, match="only files are read") as caught:
+        read_image_file(str(tmp_path), path + "A" * 300_000)
+    assert caught.value.reason == Reason.BAD_ROW
 
 
 def test_missing_and_odd_files_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a loader shows in an epoch: every record once, over all ranks and workers, whatever packs."""
+"""What a loader shows in an epoch: every record once, over all ranks, workers and packs."""
 
 from collections import Counter
 from pathlib import Path
