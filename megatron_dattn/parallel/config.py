@@ -22,8 +22,13 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     distributed_timeout_minutes: float = 10.0
     """After this long without an answer a collective fails instead of waiting on."""
+    rendezvous_timeout_minutes: float = 10.0
+    """How long the ranks wait for each other at the start."""
 
     def __post_init__(self) -> None:
+        for name in ("distributed_timeout_minutes", "rendezvous_timeout_minutes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"parallel.{name} must be positive, got {getattr(self, name)}")
         stages = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", *stages):
             value = getattr(self, name)

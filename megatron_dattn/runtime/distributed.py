@@ -1,11 +1,10 @@
 """Start and end of a distributed run: process group, model-parallel groups, seeds, agreement.
 
-Works under torchrun (or any launcher that sets its variables) and, without a launcher, as a world
-of one process. NCCL on CUDA, gloo with the CPU runtime otherwise.
+Works under the launchers that `launcher.py` knows and, without one, as a world of one process. NCCL
+on CUDA, gloo with the CPU runtime otherwise.
 """
 
 import contextlib
-import os
 import random
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,6 +15,8 @@ import torch.distributed as dist
 
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.runtime.cpu import enable_cpu_runtime
+from megatron_dattn.runtime.launcher import Launch, read_launch
+from megatron_dattn.runtime.rendezvous import RendezvousError, meet
 
 
 def initialize_distributed(
@@ -25,6 +26,7 @@ def initialize_distributed(
     context_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
     timeout_seconds: float = 600.0,
+    rendezvous_seconds: float = 600.0,
 ) -> None:
     """Join the process group and build megatron-core's model- and data-parallel groups.
 
@@ -33,21 +35,25 @@ def initialize_distributed(
 
     Args:
         timeout_seconds: how long a collective may wait for a lost rank before it raises.
+        rendezvous_seconds: how long to wait at the start until all ranks have met.
 
     Raises:
-        ConfigError: if the sizes do not divide the world, or this rank has no CUDA device.
+        ConfigError: if the sizes do not divide the world, this rank has no CUDA device, or what the
+            launcher says does not add up.
+        RendezvousError: the ranks did not meet.
     """
+    launch = read_launch()
     check_parallel_sizes(
-        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1")),
+        dist.get_world_size() if dist.is_initialized() else launch.world_size,
         tensor_model_parallel_size,
         pipeline_model_parallel_size,
         context_parallel_size,
     )
     enable_cpu_runtime()
     if torch.cuda.is_available():
-        _select_cuda_device()
+        _select_cuda_device(launch)
     if not dist.is_initialized():
-        _join_process_group(timeout_seconds)
+        _join_process_group(launch, timeout_seconds, rendezvous_seconds)
 
     from megatron.core import parallel_state  # after the CPU runtime had its say
 
@@ -86,9 +92,10 @@ def check_parallel_sizes(
     return world_size // product
 
 
-def _select_cuda_device() -> None:
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    devices = torch.cuda.device_count()
+def _select_cuda_device(launch: Launch) -> None:
+    local_rank, devices = launch.local_rank, torch.cuda.device_count()
+    if devices == 1 and launch.launcher == "srun":
+        local_rank = 0  # srun can show each task a GPU of its own: --gpus-per-task, --gpu-bind
     if local_rank >= devices:
         raise ConfigError(
             f"local rank {local_rank} has no CUDA device: this machine shows {devices}; start at "
@@ -97,15 +104,22 @@ def _select_cuda_device() -> None:
     torch.cuda.set_device(local_rank)
 
 
-def _join_process_group(timeout_seconds: float) -> None:
+def _join_process_group(launch: Launch, timeout_seconds: float, rendezvous_seconds: float) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # One process needs no port: a store in its own memory will do.
+    store = meet(launch, rendezvous_seconds) if launch.world_size > 1 else dist.HashStore()
     timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-        return
-    # One process without a launcher: a store in its own memory needs no port.
-    store = dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    store.set_timeout(timeout)
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
+    except (dist.DistError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RendezvousError(
+            f"rank {launch.rank} met the others, but {backend} cannot connect to them: {reason}; "
+            f"{backend.upper()}_SOCKET_IFNAME names the network interface to use"
+        ) from error
 
 
 def destroy_distributed() -> None:
@@ -134,8 +148,8 @@ def one_process() -> Iterator[None]:
         ConfigError: a launcher has started several processes.
     """
     existed = dist.is_initialized()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (existed and dist.get_world_size() > 1):
-        raise ConfigError("this is work for one process; start it without torchrun")
+    if read_launch().world_size > 1 or (existed and dist.get_world_size() > 1):
+        raise ConfigError("this is work for one process; start it without torchrun, srun or mpirun")
     try:
         if not _has_model_parallel_groups():
             initialize_distributed()

@@ -58,6 +58,7 @@ def start(config: PretrainConfig) -> None:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         timeout_seconds=60 * parallel.distributed_timeout_minutes,
+        rendezvous_seconds=60 * parallel.rendezvous_timeout_minutes,
     )
     seed_everything(config.training.seed)
 

@@ -20,6 +20,7 @@ from megatron_dattn.runtime.distributed import (
     one_process,
     seed_everything,
 )
+from megatron_dattn.runtime.launcher import Launch
 from tests.support.distributed import run_distributed
 
 
@@ -75,8 +76,8 @@ def test_one_process_without_a_launcher() -> None:
 
 @pytest.mark.usefixtures("alone")
 def test_wrong_sizes_fail_before_any_communication(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "0")  # with no MASTER_ADDR: joining would fail otherwise
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)  # with no MASTER_ADDR: joining would fail otherwise
     with pytest.raises(ConfigError, match="world size 3"):
         initialize_distributed(tensor_model_parallel_size=2)
     assert not dist.is_initialized()
@@ -87,9 +88,22 @@ def test_more_processes_than_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(distributed, "enable_cpu_runtime", lambda: None)
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="local rank 2 has no CUDA device: this machine shows 2"):
         initialize_distributed()
+
+
+@pytest.mark.usefixtures("alone")
+def test_srun_may_show_each_task_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--gpus-per-task binds a GPU to each task: the third of a node sees it as its only one."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    distributed._select_cuda_device(Launch("srun", 2, 4, 2))
+    assert chosen == [0]
+    with pytest.raises(ConfigError, match="local rank 2"):
+        distributed._select_cuda_device(Launch("torchrun", 2, 4, 2))
 
 
 def groups_of_this_rank() -> tuple[int, int, int, float]:
@@ -165,6 +179,10 @@ def test_work_of_one_process_cleans_up_what_it_set_up(alone: None) -> None:
 def test_work_of_one_process_is_not_for_a_launcher(
     alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="without torchrun"), one_process():
         pass
+    monkeypatch.delenv("RANK")  # left over from an earlier command: nobody else is there
+    with one_process():
+        assert dist.get_world_size() == 1
