@@ -33,7 +33,13 @@ from megatron_dattn.checkpoint.collective import (
     rank,
     world_size,
 )
-from megatron_dattn.checkpoint.manifest import FileRecord, Manifest, verify, write_manifest
+from megatron_dattn.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    MisnamedError,
+    verify,
+    write_manifest,
+)
 from megatron_dattn.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -95,12 +101,17 @@ def save_checkpoint(
 def _prepare(folder: Path, final: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder)
-    if not final.exists():
+    if not os.path.lexists(final):
         return
     try:
         verify(final)
+    except MisnamedError as error:
+        aside = final.with_name(f"{final.name}.misnamed-{uuid.uuid4().hex[:12]}")
+        final.rename(aside)
+        logger.warning("%s; it is now %s", error, aside)
+        return
     except CheckpointError as error:
-        aside = final.with_name(f"{final.name}.damaged-{uuid.uuid4().hex[:12]}")
+        aside = final.with_name(files.damaged_name(final.name))
         final.rename(aside)
         logger.warning("%s; the damaged checkpoint is now %s", error, aside)
         return
@@ -226,7 +237,7 @@ def parallel_layout() -> dict[str, int]:
 
 
 def _commit(temporary: Path, final: Path) -> None:
-    if final.exists():  # another job came first; an empty folder would be replaced silently
+    if os.path.lexists(final):  # another job came first; an empty folder would be replaced silently
         raise CheckpointError(f"{final} appeared during the save: two jobs share {final.parent}")
     temporary.rename(final)
     files.sync_folder(final.parent)

@@ -2,10 +2,10 @@
 
 The folder is scanned, newest first; the first checkpoint that agrees with its manifest wins.
 `latest.json` is a hint for people: an empty, wrong or stale one changes nothing. A damaged
-checkpoint is passed over loudly; if none is left the run must not start afresh in silence.
+checkpoint, or one in a folder that is named after another step, is passed over loudly; if none is
+left the run must not start afresh in silence.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -22,6 +22,8 @@ from megatron_dattn.checkpoint.manifest import (
     verify_files,
 )
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.json_fields import JsonFields, show
+from megatron_dattn.runtime.json_file import read_json_object
 from megatron_dattn.runtime.progress import Progress, unseen
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ _FOREIGN = {
     "pytorch_model.bin": "a Hugging Face model",
 }
 _MIN_KEPT = 2
+_POINTER_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
@@ -86,18 +89,29 @@ def find_step(
     """
     folder = Path(directory)
     path = folder / files.step_folder_name(step)
-    if not path.is_dir():
+    if not os.path.lexists(path):
         there = ", ".join(map(str, steps_of(folder))) or "none"
-        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; steps: {there}")
+        raise CheckpointError(
+            f"{folder} holds no checkpoint of step {step}; steps: {there}"
+            + "".join(f"; {_spell(*found)}" for found in misplaced_checkpoints(folder))
+        )
     return FoundCheckpoint(path, _verify_whole(path, True, progress))
 
 
 def steps_of(folder: Path) -> list[int]:
-    """The steps whose checkpoints a run folder holds, sound or not, in order."""
+    """The steps whose checkpoints a run folder holds, sound or not, in order.
+
+    A folder that is named after another step than it holds counts for neither.
+    """
     if not folder.is_dir():
         return []
-    found = (files.step_of(path.name) for path in folder.iterdir())
-    return sorted(step for step in found if step is not None)
+    misplaced = {path for _, path in misplaced_checkpoints(folder)}
+    return sorted(step for step, path in _step_folders(folder) if path not in misplaced)
+
+
+def _step_folders(folder: Path) -> list[tuple[int, Path]]:
+    named = ((files.step_of(path.name), path) for path in folder.iterdir())
+    return [(step, path) for step, path in named if step is not None]
 
 
 def find_checkpoint_together(
@@ -137,7 +151,9 @@ def _search(
                 logger.warning("PASSING OVER %s: %s", path, error)
             continue
         if problems and rank() == 0:
-            logger.warning("GOING BACK to %s: newer checkpoints are damaged", path)
+            logger.warning("GOING BACK to %s: newer checkpoints are damaged or misnamed", path)
+        if rank() == 0 and path != folder:
+            _speak_of_newer(folder, manifest.step, silent=bool(problems))
         return FoundCheckpoint(path, manifest, tuple(problems))
     if problems:
         raise CheckpointError(
@@ -153,18 +169,40 @@ def _candidates(folder: Path) -> list[Path]:
         return []
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, not a folder of checkpoints")
-    if (folder / MANIFEST_FILE).exists():
-        return [folder]
-    if files.step_of(folder.name) is not None:
+    has_manifest = os.path.lexists(folder / MANIFEST_FILE)
+    is_step = files.step_of(folder.name) is not None
+    if is_step and not has_manifest:
         raise CheckpointError(f"{folder} is damaged: {MANIFEST_FILE} is missing")
-    steps = [
-        (step, path) for path in folder.iterdir() if (step := files.step_of(path.name)) is not None
-    ]
+    steps = _step_folders(folder)
+    if is_step or (has_manifest and not steps):
+        return [folder]
     if not steps:
         _refuse_empty(folder)
-    newest_first = [path for _, path in sorted(steps, reverse=True)]
-    _compare_with_pointer(folder, newest_first)
-    return newest_first
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
+def misplaced_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints below a run folder whose own folders are not named after their steps.
+
+    What the program itself has set aside as damaged, or is about to write, is none.
+    """
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in folder.iterdir():
+        if files.is_passing(path.name) or not path.is_dir():
+            continue
+        try:
+            step = read_manifest(path, any_name=True).step
+        except CheckpointError:
+            continue
+        if path.name != files.step_folder_name(step):
+            found.append((step, path))
+    return sorted(found)
+
+
+def _spell(step: int, path: Path) -> str:
+    return f"{path} holds step {step}: rename it to {files.step_folder_name(step)}"
 
 
 def _refuse_empty(folder: Path) -> None:
@@ -180,30 +218,50 @@ def _refuse_empty(folder: Path) -> None:
             f"{folder / files.LATEST_FILE} says that there were checkpoints, but none is left; "
             "remove it to start afresh"
         )
+    if misplaced := misplaced_checkpoints(folder):
+        raise CheckpointError(
+            f"{folder} holds no checkpoint that is named after its step; "
+            f"{'; '.join(_spell(*found) for found in misplaced)}, or move it away to start afresh"
+        )
     if any(files.is_temporary(entry.name) for entry in folder.iterdir()):
         logger.warning("%s holds an unfinished first save and no checkpoint", folder)
 
 
-def _compare_with_pointer(folder: Path, newest_first: list[Path]) -> None:
-    if not newest_first:
-        return
+def _speak_of_newer(folder: Path, step: int, *, silent: bool) -> None:
+    """Say that another checkpoint may be meant than the one of this step; that changes nothing.
+
+    Args:
+        silent: whether latest.json may differ, as it has been said already that newer ones do.
+    """
+    for newer, path in misplaced_checkpoints(folder):
+        if newer > step and files.step_of(path.name) is None:
+            logger.warning("NOT TAKEN: %s, to go on from there", _spell(newer, path))
     pointer = folder / files.LATEST_FILE
     try:
-        named = json.loads(pointer.read_bytes())["checkpoint"]
+        content = read_json_object(pointer, CheckpointError, max_bytes=_POINTER_BYTES)
+        named = JsonFields(content, str(pointer), CheckpointError).text("checkpoint")
     except FileNotFoundError:
-        named = None
-    except (OSError, ValueError, KeyError, TypeError):
-        logger.warning("%s is unreadable; the newest sound checkpoint is taken", pointer)
         return
-    if named != newest_first[0].name:
-        logger.warning("%s names %s, the newest is %s", pointer, named, newest_first[0].name)
+    except CheckpointError as error:
+        logger.warning("%s; the newest sound checkpoint is taken", error)
+        return
+    taken = files.step_folder_name(step)
+    if named != taken and not silent:
+        logger.warning("%s names %s, the newest is %s", pointer, show(named), taken)
 
 
-def prune(directory: str | os.PathLike[str], keep_last: int) -> list[Path]:
+def prune(
+    directory: str | os.PathLike[str], keep_last: int, *, newest: int | None = None
+) -> list[Path]:
     """Delete all but the newest checkpoints of a run folder; call it on one rank.
 
     The newest `keep_last` (at least two) whose manifest and file sizes are right stay; sums are
-    not read again. Damaged ones newer than the oldest kept stay too, as evidence.
+    not read again. Damaged ones newer than the oldest kept stay too, as evidence. What is not
+    surely the checkpoint of the step that it is named after is neither counted nor deleted.
+
+    Args:
+        newest: the step that was saved last. Checkpoints of later steps were passed over when the
+            run went back: they are neither counted nor deleted, as their sums may be wrong.
 
     Returns:
         The deleted folders.
@@ -212,13 +270,27 @@ def prune(directory: str | os.PathLike[str], keep_last: int) -> list[Path]:
     sound = 0
     deleted = []
     for path in _candidates(folder):
-        if sound >= max(_MIN_KEPT, keep_last):
-            files.remove_folder(path)
-            deleted.append(path)
-            continue
         try:
+            manifest = _require_identity(path)
+            if newest is not None and manifest.step > newest:
+                continue
+            if sound >= max(_MIN_KEPT, keep_last):
+                files.remove_folder(path)
+                deleted.append(path)
+                continue
             verify(path, sums=False)
             sound += 1
         except CheckpointError as error:
             logger.warning("%s is not counted among the kept checkpoints: %s", path, error)
     return deleted
+
+
+def _require_identity(path: Path) -> Manifest:
+    """The manifest of a folder of the run's own.
+
+    Raises:
+        CheckpointError: it is a link, or does not surely hold the step of its name.
+    """
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link, and what it leads to is not deleted")
+    return read_manifest(path)

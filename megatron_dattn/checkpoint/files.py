@@ -5,6 +5,7 @@ save `step-0000100.tmp-<process>-<id>-<host>/`. The temporary name carries its o
 later run can tell a dead writer's left-overs from a save in progress; an export's has it too.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -16,12 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 
+from megatron_dattn.runtime.plain_file import open_plain
 from megatron_dattn.runtime.progress import Advance
 
 LATEST_FILE = "latest.json"
 TRASH_PREFIX = ".trash-"
+DAMAGED = ".damaged-"
 
-_STEP = re.compile(r"step-(\d{7,})")
+_STEP = re.compile(r"step-([0-9]{7,})")
 _TEMPORARY = re.compile(r"(.+)\.tmp-(\d+)-[0-9a-f]{12}-(.+)")
 _HASH_BLOCK = 4 * 1024 * 1024
 PAGES_KEPT = 64 * 1024 * 1024
@@ -34,9 +37,13 @@ def step_folder_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder name stands for; None for every other name."""
+    """The step that a folder name stands for; None for every other name.
+
+    A step has one name: `step-00000005` with one zero too many is another folder of somebody's.
+    """
     match = _STEP.fullmatch(name)
-    return int(match[1]) if match else None
+    step = int(match[1]) if match else None
+    return step if step is not None and name == step_folder_name(step) else None
 
 
 def temporary_name(final: str) -> str:
@@ -56,6 +63,17 @@ def is_temporary(name: str) -> bool:
     """Whether it is the name of a checkpoint that is being saved."""
     match = _TEMPORARY.fullmatch(name)
     return match is not None and step_of(match[1]) is not None
+
+
+def is_passing(name: str) -> bool:
+    """Whether it is the name of something half written, half deleted, or set aside as damaged."""
+    aside = (TRASH_PREFIX in name, _TEMPORARY.fullmatch(name), DAMAGED in name)
+    return any(aside)
+
+
+def damaged_name(name: str) -> str:
+    """Under which what cannot be used is kept for people to look at."""
+    return f"{name}{DAMAGED}{uuid.uuid4().hex[:12]}"
 
 
 def is_abandoned(folder: Path) -> bool:
@@ -91,7 +109,8 @@ def size_and_sha256(path: Path, advance: Advance = lambda done: None) -> tuple[i
     hashed: Future[None] | None = None
     # Two blocks in turns: fresh memory for each would cost more than the read.
     blocks = cycle((memoryview(bytearray(_HASH_BLOCK)), memoryview(bytearray(_HASH_BLOCK))))
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+    plain = open_plain(path, follow_links=False, buffering=0)
+    with plain as file, ThreadPoolExecutor(1) as hasher:
         while count := file.readinto(block := next(blocks)):
             if hashed is not None:
                 hashed.result()
@@ -164,8 +183,10 @@ def remove_folder(folder: Path) -> None:
     """Delete a checkpoint in two moves, so that a half-deleted one is never taken for a whole.
 
     Raises:
-        OSError: if it cannot be renamed or deleted.
+        OSError: if it cannot be renamed or deleted. A link is not: what it leads to is not ours.
     """
+    if folder.is_symlink():
+        raise OSError(errno.EINVAL, "it is a link, and what it leads to is not deleted", folder)
     trash = folder.with_name(trash_name(folder.name))
     folder.rename(trash)
     shutil.rmtree(trash)

@@ -18,14 +18,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_dattn.checkpoint.files import size_and_sha256, write_synced
+from megatron_dattn.checkpoint import files
+from megatron_dattn.checkpoint.manifest_fields import check_fields
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.json_fields import show
+from megatron_dattn.runtime.json_file import MAX_BYTES, parse_json
+from megatron_dattn.runtime.plain_file import open_plain, read_plain
 from megatron_dattn.runtime.progress import Advance, Progress, unseen
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "megatron_dattn/1"
 
 _ABSENT = "<absent>"
+
+
+class MisnamedError(CheckpointError):
+    """A sound checkpoint in a folder that is named after another step."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def current_versions() -> dict[str, str]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write and sync manifest.json into a folder that has none yet."""
-    write_synced(folder / MANIFEST_FILE, _render(dataclasses.asdict(manifest)))
+    files.write_synced(folder / MANIFEST_FILE, _render(dataclasses.asdict(manifest)))
 
 
 def _render(body: dict[str, Any]) -> bytes:
@@ -87,37 +95,65 @@ def _render(body: dict[str, Any]) -> bytes:
     return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+def read_manifest(path: str | os.PathLike[str], *, any_name: bool = False) -> Manifest:
     """The manifest of a checkpoint folder, itself verified.
 
+    Args:
+        any_name: whether the folder may be named after another step than it holds.
+
     Raises:
-        CheckpointError: if it is missing, damaged or of an unknown format.
+        CheckpointError: if it is missing, damaged, or of an unknown format.
+        MisnamedError: it is not that of the step that the folder is named after.
     """
-    file = Path(path) / MANIFEST_FILE
+    folder = Path(path)
+    file = folder / MANIFEST_FILE
     try:
-        data = file.read_bytes()
+        data = read_plain(file, max_bytes=MAX_BYTES, follow_links=False)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{path} is no checkpoint of this program: it has no {MANIFEST_FILE}"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    body = _body(data, file)
+    check_fields(body, str(file), MANIFEST_FILE)
+    records = {name: FileRecord(**record) for name, record in body.pop("files").items()}
+    manifest = Manifest(files=records, **body)
+    if not any_name:
+        _check_name(folder, manifest.step)
+    return manifest
+
+
+def _body(data: bytes, file: Path) -> dict[str, Any]:
+    """What a manifest says, if it says it in the canonical form and with the right sum."""
     damaged = CheckpointError(f"{file} is damaged; use another checkpoint of the run")
     try:
-        body = json.loads(data)
+        body = parse_json(data)
         written_by = body.pop("format")
         del body["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged from error
     if written_by != FORMAT:
         raise CheckpointError(
-            f"{file} has format {written_by!r}, this version reads {FORMAT!r}; load it with the "
-            "version that wrote it"
+            f"{file} has format {show(written_by)}, this version reads {FORMAT!r}; load it with "
+            "the version that wrote it"
         )
     if _render(body) != data:
         raise damaged
-    files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
-    return Manifest(files=files, **body)
+    return body
+
+
+def _check_name(folder: Path, step: int) -> None:
+    """Raise MisnamedError if a folder is named after another step than it holds.
+
+    Folders of other names (a copy, a save in progress) are what their manifest says.
+    """
+    named = files.step_of(Path(os.path.abspath(folder)).name)
+    if named not in (None, step):
+        raise MisnamedError(
+            f"{folder} is named after step {named}, but holds the checkpoint of step {step}; "
+            f"rename it to {files.step_folder_name(step)}, or move it away if that is there"
+        )
 
 
 def verify(
@@ -157,15 +193,35 @@ def verify_files(
 def _verify_file(file: Path, expected: FileRecord, advance: Advance | None) -> None:
     """Compare the size; where somebody is told of bytes that are read, also the sum."""
     try:
-        size = file.stat().st_size
+        with open_plain(file, follow_links=False) as opened:
+            size = os.fstat(opened.fileno()).st_size
         if size != expected.size:
             raise CheckpointError(f"{file} is damaged: {size} bytes instead of {expected.size}")
-        if advance is not None and size_and_sha256(file, advance)[1] != expected.sha256:
+        if advance is not None and files.size_and_sha256(file, advance)[1] != expected.sha256:
             raise CheckpointError(f"{file} is damaged: its sha256 differs from the manifest's")
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
+    """A small file of a checkpoint, which its sums have covered.
+
+    Raises:
+        CheckpointError: the manifest does not list it, or it is no longer as listed.
+    """
+    if name not in manifest.files:
+        raise CheckpointError(
+            f"{folder} holds no {name} that its manifest lists; use another checkpoint of the run"
+        )
+    _verify_file(folder / name, manifest.files[name], None)
+    try:
+        return read_plain(
+            folder / name, max_bytes=manifest.files[name].size, follow_links=False
+        )
+    except OSError as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from error
 
 
 def compare_facts(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -111,7 +111,7 @@ class Checkpointer:
             facts=self._facts(state),
             extra_files=extra_files,
         )
-        on_first_rank("deleting old checkpoints", self._prune)
+        on_first_rank("deleting old checkpoints", lambda: self._prune(state.progress.step))
         return path
 
     def resume(self, state: TrainState) -> bool:
@@ -277,10 +277,10 @@ class Checkpointer:
                 "from its weights (checkpoint.load)"
             )
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
         assert self._folder is not None
         try:
-            for path in prune(self._folder, self._config.keep_last):
+            for path in prune(self._folder, self._config.keep_last, newest=step):
                 logger.info("deleted %s", path)
         except OSError as error:
             logger.warning("old checkpoints are not deleted: %s", error)
