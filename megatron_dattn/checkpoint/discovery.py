@@ -93,7 +93,7 @@ def find_step(
         there = ", ".join(map(str, steps_of(folder))) or "none"
         raise CheckpointError(
             f"{folder} holds no checkpoint of step {step}; steps: {there}"
-            + "".join(f"; {_spell(*found)}" for found in misplaced_checkpoints(folder))
+            + "".join(f"; {_spell(*it)}" for it in misplaced_checkpoints(folder) if it[0] == step)
         )
     return FoundCheckpoint(path, _verify_whole(path, True, progress))
 

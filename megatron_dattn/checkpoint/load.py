@@ -32,11 +32,15 @@ from megatron.core.msc_utils import MultiStorageClientFeature
 
 from megatron_dattn.checkpoint import reader
 from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank
-from megatron_dattn.checkpoint.manifest import read_manifest
+from megatron_dattn.checkpoint.manifest import Manifest, read_manifest, require_listed
 from megatron_dattn.checkpoint.writer import first_failure
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.json_fields import JsonFields
+from megatron_dattn.runtime.json_file import read_json_object
+from megatron_dattn.runtime.plain_file import open_plain
 
 _SHOWN = 8
+_FORMAT_FILE = "metadata.json"
 
 Shapes = dict[str, tuple[int, ...] | None]
 
@@ -68,8 +72,10 @@ def load_checkpoint(
     assert dist.is_initialized(), "initialize_distributed first (a world of one is fine)"
     MultiStorageClientFeature.disable()
     folder = Path(path)
-    on_first_rank(f"checking {folder}", lambda: _check_folder(folder))
-    metadata, common = on_every_rank(f"reading {folder}", lambda: _read_small_files(folder))
+    manifest = on_first_rank(f"checking {folder}", lambda: _check_folder(folder))
+    metadata, common = on_every_rank(
+        f"reading {folder}", lambda: _read_small_files(folder, manifest)
+    )
     request, stored = sharded_state_dict, reader.stored_shapes(metadata)
     if modules is not None:
         wanted = _selection(modules, without)
@@ -102,19 +108,34 @@ class _AlreadyRead(TorchCommonLoadStrategy):
         return self._common
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
+    require_listed(folder, manifest, (_FORMAT_FILE, COMMON_STATE_FNAME))
     reader.check_trusted(folder, manifest.files)
+    return manifest
 
 
-def _read_small_files(folder: Path) -> tuple[dcp.Metadata, StateDict]:
+def _read_small_files(folder: Path, manifest: Manifest) -> tuple[dcp.Metadata, StateDict]:
+    _check_format(folder)
+    return reader.read_index(folder, manifest), read_common(folder)
+
+
+def _check_format(folder: Path) -> None:
+    """Raise CheckpointError unless megatron-core's marker says what we can read.
+
+    Its own reader waits for a pipe and breaks at nested lists, so the file is read here first.
+    """
+    path = folder / _FORMAT_FILE
     try:
+        content = read_json_object(path, CheckpointError, follow_links=False)
+        JsonFields(content, str(path), CheckpointError).text("sharded_backend")
         config = maybe_load_config(str(folder))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'metadata.json'} is damaged: {error}") from error
+    except FileNotFoundError:
+        config = None
+    except TypeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     if config is None or config.sharded_backend != "torch_dist":
         raise CheckpointError(f"{folder} is no distributed checkpoint of format torch_dist")
-    return reader.read_metadata(folder), read_common(folder)
 
 
 def read_common(folder: Path) -> dict[str, Any]:
@@ -125,11 +146,15 @@ def read_common(folder: Path) -> dict[str, Any]:
     """
     path = folder / COMMON_STATE_FNAME
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open_plain(path, follow_links=False) as file:
+            common = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except Exception as error:  # a damaged archive may raise anything
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(common, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(common).__name__}")
+    return common
 
 
 def _selection(

@@ -205,21 +205,25 @@ def _verify_file(file: Path, expected: FileRecord, advance: Advance | None) -> N
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
 
 
+def require_listed(folder: Path, manifest: Manifest, names: Collection[str]) -> None:
+    """Raise CheckpointError unless a manifest lists these files: its sums cover no others."""
+    for name in names:
+        if name not in manifest.files:
+            raise CheckpointError(
+                f"the manifest of {folder} does not list {name}; use another checkpoint of the run"
+            )
+
+
 def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
     """A small file of a checkpoint, which its sums have covered.
 
     Raises:
         CheckpointError: the manifest does not list it, or it is no longer as listed.
     """
-    if name not in manifest.files:
-        raise CheckpointError(
-            f"{folder} holds no {name} that its manifest lists; use another checkpoint of the run"
-        )
+    require_listed(folder, manifest, (name,))
     _verify_file(folder / name, manifest.files[name], None)
     try:
-        return read_plain(
-            folder / name, max_bytes=manifest.files[name].size, follow_links=False
-        )
+        return read_plain(folder / name, max_bytes=manifest.files[name].size, follow_links=False)
     except OSError as error:
         raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from error
 

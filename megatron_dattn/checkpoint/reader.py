@@ -35,8 +35,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from megatron_dattn.checkpoint.index_fields import check_index
+from megatron_dattn.checkpoint.manifest import Manifest, require_listed
 from megatron_dattn.checkpoint.metadata_unpickler import MetadataUnpickler
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.plain_file import open_plain
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def read_metadata(folder: Path) -> dcp.Metadata:
     """
     path = folder / METADATA_FILE
     try:
-        with open(path, "rb") as file:
+        with open_plain(path, follow_links=False) as file:
             metadata = MetadataUnpickler(file).load()
     except FileNotFoundError:
         raise CheckpointError(
@@ -64,15 +67,31 @@ def read_metadata(folder: Path) -> dcp.Metadata:
     return metadata
 
 
+def read_index(folder: Path, manifest: Manifest) -> dcp.Metadata:
+    """The index, checked against the files that the manifest lists.
+
+    Raises:
+        CheckpointError: as for `read_metadata`; also if it is not covered by the manifest's sums,
+            or places values where they are not.
+    """
+    require_listed(folder, manifest, (METADATA_FILE,))
+    metadata = read_metadata(folder)
+    check_index(metadata, manifest.files, str(folder / METADATA_FILE))
+    return metadata
+
+
 def check_trusted(folder: Path, names: Iterable[str]) -> None:
     """Refuse a checkpoint that every user of the machine may write; name a foreign owner.
 
     Raises:
-        CheckpointError: if the folder or one of its files is writable for others.
+        CheckpointError: if the folder or one of its files is writable for others, or missing.
     """
     owners = set()
     for path in (folder, *(folder / name for name in names)):
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
         owners.add(status.st_uid)
         sticky = path == folder and status.st_mode & stat.S_ISVTX
         if status.st_mode & stat.S_IWOTH and not sticky:

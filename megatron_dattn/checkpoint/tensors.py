@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_dattn.checkpoint.chunk_bytes import empty_on_host, read_chunk_into
 from megatron_dattn.checkpoint.manifest import read_manifest
-from megatron_dattn.checkpoint.reader import check_trusted, read_metadata
+from megatron_dattn.checkpoint.reader import check_trusted, read_index
 from megatron_dattn.errors import CheckpointError
 
 # megatron-core stacks the layers along a new first axis; the key then has no layer number.
@@ -117,7 +117,7 @@ def open_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     folder = Path(path)
     manifest = read_manifest(folder)
     check_trusted(folder, manifest.files)
-    metadata = read_metadata(folder)
+    metadata = read_index(folder, manifest)
     reader = dcp.FileSystemReader(folder)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     modules = tuple(f"{module}." for module in manifest.modules)

@@ -44,9 +44,7 @@ def open_plain(
         raise
 
 
-def read_plain(
-    path: str | os.PathLike[str], *, max_bytes: int, follow_links: bool = True
-) -> bytes:
+def read_plain(path: str | os.PathLike[str], *, max_bytes: int, follow_links: bool = True) -> bytes:
     """All of a plain file.
 
     Raises:
