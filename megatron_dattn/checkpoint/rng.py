@@ -36,12 +36,19 @@ def capture_rng() -> bytes:
 
 
 def restore_rng(data: bytes) -> None:
-    """Put all generators of this process back; the inverse of `capture_rng`.
+    """Put all generators of this process back; the inverse of `capture_rng`. Runs no code.
 
     Raises:
-        ValueError, KeyError, RuntimeError: for bytes that `capture_rng` did not make.
+        ValueError: for bytes that `capture_rng` did not make; the generators are then undefined.
     """
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:
+        _restore(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged archive, or another one, may raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"no random states: {reason}") from error
+
+
+def _restore(state: dict[str, Any]) -> None:
     python_version, python_words, python_gauss = state["python"]
     random.setstate((python_version, tuple(python_words.tolist()), python_gauss))
     name, words, position, has_gauss, cached = state["numpy"]
@@ -49,4 +56,7 @@ def restore_rng(data: bytes) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    tracked = state["tracker"]
+    if not isinstance(tracked, dict):
+        raise ValueError(f"the tracker's are a {type(tracked).__name__}")
+    get_cuda_rng_tracker().set_states(tracked)

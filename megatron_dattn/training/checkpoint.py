@@ -20,7 +20,7 @@ from megatron_dattn.checkpoint.commit import parallel_layout, save_checkpoint
 from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint_together, prune
 from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.checkpoint.load import load_checkpoint
-from megatron_dattn.checkpoint.manifest import compare_facts
+from megatron_dattn.checkpoint.manifest import compare_facts, read_listed
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, with_later_fields
@@ -130,7 +130,7 @@ class Checkpointer:
             return False
         identity = {"model": self._model, "tokenizer": self._tokenizer}
         self._compare(found, identity | {"stage": self._stage, "recipe": self._recipe})
-        progress = Progress.from_json(found.manifest.facts["progress"])
+        progress = self._progress_of(found)
         random_state = self._random_state_note(found)
         local = on_every_rank(
             f"reading {found.path}",
@@ -245,6 +245,15 @@ class Checkpointer:
                 "configuration, or give another checkpoint folder"
             )
 
+    def _progress_of(self, found: FoundCheckpoint) -> Progress:
+        progress = Progress.from_json(found.manifest.facts.get("progress", {}))
+        if progress.step != found.step:
+            raise CheckpointError(
+                f"{found.path} is of step {found.step}, but its progress of step {progress.step}; "
+                "use another checkpoint of the run"
+            )
+        return progress
+
     def _random_state_note(self, found: FoundCheckpoint) -> str:
         now = parallel_layout()
         if now == found.manifest.layout:
@@ -259,10 +268,10 @@ class Checkpointer:
     ) -> dict[str, bytes]:
         local = {}
         if with_random_state:
-            local["rng"] = (found.path / rng_file()).read_bytes()
+            local["rng"] = read_listed(found.path, found.manifest, rng_file())
         if state.loader is not None:
             self._check_loader(found)
-            local["loader"] = (found.path / loader_file()).read_bytes()
+            local["loader"] = read_listed(found.path, found.manifest, loader_file())
         return local
 
     def _check_loader(self, found: FoundCheckpoint) -> None:

@@ -1,13 +1,35 @@
 """The sample ledger: which samples each step really consumed, one JSON line per step.
 
 One file per data-parallel rank. It is the evidence that a resumed run reads exactly the samples
-that the uninterrupted one would have read, and the place to look for a sample that hurt.
+that the uninterrupted one would have read, and the place to look for a sample that hurt. A hole in
+it is therefore told, and never closed in silence; but it holds nothing that training needs, so no
+damage of it keeps a run from going on.
 """
 
+import errno
 import json
+import logging
 import os
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
+
+from megatron_dattn.checkpoint.files import damaged_name, sync_folder
+from megatron_dattn.errors import DataError
+from megatron_dattn.runtime.json_file import parse_json
+from megatron_dattn.runtime.plain_file import open_plain
+
+logger = logging.getLogger(__name__)
+
+Packs = list[list[str]]
+
+_MAX_LINE_BYTES = 64 * 2**20
+_MAX_SHOWN = 8
+# What `open_plain` says of a folder or a pipe, and the system of a link to itself. Any other error
+# is one of the system, which may give the file back.
+_NO_PLAIN_FILE = (errno.EINVAL, errno.ELOOP)
 
 
 class SampleLedger:
@@ -16,38 +38,147 @@ class SampleLedger:
     def __init__(self, folder: str | Path, data_parallel_rank: int, resumed_step: int) -> None:
         """Open the rank's file; lines of steps that a resumed run will do again are dropped.
 
+        Steps up to there that the file does not hold are named in a warning. What is no line of a
+        ledger is set aside with the whole file, as `...damaged-...`; its sound lines are kept.
+
         Args:
             resumed_step: steps that the loaded checkpoint had done; 0 for a new run.
+
+        Raises:
+            OSError: the folder cannot be written.
         """
         self._path = Path(folder) / f"samples-dp{data_parallel_rank:05d}.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(self._path) if line["step"] <= resumed_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(_encode(line) for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        kept = _Kept(resumed_step)
+        temporary = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                kept.copy(self._path, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if kept.damage is not None:
+                aside = self._path.with_name(damaged_name(self._path.name))
+                os.replace(self._path, aside)
+                logger.warning("%s %s; it is now %s", self._path, kept.damage, aside.name)
+            os.replace(temporary, self._path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(self._path.parent)
+        if kept.missing:
+            more = ", ..." if len(kept.missing) > _MAX_SHOWN else ""
+            logger.warning(
+                "the sample ledger %s lacks steps %s, though the checkpoint is of step %d",
+                self._path,
+                ", ".join(kept.missing[:_MAX_SHOWN]) + more,
+                resumed_step,
+            )
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, step: int, packs: Iterable[list[str]]) -> None:
         """Note the sample keys of one step, pack by pack."""
-        self._file.write(_encode({"step": step, "packs": list(packs)}))
+        self._file.write(_encode(step, list(packs)))
         self._file.flush()
+
+    def sync(self) -> None:
+        """Force all lines to the disk, as a checkpoint is that relies on them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_ledger(path: str | Path) -> dict[int, list[list[str]]]:
-    """Step -> sample keys of its packs, from one rank's file."""
-    return {line["step"]: line["packs"] for line in _lines(Path(path))}
+@dataclass
+class _Kept:
+    """The lines of a former run that a resumed one keeps, and what is wrong with the others."""
+
+    resumed_step: int
+    damage: str | None = None
+    """Of the file, as the end of a sentence that begins with its name."""
+    missing: list[str] = field(default_factory=list)
+    """Steps and ranges of steps that the resumed run counts as done, without a line."""
+    _last: int = 0
+
+    def copy(self, source: Path, target: BinaryIO) -> None:
+        """Write the sound lines of steps up to the resumed one."""
+        try:
+            with open_plain(source) as file:
+                for number, line in enumerate(_raw_lines(file), 1):
+                    self._take(number, line, target)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in _NO_PLAIN_FILE:
+                raise
+            self.damage = f"is no ledger ({error.strerror})"
+        self._miss(self.resumed_step + 1)
+
+    def _take(self, number: int, line: bytes, target: BinaryIO) -> None:
+        if not line.endswith(b"\n") and line.startswith(b"{") and b"\0" not in line:
+            return  # the last one, which a dying process left unfinished
+        try:
+            step, packs = _decode(line)
+            if step <= self._last:
+                raise ValueError(f"step {step} comes after step {self._last}")
+        except ValueError as error:
+            self.damage = self.damage or f"is damaged in line {number} ({error})"
+            return
+        self._miss(min(step, self.resumed_step + 1))
+        if step <= self.resumed_step:
+            target.write(_encode(step, packs).encode())
+        self._last = step
+
+    def _miss(self, step: int) -> None:
+        """Note what is missing between the last line and one of this step."""
+        first, last = self._last + 1, step - 1
+        if first <= last:
+            self.missing.append(str(first) if first == last else f"{first}-{last}")
 
 
-def _encode(line: dict) -> str:
-    return json.dumps(line) + "\n"
+def read_ledger(path: str | Path) -> dict[int, Packs]:
+    """Step -> sample keys of its packs, from one rank's file.
+
+    A last line that a dying process left unfinished is ignored.
+
+    Raises:
+        DataError: a line is none of a ledger.
+        OSError: it cannot be read.
+    """
+    packs: dict[int, Packs] = {}
+    with open_plain(path) as file:
+        for number, line in enumerate(_raw_lines(file), 1):
+            if line.endswith(b"\n"):
+                try:
+                    step, packs[step] = _decode(line)
+                except ValueError as error:
+                    raise DataError(f"{path} is damaged in line {number}: {error}") from error
+    return packs
 
 
-def _lines(path: Path) -> list[dict]:
-    """The whole lines of a ledger; a last one that a dying process left unfinished is ignored."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def _encode(step: int, packs: Packs) -> str:
+    return json.dumps({"step": step, "packs": packs}) + "\n"
+
+
+def _raw_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines with their ends, in pieces where one is longer than any line of ours."""
+    while line := file.readline(_MAX_LINE_BYTES):
+        yield line
+
+
+def _decode(line: bytes) -> tuple[int, Packs]:
+    """Step and packs of a line.
+
+    Raises:
+        ValueError: it is none of a ledger.
+    """
+    content = parse_json(line)
+    if not isinstance(content, dict) or type(content.get("step")) is not int:
+        raise ValueError("it has no step")
+    packs = content.get("packs")
+    if not isinstance(packs, list) or not all(_is_pack(pack) for pack in packs):
+        raise ValueError("it has no packs of sample keys")
+    return content["step"], packs
+
+
+def _is_pack(pack: object) -> bool:
+    return isinstance(pack, list) and all(isinstance(key, str) for key in pack)

@@ -29,6 +29,11 @@ class Run:
     ledger: SampleLedger | None
     """Only on the ranks that load, if a ledger is kept."""
 
+    def sync_ledger(self) -> None:
+        """Force this rank's ledger to the disk, if it keeps one."""
+        if self.ledger is not None:
+            self.ledger.sync()
+
     def close(self) -> None:
         """Close what has open files."""
         self.metrics.close()

@@ -4,9 +4,10 @@ Weights, optimizer and schedule are sharded as megatron-core does it; random sta
 place are files of their own, one per rank that has them.
 """
 
+import contextlib
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dattn.checkpoint.collective import rank
 from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
-from megatron_dattn.errors import CheckpointError
+from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
 from megatron_dattn.training.stages import module_of_parameter
@@ -92,22 +93,44 @@ def restore_state(
     """Hand what was loaded from `path`, and this rank's own files, to the run.
 
     Raises:
-        CheckpointError: the weights or the schedule do not fit the run's.
+        CheckpointError: the weights or the schedule do not fit the run's, or a part is missing or
+            damaged.
     """
+    missing = [name for name in ("optimizer", "scheduler") if name not in loaded]
+    if missing:
+        raise CheckpointError(f"{path} does not hold the state of {' and '.join(missing)}")
     load_modules(state.model, loaded, None)
-    restore_optimizer(state.optimizer, loaded["optimizer"])
+    with _one_error(f"{path} does not hold this optimizer's state"):
+        restore_optimizer(state.optimizer, loaded["optimizer"])
     state.scheduler.num_steps = 0  # loading adds the saved steps to those already made
     try:
-        state.scheduler.load_state_dict(loaded["scheduler"])
+        with _one_error(f"{path} does not hold this schedule's state"):
+            state.scheduler.load_state_dict(loaded["scheduler"])
     except AssertionError as error:  # megatron-core's way to refuse another schedule
         raise CheckpointError(
             f"{path} was trained with another learning-rate schedule: {error}; resume with the "
             "same optimizer settings and training.train_iters"
         ) from error
     if "rng" in local:
-        restore_rng(local["rng"])
+        with _one_error(f"{path / rng_file()} is none of ours"):
+            restore_rng(local["rng"])
     if state.loader is not None:
-        state.loader.restore_state(local["loader"])
+        with _one_error(f"{path / loader_file()} does not hold this loader's place"):
+            state.loader.restore_state(local["loader"])
+
+
+@contextlib.contextmanager
+def _one_error(meaning: str) -> Iterator[None]:
+    """Say what it means that a stored state has other parts, or parts of other types, than ours.
+
+    Sums have proved that a file is as it was written, not that this program wrote it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{meaning}: {type(error).__name__}: {error}") from error
 
 
 def added_parameters(model: Sequence[torch.nn.Module], absent: set[str]) -> dict[str, int]:

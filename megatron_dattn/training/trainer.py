@@ -2,6 +2,8 @@
 
 import logging
 
+from megatron_dattn.checkpoint.collective import on_every_rank
+from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.distributed import is_rank_0
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training.exits import ExitReason, NumericsError
@@ -76,11 +78,23 @@ def validate_if_due(run: Run) -> None:
 
 
 def save_if_due(run: Run, *, at_once: bool = False) -> None:
-    """Save every `save_interval` steps, after the last one, and when the run is to stop."""
+    """Save every `save_interval` steps, after the last one, and when the run is to stop.
+
+    Raises:
+        CheckpointError: on all ranks. If it is the ledger that fails, the checkpoint is saved.
+    """
     if run.checkpointer is None:
         return
     step = run.state.progress.step
     interval = run.config.checkpoint.save_interval
     is_last = step == run.config.training.train_iters
     if at_once or is_last or (interval and step % interval == 0):
+        failure: CheckpointError | None = None
+        try:
+            # Before the checkpoint exists: after a power cut the ledger would be the shorter one.
+            on_every_rank("writing the sample ledger", run.sync_ledger)
+        except CheckpointError as error:
+            failure = error
         run.checkpointer.save(run.state)
+        if failure is not None:
+            raise failure
