@@ -109,8 +109,12 @@ def size_and_sha256(path: Path, advance: Advance = lambda done: None) -> tuple[i
     hashed: Future[None] | None = None
     # Two blocks in turns: fresh memory for each would cost more than the read.
     blocks = cycle((memoryview(bytearray(_HASH_BLOCK)), memoryview(bytearray(_HASH_BLOCK))))
-    plain = open_plain(path, follow_links=False, buffering=0)
-    with plain as file, ThreadPoolExecutor(1) as hasher:
+    plain = open_plain(path, follow_links=False)
+    with (
+        plain,
+        open(plain.fileno(), "rb", 0, closefd=False) as file,
+        ThreadPoolExecutor(1) as hasher,
+    ):
         while count := file.readinto(block := next(blocks)):
             if hashed is not None:
                 hashed.result()

@@ -116,5 +116,5 @@ def _check_facts(facts: JsonFields, may_be_null: tuple[str, ...] = _MAY_BE_NULL)
         if not is_right(value):
             raise facts.wrong(name, expected)
         if name == "parent":
-            inner = JsonFields(value, f"{facts.where}: parent", facts.error)
+            inner = JsonFields(facts.section(name), f"{facts.where}: parent", facts.error)
             _check_facts(inner, _OF_A_PARENT)

@@ -4,11 +4,11 @@ A JSON object of numbers by name, or of objects with a number `accuracy`, as the
 evaluation writes them; everything else in it is passed over.
 """
 
-import json
 import logging
 from pathlib import Path
 
 from megatron_dattn.errors import DataError
+from megatron_dattn.runtime.json_file import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +50,11 @@ def read_metrics(path: Path) -> Metrics:
         DataError: the file is missing, cannot be read, or holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"metrics file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"metrics file {path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(
-            f"metrics file {path} must hold a JSON object of numbers by name, found "
-            f"{type(content).__name__}"
-        )
+        content = read_json_object(path, DataError)
+    except FileNotFoundError as error:
+        raise DataError(f"metrics file {path} cannot be read: {error.strerror}") from None
+    except DataError as error:
+        raise DataError(f"metrics file {error}") from error
     metrics: Metrics = {}
     for name, value in content.items():
         if isinstance(value, dict) and _is_number(value.get(_NESTED)):

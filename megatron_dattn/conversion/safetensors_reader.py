@@ -16,6 +16,8 @@ from torch import Tensor
 
 from megatron_dattn.checkpoint.files import forget_pages
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.json_fields import show
+from megatron_dattn.runtime.json_file import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -36,19 +38,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        CheckpointError: the file is missing or is not a JSON object.
+        CheckpointError: the file is missing, is no plain file, or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: is this a Hugging Face folder?") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
-    return content
 
 
 @dataclass(frozen=True)
@@ -135,6 +130,12 @@ class SafetensorsFolder:
         index = read_json(path).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise CheckpointError(f"{path} lists no weights")
+        for name, file in index.items():
+            # A path would lead out of the folder.
+            if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+                raise CheckpointError(
+                    f"{path} has {name} in {show(file)}, which is no name of a file beside it"
+                )
         single = self.folder / SINGLE_FILE
         # transformers would read the single file, whatever the index says.
         if single.is_file() and SINGLE_FILE not in index.values():

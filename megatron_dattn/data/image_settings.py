@@ -4,11 +4,12 @@ SigLIP's processors and CLIP's differ in how an image becomes a square, and in d
 that would be ignored are refused: pixels that differ a little train a model that is a little wrong.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.runtime.json_fields import JsonFields
+from megatron_dattn.runtime.json_file import read_json_object
 
 ImageFit = Literal["resize", "pad", "crop"]
 # Where Hugging Face keeps an image processor's settings: the file of its own that older exports
@@ -32,6 +33,11 @@ _KINDS: dict[str, dict[str, Any]] = {
     },
 }
 _KINDS["CLIPFeatureExtractor"] = _KINDS["CLIPImageProcessor"]
+_DEFAULTS = {"rescale_factor": 1 / 255, "resample": 3}
+_WHITE = 255
+# Normalised values between black and white: 2 in SigLIP, 4 in CLIP.
+_MIN_CONTRAST, _MAX_CONTRAST = 0.1, 100.0
+_LAST_RESAMPLE = 5
 
 
 def read_image_settings(folder: Path, image_size: int) -> tuple[dict[str, Any], ImageFit]:
@@ -45,10 +51,40 @@ def read_image_settings(folder: Path, image_size: int) -> tuple[dict[str, Any], 
     """
     settings, path = _read_file(folder)
     settings = _with_defaults(settings, path)
+    fields = JsonFields(settings, str(path), ConfigError)
     for step in ("do_resize", "do_rescale", "do_normalize"):
-        if settings.get(step, True) is False:
+        if step in settings and not fields.flag(step):
             raise ConfigError(f"{path} switches {step} off, which the encoder needs")
-    return settings, _image_fit(settings, image_size, path)
+    _check_values(fields)
+    return settings, _image_fit(fields, image_size, path)
+
+
+def _check_values(fields: JsonFields) -> None:
+    """Refuse numbers with which the encoder would see no image.
+
+    A standard deviation of 0 makes every pixel infinite, a tiny one drowns the image in its mean,
+    and a factor of 0 makes all images black: all of them train without an error.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    factor = fields.number("rescale_factor")
+    if factor <= 0:
+        raise fields.wrong("rescale_factor", "above 0")
+    means, deviations = fields.numbers("image_mean", 3), fields.numbers("image_std", 3)
+    for mean, deviation in zip(means, deviations, strict=True):
+        if deviation <= 0:
+            raise fields.wrong("image_std", "above 0")
+        contrast = _WHITE * factor / deviation
+        if not _MIN_CONTRAST <= contrast <= _MAX_CONTRAST:
+            raise ConfigError(
+                f"{fields.where} has rescale_factor {factor:g} and image_std {deviation:g}: black "
+                f"and white would be {contrast:.3g} apart, where encoders expect a few units"
+            )
+        if abs(mean / deviation) > _MAX_CONTRAST:
+            raise fields.wrong("image_mean", "of the size of the pixels that it is taken from")
+    if fields.whole("resample", least=0) > _LAST_RESAMPLE:
+        raise fields.wrong("resample", f"one of Pillow's filters, 0 to {_LAST_RESAMPLE}")
 
 
 def _with_defaults(settings: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -61,23 +97,22 @@ def _with_defaults(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "")))
     for name, defaults in _KINDS.items():
         if kind.startswith(name):
-            return {**defaults, **settings}
+            return {**_DEFAULTS, **defaults, **settings}
     raise ConfigError(
         f"{path} describes '{kind}'; supported are image processors of SigLIP and of CLIP"
     )
 
 
-def _image_fit(settings: dict[str, Any], image_size: int, path: Path) -> ImageFit:
+def _image_fit(fields: JsonFields, image_size: int, path: Path) -> ImageFit:
     """How these settings make an image a square.
 
     Raises:
         ConfigError: they do not, or not one of the model's size.
     """
-    size, crops, crop = settings["size"], settings["do_center_crop"], settings.get("crop_size")
-    if isinstance(size, int):  # files from before transformers 4.26
-        size = {"shortest_edge": size} if crops else {"height": size, "width": size}
-    if isinstance(crop, int):
-        crop = {"height": crop, "width": crop}
+    # Newer versions of transformers write null for what is off.
+    crops = fields.values["do_center_crop"] is not None and fields.flag("do_center_crop")
+    size = _lengths(fields, "size", ("shortest_edge",) if crops else ("height", "width"))
+    crop = _lengths(fields, "crop_size", ("height", "width")) if crops else None
     square = {"height": image_size, "width": image_size}
     if (not crops or crop == square) and size == square:
         return "resize"
@@ -89,18 +124,26 @@ def _image_fit(settings: dict[str, Any], image_size: int, path: Path) -> ImageFi
     )
 
 
+def _lengths(fields: JsonFields, name: str, sides: tuple[str, ...]) -> dict[str, int]:
+    """A size in pixels by side; files from before transformers 4.26 have one number for all."""
+    value = fields.present(name)
+    if not isinstance(value, dict):
+        length = fields.whole(name, least=1)
+        return dict.fromkeys(sides, length)
+    lengths = JsonFields(value, f"{fields.where}: {name}", fields.error)
+    return {side: lengths.whole(side, least=1) for side in value if value[side] is not None}
+
+
 def _read_file(folder: Path) -> tuple[dict[str, Any], Path]:
     for name, key in zip(PROCESSOR_FILES, (None, "image_processor"), strict=True):
         path = folder / name
-        if not path.is_file():
-            continue
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
-        settings = settings if key is None else settings.get(key)
-        if isinstance(settings, dict):
-            return settings, path
+            settings = read_json_object(path, ConfigError)
+        except FileNotFoundError:
+            continue
+        section = settings if key is None else settings.get(key)
+        if isinstance(section, dict):
+            return section, path
     raise ConfigError(
         f"'{folder}' has no preprocessor_config.json; set data.image_processor to the folder of "
         "the vision encoder's Hugging Face checkpoint"

@@ -206,8 +206,8 @@ class ImagePreprocessor:
             image_size=image_size,
             mean=tuple(settings["image_mean"]),
             std=tuple(settings["image_std"]),
-            rescale_factor=settings.get("rescale_factor", cls.rescale_factor),
-            resample=settings.get("resample", cls.resample),
+            rescale_factor=settings["rescale_factor"],
+            resample=settings["resample"],
             image_fit=image_fit or own_fit,
             max_pixels=max_pixels,
         )

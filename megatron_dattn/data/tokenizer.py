@@ -5,6 +5,7 @@ control tokens must each be one special token: a model trained on their spelled-
 look alright and be wrong.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -14,6 +15,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.templates import template_tokens
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.runtime.json_file import read_json_object
+from megatron_dattn.runtime.plain_file import open_plain
+
+# What transformers reads to make a tokenizer. (It takes the model's class from config.json.)
+_JSON_FILES = (
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# They are parsed by another program, which says what is wrong with them.
+_LARGE_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def load_tokenizer(
@@ -33,6 +46,7 @@ def load_tokenizer(
         raise ConfigError("data.tokenizer is not set: name the folder of a Hugging Face tokenizer")
     if not Path(folder).is_dir():
         raise ConfigError(f"data.tokenizer '{folder}' is not a folder")
+    _check_files(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_fast=True
@@ -42,6 +56,23 @@ def load_tokenizer(
         raise ConfigError(f"no tokenizer can be loaded from '{folder}': {reason}") from error
     check_tokenizer(tokenizer, folder=folder, template=template, vocab_size=vocab_size)
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse what transformers would wait for, or stumble over in words of its own.
+
+    Raises:
+        ConfigError: a file that it reads is no plain one, or no JSON object.
+    """
+    for name in _JSON_FILES:
+        with contextlib.suppress(FileNotFoundError):
+            read_json_object(folder / name, ConfigError)
+    for name in _LARGE_FILES:
+        try:
+            with contextlib.suppress(FileNotFoundError), open_plain(folder / name):
+                pass
+        except OSError as error:
+            raise ConfigError(f"{folder / name} cannot be read: {error.strerror}") from error
 
 
 def check_tokenizer(
@@ -98,12 +129,10 @@ def generation_ends(folder: str, tokenizer: PreTrainedTokenizerBase) -> frozense
         ConfigError: the file is damaged.
     """
     path = Path(folder) / "generation_config.json"
-    if not path.is_file():
-        return frozenset()
     try:
-        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); restore it or delete it") from error
+        ends = read_json_object(path, ConfigError).get("eos_token_id")
+    except FileNotFoundError:
+        return frozenset()
     listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(isinstance(index, bool) or not isinstance(index, int) for index in listed):
         raise ConfigError(f"{path} has eos_token_id {json.dumps(ends)}, but it must be ids")

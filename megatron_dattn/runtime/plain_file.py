@@ -20,14 +20,11 @@ _KINDS = (
 )
 
 
-def open_plain(
-    path: str | os.PathLike[str], *, follow_links: bool = True, buffering: int = -1
-) -> BinaryIO:
+def open_plain(path: str | os.PathLike[str], *, follow_links: bool = True) -> BinaryIO:
     """Open a plain file to be read.
 
     Args:
         follow_links: whether a link to a plain file counts as one, as in Hugging Face's cache.
-        buffering: as for `open`.
 
     Raises:
         OSError: it is not there, cannot be read, or is something else; `strerror` says what.
@@ -38,7 +35,7 @@ def open_plain(
     descriptor = os.open(path, flags)
     try:
         _require_plain(os.fstat(descriptor), path)
-        return open(descriptor, "rb", buffering=buffering)  # type: ignore[return-value]
+        return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise

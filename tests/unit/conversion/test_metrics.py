@@ -36,7 +36,7 @@ def test_flat_numbers_and_nothing_else(tmp_path, caplog):
     ("content", "message"),
     [
         ("{", r"m\.json is not valid JSON"),
-        ([1, 2], r"m\.json must hold a JSON object of numbers by name, found list"),
+        ([1, 2], r"m\.json must hold a JSON object, found list"),
         (None, r"m\.json cannot be read: No such file"),
     ],
 )
