@@ -152,8 +152,9 @@ def _attend(
     softcap: float | None,
     backend: Backend,
 ) -> Tensor:
+    shared = plan.parts_share_keys if parts is plan.parts else plan.visual_parts_share_keys
     joint = _JointSoftmax.apply(
-        query, key, value, *rotary, parts, plan.scored_rows[0], scale, softcap, backend
+        query, key, value, *rotary, parts, shared, plan.scored_rows[0], scale, softcap, backend
     )
     assert isinstance(joint, Tensor)
     return joint
@@ -171,12 +172,13 @@ class _JointSoftmax(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         parts: tuple[Part, ...],
+        shared_keys: bool,
         first_scored: int,
         scale: float,
         softcap: float | None,
         backend: Backend,
     ) -> Tensor:
-        out = query.new_zeros(query.shape, dtype=_sum_dtype(query, parts))
+        out = query.new_zeros(query.shape, dtype=_sum_dtype(query, len(parts) > 1))
         lse = query.new_full(query.shape[:2], -torch.inf, dtype=merge_dtype(query.dtype))
         for part in parts:
             q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
@@ -189,7 +191,7 @@ class _JointSoftmax(torch.autograd.Function):
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, cos, sin, out, lse)
         ctx.parts, ctx.first_scored, ctx.backend = parts, first_scored, backend
-        ctx.scale, ctx.softcap = scale, softcap
+        ctx.scale, ctx.softcap, ctx.shared_keys = scale, softcap, shared_keys
         return out
 
     @staticmethod
@@ -198,8 +200,10 @@ class _JointSoftmax(torch.autograd.Function):
         query, key, value, cos, sin, out, lse = ctx.saved_tensors
         parts: tuple[Part, ...] = ctx.parts
         first_scored: int = ctx.first_scored
-        grad_query = torch.zeros_like(query, dtype=_sum_dtype(query, parts))
-        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        grad_query = torch.zeros_like(query, dtype=_sum_dtype(query, len(parts) > 1))
+        # A patch in YOPO's windows is a key of 25 segments: BF16 would lose what the last ones add.
+        key_dtype = _sum_dtype(key, ctx.shared_keys)
+        grad_key, grad_value = (torch.zeros_like(rows, dtype=key_dtype) for rows in (key, value))
         for part in parts:
             rows = part.query_rows
             q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
@@ -211,12 +215,13 @@ class _JointSoftmax(torch.autograd.Function):
             rows.add(grad_query, dq)
             part.key_rows.add(grad_key, dk)
             part.key_rows.add(grad_value, dv)
-        return grad_query.to(query.dtype), grad_key, grad_value, *[None] * 7
+        gradients = (grad.to(query.dtype) for grad in (grad_query, grad_key, grad_value))
+        return *gradients, *[None] * 8
 
 
-def _sum_dtype(query: Tensor, parts: tuple[Part, ...]) -> torch.dtype:
-    """Several parts add up in the merge's precision; the result of a single one is final."""
-    return merge_dtype(query.dtype) if len(parts) > 1 else query.dtype
+def _sum_dtype(rows: Tensor, several: bool) -> torch.dtype:
+    """Several terms of a row add up in the merge's precision; a single one is final."""
+    return merge_dtype(rows.dtype) if several else rows.dtype
 
 
 def _read(

@@ -9,7 +9,7 @@ flash kernel does best and so a fair baseline.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -70,6 +70,16 @@ class AttentionPlan:
     @property
     def num_scored_rows(self) -> int:
         return self.scored_rows[1] - self.scored_rows[0]
+
+    @cached_property
+    def parts_share_keys(self) -> bool:
+        """Whether a key of the joint softmax belongs to several segments of its parts."""
+        return _share_keys(self.parts)
+
+    @cached_property
+    def visual_parts_share_keys(self) -> bool:
+        """The same of `visual_parts`."""
+        return _share_keys(self.visual_parts)
 
     @cached_property
     def sees_images(self) -> Tensor:
@@ -142,6 +152,11 @@ def build_part(rule: PartRule, first_scored: int, device: torch.device) -> Part:
         device=device,
         window=rule.window,
     )
+
+
+def _share_keys(parts: Iterable[Part]) -> bool:
+    ranges = sorted(rows for part in parts for rows in part.key_rows.ranges)
+    return any(end > start for (_, end), (start, _) in pairwise(ranges))
 
 
 def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ class Rows:
     length: int
     start: int = 0
     index: Tensor | None = None  # int64 [length]; rows may repeat
+    indexed: tuple[RowRange, ...] = ()  # what `index` holds, on the host
 
     @staticmethod
     def from_ranges(ranges: Iterable[RowRange], device: torch.device | str = "cpu") -> "Rows":
@@ -32,7 +33,12 @@ class Rows:
         lengths = ends - starts
         # Row i of the result is i further than the rows that all ranges before its own have.
         index = torch.arange(length) + (ends - lengths.cumsum(0)).repeat_interleave(lengths)
-        return Rows(length, index=index.to(device))
+        return Rows(length, index=index.to(device), indexed=tuple(joined))
+
+    @property
+    def ranges(self) -> tuple[RowRange, ...]:
+        """The rows again, as `from_ranges` takes them."""
+        return self.indexed if self.index is not None else ((self.start, self.start + self.length),)
 
     def take(self, tensor: Tensor) -> Tensor:
         """The rows of `tensor`: a view where they are contiguous."""
