@@ -35,6 +35,7 @@ from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import one_process
+from megatron_dattn.yaml_files import CONFIG_DIR
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def _write_assets(plan: ImportPlan, folder: Path) -> None:
     image_id = copy_tokenizer(origin.tokenizer, tokenizer, vocab_size=vocab_size)
     for processor in processor_files(origin.image_processor):
         shutil.copyfile(processor, tokenizer / processor.name)
-    data = {"tokenizer": str(plan.output / tokenizer.name), "template": plan.template}
+    data = {"tokenizer": f"{CONFIG_DIR}/{tokenizer.name}", "template": plan.template}
     if origin.image_fit is not None:
         data["image_fit"] = origin.image_fit
     config = {

@@ -1,8 +1,10 @@
 """What lies beside the checkpoints of a run: its resolved configuration and its tokenizer.
 
-With both, the folder is all that a later stage, an export or a generation needs.
+With both, the folder is all that a later stage, an export or a generation needs, wherever it
+is moved.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.image_settings import PROCESSOR_FILES
 from megatron_dattn.training.exits import clear_exit_reason
+from megatron_dattn.yaml_files import CONFIG_DIR
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
@@ -34,7 +37,14 @@ def describe_run(config: PretrainConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     clear_exit_reason(folder)
     _copy_tokenizer(config.data, folder / TOKENIZER_FOLDER)
-    replace_synced(folder / CONFIG_FILE, render_config(config).encode())
+    copied = f"{CONFIG_DIR}/{TOKENIZER_FOLDER}"
+    data = dataclasses.replace(
+        config.data,
+        tokenizer=copied,
+        image_processor=config.data.image_processor and copied,
+    )
+    described = dataclasses.replace(config, data=data)
+    replace_synced(folder / CONFIG_FILE, render_config(described).encode())
 
 
 def _copy_tokenizer(config: DataConfig, target: Path) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, read_manifest
 from megatron_dattn.checkpoint.reader import read_metadata, stored_shapes
+from megatron_dattn.config.cli import load_config
 from megatron_dattn.conversion import import_plan, mistral, siglip
 from megatron_dattn.conversion.import_hf import import_checkpoint, write_import
 from megatron_dattn.conversion.import_plan import plan_import
@@ -78,11 +78,11 @@ def test_every_tensor_is_bitwise_the_original(folders, converted):
 
 def test_run_folder_is_self_contained(converted):
     output, _ = converted
-    config = yaml.safe_load((output / "config.yaml").read_text())
-    assert config["model"]["language"]["rope_theta"] == 1000.0
-    assert config["model"]["vision"]["num_hidden_layers"] == 3
+    config = load_config(output / "config.yaml")
+    assert config.model.language.rope_theta == 1000.0
+    assert config.model.vision.num_hidden_layers == 3
     tokenizer = output / "tokenizer"
-    assert config["data"]["tokenizer"] == str(tokenizer)
+    assert config.data.tokenizer == str(tokenizer)
     assert (tokenizer / "preprocessor_config.json").is_file()
     assert "<image>" in (tokenizer / "tokenizer.json").read_text()
     manifest = read_manifest(find_checkpoint(output).path)
@@ -324,7 +324,9 @@ def test_a_folder_that_cannot_be_written_is_one_error(folders, tmp_path):
         import_checkpoint(*folders, tmp_path / "file" / "out")
 
 
-def test_a_run_folder_remembers_absolute_paths(folders, tmp_path, monkeypatch):
+def test_a_run_folder_remembers_where_it_came_from_and_names_its_own_files(
+    folders, tmp_path, monkeypatch
+):
     monkeypatch.chdir(folders[0].parent)
     output = Path(os.path.relpath(tmp_path / "out"))
     import_checkpoint(Path("vision"), Path("language"), output)
@@ -334,5 +336,6 @@ def test_a_run_folder_remembers_absolute_paths(folders, tmp_path, monkeypatch):
         "vision_model": str(folders[0].resolve()),
         "language_model": str(folders[1].resolve()),
     }
-    settings = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
-    assert settings["data"]["tokenizer"] == str((tmp_path / "out" / "tokenizer").resolve())
+    (tmp_path / "out").rename(tmp_path / "moved")
+    config = load_config(tmp_path / "moved" / "config.yaml")
+    assert config.data.tokenizer == str(tmp_path / "moved" / "tokenizer")

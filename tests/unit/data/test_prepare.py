@@ -7,8 +7,9 @@ import pytest
 import yaml
 from megatron.energon.flavors.jsonl.jsonl_prepare import JsonlPreparator
 
+from megatron_dattn.config.cli import load_config
 from megatron_dattn.data.config import DatasetConfig
-from megatron_dattn.data.prepare import read_mixture, read_rows, select_rows, write_jsonl
+from megatron_dattn.data.prepare import Source, read_mixture, read_rows, select_rows, write_jsonl
 from megatron_dattn.errors import DataError
 from tests.unit.data.builders import data_config, make_loader, make_rows
 from tools import prepare_data
@@ -36,9 +37,8 @@ def test_the_command_writes_what_the_loader_reads(
     output = tmp_path / "out"
     assert prepare_data.main([str(source), "--output", str(output)]) == 0
     assert "10 rows" in capsys.readouterr().out
-    section = yaml.safe_load((output / "train.yaml").read_text())
-    (entry,) = section["data"]["train"]
-    dataset = DatasetConfig(**entry)
+    output = output.rename(tmp_path / "moved")  # and is found there
+    (dataset,) = load_config(output / "train.yaml").data.train
     batches = list(make_loader(data_config(processor), [dataset], training=False))
     keys = [key for batch in batches for key in batch.sample_keys]
     assert keys == [f"llava-{index:09d}" for index in range(10)]
@@ -80,13 +80,28 @@ def test_a_mixture_samples_weighs_and_names(source: Path, tmp_path: Path) -> Non
     output = tmp_path / "out"
     arguments = ["--mixture", str(mixture), "--output", str(output), "--section", "validation"]
     assert prepare_data.main(arguments) == 0
-    section = yaml.safe_load((output / "validation.yaml").read_text())["data"]["validation"]
-    assert [Path(entry["path"]).name for entry in section] == ["llava.jsonl", "llava-2.jsonl"]
-    assert [entry["weight"] for entry in section] == [2.0, 1.0]
+    section = load_config(output / "validation.yaml").data.validation
+    assert [Path(entry.path) for entry in section] == [
+        output / "llava.jsonl",
+        output / "llava-2.jsonl",
+    ]
+    assert [entry.weight for entry in section] == [2.0, 1.0]
     assert [row["key"] for row in read_rows(output / "llava-2.jsonl")] == [
         "llava-2-000000008",
         "llava-2-000000009",
     ]
+
+
+def test_a_mixture_is_read_as_meant(tmp_path: Path) -> None:
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("datasets: [{json_path: 007, image_root: on, weight: 1e-1}]\n")
+    assert read_mixture(mixture) == [Source(tmp_path / "007", tmp_path / "on", 0.1)]
+
+
+def test_data_sets_prepared_before_name_their_files_absolutely(tmp_path: Path) -> None:
+    entry = {"path": str(tmp_path / "a.jsonl"), "image_root": str(tmp_path), "weight": 1.0}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({"data": {"train": [entry]}}))
+    assert load_config(tmp_path / "train.yaml").data.train == [DatasetConfig(**entry)]
 
 
 def test_sampling_strategies() -> None:
@@ -130,7 +145,8 @@ def test_unreadable_inputs_are_named(
         "datasets: []",
         "datasets: [{path: x}]",
         "datasets: [{json_path: x, n: 1}]",
-        "datasets: [{json_path: 5}]",
+        "datasets: [{json_path: [5]}]",
+        "datasets: [{json_path: x, weight: 1:30}]",
         "datasets: [{json_path: x, weight: heavy}]",
         "datasets: [{json_path: x, weight: 0}]",
         "\xff",
