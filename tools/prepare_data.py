@@ -4,8 +4,9 @@
     python tools/prepare_data.py --mixture stage3.yaml --output prepared/
 
 Writes one .jsonl and its index per input, and `prepared/train.yaml` to pass to pretrain_vlm.py with
---config; the folder may be moved. A mixture is a YAML file with a list `datasets` of `json_path`, `image_root`, `weight` and
-`sampling_strategy` (all, first:1000, end:10%, random:50%). Images are left where they are.
+--config; the folder may be moved. A mixture is a YAML file with a list `datasets` of `json_path`,
+`image_root`, `weight` and `sampling_strategy` (all, first:1000, end:10%, random:50%). Images are
+left where they are.
 """
 
 import argparse
