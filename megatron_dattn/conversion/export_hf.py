@@ -21,6 +21,8 @@ from megatron_dattn.checkpoint import steps_of
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.export_tokenizer import write_tokenizer
 from megatron_dattn.conversion.exportable import check_exportable, is_llava
+from megatron_dattn.conversion.finite import check_finite
+from megatron_dattn.conversion.foreign_folders import some
 from megatron_dattn.conversion.hf_config import TokenIds, config_from_model, generation_config
 from megatron_dattn.conversion.hf_names import LLAVA_NAMES, export_rules
 from megatron_dattn.conversion.hf_processor import write_chat_template, write_processor
@@ -128,7 +130,7 @@ def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[P
     if any(problems.values()):
         raise CheckpointError(
             "the checkpoint does not fit its config.yaml: "
-            + "; ".join(f"{what} {', '.join(names)}" for what, names in problems.items() if names)
+            + "; ".join(f"{what} {some(names)}" for what, names in problems.items() if names)
         )
     planned = []
     for rule in rules:
@@ -145,7 +147,9 @@ def _parameter_shape(rule: Rule) -> tuple[int, ...]:
 
 
 def _pieces(rule: Rule, tensor: StoredTensor) -> dict[str, Tensor]:
-    pieces = rule.layout.split(tensor.load())
+    whole = tensor.load()
+    check_finite(whole, [(rule.megatron, whole)], "the checkpoint")
+    pieces = rule.layout.split(whole)
     return {
         name: piece.reshape(shape)
         for (name, shape), piece in zip(rule.sources.items(), pieces, strict=True)

@@ -85,8 +85,20 @@ def _family(what: str, families: dict[str, _Family], config: dict[str, Any]) -> 
             return family
     types = [name for family in families.values() for name in family.MODEL_TYPES]
     kind = config.get("model_type")
-    hint = "; it is a whole model: give it with --model" if kind in WHOLE_MODELS else ""
-    raise CheckpointError(f"the {what} is of type '{kind}'; supported: {', '.join(types)}{hint}")
+    raise CheckpointError(
+        f"the {what} is of type '{kind}'; supported: {', '.join(types)}{_hint(kind)}"
+    )
+
+
+def _hint(kind: object) -> str:
+    """Which option takes a model of that type."""
+    if kind in WHOLE_MODELS:
+        return "; it is a whole model: give it with --model"
+    if any(kind in family.MODEL_TYPES for family in LANGUAGE.values()):
+        return "; give it with --language"
+    if any(kind in family.MODEL_TYPES for family in VISION.values()):
+        return "; give it with --vision"
+    return ""
 
 
 def language_rules(config: LanguageConfig) -> list[Rule]:

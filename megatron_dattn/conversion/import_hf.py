@@ -1,7 +1,7 @@
 """Hugging Face folders into one Megatron checkpoint: encoder and language model, or a whole VLM.
 
-A stage starts from it. The result is a run folder like any other: `config.yaml` with the model
-section and the precision, `tokenizer/`, and a committed checkpoint of step 0. Made of two folders it holds no
+A stage starts from it. The result is a run folder like any other: `config.yaml` with model, data
+and precision, `tokenizer/`, and a committed checkpoint of step 0. Made of two folders it holds no
 adapter, and unless it was an export of ours, nothing of what the attention preset adds: training
 begins with initial values there. The folder gets its name last, so an interrupted conversion leaves
 none. Parameters are read, converted and written one by one: memory does not grow with the
@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_dattn.checkpoint import save_checkpoint
 from megatron_dattn.checkpoint.collective import DiskFullError
 from megatron_dattn.checkpoint.tensors import ParameterValues
+from megatron_dattn.conversion.finite import check_finite
 from megatron_dattn.conversion.import_plan import (
     ImportPlan,
     plan_import,
@@ -158,9 +159,15 @@ def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], obje
 
 
 def _convert(source: Source, rule: Rule, target: Tensor) -> Tensor:
-    """One parameter in the shape and dtype of `target`, read from its Hugging Face tensors."""
-    whole = rule.layout.join([source.weights.load(name) for name in rule.sources])
-    return whole.to(target.dtype).reshape(target.shape)
+    """One parameter in the shape and dtype of `target`, read from its Hugging Face tensors.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite, or becomes so in that dtype.
+    """
+    parts = {name: source.weights.load(name) for name in rule.sources}
+    whole = rule.layout.join(list(parts.values())).to(target.dtype).reshape(target.shape)
+    check_finite(whole, parts.items(), str(source.weights.folder))
+    return whole
 
 
 def _facts(plan: ImportPlan, folder: Path) -> dict[str, Any]:

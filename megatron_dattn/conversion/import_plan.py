@@ -97,7 +97,7 @@ class ImportPlan:
         lines.append(f"conversations are written as {self.spoken.name}: {self.spoken.reason}")
         size = f"{self.num_bytes / 1e9:.2f} GB as {self.dtype}"
         lines.append(f"{self.output}: {len(self.shards)} tensors, {size}")
-        lines.append(f"generates and trains in {self.dtype}, unless training.precision says otherwise")
+        lines.append(f"generates and trains in {self.dtype} unless told another training.precision")
         return "\n".join(lines)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dattn.conversion import families
+from megatron_dattn.conversion.foreign_folders import read_model_config
 from megatron_dattn.conversion.named_tokens import NamedTokens, named_tokens
 from megatron_dattn.conversion.safetensors_reader import (
     DTYPE_NAMES,
     SafetensorsFolder,
-    read_json,
 )
 from megatron_dattn.conversion.weight_map import Rule, check_tensors
 from megatron_dattn.data.image_settings import ImageFit
@@ -65,7 +65,7 @@ def parts_origin(vision: Path, language: Path, attention: str) -> Origin:
         CheckpointError: a folder does not hold what its config.json describes.
         ConfigError: sizes or a preset that do not fit each other.
     """
-    vision_json, language_json = (read_json(f / "config.json") for f in (vision, language))
+    vision_json, language_json = (read_model_config(folder) for folder in (vision, language))
     model = ModelConfig(
         vision=families.vision_family(vision_json).vision_config(vision_json),
         language=families.language_family(language_json).language_config(language_json),

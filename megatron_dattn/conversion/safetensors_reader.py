@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dattn.checkpoint.files import forget_pages
+from megatron_dattn.conversion.foreign_folders import some, what_it_holds
+from megatron_dattn.conversion.json_files import read_json
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.json_fields import show
-from megatron_dattn.runtime.json_file import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,18 +33,6 @@ DTYPE_NAMES = {
 """Those that weights may have, in safetensors' words."""
 _BLOCK_BYTES = 16 * 2**20
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, is no plain file, or is not a JSON object.
-    """
-    try:
-        return read_json_object(path, CheckpointError)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: is this a Hugging Face folder?") from None
 
 
 @dataclass(frozen=True)
@@ -160,25 +149,12 @@ class SafetensorsFolder:
 
     def _no_weights(self) -> CheckpointError:
         """What the folder holds instead, and what to do about it."""
-        found = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        own_format = [name for name in found if name.startswith("consolidated")]
-        shards = [name for name in found if name not in own_format]
-        pickled = sorted(path.name for path in self.folder.glob("*.bin"))
-        if shards:
-            reason = f"holds {_some(shards)}, but {INDEX_FILE} is missing; download it too"
-        elif own_format:
-            reason = (
-                f"holds {_some(own_format)}, which is Mistral's own format; download the Hugging "
-                f"Face shards (model-*.safetensors and {INDEX_FILE})"
-            )
-        elif pickled:
-            reason = (
-                f"holds {_some(pickled)}, but weights are read from safetensors only; load and "
-                "save the model again with transformers (save_pretrained)"
-            )
-        else:
-            reason = f"holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
-        return CheckpointError(f"{self.folder} {reason}")
+        found = sorted(path.name for path in self.folder.glob("model*.safetensors"))
+        if found:
+            reason = f"holds {some(found)}, but {INDEX_FILE} is missing; download it too"
+            return CheckpointError(f"{self.folder} {reason}")
+        nothing = f"{self.folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
+        return CheckpointError(what_it_holds(self.folder) or nothing)
 
     def _scan(self, path: Path, index: dict[str, str] | None) -> None:
         try:
@@ -186,6 +162,10 @@ class SafetensorsFolder:
                 pass  # it compares the header with the file's length
             header, start = _header(path)
         except (SafetensorError, OSError) as error:
+            if _is_pointer(path):
+                raise CheckpointError(
+                    f"{path} is a Git LFS pointer, not the file: run git lfs pull in its folder"
+                ) from None
             raise CheckpointError(
                 f"{path} is damaged or truncated ({error}); download it again"
             ) from None
@@ -202,11 +182,11 @@ class SafetensorsFolder:
         absent, unlisted = sorted(listed - held), sorted(held - listed)
         if absent:
             raise CheckpointError(
-                f"{path} does not hold {_some(absent)}, as {INDEX_FILE} says; download both again"
+                f"{path} does not hold {some(absent)}, as {INDEX_FILE} says; download both again"
             )
         if unlisted:
             raise CheckpointError(
-                f"{self.folder / INDEX_FILE} does not list {_some(unlisted)} of {path.name}; "
+                f"{self.folder / INDEX_FILE} does not list {some(unlisted)} of {path.name}; "
                 "download both again"
             )
 
@@ -220,6 +200,8 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     return entries, LENGTH_BYTES + length
 
 
-def _some(names: list[str], shown: int = 3) -> str:
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
+def _is_pointer(path: Path) -> bool:
+    """Whether it is what a clone without Git LFS has in the place of a large file."""
+    start = b"version https://git-lfs"
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start

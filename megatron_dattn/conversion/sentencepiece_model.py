@@ -51,7 +51,8 @@ def _read(path: Path) -> Any:
     """The model, or None if the file is missing or of another format."""
     if not path.is_file():
         return None
-    model = sentencepiece_model_pb2.ModelProto()
+    # Its classes are made when it is imported, so that type checkers do not see them.
+    model = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError:

@@ -32,7 +32,7 @@ from megatron_dattn.conversion.compared_model import (
     token_ids,
 )
 from megatron_dattn.conversion.families import language_family, vision_family
-from megatron_dattn.conversion.safetensors_reader import read_json
+from megatron_dattn.conversion.foreign_folders import read_model_config
 from megatron_dattn.conversion.verify_whole import verify_whole_model
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
@@ -128,11 +128,11 @@ def _verify_parts(
 
 def _check_parts(config: ModelConfig, vision: Path | None, language: Path) -> None:
     """Raise CheckpointError unless the folders hold models of the checkpoint's sizes."""
-    text = read_json(language / "config.json")
+    text = read_model_config(language)
     part = replace(config, language=language_family(text).language_config(text))
     check_same_model(language, part, config)
     if vision is not None:
-        images = read_json(vision / "config.json")
+        images = read_model_config(vision)
         layer = config.vision.feature_layer
         encoder = vision_family(images).vision_config(images, layer)
         check_same_model(vision, replace(config, vision=encoder), config)

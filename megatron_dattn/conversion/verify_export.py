@@ -25,7 +25,7 @@ from megatron_dattn.conversion.compared_model import (
     text_logits,
 )
 from megatron_dattn.conversion.exportable import check_exportable, is_llava
-from megatron_dattn.conversion.safetensors_reader import read_json
+from megatron_dattn.conversion.foreign_folders import read_model_config
 from megatron_dattn.conversion.verify_whole import check_same_whole_model
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.tokenizer import token_id
@@ -98,7 +98,7 @@ def verify_export(
 
 def _check_fits(exported: Path, model: ModelConfig) -> None:
     """What would be an error deep inside of transformers, or meaningless."""
-    content = read_json(exported / "config.json")
+    content = read_model_config(exported)
     expected = "llava" if is_llava(model) else "dattn"
     if content.get("model_type") != expected:
         raise CheckpointError(

@@ -30,7 +30,7 @@ from megatron_dattn.conversion.compared_model import (
     text_logits,
     token_ids,
 )
-from megatron_dattn.conversion.safetensors_reader import read_json
+from megatron_dattn.conversion.foreign_folders import read_model_config
 from megatron_dattn.conversion.whole_models import image_token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import ModelConfig
@@ -64,7 +64,7 @@ def verify_whole_model(
     Raises:
         CheckpointError: the folder does not fit, or a token is `<image>` or not in the vocabulary.
     """
-    original = read_json(folder / "config.json")
+    original = read_model_config(folder)
     kind = original.get("model_type")
     if kind not in (llava.MODEL_TYPE, dattn.MODEL_TYPE):
         raise CheckpointError(

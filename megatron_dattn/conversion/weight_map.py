@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dattn.conversion.foreign_folders import some
 from megatron_dattn.errors import CheckpointError
 
 
@@ -154,20 +155,23 @@ def check_tensors(
         origin: the checkpoint's path, for the message.
 
     Raises:
-        CheckpointError: listing every missing, unexpected and misshapen tensor by name.
+        CheckpointError: naming the first missing, unexpected and misshapen tensors, and how many
+            there are.
     """
     needed = {name: shape for rule in rules for name, shape in rule.sources.items()}
-    problems = [f"missing {name} {list(needed[name])}" for name in needed if name not in found]
-    problems += [
-        f"unexpected {name} {list(shape)}"
+    missing = [f"{name} {list(needed[name])}" for name in needed if name not in found]
+    unexpected = [
+        f"{name} {list(shape)}"
         for name, shape in found.items()
         if name not in needed and not name.startswith(tuple(unused))
     ]
-    problems += [
+    misshapen = [
         f"{name} has shape {list(found[name])}, expected {list(shape)}"
         for name, shape in needed.items()
         if name in found and tuple(found[name]) != shape
     ]
+    kinds = {"missing ": missing, "unexpected ": unexpected, "": misshapen}
+    problems = [f"{kind}{some(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise CheckpointError(
             f"{origin} does not hold the weights that its config.json describes: "

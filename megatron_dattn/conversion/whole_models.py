@@ -10,7 +10,9 @@ from typing import Any
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion import dattn, llava
 from megatron_dattn.conversion.config_values import ConfigValues
+from megatron_dattn.conversion.foreign_folders import read_model_config
 from megatron_dattn.conversion.hf_names import rules_by_module
+from megatron_dattn.conversion.json_files import read_json
 from megatron_dattn.conversion.key_names import KeyNames, key_names
 from megatron_dattn.conversion.named_tokens import named_tokens
 from megatron_dattn.conversion.origin import (
@@ -21,7 +23,7 @@ from megatron_dattn.conversion.origin import (
     check_weights,
     repeated_head,
 )
-from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read_json
+from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.image_settings import ImageFit
 from megatron_dattn.errors import CheckpointError, ConfigError
@@ -41,7 +43,7 @@ def whole_origin(folder: Path, attention: str | None = None) -> Origin:
         CheckpointError: another architecture, or the folder does not hold what it describes.
         ConfigError: a preset that does not fit the model.
     """
-    config = read_json(folder / "config.json")
+    config = read_model_config(folder)
     kind = config.get("model_type")
     if kind == llava.MODEL_TYPE:
         return _llava_origin(folder, config, attention or LLAVA_ATTENTION)

@@ -1,4 +1,4 @@
-"""The precision of an import is that of what is made of it, unless a later setting says otherwise."""
+"""An import's precision is that of what is made of it, unless a later setting says otherwise."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ import yaml
 
 from megatron_dattn.config.cli import load_config, parse_command_line
 from megatron_dattn.conversion.export_hf import export_checkpoint
-from megatron_dattn.conversion.import_plan import plan_whole_import
 from megatron_dattn.conversion.import_hf import write_import
+from megatron_dattn.conversion.import_plan import plan_whole_import
 from megatron_dattn.inference import Prompt, generate_tokens, load_model
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.unit.conversion.llava_models import save_llava

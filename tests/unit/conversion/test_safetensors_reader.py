@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder, read_json
+from megatron_dattn.conversion.json_files import read_json
+from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dattn.errors import CheckpointError
 
 
