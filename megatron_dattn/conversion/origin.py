@@ -93,6 +93,7 @@ def _vision_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> 
     if not is_dual_encoder and any(name.startswith("vision_model.") for name in weights.shapes):
         # transformers 4 kept the prefix in files of the vision encoder alone.
         weights = SafetensorsFolder(folder, prefix="vision_model.")
+    check_num_layers(model.vision.num_hidden_layers, weights)
     rules = family.vision_rules(model.vision)
     unused = family.unused_prefixes(model.vision, model.vision.num_hidden_layers)
     check_weights(rules, weights, unused)
@@ -102,10 +103,24 @@ def _vision_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> 
 def _language_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> Source:
     family = families.language_family(config)
     weights = SafetensorsFolder(folder)
+    check_num_layers(model.language.num_hidden_layers, weights)
     rules = family.language_rules(model.language)
     head = repeated_head(weights, model.language, HEAD, EMBEDDING)
     check_weights(rules, weights, [*family.unused_prefixes(model.language), *head])
     return Source("language_model", weights, rules)
+
+
+def check_num_layers(num_layers: int, weights: SafetensorsFolder) -> None:
+    """Raise CheckpointError if a folder cannot hold so many layers: each has several tensors.
+
+    The tensors of every layer are listed and compared afterwards; a number that a damaged
+    config.json has made a million must not become a list first.
+    """
+    if num_layers > len(weights.shapes):
+        raise CheckpointError(
+            f"{weights.folder}: config.json describes {num_layers} layers, but there are only "
+            f"{len(weights.shapes)} tensors; download both again"
+        )
 
 
 def repeated_head(

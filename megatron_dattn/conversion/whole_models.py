@@ -20,6 +20,7 @@ from megatron_dattn.conversion.origin import (
     HEAD,
     Origin,
     Source,
+    check_num_layers,
     check_weights,
     repeated_head,
 )
@@ -27,6 +28,7 @@ from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder
 from megatron_dattn.conversion.weight_map import Rule
 from megatron_dattn.data.image_settings import ImageFit
 from megatron_dattn.errors import CheckpointError, ConfigError
+from megatron_dattn.models.config import ModelConfig
 
 LLAVA_ATTENTION = "s_attn"
 # What the config classes take where config.json does not say it.
@@ -72,6 +74,7 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
         )
     model = llava.model_from_config(config, attention)
     weights = SafetensorsFolder(folder)
+    check_num_layers(_num_layers(model), weights)
     keys = key_names(weights.shapes)
     rules = llava.weight_rules(model, keys)
     unused = llava.unused_prefixes(model, keys)
@@ -90,6 +93,7 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
 def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -> Origin:
     model = dattn.model_from_config(config, attention)
     weights = SafetensorsFolder(folder)
+    check_num_layers(_num_layers(model), weights)
     names = KeyNames()
     unused = repeated_head(weights, model.language, names.language(HEAD), names.language(EMBEDDING))
     return Origin(
@@ -103,6 +107,11 @@ def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -
         image_token_id=image_token_id(config),
         named_tokens=named_tokens(config.get("text_config") or {}, config),
     )
+
+
+def _num_layers(model: ModelConfig) -> int:
+    """Of the deeper half: an encoder may be stored without the layers that nobody runs."""
+    return max(model.vision.num_hidden_layers, model.language.num_hidden_layers)
 
 
 def _sources(
