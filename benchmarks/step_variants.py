@@ -97,7 +97,12 @@ class EngineVariant:
             num_microbatches=1,
             num_rows=batch.layout.num_rows,
             metrics=Metrics(
-                LoggingConfig(), train_iters=1, first_step=0, world_size=1, peak_flops=None
+                LoggingConfig(),
+                stage="",
+                train_iters=1,
+                first_step=0,
+                world_size=1,
+                peak_flops=None,
             ),
             checkpointer=None,
             validation=None,

@@ -1,10 +1,13 @@
 """Draw the loss curves of one run, or of several stages side by side, as one picture.
 
-    python tools/plot_training.py runs/stage1 runs/stage2 runs/stage3 --output loss.png
+    python tools/plot_training.py runs/demo-dattn/stage1 runs/demo-dattn/stage2 --output loss.png
+    python tools/plot_training.py runs/demo-dattn --output loss.png
+    python tools/plot_training.py training.log --output loss.png
 
-A run is a TensorBoard folder (`logging.tensorboard_dir`) or a log file. Above: the loss as logged
-and smoothed, and the validation loss. Below: the learning rate of every trained module. A step that
-was logged twice (a run resumed from an older checkpoint) counts with its last value.
+A run is a log file or a TensorBoard folder (`logging.tensorboard_dir`), or a folder above such
+folders. Each stage in it gets a column of its own: above, the loss as logged and smoothed, and the
+validation loss; below, the learning rate of every trained module. What a stage logged after the
+step from which it was resumed counts no more.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -23,13 +27,19 @@ from matplotlib.axes import Axes
 
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 
+if TYPE_CHECKING:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 # The tags that megatron_dattn/training/metrics.py writes.
 LOSS_TAG = "lm loss"
 VALIDATION_TAG = "lm loss validation"
 RATE_PREFIX = "learning rate/"
+STAGE_TAG = "stage/text_summary"
 
 _NUMBER = r"([-+.\w]+)"
-_ITERATION = re.compile(rf"\biteration +(\d+)/ *\d+ \|.*\| lm loss: {_NUMBER} \|")
+_ITERATION = re.compile(rf"\biteration +(\d+)/ *(\d+) \|.*\| lm loss: {_NUMBER} \|")
+_STAGE = re.compile(r"\bstage (.+): \d+ ranks = tensor ")
+_FIRST_STEP = re.compile(r"\biterations (\d+) to \d+, global batch of ")
 _RATES = re.compile(r"\| learning rate: ([^|]*) \|")
 _VALIDATION = re.compile(rf"\bvalidation at iteration (\d+) \| lm loss value: {_NUMBER} \|")
 
@@ -38,7 +48,7 @@ Series = dict[int, float]  # value by step
 
 @dataclass
 class Curves:
-    """What is drawn of one run."""
+    """What is drawn of one stage."""
 
     name: str
     loss: Series = field(default_factory=dict)
@@ -46,68 +56,125 @@ class Curves:
     learning_rates: dict[str, Series] = field(default_factory=dict)
     """By module."""
 
+    def forget_from(self, step: int) -> None:
+        """Drop what was logged of a step and later ones: the stage is resumed before it."""
+        for series in (self.loss, self.validation, *self.learning_rates.values()):
+            for late in [logged for logged in series if logged >= step]:
+                del series[late]
 
-def read_run(path: Path) -> Curves:
-    """The curves of a TensorBoard folder or a log file.
+
+def read_run(path: Path) -> list[Curves]:
+    """The curves of every stage in a log file, or in all TensorBoard folders below a folder.
 
     Raises:
         UserError: the path does not exist or holds no training loss.
     """
     if path.is_dir():
-        curves = _read_events(path)
+        found = _read_folder(path)
     elif path.is_file():
-        curves = _read_log(path)
+        found = _read_log(path)
     else:
-        raise UserError(f"'{path}' does not exist; give a TensorBoard folder or a log file")
-    if not any(math.isfinite(value) for value in curves.loss.values()):
+        raise UserError(f"'{path}' does not exist; give a run's folder or a log file")
+    trained = [c for c in found if any(math.isfinite(value) for value in c.loss.values())]
+    if not trained:
         raise UserError(
             f"'{path}' holds no '{LOSS_TAG}' value; give the run's logging.tensorboard_dir or its "
             "log file"
         )
-    return curves
+    return trained
 
 
-def _read_events(folder: Path) -> Curves:
+def _read_folder(path: Path) -> list[Curves]:
+    """Curves in the order in which the stages were started."""
+    files: dict[Path, list[Path]] = {}
+    # The name of an event file begins with the time of its start.
+    for file in sorted(path.rglob("events.out.tfevents.*"), key=lambda file: file.name):
+        files.setdefault(file.parent, []).append(file)
+    return [curves for folder in files for curves in _read_events(folder, files[folder])]
+
+
+def _read_events(folder: Path, files: list[Path]) -> list[Curves]:
+    """A file per start, the oldest first; several stages may have written into one folder."""
     # Imported here: reading a log file should not need tensorboard.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # 0 keeps every point instead of a sample of them.
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-
-    def series(tag: str) -> Series:
-        return {event.step: float(event.value) for event in events.Scalars(tag)}
-
-    tags = events.Tags()["scalars"]
-    return Curves(
-        name=folder.name,
-        loss=series(LOSS_TAG) if LOSS_TAG in tags else {},
-        validation=series(VALIDATION_TAG) if VALIDATION_TAG in tags else {},
-        learning_rates={
-            tag.removeprefix(RATE_PREFIX): series(tag)
-            for tag in tags
-            if tag.startswith(RATE_PREFIX)
-        },
-    )
+    stages: dict[str, Curves] = {}
+    for file in files:
+        # 0 keeps every point instead of a sample of them.
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+        curves = stages.setdefault(_stage_of(events), Curves(_name(folder)))
+        added = {tag: _series(events, tag) for tag in events.Tags()["scalars"]}
+        if steps := [step for series in added.values() for step in series]:
+            curves.forget_from(min(steps))
+        curves.loss |= added.get(LOSS_TAG, {})
+        curves.validation |= added.get(VALIDATION_TAG, {})
+        for tag in (tag for tag in added if tag.startswith(RATE_PREFIX)):
+            rates = curves.learning_rates.setdefault(tag.removeprefix(RATE_PREFIX), {})
+            rates.update(added[tag])
+    return _named(stages)
 
 
-def _read_log(path: Path) -> Curves:
-    curves = Curves(name=path.stem)
+def _series(events: "EventAccumulator", tag: str) -> Series:
+    return {event.step: float(event.value) for event in events.Scalars(tag)}
+
+
+def _stage_of(events: "EventAccumulator") -> str:
+    """The stage that wrote a file; empty for files from before they said so."""
+    if STAGE_TAG not in events.Tags()["tensors"]:
+        return ""
+    return events.Tensors(STAGE_TAG)[0].tensor_proto.string_val[0].decode()
+
+
+def _name(folder: Path) -> str:
+    folder = folder.absolute()
+    return folder.parent.name if folder.name == "tensorboard" else folder.name
+
+
+def _named(stages: dict[str, Curves]) -> list[Curves]:
+    """Curves called after their stages where there are several in one place."""
+    if len(stages) > 1:
+        for stage, curves in stages.items():
+            curves.name = stage or curves.name
+    return list(stages.values())
+
+
+def _read_log(path: Path) -> list[Curves]:
+    log = _Log(path.stem)
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            _read_line(line, curves)
-    return curves
+            log.read(line)
+    return _named(log.stages)
 
 
-def _read_line(line: str, curves: Curves) -> None:
-    if found := _VALIDATION.search(line):
-        curves.validation[int(found[1])] = float(found[2])
-    elif found := _ITERATION.search(line):
-        step = int(found[1])
-        curves.loss[step] = float(found[2])
-        rates = _RATES.search(line)
-        words = rates[1].split() if rates else []
-        for module, rate in zip(words[::2], words[1::2], strict=True):
-            curves.learning_rates.setdefault(module, {})[step] = float(rate)
+class _Log:
+    """Takes a log's lines; each start of a stage says the stage's name."""
+
+    def __init__(self, name: str) -> None:
+        self.stages: dict[str, Curves] = {}
+        self._name = name
+        self._current = Curves(name)
+        self._is_announced = False
+
+    def read(self, line: str) -> None:
+        if found := _STAGE.search(line):
+            self._is_announced = True
+            self._turn_to(found[1])
+        elif self._is_announced and (found := _FIRST_STEP.search(line)):
+            self._current.forget_from(int(found[1]))
+        elif found := _VALIDATION.search(line):
+            self._current.validation[int(found[1])] = float(found[2])
+        elif found := _ITERATION.search(line):
+            if not self._is_announced:  # a piece of a log; stages differ at least in length
+                self._turn_to(f"{found[2]} iterations")
+            step = int(found[1])
+            self._current.loss[step] = float(found[3])
+            rates = _RATES.search(line)
+            words = rates[1].split() if rates else []
+            for module, rate in zip(words[::2], words[1::2], strict=True):
+                self._current.learning_rates.setdefault(module, {})[step] = float(rate)
+
+    def _turn_to(self, stage: str) -> None:
+        self._current = self.stages.setdefault(stage, Curves(self._name))
 
 
 def finite_points(series: Series) -> tuple[list[int], list[float]]:
@@ -184,9 +251,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="TensorBoard folders or log files")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders or log files")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write")
-    parser.add_argument("--names", nargs="+", help="titles of the runs, by default their paths'")
+    parser.add_argument(
+        "--names", nargs="+", help="titles of the stages, by default their folders'"
+    )
     parser.add_argument("--title", help="title of the picture")
     parser.add_argument(
         "--smoothing", type=float, default=0.9, help="weight of the past, from 0 to below 1"
@@ -202,9 +271,10 @@ def plot(arguments: argparse.Namespace) -> None:
     """
     if not 0 <= arguments.smoothing < 1:
         raise UserError(f"--smoothing {arguments.smoothing} must be at least 0 and below 1")
-    if arguments.names and len(arguments.names) != len(arguments.runs):
-        raise UserError(f"--names gives {len(arguments.names)} names to {len(arguments.runs)} runs")
-    runs = [read_run(path) for path in arguments.runs]
+    runs = [curves for path in arguments.runs for curves in read_run(path)]
+    if arguments.names and len(arguments.names) != len(runs):
+        found = ", ".join(curves.name for curves in runs)
+        raise UserError(f"--names gives {len(arguments.names)} names to {len(runs)} runs: {found}")
     for curves, name in zip(runs, arguments.names or [], strict=False):
         curves.name = name
     draw(runs, arguments.output, smoothing=arguments.smoothing, title=arguments.title)

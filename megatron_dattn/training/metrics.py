@@ -54,6 +54,7 @@ class Metrics:
         self,
         config: LoggingConfig,
         *,
+        stage: str,
         train_iters: int,
         first_step: int,
         world_size: int,
@@ -61,6 +62,7 @@ class Metrics:
     ) -> None:
         """
         Args:
+            stage: its name, which TensorBoard's files keep: several may write into one folder.
             first_step: steps that the loaded checkpoint had done; TensorBoard drops later points.
             peak_flops: FLOP/s of one device, None where MFU has no meaning.
         """
@@ -75,6 +77,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(config.tensorboard_dir, purge_step=first_step + 1)
+            self._writer.add_text("stage", stage, first_step)
 
     def record(self, report: StepReport, totals: Progress) -> None:
         """Take a step's report; write when the interval is full or the run is at its end."""

@@ -113,6 +113,7 @@ def make_metrics(config: PretrainConfig, state: TrainState) -> Metrics:
     """The log of this run; on rank 0 it opens TensorBoard's file."""
     return Metrics(
         config.logging,
+        stage=config.training.stage,
         train_iters=config.training.train_iters,
         first_step=state.progress.step,
         world_size=dist.get_world_size(),

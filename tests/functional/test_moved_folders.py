@@ -11,17 +11,21 @@ from megatron_dattn.conversion.import_hf import import_checkpoint
 from tests.functional.workspace import pretrain
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.data.builders import make_rows
-from tools import convert_checkpoint, generate, prepare_data
+from tools import convert_checkpoint, generate, plot_training, prepare_data
 
 
 def train(base: Path, name: str, config: Path, load: Path) -> None:
-    """One step of a stage that takes model and tokenizer from one file and data from another."""
-    line = "--train-iters 1 --micro-batch-size 2 --global-batch-size 2 --precision fp32"
-    line += " --num-workers 0 --visual-budget 48 --text-budget 512 --template plain"
+    """Three steps of a stage: model and tokenizer from one file, data from another, one log."""
+    line = "--train-iters 3 --log-interval 1 --micro-batch-size 2 --global-batch-size 2"
+    line += (
+        " --precision fp32 --num-workers 0 --visual-budget 48 --text-budget 512 --template plain"
+    )
     files = ["--config", str(config), "--config", str(base / "prepared" / "train.yaml")]
     folders = ["--load", str(load), "--save", str(base / name), "--stage", name]
     done = pretrain([*files, *line.split(), *folders])
     assert done.returncode == 0, done.stderr
+    with (base / "training.log").open("a") as log:
+        log.write(done.stdout + done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +72,8 @@ def test_a_moved_run_answers_and_is_exported(
 
 def test_the_next_stage_needs_the_moved_run_alone(base: Path) -> None:
     train(base, "stage2", base / "stage1" / "config.yaml", base / "stage1")
+    curves = plot_training.read_run(base / "training.log")
+    assert [(stage.name, list(stage.loss)) for stage in curves] == [
+        ("before", [1, 2, 3]),
+        ("stage2", [1, 2, 3]),
+    ]

@@ -127,6 +127,7 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
         num_rows=config.data.visual_budget + config.data.text_budget,
         metrics=Metrics(
             config.logging,
+            stage=config.training.stage,
             train_iters=config.training.train_iters,
             first_step=0,
             world_size=torch.distributed.get_world_size(),

@@ -2,7 +2,9 @@
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -10,15 +12,15 @@ from PIL import Image
 from megatron_dattn.training.config import LoggingConfig
 from megatron_dattn.training.metrics import Metrics, StepReport
 from megatron_dattn.training.state import Progress
-from tools.plot_training import finite_points, main, read_run, smooth
+from tools.plot_training import Curves, finite_points, main, read_run, smooth
 
 STEPS = 12
 
 
-def report(step: int) -> StepReport:
+def report(step: int, loss: float) -> StepReport:
     return StepReport(
         step=step,
-        loss=3.0 / step,
+        loss=loss / step,
         grad_norm=1.0,
         skipped=step == 5,
         learning_rates={"adapter": 1e-3 * step / STEPS, "language_model": 2e-6},
@@ -31,31 +33,67 @@ def report(step: int) -> StepReport:
     )
 
 
-def write_run(folder: Path, capture: pytest.LogCaptureFixture | None = None) -> Path:
-    """Let the real `Metrics` write a run of 12 steps, the 5th of them skipped."""
+def write_run(
+    folder: Path,
+    stage: str = "stage1",
+    *,
+    first: int = 0,
+    last: int = STEPS,
+    total: int = STEPS,
+    loss: float = 3.0,
+) -> Path:
+    """Let the real `Metrics` write a run with validations at 6 and 12 and step 5 skipped."""
     config = LoggingConfig(log_interval=1, tensorboard_dir=str(folder))
-    metrics = Metrics(config, train_iters=STEPS, first_step=0, world_size=1, peak_flops=None)
-    for step in range(1, STEPS + 1):
-        metrics.record(report(step), Progress(step=step))
+    metrics = Metrics(
+        config, stage=stage, train_iters=total, first_step=first, world_size=1, peak_flops=None
+    )
+    for step in range(first + 1, last + 1):
+        metrics.record(report(step, loss), Progress(step=step))
         if step % 6 == 0:
             metrics.record_validation(step, 4.0 / step)
     metrics.close()
     return folder
 
 
+def start(stage: str, first: int, total: int = STEPS) -> str:
+    """What a run of a stage says when it starts (training/setup.py)."""
+    return (
+        f"stage {stage}: 2 ranks = tensor 1 x pipeline 1 x data 2, fp32, attention dattn\n"
+        f"iterations {first + 1} to {total}, global batch of up to 8 samples in 1 packs of 5 "
+        "visual + 6 text rows per data-parallel rank\n"
+    )
+
+
 @pytest.fixture
-def run_and_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> tuple[Path, Path]:
-    with caplog.at_level(logging.INFO):
-        folder = write_run(tmp_path / "stage1")
+def write_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
+    """A run, as `write_run`, and the log of it."""
+
+    def write(folder: str, stage: str = "stage1", *, announced: bool = True, **sizes: Any) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            write_run(tmp_path / folder, stage, **sizes)
+        head = start(stage, sizes.get("first", 0), sizes.get("total", STEPS)) if announced else ""
+        text = head + "".join(f"{record.getMessage()}\n" for record in caplog.records)
+        return "".join(f"[2026-01-31 12:00:00] {line}\n" for line in text.splitlines())
+
+    return write
+
+
+@pytest.fixture
+def run_and_log(tmp_path: Path, write_log: Callable[..., str]) -> tuple[Path, Path]:
     log = tmp_path / "stage1.log"
-    lines = [f"[2026-01-31 12:00:00] {record.getMessage()}\n" for record in caplog.records]
-    log.write_text("start\n" + "".join(lines))
-    return folder, log
+    log.write_text(write_log("stage1"))
+    return tmp_path / "stage1", log
+
+
+def only(path: Path) -> Curves:
+    (curves,) = read_run(path)
+    return curves
 
 
 def test_log_and_events_agree(run_and_log: tuple[Path, Path]) -> None:
     """Both hold the same figures: events are float32, log lines have six decimals."""
-    events, log = (read_run(path) for path in run_and_log)
+    events, log = (only(path) for path in run_and_log)
     assert events.name == log.name == "stage1"
     assert math.isnan(events.loss[5])
     assert math.isnan(log.loss[5])
@@ -73,12 +111,78 @@ def test_log_and_events_agree(run_and_log: tuple[Path, Path]) -> None:
         assert series == pytest.approx(log.learning_rates[module], rel=1e-3)
 
 
-def test_a_resumed_run_counts_with_its_last_values(run_and_log: tuple[Path, Path]) -> None:
-    _, log = run_and_log
-    again = log.read_text().replace("lm loss: 3.000000E+00", "lm loss: 2.500000E+00")
-    log.write_text(log.read_text() + again)
-    assert read_run(log).loss[1] == 2.5
-    assert len(read_run(log).loss) == STEPS
+def assert_two_stages(found: list[Curves]) -> None:
+    first, second = found
+    assert (first.name, second.name) == ("stage1", "stage2")
+    assert finite_points(first.loss)[0] == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
+    assert finite_points(second.loss)[0] == [1, 2, 3, 4, 6, 7]
+    assert first.loss[6] == pytest.approx(0.5)
+    assert second.loss[6] == pytest.approx(0.1)
+    assert second.validation.keys() == {6}
+    assert max(second.learning_rates["adapter"]) == 7
+
+
+def test_stages_of_one_log_are_curves_of_their_own(
+    tmp_path: Path, write_log: Callable[..., str]
+) -> None:
+    log = tmp_path / "training.log"
+    log.write_text(write_log("a") + write_log("b", "stage2", last=7, total=7, loss=0.6))
+    assert_two_stages(read_run(log))
+
+
+def test_stages_of_one_tensorboard_folder_are_curves_of_their_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "tensorboard")
+    in_the_past(folder)
+    write_run(folder, "stage2", last=7, total=7, loss=0.6)
+    assert_two_stages(read_run(folder))
+
+
+def test_a_folder_above_several_runs_shows_them_in_the_order_of_their_starts(
+    tmp_path: Path,
+) -> None:
+    """As the demo leaves them: a run's folder beside its TensorBoard folder, and others."""
+    write_run(tmp_path / "demo" / "b" / "tensorboard", loss=1.0)
+    in_the_past(tmp_path / "demo" / "b" / "tensorboard")
+    write_run(tmp_path / "demo" / "a" / "tensorboard", loss=2.0)
+    (tmp_path / "demo" / "a" / "step-0000012").mkdir()
+    found = read_run(tmp_path / "demo")
+    assert [(curves.name, curves.loss[1]) for curves in found] == [("b", 1.0), ("a", 2.0)]
+    assert only(tmp_path / "demo" / "a").name == "a"
+    assert only(tmp_path / "demo" / "a" / "tensorboard").name == "a"
+
+
+def in_the_past(folder: Path) -> None:
+    """Let what stands in a folder be from an earlier second, which is in the files' names."""
+    for file in folder.iterdir():
+        head, time, rest = file.name.split("tfevents.")[0], *file.name.split(".", 4)[3:5]
+        file.rename(file.with_name(f"{head}tfevents.{int(time) - 60}.{rest}"))
+
+
+def test_pieces_of_a_log_without_the_start_of_stages(
+    tmp_path: Path, write_log: Callable[..., str]
+) -> None:
+    log = tmp_path / "grepped.log"
+    stages = write_log("a", announced=False), write_log("b", announced=False, last=7, total=7)
+    log.write_text("".join(stages))
+    found = read_run(log)
+    assert [curves.name for curves in found] == ["12 iterations", "7 iterations"]
+    assert [len(curves.loss) for curves in found] == [12, 7]
+
+
+def test_a_resumed_run_counts_with_its_last_values(
+    tmp_path: Path, write_log: Callable[..., str]
+) -> None:
+    """Resumed from step 4, stopped after step 8: what the lost part logged from 5 on is gone."""
+    log, folder = tmp_path / "run.log", tmp_path / "run"
+    lost = write_log("run")
+    in_the_past(folder)
+    log.write_text(lost + write_log("run", first=4, last=8, loss=0.9))
+    for path in (log, folder):
+        curves = only(path)
+        assert list(finite_points(curves.loss)[0]) == [1, 2, 3, 4, 6, 7, 8]
+        assert curves.loss[4] == pytest.approx(0.75)
+        assert curves.loss[6] == pytest.approx(0.15)
+        assert curves.validation.keys() == {6}
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_constants() -> None:

@@ -33,6 +33,7 @@ def _report(step: int, loss: float = 2.0, *, skipped: bool = False) -> StepRepor
 def _metrics(interval: int, peak: float | None = None, **logging_options: str) -> Metrics:
     return Metrics(
         LoggingConfig(log_interval=interval, **logging_options),
+        stage="stage1",
         train_iters=5,
         first_step=0,
         world_size=2,
