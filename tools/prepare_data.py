@@ -7,6 +7,11 @@ Writes one .jsonl and its index per input, and `prepared/train.yaml` to pass to 
 --config; the folder may be moved. A mixture is a YAML file with a list `datasets` of `json_path`,
 `image_root`, `weight` and `sampling_strategy` (all, first:1000, end:10%, random:50%). Images are
 left where they are.
+
+An epoch of training shows every selected record once, or `weight` times where a file has a weight:
+a file's share of the training is its selected records times its weight over the sum of that. The
+weights stand in train.yaml. A recipe that lists the .jsonl files itself, under data.train, decides
+in its place if it comes after it on the command line, weights included.
 """
 
 import argparse
@@ -25,6 +30,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-root", type=Path, help="images' folder; else each input's own")
     parser.add_argument("--output", type=Path, required=True, help="folder for the prepared files")
     parser.add_argument("--section", choices=["train", "validation"], default="train")
+    parser.add_argument(
+        "--drop-missing",
+        action="store_true",
+        help="leave out rows whose images are not there; OUTPUT/NAME.missing.txt lists them",
+    )
     parser.add_argument("--seed", type=int, default=0, help="for sampling strategy random")
     return parser.parse_args(arguments)
 
@@ -39,9 +49,18 @@ def run(arguments: argparse.Namespace) -> None:
         sources = read_mixture(arguments.mixture)
     else:
         sources = [Source(path, arguments.image_root) for path in arguments.inputs]
-    done = prepare(sources, arguments.output, section=arguments.section, seed=arguments.seed)
-    for number, (source, path, count) in enumerate(done, start=1):
-        print(f"[{number}/{len(sources)}] {source.path}: {count} rows -> {path}", flush=True)
+    done = prepare(
+        sources,
+        arguments.output,
+        section=arguments.section,
+        seed=arguments.seed,
+        drop_missing=arguments.drop_missing,
+    )
+    for number, file in enumerate(done, start=1):
+        line = f"[{number}/{len(sources)}] {file.source.path}: {file.num_rows} rows -> {file.path}"
+        if file.num_missing:
+            line += f" ({file.num_missing} without their images left out, see {file.missing_list})"
+        print(line, flush=True)
     print(f"train with --config {arguments.output / arguments.section}.yaml")
 
 

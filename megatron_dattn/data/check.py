@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_dattn.data.conversation import Conversation, parse_row
+from megatron_dattn.data.conversation import Conversation, image_paths, parse_row
 from megatron_dattn.data.encoder import RowEncoder
 from megatron_dattn.data.images import decode_image, read_image_file
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
+from megatron_dattn.errors import quoted
 
 MAX_EXAMPLES = 10  # per reason
 
@@ -50,7 +51,7 @@ class RowChecker:
                 data = read_image_file(str(self.image_root), path)
                 decode_image(data, max_pixels=self.max_pixels)
             except SampleError as error:
-                yield SampleError(error.reason, f"image {path!r}: {error}")
+                yield SampleError(error.reason, f"image {quoted(path)}: {error}")
 
 
 @dataclass
@@ -69,11 +70,10 @@ class Report:
     def add(self, index: int, row: Any, problems: list[SampleError]) -> None:
         self.num_rows += 1
         self.num_bad_rows += bool(problems)
-        if isinstance(row, dict) and row.get("image") is not None:
-            self.num_images += len(row["image"]) if isinstance(row["image"], list) else 1
+        self.num_images += _count_images(row)
         key = f"row {index}"
         if isinstance(row, dict) and isinstance(row.get("id"), str | int):
-            key = f"row {index} (id {row['id']})"
+            key = f"row {index} (id {quoted(row['id'], 60)})"
         for problem in problems:
             self.problems[problem.reason] += 1
             examples = self.examples.setdefault(problem.reason, [])
@@ -115,6 +115,13 @@ class Report:
             first = self.examples[reason][0]
             lines.append(f"  {reason:<16} {count:>8}   e.g. {first.key}: {first.message}")
         return "\n".join(lines)
+
+
+def _count_images(row: Any) -> int:
+    try:
+        return len(image_paths(row)) if isinstance(row, dict) else 0
+    except SampleError:
+        return 0
 
 
 def check_rows(

@@ -6,6 +6,7 @@ the same data, settings and seed give the same batches, and a loader that is res
 the very batch that would have come next.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_dattn.data.counters import LoaderCounters, count_pack
 from megatron_dattn.data.dataset import PreparedDataset, open_dataset
 from megatron_dattn.data.encoder import RowEncoder
 from megatron_dattn.data.energon import PackingDataset, WorkerConfig, reraise_exception
+from megatron_dattn.data.epochs import records_per_epoch
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.packing import buffer_size
@@ -30,6 +32,8 @@ from megatron_dattn.errors import CheckpointError, ConfigError, DataError
 from megatron_dattn.models.config import ModelConfig
 
 STATE_VERSION = 2
+
+logger = logging.getLogger(__name__)
 
 
 def build_loader(
@@ -70,8 +74,31 @@ def build_loader(
     task_encoder = VLMTaskEncoder(
         encoder, max_samples=micro_batch_size, pad_id=pad_id, keep_order=not training
     )
+    if training and data_parallel_rank == 0:
+        _describe(config, opened)
     source = _PackSource(config, opened, workers, task_encoder, seed, training)
     return VLMLoader(source, _identity(config, source, micro_batch_size, seed))
+
+
+def _describe(config: DataConfig, datasets: Sequence[PreparedDataset]) -> None:
+    """Say what an epoch consists of: a mixture that nobody meant trains without an error."""
+    if config.shuffle_buffer_size is not None:
+        logger.warning(
+            "data.shuffle_buffer_size %d has no effect: every epoch is shuffled as a whole; leave "
+            "it out",
+            config.shuffle_buffer_size,
+        )
+    shown = [records_per_epoch(dataset.num_samples, dataset.weight) for dataset in datasets]
+    for dataset, number in zip(datasets, shown, strict=True):
+        logger.info(
+            "training data %s: %d records, weight %g: %d of %d in an epoch, %.1f %%",
+            dataset.path,
+            dataset.num_samples,
+            dataset.weight,
+            number,
+            sum(shown),
+            100 * number / sum(shown),
+        )
 
 
 class VLMLoader:

@@ -1,8 +1,13 @@
 """From LLaVA's JSON to what the loader reads: JSON lines, their index, and a config snippet.
 
 Every row gets a `key`, the file's name and the row's zero-padded number in it, which appears in
-logs and sample ledgers: LLaVA's own ids are not unique. Rows are not judged here; the loader skips
-and counts bad ones, and `check.py` lists them beforehand.
+logs and sample ledgers: LLaVA's own ids are not unique. Rows are not judged here, but for missing
+images where that is asked for; the loader skips and counts bad ones, and `check.py` lists them
+beforehand.
+
+How often a file is shown is decided by the `data` section that a run is started with: an epoch
+shows every record of each file `weight` times. The section that is written here names the weights
+of the mixture, 1 where it gives none; a recipe that lists the files itself replaces it as a whole.
 """
 
 import json
@@ -16,8 +21,10 @@ from typing import Any, TypedDict
 
 import yaml
 
+from megatron_dattn.data.dataset import MAX_WEIGHT
 from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET
-from megatron_dattn.errors import ConfigError, DataError
+from megatron_dattn.data.missing import rows_with_images, write_list
+from megatron_dattn.errors import ConfigError, DataError, quoted
 from megatron_dattn.yaml_files import CONFIG_DIR, read_yaml
 
 _SAMPLING = re.compile(r"(first|end|random):(\d+)(%?)")
@@ -34,6 +41,20 @@ class Source:
     """`all`, or `first:N`, `end:N`, `random:N` where N is a number of rows or a percentage."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What became of one source."""
+
+    source: Source
+    path: Path
+    """The .jsonl file."""
+    num_rows: int
+    num_missing: int = 0
+    """Rows left out because an image is not there."""
+    missing_list: Path | None = None
+    """Names them."""
+
+
 def read_rows(path: Path) -> list[Any]:
     """All rows of a .json (one list) or .jsonl (one object per line) file.
 
@@ -41,9 +62,13 @@ def read_rows(path: Path) -> list[Any]:
         DataError: the file is missing, is not JSON or holds something else than rows.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        # UTF-8, -16 or -32, with a byte-order mark or without: JSON's first characters tell.
+        text = data.decode(json.detect_encoding(data))
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            # Files that were put together one behind the other have marks in the middle too.
+            lines = (line.removeprefix("\ufeff").strip() for line in text.split("\n"))
+            rows = [json.loads(line) for line in lines if line]
         else:
             rows = json.loads(text)
     except FileNotFoundError as error:
@@ -108,15 +133,24 @@ def write_jsonl(rows: Iterable[Any], path: Path) -> int:
 
 
 def prepare(
-    sources: list[Source], output: Path, *, section: str = "train", seed: int = 0
-) -> Iterator[tuple[Source, Path, int]]:
-    """Prepare a mixture; yields each source with its file and number of rows as it is done.
+    sources: list[Source],
+    output: Path,
+    *,
+    section: str = "train",
+    seed: int = 0,
+    drop_missing: bool = False,
+) -> Iterator[Prepared]:
+    """Prepare a mixture; yields what became of each source as it is done.
 
     After the last one, `<output>/<section>.yaml` holds the `data` section to train with: pass it to
     pretrain_vlm.py with --config.
 
+    Args:
+        drop_missing: leave out selected rows that name images which are not there, and list them
+            in `<name>.missing.txt`.
+
     Raises:
-        DataError: an input cannot be read, or an output exists already.
+        DataError: an input cannot be read, an output exists already, or no row is left.
     """
     config_path = output / f"{section}.yaml"
     names = _names(sources)
@@ -130,17 +164,36 @@ def prepare(
         if not image_root.is_dir():
             raise DataError(f"image root '{image_root}' of '{source.path}' is not a folder")
         rows = select_rows(read_rows(source.path), source.sampling, seed=seed)
-        path = output / f"{name}.jsonl"
-        count = write_jsonl(_keyed(rows, name), path)
+        done = _write_rows(rows, source, output / f"{name}.jsonl", image_root, drop_missing)
         entries.append(
             {
-                "path": f"{CONFIG_DIR}/{path.name}",
+                "path": f"{CONFIG_DIR}/{done.path.name}",
                 "image_root": _named_from(output, image_root),
                 "weight": source.weight,
             }
         )
-        yield source, path, count
+        yield done
     config_path.write_text(yaml.safe_dump({"data": {section: entries}}, sort_keys=False))
+
+
+def _write_rows(
+    rows: list[tuple[int, Any]], source: Source, path: Path, image_root: Path, drop_missing: bool
+) -> Prepared:
+    if not drop_missing:
+        return Prepared(source, path, write_jsonl(_keyed(rows, path.stem), path))
+    missing: list[tuple[int, str]] = []
+    kept = list(rows_with_images(rows, image_root, missing))
+    if not kept:
+        raise DataError(
+            f"every selected row of '{source.path}' names an image that is not below "
+            f"'{image_root}', for example {quoted(missing[0][1])}; is --image-root right?"
+        )
+    count = write_jsonl(_keyed(kept, path.stem), path)
+    if not missing:
+        return Prepared(source, path, count)
+    missing_list = path.with_suffix(".missing.txt")
+    write_list(missing, missing_list)
+    return Prepared(source, path, count, len(missing), missing_list)
 
 
 def _named_from(folder: Path, path: Path) -> str:
@@ -183,12 +236,17 @@ def read_mixture(path: Path) -> list[Source]:
 def _mixture_entry(mixture: Path, entry: Any) -> Source:
     known = {"json_path", "image_root", "weight", "sampling_strategy"}
     if not isinstance(entry, dict) or "json_path" not in entry or set(entry) - known:
-        raise DataError(f"mixture '{mixture}': an entry has {sorted(known)}, got {entry!r:.200}")
+        raise DataError(f"mixture '{mixture}': an entry has {sorted(known)}, got {quoted(entry)}")
     root, weight = entry.get("image_root"), entry.get("weight", 1.0)
     if not isinstance(entry["json_path"], str) or not isinstance(root, str | None):
-        raise DataError(f"mixture '{mixture}': json_path and image_root are paths, got {entry!r}")
-    if not isinstance(weight, int | float) or not weight > 0:
-        raise DataError(f"mixture '{mixture}': a weight is a positive number, got {weight!r}")
+        raise DataError(
+            f"mixture '{mixture}': json_path and image_root are paths, got {quoted(entry)}"
+        )
+    if not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:
+        raise DataError(
+            f"mixture '{mixture}': a weight is how often an epoch shows each record of a file, a "
+            f"positive number up to {MAX_WEIGHT}, got {quoted(weight)}"
+        )
     return Source(
         path=mixture.parent / entry["json_path"],
         image_root=None if root is None else mixture.parent / root,

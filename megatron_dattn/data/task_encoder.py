@@ -12,7 +12,7 @@ set three random number generators per sample.
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_dattn.data.conversation import Conversation, parse_row
 from megatron_dattn.data.encoder import RowEncoder
@@ -22,7 +22,7 @@ from megatron_dattn.data.rejection import Reason, Rejection, SampleError
 from megatron_dattn.data.row_source import RowSource
 from megatron_dattn.data.sample import EncodedSample, LoadedPack, RejectedSample, build_batch
 
-MAX_KEY_LENGTH = 200  # longer keys than prepare_data's can be are replaced by the row's number
+MAX_KEY_LENGTH = 200  # a file's name and a number make less
 
 
 @dataclass
@@ -43,12 +43,17 @@ def cook_row(sample: dict[str, Any]) -> CookedSample | RejectedSample:
     try:
         row = _parse_json(sample["json"])
         own_key = row.get("key") if isinstance(row, dict) else None
-        if isinstance(own_key, str) and len(own_key) <= MAX_KEY_LENGTH:
+        if _is_key(own_key):
             key = own_key
         conversation = parse_row(row)
     except SampleError as error:
         return RejectedSample(key, restore_key, Rejection(key, error.reason, str(error)))
     return CookedSample(key, restore_key, conversation, sample["image_root"], sample["epoch"])
+
+
+def _is_key(value: Any) -> TypeGuard[str]:
+    """Whether it names a sample in a line of a log; the row's number does otherwise."""
+    return isinstance(value, str) and len(value) <= MAX_KEY_LENGTH and value.isprintable()
 
 
 def _parse_json(line: bytes) -> Any:

@@ -12,6 +12,7 @@ import os
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.dataset import open_dataset
+from megatron_dattn.data.epochs import records_per_epoch
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.models.flops import executed_flops, model_flops
 from megatron_dattn.models.memory import RESERVE_BYTES, PackSize, RankMemory, rank_memory
@@ -102,11 +103,12 @@ def _layout_section(plan: Plan) -> list[str]:
 
 def _data_section(plan: Plan) -> list[str]:
     training = plan.config.training
-    lines, counts = ["Training data"], []
-    for dataset in plan.config.data.train:
-        samples, words = _count_samples(dataset)
-        lines.append(f"  {words}")
-        counts.append(samples)
+    counted = [_count_samples(dataset) for dataset in plan.config.data.train]
+    counts = [samples for samples, _ in counted]
+    lines = ["Training data"]
+    for samples, words in counted:
+        share = f", {100 * samples / sum(counts):.1f} %" if all(counts) else ""
+        lines.append(f"  {words}{share}")
     if not counts:
         lines.append("  none named (data.train)")
     total = sum(counts)
@@ -126,12 +128,14 @@ def _data_section(plan: Plan) -> list[str]:
 
 
 def _count_samples(dataset: DatasetConfig) -> tuple[int, str]:
-    """Samples of a data set, 0 if it cannot be opened, and what to say about it."""
+    """Samples of a data set in an epoch, 0 if it cannot be opened, and what to say about it."""
     try:
-        samples = open_dataset(dataset).num_samples
+        records = open_dataset(dataset).num_samples
     except DataError as error:
         return 0, f"not counted: {error}"
-    return samples, f"{dataset.path}: {samples:,} samples, weight {dataset.weight:g}"
+    samples = records_per_epoch(records, dataset.weight)
+    words = f"{dataset.path}: {records:,} records, weight {dataset.weight:g}"
+    return samples, f"{words}: {samples:,} samples in an epoch"
 
 
 def _flops_section(plan: Plan) -> list[str]:

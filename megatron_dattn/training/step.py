@@ -15,6 +15,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_dattn.data.counters import LoaderCounters, as_counts, from_counts
 from megatron_dattn.data.skip_limit import check_share
+from megatron_dattn.errors import shortened
 from megatron_dattn.models.flops import model_flops
 from megatron_dattn.training.losses import (
     LossSum,
@@ -128,7 +129,8 @@ def _sum_over_replicas(run: Run, sums: LossSum, consumed: Consumed, finite: bool
     """The loop's one exchange of figures; by it all ranks decide alike about the update."""
     if not math.isfinite(sums.loss):
         step = run.state.progress.step + 1
-        logger.warning("loss %s in step %d, samples %s", sums.loss, step, consumed.sample_keys)
+        keys = shortened(str(consumed.sample_keys), 300)  # logging.sample_ledger has them all
+        logger.warning("loss %s in step %d, samples %s", sums.loss, step, keys)
     mine: list[float] = [
         sums.loss,
         sums.num_tokens,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_dattn.data.conversation import parse_row
 from tests.unit.data.builders import make_rows, row
 from tests.unit.data.test_loader import bad_rows
 from tools import check_data
@@ -86,3 +87,11 @@ def test_a_report_that_cannot_be_written_is_one_line(
     path = write(tmp_path / "data.json", make_rows(tmp_path, 1))
     assert check_data.main([path, "--report", str(tmp_path / "none" / "report.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_images_are_counted_as_the_loader_reads_them(tmp_path: Path) -> None:
+    rows = [*make_rows(tmp_path, 4), {**row("q", "a"), "image": ""}, {"image": 3}]
+    path, report_path = write(tmp_path / "data.json", rows), tmp_path / "report.json"
+    check_data.main([path, "--report", str(report_path)])
+    (report,) = json.loads(report_path.read_text())["files"]
+    assert report["images"] == sum(len(parse_row(value).images) for value in rows[:5])

@@ -1,5 +1,6 @@
 """LLaVA rows: what is kept, what is moved, what is refused and why."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from megatron_dattn.data.conversation import Conversation, Turn, parse_row
 from megatron_dattn.data.rejection import Reason, SampleError
 from tests.unit.data.builders import row
+
+SYSTEM_FIRST = ("system", "human", "gpt")
 
 
 def chat(*texts: str, image: Any = None, roles: tuple[str, ...] = ("human", "gpt")) -> dict:
@@ -52,6 +55,37 @@ def test_without_last_exchange_drops_its_images_too() -> None:
     assert conversation.without_last_exchange() == parse_row(row("<image>\na", "b", "1.png"))
 
 
+@pytest.mark.parametrize("nothing", ["", " ", None, [], [""], [None]])
+def test_an_image_or_video_that_is_empty_is_none(nothing: Any) -> None:
+    assert parse_row({**row("hi", "hello"), "image": nothing}) == parse_row(row("hi", "hello"))
+    seen = row("<image>", "A cat.", "cat.jpg")
+    assert parse_row({**seen, "video": nothing}) == parse_row(seen)
+
+
+def test_a_system_message_comes_as_a_turn_or_as_a_key() -> None:
+    plain = parse_row(row("q", "a"))
+    told = chat("Be brief.", "q", "a", roles=SYSTEM_FIRST)
+    assert parse_row(told) == replace(plain, system="Be brief.")
+    assert parse_row({**row("q", "a"), "system": "Be brief."}) == parse_row(told)
+    assert parse_row({**told, "system": "Be long."}) == parse_row(told)
+    assert parse_row(told).messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    for empty in (" ", "", None):
+        assert parse_row({**row("q", "a"), "system": empty}) == plain
+    assert parse_row(chat("", "q", "a", roles=SYSTEM_FIRST)) == plain
+    # A leading answer is dropped behind a system message too.
+    leading = chat("Be brief.", "dropped", "q", "a", roles=("system", "gpt", "human", "gpt"))
+    assert parse_row(leading) == parse_row(told)
+
+
+def test_without_last_exchange_keeps_the_system_message() -> None:
+    told = {**chat("q", "a", "q", "a"), "system": "Be brief."}
+    assert parse_row(told).without_last_exchange().system == "Be brief."
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -61,15 +95,23 @@ def test_without_last_exchange_drops_its_images_too() -> None:
         (chat("q", " \n"), Reason.EMPTY_ANSWER),
         (chat("q", "q", "a", roles=("human", "human", "gpt")), Reason.ODD_ROLES),
         (chat("q", "a", roles=("human", "system")), Reason.ODD_ROLES),
+        (chat("s", "s", "q", "a", roles=("system", "system", "human", "gpt")), Reason.ODD_ROLES),
+        (chat("s", roles=("system",)), Reason.NO_ANSWER),
+        (chat("s", "q", roles=("system", "human")), Reason.NO_ANSWER),
+        (chat("<image>", "q", "a", image="x.png", roles=SYSTEM_FIRST), Reason.CONTROL_TOKEN),
+        (chat("s \ud800", "q", "a", roles=SYSTEM_FIRST), Reason.BAD_ROW),
+        ({**chat("q", "a"), "system": 3}, Reason.BAD_ROW),
         (chat("q", "a", roles=("human", None)), Reason.ODD_ROLES),  # type: ignore[arg-type]
         (chat("a", "a", "q", "a", roles=("gpt", "gpt", "human", "gpt")), Reason.ODD_ROLES),
         (chat("q", "a", image="x.png"), Reason.IMAGE_COUNT),
         (chat("<image>", "a"), Reason.IMAGE_COUNT),
         (chat("<image><image>", "a", image="x.png"), Reason.IMAGE_COUNT),
         (chat("q", "see <image>", image="x.png"), Reason.CONTROL_TOKEN),
-        (chat("<image>", "a", image=""), Reason.BAD_ROW),
+        (chat("<image>", "a", image=""), Reason.IMAGE_COUNT),
+        (chat("<image><image>", "a", image=["x.png", ""]), Reason.IMAGE_COUNT),
         (chat("<image>", "a", image=[3]), Reason.BAD_ROW),
         ({**chat("q", "a"), "video": "x.mp4"}, Reason.BAD_ROW),
+        ({**chat("q", "a"), "video": ["x.mp4"]}, Reason.BAD_ROW),
         (chat("q \ud800", "a"), Reason.BAD_ROW),
         ({"conversations": []}, Reason.BAD_ROW),
         ({"conversations": "q"}, Reason.BAD_ROW),
@@ -100,7 +142,12 @@ turns = st.fixed_dictionaries(
 )
 rows = st.fixed_dictionaries(
     {"conversations": st.lists(turns, max_size=4) | json_values},
-    optional={"image": json_values | st.just("x.png"), "id": json_values},
+    optional={
+        "image": json_values | st.just("x.png"),
+        "id": json_values,
+        "system": json_values,
+        "video": json_values,
+    },
 )
 
 

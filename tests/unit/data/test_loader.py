@@ -194,7 +194,7 @@ def bad_rows(folder: Path) -> dict[Reason, dict[str, Any]]:
     good = "images/good.png"
     return {
         Reason.BAD_ROW: {"conversations": 3},
-        Reason.ODD_ROLES: {"conversations": [{"from": "system", "value": "x"}]},
+        Reason.ODD_ROLES: {"conversations": [{"from": "tool", "value": "x"}]},
         Reason.NO_ANSWER: {"conversations": [{"from": "human", "value": "x"}]},
         Reason.EMPTY_ANSWER: row("x", " "),
         Reason.IMAGE_COUNT: row("x", "y", good),

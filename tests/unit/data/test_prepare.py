@@ -1,6 +1,7 @@
 """From LLaVA's JSON to JSON lines with an index, and the command around it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from megatron_dattn.config.cli import load_config
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.prepare import Source, read_mixture, read_rows, select_rows, write_jsonl
 from megatron_dattn.errors import DataError
-from tests.unit.data.builders import data_config, make_loader, make_rows
+from tests.unit.data.builders import data_config, make_loader, make_rows, row
 from tools import prepare_data
 
 
@@ -104,6 +105,84 @@ def test_data_sets_prepared_before_name_their_files_absolutely(tmp_path: Path) -
     assert load_config(tmp_path / "train.yaml").data.train == [DatasetConfig(**entry)]
 
 
+def test_shares_are_the_selected_rows_times_the_weight(
+    source: Path, tmp_path: Path, processor: Path
+) -> None:
+    mixture = tmp_path / "mixture.yaml"
+    entries = [
+        {"json_path": "in/llava.json"},
+        {"json_path": "in/llava.json", "sampling_strategy": "first:20%"},
+        {"json_path": "in/llava.json", "sampling_strategy": "end:3", "weight": 2},
+    ]
+    mixture.write_text(yaml.safe_dump({"datasets": entries}))
+    assert prepare_data.main(["--mixture", str(mixture), "--output", str(tmp_path / "o")]) == 0
+    section = yaml.safe_load((tmp_path / "o" / "train.yaml").read_text())["data"]["train"]
+    loader = make_loader(data_config(processor), [DatasetConfig(**entry) for entry in section])
+    shown: list[str] = []
+    for batch in loader:
+        shown += batch.sample_keys
+        if len(shown) >= 18:
+            break
+    counts = Counter(key.rsplit("-", 1)[0] for key in shown[:18])
+    assert counts == {"llava": 10, "llava-2": 2, "llava-3": 6}
+
+
+def test_rows_without_their_images_are_dropped_and_listed(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads(source.read_text())
+    gone = ["none.png", "images/\n.png", "../llava.json", "a\0b", "x" * 5000]
+    for number, image in enumerate(gone):
+        rows.insert(3 * number, row("<image><image>", "y", ["images/0.png", image]))
+    kept = [row("<image>", "y", "data:image/png;base64,AA"), {"image": 3}, "odd"]
+    source.write_text(json.dumps([*rows, *kept]))
+    output = tmp_path / "out"
+    assert prepare_data.main([str(source), "--output", str(output), "--drop-missing"]) == 0
+    assert "13 rows" in (said := capsys.readouterr().out)
+    assert "5 without their images left out" in said
+    listed = [line.split("\t") for line in (output / "llava.missing.txt").read_text().splitlines()]
+    assert [(int(number), json.loads(image)) for number, image in listed] == [
+        (3 * number, image) for number, image in enumerate(gone)
+    ]
+    written = read_rows(output / "llava.jsonl")
+    assert len(written) == 13
+    assert written[-1] == "odd"
+    assert written[0]["key"] == "llava-000000001"
+
+
+def test_nothing_to_drop_leaves_no_list_and_all_to_drop_is_an_error(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--drop-missing", "--output"]
+    assert prepare_data.main([str(source), *arguments, str(tmp_path / "all")]) == 0
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == [
+        "llava.jsonl",
+        "llava.jsonl.idx",
+        "train.yaml",
+    ]
+    source.write_text(json.dumps([row("<image>", "y", "none.png")]))
+    assert prepare_data.main([str(source), *arguments, str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert "'none.png'" in error
+    assert "--image-root" in error
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
+def test_byte_order_marks_and_wide_characters_are_read(tmp_path: Path, encoding: str) -> None:
+    rows = [row("q", "a \u00e9"), row("q", "b")]
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False), encoding=encoding)
+    lines = "\n".join(json.dumps(value, ensure_ascii=False) for value in rows)
+    (tmp_path / "b.jsonl").write_text(lines, encoding=encoding)
+    for name in ("a.json", "b.jsonl"):
+        assert read_rows(tmp_path / name) == rows
+
+
+def test_marks_between_files_that_were_joined_are_no_text(tmp_path: Path) -> None:
+    line = (json.dumps(row("q", "a")) + "\r\n").encode("utf-8-sig")
+    (tmp_path / "a.jsonl").write_bytes(line + line)
+    assert read_rows(tmp_path / "a.jsonl") == [row("q", "a")] * 2
+
+
 def test_sampling_strategies() -> None:
     rows = [f"row{index}" for index in range(10)]
     assert select_rows(rows, "all") == list(enumerate(rows))
@@ -149,6 +228,7 @@ def test_unreadable_inputs_are_named(
         "datasets: [{json_path: x, weight: 1:30}]",
         "datasets: [{json_path: x, weight: heavy}]",
         "datasets: [{json_path: x, weight: 0}]",
+        "datasets: [{json_path: x, weight: 665298}]",
         "\xff",
     ],
 )

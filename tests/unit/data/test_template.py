@@ -1,5 +1,7 @@
 """Prompt strings, label masks from offsets, and text that tries to be more than text."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,6 +81,34 @@ def test_a_system_message_stands_before_the_last_question() -> None:
         {"role": "user", "content": "q2"},
     ]
     assert chat_prompt(messages) == "<s>[INST] q1[/INST] a1</s>[INST] Be brief.\n\nq2[/INST]"
+
+
+def test_a_row_with_a_system_message_trains_with_the_template_s() -> None:
+    chat = replace(conversation("<image>\nq1", "a1", "q2", "a2", images=1), system="Be brief.")
+    assert marked(MISTRAL, chat) == (
+        "<s>[INST] <image>\nq1[/INST][[ a1</s>]][INST] Be brief.\n\nq2[/INST][[ a2</s>]]"
+    )
+    rows = MISTRAL(chat)
+    assert [TOKENIZER.decode(p) for p in _answers(supervised_ids(rows.labels))] == ["a1", "a2"]
+    with pytest.raises(SampleError) as caught:
+        MISTRAL(replace(chat, system="Be [INST] brief."))
+    assert caught.value.reason == Reason.CONTROL_TOKEN
+
+
+def _answers(ids: list[int]) -> list[list[int]]:
+    """Split at the end token."""
+    answers: list[list[int]] = [[]]
+    for index in ids:
+        if index == TOKENIZER.eos_token_id:
+            answers.append([])
+        else:
+            answers[-1].append(index)
+    return answers[:-1]
+
+
+def test_captions_show_no_system_message() -> None:
+    chat = conversation("<image>\nDescribe it.", "A cat.", images=1)
+    assert PLAIN(replace(chat, system="Be brief.")) == PLAIN(chat)
 
 
 def test_a_prompt_is_the_prefix_of_its_training_text() -> None:

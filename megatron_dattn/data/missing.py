@@ -1,0 +1,58 @@
+"""Leaving out the rows that name images which are not there.
+
+Of some sets of images many people have a part (SAM's for ShareGPT4V). Dropping their rows when
+preparing keeps the loader from looking for them in every epoch, and counts what is left right.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_dattn.data.conversation import image_paths
+from megatron_dattn.data.images import locate_image
+from megatron_dattn.data.rejection import Reason, SampleError
+
+_THREADS = 16  # waiting for a network's file system, not computing
+_ROWS_AT_A_TIME = 4096
+
+
+def missing_image(row: Any, image_root: str) -> str | None:
+    """The first image of a row that is not there, if any.
+
+    Rows that are wrong in another way are not judged: the loader counts them.
+    """
+    try:
+        paths = image_paths(row) if isinstance(row, dict) else ()
+        for path in paths:
+            if not os.path.isfile(locate_image(image_root, path)):
+                return path
+    except SampleError as error:
+        return path if error.reason == Reason.MISSING_IMAGE else None
+    except ValueError:  # characters that no file name has
+        return path
+    return None
+
+
+def rows_with_images(
+    rows: list[tuple[int, Any]], image_root: Path, missing: list[tuple[int, str]]
+) -> Iterator[tuple[int, Any]]:
+    """Numbered rows whose images are there; the others' numbers and images go to `missing`."""
+    root = str(image_root)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            chunk = rows[start : start + _ROWS_AT_A_TIME]
+            absent = pool.map(lambda numbered: missing_image(numbered[1], root), chunk)
+            for (number, row), path in zip(chunk, absent, strict=True):
+                if path is None:
+                    yield number, row
+                else:
+                    missing.append((number, path))
+
+
+def write_list(missing: list[tuple[int, str]], path: Path) -> None:
+    """One line per dropped row: its number in the original file, a tab, the image as JSON text."""
+    lines = (f"{number}\t{json.dumps(image)}\n" for number, image in missing)
+    path.write_text("".join(lines), encoding="utf-8")
