@@ -5,6 +5,7 @@ and image processor. A checkpoint of any parallel layout loads.
 """
 
 import logging
+import os
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -145,12 +146,16 @@ def run_and_step(folder: Path, step: int | None = None) -> tuple[Path, int | Non
     Raises:
         ConfigError: two steps are named.
     """
-    named = step_of(folder.resolve().name)
+    # By the name that was given first: a link `step-0000500` to another step's folder is an error,
+    # while `best` may lead anywhere.
+    spoken = Path(os.path.abspath(folder))
+    checkpoint = spoken if step_of(spoken.name) is not None else folder.resolve()
+    named = step_of(checkpoint.name)
     if named is None:
         return folder, step
     if step not in (None, named):
         raise ConfigError(f"{folder} is the checkpoint of step {named}, not of {step}; name one")
-    return folder.resolve().parent, named
+    return checkpoint.parent, named
 
 
 def read_config(folder: Path) -> PretrainConfig:

@@ -59,3 +59,12 @@ def test_a_run_or_one_of_its_checkpoints(tmp_path, monkeypatch):
     assert run_and_step(step.relative_to(step)) == (tmp_path, 400)
     with pytest.raises(ConfigError, match="is the checkpoint of step 400, not of 3; name one"):
         run_and_step(step, 3)
+
+
+def test_a_link_means_the_step_that_it_is_named_after(tmp_path):
+    (tmp_path / "step-0000400").mkdir()
+    for name in ("best", "step-0000500"):
+        (tmp_path / name).symlink_to("step-0000400")
+    assert run_and_step(tmp_path / "best") == (tmp_path, 400)
+    # Its manifest then says that it is of another step.
+    assert run_and_step(tmp_path / "step-0000500") == (tmp_path, 500)
