@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,29 @@ def test_short_reads_go_on(tmp_path: Path, monkeypatch) -> None:
     target = torch.empty(100, 100)
     assert read_chunk_into(target, shard, *place)
     assert torch.equal(target, value)
+
+
+def test_a_torch_that_does_not_tell_where_values_begin_reads_them_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The place of the values is a private attribute of torch's fake storages."""
+    value = torch.randn(3, 5)
+    state = {"weight": ShardedTensor.from_rank_offsets("body.weight", value)}
+    path = save_checkpoint(tmp_path, 1, state, facts=FACTS)
+    load, looks = torch.load, []
+
+    def without_place(*arguments: Any, **options: Any) -> Any:
+        loaded = load(*arguments, **options)
+        place = getattr(loaded.untyped_storage(), "_checkpoint_offset", None)
+        looks.append(place)
+        if place is not None:
+            del loaded.untyped_storage()._checkpoint_offset
+        return loaded
+
+    monkeypatch.setattr(torch, "load", without_place)
+    assert torch.equal(open_tensors(path)["body.weight"].load(), value)
+    assert looks[0] is not None  # that of a look under the fake mode, which found none then
+    assert len(looks) == 2
 
 
 def test_a_strided_parameter_of_a_checkpoint_is_read_by_torch(tmp_path: Path) -> None:
