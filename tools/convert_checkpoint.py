@@ -28,7 +28,7 @@ from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
 if TYPE_CHECKING:
-    from megatron_dattn.conversion.compared_model import Comparison
+    from megatron_dattn.conversion.verdict import Comparison
 
 # The package is imported inside the commands: --help should not wait for torch and megatron-core.
 
@@ -145,26 +145,33 @@ def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    comparisons = _compare_export(options) if options.against else _compare_import(options)
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
-    agree = True
+    compare = _compare_export if options.against else _compare_import
+    comparisons = compare(options, tolerance)
     for comparison in comparisons:
-        within = comparison.largest <= tolerance  # false for NaN too
-        agree &= within
-        verdict = "agree" if within else f"DIFFER by more than {tolerance:g}"
-        rounded = ""
-        if comparison.rounded_to is not None:
-            rounded = (
-                f", Hugging Face's weights rounded to {comparison.rounded_to} as the checkpoint's"
-            )
-        print(
-            f"{comparison.what}: largest relative difference {comparison.largest:.2e} over "
-            f"{comparison.num_values} values{rounded}: {verdict}"
+        print(_line(comparison, tolerance))
+    return 0 if all(each.agrees(tolerance) for each in comparisons) else EXIT_DIFFERENT
+
+
+def _line(found: "Comparison", tolerance: float) -> str:
+    """What was compared, how, and the verdict."""
+    text = (
+        f"{found.what}: largest relative difference {found.largest:.2e} over {found.num_values} "
+        "values"
+    )
+    if found.rounded_to is not None:
+        text += f", Hugging Face's weights rounded to {found.rounded_to} as the checkpoint's"
+    if found.exact is not None:
+        text += (
+            f"; in float64 {found.exact:.2e}, from which ours is {found.our_error:.2e} away and "
+            f"Hugging Face's {found.their_error:.2e}"
         )
-    return 0 if agree else EXIT_DIFFERENT
+    if not found.agrees(tolerance):
+        return f"{text}: DIFFER by more than {tolerance:g}"
+    return f"{text}: agree" if found.exact is None else f"{text}: agree but for rounding"
 
 
-def _compare_import(options: argparse.Namespace) -> "list[Comparison]":
+def _compare_import(options: argparse.Namespace, tolerance: float) -> "list[Comparison]":
     from megatron_dattn.conversion.verify import verify_checkpoint
     from megatron_dattn.runtime.progress import bar
 
@@ -177,11 +184,12 @@ def _compare_import(options: argparse.Namespace) -> "list[Comparison]":
         whole=options.model,
         tokens=options.tokens,
         dtype=options.dtype,
+        tolerance=tolerance,
         progress=bar,
     )
 
 
-def _compare_export(options: argparse.Namespace) -> "list[Comparison]":
+def _compare_export(options: argparse.Namespace, tolerance: float) -> "list[Comparison]":
     from megatron_dattn.conversion.verify_export import verify_export
     from megatron_dattn.runtime.progress import bar
 
@@ -197,6 +205,7 @@ def _compare_export(options: argparse.Namespace) -> "list[Comparison]":
         question=options.question,
         images=options.image,
         dtype=options.dtype,
+        tolerance=tolerance,
         progress=bar,
     )
 

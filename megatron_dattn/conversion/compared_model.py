@@ -8,7 +8,7 @@ is compared is the conversion and the computation, not the rounding that the use
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from megatron_dattn.attention import ImageSpan, TokenLayout, get_preset
 from megatron_dattn.checkpoint.tensors import StoredTensor
-from megatron_dattn.conversion.safetensors_reader import DTYPE_NAMES
 from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import CheckpointError
@@ -29,32 +28,10 @@ from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, one_process
 from megatron_dattn.runtime.progress import Progress, unseen
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 _NUM_TOKENS = 64
 # Layers above the one that feeds the adapter change nothing, nor do initial values.
 _NOT_COMPUTED = {"vision.num_hidden_layers", "vision.feature_layer", "language.initializer_range"}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How far one output of ours is from Hugging Face's."""
-
-    what: str
-    largest: float
-    """Largest difference of two values, over the largest magnitude of Hugging Face's."""
-    num_values: int
-    rounded_to: str | None = None
-    """The dtype, as safetensors calls it, to which Hugging Face's parameters were rounded."""
-
-
-def compare(
-    what: str, ours: Tensor, theirs: Tensor, rounded_to: torch.dtype | None = None
-) -> Comparison:
-    """Largest difference relative to the largest value; not finite where a value is not."""
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    difference = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
-    name = None if rounded_to is None else DTYPE_NAMES[rounded_to]
-    return Comparison(what, float(difference), theirs.numel(), name)
 
 
 def rounding(tensors: Mapping[str, StoredTensor], dtype: str) -> torch.dtype | None:
@@ -115,10 +92,10 @@ def our_model(
     A conversion lacks parameters that text never meets; those keep their initial values.
     """
     execution = ExecutionConfig(
-        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
+        precision="bf16" if dtype == "bf16" else "fp32", transformer_impl="local"
     )
     with one_process():
-        model = build_model(config, ParallelConfig(), execution).eval()
+        model = build_model(config, ParallelConfig(), execution).eval().to(DTYPES[dtype])
         found = {name: p for name, p in model.named_parameters() if name in tensors}
         num_bytes = sum(tensors[name].num_bytes for name in found)
         with torch.no_grad(), progress("reading the checkpoint", num_bytes) as advance:

@@ -20,9 +20,7 @@ from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.compared_model import (
     DTYPES,
-    Comparison,
     check_same_model,
-    compare,
     load_pretrained,
     one_text,
     our_model,
@@ -33,6 +31,7 @@ from megatron_dattn.conversion.compared_model import (
 )
 from megatron_dattn.conversion.families import language_family, vision_family
 from megatron_dattn.conversion.foreign_folders import read_model_config
+from megatron_dattn.conversion.verdict import DEFAULT_TOLERANCE, Comparison, Pair, judge
 from megatron_dattn.conversion.verify_whole import verify_whole_model
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
@@ -53,6 +52,7 @@ def verify_checkpoint(
     whole: Path | None = None,
     tokens: Sequence[int] | None = None,
     dtype: str = "fp32",
+    tolerance: float = DEFAULT_TOLERANCE,
     progress: Progress = unseen,
 ) -> list[Comparison]:
     """Run both sides on the same inputs.
@@ -68,6 +68,7 @@ def verify_checkpoint(
         whole: the folder of a whole vision-language model, likewise, instead of the two.
         tokens: ids of one text; random ones where None.
         dtype: "fp32" or "bf16", in which both sides are computed.
+        tolerance: relative difference above which both are computed in float64, too.
         progress: of reading the checkpoint, to compare it with its manifest and to compute with it.
 
     Raises:
@@ -91,7 +92,13 @@ def verify_checkpoint(
                 "--vision and --language"
             )
         return verify_whole_model(
-            tensors, config, whole, tokens=tokens, dtype=dtype, progress=progress
+            tensors,
+            config,
+            whole,
+            tokens=tokens,
+            dtype=dtype,
+            tolerance=tolerance,
+            progress=progress,
         )
     vision = vision or _folder(sources.get("vision_model"))
     language = language or _folder(sources.get("language_model"))
@@ -99,20 +106,24 @@ def verify_checkpoint(
         raise CheckpointError(
             f"{found.path} does not say which language model it came from: give --language"
         )
-    return _verify_parts(tensors, config, vision, language, tokens, dtype, progress)
+    _check_parts(config, vision, language)
+    ids = token_ids(tokens, config.language.vocab_size)
+
+    def run(dtype: str) -> list[Pair]:
+        return _both_sides(tensors, config, vision, language, ids, dtype, progress)
+
+    return judge(run, dtype, tolerance, rounding(tensors, dtype))
 
 
-def _verify_parts(
+def _both_sides(
     tensors: dict[str, StoredTensor],
     config: ModelConfig,
     vision: Path | None,
     language: Path,
-    tokens: Sequence[int] | None,
+    ids: Tensor,
     dtype: str,
     progress: Progress,
-) -> list[Comparison]:
-    _check_parts(config, vision, language)
-    ids = token_ids(tokens, config.language.vocab_size)
+) -> list[Pair]:
     pixels = random_pixels(config.vision.image_size).to(DTYPES[dtype])
     rounded = rounding(tensors, dtype)
     steps = 2 if vision is None else 3
@@ -123,7 +134,7 @@ def _verify_parts(
         expected[FEATURES] = hugging_face_features(vision, pixels, config, rounded)
     logger.info("%d of %d: the checkpoint's", steps, steps)
     ours = _our_outputs(tensors, config, ids, pixels, dtype, progress)
-    return [compare(what, ours[what], theirs, rounded) for what, theirs in expected.items()]
+    return [Pair(what, ours[what], theirs) for what, theirs in expected.items()]
 
 
 def _check_parts(config: ModelConfig, vision: Path | None, language: Path) -> None:

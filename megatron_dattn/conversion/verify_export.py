@@ -1,15 +1,18 @@
 """Compares a run's checkpoint with the Hugging Face folder that was exported from it.
 
-Both compute the logits of the same texts and images, one side after the other in memory: the export
-as transformers loads it, with its own code where it brings some, the checkpoint through the
-training code. Inputs are a question about image files, or random tokens and pixels.
+Both compute the logits of the same texts and images, and both answer prompts: the export as
+transformers loads and generates with it, with its own code where it brings some, the checkpoint
+through the training code and the engine's generator. One side is in memory at a time. Inputs are a
+question about image files, or random tokens and pixels (`compared_prompts.py`).
 """
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,43 +20,63 @@ from torch import Tensor
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.compared_model import (
     DTYPES,
-    Comparison,
-    compare,
     load_pretrained,
     one_text,
     our_model,
     text_logits,
 )
+from megatron_dattn.conversion.compared_prompts import (
+    Asked,
+    asked_question,
+    random_prompts,
+    random_texts,
+)
 from megatron_dattn.conversion.exportable import check_exportable, is_llava
 from megatron_dattn.conversion.foreign_folders import read_model_config
+from megatron_dattn.conversion.verdict import DEFAULT_TOLERANCE, Comparison, Pair, judge
 from megatron_dattn.conversion.verify_whole import check_same_whole_model
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.tokenizer import token_id
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.inference.load import RunAssets, find_run, load_assets, run_and_step
-from megatron_dattn.inference.prompt import Prompt
+from megatron_dattn.inference.continuation import Continuation
+from megatron_dattn.inference.load import (
+    LoadedModel,
+    RunAssets,
+    find_run,
+    load_assets,
+    run_and_step,
+)
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import get_device
 from megatron_dattn.runtime.progress import Progress, unseen
 
 logger = logging.getLogger(__name__)
 
-_RANDOM_TOKENS = 48
-_RANDOM_IMAGES = ((), (0,), (3, 20, 20))
-"""In front of which tokens the images of each random text stand: none, one, several."""
+_NEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Question:
-    """One text and its images, as both sides get them."""
+class _Inputs:
+    """What both sides compute."""
 
-    what: str
-    input_ids: Tensor
-    """[text rows], without `<image>`."""
-    image_offsets: tuple[int, ...]
-    """How many text rows stand in front of each image."""
-    pixels: Tensor
-    """[images, 3, side, side]."""
+    texts: list[Asked]
+    """Whose logits are compared, of every text row."""
+    prompts: list[Asked]
+    """Which are answered."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Tokens, and the logits that each was chosen from, [tokens, vocabulary], on the CPU."""
+
+    tokens: tuple[int, ...]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    texts: list[Tensor]
+    answers: list[_Answer]
 
 
 def verify_export(
@@ -63,6 +86,7 @@ def verify_export(
     question: str | None = None,
     images: Sequence[Path] = (),
     dtype: str = "fp32",
+    tolerance: float = DEFAULT_TOLERANCE,
     progress: Progress = unseen,
 ) -> list[Comparison]:
     """Run both sides on the same inputs.
@@ -70,9 +94,10 @@ def verify_export(
     Args:
         run_folder: the run, whose newest sound checkpoint is compared, or `run/step-0000400`.
         exported: the Hugging Face folder. Code that it brings is run.
-        question: a user's message; random texts with no, one and several images where None.
+        question: a user's message; random texts and prompts where None.
         images: files that stand in front of the question.
         dtype: "fp32" or "bf16", in which both sides are computed.
+        tolerance: relative difference above which both are computed in float64, too.
         progress: of reading the checkpoint, to compare it with its manifest and to compute with it.
 
     Raises:
@@ -85,15 +110,22 @@ def verify_export(
     check_exportable(config.model)
     _check_fits(exported, config.model)
     assets = load_assets(run_folder, config)
-    asked = _random_questions(assets) if question is None else [_ask(assets, question, images)]
-    logger.info("1 of 2: logits of %s", exported)
-    theirs = _their_logits(exported, asked, assets, DTYPES[dtype])
-    logger.info("2 of 2: logits of %s", found.path)
-    ours = _our_logits(open_tensors(found.path), asked, config.model, dtype, progress)
-    return [
-        compare(each.what, mine, other)
-        for each, mine, other in zip(asked, ours, theirs, strict=True)
-    ]
+    if question is None:
+        inputs = _Inputs(random_texts(assets), random_prompts(assets))
+    else:
+        asked = asked_question(assets, question, images)
+        inputs = _Inputs([asked], [asked])
+    tensors = open_tensors(found.path)
+
+    def run(dtype: str) -> list[Pair]:
+        logger.info("1 of 2: logits and answers of %s", exported)
+        theirs = _their_outputs(exported, inputs, assets, DTYPES[dtype])
+        logger.info("2 of 2: logits and answers of %s", found.path)
+        with _our_loaded(assets, tensors, dtype, progress) as loaded:
+            ours = _our_outputs(loaded, inputs, theirs.answers, dtype)
+        return _pairs(inputs, ours, theirs)
+
+    return judge(run, dtype, tolerance)
 
 
 def _check_fits(exported: Path, model: ModelConfig) -> None:
@@ -108,79 +140,93 @@ def _check_fits(exported: Path, model: ModelConfig) -> None:
     check_same_whole_model(exported, content, model)
 
 
-def _ask(assets: RunAssets, question: str, images: Sequence[Path]) -> Question:
-    prompt = Prompt.from_question(assets, question, images)
-    return Question(
-        f"logits of the question with {_count(len(images))}",
-        torch.tensor(prompt.rows.input_ids),
-        tuple(prompt.rows.image_offsets),
-        assets.preprocessor.normalise(prompt.pixels),
-    )
-
-
-def _random_questions(assets: RunAssets) -> list[Question]:
-    generator = torch.Generator().manual_seed(0)
-    model, side = assets.config.model, assets.config.model.vision.image_size
-    questions = []
-    for offsets in _RANDOM_IMAGES:
-        # Not the whole vocabulary: `<image>` is no text.
-        ids = torch.randint(model.language.vocab_size - 1, (_RANDOM_TOKENS,), generator=generator)
-        ids += ids >= token_id(assets.tokenizer, IMAGE_TOKEN)
-        pixels = torch.rand(len(offsets), 3, side, side, generator=generator) * 2 - 1
-        what = f"logits of a random text with {_count(len(offsets))}"
-        questions.append(Question(what, ids, offsets, pixels))
-    return questions
-
-
-def _count(images: int) -> str:
-    return {0: "no image", 1: "one image"}.get(images, f"{images} images")
+def _pairs(inputs: _Inputs, ours: _Outputs, theirs: _Outputs) -> list[Pair]:
+    texts = zip(inputs.texts, ours.texts, theirs.texts, strict=True)
+    answers = zip(inputs.prompts, ours.answers, theirs.answers, strict=True)
+    return [
+        *(Pair(f"logits of {asked.what}", mine, other) for asked, mine, other in texts),
+        *(
+            Pair(f"answer to {asked.what}", mine.logits, other.logits, other.tokens)
+            for asked, mine, other in answers
+        ),
+    ]
 
 
 @torch.inference_mode()
-def _their_logits(
-    exported: Path, questions: Sequence[Question], assets: RunAssets, dtype: torch.dtype
-) -> list[Tensor]:
-    """Logits [text rows, vocabulary] of every question by transformers, on the CPU."""
+def _their_outputs(
+    exported: Path, inputs: _Inputs, assets: RunAssets, dtype: torch.dtype
+) -> _Outputs:
+    """By transformers: its logits of text rows, and its own greedy answers."""
     from transformers import AutoModelForImageTextToText
 
     llava = is_llava(assets.config.model)
-    model = load_pretrained(AutoModelForImageTextToText, exported, dtype, trust_code=not llava)
+    model: Any = load_pretrained(AutoModelForImageTextToText, exported, dtype, trust_code=not llava)
     image = token_id(assets.tokenizer, IMAGE_TOKEN)
     # LLaVA's text has a place for every visual row, ours one for the image.
     places = assets.config.model.vision.num_patches if llava else 1
-    logits = []
-    for question in questions:
-        ids = _with_places(question, image, places).to(get_device())
-        pixels = question.pixels.to(get_device(), dtype) if question.image_offsets else None
-        result = model(input_ids=ids[None], pixel_values=pixels).logits[0]
-        logits.append(result[ids != image].float().cpu())
-    return logits
+
+    def given(asked: Asked) -> dict[str, Tensor]:
+        ids = asked.input_ids(image, places)[None].to(get_device())
+        pixels = {"pixel_values": asked.pixels.to(get_device(), dtype)}
+        seen = pixels if len(asked.pixels) else {}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seen}
+
+    texts = []
+    for asked in inputs.texts:
+        columns = given(asked)
+        logits = model(**columns).logits[0]
+        texts.append(logits[columns["input_ids"][0] != image].cpu())
+    return _Outputs(texts, [_their_answer(model, given(asked)) for asked in inputs.prompts])
 
 
-def _with_places(question: Question, image: int, count: int) -> Tensor:
-    pieces, before = [], 0
-    for offset in question.image_offsets:
-        pieces += [question.input_ids[before:offset], torch.full((count,), image)]
-        before = offset
-    return torch.cat([*pieces, question.input_ids[before:]])
+def _their_answer(model: Any, columns: dict[str, Tensor]) -> _Answer:
+    result = model.generate(
+        **columns,
+        max_new_tokens=_NEW_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = result.sequences[0, columns["input_ids"].shape[1] :].tolist()
+    return _Answer(tuple(tokens), torch.cat(result.logits).cpu())
 
 
-@torch.inference_mode()
-def _our_logits(
-    tensors: dict[str, StoredTensor],
-    questions: Sequence[Question],
-    config: ModelConfig,
-    dtype: str,
-    progress: Progress,
-) -> list[Tensor]:
-    """Logits [text rows, vocabulary] of every question by the training code, on the CPU."""
-    with our_model(config, tensors, dtype, progress) as model:
+@contextmanager
+def _our_loaded(
+    assets: RunAssets, tensors: dict[str, StoredTensor], dtype: str, progress: Progress
+) -> Iterator[LoadedModel]:
+    with our_model(assets.config.model, tensors, dtype, progress) as model:
         absent = {name for name, _ in model.named_parameters()} - tensors.keys()
         if absent:
             raise CheckpointError(f"the checkpoint lacks {', '.join(sorted(absent))}")
-        logits = []
-        for question in questions:
-            pixels = question.pixels.to(DTYPES[dtype])
-            batch = one_text(config, question.input_ids, pixels, question.image_offsets)
-            logits.append(text_logits(model, batch).float())
-        return logits
+        parts = {part.name: getattr(assets, part.name) for part in fields(assets)}
+        yield LoadedModel(**parts, model=model)
+
+
+@torch.inference_mode()
+def _our_outputs(
+    loaded: LoadedModel, inputs: _Inputs, theirs: Sequence[_Answer], dtype: str
+) -> _Outputs:
+    """By the training code and the engine's generator, which is given their answers' tokens.
+
+    So every step is compared, also behind a token that was chosen by a hair's breadth.
+    """
+    texts = []
+    for asked in inputs.texts:
+        rows, pixels = asked.prompt.rows, asked.pixels.to(DTYPES[dtype])
+        ids = torch.tensor(rows.input_ids)
+        batch = one_text(loaded.config.model, ids, pixels, rows.image_offsets)
+        texts.append(text_logits(loaded.model, batch))
+    continuation = Continuation(loaded, [asked.prompt for asked in inputs.prompts])
+    steps = [[logits] for logits in continuation.start().cpu()]
+    for step in range(1, max(len(answer.tokens) for answer in theirs)):
+        running = [i for i, answer in enumerate(theirs) if len(answer.tokens) > step]
+        said = [theirs[index].tokens[step - 1] for index in running]
+        for index, logits in zip(running, continuation.go_on(running, said).cpu(), strict=True):
+            steps[index].append(logits)
+    answers = [
+        _Answer(answer.tokens, torch.stack(logits))
+        for answer, logits in zip(theirs, steps, strict=True)
+    ]
+    return _Outputs(texts, answers)

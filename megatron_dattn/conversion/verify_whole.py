@@ -19,9 +19,7 @@ from megatron_dattn.checkpoint.tensors import StoredTensor
 from megatron_dattn.conversion import dattn, llava
 from megatron_dattn.conversion.compared_model import (
     DTYPES,
-    Comparison,
     check_same_model,
-    compare,
     load_pretrained,
     one_text,
     our_model,
@@ -31,6 +29,7 @@ from megatron_dattn.conversion.compared_model import (
     token_ids,
 )
 from megatron_dattn.conversion.foreign_folders import read_model_config
+from megatron_dattn.conversion.verdict import DEFAULT_TOLERANCE, Comparison, Pair, judge
 from megatron_dattn.conversion.whole_models import image_token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import ModelConfig
@@ -51,6 +50,7 @@ def verify_whole_model(
     *,
     tokens: Sequence[int] | None,
     dtype: str,
+    tolerance: float = DEFAULT_TOLERANCE,
     progress: Progress = unseen,
 ) -> list[Comparison]:
     """Run both sides on the same inputs.
@@ -59,7 +59,7 @@ def verify_whole_model(
         tensors: of the checkpoint.
         config: of its model.
         folder: the Hugging Face model's.
-        tokens, dtype, progress: as for `verify_checkpoint`.
+        tokens, dtype, tolerance, progress: as for `verify_checkpoint`.
 
     Raises:
         CheckpointError: the folder does not fit, or a token is `<image>` or not in the vocabulary.
@@ -74,10 +74,26 @@ def verify_whole_model(
     check_same_whole_model(folder, original, config)
     image_id = image_token_id(original)
     ids = _text_ids(tokens, config.language.vocab_size, image_id)
+
+    def run(dtype: str) -> list[Pair]:
+        return _both_sides(tensors, config, folder, ids, image_id, dtype, progress)
+
+    return judge(run, dtype, tolerance, rounding(tensors, dtype))
+
+
+def _both_sides(
+    tensors: dict[str, StoredTensor],
+    config: ModelConfig,
+    folder: Path,
+    ids: Tensor,
+    image_id: int,
+    dtype: str,
+    progress: Progress,
+) -> list[Pair]:
     pixels = random_pixels(config.vision.image_size)[:1].to(DTYPES[dtype])
     rounded = rounding(tensors, dtype)
     logger.info("1 of 2: outputs of %s", folder)
-    if kind == llava.MODEL_TYPE:
+    if read_model_config(folder)["model_type"] == llava.MODEL_TYPE:
         expected = _llava_outputs(folder, config, ids, pixels, image_id, rounded)
         preset = get_preset(config.attention)
         expected.pop(ROWS if preset.attends_in_reading_order else SEEN)
@@ -85,7 +101,7 @@ def verify_whole_model(
         expected = _dattn_outputs(folder, ids, pixels, image_id, rounded)
     logger.info("2 of 2: the checkpoint's")
     ours = _our_outputs(tensors, config, ids, pixels, dtype, progress)
-    return [compare(what, ours[what], theirs, rounded) for what, theirs in expected.items()]
+    return [Pair(what, ours[what], theirs) for what, theirs in expected.items()]
 
 
 def check_same_whole_model(folder: Path, original: dict[str, Any], config: ModelConfig) -> None:
