@@ -93,11 +93,13 @@ def _adapter(run: StepRun) -> Iterator[Operator]:
     rows = len(run.layout.images) * model.rows_per_image
     inputs, outputs = model.vision.hidden_size, model.language.hidden_size
     middle = model.adapter.hidden_size or outputs
-    if model.adapter.input_norm:
+    if model.adapter_norm in ("before", "both"):
         yield norm("adapter norm", rows, inputs, b)
     yield product("adapter, first", rows, inputs, middle, b)
     yield moved("adapter GELU", 2 * rows * middle, 3 * rows * middle, b)
     yield product("adapter, second", rows, middle, outputs, b)
+    if model.adapter_norm in ("behind", "both"):
+        yield norm("adapter norm behind", rows, outputs, b)
 
 
 def _decoder(run: StepRun) -> tuple[Operator, ...]:

@@ -53,8 +53,9 @@ class Positions:
     # the image share an id, counted from the border inwards. "none": they have no rotary id.
     visual: Literal["sequence", "ring", "none"] = "none"
     # Added to visual rows before the first layer. "row_column": a learnable vector for each row of
-    # patches and for each column. "fractional": an MLP of the place as a share of the image's side.
-    embedding: Literal["none", "row_column", "fractional"] = "row_column"
+    # patches and for each column. "per_patch": one for each patch. "fractional": an MLP of the
+    # place as a share of the image's side.
+    embedding: Literal["none", "row_column", "per_patch", "fractional"] = "row_column"
 
     def __post_init__(self) -> None:
         _refuse(unknown_values(self, "positions."))

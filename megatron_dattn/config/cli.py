@@ -102,7 +102,7 @@ def expand_short_flags(argv: Sequence[str]) -> list[str]:
         expanded.append(f"--{path}{equals}{value}")
         following = argv[position + 1 : position + 2]
         stands_alone = not following or following[0].startswith("--")
-        if kind is bool and not equals and stands_alone:
+        if kind in (bool, bool | None) and not equals and stands_alone:
             expanded.append("true")
     return expanded
 

@@ -186,6 +186,10 @@ def _computed(model: ModelConfig) -> dict[str, object]:
     }
     return {name: value for name, value in fields.items() if name not in _NOT_COMPUTED} | {
         "vision.num_used_layers": model.vision.num_used_layers,
-        "adapter.input_norm": model.adapter.input_norm,
+        "adapter.norm": model.adapter_norm,
+        "adapter.visual_position": model.visual_embedding,
+        "adapter.num_places": (
+            model.num_places if model.visual_embedding in ("per_patch", "fractional") else None
+        ),
         "adapter.hidden_size": model.adapter.hidden_size or model.language.hidden_size,
     }

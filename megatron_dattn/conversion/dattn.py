@@ -4,7 +4,8 @@ The exported config names the attention's axes, not the preset; an export of a p
 longer in `attention/presets.py` is therefore refused.
 """
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual
 from megatron_dattn.conversion.config_values import ConfigValues
@@ -13,7 +14,14 @@ from megatron_dattn.conversion.exportable import VISUAL_ROWS
 from megatron_dattn.conversion.families import language_family, vision_family
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
-from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.config import (
+    AdapterConfig,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+    default_norm,
+    norm_of_older_name,
+)
 
 MODEL_TYPE = DAttnConfig.model_type
 # What the sections are where they do not say it.
@@ -32,12 +40,12 @@ def model_from_config(config: dict[str, Any], attention: str | None = None) -> M
         ConfigError: another preset than the model's was asked for.
     """
     try:
-        exported = DAttnConfig.from_dict(config)
+        exported = DAttnConfig.from_dict(_with_adapter_norm(config))
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"the model's config.json is not that of an export: {error}"
         ) from None
-    preset = _preset(exported)
+    preset, visual_position = _preset(exported)
     if attention not in (None, preset):
         raise ConfigError(
             f"attention '{attention}' was asked for, but the model was trained with '{preset}'; "
@@ -45,21 +53,34 @@ def model_from_config(config: dict[str, Any], attention: str | None = None) -> M
         )
     language, values = _language_config(config), ConfigValues(vars(exported), _WHERE)
     width = values.whole("adapter_hidden_size")
+    vision = _vision_config(config, values.whole("vision_feature_layer"))
+    places = values.whole_or_none("adapter_num_places")
     return ModelConfig(
-        vision=_vision_config(config, values.whole("vision_feature_layer")),
+        vision=vision,
         adapter=AdapterConfig(
-            input_norm=values.flag("adapter_input_norm"),
+            norm=None if exported.adapter_norm == default_norm(preset) else exported.adapter_norm,
             hidden_size=None if width == language.hidden_size else width,
             norm_eps=values.number("adapter_norm_eps"),
+            visual_position=visual_position,
             max_grid=values.whole("adapter_max_grid"),
+            num_places=None if places == vision.grid[0] else places,
         ),
         language=language,
         attention=preset,
     )
 
 
-def _preset(exported: Any) -> str:
-    """The name of the preset with an export's axes; what no export has is as it is by default."""
+def _with_adapter_norm(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json in which older exports, too, say where the adapter's norm stands."""
+    older = ConfigValues(config, _WHERE)
+    if "adapter_norm" in config or config.get("adapter_input_norm") is None:
+        return config
+    return {**config, "adapter_norm": norm_of_older_name(older.flag("adapter_input_norm"))}
+
+
+def _preset(exported: Any) -> tuple[str, Literal["row_column", "per_patch"]]:
+    """The name of the preset with an export's axes, and what learnable positions it was given;
+    what no export has is as it is by default."""
     axes = AttentionConfig(
         v2v=exported.v2v,
         t2v=TextToVisual(scope=exported.t2v_scope, rotary=exported.t2v_rotary),
@@ -73,7 +94,12 @@ def _preset(exported: Any) -> str:
     )
     for name, preset in PRESETS.items():
         if preset == axes:
-            return name
+            return name, "row_column"
+    if axes.positions.embedding == "per_patch":
+        usual = replace(axes, positions=replace(axes.positions, embedding="row_column"))
+        for name, preset in PRESETS.items():
+            if preset == usual:
+                return name, "per_patch"
     raise CheckpointError(
         f"no attention preset has the model's axes; add {axes} to attention/presets.py"
     )

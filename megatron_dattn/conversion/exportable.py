@@ -62,10 +62,10 @@ def _reason_against_llava(model: ModelConfig) -> str:
             f"{needs} scales visual rows as Gemma-2's own embeddings are in transformers 4, and "
             "does not in 5"
         )
-    if model.adapter.input_norm:
+    if model.adapter_norm != "none":
         return (
-            f"{needs} has no norm in front of its adapter; train with model.adapter.input_norm "
-            "set to false"
+            f"{needs} has no norm in its adapter, and model.adapter.norm is "
+            f"'{model.adapter_norm}'; train with model.adapter.norm set to none"
         )
     if model.adapter.hidden_size not in (None, model.language.hidden_size):
         return (
@@ -73,7 +73,7 @@ def _reason_against_llava(model: ModelConfig) -> str:
             f"({model.language.hidden_size}), not model.adapter.hidden_size "
             f"{model.adapter.hidden_size}"
         )
-    if get_preset(model.attention).positions.embedding != "none":
+    if model.visual_embedding != "none":
         return f"{needs} adds no positions to visual rows"
     return ""
 

@@ -9,7 +9,7 @@ from megatron_dattn.conversion import families
 from megatron_dattn.conversion.exportable import is_llava
 from megatron_dattn.conversion.key_names import DEEPER_ENCODER, KeyNames
 from megatron_dattn.conversion.weight_map import GroupedKV, Rule, below, renamed
-from megatron_dattn.models.config import LanguageConfig, ModelConfig
+from megatron_dattn.models.config import AdapterNorm, LanguageConfig, ModelConfig
 
 LLAVA_NAMES = KeyNames(vision_module=DEEPER_ENCODER)
 """transformers 4 knows a LLaVA's encoder by these names alone; 5 reads them too."""
@@ -43,28 +43,34 @@ def adapter_rules(model: ModelConfig) -> list[Rule]:
     preset, hidden = get_preset(model.attention), model.language.hidden_size
     if preset.visual.source == "reproject":
         return []
-    embedding = preset.positions.embedding
     positions: dict[str, tuple[int, ...]] = {}
-    if embedding == "row_column":
-        table = (model.adapter.max_grid, hidden)
-        positions = {"positions.rows": table, "positions.columns": table}
-    elif embedding == "fractional":
-        positions = _fractional_shapes(hidden)
+    match model.visual_embedding:
+        case "row_column":
+            table = (model.adapter.max_grid, hidden)
+            positions = {"positions.rows": table, "positions.columns": table}
+        case "per_patch":
+            positions = {"positions.patches": (model.num_places**2, hidden)}
+        case "fractional":
+            positions = _fractional_shapes(hidden)
     return projector_rules(model) + _renamed_linears(positions)
 
 
 def projector_rules(model: ModelConfig) -> list[Rule]:
-    """Rules for the adapter without positions: LLaVA's projector, and the norm in front of it if
-    the model has one."""
+    """Rules for the adapter without positions: LLaVA's projector, and the norms that the model has
+    around it."""
     middle = model.adapter.hidden_size or model.language.hidden_size
-    return _renamed_linears(_mlp_shapes(model, middle, has_norm=model.adapter.input_norm))
+    return _renamed_linears(_mlp_shapes(model, middle, model.adapter_norm))
 
 
-def _mlp_shapes(model: ModelConfig, middle: int, *, has_norm: bool) -> dict[str, tuple[int, ...]]:
-    """Of the MLP from the encoder's width to the language model's."""
+def _mlp_shapes(model: ModelConfig, middle: int, norm: AdapterNorm) -> dict[str, tuple[int, ...]]:
+    """Of the MLP from the encoder's width to the language model's, and its norms."""
     features, hidden = model.vision.hidden_size, model.language.hidden_size
-    norm: dict[str, tuple[int, ...]] = {"norm.weight": (features,)} if has_norm else {}
-    return norm | {
+    norms: dict[str, tuple[int, ...]] = {}
+    if norm in ("before", "both"):
+        norms["norm.weight"] = (features,)
+    if norm in ("behind", "both"):
+        norms["output_norm.weight"] = (hidden,)
+    return norms | {
         "linear_fc1.weight": (middle, features),
         "linear_fc1.bias": (middle,),
         "linear_fc2.weight": (hidden, middle),
@@ -84,9 +90,7 @@ def _fractional_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
         for layer in (0, 2):
             shapes[f"positions.{mlp}.{layer}.weight"] = (hidden, hidden)
             shapes[f"positions.{mlp}.{layer}.bias"] = (hidden,)
-    for norm in ("row_norm", "column_norm", "input_norm", "output_norm"):
-        shapes[f"positions.{norm}.weight"] = (hidden,)
-    return shapes
+    return shapes | {"positions.last_norm.weight": (hidden,)}
 
 
 def _added_rules(model: ModelConfig) -> list[Rule]:
@@ -99,7 +103,7 @@ def _added_rules(model: ModelConfig) -> list[Rule]:
     if preset.merge == "cascade":
         rules += _cross_attention_rules(model.language)
     if preset.visual.source == "reproject":
-        shapes = _mlp_shapes(model, model.language.hidden_size, has_norm=True)
+        shapes = _mlp_shapes(model, model.language.hidden_size, "before")
         projector = below("visual_projector.")
         rules += renamed(_renamed_linears(shapes), projector, megatron=projector)
     return [

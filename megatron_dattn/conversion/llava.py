@@ -47,7 +47,7 @@ def model_from_config(config: dict[str, Any], attention: str = "s_attn") -> Mode
             raise CheckpointError(f"{name} {config[name]} is not supported, only {supported}")
     return ModelConfig(
         vision=_vision_config(config),
-        adapter=AdapterConfig(input_norm=False),
+        adapter=AdapterConfig(norm="none"),
         language=_language_config(config),
         attention=attention,
     )

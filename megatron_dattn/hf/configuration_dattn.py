@@ -29,11 +29,12 @@ VISION_CONFIGS = {
 }
 
 _CHOICES = {
+    "adapter_norm": ("before", "behind", "both", "none"),
     "v2v": ("diagonal", "none"),
     "t2v_scope": ("all", "following"),
     "text_positions": ("text_only", "gap"),
     "visual_positions": ("none", "sequence"),
-    "visual_embedding": ("none", "row_column", "fractional"),
+    "visual_embedding": ("none", "row_column", "per_patch", "fractional"),
     "visual_source": ("stream", "reproject"),
     "merge": ("alpha", "sum", "tanh", "sigmoid", "cascade"),
 }
@@ -66,17 +67,21 @@ class DAttnConfig(PreTrainedConfig):
         vision_feature_layer: which of the encoder's hidden states feeds the adapter, from the end:
             -2 leaves out the last layer, -1 none. Layers above it do not exist here.
         adapter_hidden_size: width of the adapter's middle.
-        adapter_input_norm: whether an RMSNorm stands before the adapter's first layer.
+        adapter_norm: where RMSNorms stand: "before" the adapter's first layer, "behind" its last,
+            in "both" places or in "none".
         adapter_norm_eps: of the adapter's norms.
-        adapter_max_grid: entries of the tables of row and column positions; with fractional
-            positions, the number of places that a side is stretched to.
+        adapter_max_grid: entries of the tables of row and column positions.
+        adapter_num_places: the side of the grid that positions per patch are learned for; with
+            fractional positions, the number of places that a side is stretched to. The image's
+            patches per side where None.
         v2v: what attention adds to a visual row: its own value ("diagonal") or nothing ("none").
         t2v_scope: which images a text row sees: "all" of its sample, or those it is "following".
         t2v_rotary: whether the scores of T2V use rotary positions.
         text_positions: rotary positions of text count "text_only", or leave a "gap" for images.
         visual_positions: rotary positions of visual rows: as text in "sequence", or "none".
         visual_embedding: what is added to visual rows before the first layer: a learned vector for
-            each row and column of patches, an MLP of the place as a share of the side, or nothing.
+            each row and column of patches or for each patch, an MLP of the place as a share of the
+            side, or nothing.
         visual_source: whether visual rows are what the layers make of the adapter's output
             ("stream"), or every layer makes its own from the encoder's features ("reproject");
             there is no adapter then.
@@ -102,9 +107,10 @@ class DAttnConfig(PreTrainedConfig):
         image_token_id: int = 10,
         vision_feature_layer: int = -2,
         adapter_hidden_size: int = 4096,
-        adapter_input_norm: bool = True,
+        adapter_norm: str = "before",
         adapter_norm_eps: float = 1e-5,
         adapter_max_grid: int = 64,
+        adapter_num_places: int | None = None,
         v2v: str = "diagonal",
         t2v_scope: str = "all",
         t2v_rotary: bool = False,
@@ -122,9 +128,10 @@ class DAttnConfig(PreTrainedConfig):
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
         self.adapter_hidden_size = adapter_hidden_size
-        self.adapter_input_norm = adapter_input_norm
+        self.adapter_norm = adapter_norm
         self.adapter_norm_eps = adapter_norm_eps
         self.adapter_max_grid = adapter_max_grid
+        self.adapter_num_places = adapter_num_places or self.image_grid[0]
         self.v2v = v2v
         self.t2v_scope = t2v_scope
         self.t2v_rotary = t2v_rotary

@@ -76,17 +76,23 @@ class VisionTower(nn.Module):
 
 
 class FeatureMLP(nn.Module):
-    """RMSNorm (where it has an eps) -> linear -> GELU -> linear."""
+    """Linear -> GELU -> linear, with RMSNorms before, behind, on both sides or on none."""
 
-    def __init__(self, features: int, middle: int, hidden: int, norm_eps: float | None) -> None:
+    def __init__(
+        self, features: int, middle: int, hidden: int, norm_eps: float, norm: str = "before"
+    ) -> None:
         super().__init__()
-        self.norm = nn.Identity() if norm_eps is None else RMSNorm(features, norm_eps)
+        self.norm, self.output_norm = nn.Identity(), nn.Identity()
+        if norm in ("before", "both"):
+            self.norm = RMSNorm(features, norm_eps)
+        if norm in ("behind", "both"):
+            self.output_norm = RMSNorm(hidden, norm_eps)
         self.linear_1 = nn.Linear(features, middle)
         self.linear_2 = nn.Linear(middle, hidden)
 
     def forward(self, features: Tensor) -> Tensor:
         """[images, patches, encoder's width] -> [images, patches, language model's width]."""
-        return self.linear_2(F.gelu(self.linear_1(self.norm(features))))
+        return self.output_norm(self.linear_2(F.gelu(self.linear_1(self.norm(features)))))
 
 
 class Adapter(FeatureMLP):
@@ -97,7 +103,8 @@ class Adapter(FeatureMLP):
             config.vision_config.hidden_size,
             config.adapter_hidden_size,
             config.text_config.hidden_size,
-            norm_eps=config.adapter_norm_eps if config.adapter_input_norm else None,
+            norm_eps=config.adapter_norm_eps,
+            norm=config.adapter_norm,
         )
         self.positions = _positions(config)
         self.grid = config.image_grid
@@ -110,6 +117,8 @@ class Adapter(FeatureMLP):
 def _positions(config: DAttnConfig) -> nn.Module | None:
     if config.visual_embedding == "row_column":
         return RowColumnPositions(config)
+    if config.visual_embedding == "per_patch":
+        return PerPatchPositions(config)
     if config.visual_embedding == "fractional":
         return FractionalPositions(config)
     return None
@@ -139,40 +148,64 @@ def _entries(table: Tensor, count: int) -> Tensor:
     return F.interpolate(channels_first, size=count, mode="linear", align_corners=True)[0].t()
 
 
-class FractionalPositions(nn.Module):
-    """norm(norm(rows) + norm(MLP(row's place)) + norm(MLP(column's place))).
+class PerPatchPositions(nn.Module):
+    """A learned vector for every patch of a square grid; another grid resizes it bicubically."""
 
-    A place is the share of the side in front of the patch, times `adapter_max_grid` - 1. The MLPs
+    def __init__(self, config: DAttnConfig) -> None:
+        super().__init__()
+        self.side = config.adapter_num_places
+        self.patches = nn.Parameter(torch.zeros(self.side**2, config.text_config.hidden_size))
+
+    def forward(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
+        if grid == (self.side, self.side):
+            return rows + self.patches
+        picture = self.patches.to(torch.promote_types(self.patches.dtype, torch.float32))
+        picture = picture.t().unflatten(1, (self.side, self.side)).unsqueeze(0)
+        resized = F.interpolate(picture, size=grid, mode="bicubic", align_corners=False)
+        return rows + resized[0].flatten(1).t().to(self.patches.dtype)
+
+
+class FractionalPositions(nn.Module):
+    """last_norm(rows + norm(MLP(row's place)) + norm(MLP(column's place))); but for the last, norms
+    have no weights.
+
+    A place is the share of the side in front of the patch, times `adapter_num_places` - 1. The MLPs
     compute in fp32.
     """
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
-        hidden, eps = config.text_config.hidden_size, config.adapter_norm_eps
-        self.num_places = config.adapter_max_grid
+        hidden = config.text_config.hidden_size
+        self.hidden_size, self.eps = hidden, config.adapter_norm_eps
+        self.num_places = config.adapter_num_places
         self.rows = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         self.columns = nn.Sequential(
             nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden)
         )
-        self.row_norm, self.column_norm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
-        self.input_norm, self.output_norm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
+        self.last_norm = RMSNorm(hidden, config.adapter_norm_eps)
 
     def forward(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
-        of_rows = self.row_norm(_in_fp32(self.rows, self._sinusoids(grid[0])))
-        of_columns = self.column_norm(_in_fp32(self.columns, self._sinusoids(grid[1])))
-        places = (of_rows.unsqueeze(1) + of_columns).flatten(0, 1)
-        return self.output_norm(self.input_norm(rows) + places.to(rows.dtype))
+        height, width = grid
+        of_rows = self._places(self.rows, height, rows.dtype).repeat_interleave(width, 0)
+        of_columns = self._places(self.columns, width, rows.dtype).repeat(height, 1)
+        # One after the other: in BF16 the sum of both positions would round differently.
+        return self.last_norm(rows + of_rows + of_columns)
+
+    def _places(self, mlp: nn.Sequential, length: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the patches of each row, or of each column, [length, hidden_size]."""
+        places = _in_fp32(mlp, self._sinusoids(length)).to(dtype)
+        return F.rms_norm(places, (self.hidden_size,), None, self.eps)
 
     def _sinusoids(self, length: int) -> Tensor:
-        """[length, hidden_size]: sines, then cosines, of the places along a side."""
-        weight = self.row_norm.weight
+        """[length, hidden_size]: sines in even channels, cosines in odd ones."""
+        weight = self.last_norm.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        stretch = (self.num_places - 1) / max(length - 1, 1)
-        places = torch.arange(length, device=weight.device, dtype=dtype) * stretch
-        half = len(weight) // 2
-        steps = torch.arange(half, device=weight.device, dtype=dtype) / half
-        angles = places.unsqueeze(1) * torch.exp(-math.log(10_000.0) * steps)
-        return torch.cat((angles.sin(), angles.cos()), dim=1)
+        places = torch.arange(length, device=weight.device, dtype=dtype)
+        places = places / max(length - 1, 1) * (self.num_places - 1)
+        channels = torch.arange(0, self.hidden_size, 2, device=weight.device, dtype=dtype)
+        waves = torch.exp(channels * (-math.log(10_000.0) / self.hidden_size))
+        angles = places.unsqueeze(1) * waves
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
 def _in_fp32(mlp: nn.Sequential, rows: Tensor) -> Tensor:

@@ -36,7 +36,12 @@ from megatron_dattn.runtime.progress import Progress, unseen
 logger = logging.getLogger(__name__)
 
 # What may be chosen where a checkpoint holds nothing of what an attention preset adds.
-_OF_PRESET = ("attention", "adapter.max_grid", "adapter.text_scale")
+_OF_PRESET = (
+    "attention",
+    "adapter.max_grid",
+    "adapter.num_places",
+    "adapter.visual_position",
+)
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,9 @@ def _check_model(found: FoundCheckpoint, model: ModelConfig) -> None:
     free = (*FIELDS_WITHOUT_EFFECT, *(() if found.manifest.has_added else _OF_PRESET))
     differences = [
         line
-        for line in compare_facts({"model": asdict(model)}, with_later_fields(found.manifest.facts))
+        for line in compare_facts(
+            with_later_fields({"model": asdict(model)}), with_later_fields(found.manifest.facts)
+        )
         if line.partition(":")[0] not in {f"model.{name}" for name in free}
     ]
     if differences:

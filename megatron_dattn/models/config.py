@@ -18,16 +18,20 @@ _GEMMA2_FIELDS = (
     *("hidden_activation", "query_pre_attn_scalar"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
 )
+AdapterNorm = Literal["before", "behind", "both", "none"]
 # Fields of `LanguageConfig` that a family lacks.
 _FOREIGN_FIELDS = {
     "mistral": _GEMMA2_FIELDS,
     "llama": (*_GEMMA2_FIELDS, "sliding_window"),
     "gemma2": (),
 }
-# What no result depends on; checkpoints from before it was noted lack it.
-FIELDS_WITHOUT_EFFECT = ("language.max_position_embeddings",)
+# What nothing depends on once there are weights; older checkpoints lack it or have another.
+FIELDS_WITHOUT_EFFECT = ("language.max_position_embeddings", "adapter.text_scale")
 # What models had before they could have something else; checkpoints of then do not say it.
-_BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {"language": {"rope_scaling": None}}
+_BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
+    "language": {"rope_scaling": None},
+    "adapter": {"norm": None, "num_places": None, "visual_position": "row_column"},
+}
 # Tensor-parallel sizes that divide this divide every vocabulary, once padded.
 _VOCAB_MULTIPLE = 64
 
@@ -109,23 +113,56 @@ class VisionConfig:
 class AdapterConfig:
     """RMSNorm and a two-layer MLP between encoder and language model (paper, section 3.1)."""
 
-    input_norm: bool = True
-    """Whether there is the RMSNorm; LLaVA-1.5's projector, for one, has none."""
+    norm: AdapterNorm | None = None
+    """Where RMSNorms stand: before the MLP, behind it, in both places or in none (LLaVA-1.5). Where
+    None, as the preset's source has it: behind in `vidi`, before elsewhere. Without effect where
+    every layer has a projector of its own (`saisa`)."""
+    input_norm: bool | None = None
+    """The older name: true is norm "before", false "none". It is read, and becomes `norm`."""
     hidden_size: int | None = None
     """Width of the MLP's middle; the language model's hidden size where None."""
     norm_eps: float = 1e-5
+    visual_position: Literal["row_column", "per_patch"] = "row_column"
+    """What is learned in presets whose positions are learnable vectors: one per row and one per
+    column of patches, or one per patch, as in CLIP."""
     max_grid: int = 64
-    """Rows (and columns) of the learnable position tables; larger grids are interpolated. With
-    fractional positions: the number of places that every side of an image is stretched to."""
-    text_scale: float = 0.02
-    """What the adapter's last norm starts at, where the preset's positions are fractional; without
-    effect elsewhere. To begin as large as text rows it is the standard deviation of the language
-    model's token embeddings (before Gemma's scaling). A setting: nothing measures it."""
+    """Rows (and columns) of the learnable position tables; larger grids are interpolated."""
+    num_places: int | None = None
+    """The side, in patches, of the grid that a table of one vector per patch is learned for; with
+    fractional positions, the number of places that every side of an image is stretched to. Where
+    None, the patches per side of the encoder's images."""
+    text_scale: float | None = None
+    """What the adapter's last norm starts at, where it stands behind the MLP. Where None, the
+    standard deviation of the language model's token embeddings (before Gemma's scaling), measured
+    when a stage starts from weights without an adapter's; so visual rows begin as large as text."""
 
     def __post_init__(self) -> None:
-        optional = () if self.hidden_size is None else ("hidden_size",)
-        names = ("norm_eps", "max_grid", "text_scale", *optional)
-        _require_positive(self, "adapter", *names)
+        optional = [
+            name
+            for name in ("hidden_size", "num_places", "text_scale")
+            if getattr(self, name) is not None
+        ]
+        _require_positive(self, "adapter", "norm_eps", "max_grid", *optional)
+        if self.input_norm is None:
+            return
+        named = norm_of_older_name(self.input_norm)
+        _require(
+            self.norm in (None, named),
+            f"adapter.norm '{self.norm}' and adapter.input_norm {str(self.input_norm).lower()}, "
+            f"its older name for '{named}', contradict each other; leave input_norm out",
+        )
+        object.__setattr__(self, "norm", named)
+        object.__setattr__(self, "input_norm", None)
+
+
+def norm_of_older_name(input_norm: bool) -> AdapterNorm:
+    """What `adapter.input_norm` and the exports' `adapter_input_norm` meant."""
+    return "before" if input_norm else "none"
+
+
+def default_norm(attention: str) -> AdapterNorm:
+    """Where the adapter of a preset's source has its norm; ours where the source does not say."""
+    return "behind" if PRESETS[attention].positions.embedding == "fractional" else "before"
 
 
 @dataclass(frozen=True)
@@ -256,6 +293,22 @@ class ModelConfig:
         _check_sizes_for_preset(self)
 
     @property
+    def adapter_norm(self) -> AdapterNorm:
+        """Where the adapter's RMSNorms stand."""
+        return self.adapter.norm or default_norm(self.attention)
+
+    @property
+    def visual_embedding(self) -> str:
+        """A value of the axis `positions.embedding`: the preset's, or what the adapter learns."""
+        embedding = PRESETS[self.attention].positions.embedding
+        return self.adapter.visual_position if embedding == "row_column" else embedding
+
+    @property
+    def num_places(self) -> int:
+        """The side of the grid that positions of patches are learned for."""
+        return self.adapter.num_places or self.vision.grid[0]
+
+    @property
     def image_grid(self) -> tuple[int, int]:
         """Grid of an image's rows in the decoder: its patches, or a line of those kept of them."""
         return kept_grid(self.vision.grid, PRESETS[self.attention].visual)
@@ -277,6 +330,12 @@ def _check_sizes_for_preset(model: ModelConfig) -> None:
         "another preset or a smaller encoder",
     )
     _require(
+        model.adapter.visual_position == "row_column" or model.visual_embedding == "per_patch",
+        f"adapter.visual_position '{model.adapter.visual_position}' has no effect: the positions "
+        f"of model.attention '{model.attention}' ({preset.positions.embedding}) are not learnable "
+        "vectors; leave it out",
+    )
+    _require(
         preset.positions.embedding != "fractional" or hidden % 2 == 0,
         f"model.attention '{model.attention}' places patches by sines and cosines in equal number, "
         f"but language.hidden_size {hidden} is odd",
@@ -284,7 +343,20 @@ def _check_sizes_for_preset(model: ModelConfig) -> None:
 
 
 def with_later_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's facts, in which its model also has the fields that were made after it."""
+    """Facts of a model, in which it also has the fields that were made after a checkpoint, and says
+    by its own name what it had left to its preset: so two such facts can be compared."""
     model = dict(facts.get("model", {}))
     known = {part: later for part, later in _BEFORE_THE_FIELD.items() if part in model}
-    return {**facts, "model": model | {part: known[part] | model[part] for part in known}}
+    model |= {part: known[part] | model[part] for part in known}
+    if "adapter" in model:
+        model["adapter"] = _with_norm(model["adapter"], model.get("attention"))
+    return {**facts, "model": model}
+
+
+def _with_norm(adapter: Mapping[str, Any], attention: str | None) -> dict[str, Any]:
+    norm = adapter["norm"]
+    if adapter.get("input_norm") is not None:
+        norm = norm_of_older_name(adapter["input_norm"])
+    if norm is None and attention in PRESETS:
+        norm = default_norm(attention)
+    return {name: value for name, value in adapter.items() if name != "input_norm"} | {"norm": norm}

@@ -1,4 +1,4 @@
-"""Vision features to the language model's width: RMSNorm -> linear -> GELU -> linear.
+"""Vision features to the language model's width: linear -> GELU -> linear, with norms around them.
 
 What the adapter does once in front of the decoder, and a `VisualProjector` in every layer. The two
 linear layers are cut over the tensor-parallel ranks. Under sequence parallelism, which the config
@@ -16,18 +16,20 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_dattn.models.config import AdapterNorm
 from megatron_dattn.models.norm import RMSNorm
 
 
 class FeatureMLP(MegatronModule):
-    """The norm and the two linear layers; subclasses say which rows pass them.
+    """The two linear layers and their norms; subclasses say which rows pass them.
 
     Args:
         config: gives dtype, initialization and sequence parallelism.
         input_size: width of the encoder's features.
         hidden_size: width of the MLP's middle.
         output_size: width of the language model.
-        norm_eps: of the RMSNorm; None leaves it out.
+        norm_eps: of the RMSNorms.
+        norm: where they stand; `norm` is the one before the linear layers, `output_norm` behind.
     """
 
     def __init__(
@@ -37,13 +39,16 @@ class FeatureMLP(MegatronModule):
         input_size: int,
         hidden_size: int,
         output_size: int,
-        norm_eps: float | None,
+        norm_eps: float,
+        norm: AdapterNorm = "before",
     ) -> None:
         super().__init__(config=config)
         tp_group = get_tensor_model_parallel_group()
-        self.norm = IdentityOp()
-        if norm_eps is not None:
+        self.norm, self.output_norm = IdentityOp(), IdentityOp()
+        if norm in ("before", "both"):
             self.norm = RMSNorm(config, input_size, eps=norm_eps)
+        if norm in ("behind", "both"):
+            self.output_norm = RMSNorm(config, output_size, eps=norm_eps)
         self.linear_fc1 = ColumnParallelLinear(
             input_size,
             hidden_size,
@@ -66,7 +71,7 @@ class FeatureMLP(MegatronModule):
         """[..., input_size] -> [..., output_size]."""
         middle, _ = self.linear_fc1(self.norm(features))
         rows, _ = self.linear_fc2(F.gelu(middle))
-        return rows
+        return self.output_norm(rows)
 
 
 def _init_for(fan_in: int) -> partial[Tensor]:

@@ -1,8 +1,9 @@
 """Visual positions from a patch's place as a share of its image's side (Vidi).
 
 Vidi, the later video models of the paper's authors, realizes the learnable positions of section 2.3
-by an MLP over a sinusoid, and normalizes what it adds them to. Left out here: the noise on the
-place in training, and a third MLP over the time axis of videos.
+by an MLP over a sinusoid, and normalizes what it adds to the rows. Names, order of operations and
+precisions are such that its weights fit. Left out: the noise that its authors add to the places in
+training, the positions of tiles and of a video's frames.
 """
 
 import math
@@ -18,65 +19,65 @@ _LONGEST_WAVE = 10_000.0
 
 
 class FractionalPositions(torch.nn.Module):
-    """norm(norm(rows) + norm(MLP(row's place)) + norm(MLP(column's place))), all norms RMSNorms.
+    """last_norm(rows + norm(MLP(row's place)) + norm(MLP(column's place))).
 
     A side of l patches is stretched to `num_places` places: patch p stands at p / (l - 1) *
     (num_places - 1), the only patch of a side at 0. So grids of any size share the same range, and
-    no table limits them. The MLPs (linear, GELU, linear, as wide as the rows) compute in fp32.
+    no table limits them. The MLPs (linear, GELU, linear, as wide as the rows) compute in fp32; what
+    they give is rounded to the rows' dtype and normalized there, by RMSNorms without weights. The
+    last norm has weights; `Adapter.start_at` says what they start at.
 
     Args:
         config: gives the parameters' dtype.
         hidden_size: of the language model; even.
         num_places: how far a side is stretched.
         norm_eps: of the norms.
-        scale: what the last norm's weights start at. The standard deviation of the language model's
-            token embeddings makes visual rows as large as text rows; the caller must know it, since
-            the adapter is made before any embedding is loaded.
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        *,
-        num_places: int,
-        norm_eps: float,
-        scale: float,
+        self, config: TransformerConfig, hidden_size: int, num_places: int, norm_eps: float
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.num_places = num_places
+        self.norm_eps = norm_eps
         self.rows = _place_mlp(hidden_size, config.params_dtype)
         self.columns = _place_mlp(hidden_size, config.params_dtype)
-        self.row_norm = RMSNorm(config, hidden_size, eps=norm_eps)
-        self.column_norm = RMSNorm(config, hidden_size, eps=norm_eps)
-        self.input_norm = RMSNorm(config, hidden_size, eps=norm_eps)
-        self.output_norm = RMSNorm(config, hidden_size, eps=norm_eps)
-        torch.nn.init.constant_(self.output_norm.weight, scale)
+        self.last_norm = RMSNorm(config, hidden_size, eps=norm_eps)
 
     def forward(self, rows: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
         """Place the rows; arguments and result as of `RowColumnPositions`."""
-        places = self.table(grid).to(rows.dtype)
-        if kept is not None:
-            places = places[kept]
-        return self.output_norm(self.input_norm(rows) + places)
+        height, width = grid
+        of_rows, of_columns = self.of_rows(height, rows.dtype), self.of_columns(width, rows.dtype)
+        if kept is None:
+            of_rows, of_columns = of_rows.repeat_interleave(width, 0), of_columns.repeat(height, 1)
+        else:
+            of_rows, of_columns = of_rows[kept // width], of_columns[kept % width]
+        # One after the other: in BF16 the sum of both positions would round differently.
+        return self.last_norm(rows + of_rows + of_columns)
 
-    def table(self, grid: tuple[int, int]) -> Tensor:
-        """Positions of a grid's patches, row-major, [rows * columns, hidden_size], fp32."""
-        rows = self.row_norm(self.rows(self._sinusoids(grid[0])))
-        columns = self.column_norm(self.columns(self._sinusoids(grid[1])))
-        return (rows.unsqueeze(1) + columns).flatten(0, 1)
+    def of_rows(self, length: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the patches of each of `length` rows, [length, hidden_size]."""
+        return self._normed(self.rows(self._sinusoids(length)).to(dtype))
+
+    def of_columns(self, length: int, dtype: torch.dtype) -> Tensor:
+        """The same of columns."""
+        return self._normed(self.columns(self._sinusoids(length)).to(dtype))
+
+    def _normed(self, places: Tensor) -> Tensor:
+        return F.rms_norm(places, (self.hidden_size,), None, self.norm_eps)
 
     def _sinusoids(self, length: int) -> Tensor:
-        """[length, hidden_size]: sines, then cosines, of the places along a side of patches."""
-        weight = self.row_norm.weight
+        """[length, hidden_size]: of the places along a side of patches, sines in even channels and
+        cosines in odd ones, a wave's two side by side."""
+        weight = self.last_norm.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        stretch = (self.num_places - 1) / max(length - 1, 1)
-        places = torch.arange(length, device=weight.device, dtype=dtype) * stretch
-        half = self.hidden_size // 2
-        steps = torch.arange(half, device=weight.device, dtype=dtype) / half
-        angles = places.unsqueeze(1) * torch.exp(-math.log(_LONGEST_WAVE) * steps)
-        return torch.cat((angles.sin(), angles.cos()), dim=1)
+        places = torch.arange(length, device=weight.device, dtype=dtype)
+        places = places / max(length - 1, 1) * (self.num_places - 1)
+        channels = torch.arange(0, self.hidden_size, 2, device=weight.device, dtype=dtype)
+        waves = torch.exp(channels * (-math.log(_LONGEST_WAVE) / self.hidden_size))
+        angles = places.unsqueeze(1) * waves
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
 class _LinearInInputType(torch.nn.Linear):

@@ -81,6 +81,21 @@ class DAttnLanguageModel(GPTModel):
         """Token embeddings, [rows] -> [rows, 1, H], equal on every tensor-parallel rank."""
         return self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)
 
+    @torch.no_grad()
+    def embedding_deviation(self) -> float:
+        """Standard deviation of the tokens' embeddings, unscaled; equal on every tensor-parallel
+        rank, which must call it together."""
+        table: Tensor = self.embedding.word_embeddings.weight
+        first = self.pg_collection.tp.rank() * table.shape[0]
+        tokens = table[: max(0, self.language.vocab_size - first)]
+        sums = torch.zeros(3, dtype=torch.float64, device=table.device)
+        for rows in tokens.split(4096):  # not the whole table in another precision at once
+            exact = rows.double()
+            sums += torch.stack((torch.ones_like(exact).sum(), exact.sum(), exact.square().sum()))
+        torch.distributed.all_reduce(sums, group=self.pg_collection.tp)
+        count, total, squares = sums.tolist()
+        return float((squares / count - (total / count) ** 2) ** 0.5)
+
     def scale_rows(self, rows: Tensor) -> Tensor:
         """What enters the first layer for these rows, in the family's scale.
 

@@ -183,8 +183,8 @@ def _vision_bytes(
 ) -> int:
     """Pixels, the encoder's layers (none when frozen), the adapter.
 
-    The adapter keeps its input, the normed input and both sides of its GELU; its output joins the
-    decoder's rows. Without an adapter, the features do.
+    The adapter keeps its input, both sides of its GELU, and of every norm what it reads beside what
+    it gives; its output joins the decoder's rows. Without an adapter, the features do.
     """
     vision, value = config.vision, _VALUE_BYTES[execution.precision]
     patches = pack.images * vision.num_places
@@ -196,7 +196,10 @@ def _vision_bytes(
     per_row = config.language.hidden_size
     if get_preset(config.attention).visual.source != "reproject":
         middle = config.adapter.hidden_size or config.language.hidden_size
-        per_row += 2 * vision.hidden_size + 2 * middle // parallel.tensor_model_parallel_size
+        per_row += vision.hidden_size + 2 * middle // parallel.tensor_model_parallel_size
+        before, behind = (config.adapter_norm in (place, "both") for place in ("before", "behind"))
+        norms_behind = behind + (config.visual_embedding == "fractional")
+        per_row += before * vision.hidden_size + norms_behind * config.language.hidden_size
     adapter = pack.images * config.rows_per_image * value * per_row
     pixels = pack.images * 3 * vision.image_size**2 * _FP32
     return pixels + vision.num_used_layers * per_layer + adapter

@@ -79,13 +79,18 @@ def _adapter_block(config: ModelConfig) -> ParameterBlock:
     outputs = config.language.hidden_size
     middle = config.adapter.hidden_size or outputs
     sharded, replicated = _projector(config.vision.hidden_size, middle, outputs)
-    if not config.adapter.input_norm:
+    if config.adapter_norm not in ("before", "both"):
         replicated -= config.vision.hidden_size
-    if preset.positions.embedding == "row_column":
-        replicated += 2 * config.adapter.max_grid * outputs
-    elif preset.positions.embedding == "fractional":
-        layer = outputs * outputs + outputs
-        replicated += 2 * 2 * layer + 4 * outputs  # two MLPs, four norms
+    if config.adapter_norm in ("behind", "both"):
+        replicated += outputs
+    match config.visual_embedding:
+        case "row_column":
+            replicated += 2 * config.adapter.max_grid * outputs
+        case "per_patch":
+            replicated += config.num_places**2 * outputs
+        case "fractional":
+            layer = outputs * outputs + outputs
+            replicated += 2 * 2 * layer + outputs  # two MLPs, the last norm
     return ParameterBlock("adapter", "first", sharded, replicated)
 
 

@@ -202,6 +202,25 @@ class DAttnVLM(MegatronModule):
         return rows[:0] if no_images else rows
 
     @torch.no_grad()
+    def start_at_text_scale(self) -> float | None:
+        """Let a new adapter's visual rows begin as large as text rows.
+
+        Collective over the tensor-parallel ranks, whose embeddings hold other tokens each.
+
+        Returns:
+            The standard deviation of the token embeddings; None where nothing was set: no norm
+            stands behind the adapter's MLP, or the configuration says what it starts at.
+        """
+        adapter = self.adapter
+        if adapter is None or adapter.last_norm is None:
+            return None
+        if self.model_config.adapter.text_scale is not None:
+            return None
+        scale = self.language_model.embedding_deviation()
+        adapter.start_at(scale)
+        return scale
+
+    @torch.no_grad()
     def kept_patches(self, pixel_values: Tensor) -> Tensor | None:
         """Which patches of each image enter the decoder, int64 [images, kept]; None if all do."""
         return self._features(pixel_values)[1]

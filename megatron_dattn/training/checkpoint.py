@@ -37,6 +37,7 @@ from megatron_dattn.training.stored_state import (
     restore_state,
     rng_file,
     sharded_state,
+    start_at_text_scale,
 )
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ REPORT_FILE = "resume_report.json"
 # which counts as the adapter's): stage 1 trains it from its initial values.
 _MAY_BE_ABSENT = {"adapter"}
 # Settings of the adapter that only its positions depend on.
-_OF_POSITIONS = ("adapter.max_grid", "adapter.text_scale")
+_OF_POSITIONS = ("adapter.max_grid", "adapter.num_places", "adapter.visual_position")
 # What a stage remembers of the checkpoint that it started from, and so of all that came before.
 _OF_A_PARENT = ("stage", "data_sets", "sources", "parent")
 
@@ -184,6 +185,7 @@ class Checkpointer:
         on_every_rank(
             "loading the weights", lambda: load_modules(state.model, loaded, present, plain)
         )
+        scale = start_at_text_scale(state.model) if plain else None
         state.optimizer.reload_model_params()
         self._parent = {
             "path": str(found.path),
@@ -194,6 +196,8 @@ class Checkpointer:
             logger.info("weights of %s loaded from %s", ", ".join(present), found.path)
             for name in sorted(absent):
                 logger.warning("NO %s IN %s: IT STARTS FROM RANDOM VALUES", name, found.path)
+            if scale is not None:
+                logger.info("visual rows start at the scale of the token embeddings, %.4g", scale)
             added = added_parameters(state.model, absent) if plain else {}
             if added:
                 logger.warning(

@@ -19,6 +19,7 @@ from megatron_dattn.checkpoint.collective import rank
 from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.added_parameters import comes_with_preset
+from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
 from megatron_dattn.training.stages import module_of_parameter
 from megatron_dattn.training.state import TrainState
@@ -142,6 +143,17 @@ def added_parameters(model: Sequence[torch.nn.Module], absent: set[str]) -> dict
                 every = _LAYER_NUMBER.sub("*", name)
                 sizes[every] = sizes.get(every, 0) + parameter.numel()
     return sizes
+
+
+def start_at_text_scale(model: Sequence[torch.nn.Module]) -> float | None:
+    """Let visual rows that leave a new adapter begin as large as text; the scale of text where an
+    adapter of this rank was changed. Collective over tensor-parallel ranks."""
+    scales = [
+        chunk.start_at_text_scale()
+        for chunk in unwrap_model(list(model))
+        if isinstance(chunk, DAttnVLM)
+    ]
+    return next((scale for scale in scales if scale is not None), None)
 
 
 def load_modules(

@@ -32,7 +32,7 @@ MODELS = {
     "saisa": tiny_model_config("saisa", vision=CLIP, tie_word_embeddings=True, vocab_size=65),
     "llava": replace(
         tiny_model_config("s_attn", vision=CLIP, family="llama", tie_word_embeddings=True),
-        adapter=AdapterConfig(input_norm=False),
+        adapter=AdapterConfig(norm="none"),
     ),
 }
 
@@ -83,7 +83,7 @@ def test_files_do_not_depend_on_the_layout(
 
 
 # What is exported whole: with code of ours, and as a stock LLaVA; 67 tokens are padded in training.
-WHOLE = {"dattn": ("dattn_tanh", {}), "llava": ("s_attn", {"input_norm": False})}
+WHOLE = {"dattn": ("dattn_tanh", {}), "llava": ("s_attn", {"norm": "none"})}
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,15 @@
 """What surrounds the decoder layers in some presets, cut over two ranks: the same results."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dattn.models.config import VisionConfig
+from megatron_dattn.models.adapter import build_adapter
+from megatron_dattn.models.config import AdapterConfig, VisionConfig
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.transformer_config import (
     language_transformer_config,
@@ -17,7 +20,15 @@ from megatron_dattn.models.visual_projector import VisualProjector
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed
 from tests.support.megatron import init_model_parallel
-from tests.support.vlm import CLIP, LANGUAGE, VISION, fill_parameters, join_shards, partition_of
+from tests.support.vlm import (
+    CLIP,
+    LANGUAGE,
+    VISION,
+    fill_parameters,
+    join_shards,
+    partition_of,
+    tiny_model_config,
+)
 
 ROWS = 6
 # Name -> this rank's gradient, the axis it is cut along, its stride.
@@ -50,6 +61,29 @@ def _project(tensor: int, sequence_parallel: bool) -> tuple[Tensor, Tensor, Grad
     return projected.detach(), rows.grad, gradients
 
 
+def _adapt(tensor: int) -> tuple[Tensor, Tensor, Gradients]:
+    """Rows of an adapter with all that it can have, and the gradients of features and weights."""
+    init_model_parallel(tensor)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1)
+    settings = AdapterConfig(norm="both", visual_position="per_patch", num_places=4)
+    config = vision_transformer_config(VISION, parallel, ExecutionConfig(precision="fp32"))
+    adapter = build_adapter(config, replace(tiny_model_config(), adapter=settings))
+    assert adapter is not None
+    adapter.share_embeddings_and_output_weights = False
+    fill_parameters(adapter)
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(2, 9, VISION.hidden_size, generator=generator, requires_grad=True)
+    weights = torch.randn(18, LANGUAGE.hidden_size, generator=generator)
+    rows = adapter(features, VISION.grid)
+    (rows * weights).sum().backward()
+    gradients: Gradients = {
+        name: (parameter.grad, *partition_of(parameter))
+        for name, parameter in adapter.named_parameters()
+    }
+    assert not any(getattr(p, "sequence_parallel", False) for p in adapter.parameters())
+    return rows.detach(), features.grad, gradients
+
+
 def _encode(tensor: int, vision: VisionConfig) -> tuple[Tensor, Tensor]:
     """Features of two images and the attention that their patches receive."""
     init_model_parallel(tensor)
@@ -74,6 +108,22 @@ def test_attention_received_is_summed_over_the_heads_of_all_ranks(vision: Vision
     torch.testing.assert_close(first[0], features, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first[1], received, rtol=1e-5, atol=1e-6)
     assert received.std() > 1e-3  # so that the heads of one rank alone would differ
+
+
+def test_adapter_equals_one_process() -> None:
+    """Its rows and its norms are whole on every rank, also under sequence parallelism."""
+    ((expected, input_gradient, whole),) = run_distributed(_adapt, 1, 1)
+    ranks = run_distributed(_adapt, 2, 2)
+    assert {"norm.weight", "output_norm.weight", "positions.patches"} <= whole.keys()
+    for rank in ranks:
+        # fp32 sums in another order.
+        torch.testing.assert_close(rank[0], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rank[1], input_gradient, rtol=1e-4, atol=1e-5)
+    for name, (gradient, *_) in whole.items():
+        shards, (_, axis, stride) = [rank[2][name][0] for rank in ranks], ranks[0][2][name]
+        joined = join_shards(shards, axis, stride)
+        torch.testing.assert_close(joined, gradient, rtol=1e-4, atol=1e-5, msg=name)
+        assert gradient.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

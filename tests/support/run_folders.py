@@ -49,7 +49,7 @@ def make_run_folder(base: Path, folder: Path, attention: str, **adapter: Any) ->
             torch.nn.init.normal_(parameter, std=0.5)
         elif name.endswith("cross_attention.linear_proj.weight"):
             torch.nn.init.normal_(parameter, std=0.1)
-        elif is_added(name) and "norm" in name:
+        elif (is_added(name) or name.startswith("adapter.")) and "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     shutil.copytree(imported / "tokenizer", folder / "tokenizer")
     settings = yaml.safe_load((imported / "config.yaml").read_text())

@@ -98,8 +98,41 @@ def test_resolved_config_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("argv", "norm"),
+    [
+        ([], "before"),
+        (["--model.attention", "vidi"], "behind"),
+        (["--model.adapter.norm", "none"], "none"),
+        (["--model.adapter.norm", "both", "--model.attention", "vidi"], "both"),
+        (["--model.adapter.input_norm", "false"], "none"),
+        (["--input-norm=true", "--model.attention", "vidi"], "before"),
+    ],
+)
+def test_the_adapters_norm_also_has_its_older_name(
+    tmp_path: Path, argv: list[str], norm: str
+) -> None:
+    config = parse_command_line(argv).config
+    assert config.model.adapter_norm == norm
+    assert load_config(_yaml(tmp_path, "config.yaml", render_config(config))) == config
+
+
+def test_a_file_with_the_older_name_of_the_adapters_norm(tmp_path: Path) -> None:
+    """Of a run folder from before, with what it said of the last norm, too."""
+    text = "model: {adapter: {input_norm: false, text_scale: 0.02}}\n"
+    assert load_config(_yaml(tmp_path, "old.yaml", text)).model.adapter_norm == "none"
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (
+            ["--model.adapter.norm", "behind", "--model.adapter.input_norm", "false"],
+            ["adapter.norm 'behind'", "adapter.input_norm false", "'none'", "leave input_norm out"],
+        ),
+        (
+            ["--model.adapter.visual_position", "per_patch", "--model.attention", "s_attn"],
+            ["adapter.visual_position 'per_patch' has no effect", "'s_attn' (none)"],
+        ),
         (["--nope", "3"], ["unrecognized", "--nope"]),
         (["--training.nope", "3"], ["unrecognized", "--training.nope"]),
         (["--hidden-size", "8"], ["ambiguous", "--model.vision.hidden_size"]),

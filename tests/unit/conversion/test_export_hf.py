@@ -194,7 +194,7 @@ def llava_run(base, name):
     originals = base / f"of-{name}"
     save_vision(originals / "vision", family=vision, varied=True)
     save_language(originals / "language", varied=True, **language)
-    make_run_folder(originals, base / name, "s_attn", input_norm=False)
+    make_run_folder(originals, base / name, "s_attn", norm="none")
     return base / name
 
 

@@ -13,7 +13,7 @@ from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelCon
 @pytest.mark.parametrize(
     ("preset", "reason"),
     [
-        ("s_attn", "adapter.input_norm"),
+        ("s_attn", "adapter.norm is 'before'; train with model.adapter.norm set to none"),
         ("s_attn_debias", "v2v='causal'"),
         ("aki", "v2v='causal'"),
         ("cca", "v2v='ring'"),
@@ -43,9 +43,7 @@ GEMMA2 = LanguageConfig(
 def test_what_hugging_face_s_classes_cannot_hold_is_refused():
     with pytest.raises(ConfigError, match=r"'dattn' cannot be exported: .*144\.5.* whole numbers"):
         check_exportable(ModelConfig(language=GEMMA2))
-    llava = ModelConfig(
-        language=GEMMA2, adapter=AdapterConfig(input_norm=False), attention="s_attn"
-    )
+    llava = ModelConfig(language=GEMMA2, adapter=AdapterConfig(norm="none"), attention="s_attn")
     with pytest.raises(ConfigError, match="in transformers 4, and does not in 5"):
         check_exportable(llava)
 

@@ -309,7 +309,7 @@ LLAVA_7B = {
 def test_published_llava_7b():
     model = llava.model_from_config(LLAVA_7B)
     assert model.attention == "s_attn"
-    assert not model.adapter.input_norm
+    assert model.adapter_norm == "none"
     assert model.rows_per_image == 576
     assert model.vision == VisionConfig(
         family="clip",

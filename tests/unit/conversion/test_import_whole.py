@@ -185,12 +185,13 @@ def stored(run):
     ("preset", "adapter"),
     [
         ("dattn", {}),
-        ("dattn_tanh", {"max_grid": 5}),
-        ("vidi", {"hidden_size": 24, "input_norm": False}),
+        ("dattn_tanh", {"max_grid": 5, "norm": "both", "visual_position": "per_patch"}),
+        ("vidi", {"hidden_size": 24, "norm": "none", "num_places": 7}),
+        ("vidi", {}),
         ("ee_mllm", {}),
         ("dattn_cascade", {}),
         ("saisa", {}),
-        ("s_attn", {"input_norm": False}),
+        ("s_attn", {"norm": "none"}),
     ],
 )
 def test_an_export_comes_back_bitwise(base, tmp_path, preset, adapter, caplog):
@@ -265,6 +266,16 @@ def test_an_export_keeps_its_preset(base, tmp_path):
     with pytest.raises(UserError, match="not that of an export: v2v='causal'"):
         import_whole_model(tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_of_before_says_by_its_older_name_where_its_norm_stands(base, tmp_path):
+    make_run_folder(base, tmp_path / "run", "dattn", norm="none")
+    export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("adapter_norm") == "none"
+    path.write_text(json.dumps({**config, "adapter_input_norm": False}))
+    assert import_whole_model(tmp_path / "hf", tmp_path / "out").adapter.norm == "none"
 
 
 def edit(folder, file, **changes):

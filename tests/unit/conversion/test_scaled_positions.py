@@ -75,7 +75,7 @@ def test_an_import_computes_what_hugging_face_s_llama_does(tmp_path, is_older):
 
 
 @pytest.mark.parametrize(
-    ("preset", "adapter"), [("dattn", {}), ("dattn_biased", {}), ("s_attn", {"input_norm": False})]
+    ("preset", "adapter"), [("dattn", {}), ("dattn_biased", {}), ("s_attn", {"norm": "none"})]
 )
 def test_an_export_computes_and_answers_alike_and_comes_back(base, tmp_path, preset, adapter):
     run, out = tmp_path / "run", tmp_path / "hf"

@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_vision(base / "vision")
     save_language(base / "language")
     make_run_folder(base, base / "dattn", "dattn")
-    make_run_folder(base, base / "llava", "s_attn", input_norm=False)
+    make_run_folder(base, base / "llava", "s_attn", norm="none")
     for name in ("dattn", "llava"):
         export_checkpoint(base / name, base / f"{name}-hf")
     for number in range(2):

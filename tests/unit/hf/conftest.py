@@ -1,7 +1,8 @@
 """Exports of tiny models, the runs they come from, and two pictures to ask about."""
 
 import json
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,19 +19,30 @@ class Case(NamedTuple):
     preset: str
     vision: str = "siglip"
     language: str = "mistral"
+    adapter: Mapping[str, Any] = {}
 
 
 # Every axis that an export can have (all merges, biased T2V with a gap, V2V "none" and the causal
-# scope, the authors' later positions, rows projected anew) and every family, in various pairs.
+# scope, the authors' later positions, rows projected anew), every place of the adapter's norm and
+# every family, in various pairs.
 CASES = {
     "dattn": Case("dattn"),
-    "dattn_tanh": Case("dattn_tanh", language="mistral-v0.1"),
-    "dattn_sum": Case("dattn_sum", "clip", "llama"),
+    "dattn_tanh": Case(
+        "dattn_tanh",
+        language="mistral-v0.1",
+        adapter={"norm": "behind", "visual_position": "per_patch"},
+    ),
+    "dattn_sum": Case(
+        "dattn_sum",
+        "clip",
+        "llama",
+        {"norm": "both", "visual_position": "per_patch", "num_places": 5},  # resized to 3 x 3
+    ),
     "naavit": Case("naavit", "clip", "mistral-v0.1"),
     "vidi": Case("vidi", language="llama"),
     "dattn-gemma2": Case("dattn", language="gemma2"),
     "dattn_biased": Case("dattn_biased", language="gemma2"),
-    "dattn_sigmoid": Case("dattn_sigmoid", "clip", "gemma2"),
+    "dattn_sigmoid": Case("dattn_sigmoid", "clip", "gemma2", {"norm": "none"}),
     "dattn_cascade": Case("dattn_cascade", language="gemma2"),
     "saisa": Case("saisa", "clip", "gemma2"),
 }
@@ -64,7 +76,7 @@ def exported(base):
     def export(name):
         run, output, case = base / f"run-{name}", base / f"hf-{name}", CASES[name]
         if not output.exists():
-            make_run_folder(originals(base, case), run, case.preset)
+            make_run_folder(originals(base, case), run, case.preset, **case.adapter)
             export_checkpoint(run, output, ExportOptions(max_shard_bytes=100_000))
         return run, output
 

@@ -13,7 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dattn.attention import PRESETS, LayerSizes, decoder_flops
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
-from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.config import (
+    AdapterConfig,
+    AdapterNorm,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+)
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.models.flops import (
     ALL_MODULES,
@@ -200,6 +206,15 @@ def test_engine_executes_what_is_counted(
     config = dataclasses.replace(TINY, attention=preset)
     (seen,) = run_distributed(_engine_products, 1, config, trained, recompute, savings)
     counted = executed_flops(config, [PACK], trained=trained, recompute=recompute, savings=savings)
+    assert seen == without_scores(counted, len(PACK.images))
+
+
+@pytest.mark.parametrize("norm", ["none", "behind"])
+def test_without_a_norm_in_front_the_adapters_input_needs_no_gradient(norm: AdapterNorm) -> None:
+    config = dataclasses.replace(TINY, adapter=dataclasses.replace(TINY.adapter, norm=norm))
+    trained = frozenset({"adapter"})
+    (seen,) = run_distributed(_engine_products, 1, config, trained, "none", SAVING)
+    counted = executed_flops(config, [PACK], trained=trained, savings=SAVING)
     assert seen == without_scores(counted, len(PACK.images))
 
 

@@ -4,6 +4,7 @@ Activation bytes are compared with what autograd keeps for the real model.
 """
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,21 @@ def test_chunks_keep_nothing_of_any_ffn() -> None:
     for attention, (narrow, narrow_chunked, wide, wide_chunked) in kept.items():
         assert wide - narrow >= 4 * 32 * 3 * 96 * 4, attention
         assert wide_chunked == narrow_chunked, attention
+
+
+def test_every_norm_of_the_adapter_keeps_what_it_reads() -> None:
+    """BF16, 4 images of 16 patches: the encoder's rows of width 32, the language model's of 64."""
+
+    def kept(attention: str = "dattn", **adapter: Any) -> int:
+        settings = dataclasses.replace(TINY.adapter, **adapter)
+        config = dataclasses.replace(TINY, attention=attention, adapter=settings)
+        return memory_of(config, trained=frozenset({"adapter"})).vision
+
+    without = kept(norm="none")
+    assert kept(norm="before") - without == 4 * 16 * 2 * 32
+    assert kept(norm="behind") - without == 4 * 16 * 2 * 64
+    assert kept(norm="both") - without == 4 * 16 * 2 * (32 + 64)
+    assert kept("vidi") - without == 4 * 16 * 2 * (64 + 64)
 
 
 def test_the_adapter_keeps_what_enters_the_decoder() -> None:

@@ -106,7 +106,13 @@ def test_gemma2_9b_has_its_published_size() -> None:
             {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 2},
         ),
         ("vision", {"family": "clip"}, {}),
-        ("adapter", {"input_norm": False}, {}),
+        ("adapter", {"norm": "none"}, {}),
+        ("adapter", {"norm": "both", "visual_position": "per_patch"}, {}),
+        (
+            "adapter",
+            {"norm": "behind", "visual_position": "per_patch", "num_places": 5},
+            {"tensor_model_parallel_size": 2},
+        ),
     ],
 )
 def test_other_families_and_splits_have_the_parameters_of_the_built_model(
