@@ -1,0 +1,124 @@
+"""The commands of README and of the 7B recipe work as they are typed, on tiny stand-ins.
+
+Models and data stand where the recipe's table of downloads puts them. Every command of the tools is
+run, and each stage reads all of its data with the recipe's own files.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_dattn.checkpoint import find_checkpoint
+from megatron_dattn.config.cli import load_config, parse_command_line
+from megatron_dattn.data.loader import build_loader
+from tests.unit.conversion.hf_models import save_language, save_vision
+from tests.unit.data.builders import row, save_image
+from tools import convert_checkpoint, prepare_data
+
+ROOT = Path(__file__).resolve().parents[2]
+README, RECIPE = ROOT / "README.md", ROOT / "examples" / "mistral_7b" / "README.md"
+TOOLS: dict[str, Callable[[list[str]], int]] = {
+    "tools/convert_checkpoint.py": convert_checkpoint.main,
+    "tools/prepare_data.py": prepare_data.main,
+}
+# File, where its images count from, and some of them.
+DATA = [
+    (
+        "data/llava/llava_pretrain/blip_laion_cc_sbu_558k.json",
+        "data/llava/llava_pretrain/images",
+        ["00453/004539375.png", "00223/002239345.png"],
+    ),
+    (
+        "data/sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json",
+        "data",
+        ["coco/train2017/1.png", "sam/images/sa_2.png", "llava/llava_pretrain/images/3.png"],
+    ),
+    (
+        "data/llava/llava_v1_5_mix665k.json",
+        "data",
+        ["coco/train2017/1.png", "gqa/images/2.png", "ocr_vqa/images/3.png", "vg/VG_100K/4.png"],
+    ),
+    (
+        "data/sharegpt4v/sharegpt4v_instruct_gpt4-vision_cap100k.json",
+        "data",
+        ["share_textvqa/images/1.png", "web-celebrity/images/2.png", "wikiart/images/3.png"],
+    ),
+]
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The single commands of a document's code blocks, indented or fenced."""
+    text = document.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^(?:    )?((?:python|torchrun) .+)$", text, re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+def run_tools(document: Path) -> int:
+    """Run the commands that make folders; returns their number."""
+    makers = [words for words in commands(document) if words[1] in TOOLS]
+    for words in makers:
+        assert TOOLS[words[1]](words[2:]) == 0, words
+    return len(makers)
+
+
+@pytest.fixture
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with all that the recipe tells to download."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    save_vision(tmp_path / "models" / "siglip")
+    save_language(tmp_path / "models" / "mistral")
+    for file, image_root, names in DATA:
+        for index, name in enumerate(names):
+            save_image(tmp_path / image_root / name, seed=index)
+        rows = [row("<image>\nwhat is it ?", f"number {name}", name) for name in names]
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(rows))
+    return tmp_path
+
+
+def samples_of(stage: str) -> list[str]:
+    """Keys of all samples that a stage reads, with the recipe's files and the import's model."""
+    recipe = load_config("examples/mistral_7b/model.yaml", f"examples/mistral_7b/{stage}.yaml")
+    imported = load_config("checkpoints/mistral_7b/import/config.yaml")
+    loader = build_loader(
+        recipe.data,
+        datasets=recipe.data.train,
+        training=False,
+        model_config=imported.model,
+        micro_batch_size=recipe.training.micro_batch_size,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        seed=0,
+    )
+    return sorted(key.rpartition("-")[0] for batch in loader for key in batch.sample_keys)
+
+
+def expected_of(*files: int) -> list[str]:
+    return sorted(Path(DATA[file][0]).stem for file in files for _ in DATA[file][2])
+
+
+def test_the_commands_of_readme(downloads: Path) -> None:
+    assert run_tools(README) == 2
+    assert samples_of("stage1") == expected_of(0)
+    (train,) = [words for words in commands(README) if words[0] == "torchrun"]
+    config = parse_command_line(train[train.index("pretrain_vlm.py") + 1 :]).config
+    assert config == load_config(
+        "examples/mistral_7b/model.yaml", "examples/mistral_7b/stage1.yaml"
+    )
+    assert config.checkpoint.load is not None
+    assert find_checkpoint(config.checkpoint.load) is not None
+
+
+def test_the_commands_of_the_recipe(downloads: Path) -> None:
+    (downloads / "baseline").mkdir()
+    assert run_tools(RECIPE) == 5
+    assert samples_of("stage1") == expected_of(0)
+    assert samples_of("stage2") == expected_of(1)
+    assert samples_of("stage3") == expected_of(2, 3)
+    baseline = load_config("baseline/checkpoints/mistral_7b/import/config.yaml")
+    assert baseline.model.attention == "s_attn"
