@@ -90,7 +90,12 @@ def save_checkpoint(
     except CheckpointError as error:
         on_first_rank(f"removing {temporary}", lambda: _discard(temporary))
         if isinstance(error, DiskFullError):
-            raise _disk_full(final, needed, folder, error) from error
+            # Measured once: others write meanwhile, and the error is the same on all ranks.
+            free = on_first_rank("measuring the free space", lambda: _free_space(folder))
+            raise DiskFullError(
+                f"disk full: {final} needs {_gib(needed)}, {folder} has {free} free now ({error}); "
+                "the previous checkpoint stays the latest"
+            ) from error
         raise
     on_first_rank("updating the pointer", lambda: _publish(folder, final, step))
     if rank() == 0 and not quiet:
@@ -155,15 +160,11 @@ def _check_space(folder: Path, state: ShardedStateDict, extra: Mapping[str, byte
     return needed
 
 
-def _disk_full(final: Path, needed: int, folder: Path, error: Exception) -> DiskFullError:
+def _free_space(folder: Path) -> str:
     try:
-        free = _gib(shutil.disk_usage(folder).free)
+        return _gib(shutil.disk_usage(folder).free)
     except OSError:
-        free = "an unknown amount"
-    return DiskFullError(
-        f"disk full: {final} needs {_gib(needed)}, {folder} has {free} free now ({error}); the "
-        "previous checkpoint stays the latest"
-    )
+        return "an unknown amount"
 
 
 def _gib(size: int) -> str:

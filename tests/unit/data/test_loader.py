@@ -408,4 +408,4 @@ def test_workers_do_not_collect_the_trainers_garbage() -> None:
     finished = subprocess.run(
         [sys.executable, "-c", _GARBAGE_GROUP], capture_output=True, text=True, timeout=60
     )
-    assert finished.stdout.strip() == "4", finished.stderr
+    assert finished.stdout.split()[-1:] == ["4"], finished.stderr  # older torch prints more before
