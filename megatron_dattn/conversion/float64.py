@@ -1,8 +1,8 @@
 """Computes a model of either side in float64 throughout, to tell rounding from a fault.
 
 Models name float32 in places where half precision would not do (norms, rotary tables, softmax), so
-a model whose parameters are float64 still rounds there. Inside `in_float64` those places mean
-float64 too.
+a model whose parameters are float64 still rounds there. Inside `arithmetic("fp64")` those places
+mean float64 too.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def in_float64() -> Iterator[None]:
-    """Inside of it, every torch function that is asked for float32 gives float64."""
+def arithmetic(dtype: str) -> Iterator[None]:
+    """Inside of it, if `dtype` is "fp64", every torch function that is asked for float32 gives
+    float64. Files of tensors are read outside: there a dtype says what the bytes are."""
+    if dtype != "fp64":
+        yield
+        return
     with _Upgrade():
         yield
 

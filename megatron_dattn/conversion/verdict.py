@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_dattn.conversion.float64 import in_float64
 from megatron_dattn.conversion.safetensors_reader import DTYPE_NAMES
 
 logger = logging.getLogger(__name__)
@@ -92,8 +91,7 @@ def judge(
         far[0].largest,
         dtype,
     )
-    with in_float64():
-        exact = run("fp64")
+    exact = run("fp64")
     return [
         _in_float64(each, pair, other) if each in far else each
         for each, pair, other in zip(found, pairs, exact, strict=True)

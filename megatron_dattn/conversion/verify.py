@@ -30,6 +30,7 @@ from megatron_dattn.conversion.compared_model import (
     token_ids,
 )
 from megatron_dattn.conversion.families import language_family, vision_family
+from megatron_dattn.conversion.float64 import arithmetic
 from megatron_dattn.conversion.foreign_folders import read_model_config
 from megatron_dattn.conversion.verdict import DEFAULT_TOLERANCE, Comparison, Pair, judge
 from megatron_dattn.conversion.verify_whole import verify_whole_model
@@ -127,11 +128,12 @@ def _both_sides(
     pixels = random_pixels(config.vision.image_size).to(DTYPES[dtype])
     rounded = rounding(tensors, dtype)
     steps = 2 if vision is None else 3
-    logger.info("1 of %d: logits of %s", steps, language)
-    expected = {LOGITS: hugging_face_logits(language, ids, DTYPES[dtype], rounded)}
-    if vision is not None:
-        logger.info("2 of %d: features of %s", steps, vision)
-        expected[FEATURES] = hugging_face_features(vision, pixels, config, rounded)
+    with arithmetic(dtype):
+        logger.info("1 of %d: logits of %s", steps, language)
+        expected = {LOGITS: hugging_face_logits(language, ids, DTYPES[dtype], rounded)}
+        if vision is not None:
+            logger.info("2 of %d: features of %s", steps, vision)
+            expected[FEATURES] = hugging_face_features(vision, pixels, config, rounded)
     logger.info("%d of %d: the checkpoint's", steps, steps)
     ours = _our_outputs(tensors, config, ids, pixels, dtype, progress)
     return [Pair(what, ours[what], theirs) for what, theirs in expected.items()]
@@ -210,7 +212,7 @@ def _our_outputs(
     dtype: str,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    with our_model(config, tensors, dtype, progress) as model:
+    with our_model(config, tensors, dtype, progress) as model, arithmetic(dtype):
         assert model.vision_model is not None
         return {
             LOGITS: text_logits(model, one_text(config, ids, pixels)),

@@ -32,6 +32,7 @@ from megatron_dattn.conversion.compared_prompts import (
     random_texts,
 )
 from megatron_dattn.conversion.exportable import check_exportable, is_llava
+from megatron_dattn.conversion.float64 import arithmetic
 from megatron_dattn.conversion.foreign_folders import read_model_config
 from megatron_dattn.conversion.verdict import DEFAULT_TOLERANCE, Comparison, Pair, judge
 from megatron_dattn.conversion.verify_whole import check_same_whole_model
@@ -119,9 +120,10 @@ def verify_export(
 
     def run(dtype: str) -> list[Pair]:
         logger.info("1 of 2: logits and answers of %s", exported)
-        theirs = _their_outputs(exported, inputs, assets, DTYPES[dtype])
+        with arithmetic(dtype):
+            theirs = _their_outputs(exported, inputs, assets, DTYPES[dtype])
         logger.info("2 of 2: logits and answers of %s", found.path)
-        with _our_loaded(assets, tensors, dtype, progress) as loaded:
+        with _our_loaded(assets, tensors, dtype, progress) as loaded, arithmetic(dtype):
             ours = _our_outputs(loaded, inputs, theirs.answers, dtype)
         return _pairs(inputs, ours, theirs)
 

@@ -28,6 +28,7 @@ from megatron_dattn.conversion.compared_model import (
     text_logits,
     token_ids,
 )
+from megatron_dattn.conversion.float64 import arithmetic
 from megatron_dattn.conversion.foreign_folders import read_model_config
 from megatron_dattn.conversion.verdict import DEFAULT_TOLERANCE, Comparison, Pair, judge
 from megatron_dattn.conversion.whole_models import image_token_id
@@ -93,12 +94,13 @@ def _both_sides(
     pixels = random_pixels(config.vision.image_size)[:1].to(DTYPES[dtype])
     rounded = rounding(tensors, dtype)
     logger.info("1 of 2: outputs of %s", folder)
-    if read_model_config(folder)["model_type"] == llava.MODEL_TYPE:
-        expected = _llava_outputs(folder, config, ids, pixels, image_id, rounded)
-        preset = get_preset(config.attention)
-        expected.pop(ROWS if preset.attends_in_reading_order else SEEN)
-    else:
-        expected = _dattn_outputs(folder, ids, pixels, image_id, rounded)
+    with arithmetic(dtype):
+        if read_model_config(folder)["model_type"] == llava.MODEL_TYPE:
+            expected = _llava_outputs(folder, config, ids, pixels, image_id, rounded)
+            preset = get_preset(config.attention)
+            expected.pop(ROWS if preset.attends_in_reading_order else SEEN)
+        else:
+            expected = _dattn_outputs(folder, ids, pixels, image_id, rounded)
     logger.info("2 of 2: the checkpoint's")
     ours = _our_outputs(tensors, config, ids, pixels, dtype, progress)
     return [Pair(what, ours[what], theirs) for what, theirs in expected.items()]
@@ -185,7 +187,7 @@ def _our_outputs(
     dtype: str,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    with our_model(config, tensors, dtype, progress) as model:
+    with our_model(config, tensors, dtype, progress) as model, arithmetic(dtype):
         outputs = {
             TEXT: text_logits(model, one_text(config, ids, pixels)),
             SEEN: text_logits(model, one_text(config, ids, pixels, image_offsets=(1,))),
