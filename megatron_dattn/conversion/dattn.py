@@ -5,7 +5,7 @@ longer in `attention/presets.py` is therefore refused.
 """
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual
 from megatron_dattn.conversion.config_values import ConfigValues
@@ -16,6 +16,7 @@ from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.models.config import (
     AdapterConfig,
+    AdapterNorm,
     LanguageConfig,
     ModelConfig,
     VisionConfig,
@@ -54,11 +55,12 @@ def model_from_config(config: dict[str, Any], attention: str | None = None) -> M
     language, values = _language_config(config), ConfigValues(vars(exported), _WHERE)
     width = values.whole("adapter_hidden_size")
     vision = _vision_config(config, values.whole("vision_feature_layer"))
+    norm = cast(AdapterNorm, exported.adapter_norm)  # DAttnConfig knows no other
     places = values.whole_or_none("adapter_num_places")
     return ModelConfig(
         vision=vision,
         adapter=AdapterConfig(
-            norm=None if exported.adapter_norm == default_norm(preset) else exported.adapter_norm,
+            norm=None if norm == default_norm(preset) else norm,
             hidden_size=None if width == language.hidden_size else width,
             norm_eps=values.number("adapter_norm_eps"),
             visual_position=visual_position,

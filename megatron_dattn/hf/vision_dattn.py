@@ -82,7 +82,8 @@ class FeatureMLP(nn.Module):
         self, features: int, middle: int, hidden: int, norm_eps: float, norm: str = "before"
     ) -> None:
         super().__init__()
-        self.norm, self.output_norm = nn.Identity(), nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        self.output_norm: nn.Module = nn.Identity()
         if norm in ("before", "both"):
             self.norm = RMSNorm(features, norm_eps)
         if norm in ("behind", "both"):
