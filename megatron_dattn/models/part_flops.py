@@ -111,7 +111,8 @@ def vision_encoder(config: VisionConfig, images: int, trained: bool, recomputed:
 def adapter(
     config: ModelConfig, preset: AttentionConfig, images: int, trained: frozenset[str]
 ) -> PartFlops:
-    """The two layers of the MLP; a norm before them trains too and needs their gradient.
+    """The two layers of the MLP. Their input has a gradient wherever they train: a norm before them
+    needs it, and without one megatron-core's linear layers compute it all the same.
 
     Not counted: the MLPs of fractional positions, whose rows are an image's sides, once per pack.
 
@@ -121,13 +122,10 @@ def adapter(
         return PartFlops()
     rows, columns = kept_grid(config.vision.grid, preset.visual)
     width = config.adapter.hidden_size or config.language.hidden_size
+    widths = config.vision.hidden_size + config.language.hidden_size
     own = "adapter" in trained
-    first_has_gradient = "vision_model" in trained or (
-        own and config.adapter_norm in ("before", "both")
-    )
-    pairs = 2 * images * rows * columns * width
-    return product(pairs * config.vision.hidden_size, first_has_gradient, own) + product(
-        pairs * config.language.hidden_size, own or first_has_gradient, own
+    return product(
+        2 * images * rows * columns * width * widths, own or "vision_model" in trained, own
     )
 
 

@@ -210,7 +210,7 @@ def test_engine_executes_what_is_counted(
 
 
 @pytest.mark.parametrize("norm", ["none", "behind"])
-def test_without_a_norm_in_front_the_adapters_input_needs_no_gradient(norm: AdapterNorm) -> None:
+def test_the_adapters_count_does_not_depend_on_its_norm(norm: AdapterNorm) -> None:
     config = dataclasses.replace(TINY, adapter=dataclasses.replace(TINY.adapter, norm=norm))
     trained = frozenset({"adapter"})
     (seen,) = run_distributed(_engine_products, 1, config, trained, "none", SAVING)
