@@ -65,7 +65,7 @@ def _problem_of_place(place: Any, files: Mapping[str, FileRecord]) -> str | None
     if place.relative_path not in files:
         return f"in {show(place.relative_path)}, a file that the manifest does not list"
     if not _are_sizes((place.offset, place.length)):
-        return f"at {place.offset}"
+        return f"at {show(place.offset)}, {show(place.length)} bytes long"
     if place.offset + place.length > files[place.relative_path].size:
         return f"behind the end of {place.relative_path}"
     if place.transform_descriptors:

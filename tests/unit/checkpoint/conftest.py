@@ -1,5 +1,7 @@
 """Checkpoint tests run in one process with a world of one rank and a handful of tensors."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,3 +60,26 @@ def save(tmp_path: Path) -> Callable[[int], Path]:
         )
 
     return save_step
+
+
+@pytest.fixture(scope="module")
+def saved_once(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of the steps 1 to 6, to be copied."""
+    folder = tmp_path_factory.mktemp("saved-once")
+    for step in range(1, 7):
+        save_checkpoint(folder, step, small_state(float(step)), facts={**FACTS, "step": step})
+    return folder
+
+
+@pytest.fixture
+def fill(tmp_path: Path, saved_once: Path) -> Callable[..., None]:
+    """Fill tmp_path with checkpoints of some steps, as `save` would, but without the syncs."""
+
+    def copy(*steps: int) -> None:
+        for step in steps:
+            name = f"step-{step:07d}"
+            shutil.copytree(saved_once / name, tmp_path / name)
+        pointer = {"checkpoint": f"step-{steps[-1]:07d}", "step": steps[-1]}
+        (tmp_path / "latest.json").write_text(json.dumps(pointer) + "\n")
+
+    return copy

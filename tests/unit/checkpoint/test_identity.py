@@ -1,7 +1,8 @@
 """A checkpoint is of the step that its manifest says: its folder's name is never believed over it.
 
-Folders are exchanged, copied, linked and renamed by people who tidy up. What is then misnamed is told
-with the remedy and left alone; training goes on from the newest sound one, and nothing is deleted.
+Folders are exchanged, copied, linked and renamed by people who tidy up. What is then misnamed is
+told with the remedy and left alone; training goes on from the newest sound one, and nothing is
+deleted.
 """
 
 import os
@@ -27,6 +28,7 @@ from tests.unit.checkpoint.conftest import small_state
 from tests.unit.checkpoint.test_manifest import DAMAGES, damage
 
 Save = Callable[[int], Path]
+Fill = Callable[..., None]
 
 
 @pytest.fixture(params=[find_checkpoint, find_checkpoint_together], ids=["alone", "together"])
@@ -67,13 +69,13 @@ WAYS = [rename, copy, copy_by_hard_links, link]
 @pytest.mark.parametrize("source", [1, 2])
 def test_a_folder_under_a_higher_number_is_passed_over_with_the_remedy(
     tmp_path: Path,
-    save: Save,
+    fill: Fill,
     find: Callable,
     caplog: pytest.LogCaptureFixture,
     way: Callable,
     source: int,
 ) -> None:
-    save(1), save(2), save(3)
+    fill(1, 2, 3)
     way(tmp_path, source, 99)
     found = find(tmp_path)
     assert (found.step, found.path) == (3, place(tmp_path, 3))
@@ -85,18 +87,18 @@ def test_a_folder_under_a_higher_number_is_passed_over_with_the_remedy(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_newest_of_all_under_another_number(
-    tmp_path: Path, save: Save, find: Callable, way: Callable
+    tmp_path: Path, fill: Fill, find: Callable, way: Callable
 ) -> None:
-    save(1), save(2)
+    fill(1, 2)
     way(tmp_path, 2, 99)
     assert find(tmp_path).step == (1 if way is rename else 2)
     assert read_manifest(place(tmp_path, 99), any_name=True).step == 2
 
 
 def test_exchanged_folders_are_both_passed_over(
-    tmp_path: Path, save: Save, find: Callable, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, fill: Fill, find: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save(1), save(2), save(3)
+    fill(1, 2, 3)
     exchange(tmp_path, 2, 3)
     found = find(tmp_path)
     assert found.step == 1
@@ -106,16 +108,16 @@ def test_exchanged_folders_are_both_passed_over(
 
 
 def test_if_all_are_misnamed_the_run_does_not_start_afresh(
-    tmp_path: Path, save: Save, find: Callable
+    tmp_path: Path, fill: Fill, find: Callable
 ) -> None:
-    save(1), save(2)
+    fill(1, 2)
     exchange(tmp_path, 1, 2)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is usable .*rename it to"):
         find(tmp_path)
 
 
-def test_a_misnamed_folder_is_never_read_by_any_way(tmp_path: Path, save: Save) -> None:
-    save(1)
+def test_a_misnamed_folder_is_never_read_by_any_way(tmp_path: Path, fill: Fill) -> None:
+    fill(1)
     rename(tmp_path, 1, 7)
     folder = place(tmp_path, 7)
     for use in (
@@ -126,26 +128,26 @@ def test_a_misnamed_folder_is_never_read_by_any_way(tmp_path: Path, save: Save) 
         lambda path: find_step(path.parent, 7),
         lambda path: load_checkpoint(path, small_state()),
     ):
-        with pytest.raises(CheckpointError, match="named after step 7, but holds .* step 1"):
+        with pytest.raises(CheckpointError, match=r"named after step 7, but holds .* step 1"):
             use(folder)
     with pytest.raises(MisnamedError):
         verify(folder)
 
 
-def test_a_step_that_is_asked_for_is_the_right_one_or_none(tmp_path: Path, save: Save) -> None:
-    save(1), save(2)
+def test_a_step_that_is_asked_for_is_the_right_one_or_none(tmp_path: Path, fill: Fill) -> None:
+    fill(1, 2)
     rename(tmp_path, 2, 9)
     assert steps_of(tmp_path) == [1]
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 2; steps: 1; .*step-0000009"):
         find_step(tmp_path, 2)
-    with pytest.raises(CheckpointError, match="named after step 9, but holds .* step 2"):
+    with pytest.raises(CheckpointError, match=r"named after step 9, but holds .* step 2"):
         find_step(tmp_path, 9)
 
 
 def test_the_name_of_a_folder_in_which_we_stand(
-    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(1)
+    fill(1)
     monkeypatch.chdir(place(tmp_path, 1))
     assert find_checkpoint(".").step == 1
     monkeypatch.chdir(tmp_path)
@@ -155,17 +157,17 @@ def test_the_name_of_a_folder_in_which_we_stand(
         find_checkpoint(".")
 
 
-def test_a_folder_of_a_free_name_is_what_its_manifest_says(tmp_path: Path, save: Save) -> None:
-    save(1)
+def test_a_folder_of_a_free_name_is_what_its_manifest_says(tmp_path: Path, fill: Fill) -> None:
+    fill(1)
     copied = shutil.copytree(place(tmp_path, 1), tmp_path / "elsewhere" / "best")
     assert find_checkpoint(copied).step == 1
 
 
 @pytest.mark.parametrize("name", ["step-00000002", "step-2", "best", "step-000000٢"])
 def test_a_newer_one_without_a_steps_name_is_mentioned(
-    tmp_path: Path, save: Save, find: Callable, caplog: pytest.LogCaptureFixture, name: str
+    tmp_path: Path, fill: Fill, find: Callable, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    save(1), save(2)
+    fill(1, 2)
     place(tmp_path, 2).rename(tmp_path / name)
     (tmp_path / "latest.json").unlink()
     assert find(tmp_path).step == 1
@@ -173,9 +175,9 @@ def test_a_newer_one_without_a_steps_name_is_mentioned(
 
 
 def test_the_only_one_without_a_steps_name_is_no_fresh_start(
-    tmp_path: Path, save: Save, find: Callable
+    tmp_path: Path, fill: Fill, find: Callable
 ) -> None:
-    save(1)
+    fill(1)
     place(tmp_path, 1).rename(tmp_path / "best")
     (tmp_path / "latest.json").unlink()
     with pytest.raises(CheckpointError, match="best holds step 1: rename it to step-0000001"):
@@ -183,17 +185,17 @@ def test_the_only_one_without_a_steps_name_is_no_fresh_start(
 
 
 def test_a_stray_manifest_does_not_hide_the_checkpoints(
-    tmp_path: Path, save: Save, find: Callable
+    tmp_path: Path, fill: Fill, find: Callable
 ) -> None:
-    shutil.copy(save(1) / "manifest.json", tmp_path)
+    fill(1)
+    shutil.copy(place(tmp_path, 1) / "manifest.json", tmp_path)
     assert find(tmp_path).step == 1
 
 
 def test_a_renamed_newest_is_not_pruned_and_neither_is_what_stays(
-    tmp_path: Path, save: Save, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, save: Save, fill: Fill, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for step in (1, 2, 3):
-        save(step)
+    fill(1, 2, 3)
     rename(tmp_path, 3, 99)
     assert prune(tmp_path, 2) == []
     assert find_checkpoint(tmp_path).step == 2
@@ -203,9 +205,8 @@ def test_a_renamed_newest_is_not_pruned_and_neither_is_what_stays(
     assert "not counted among the kept checkpoints" in caplog.text
 
 
-def test_pruning_spares_whose_identity_is_unsure(tmp_path: Path, save: Save) -> None:
-    for step in (1, 2, 3, 4, 5):
-        save(step)
+def test_pruning_spares_whose_identity_is_unsure(tmp_path: Path, fill: Fill) -> None:
+    fill(1, 2, 3, 4, 5)
     (place(tmp_path, 1) / "manifest.json").write_bytes(b"\0" * 100)
     rename(tmp_path, 2, 0)
     elsewhere = tmp_path / "other-disk"
@@ -216,11 +217,10 @@ def test_pruning_spares_whose_identity_is_unsure(tmp_path: Path, save: Save) -> 
 
 
 def test_checkpoints_that_were_passed_over_do_not_push_out_the_sound_ones(
-    tmp_path: Path, save: Save
+    tmp_path: Path, save: Save, fill: Fill
 ) -> None:
     """Only sizes are compared when old ones are deleted; a flipped bit is not seen there."""
-    for step in (1, 2, 5, 6):
-        save(step)
+    fill(1, 2, 5, 6)
     for step in (5, 6):
         damage(place(tmp_path, step) / "__0_0.distcp", DAMAGES["bit at 0.5"])
     assert find_checkpoint(tmp_path).step == 2
@@ -231,9 +231,9 @@ def test_checkpoints_that_were_passed_over_do_not_push_out_the_sound_ones(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_whose_place_is_taken_by_another_is_saved(
-    tmp_path: Path, save: Save, caplog: pytest.LogCaptureFixture, way: Callable
+    tmp_path: Path, save: Save, fill: Fill, caplog: pytest.LogCaptureFixture, way: Callable
 ) -> None:
-    save(1), save(2)
+    fill(1, 2)
     way(tmp_path, 1, 3)
     save(3)
     assert find_checkpoint(tmp_path).step == 3
@@ -242,8 +242,8 @@ def test_a_step_whose_place_is_taken_by_another_is_saved(
     assert f"it is now {aside}" in caplog.text
 
 
-def test_a_dangling_link_in_the_place_of_a_step(tmp_path: Path, save: Save) -> None:
-    save(1)
+def test_a_dangling_link_in_the_place_of_a_step(tmp_path: Path, save: Save, fill: Fill) -> None:
+    fill(1)
     place(tmp_path, 2).symlink_to("nowhere")
     assert find_checkpoint(tmp_path).step == 1
     save(2)
@@ -265,11 +265,12 @@ def test_a_dangling_link_in_the_place_of_a_step(tmp_path: Path, save: Save) -> N
 def test_a_broken_pointer_hides_nothing(
     tmp_path: Path,
     save: Save,
+    fill: Fill,
     find: Callable,
     caplog: pytest.LogCaptureFixture,
     pointer: bytes,
 ) -> None:
-    save(1), save(2)
+    fill(1, 2)
     (tmp_path / "latest.json").write_bytes(pointer)
     assert find(tmp_path).step == 2
     assert "the newest sound checkpoint is taken" in caplog.text
@@ -279,9 +280,9 @@ def test_a_broken_pointer_hides_nothing(
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "link to itself"])
 def test_a_pointer_that_is_no_file_hides_nothing(
-    tmp_path: Path, save: Save, find: Callable, caplog: pytest.LogCaptureFixture, kind: str
+    tmp_path: Path, fill: Fill, find: Callable, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    save(1), save(2)
+    fill(1, 2)
     pointer = tmp_path / "latest.json"
     pointer.unlink()
     if kind == "pipe":

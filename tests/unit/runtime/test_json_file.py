@@ -54,7 +54,11 @@ def test_the_depth_that_is_allowed() -> None:
 @pytest.mark.parametrize("error_class", [CheckpointError, ConfigError])
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"{", "is not valid JSON"), (b"[]", "must hold a JSON object, found list"), (b"\xff", "JSON")],
+    [
+        (b"{", "is not valid JSON"),
+        (b"[]", "must hold a JSON object, found list"),
+        (b"\xff", "JSON"),
+    ],
 )
 def test_the_callers_error_names_the_file(
     tmp_path: Path, error_class: type[UserError], content: bytes, reason: str
