@@ -120,8 +120,7 @@ class SafetensorsFolder:
         if not isinstance(index, dict) or not index:
             raise CheckpointError(f"{path} lists no weights")
         for name, file in index.items():
-            # A path would lead out of the folder.
-            if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+            if not _is_file_name(file):
                 raise CheckpointError(
                     f"{path} has {name} in {show(file)}, which is no name of a file beside it"
                 )
@@ -189,6 +188,12 @@ class SafetensorsFolder:
                 f"{self.folder / INDEX_FILE} does not list {some(unlisted)} of {path.name}; "
                 "download both again"
             )
+
+
+def _is_file_name(value: Any) -> bool:
+    """Whether it names a file and not a path, which would lead out of the folder."""
+    is_text = isinstance(value, str) and "\0" not in value
+    return is_text and value not in ("", "..") and Path(value).name == value
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

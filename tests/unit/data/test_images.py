@@ -393,3 +393,71 @@ def test_nested_and_missing_settings(tmp_path: Path) -> None:
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
     processor = ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
     assert processor.image_size == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"do_normalize": 0}, "do_normalize 0, but it must be true or false"),
+        ({"do_normalize": None}, "do_normalize null, but it must be true or false"),
+        ({"do_rescale": "yes"}, 'do_rescale "yes", but it must be true or false'),
+        ({"image_std": 0}, "image_std 0, but it must be 3 numbers"),
+        ({"image_std": [0.5, 0.5]}, r"image_std \[0.5, 0.5\], but it must be 3 numbers"),
+        ({"image_std": [0.5, 0.5, "0.5"]}, "image_std .*, but it must be 3 numbers"),
+        ({"image_std": [0.5, 0.5, float("nan")]}, "image_std .*, but it must be 3 numbers"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "image_std .*, but it must be above 0"),
+        ({"image_std": [0.5, -0.5, 0.5]}, "image_std .*, but it must be above 0"),
+        ({"image_std": [1e-9] * 3}, r"image_std 1e-09: black and white would be 1e\+09 apart"),
+        ({"image_std": [1e9] * 3}, r"black and white would be 1e-09 apart"),
+        ({"image_mean": "0.5"}, 'image_mean "0.5", but it must be 3 numbers'),
+        ({"image_mean": [0.5, True, 0.5]}, "image_mean .*, but it must be 3 numbers"),
+        ({"image_mean": [0.5, 1e6, 0.5]}, "image_mean .*, but it must be of the size"),
+        ({"rescale_factor": 0}, "rescale_factor 0, but it must be above 0"),
+        ({"rescale_factor": -1}, "rescale_factor -1, but it must be above 0"),
+        ({"rescale_factor": float("nan")}, "rescale_factor NaN, but it must be a number"),
+        ({"rescale_factor": None}, "rescale_factor null, but it must be a number"),
+        ({"rescale_factor": "1/255"}, 'rescale_factor "1/255", but it must be a number'),
+        ({"rescale_factor": 1e-6}, "rescale_factor 1e-06 and image_std"),
+        ({"resample": 99}, "resample 99, but it must be one of Pillow's filters"),
+        ({"resample": -1}, "resample -1"),
+        ({"resample": "bicubic"}, 'resample "bicubic", but it must be a whole number'),
+        ({"size": "16"}, 'size "16", but it must be a whole number'),
+        ({"size": None}, "size null"),
+        ({"size": True}, "size true"),
+        ({"size": 0}, "size 0, but it must be a whole number of at least 1"),
+        ({"size": {"height": "16", "width": 16}}, 'size has height "16"'),
+        ({"size": {}}, "image_size is 16"),
+        ({"do_center_crop": 1, "crop_size": 16}, "do_center_crop 1, but it must be true or false"),
+        ({"do_center_crop": True, "crop_size": [16, 16]}, r"crop_size \[16, 16\]"),
+    ],
+)
+def test_values_that_would_hide_the_image_are_refused_by_field(
+    tmp_path: Path, change: dict, text: str
+) -> None:
+    folder = save_processor(tmp_path / "processor")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ConfigError, match=text) as error:
+        ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
+    assert str(path) in str(error.value)
+
+
+def test_null_is_what_newer_exports_write_for_off(tmp_path: Path) -> None:
+    folder = save_processor(tmp_path / "processor")
+    path = folder / "preprocessor_config.json"
+    size = {"height": 16, "width": 16, "longest_edge": None, "shortest_edge": None}
+    nulls = {"do_center_crop": None, "crop_size": None, "do_convert_rgb": None, "size": size}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **nulls}))
+    processor = ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
+    assert processor.image_fit == "resize"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("[" * 5000, "not valid JSON"), ("[]", "must hold a JSON object"), (None, "named pipe")],
+)
+def test_a_file_that_is_no_json(tmp_path: Path, content: str | None, text: str) -> None:
+    path = tmp_path / "preprocessor_config.json"
+    os.mkfifo(path) if content is None else path.write_text(content)
+    with pytest.raises(ConfigError, match=text):
+        ImagePreprocessor.from_folder(str(tmp_path), image_size=16, max_pixels=MAX_PIXELS)
