@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = run / "step-0000001"
     for step in STEPS:
         copy = Path(shutil.copytree(first, run / f"step-{step:07d}"))
-        manifest = read_manifest(copy)
+        manifest = read_manifest(first)
         (copy / MANIFEST_FILE).unlink()
         facts = {**manifest.facts, "step": step, "validation": {"step": step, "loss": step / 1000}}
         write_manifest(copy, replace(manifest, step=step, facts=facts))
