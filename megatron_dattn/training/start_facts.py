@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import megatron_dattn
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.image_settings import PROCESSOR_FILES
@@ -46,6 +45,7 @@ _PACKAGES = (
 # Enough to tell two files of the same line lengths apart without reading gigabytes.
 _SAMPLED_BLOCKS = 16
 _BLOCK = 4096
+_PACKAGE = Path(__file__).parents[1]
 
 
 def start_facts(config: PretrainConfig) -> dict[str, Any]:
@@ -93,10 +93,9 @@ def _versions() -> dict[str, Any]:
 @cache
 def code_sha256() -> str:
     """Of all modules of this package, by name: a version number says nothing of local changes."""
-    root = Path(megatron_dattn.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode())
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(f"{path.relative_to(_PACKAGE)}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

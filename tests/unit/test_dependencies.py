@@ -24,8 +24,12 @@ LOCKED = {
 # Newer releases than the lock's with which the tests have run too.
 TESTED_BESIDES = {"torch": Version("2.14.1"), "transformers": Version("5.24.0")}
 # Come with a declared package that itself fixes which of their releases it takes.
-BROUGHT_ALONG = {"tokenizers": "transformers", "webdataset": "megatron-energon"}
-NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+BROUGHT_ALONG = {
+    "packaging": "transformers",
+    "tokenizers": "transformers",
+    "webdataset": "megatron-energon",
+}
+NAMES = {"PIL": "pillow", "google": "protobuf", "yaml": "pyyaml", "sklearn": "scikit-learn"}
 
 
 def requirements(*extras: str) -> list[Requirement]:

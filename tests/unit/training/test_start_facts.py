@@ -83,10 +83,9 @@ def test_a_file_that_one_host_lacks_is_a_fact_not_an_error(workspace: Workspace)
 def test_a_local_change_of_the_code_changes_its_sum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = Path(module.megatron_dattn.__file__).parent
-    copy = shutil.copytree(root, tmp_path / "megatron_dattn", ignore=lambda *_: ["__pycache__"])
+    copy = shutil.copytree(module._PACKAGE, tmp_path / "megatron_dattn")
     before = module.code_sha256()
-    monkeypatch.setattr(module.megatron_dattn, "__file__", str(copy / "__init__.py"))
+    monkeypatch.setattr(module, "_PACKAGE", copy)
     module.code_sha256.cache_clear()
     try:
         assert module.code_sha256() == before
