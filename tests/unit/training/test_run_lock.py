@@ -1,0 +1,125 @@
+"""A run folder belongs to one run; a dead one's is taken over."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_dattn.errors import UserError
+from megatron_dattn.training import run_lock
+from megatron_dattn.training.run_lock import LOCK_FILE, Owner, RunLock
+
+
+@pytest.fixture(autouse=True)
+def fast_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
+
+
+def lock_of(folder: Path, owner: Owner) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / LOCK_FILE
+    path.write_text(json.dumps(dataclasses.asdict(owner)))
+    return path
+
+
+def ended_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    lock = RunLock.acquire(tmp_path / "run")
+    with pytest.raises(UserError, match=f"in use by run .*process {os.getpid()} on"):
+        RunLock.acquire(tmp_path / "run")
+    lock.release()
+    assert list((tmp_path / "run").iterdir()) == []
+    RunLock.acquire(tmp_path / "run").release()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock_of(tmp_path, dataclasses.replace(Owner.of_this_process(), process=ended_process()))
+    lock = RunLock.acquire(tmp_path)
+    assert "is taken over: its owner is dead" in caplog.text
+    lock.release()
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*names: object) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    lock = RunLock.acquire(tmp_path)
+    with pytest.raises(UserError, match="in use by"):
+        RunLock.acquire(tmp_path)
+    lock.release()
+
+
+def test_a_process_number_that_is_used_again_is_another_owner(tmp_path: Path) -> None:
+    owner = Owner.of_this_process()
+    lock_of(tmp_path, dataclasses.replace(owner, started=owner.started - 3600))
+    RunLock.acquire(tmp_path).release()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_an_owner_on_another_machine_lives_while_it_touches_its_lock(
+    tmp_path: Path, alive: bool
+) -> None:
+    elsewhere = dataclasses.replace(Owner.of_this_process(), host="node7", machine="node7's")
+    path = lock_of(tmp_path, elsewhere)
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.01):
+            os.utime(path)
+
+    thread = threading.Thread(target=beat)
+    if alive:
+        thread.start()
+    try:
+        if alive:
+            with pytest.raises(UserError, match="on node7"):
+                RunLock.acquire(tmp_path)
+        else:
+            RunLock.acquire(tmp_path).release()
+    finally:
+        ended.set()
+        if alive:
+            thread.join()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "\0" * 100, "[" * 5000])
+def test_a_lock_that_says_nothing_is_taken_over(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK_FILE).write_text(content)
+    RunLock.acquire(tmp_path).release()
+
+
+def test_the_lock_is_touched_and_a_lost_one_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = RunLock.acquire(tmp_path)
+    path = tmp_path / LOCK_FILE
+    first = path.stat().st_mtime_ns
+    assert_soon(lambda: path.stat().st_mtime_ns != first)
+    other = dataclasses.replace(Owner.of_this_process(), run_id="other")
+    os.replace(run_lock._write_beside(path, other), path)
+    assert_soon(lambda: "no longer this run's" in caplog.text)
+    lock.release()
+    assert json.loads(path.read_text())["run_id"] == "other"
+
+
+def assert_soon(condition: object) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
