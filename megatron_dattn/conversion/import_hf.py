@@ -11,7 +11,7 @@ number of layers.
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron_dattn.conversion.origin import Source
 from megatron_dattn.conversion.output_folder import new_folder
 from megatron_dattn.conversion.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.weight_map import Rule
+from megatron_dattn.conversion.zeros import ZeroTensors
 from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import ModelConfig
@@ -133,11 +134,12 @@ def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], obje
     }
     # Held apart from the shards: saving gives those an axis of layers.
     targets = {name: shard.data for name, shard in plan.shards.items()}
+    zeros = {source.module: ZeroTensors() for source in plan.origin.sources}
 
     def load(name: str) -> Tensor:
         target = targets[name]
         assert target is not None
-        value = _convert(*rules[name], target)
+        value = _convert(*rules[name], target, zeros)
         written(value.nbytes)
         return value
 
@@ -156,15 +158,24 @@ def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], obje
             f"{plan.output} cannot be written: {error.__cause__}; it needs "
             f"{plan.num_bytes / 1e9:.3g} GB: make room or choose another folder"
         ) from error
+    for source in plan.origin.sources:
+        zeros[source.module].warn(str(source.weights.folder))
 
 
-def _convert(source: Source, rule: Rule, target: Tensor) -> Tensor:
+def _convert(
+    source: Source, rule: Rule, target: Tensor, zeros: Mapping[str, ZeroTensors]
+) -> Tensor:
     """One parameter in the shape and dtype of `target`, read from its Hugging Face tensors.
+
+    Args:
+        zeros: where tensors of zeros are noted, by module.
 
     Raises:
         CheckpointError: a value is NaN or infinite, or becomes so in that dtype.
     """
     parts = {name: source.weights.load(name) for name in rule.sources}
+    for name, part in parts.items():
+        zeros[source.module].look(name, part)
     whole = rule.layout.join(list(parts.values())).to(target.dtype).reshape(target.shape)
     check_finite(whole, parts.items(), str(source.weights.folder))
     return whole
