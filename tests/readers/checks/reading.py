@@ -1,5 +1,7 @@
 """Loading an export, and what it says to one prompt or to a batch of them."""
 
+from typing import Any
+
 import torch
 import transformers
 from checks.given import REMOTE, Given, Refused, assert_close
@@ -22,12 +24,10 @@ def load(given: Given) -> None:
 
 def inputs(given: Given) -> None:
     """Template and processor make the ids and pixels of training, in one step and in two."""
-    content = [{"type": "image"}, {"type": "text", "text": given.expected["question"]}]
-    chat = [{"role": "user", "content": content}]
     options = {"add_generation_prompt": True}
-    text = given.processor.apply_chat_template(chat, tokenize=False, **options)
+    text = given.processor.apply_chat_template(_chat(given, {}), tokenize=False, **options)
     two = given.processor(images=given.picture(0), text=text, return_tensors="pt")
-    content[0] = {"type": "image", "path": str(given.folder.parent / "0.png")}
+    chat = _chat(given, {"path": str(given.folder.parent / "0.png")})
     one = given.processor.apply_chat_template(
         chat, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
@@ -37,6 +37,12 @@ def inputs(given: Given) -> None:
         assert ids == expected, f"{way}: {ids} in place of {expected}"
         # Bytes are scaled in one step or in two: fp32 rounding.
         assert_close(found["pixel_values"], given.expected["pixels"][:1], way, rtol=0, atol=1e-6)
+
+
+def _chat(given: Given, image: dict[str, str]) -> list[dict[str, Any]]:
+    """A question about a picture; made anew for each call, as some versions edit it."""
+    content = [{"type": "image", **image}, {"type": "text", "text": given.expected["question"]}]
+    return [{"role": "user", "content": content}]
 
 
 def logits(given: Given) -> None:
@@ -144,15 +150,12 @@ def static_cache(given: Given) -> None:
 
 def pipeline(given: Given) -> None:
     """`pipeline("image-text-to-text")` answers a chat message about a picture."""
-    content = [
-        {"type": "image", "path": str(given.folder.parent / "0.png")},
-        {"type": "text", "text": given.expected["question"]},
-    ]
+    chat = _chat(given, {"path": str(given.folder.parent / "0.png")})
     pipe = transformers.pipeline(
         "image-text-to-text", model=given.model, processor=given.processor, device="cpu"
     )
     (answer,) = pipe(
-        text=[{"role": "user", "content": content}],
+        text=chat,
         max_new_tokens=given.new_tokens,
         return_full_text=False,
     )
