@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
@@ -41,8 +41,9 @@ class CommandLine:
     """What the user asked for."""
 
     config: PretrainConfig
-    dry_run: bool
-    """Print the plan of the run (parameters, rows, FLOPs, memory per rank) and stop."""
+    dry_run: Literal["here", "elsewhere"] | None
+    """Print the plan of the run (parameters, rows, FLOPs, memory per rank) and stop: of a run on
+    this machine, or of one on another whose packages and files are not here."""
 
 
 def parse_command_line(argv: Sequence[str], prog: str = "pretrain_vlm.py") -> CommandLine:
@@ -197,7 +198,14 @@ def _build_parser(prog: str) -> jsonargparse.ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action=_ConfigFile, help="a YAML file; may be given repeatedly")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
+    parser.add_argument(
+        "--dry-run",
+        nargs="?",
+        choices=["here", "elsewhere"],
+        const="here",
+        help="print the plan of the run and what would end its start, and stop; 'elsewhere' plans "
+        "for another machine: packages and files that are missing here are only mentioned",
+    )
     parser.add_class_arguments(PretrainConfig, None)
     return parser
 

@@ -31,6 +31,9 @@ _VERDICT = "verdict"
 class RendezvousError(UserError):
     """The ranks did not all meet: a host, a port or the network, which another try may mend."""
 
+    shared = False
+    """Whether rank 0 has the same error: it has told this rank of it."""
+
 
 def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
     """Wait until every rank of the world has come; the store over which they met.
@@ -68,7 +71,9 @@ def meet(launch: Launch, timeout_seconds: float) -> dist.Store:
             f"{launch.world_size - 1} ranks at {place}: {reason}"
         ) from error
     if verdict:
-        raise RendezvousError(verdict)
+        shared = RendezvousError(verdict)
+        shared.shared = True
+        raise shared
     return dist.PrefixStore("run", store)
 
 
@@ -173,7 +178,7 @@ def _hear_verdict(launch: Launch, store: dist.Store, place: str, watch: _Watch) 
             verdict = store.get(_VERDICT).decode()
             store.set(f"heard by {launch.rank}", "")
             return verdict
-    return (
+    raise RendezvousError(
         f"rank {launch.rank} on {socket.gethostname()} came to {place}, but rank 0 does not say "
         "whether all are there: look at its log and host"
     )

@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import TypeVar, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -17,6 +18,7 @@ from torch import nn
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import VLMLoader, build_loader
+from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.errors import UserError
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.execution import ExecutionConfig
@@ -26,6 +28,7 @@ from megatron_dattn.runtime.distributed import (
     is_rank_0,
     seed_everything,
 )
+from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.config import TrainingConfig
 from megatron_dattn.training.optimizer import (
     build_optimizer,
@@ -43,6 +46,55 @@ from megatron_dattn.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+def make_checkpointer(config: PretrainConfig, tokenizer: str | None = None) -> Checkpointer:
+    """What saves and resumes this run, and knows what it must not be mixed up with.
+
+    Args:
+        tokenizer: sha256 of the tokenizer; read where None.
+
+    Raises:
+        ConfigError: there is no tokenizer.
+    """
+    return Checkpointer(
+        config.checkpoint,
+        model=dataclasses.asdict(config.model),
+        tokenizer=tokenizer or tokenizer_sha256(config.data.tokenizer),
+        stage=config.training.stage,
+        recipe=fixed_settings(config),
+        schedule=schedule_settings(config),
+        data_sets=[Path(data.path).name for data in config.data.train],
+        num_loader_workers=config.data.num_workers,
+    )
+
+
+def fixed_settings(config: PretrainConfig) -> dict[str, dict[str, float]]:
+    """Settings that a resumed run must not change, and that nothing else compares.
+
+    The loader's state compares what shapes the samples. megatron-core would take the betas and eps
+    of the checkpoint without a word.
+    """
+    optimizer = config.optimizer
+    return {
+        "training": {"global_batch_size": config.training.global_batch_size},
+        "optimizer": {
+            name: getattr(optimizer, name) for name in ("adam_beta1", "adam_beta2", "adam_eps")
+        },
+    }
+
+
+def schedule_settings(config: PretrainConfig) -> dict[str, Any]:
+    """What the learning rates and the end of a stage follow from."""
+    optimizer = config.optimizer
+    return {
+        "train_iters": config.training.train_iters,
+        "learning_rates": dataclasses.asdict(optimizer.learning_rates),
+        **{
+            name: getattr(optimizer, name)
+            for name in ("min_lr_ratio", "warmup_ratio", "weight_decay")
+        },
+    }
 
 
 def execution_config(training: TrainingConfig) -> ExecutionConfig:

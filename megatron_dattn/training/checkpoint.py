@@ -62,6 +62,8 @@ class Checkpointer:
         stage: name of the stage; only its own checkpoints are resumed.
         recipe: further plain data that must be equal on resume but not between stages: batch
             size, optimizer settings.
+        schedule: what the learning rates and the stage's end follow from: `train_iters` and the
+            optimizer's rates; equal on resume too.
         data_sets: names of the training data; they are recorded, for those who ask later what a
             model has seen.
         num_loader_workers: loader processes per data-parallel rank; part of the loader's state.
@@ -76,6 +78,7 @@ class Checkpointer:
         tokenizer: str,
         stage: str,
         recipe: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, Any] | None = None,
         data_sets: Sequence[str] = (),
         num_loader_workers: int = 0,
         modules: Sequence[str] = MODULES,
@@ -86,6 +89,7 @@ class Checkpointer:
         self._tokenizer = tokenizer
         self._stage = stage
         self._recipe = dict(recipe or {})
+        self._schedule = dict(schedule or {})
         self._data_sets = list(data_sets)
         self._num_loader_workers = num_loader_workers
         self._modules = tuple(modules)
@@ -129,8 +133,7 @@ class Checkpointer:
         found = find_checkpoint_together(self._folder, self._config.verify)
         if found is None:
             return False
-        identity = {"model": self._model, "tokenizer": self._tokenizer}
-        self._compare(found, identity | {"stage": self._stage, "recipe": self._recipe})
+        self.require_own(found)
         progress = self._progress_of(found)
         random_state = self._random_state_note(found)
         local = on_every_rank(
@@ -162,19 +165,9 @@ class Checkpointer:
         """
         found = find_checkpoint_together(path, self._config.verify)
         if found is None:
-            raise CheckpointError(
-                f"there is no checkpoint in {path}; convert the models or train the earlier stage "
-                "first, or correct checkpoint.load"
-            )
-        absent = set(self._modules) - set(found.manifest.modules)
-        if absent - _MAY_BE_ABSENT:
-            raise CheckpointError(
-                f"{found.path} holds no weights of {', '.join(sorted(absent - _MAY_BE_ABSENT))}"
-            )
+            raise nothing_to_load(path)
+        absent = self.require_parent(found)
         plain = not found.manifest.has_added
-        # Weights without what a preset adds come from elsewhere: no preset has shaped them.
-        ignored = ("attention", *(("adapter",) if absent else _OF_POSITIONS)) if plain else ()
-        self._compare(found, {"model": self._model, "tokenizer": self._tokenizer}, ignored)
         present = [name for name in self._modules if name not in absent]
         loaded = load_checkpoint(
             found.path,
@@ -208,16 +201,73 @@ class Checkpointer:
                     ", ".join(added),
                 )
 
+    def require_own(self, found: FoundCheckpoint) -> None:
+        """Refuse a checkpoint of the own folder that another run has written. Local.
+
+        Raises:
+            CheckpointError: naming the settings that differ.
+        """
+        identity = {"model": self._model, "tokenizer": self._tokenizer}
+        self._compare(found, identity | {"stage": self._stage, "recipe": self._recipe})
+        saved = found.manifest.facts.get("schedule")  # older checkpoints do not tell
+        differences = compare_facts({"schedule": self._schedule}, {"schedule": saved})
+        if saved and differences:
+            raise CheckpointError(
+                f"{found.path} was trained with another learning-rate schedule: "
+                f"{'; '.join(differences)}; resume with the same settings, or start a new stage "
+                "from its weights (checkpoint.load)"
+            )
+
+    def require_parent(self, found: FoundCheckpoint) -> set[str]:
+        """Refuse a checkpoint from whose weights this stage cannot start. Local.
+
+        Returns:
+            The modules that it does not hold and that may start from their initial values.
+
+        Raises:
+            CheckpointError: naming the modules that are missing or the settings that differ.
+        """
+        absent = set(self._modules) - set(found.manifest.modules)
+        if absent - _MAY_BE_ABSENT:
+            raise CheckpointError(
+                f"{found.path} holds no weights of {', '.join(sorted(absent - _MAY_BE_ABSENT))}"
+            )
+        ignored: tuple[str, ...] = ()
+        if not found.manifest.has_added:
+            # Weights without what a preset adds come from elsewhere: no preset has shaped them.
+            ignored = ("attention", *(("adapter",) if absent else _OF_POSITIONS))
+        self._compare(found, {"model": self._model, "tokenizer": self._tokenizer}, ignored)
+        return absent
+
+    def require_split(self, found: FoundCheckpoint, data_parallel_size: int) -> None:
+        """Refuse to resume where the data would be split differently. Local.
+
+        Raises:
+            CheckpointError: naming the sizes that differ.
+        """
+        saved = found.manifest.facts.get("loader")
+        if saved is None:
+            raise CheckpointError(f"{found.path} does not hold the loader's place in the data")
+        now = self._loader_facts(data_parallel_size)
+        differences = compare_facts({"loader": now}, {"loader": saved})
+        if differences:
+            raise CheckpointError(
+                f"{found.path}: the data would be split differently: {'; '.join(differences)}; "
+                "resume with the same data-parallel size and data.num_workers, or start a stage "
+                "from its weights (checkpoint.load)"
+            )
+
     def _facts(self, state: TrainState) -> dict[str, Any]:
         loader = None
         if state.loader is not None:
-            loader = self._loader_facts()
+            loader = self._loader_facts(parallel_state.get_data_parallel_world_size())
         return {
             "model": self._model,
             "modules": list(self._modules),
             "tokenizer": self._tokenizer,
             "stage": self._stage,
             "recipe": self._recipe,
+            "schedule": self._schedule,
             "data_sets": self._data_sets,
             "step": state.progress.step,
             "progress": state.progress.to_json(),
@@ -226,9 +276,9 @@ class Checkpointer:
             "parent": self._parent,
         }
 
-    def _loader_facts(self) -> dict[str, int]:
+    def _loader_facts(self, data_parallel_size: int) -> dict[str, int]:
         return {
-            "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+            "data_parallel_size": data_parallel_size,
             "num_workers": self._num_loader_workers,
         }
 
@@ -274,21 +324,9 @@ class Checkpointer:
         if with_random_state:
             local["rng"] = read_listed(found.path, found.manifest, rng_file())
         if state.loader is not None:
-            self._check_loader(found)
+            self.require_split(found, parallel_state.get_data_parallel_world_size())
             local["loader"] = read_listed(found.path, found.manifest, loader_file())
         return local
-
-    def _check_loader(self, found: FoundCheckpoint) -> None:
-        saved = found.manifest.facts.get("loader")
-        if saved is None:
-            raise CheckpointError(f"{found.path} does not hold the loader's place in the data")
-        differences = compare_facts({"loader": self._loader_facts()}, {"loader": saved})
-        if differences:
-            raise CheckpointError(
-                f"{found.path}: the data would be split differently: {'; '.join(differences)}; "
-                "resume with the same data-parallel size and data.num_workers, or start a stage "
-                "from its weights (checkpoint.load)"
-            )
 
     def _prune(self, step: int) -> None:
         assert self._folder is not None
@@ -315,6 +353,14 @@ class Checkpointer:
             replace_synced(folder / REPORT_FILE, data)
 
         on_first_rank("writing the resume report", write)
+
+
+def nothing_to_load(path: str | Path) -> CheckpointError:
+    """What to say where `checkpoint.load` holds no checkpoint."""
+    return CheckpointError(
+        f"there is no checkpoint in {path}; convert the models or train the earlier stage first, "
+        "or correct checkpoint.load"
+    )
 
 
 def _spell(layout: Mapping[str, int]) -> str:

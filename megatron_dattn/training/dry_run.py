@@ -1,22 +1,26 @@
 """`--dry-run`: what a run would be, computed from its configuration without building anything.
 
-It refuses what the real run would refuse (sizes that do not divide, rows that cannot be sharded)
-and prints parameters, rows, steps, FLOPs, memory and communication. It needs no GPU and no weights;
-data sets are counted if they are there. A laptop plans a big run by the environment:
+It prints parameters, rows, steps, FLOPs, memory and communication, and refuses what a start here
+would refuse: sizes that do not divide, and all that `checks.py` knows of packages, data, folders.
+It needs no GPU and no weights. A laptop plans a big run by the environment, and by the word that
+what is missing on the laptop does not matter:
 
-    WORLD_SIZE=8 python pretrain_vlm.py --config model.yaml --config stage2.yaml --dry-run
+    WORLD_SIZE=8 python pretrain_vlm.py --config model.yaml --config stage2.yaml --dry-run elsewhere
 """
 
 import os
+from typing import Literal
 
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.dataset import open_dataset
 from megatron_dattn.data.epochs import records_per_epoch
-from megatron_dattn.errors import ConfigError, DataError
+from megatron_dattn.errors import ConfigError, DataError, UserError
 from megatron_dattn.models.flops import executed_flops, model_flops
 from megatron_dattn.models.memory import RESERVE_BYTES, PackSize, RankMemory, rank_memory
 from megatron_dattn.models.parameters import count_parameters, rank_parameters
+from megatron_dattn.runtime.launcher import read_launch
+from megatron_dattn.training.checks import StartChecks
 from megatron_dattn.training.plan import Plan, make_plan
 from megatron_dattn.training.stages import learning_rate_of
 
@@ -25,22 +29,48 @@ _VALUE_BYTES = {"bf16": 2, "fp32": 4}
 _GRADIENT_BYTES = 4  # gradients are accumulated and reduced in fp32
 
 
-def print_plan(config: PretrainConfig) -> None:
-    """Print the dry run, once, for WORLD_SIZE ranks (torchrun sets it; anyone may).
+def print_plan(config: PretrainConfig, where: Literal["here", "elsewhere"] = "here") -> None:
+    """Print the dry run, once, for the ranks that a launcher started or that WORLD_SIZE names.
 
-    Where it is not set, for the smallest world that the parallel sizes allow.
+    Where neither is there, for the smallest world that the parallel sizes allow.
 
     Raises:
-        ConfigError: the run could not start.
+        ConfigError: the run could not start here; or, planned for elsewhere, nowhere.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    launch = read_launch()
+    if launch.rank > 0:
         return
-    given = os.environ.get("WORLD_SIZE")
+    given = os.environ.get("WORLD_SIZE") or (launch.world_size > 1 and str(launch.world_size))
     if given and not (given.isdecimal() and int(given) > 0):
         raise ConfigError(f"environment variable WORLD_SIZE is {given!r}, not a number of ranks")
-    print(dry_run(config, int(given) if given else config.parallel.model_parallel_size))
+    world_size = int(given) if given else config.parallel.model_parallel_size
+    print(dry_run(config, world_size))
     if not given:
         print("\nFor the plan on 8 ranks, say: set the environment variable WORLD_SIZE=8.")
+    problems = start_problems(config, world_size if given else None)
+    if problems:
+        print("\nWould end the start on this machine")
+        print("\n".join(f"  - {problem}" for problem in problems))
+    if problems and where == "here":
+        count = "one problem is" if len(problems) == 1 else f"{len(problems)} problems are"
+        raise ConfigError(
+            f"the run could not start here: {count} listed above, first: {problems[0]} (to plan "
+            "for another machine: --dry-run elsewhere)"
+        )
+
+
+def start_problems(config: PretrainConfig, world_size: int | None) -> list[UserError]:
+    """What a start on this machine would meet, in the order in which it would.
+
+    Args:
+        world_size: None if it is not known.
+    """
+    data_parallel = None
+    if world_size is not None:
+        data_parallel = make_plan(config, world_size).data_parallel_size
+    checks = StartChecks(config, data_parallel)
+    problems = checks.on_every_host() + checks.in_shared_folders()
+    return list({str(problem): problem for problem in problems}.values())
 
 
 def dry_run(config: PretrainConfig, world_size: int) -> str:

@@ -2,7 +2,8 @@
 
 A launcher hides the exit codes of its children (torchrun ends with 1 whatever they were), so the
 reason is written as `exit_reason.json` into the save folder: a batch script reads it to decide
-whether to queue the run again.
+whether to start the run again. A folder that holds another run's checkpoints, or another program's
+files, is not written into.
 """
 
 import json
@@ -12,21 +13,24 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_dattn.checkpoint.files import replace_synced
-from megatron_dattn.errors import EXIT_USER_ERROR
-from megatron_dattn.runtime.distributed import is_rank_0
+from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.runtime.rendezvous import RendezvousError
 
 logger = logging.getLogger(__name__)
 
 EXIT_NUMERICS = 17
+EXIT_RENDEZVOUS = 18
 FILE_NAME = "exit_reason.json"
 
-Reason = Literal["finished", "signal", "numerics", "user_error"]
+Reason = Literal["finished", "signal", "numerics", "user_error", "rendezvous", "crash"]
 
 _EXIT_CODES: dict[str, int] = {
     "finished": 0,
     "signal": 0,
     "numerics": EXIT_NUMERICS,
     "user_error": EXIT_USER_ERROR,
+    "rendezvous": EXIT_RENDEZVOUS,
+    "crash": 1,
 }
 
 
@@ -44,6 +48,8 @@ class ExitReason:
 
     `finished`: all steps done. `signal`: asked to stop, state saved. `numerics`: too many
     non-finite steps in a row. `user_error`: a setting, a file or the data must be mended.
+    `rendezvous`: the ranks did not meet. `crash`: an error that nobody foresaw, a lost rank among
+    them. After the last two another try may succeed.
     """
 
     reason: Reason
@@ -56,12 +62,24 @@ class ExitReason:
         return _EXIT_CODES[self.reason]
 
 
+def ending_of(error: Exception) -> ExitReason:
+    """The ending that an error of a run stands for."""
+    if isinstance(error, RendezvousError):
+        return ExitReason("rendezvous", detail=str(error))
+    if isinstance(error, UserError):
+        return ExitReason("user_error", detail=str(error))
+    if isinstance(error, NumericsError):
+        return ExitReason("numerics", error.step, str(error))
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return ExitReason("crash", detail=f"{type(error).__name__}: {first_line}")
+
+
 def record_exit(folder: str | Path | None, ending: ExitReason) -> None:
-    """Write the file on rank 0, in one piece; the folder is made if it is not there.
+    """Write the file, in one piece; call it on one rank. The folder is made if it is not there.
 
     A disk that refuses even this is only warned about: the ending itself is what matters.
     """
-    if folder is None or not is_rank_0():
+    if folder is None:
         return
     path = Path(folder) / FILE_NAME
     text = json.dumps({**asdict(ending), "exit_code": ending.exit_code}, indent=2)

@@ -1,6 +1,7 @@
 """What follows from a configuration before anything is built: sizes checked, a full pack laid out.
 
-A plan stands for the run in the dry run's sums; a configuration without one could not start.
+A plan stands for the run in the dry run's sums; a configuration without one could not start, here
+or elsewhere. What depends on this machine is checked in `checks.py`.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from megatron_dattn.models.build import check_model_sizes
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.runtime.distributed import check_parallel_sizes
 from megatron_dattn.training.build import execution_config
-from megatron_dattn.training.setup import check_rows
 from megatron_dattn.training.stages import trained_modules
 
 
@@ -34,7 +34,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
     """Check the configuration.
 
     Raises:
-        ConfigError: sizes that do not fit each other.
+        ConfigError: settings that do not fit each other.
     """
     parallel = config.parallel
     data_parallel = check_parallel_sizes(
@@ -46,6 +46,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
     check_model_sizes(config.model, parallel)
     num_microbatches = config.training.num_microbatches(data_parallel)
     check_rows(config)
+    check_validation(config)
     return Plan(
         config=config,
         world_size=world_size,
@@ -55,6 +56,29 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
         trained=frozenset(trained_modules(config.optimizer.learning_rates)),
         execution=execution_config(config.training),
     )
+
+
+def check_rows(config: PretrainConfig) -> None:
+    """Sequence parallelism cuts a pack's visual and text rows into equal shares each."""
+    tp = config.parallel.tensor_model_parallel_size
+    if not config.parallel.sequence_parallel:
+        return
+    for name in ("visual_budget", "text_budget"):
+        rows = getattr(config.data, name)
+        if rows % tp:
+            raise ConfigError(
+                f"data.{name} {rows} is not a multiple of parallel.tensor_model_parallel_size "
+                f"{tp}, which parallel.sequence_parallel needs"
+            )
+
+
+def check_validation(config: PretrainConfig) -> None:
+    """Who validates needs data for it."""
+    if config.training.eval_interval and not config.data.validation:
+        raise ConfigError(
+            f"training.eval_interval is {config.training.eval_interval}, but data.validation names "
+            "no data set"
+        )
 
 
 def _full_pack(config: PretrainConfig) -> TokenLayout:

@@ -26,7 +26,7 @@ def _yaml(folder: Path, name: str, text: str) -> str:
 def test_no_flags_give_the_defaults() -> None:
     command = parse_command_line([])
     assert command.config == PretrainConfig()
-    assert not command.dry_run
+    assert command.dry_run is None
 
 
 def test_later_files_and_flags_win_and_the_rest_stays(tmp_path: Path) -> None:
@@ -89,7 +89,11 @@ def test_every_unique_leaf_field_has_a_short_spelling() -> None:
 
 
 def test_dry_run_flag() -> None:
-    assert parse_command_line(["--dry-run"]).dry_run
+    assert parse_command_line(["--dry-run"]).dry_run == "here"
+    assert parse_command_line(["--dry-run", "--train-iters", "3"]).dry_run == "here"
+    assert parse_command_line(["--dry-run", "elsewhere"]).dry_run == "elsewhere"
+    with pytest.raises(ConfigError, match="dry-run"):
+        parse_command_line(["--dry-run", "mars"])
 
 
 def test_resolved_config_reads_back(tmp_path: Path) -> None:

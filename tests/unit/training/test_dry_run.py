@@ -167,22 +167,71 @@ def test_report_is_plain_text() -> None:
     assert all(line == line.rstrip() for line in report.splitlines())
 
 
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_launcher")
 def test_world_size_comes_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
     two_stages = changed(parallel={"pipeline_model_parallel_size": 2})
-    print_plan(two_stages)
+    print_plan(two_stages, "elsewhere")
     assert "2 ranks" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "4")
-    print_plan(two_stages)
+    print_plan(two_stages, "elsewhere")
     assert "data 2" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
-    print_plan(two_stages)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    print_plan(two_stages, "elsewhere")
     assert capsys.readouterr().out == ""
     monkeypatch.delenv("RANK")
     for wrong in ("0", "many"):
         monkeypatch.setenv("WORLD_SIZE", wrong)
         with pytest.raises(ConfigError, match=f"WORLD_SIZE is '{wrong}'"):
-            print_plan(two_stages)
+            print_plan(two_stages, "elsewhere")
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_all_that_a_start_here_would_meet_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of it matters to a plan for another machine, but it is said."""
+    hopeless = changed(
+        data={
+            "tokenizer": "no-tokenizer",
+            "train": [DatasetConfig(path="no-train.jsonl")],
+            "validation": [DatasetConfig(path="no-validation.jsonl")],
+        },
+        training={"eval_interval": 5, "fp8": "hybrid", "attention_backend": "flash_attn2"},
+        checkpoint={"load": "no-weights", "save": f"{__file__}/run"},
+        logging={"tensorboard_dir": f"{__file__}/tb", "sample_ledger": f"{__file__}/ledger"},
+    )
+    with pytest.raises(ConfigError, match="could not start here: 9 problems are listed") as caught:
+        print_plan(hopeless)
+    assert "--dry-run elsewhere" in str(caught.value)
+    output = capsys.readouterr().out
+    assert "Parameters" in output
+    problems = output.split("Would end the start on this machine\n")[1].splitlines()
+    words = (
+        "Transformer Engine",
+        "flash_attn2",
+        "no-tokenizer",
+        "no-train.jsonl",
+        "no-validation.jsonl",
+        "no checkpoint in no-weights",
+        "checkpoint.save",
+        "logging.tensorboard_dir",
+        "logging.sample_ledger",
+    )
+    for word in words:
+        assert [line for line in problems if word in line], word
+    print_plan(hopeless, "elsewhere")
+    assert capsys.readouterr().out == output
+
+
+def test_validation_without_data_is_refused_everywhere() -> None:
+    with pytest.raises(ConfigError, match=r"data\.validation names no data set"):
+        dry_run(changed(training={"eval_interval": 5}), 1)

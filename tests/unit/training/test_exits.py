@@ -3,7 +3,34 @@
 import json
 from pathlib import Path
 
-from megatron_dattn.training.exits import ExitReason, clear_exit_reason, record_exit
+import pytest
+
+from megatron_dattn.errors import DataError
+from megatron_dattn.runtime.rendezvous import RendezvousError
+from megatron_dattn.training.exits import (
+    ExitReason,
+    NumericsError,
+    clear_exit_reason,
+    ending_of,
+    record_exit,
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [
+        (DataError("no file"), ExitReason("user_error", detail="no file")),
+        (RendezvousError("no host"), ExitReason("rendezvous", detail="no host")),
+        (NumericsError("NaN", 7), ExitReason("numerics", 7, "NaN")),
+        (
+            RuntimeError("connection closed\nframe #0"),
+            ExitReason("crash", detail="RuntimeError: connection closed"),
+        ),
+        (ValueError(), ExitReason("crash", detail="ValueError: ")),
+    ],
+)
+def test_every_error_is_an_ending(error: Exception, ending: ExitReason) -> None:
+    assert ending_of(error) == ending
 
 
 def test_exit_codes() -> None:
@@ -11,6 +38,8 @@ def test_exit_codes() -> None:
     assert ExitReason("signal", 3).exit_code == 0
     assert ExitReason("user_error").exit_code == 2
     assert ExitReason("numerics", 3).exit_code == 17
+    assert ExitReason("rendezvous").exit_code == 18
+    assert ExitReason("crash").exit_code == 1
 
 
 def test_the_file_holds_everything_and_can_be_cleared(tmp_path: Path) -> None:

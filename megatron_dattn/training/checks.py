@@ -1,0 +1,213 @@
+"""What can be known of a start on this machine before anything is built.
+
+One list for the real start and the dry run, so that the dry run finds whatever would end a run in
+its first minutes: packages, backends, tokenizer, data sets, checkpoints, folders to write into.
+What follows from the configuration alone is in `plan.py`. Nothing here communicates or writes.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_dattn.attention import select_backend
+from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint, steps_of
+from megatron_dattn.checkpoint.manifest import read_listed
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.data.config import DatasetConfig
+from megatron_dattn.data.dataset import open_dataset
+from megatron_dattn.data.loader import VLMLoader, build_loader
+from megatron_dattn.data.tokenizer import load_tokenizer, tokenizer_sha256
+from megatron_dattn.errors import ConfigError, UserError
+from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.training.build import make_checkpointer
+from megatron_dattn.training.checkpoint import nothing_to_load
+from megatron_dattn.training.random_states import untouched_random_states
+
+_LOADER_FILE = "loader-dp-00000.bin"
+
+
+class StartChecks:
+    """The checks of one configuration."""
+
+    def __init__(self, config: PretrainConfig, data_parallel_size: int | None) -> None:
+        """
+        Args:
+            data_parallel_size: None if it is not known (a plan without a world size): what depends
+                on it is then not checked.
+        """
+        self._config = config
+        self._data_parallel_size = data_parallel_size
+
+    def on_every_host(self) -> list[UserError]:
+        """What is wrong with packages and data: each host has its own."""
+        data = self._config.data
+        validation = data.validation if self._config.training.eval_interval else []
+        return _problems(
+            (
+                self._check_packages,
+                self._check_backend,
+                self._check_tokenizer,
+                *(partial(open_dataset, dataset) for dataset in [*data.train, *validation]),
+                self._check_loaders,
+            )
+        )
+
+    def in_shared_folders(self) -> list[UserError]:
+        """What is wrong with checkpoints and the folders to write into."""
+        logging, checkpoint = self._config.logging, self._config.checkpoint
+        written = {
+            "checkpoint.save": checkpoint.save,
+            "logging.tensorboard_dir": logging.tensorboard_dir,
+            "logging.sample_ledger": logging.sample_ledger,
+        }
+        return _problems(
+            (
+                self._check_checkpoints,
+                *(
+                    partial(_check_writable, name, Path(folder))
+                    for name, folder in written.items()
+                    if folder is not None
+                ),
+            )
+        )
+
+    def steps_if_finished(self) -> int | None:
+        """The steps of the stage if its own folder says that they are all done.
+
+        Raises:
+            UserError: there is a last checkpoint, but of another run.
+        """
+        folder, last_step = self._config.checkpoint.save, self._config.training.train_iters
+        if folder is None or last_step not in steps_of(Path(folder)):
+            return None
+        found = self._own_checkpoint()
+        # Older checkpoints do not tell their schedule, and 5 of 5 steps might be 5 of 10 there.
+        if found is None or found.step != last_step or not found.manifest.facts.get("schedule"):
+            return None
+        return last_step
+
+    def save_folder_is_own(self) -> bool:
+        """Whether the save folder is free or holds this run; a tokenizer may be missing."""
+        try:
+            self._own_checkpoint(tokenizer_may_be_missing=True)
+        except (UserError, OSError):
+            return False
+        return True
+
+    def _own_checkpoint(self, tokenizer_may_be_missing: bool = False) -> FoundCheckpoint | None:
+        """The newest checkpoint that this run would resume; only sizes of files are compared."""
+        folder = self._config.checkpoint.save
+        found = find_checkpoint(folder, verify=False) if folder else None
+        if found is None:
+            return None
+        try:
+            checkpointer = make_checkpointer(self._config)
+        except ConfigError:
+            if not tokenizer_may_be_missing:
+                raise
+            checkpointer = make_checkpointer(self._config, found.manifest.facts["tokenizer"])
+        checkpointer.require_own(found)
+        return found
+
+    def _check_packages(self) -> None:
+        training = self._config.training
+        resolve_implementation(training.transformer_impl, training.fp8)
+        if self._config.logging.tensorboard_dir and not importlib.util.find_spec("tensorboard"):
+            raise ConfigError(
+                "logging.tensorboard_dir is set, but the package tensorboard is not installed; "
+                "install it or leave the setting out"
+            )
+
+    def _check_backend(self) -> None:
+        training, language = self._config.training, self._config.model.language
+        select_backend(
+            training.attention_backend,
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            torch.float32 if training.precision == "fp32" else torch.bfloat16,
+            language.head_dim,
+            softcap=language.attn_logit_softcapping,
+        )
+
+    def _check_tokenizer(self) -> None:
+        data = self._config.data
+        vocab_size = self._config.model.language.vocab_size
+        load_tokenizer(data.tokenizer, template=data.template, vocab_size=vocab_size)
+        tokenizer_sha256(data.tokenizer)
+
+    def _check_loaders(self) -> None:
+        self._build_loader(self._config.data.train, training=True)
+        if self._config.training.eval_interval:
+            self._build_loader(self._config.data.validation, training=False)
+
+    def _build_loader(self, datasets: Sequence[DatasetConfig], *, training: bool) -> VLMLoader:
+        """The first data-parallel rank's loader, which reads no sample."""
+        return build_loader(
+            self._config.data,
+            datasets=datasets,
+            model_config=self._config.model,
+            micro_batch_size=self._config.training.micro_batch_size,
+            data_parallel_rank=0,
+            data_parallel_size=self._data_parallel_size or 1,
+            seed=self._config.training.seed,
+            training=training,
+        )
+
+    def _check_checkpoints(self) -> None:
+        found = self._own_checkpoint()
+        if found is not None:
+            self._check_resume(found)
+        elif self._config.checkpoint.load:
+            parent = find_checkpoint(self._config.checkpoint.load, verify=False)
+            if parent is None:
+                raise nothing_to_load(self._config.checkpoint.load)
+            make_checkpointer(self._config).require_parent(parent)
+
+    def _check_resume(self, found: FoundCheckpoint) -> None:
+        """Whether the data goes on where the checkpoint left it."""
+        if self._data_parallel_size is None:
+            return
+        make_checkpointer(self._config).require_split(found, self._data_parallel_size)
+        loader = self._build_loader(self._config.data.train, training=True)
+        loader.restore_state(read_listed(found.path, found.manifest, _LOADER_FILE))
+
+
+def raise_first(problems: Sequence[UserError]) -> None:
+    """Raise the first problem; say if there are more.
+
+    Raises:
+        UserError: of that problem's class, if there is one.
+    """
+    if not problems:
+        return
+    more = f" (and {len(problems) - 1} more: --dry-run lists them)" if len(problems) > 1 else ""
+    raise type(problems[0])(f"{problems[0]}{more}")
+
+
+def _problems(checks: Iterable[Callable[[], object]]) -> list[UserError]:
+    """What the checks find, each thing once.
+
+    All of it: whoever mends one thing wants to know of the next.
+    """
+    found: dict[str, UserError] = {}
+    with untouched_random_states():
+        for check in checks:
+            try:
+                check()
+            except UserError as error:
+                found.setdefault(str(error), error)
+            except OSError as error:
+                found.setdefault(str(error), UserError(str(error)))
+    return list(found.values())
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Whether a folder, or the first one above it that exists, takes new files."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{name} {folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name} {folder}: {there} cannot be written into")
