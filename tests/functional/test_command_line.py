@@ -94,7 +94,10 @@ def test_checkpoints_of_another_run_are_refused_and_stay(workspace: Workspace) -
         (["--attention", "s_attn"], ["attention", "dattn", "s_attn"]),
         (["--stage", "stage9"], ["stage", "stage1", "stage9"]),
         (["--train-iters", "5"], ["schedule", "train_iters"]),
-        (["--optimizer.learning_rates.adapter", "1e-3"], ["learning rate", "0.001", "0.002"]),
+        (
+            ["--optimizer.learning_rates.adapter", "1e-3"],
+            ["learning_rates.adapter", "0.001", "0.002"],
+        ),
         (["--global-batch-size", "4"], ["global_batch_size", "8", "4"]),
         (["--adam-beta2", "0.95"], ["adam_beta2", "0.999", "0.95"]),
         (["--optimizer.learning_rates.language_model", "5e-4"], ["language_model", "0.0005"]),

@@ -3,7 +3,8 @@
     python check.py VERSION RESULTS.json EXPORT...
 
 RESULTS.json has what each check found, by export: "ok", "refused: ..." where the export says that
-it does not do this, or "failed: ...".
+it does not do this, "not supported: ..." where that version does not and is not promised to, or
+"failed: ...".
 """
 
 import importlib.util
@@ -19,10 +20,11 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import transformers
 from checks import reading, training
-from checks.given import Given, Refused
+from checks.given import Given, NotSupported, Refused
 
 CHECKS: dict[str, Callable[[Given], None]] = {
     "load with the Auto classes": reading.load,
+    "load with AutoModel, without head": reading.load_without_head,
     "template and processor": reading.inputs,
     "logits": reading.logits,
     "greedy": reading.greedy,
@@ -44,6 +46,8 @@ def outcome(check: Callable[[Given], None], given: Given) -> str:
         check(given)
     except Refused as refusal:
         return f"refused: {refusal}"
+    except NotSupported as reason:
+        return f"not supported: {reason}"
     except Exception as error:  # whatever a version does is the finding
         traceback.print_exc()
         return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,7 +1,8 @@
 """Read exports with several versions of transformers: `make test-readers`.
 
     python -m tests.readers.run                    all versions; writes the table into the docs
-    python -m tests.readers.run 5.23.0 5.24.0      these; the table stays as it is
+    python -m tests.readers.run 5.10.1 5.24.0      these; the table stays as it is
+    python -m tests.readers.run --short            requirements.lock's version and the newest
 
 Ends with 1 if any check of any export fails in any version.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from tests.readers.environments import python_of
 from tests.readers.exports import make_exports
 from tests.readers.table import STOCK, Results, write
-from tests.readers.versions import READERS, Reader
+from tests.readers.versions import LOCKED, NEWEST, READERS, Reader
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = Path(__file__).with_name("check.py")
@@ -65,9 +66,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     known = {reader.version: reader for reader in READERS}
     parser.add_argument("versions", nargs="*", choices=[*known, []], metavar="VERSION")
+    parser.add_argument("--short", action="store_true", help="the locked version and the newest")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-readers")
     arguments = parser.parse_args()
-    chosen = [known[version] for version in arguments.versions or known]
+    versions = [LOCKED, NEWEST] if arguments.short else arguments.versions or list(known)
+    chosen = [known[version] for version in versions]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         names = make_exports(Path(folder))

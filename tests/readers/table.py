@@ -8,8 +8,11 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "huggingface.md"
 BEGIN, END = "<!-- readers: begin -->", "<!-- readers: end -->"
 STOCK = "s_attn"
 
-# By version, export and check: "ok", "refused: ..." or "failed: ...".
+# By version, export and check: "ok", "refused: ...", "not supported: ..." or "failed: ...".
 Results = dict[str, dict[str, dict[str, str]]]
+
+# What is no failure, and how a reason is introduced.
+_EXCUSES = {"refused": "Refused, with that message:", "not supported": "Not supported:"}
 
 
 def tables(results: Results) -> str:
@@ -49,30 +52,34 @@ def _rows(results: Results) -> list[str]:
 
 
 def _cell(outcomes: dict[str, str]) -> str:
-    """How many exports pass, and the names of those that do not."""
+    """How many exports pass, and what becomes of those that do not."""
     passed = [name for name, outcome in outcomes.items() if outcome == "ok"]
-    refused = [name for name, outcome in outcomes.items() if outcome.startswith("refused")]
-    failed = [name for name in outcomes if name not in passed and name not in refused]
-    parts = [f"{len(passed)}"] if passed or not refused else []
-    if refused:
-        parts.append("refused" if len(refused) == len(outcomes) else f"{len(refused)} refused")
+    excused = [kind for outcome in outcomes.values() for kind in _EXCUSES if _is(kind, outcome)]
+    failed = [name for name, outcome in outcomes.items() if outcome.startswith("failed")]
+    parts = [f"{len(passed)}"] if passed or failed else []
+    for kind in dict.fromkeys(excused):
+        number = excused.count(kind)
+        parts.append(kind if number == len(outcomes) else f"{number} {kind}")
     if failed:
         parts.append(f"**failed: {', '.join(failed)}**")
     return ", ".join(parts)
 
 
+def _is(kind: str, outcome: str) -> bool:
+    return outcome.startswith(f"{kind}: ")
+
+
 def _reasons(results: Results) -> list[str]:
-    """What is meant by "refused"."""
+    """What is meant by "refused" and "not supported"."""
     reasons = {
-        f"{check}: {outcome.removeprefix('refused: ')}"
+        f"{text} {check}: {outcome.removeprefix(f'{kind}: ')}."
         for exports in results.values()
         for found in exports.values()
         for check, outcome in found.items()
-        if outcome.startswith("refused")
+        for kind, text in _EXCUSES.items()
+        if _is(kind, outcome)
     }
-    return ["", *(f"Refused, with that message: {reason}." for reason in sorted(reasons))] * bool(
-        reasons
-    )
+    return ["", *sorted(reasons)] if reasons else []
 
 
 def write(results: Results) -> None:

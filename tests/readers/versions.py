@@ -23,5 +23,6 @@ READERS = (
     Reader("5.24.0"),  # the newest on the index
 )
 NEWEST = READERS[-1].version
+LOCKED = "5.23.0"
 # What readers have besides; torch and the rest are those of the environment that made the exports.
 COMPANIONS = ("accelerate==1.15.0", "peft==0.21.2")

@@ -18,6 +18,10 @@ class Refused(Exception):
     """What an export says it does not do, in its own words."""
 
 
+class NotSupported(Exception):
+    """What a version of transformers does not do with such an export, and is not promised."""
+
+
 def assert_close(found: Tensor, expected: Tensor, what: str, *, rtol: float, atol: float) -> None:
     """As of torch; the message begins with what was compared."""
 

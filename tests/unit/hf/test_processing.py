@@ -1,6 +1,5 @@
 """The exported processor prepares images as training did."""
 
-import importlib
 import io
 
 import numpy as np
@@ -10,7 +9,6 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.hf import configuration_dattn, processing_dattn
 from megatron_dattn.hf.processing_dattn import DAttnProcessor
 
 SIDE = 28
@@ -162,10 +160,3 @@ def test_images_are_resized_with_pillow_even_where_torchvision_is_installed(expo
     image = Image.new("RGB", (20, 44), (255, 255, 255))
     pixels = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, torch.full((1, 3, SIDE, SIDE), 1.5))  # (1 - 0.25) / 0.5
-
-
-@pytest.mark.parametrize("module", [configuration_dattn, processing_dattn])
-def test_an_older_transformers_is_one_clear_error(monkeypatch, module):
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: "5.9.0")
-    with pytest.raises(ImportError, match=r"transformers>=5\.10 is required"):
-        importlib.reload(module)
