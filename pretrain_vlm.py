@@ -8,6 +8,7 @@ lists them.
 """
 
 import sys
+from typing import Literal
 
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 from megatron_dattn.runtime.launcher import Launch, read_launch
@@ -27,14 +28,11 @@ def main(argv: list[str]) -> int:
         launch = read_launch()
         setup_logging(launch.rank)
         command = parse_command_line(argv)
-        if command.dry_run is None:
-            return pretrain(command.config, launch)
-        from megatron_dattn.training.dry_run import print_plan
-
-        print_plan(command.config, command.dry_run)
-        return 0
     except UserError as error:
-        return report_error(launch, str(error), EXIT_USER_ERROR)
+        return refuse(launch, error)
+    if command.dry_run is None:
+        return pretrain(command.config, launch)
+    return plan(command.config, launch, command.dry_run)
 
 
 def pretrain(config: PretrainConfig, launch: Launch) -> int:
@@ -46,6 +44,26 @@ def pretrain(config: PretrainConfig, launch: Launch) -> int:
     if ending.exit_code:
         return report_error(launch, ending.detail, ending.exit_code)
     return 0
+
+
+def plan(config: PretrainConfig, launch: Launch, place: Literal["here", "elsewhere"]) -> int:
+    """Print what the run would be, and what would end its start; nothing is started."""
+    from megatron_dattn.training.dry_run import print_plan
+
+    try:
+        print_plan(config, place)
+    except UserError as error:
+        return report_error(launch, str(error), EXIT_USER_ERROR)
+    return 0
+
+
+def refuse(launch: Launch, error: UserError) -> int:
+    """End with a mistake that was met before the ranks have met."""
+    if launch.world_size > 1:
+        from megatron_dattn.runtime.distributed import share_refusal
+
+        error = share_refusal(error)
+    return report_error(launch, str(error), EXIT_USER_ERROR)
 
 
 def report_error(launch: Launch, message: str, exit_code: int) -> int:

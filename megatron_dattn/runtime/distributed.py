@@ -42,18 +42,14 @@ def initialize_distributed(
             launcher says does not add up.
         RendezvousError: the ranks did not meet.
     """
-    launch = read_launch()
     check_parallel_sizes(
-        dist.get_world_size() if dist.is_initialized() else launch.world_size,
+        dist.get_world_size() if dist.is_initialized() else read_launch().world_size,
         tensor_model_parallel_size,
         pipeline_model_parallel_size,
         context_parallel_size,
     )
     enable_cpu_runtime()
-    if torch.cuda.is_available():
-        _select_cuda_device(launch)
-    if not dist.is_initialized():
-        _join_process_group(launch, timeout_seconds, rendezvous_seconds)
+    join_world(timeout_seconds=timeout_seconds, rendezvous_seconds=rendezvous_seconds)
 
     from megatron.core import parallel_state  # after the CPU runtime had its say
 
@@ -64,6 +60,41 @@ def initialize_distributed(
         context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=timeout_seconds / 60,
     )
+
+
+def join_world(*, timeout_seconds: float = 600.0, rendezvous_seconds: float = 600.0) -> None:
+    """Join the process group of all ranks, if there is none yet. Collective.
+
+    Raises:
+        ConfigError: this rank has no CUDA device, or what the launcher says does not add up.
+        RendezvousError: the ranks did not meet.
+    """
+    launch = read_launch()
+    if torch.cuda.is_available():
+        _select_cuda_device(launch)
+    if not dist.is_initialized():
+        _join_process_group(launch, timeout_seconds, rendezvous_seconds)
+
+
+def share_refusal(error: UserError) -> UserError:
+    """Tell the other ranks of a mistake that this one met before it joined them.
+
+    They wait in `join_world`, or have met the same mistake: without this call they would wait for
+    this rank until the timeout.
+
+    Returns:
+        What all ranks report: the given error if the ranks cannot be told.
+    """
+    joins = not dist.is_initialized()
+    try:
+        join_world()
+        all_ranks_agree(error)
+    except UserError as shared:
+        return error if isinstance(shared, RendezvousError) else shared
+    finally:
+        if joins and dist.is_initialized():
+            dist.destroy_process_group()
+    raise AssertionError("an error was shared")
 
 
 def check_parallel_sizes(

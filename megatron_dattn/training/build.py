@@ -22,10 +22,12 @@ from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.errors import UserError
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.execution import ExecutionConfig
+from megatron_dattn.runtime.agreement import all_ranks_have_same
 from megatron_dattn.runtime.distributed import (
     all_ranks_agree,
     initialize_distributed,
     is_rank_0,
+    join_world,
     seed_everything,
 )
 from megatron_dattn.training.checkpoint import Checkpointer
@@ -41,6 +43,7 @@ from megatron_dattn.training.stages import (
     every_pipeline_stage_trains,
     freeze_modules,
 )
+from megatron_dattn.training.start_facts import start_facts
 from megatron_dattn.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -104,13 +107,23 @@ def execution_config(training: TrainingConfig) -> ExecutionConfig:
 
 
 def start(config: PretrainConfig) -> None:
-    """Join the process group, build the model-parallel groups, seed. Collective."""
+    """Join the process group, compare the ranks, build the model-parallel groups, seed. Collective.
+
+    Raises:
+        UserError: on all ranks: one of them was started wrongly, or otherwise than the others.
+    """
     parallel = config.parallel
+    timeout_seconds = 60 * parallel.distributed_timeout_minutes
+    join_world(
+        timeout_seconds=timeout_seconds,
+        rendezvous_seconds=60 * parallel.rendezvous_timeout_minutes,
+    )
+    all_ranks_agree(None)  # with a rank that could not read its command line: share_refusal
+    all_ranks_have_same(start_facts(config))
     initialize_distributed(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        timeout_seconds=60 * parallel.distributed_timeout_minutes,
-        rendezvous_seconds=60 * parallel.rendezvous_timeout_minutes,
+        timeout_seconds=timeout_seconds,
     )
     seed_everything(config.training.seed)
 

@@ -23,7 +23,8 @@ from megatron_dattn.training.exits import (
     ending_of,
     record_exit,
 )
-from megatron_dattn.training.setup import open_run, prepare_run
+from megatron_dattn.training.run_lock import LOCK_FILE
+from megatron_dattn.training.setup import open_run, own_run_folder, prepare_run
 from megatron_dattn.training.trainer import train
 
 logger = logging.getLogger(__name__)
@@ -58,17 +59,18 @@ def _run(config: PretrainConfig, launch: Launch) -> ExitReason:
             steps,
         )
         return ExitReason("finished", steps)
-    with open_run(config) as run:
+    with own_run_folder(config.checkpoint.save), open_run(config) as run:
         return train(run)
 
 
 def leave_word(config: PretrainConfig, launch: Launch, ending: ExitReason) -> None:
     """Write exit_reason.json on rank 0, or where rank 0 may be the one that is lost.
 
-    Not into a folder that holds something else: the run was refused, or never looked into it.
+    Not into a folder that holds something else, or in which another run works: this run was
+    refused, or never looked into it.
     """
     folder = config.checkpoint.save
-    if folder is None:
+    if folder is None or (Path(folder) / LOCK_FILE).exists():
         return
     may_be_lost = ending.reason in ("rendezvous", "crash")
     if launch.rank > 0 and (not may_be_lost or (Path(folder) / FILE_NAME).exists()):

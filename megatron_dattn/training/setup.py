@@ -22,6 +22,7 @@ from megatron_dattn.training.peak_flops import device_peak
 from megatron_dattn.training.plan import make_plan
 from megatron_dattn.training.run import Run
 from megatron_dattn.training.run_folder import describe_run
+from megatron_dattn.training.run_lock import RunLock
 from megatron_dattn.training.state import TrainState
 from megatron_dattn.training.stream import BatchStream
 from megatron_dattn.training.validate import Validation
@@ -45,11 +46,30 @@ def prepare_run(config: PretrainConfig) -> int | None:
         return steps
     agreed(lambda: raise_first(checks.on_every_host()))
     on_first_rank("looking into the folders", lambda: raise_first(checks.in_shared_folders()))
-    folder = config.checkpoint.save
-    if folder is not None:
-        # A former run's note must not outlive a sudden end of this one.
-        on_first_rank(f"writing into {folder}", lambda: clear_exit_reason(folder))
     return None
+
+
+@contextlib.contextmanager
+def own_run_folder(folder: str | None) -> Iterator[None]:
+    """Keep other runs out of the save folder, if there is one. Collective.
+
+    Raises:
+        UserError: on all ranks: another run is at work there.
+    """
+    locks: list[RunLock] = []
+
+    def take(folder: str) -> None:
+        locks.append(RunLock.acquire(folder))
+        # A former run's note must not outlive a sudden end of this one.
+        clear_exit_reason(folder)
+
+    try:
+        if folder is not None:
+            on_first_rank(f"writing into {folder}", lambda: take(folder))
+        yield
+    finally:
+        for lock in locks:
+            lock.release()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.training.ledger import read_ledger
+from megatron_dattn.training.run_lock import RunLock
 from tests.functional.workspace import ROOT, Workspace, make_workspace, pretrain
 from tests.support.distributed import run_distributed
 
@@ -74,6 +76,46 @@ def _assert_one_line(answers: list[tuple[int, str]], words: list[str]) -> None:
 def test_mistakes(workspace: Workspace, ranks: int, flags: list[str], words: list[str]) -> None:
     argv = [*workspace.flags("mistakes"), *flags]
     _assert_one_line(run_distributed(_main, ranks, argv), words)
+
+
+def _main_of_its_own(argvs: list[list[str]]) -> tuple[int, str]:
+    """As `_main`, with a command line for each rank."""
+    return _main(argvs[int(os.environ["RANK"])])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--optimizer.learning_rates.adapter", "0.5"], ["rates.adapter is 0.5 on rank 1 (host"]),
+        (["--tensor-model-parallel-size", "2"], ["tensor_model_parallel_size is 2 on rank 1"]),
+        (["--checkpoint.save", "elsewhere"], ['checkpoint.save is "elsewhere" on rank 1']),
+        (["--train-iters", "many"], ["rank 1: ", "train_iters", "many"]),
+        (["--config", "missing.yaml"], ["rank 1: ", "missing.yaml"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_ranks_that_were_started_differently(
+    workspace: Workspace, flags: list[str], words: list[str]
+) -> None:
+    argv = workspace.flags("differently")
+    answers = run_distributed(_main_of_its_own, 2, [argv, [*argv, *flags]], timeout=60)
+    _assert_one_line(answers, words)
+    assert not list((workspace.folder / "differently").glob("step-*"))
+
+
+def test_a_folder_in_which_another_run_works_is_left_alone(workspace: Workspace) -> None:
+    flags = workspace.flags("taken", train_iters=2)
+    folder = workspace.folder / "taken"
+    lock = RunLock.acquire(folder)
+    try:
+        (code, said), *_ = run_distributed(_main, 1, flags)
+        assert code == 2
+        assert "is in use by run" in said
+        assert [path.name for path in folder.iterdir()] == ["run.lock"]
+    finally:
+        lock.release()
+    assert run_distributed(_main, 1, flags) == [(0, "")]
+    assert not (folder / "run.lock").exists()
 
 
 def test_a_user_error_is_written_down(workspace: Workspace) -> None:
