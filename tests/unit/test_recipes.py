@@ -58,6 +58,7 @@ def test_hyper_parameters_are_those_of_table_7(
     assert training.stage == stage
     # One epoch, the incomplete last step left out.
     assert training.train_iters == SAMPLES[stage] // batch
+    assert {dataset.weight for dataset in config.data.train} == {1.0}  # shares are the files' sizes
 
 
 def test_model_is_siglip_so400m_and_mistral_7b() -> None:
