@@ -74,8 +74,11 @@ def model_from_config(config: dict[str, Any], attention: str | None = None) -> M
 
 def _with_adapter_norm(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json in which older exports, too, say where the adapter's norm stands."""
-    older = ConfigValues(config, _WHERE)
-    if "adapter_norm" in config or config.get("adapter_input_norm") is None:
+    if "adapter_input_norm" not in config:
+        return config
+    config = dict(config)
+    older = ConfigValues({"adapter_input_norm": config.pop("adapter_input_norm")}, _WHERE)
+    if "adapter_norm" in config or older.values["adapter_input_norm"] is None:
         return config
     return {**config, "adapter_norm": norm_of_older_name(older.flag("adapter_input_norm"))}
 

@@ -116,8 +116,8 @@ def test_shares_are_the_selected_rows_times_the_weight(
     ]
     mixture.write_text(yaml.safe_dump({"datasets": entries}))
     assert prepare_data.main(["--mixture", str(mixture), "--output", str(tmp_path / "o")]) == 0
-    section = yaml.safe_load((tmp_path / "o" / "train.yaml").read_text())["data"]["train"]
-    loader = make_loader(data_config(processor), [DatasetConfig(**entry) for entry in section])
+    datasets = load_config(tmp_path / "o" / "train.yaml").data.train
+    loader = make_loader(data_config(processor), datasets)
     shown: list[str] = []
     for batch in loader:
         shown += batch.sample_keys

@@ -21,6 +21,7 @@ def sample(key: str, length: int, image_offsets: tuple[int, ...] = ()) -> Encode
         image_offsets=image_offsets,
         images=[np.full((4, 4, 3), 5 * ord(key) % 256, np.uint8) for _ in image_offsets],
         grid=(2, 1),
+        epoch=0,
     )
 
 
