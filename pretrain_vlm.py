@@ -42,7 +42,8 @@ def pretrain(config: PretrainConfig, launch: Launch) -> int:
 
     ending = run_to_its_end(config, launch)
     if ending.exit_code:
-        return report_error(launch, ending.detail, ending.exit_code)
+        shared = ending.reason != "rendezvous"  # who has not met the others has reasons of its own
+        return report_error(launch, ending.detail, ending.exit_code, shared=shared)
     return 0
 
 
@@ -66,9 +67,9 @@ def refuse(launch: Launch, error: UserError) -> int:
     return report_error(launch, str(error), EXIT_USER_ERROR)
 
 
-def report_error(launch: Launch, message: str, exit_code: int) -> int:
+def report_error(launch: Launch, message: str, exit_code: int, *, shared: bool = True) -> int:
     """Say it once: all ranks meet the same error."""
-    write_error_file(launch, f"error: {message}", exit_code)
+    write_error_file(launch, f"error: {message}", exit_code, shared=shared)
     if launch.rank == 0:
         print(f"error: {message}", file=sys.stderr)
     return exit_code

@@ -7,6 +7,7 @@
 # NODE_RANK      number of this machine, 0 .. NNODES-1                  (required)
 # MASTER_ADDR    name or address of machine 0, reachable from all       (required)
 # MASTER_PORT    free port on machine 0 (29500)
+# RENDEZVOUS_SECONDS   how long machines wait for each other at the start (600)
 # GPUS_PER_NODE, STAGES, WORK_DIR, LOG_DIR   as in train_single_node.sh
 #
 # WORK_DIR must be a folder that all machines share: checkpoints are written by every rank.
@@ -30,8 +31,11 @@ for stage in "${stages[@]}"; do
     node_logs=${logs}/${stage}/node-${NODE_RANK}
     echo "== ${stage}: logs of every rank of this machine below ${node_logs}"
     mkdir -p "${node_logs}"
+    echo "== machine ${NODE_RANK} of ${NNODES}: meeting the others at" \
+        "${MASTER_ADDR}:${MASTER_PORT:-29500}, for up to ${RENDEZVOUS_SECONDS:-600} s"
     torchrun --nnodes "${NNODES}" --node-rank "${NODE_RANK}" \
         --master-addr "${MASTER_ADDR}" --master-port "${MASTER_PORT:-29500}" \
+        --rdzv-conf "timeout=${RENDEZVOUS_SECONDS:-600}" \
         --nproc-per-node "${GPUS_PER_NODE:-8}" \
         --log-dir "${node_logs}" --tee 3 --local-ranks-filter 0 --shutdown-timeout 270 \
         "${repository}/pretrain_vlm.py" \

@@ -35,3 +35,11 @@ may_restart_after_crash() {
     fi
     echo "crashed; the next attempt starts from step ${step}"
 }
+
+# Whether a rank ended with an exit code that another try would meet again: 2, a mistake, or 17, bad
+# numbers. A run that was refused its save folder writes nothing there, and torchrun ends with 1
+# whatever the ranks ended with; what they told torchrun lies among this attempt's logs.
+is_mistake() { # STATUS
+    (($1 == 2 || $1 == 17)) ||
+        grep -rqsE --include=error.json '"errorCode": (2|17)\b' "${LOG_DIR}"
+}

@@ -13,19 +13,20 @@ from pathlib import Path
 from megatron_dattn.runtime.launcher import Launch
 
 
-def write_error_file(launch: Launch, reason: str, exit_code: int) -> None:
+def write_error_file(launch: Launch, reason: str, exit_code: int, *, shared: bool) -> None:
     """Tell torchrun why this process ends; does nothing under other launchers.
 
     Args:
         reason: one line, or a traceback.
         exit_code: what the process is going to end with.
+        shared: all ranks have the same reason, which is then said once per host.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
     now = int(time.time())
-    if launch.local_rank > 0 and exit_code != 1:
-        # The ranks of a host meet the same error: said once, and first seen on the first of them.
+    if shared and launch.local_rank > 0:
+        # torchrun takes the earliest for the root cause: the one that says it.
         reason, now = "the same error as local rank 0", now + 1
     message = {
         "message": reason,

@@ -5,9 +5,11 @@ its first minutes: packages, backends, tokenizer, data sets, checkpoints, folder
 What follows from the configuration alone is in `plan.py`. Nothing here communicates or writes.
 """
 
+import contextlib
 import importlib.util
+import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,13 +35,17 @@ _LOADER_FILE = "loader-dp-00000.bin"
 class StartChecks:
     """The checks of one configuration."""
 
-    def __init__(self, config: PretrainConfig, data_parallel_size: int | None) -> None:
+    def __init__(
+        self, config: PretrainConfig, data_parallel_size: int | None, *, quiet: bool = False
+    ) -> None:
         """
         Args:
             data_parallel_size: None if it is not known (a plan without a world size): what depends
                 on it is then not checked.
+            quiet: the loaders that are built on trial log nothing: the run's own will.
         """
         self._config = config
+        self._quiet = quiet
         self._data_parallel_size = data_parallel_size
 
     def on_every_host(self) -> list[UserError]:
@@ -58,11 +64,11 @@ class StartChecks:
 
     def in_shared_folders(self) -> list[UserError]:
         """What is wrong with checkpoints and the folders to write into."""
-        logging, checkpoint = self._config.logging, self._config.checkpoint
+        config = self._config
         written = {
-            "checkpoint.save": checkpoint.save,
-            "logging.tensorboard_dir": logging.tensorboard_dir,
-            "logging.sample_ledger": logging.sample_ledger,
+            "checkpoint.save": config.checkpoint.save,
+            "logging.tensorboard_dir": config.logging.tensorboard_dir,
+            "logging.sample_ledger": config.logging.sample_ledger,
         }
         return _problems(
             (
@@ -145,16 +151,17 @@ class StartChecks:
 
     def _build_loader(self, datasets: Sequence[DatasetConfig], *, training: bool) -> VLMLoader:
         """The first data-parallel rank's loader, which reads no sample."""
-        return build_loader(
-            self._config.data,
-            datasets=datasets,
-            model_config=self._config.model,
-            micro_batch_size=self._config.training.micro_batch_size,
-            data_parallel_rank=0,
-            data_parallel_size=self._data_parallel_size or 1,
-            seed=self._config.training.seed,
-            training=training,
-        )
+        with _level_of_data_logs(logging.ERROR if self._quiet else logging.NOTSET):
+            return build_loader(
+                self._config.data,
+                datasets=datasets,
+                model_config=self._config.model,
+                micro_batch_size=self._config.training.micro_batch_size,
+                data_parallel_rank=0,
+                data_parallel_size=self._data_parallel_size or 1,
+                seed=self._config.training.seed,
+                training=training,
+            )
 
     def _check_checkpoints(self) -> None:
         found = self._own_checkpoint()
@@ -173,6 +180,17 @@ class StartChecks:
         make_checkpointer(self._config).require_split(found, self._data_parallel_size)
         loader = self._build_loader(self._config.data.train, training=True)
         loader.restore_state(read_listed(found.path, found.manifest, _LOADER_FILE))
+
+
+@contextlib.contextmanager
+def _level_of_data_logs(level: int) -> Iterator[None]:
+    logger = logging.getLogger("megatron_dattn.data")
+    former = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
 
 
 def raise_first(problems: Sequence[UserError]) -> None:

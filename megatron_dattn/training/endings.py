@@ -40,7 +40,7 @@ def run_to_its_end(config: PretrainConfig, launch: Launch) -> ExitReason:
             logger.error("%s", error)  # rank 0, who speaks for all, knows nothing of it
     except Exception as error:
         leave_word(config, launch, ending_of(error))
-        write_error_file(launch, traceback.format_exc(), 1)
+        write_error_file(launch, traceback.format_exc(), 1, shared=False)
         raise
     leave_word(config, launch, ending)
     destroy_distributed()

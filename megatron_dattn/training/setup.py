@@ -40,12 +40,12 @@ def prepare_run(config: PretrainConfig) -> int | None:
         UserError: on all ranks: settings, data, folders or packages that would end the run later.
     """
     plan = make_plan(config, dist.get_world_size())
-    checks = StartChecks(config, plan.data_parallel_size)
+    checks = StartChecks(config, plan.data_parallel_size, quiet=True)
     steps = on_first_rank("looking into the save folder", checks.steps_if_finished)
     if steps is not None:
         return steps
     agreed(lambda: raise_first(checks.on_every_host()))
-    on_first_rank("looking into the folders", lambda: raise_first(checks.in_shared_folders()))
+    raise_first(on_first_rank("looking into the folders", checks.in_shared_folders))
     return None
 
 

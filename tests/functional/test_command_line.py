@@ -1,10 +1,8 @@
 """Mistakes of users: one clear line on rank 0, exit code 2 everywhere, no checkpoint harmed."""
 
 import contextlib
-import importlib.util
 import io
 import json
-import logging
 import os
 import re
 from pathlib import Path
@@ -14,29 +12,14 @@ import pytest
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.training.ledger import read_ledger
 from megatron_dattn.training.run_lock import RunLock
-from tests.functional.workspace import ROOT, Workspace, make_workspace, pretrain
+from tests.functional.workspace import Workspace, make_workspace, pretrain
+from tests.functional.workspace import run_main as _main
 from tests.support.distributed import run_distributed
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-def _main(argv: list[str]) -> tuple[int, str]:
-    """The entry script on the ranks of `run_distributed`: exit code and standard error."""
-    spec = importlib.util.spec_from_file_location("pretrain_vlm", ROOT / "pretrain_vlm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    handlers = logging.getLogger().handlers[:]
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            return script.main(argv), stderr.getvalue()
-    finally:
-        logging.getLogger().handlers[:] = handlers
 
 
 def _assert_one_line(answers: list[tuple[int, str]], words: list[str]) -> None:

@@ -1,6 +1,6 @@
 """The Slurm scripts under stand-ins for Slurm's commands.
 
-`srun` starts the command once per node, all of them here, and kills its step on SIGTERM; `scancel`
+`srun` starts the command once per task, all of them here, and kills its step on SIGTERM; `scancel`
 signals every process of a step, loader workers included; `scontrol` names hosts and notes requeues;
 `sbatch` notes submissions. That is how the real ones act, as far as the scripts rely on it.
 """
@@ -31,10 +31,19 @@ import os, signal, subprocess, sys
 arguments = sys.argv[1:]
 while arguments[0].startswith("--"):
     arguments.pop(0)
-nodes = [
-    subprocess.Popen(arguments, env={**os.environ, "SLURM_NODEID": str(node)})
-    for node in range(int(os.environ["SLURM_NNODES"]))
-]
+tasks = int(os.environ["SLURM_NNODES"])
+os.environ.update(
+    SLURM_STEP_ID="0",
+    SLURM_STEP_NUM_TASKS=str(tasks),
+    SLURM_NTASKS=str(tasks),
+    SLURM_STEP_NODELIST=os.environ["HOSTS"],
+)
+def start(task):
+    local = task if os.environ.get("ONE_NODE") else 0
+    numbers = {"SLURM_NODEID": task - local, "SLURM_PROCID": task, "SLURM_LOCALID": local}
+    place = {name: str(number) for name, number in numbers.items()}
+    return subprocess.Popen(arguments, env={**os.environ, **place})
+nodes = [start(task) for task in range(tasks)]
 with open(os.environ["NOTES"] + "/step", "w") as step:
     step.write(" ".join(str(node.pid) for node in nodes))
 def kill_step(*_):
@@ -45,11 +54,18 @@ sys.exit(max(node.wait() for node in nodes))
 """,
     "scancel": """
 import os, psutil, signal, sys
-assert sys.argv[1:] == ["--signal=TERM", os.environ["SLURM_JOB_ID"] + ".0"], sys.argv
+option, step = sys.argv[1:]
+assert step == os.environ["SLURM_JOB_ID"] + ".0", sys.argv
+number = signal.Signals["SIG" + option.removeprefix("--signal=")]
+with open(os.environ["NOTES"] + "/scancel", "a") as calls:
+    print(option, file=calls)
 for pid in open(os.environ["NOTES"] + "/step").read().split():
-    node = psutil.Process(int(pid))
-    for process in [*node.children(recursive=True), node]:
-        process.send_signal(signal.SIGTERM)
+    try:
+        node = psutil.Process(int(pid))
+        for process in [*node.children(recursive=True), node]:
+            process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
 """,
     "scontrol": """
 import os, sys
@@ -78,6 +94,16 @@ if reason:
     folder = sys.argv[sys.argv.index("--checkpoint.save") + 1]
     with open(folder + "/exit_reason.json", "w") as file:
         json.dump({"reason": reason, "step": 3}, file)
+if code := os.environ.get("ERROR_CODE"):
+    logs = sys.argv[sys.argv.index("--log-dir") + 1] + "/run/attempt_0/0"
+    os.makedirs(logs)
+    with open(logs + "/error.json", "w") as file:
+        json.dump({"message": {"message": "no", "errorCode": int(code)}}, file)
+if os.environ.get("DEAF"):  # a rank that hangs does not end at SIGTERM
+    import signal, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open(os.environ["NOTES"] + "/deaf-" + node, "w").close()
+    time.sleep(120)
 sys.exit(int(os.environ.get("STATUS", "0")))
 """,
 }
@@ -105,6 +131,10 @@ class Cluster:
             "SLURM_JOB_ID": "12345",
             "SLURM_JOB_NODELIST": "node-[0-1]",
             "SLURM_NNODES": "2",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": "0",  # a batch script has it, too
+            "SLURM_LOCALID": "0",
+            "HOSTS": "localhost",
             "WORK_DIR": str(folder),
             "GPUS_PER_NODE": "1",
             "OMP_NUM_THREADS": "1",
@@ -223,6 +253,8 @@ def test_job_is_preempted_saves_requeues_and_resumes(training_cluster: Cluster) 
     assert ending["reason"] == "signal"
     step = ending["step"]
     assert 0 < step < TRAIN_ITERS
+    assert "Traceback" not in cluster.log(), "an orderly stop is no error, torchrun's neither"
+    assert "step ended with status 0, exit reason: signal" in cluster.log()
     assert json.loads((stage / "latest.json").read_text())["step"] == step
     assert cluster.noted("scontrol") == ["requeue 12345"]
     logs = cluster.folder / "logs" / "recipe" / "stage1" / "job-12345-0"
@@ -253,6 +285,8 @@ def test_all_nodes_meet_at_the_first_host(cluster: Cluster) -> None:
         assert call["port"] == str(20000 + 12345 % 12000)
         assert "--nproc-per-node 1" in words
         assert "--shutdown-timeout 270" in words
+        assert "--rdzv-conf timeout=600" in words
+        assert "--max-restarts 0" in words
         assert f"{ROOT}/examples/mistral_7b/stage1.yaml" in words
         assert f"--checkpoint.save {cluster.folder}/checkpoints/mistral_7b/stage1" in words
         assert words.endswith("--training.seed 7")
@@ -379,6 +413,63 @@ def ranks_of(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
         and "torchrun" not in " ".join(process.cmdline())
         and "pretrain_vlm.py" not in " ".join(process.parent().cmdline()[:4])
     ]
+
+
+def test_a_mistake_that_no_folder_tells_of_is_final(cluster: Cluster) -> None:
+    """A run that was refused the save folder writes nothing there; srun's or torchrun's word is."""
+    assert cluster.run(ERROR_CODE="2", STATUS="1") == 1
+    assert cluster.run(STATUS="2") == 1
+    assert cluster.log().count("a mistake that has to be mended") == 2
+    assert cluster.run(ERROR_CODE="1", STATUS="1", SLURM_JOB_ID="777") == 75, "a crash"
+    assert cluster.noted("scontrol") == ["requeue 777"]
+
+
+def test_a_wrong_option_is_not_tried_again(training_cluster: Cluster) -> None:
+    """Of the real script under the real torchrun, which ends with 1."""
+    cluster = training_cluster
+    recipe = {"RECIPE": str(cluster.folder / "recipe"), "MASTER_PORT": str(free_port())}
+    assert cluster.run("--training.stepz", "7", **recipe) == 1, cluster.log()
+    assert "a mistake that has to be mended" in cluster.log()
+    assert cluster.noted("scontrol") == []
+    assert "error_file: <N/A>" not in cluster.log()
+    assert "traceback : error: " in cluster.log()
+
+
+def test_a_step_that_does_not_stop_in_time_is_killed_and_returns(cluster: Cluster) -> None:
+    """Otherwise Slurm would end the job, and with it the chance to requeue it."""
+    job = cluster.start(DEAF="1", GRACE_SECONDS="2")
+    assert wait_for(lambda: (cluster.notes / "deaf-1").exists(), job), cluster.log()
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) == 75, cluster.log()
+    calls = cluster.noted("scancel")
+    assert calls[0] == "--signal=TERM"
+    assert calls[-1] == "--signal=KILL"
+    logs = cluster.folder / "logs" / "mistral_7b" / "stage1"
+    assert not (logs / "job-12345-crashes").exists()
+
+
+def test_srun_starts_the_ranks_without_torchrun(training_cluster: Cluster) -> None:
+    """The other documented way: one task per rank, which meet by Slurm's variables."""
+    cluster = training_cluster
+    recipe, run = cluster.folder / "recipe", cluster.folder / "run"
+    command = ["srun", "--ntasks-per-node=2", sys.executable, str(ROOT / "pretrain_vlm.py")]
+    command += ["--config", f"{recipe}/model.yaml", "--config", f"{recipe}/stage1.yaml"]
+    command += ["--checkpoint.save", str(run), "--train-iters", "2"]
+    variables = {"ONE_NODE": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    variables["MASTER_PORT"] = str(free_port())
+    done = subprocess.run(
+        command,
+        env={**cluster.environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rank 0 of 2, started by srun" in done.stdout
+    assert "meeting the others at localhost:" in done.stdout
+    assert "2 ranks = tensor 2" in done.stdout
+    assert json.loads((run / "exit_reason.json").read_text())["reason"] == "finished"
 
 
 def test_stage_must_be_named(cluster: Cluster) -> None:

@@ -1,5 +1,9 @@
 """A folder with everything that `pretrain_vlm.py` needs, tiny, and ways to start it."""
 
+import contextlib
+import importlib.util
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -133,3 +137,19 @@ def start_pretraining(flags: list[str], *, ranks: int, log: Path) -> subprocess.
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def run_main(argv: list[str]) -> tuple[int, str]:
+    """The entry script on the ranks of `run_distributed`: exit code and standard error."""
+    spec = importlib.util.spec_from_file_location("pretrain_vlm", ROOT / "pretrain_vlm.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    handlers = logging.getLogger().handlers[:]
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return script.main(argv), stderr.getvalue()
+    finally:
+        logging.getLogger().handlers[:] = handlers
