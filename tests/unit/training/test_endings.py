@@ -56,6 +56,5 @@ def test_the_first_word_stays(config: PretrainConfig) -> None:
 
 
 def test_doubt_about_the_launcher_ends_a_start(config: PretrainConfig) -> None:
-    ending, shared = run_to_its_end(config, Launch(doubt="WORLD_SIZE is 8"))
+    ending = run_to_its_end(config, Launch(doubt="WORLD_SIZE is 8"))
     assert ending == ExitReason("user_error", detail="WORLD_SIZE is 8")
-    assert not shared
