@@ -15,6 +15,7 @@ from megatron_dattn.training.run_lock import RunLock
 from tests.functional.workspace import Workspace, make_workspace, pretrain
 from tests.functional.workspace import run_main as _main
 from tests.support.distributed import run_distributed
+from tests.unit.data.builders import make_dataset, make_rows
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,27 @@ def test_a_stage_starts_from_another_ones_weights_under_any_layout(workspace: Wo
     assert len(curves[0]) == 3
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_validation_data_of_one_record_is_evaluated_by_the_rank_that_has_it(
+    workspace: Workspace,
+) -> None:
+    """With two data-parallel ranks one has no pack; the loss is that of one process.
+
+    Both evaluate the same pack by the same weights, as rates of 1e-12 leave them where they were.
+    """
+    few = make_dataset(workspace.folder / "data", make_rows(workspace.folder / "data", 1), "single")
+    flags = ["--data.validation", f"[{{path: {few.path}}}]", "--eval-interval", "1"]
+    for module in ("vision_model", "adapter", "language_model"):
+        flags += [f"--optimizer.learning_rates.{module}", "1e-12"]
+    losses = []
+    for ranks in (1, 2):
+        argv = [*workspace.flags(f"validation-{ranks}", train_iters=1), *flags]
+        (code, log), *_ = run_distributed(_main_with_log, ranks, argv)
+        assert code == 0, log
+        losses += re.findall(r"validation at iteration 1 \| lm loss value: (\S+)", log)
+    first, second = map(float, losses)
+    assert second == pytest.approx(first, rel=1e-5)
 
 
 def _keys(ledger: Path) -> dict[int, set[str]]:
