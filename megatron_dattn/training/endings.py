@@ -23,7 +23,7 @@ from megatron_dattn.training.exits import (
     ending_of,
     record_exit,
 )
-from megatron_dattn.training.run_lock import LOCK_FILE
+from megatron_dattn.training.run_lock import is_in_use
 from megatron_dattn.training.setup import open_run, own_run_folder, prepare_run
 from megatron_dattn.training.trainer import train
 
@@ -67,10 +67,11 @@ def leave_word(config: PretrainConfig, launch: Launch, ending: ExitReason) -> No
     """Write exit_reason.json on rank 0, or where rank 0 may be the one that is lost.
 
     Not into a folder that holds something else, or in which another run works: this run was
-    refused, or never looked into it.
+    refused, or never looked into it. A killed run's lock is no such run: without word of
+    it, what ends the next start looks like one more crash.
     """
     folder = config.checkpoint.save
-    if folder is None or (Path(folder) / LOCK_FILE).exists():
+    if folder is None or is_in_use(folder):
         return
     may_be_lost = ending.reason in ("rendezvous", "crash")
     if launch.rank > 0 and (not may_be_lost or (Path(folder) / FILE_NAME).exists()):

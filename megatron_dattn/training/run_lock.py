@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -117,6 +118,31 @@ class RunLock:
                 os.utime(self._path)
             except OSError as error:  # a file server that is away for a while
                 logger.warning("%s cannot be touched: %s", self._path, error)
+
+
+def is_in_use(folder: str | Path) -> bool:
+    """Whether a run works in a folder, as far as that can be told without waiting.
+
+    An owner that cannot be seen from here, on another host, counts as alive as long as its lock has
+    been touched lately.
+    """
+    path = Path(folder) / LOCK_FILE
+    owner = _owner_of(path)
+    gone = None if owner is None else owner.is_gone
+    return _touched_lately(path) if gone is None else not gone
+
+
+def _touched_lately(path: Path) -> bool:
+    touched = _touched(path)
+    if touched is None:
+        return False
+    try:
+        # A new file beside it tells the time by the same clock, the file server's.
+        with tempfile.TemporaryFile(dir=path.parent) as clock:
+            now = os.fstat(clock.fileno()).st_mtime_ns
+    except OSError:
+        return True
+    return now - touched <= _BEATS_TO_WAIT * BEAT_SECONDS * 1e9
 
 
 def _create(path: Path, owner: Owner) -> bool:

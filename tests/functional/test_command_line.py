@@ -1,6 +1,7 @@
 """Mistakes of users: one clear line on rank 0, exit code 2 everywhere, no checkpoint harmed."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.training.ledger import read_ledger
-from megatron_dattn.training.run_lock import RunLock
+from megatron_dattn.training.run_lock import LOCK_FILE, Owner, RunLock
 from tests.functional.workspace import Workspace, make_workspace, pretrain
 from tests.functional.workspace import run_main as _main
 from tests.support.distributed import run_distributed
@@ -108,6 +109,18 @@ def test_a_user_error_is_written_down(workspace: Workspace) -> None:
     assert note["reason"] == "user_error"
     assert note["exit_code"] == 2
     assert "nowhere" in note["detail"]
+
+
+def test_a_mistake_after_a_kill_is_told_as_one(workspace: Workspace) -> None:
+    """A killed run leaves its lock: the next start's mistake must not look like another crash."""
+    folder = workspace.folder / "killed"
+    folder.mkdir()
+    owner = Owner.of_this_process()
+    dead = dataclasses.replace(owner, started=owner.started - 3600)
+    (folder / LOCK_FILE).write_text(json.dumps(dataclasses.asdict(dead)))
+    flags = [*workspace.flags("killed"), "--load", "nowhere"]
+    _assert_one_line(run_distributed(_main, 1, flags), ["nowhere"])
+    assert json.loads((folder / "exit_reason.json").read_text())["reason"] == "user_error"
 
 
 def test_checkpoints_of_another_run_are_refused_and_stay(workspace: Workspace) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_dattn.errors import UserError
 from megatron_dattn.training import run_lock
-from megatron_dattn.training.run_lock import LOCK_FILE, Owner, RunLock
+from megatron_dattn.training.run_lock import LOCK_FILE, Owner, RunLock, is_in_use
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +115,24 @@ def test_the_lock_is_touched_and_a_lost_one_is_told(
     assert_soon(lambda: "no longer this run's" in caplog.text)
     lock.release()
     assert json.loads(path.read_text())["run_id"] == "other"
+
+
+def test_whether_a_folder_is_in_use_is_told_at_once(tmp_path: Path) -> None:
+    assert not is_in_use(tmp_path)
+    assert not is_in_use(tmp_path / "missing")
+    lock = RunLock.acquire(tmp_path)
+    assert is_in_use(tmp_path)
+    lock.release()
+    owner = Owner.of_this_process()
+    lock_of(tmp_path, dataclasses.replace(owner, process=ended_process()))
+    assert not is_in_use(tmp_path)
+    path = lock_of(tmp_path, dataclasses.replace(owner, host="node7", machine="node7's"))
+    hour_ago = time.time() - 3600
+    os.utime(path, (hour_ago, hour_ago))
+    assert not is_in_use(tmp_path)
+    os.utime(path, (hour_ago + 7200, hour_ago + 7200))  # beats that come while we look
+    assert is_in_use(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [LOCK_FILE]
 
 
 def assert_soon(condition: object) -> None:
