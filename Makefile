@@ -21,7 +21,7 @@ help:
 	@echo "make demo ATTENTION=s_attn   the same with conventional causal attention"
 	@echo "make test                    the test suite (about 10 minutes on two cores)"
 	@echo "make test-pythons            saving, loading and resuming under every Python found"
-	@echo "make test-readers            exports under several versions of transformers (about 6 minutes)"
+	@echo "make test-readers            exports under several versions of transformers (about 2 minutes)"
 	@echo "make lint                    ruff and mypy"
 
 install:
