@@ -212,7 +212,7 @@ def _touched(path: Path) -> int | None:
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -220,5 +220,5 @@ def _owner_of(path: Path) -> Owner | None:
     """None if there is no lock, or one that says nothing."""
     try:
         return Owner(**read_json_object(path, UserError, max_bytes=_MAX_BYTES))
-    except (FileNotFoundError, UserError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, UserError, TypeError):
         return None
