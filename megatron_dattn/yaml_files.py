@@ -75,7 +75,7 @@ def parse_yaml(text: str, kind: Any, *, source: str, folder: Path | None = None)
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
-        return None if node is None else _Reader(source, folder).read(node, kind)
+        return None if node is None else _TypedReader(source, folder).read(node, kind)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
@@ -160,7 +160,7 @@ def fields_of(kind: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _TypedReader:
     source: str
     folder: Path | None
 

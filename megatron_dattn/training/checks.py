@@ -28,8 +28,7 @@ from megatron_dattn.models.layer_specs import resolve_implementation
 from megatron_dattn.training.build import make_checkpointer
 from megatron_dattn.training.checkpoint import nothing_to_load
 from megatron_dattn.training.random_states import untouched_random_states
-
-_LOADER_FILE = "loader-dp-00000.bin"
+from megatron_dattn.training.stored_state import loader_file
 
 
 class StartChecks:
@@ -179,7 +178,7 @@ class StartChecks:
             return
         make_checkpointer(self._config).require_split(found, self._data_parallel_size)
         loader = self._build_loader(self._config.data.train, training=True)
-        loader.restore_state(read_listed(found.path, found.manifest, _LOADER_FILE))
+        loader.restore_state(read_listed(found.path, found.manifest, loader_file(0)))
 
 
 @contextlib.contextmanager

@@ -40,9 +40,11 @@ def rng_file() -> str:
     return f"rng-{rank():05d}.pt"
 
 
-def loader_file() -> str:
-    """Name of the loader's place, of this data-parallel rank."""
-    return f"loader-dp-{parallel_state.get_data_parallel_rank():05d}.bin"
+def loader_file(data_parallel_rank: int | None = None) -> str:
+    """Name of the loader's place, of this data-parallel rank where none is given."""
+    if data_parallel_rank is None:
+        data_parallel_rank = parallel_state.get_data_parallel_rank()
+    return f"loader-dp-{data_parallel_rank:05d}.bin"
 
 
 def local_files(state: TrainState) -> dict[str, bytes]:
