@@ -90,7 +90,7 @@ def measure_round(made: RandomCheckpoint, folder: Path) -> dict[str, Measured]:
     imported, trained, exported = (folder / name for name in ("imported", "trained", "exported"))
     measured[_DRY_RUN] = run_import(made, imported, "--dry-run")
     measured[_IMPORT] = run_import(made, imported)
-    if importlib.util.find_spec("megatron_dattn.conversion.export_hf"):
+    if importlib.util.find_spec("megatron_dattn.conversion.hf_export.run"):
         add_adapter(imported, trained)
         shutil.rmtree(imported)
         drop_pages([file for file in trained.rglob("*") if file.is_file()])

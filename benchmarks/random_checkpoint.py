@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 from megatron_dattn.checkpoint import find_checkpoint, save_checkpoint
 from megatron_dattn.checkpoint.tensors import ParameterValues, open_tensors
 from megatron_dattn.config.cli import load_config
-from megatron_dattn.conversion.mistral import language_rules
-from megatron_dattn.conversion.siglip import vision_rules
-from megatron_dattn.conversion.weight_map import Rule
+from megatron_dattn.conversion.families.mistral import language_rules
+from megatron_dattn.conversion.families.siglip import vision_rules
+from megatron_dattn.conversion.families.weight_map import Rule
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import LanguageConfig, VisionConfig
 from megatron_dattn.models.execution import ExecutionConfig

@@ -28,7 +28,7 @@ from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
 if TYPE_CHECKING:
-    from megatron_dattn.conversion.verdict import Comparison
+    from megatron_dattn.conversion.verify.verdict import Comparison
 
 # The package is imported inside the commands: --help should not wait for torch and megatron-core.
 
@@ -58,8 +58,8 @@ def add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run_import(options: argparse.Namespace) -> int:
-    from megatron_dattn.conversion.import_hf import write_import
-    from megatron_dattn.conversion.import_plan import plan_import, plan_whole_import
+    from megatron_dattn.conversion.hf_import.plan import plan_import, plan_whole_import
+    from megatron_dattn.conversion.hf_import.run import write_import
     from megatron_dattn.runtime.progress import bar
 
     vision, language, whole = options.vision, options.language, options.model
@@ -101,7 +101,7 @@ def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run_export(options: argparse.Namespace) -> int:
-    from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
+    from megatron_dattn.conversion.hf_export.run import ExportOptions, export_checkpoint
     from megatron_dattn.runtime.progress import bar
 
     if not (options.max_shard_gb > 0 and math.isfinite(options.max_shard_gb)):
@@ -120,7 +120,7 @@ def add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    from megatron_dattn.conversion.listing import list_tensors, module_table, tensor_table
+    from megatron_dattn.conversion.inspect import list_tensors, module_table, tensor_table
 
     entries = list_tensors(options.folder)
     print(tensor_table(entries, every=options.every_layer))
@@ -172,7 +172,7 @@ def _line(found: "Comparison", tolerance: float) -> str:
 
 
 def _compare_import(options: argparse.Namespace, tolerance: float) -> "list[Comparison]":
-    from megatron_dattn.conversion.verify import verify_checkpoint
+    from megatron_dattn.conversion.verify.imported import verify_checkpoint
     from megatron_dattn.runtime.progress import bar
 
     if options.question or options.image:
@@ -190,7 +190,7 @@ def _compare_import(options: argparse.Namespace, tolerance: float) -> "list[Comp
 
 
 def _compare_export(options: argparse.Namespace, tolerance: float) -> "list[Comparison]":
-    from megatron_dattn.conversion.verify_export import verify_export
+    from megatron_dattn.conversion.verify.exported import verify_export
     from megatron_dattn.runtime.progress import bar
 
     if options.vision or options.language or options.model or options.tokens:

@@ -146,7 +146,7 @@ def why_not_exported(demo: Demo) -> str:
     silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
     from megatron_dattn.config.cli import load_config
-    from megatron_dattn.conversion.exportable import check_exportable
+    from megatron_dattn.conversion.families.exportable import check_exportable
 
     try:
         check_exportable(load_config(demo.output / "stage3" / "config.yaml").model)

@@ -11,10 +11,10 @@ from megatron.core import parallel_state
 
 from megatron_dattn.checkpoint import save_checkpoint
 from megatron_dattn.checkpoint.tensors import open_tensors
-from megatron_dattn.conversion.export_hf import export_checkpoint, plan_tensors
-from megatron_dattn.conversion.import_hf import import_checkpoint
-from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder
-from megatron_dattn.conversion.safetensors_writer import write_shards
+from megatron_dattn.conversion.hf_export.run import export_checkpoint, plan_tensors
+from megatron_dattn.conversion.hf_import.run import import_checkpoint
+from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
+from megatron_dattn.conversion.io.safetensors_writer import write_shards
 from megatron_dattn.models.config import AdapterConfig, ModelConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed

@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dattn.checkpoint import load_checkpoint
-from megatron_dattn.conversion.compared_model import one_text
-from megatron_dattn.conversion.import_hf import import_whole_model
+from megatron_dattn.conversion.hf_import.run import import_whole_model
+from megatron_dattn.conversion.verify.parity import one_text
 from megatron_dattn.inference.load import find_run
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.execution import ExecutionConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dattn.config.cli import load_config
-from megatron_dattn.conversion.import_hf import import_checkpoint
+from megatron_dattn.conversion.hf_import.run import import_checkpoint
 from tests.functional.workspace import pretrain
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.data.builders import make_rows

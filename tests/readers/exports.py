@@ -15,8 +15,8 @@ from PIL import Image
 
 from examples.quickstart.make_tokenizer import make_tokenizer
 from megatron_dattn.attention import PRESETS, output_rows
-from megatron_dattn.conversion.export_hf import export_checkpoint
-from megatron_dattn.conversion.exportable import check_exportable, is_llava
+from megatron_dattn.conversion.families.exportable import check_exportable, is_llava
+from megatron_dattn.conversion.hf_export.run import export_checkpoint
 from megatron_dattn.data.template import TextRows
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.inference import Prompt, generate_tokens, load_model

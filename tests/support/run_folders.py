@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from megatron_dattn.conversion.import_hf import import_checkpoint
+from megatron_dattn.conversion.hf_import.run import import_checkpoint
 from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.execution import ExecutionConfig

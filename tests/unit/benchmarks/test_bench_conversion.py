@@ -12,7 +12,7 @@ from benchmarks.bench_conversion import Measured, result_table, run_watched
 from benchmarks.random_checkpoint import add_adapter, write_random_checkpoint
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.checkpoint.tensors import open_tensors
-from megatron_dattn.conversion.import_hf import import_checkpoint
+from megatron_dattn.conversion.hf_import.run import import_checkpoint
 from megatron_dattn.errors import UserError
 from megatron_dattn.models.config import LanguageConfig, VisionConfig
 

@@ -5,7 +5,7 @@ import os
 from math import prod
 from pathlib import Path
 
-from megatron_dattn.conversion.weight_map import Rule
+from megatron_dattn.conversion.families.weight_map import Rule
 
 
 def write_empty(folder: Path, rules: list[Rule]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
+from megatron_dattn.conversion.hf_export.run import ExportOptions, export_checkpoint
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from packaging.requirements import Requirement
 
-from megatron_dattn.conversion.hf_config import OLDEST_STOCK
+from megatron_dattn.conversion.hf_export.config import OLDEST_STOCK
 from megatron_dattn.hf import configuration_dattn, processing_dattn
 from megatron_dattn.hf.versions_dattn import (
     NEWEST_TESTED,

@@ -15,11 +15,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from megatron_dattn.conversion import llava as conversion
-from megatron_dattn.conversion.json_files import read_json
-from megatron_dattn.conversion.key_names import key_names
-from megatron_dattn.conversion.safetensors_reader import SafetensorsFolder
-from megatron_dattn.conversion.weight_map import check_tensors
+from megatron_dattn.conversion.families import llava as conversion
+from megatron_dattn.conversion.families.key_names import key_names
+from megatron_dattn.conversion.families.weight_map import check_tensors
+from megatron_dattn.conversion.io.json_files import read_json
+from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
 from megatron_dattn.models.vlm import DAttnVLM
 from tests.support.vlm import LANGUAGE, VISION, make_batch, tiny_model
 

@@ -11,7 +11,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from megatron_dattn.conversion.families import vision_rules
+from megatron_dattn.conversion.families.registry import vision_rules
 from megatron_dattn.models.config import VisionConfig
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.transformer_config import vision_transformer_config

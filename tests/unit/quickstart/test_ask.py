@@ -12,7 +12,7 @@ from PIL import Image
 
 from examples.quickstart.ask import pick
 from examples.quickstart.demo import ROOT
-from megatron_dattn.conversion.export_hf import ExportOptions, export_checkpoint
+from megatron_dattn.conversion.hf_export.run import ExportOptions, export_checkpoint
 from megatron_dattn.inference import Prompt, generate, load_model
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder

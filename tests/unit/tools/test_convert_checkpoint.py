@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dattn.conversion import export_hf, import_hf, listing
-from megatron_dattn.conversion.verify import verify_checkpoint
+from megatron_dattn.conversion import inspect as listing
+from megatron_dattn.conversion.hf_export import run as export_hf
+from megatron_dattn.conversion.hf_import import run as import_hf
+from megatron_dattn.conversion.verify.imported import verify_checkpoint
 from tests.support.passes import Passes
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.conversion.llava_models import save_llava

@@ -1,0 +1,87 @@
+"""Which models have a form in Hugging Face's world, and which of the two they get.
+
+Decomposed models are given code of ours, plain self-attention is Hugging Face's own LLaVA. Neither
+computes everything that can be trained; what it does not is refused with the reason.
+"""
+
+from megatron_dattn.attention import AttentionConfig, VisualRows, get_preset
+from megatron_dattn.conversion.families.registry import LANGUAGE
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.config import LanguageConfig, ModelConfig
+
+# What the exported code can do with visual rows, by the config's `visual_source`: run them through
+# all layers, or make them anew in each.
+VISUAL_ROWS = {
+    "stream": VisualRows(),
+    "reproject": VisualRows(source="reproject", ffn=0.0),
+}
+
+
+def is_llava(model: ModelConfig) -> bool:
+    """Whether the model's attention is that of Hugging Face's LLaVA, whose code it is given."""
+    preset = get_preset(model.attention)
+    return preset.attends_in_reading_order and preset.visual == VisualRows()
+
+
+def check_exportable(model: ModelConfig) -> None:
+    """Refuse what neither our exported code nor Hugging Face's LLaVA computes.
+
+    Raises:
+        ConfigError: naming the preset, or a setting of the language model, and the reason.
+    """
+    if is_llava(model):
+        reason = _reason_against_llava(model)
+    else:
+        reason = _reason_against_dattn(get_preset(model.attention))
+    reason = reason or _reason_against_language(model.language)
+    if reason:
+        raise ConfigError(f"model.attention '{model.attention}' cannot be exported: {reason}")
+
+
+def _reason_against_dattn(preset: AttentionConfig) -> str:
+    if preset.scores_visual_rows:
+        return (
+            f"with v2v='{preset.v2v}' visual rows attend to other rows; the exported code computes "
+            "each from its own image alone"
+        )
+    if preset.t2v.window != "none" or preset.window != "part":
+        return (
+            f"with t2v.window='{preset.t2v.window}' and window='{preset.window}' images fall out "
+            "of a sliding window; the exported code keeps them in sight"
+        )
+    if preset.visual not in VISUAL_ROWS.values():
+        return "the exported code gives visual rows every layer whole, and this preset does not"
+    return ""
+
+
+def _reason_against_llava(model: ModelConfig) -> str:
+    """Hugging Face's LLaVA has an adapter of two linear layers, nothing before and after them."""
+    needs = "it would become a LlavaForConditionalGeneration, which"
+    if model.language.family == "gemma2":
+        return (
+            f"{needs} scales visual rows as Gemma-2's own embeddings are in transformers 4, and "
+            "does not in 5"
+        )
+    if model.adapter_norm != "none":
+        return (
+            f"{needs} has no norm in its adapter, and model.adapter.norm is "
+            f"'{model.adapter_norm}'; train with model.adapter.norm set to none"
+        )
+    if model.adapter.hidden_size not in (None, model.language.hidden_size):
+        return (
+            f"{needs} has an adapter as wide as the language model "
+            f"({model.language.hidden_size}), not model.adapter.hidden_size "
+            f"{model.adapter.hidden_size}"
+        )
+    if model.visual_embedding != "none":
+        return f"{needs} adds no positions to visual rows"
+    return ""
+
+
+def _reason_against_language(language: LanguageConfig) -> str:
+    """A setting that the family's Hugging Face class cannot have; its config says so itself."""
+    try:
+        LANGUAGE[language.family].hf_config(language)
+    except ConfigError as error:
+        return str(error)
+    return ""

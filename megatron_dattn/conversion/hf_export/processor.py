@@ -1,0 +1,89 @@
+"""Image processor and chat template of an export."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_dattn.conversion.families.llava import SELECT_STRATEGIES
+from megatron_dattn.conversion.hf_export.config import AUTO_MAP
+from megatron_dattn.data.conversation import IMAGE_TOKEN
+from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.templates import read_template
+from megatron_dattn.models.config import VisionConfig
+
+_CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+
+def chat_template(template: str) -> str:
+    """The Jinja source that makes prompts of chat messages.
+
+    Training's template for captions takes an image and its caption; the exported one also makes a
+    prompt of an image alone.
+    """
+    if template == "plain":
+        return Path(__file__).with_name("plain.jinja").read_text(encoding="utf-8")
+    return read_template(template)
+
+
+def write_chat_template(target: Path, template: str) -> None:
+    """Write the one file of it: a second copy, in tokenizer_config.json, would only grow stale."""
+    (target / _CHAT_TEMPLATE_FILE).write_text(chat_template(template), encoding="utf-8")
+
+
+def write_processor(
+    preprocessor: ImagePreprocessor, target: Path, *, llava_vision: VisionConfig | None
+) -> None:
+    """Write processor_config.json, and the image processor in a file of its own.
+
+    transformers 5 would write both into one file, which the older releases of 4 cannot read; with
+    a copy in each, an edit of one would be lost on some readers.
+
+    Args:
+        llava_vision: the encoder, for Hugging Face's LlavaProcessor; None for ours.
+    """
+    _write_json(target / "preprocessor_config.json", _image_processor(preprocessor))
+    config: dict[str, Any] = {"image_token": IMAGE_TOKEN}
+    if llava_vision is None:
+        config |= {
+            "processor_class": "DAttnProcessor",
+            "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
+            "image_fit": preprocessor.image_fit,
+        }
+    else:
+        config |= {
+            "processor_class": "LlavaProcessor",
+            "patch_size": llava_vision.patch_size,
+            "vision_feature_select_strategy": SELECT_STRATEGIES[llava_vision.family],
+            # The class token is counted here, and the strategy takes it away again.
+            "num_additional_image_tokens": llava_vision.num_places - llava_vision.num_patches,
+        }
+    _write_json(target / "processor_config.json", config)
+
+
+def _image_processor(preprocessor: ImagePreprocessor) -> dict[str, Any]:
+    side = preprocessor.image_size
+    square = {"height": side, "width": side}
+    if preprocessor.image_fit == "crop":
+        kind = {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_center_crop": True,
+            "crop_size": square,
+            "size": {"shortest_edge": side},
+        }
+    else:
+        kind = {"image_processor_type": "SiglipImageProcessor", "size": square}
+    return {
+        **kind,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": int(preprocessor.resample),
+        "do_rescale": True,
+        "rescale_factor": preprocessor.rescale_factor,
+        "do_normalize": True,
+        "image_mean": list(preprocessor.mean),
+        "image_std": list(preprocessor.std),
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

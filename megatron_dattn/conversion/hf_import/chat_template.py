@@ -1,0 +1,92 @@
+"""Which of our conversation templates an imported model is asked in.
+
+A default only: `data.template` of a run, and `--template` of the tools, say otherwise.
+"""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_dattn.conversion.hf_export.processor import chat_template
+from megatron_dattn.conversion.hf_import.tokenizer import TEKKEN_RESERVED
+from megatron_dattn.data.templates import TEMPLATES, TemplateName
+from megatron_dattn.data.tokenizer import special_token_ids
+
+logger = logging.getLogger(__name__)
+
+
+class SpokenTemplate(NamedTuple):
+    """A template and, for people, why it was chosen."""
+
+    name: TemplateName
+    reason: str
+
+
+# By family of the language model; the first whose control tokens the tokenizer has.
+_BY_FAMILY: dict[str, tuple[TemplateName, ...]] = {
+    "mistral": ("mistral_v3", "mistral_v1"),
+    "llama": ("llama3", "vicuna_v1"),
+    "gemma2": ("gemma",),
+}
+
+_TEKKEN = SpokenTemplate(
+    "mistral_v3",
+    "a guess for a model with a Tekken tokenizer (Nemo, Small 3): those were trained without the "
+    "spaces that it writes behind [INST] and [/INST]",
+)
+
+
+def spoken_template(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, family: str
+) -> SpokenTemplate:
+    """The template that an export of ours was made with, else the language family's.
+
+    Warns if that is a guess: templates without control tokens fit every tokenizer of the family,
+    base models' and those of chat models that were trained with another.
+
+    Args:
+        folder: the tokenizer's; its chat_template.jinja is compared with ours.
+        family: of the language model (`LanguageConfig.family`).
+
+    Returns:
+        `plain`, which every tokenizer can write, where nothing else fits.
+    """
+    path = folder / "chat_template.jinja"
+    stored = path.read_text(encoding="utf-8") if path.is_file() else None
+    for name in TEMPLATES:
+        if chat_template(name) == stored:
+            return SpokenTemplate(name, "the export's own")
+    special = special_token_ids(tokenizer)
+    for name in _BY_FAMILY[family]:
+        control = TEMPLATES[name].control
+        if control and all(tokenizer.convert_tokens_to_ids(t) in special for t in control):
+            spoken = SpokenTemplate(name, f"the tokenizer has its {', '.join(control)}")
+            return _as_guess(folder, _TEKKEN) if _is_tekken(tokenizer) else spoken
+    return _as_guess(folder, _guess(family))
+
+
+def _is_tekken(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it is one of Mistral's newer tokenizers; their control tokens are the older ones'."""
+    return any(TEKKEN_RESERVED.fullmatch(token) for token in tokenizer.get_added_vocab())
+
+
+def _guess(family: str) -> SpokenTemplate:
+    name: TemplateName = next(
+        (name for name in _BY_FAMILY[family] if not TEMPLATES[name].control), "plain"
+    )
+    controls = [", ".join(TEMPLATES[n].control) for n in _BY_FAMILY[family] if TEMPLATES[n].control]
+    lacks = f"its tokenizer lacks {' and '.join(controls)}"
+    loss = "; the questions themselves are not shown to the model then" if name == "plain" else ""
+    return SpokenTemplate(name, f"a guess for a model of family {family}: {lacks}{loss}")
+
+
+def _as_guess(folder: Path, guess: SpokenTemplate) -> SpokenTemplate:
+    logger.warning(
+        "%s will be asked in the template %s, %s; if it was trained with another, set "
+        "data.template in the new config.yaml",
+        folder,
+        *guess,
+    )
+    return guess

@@ -1,0 +1,193 @@
+"""Hugging Face folders into one Megatron checkpoint: encoder and language model, or a whole VLM.
+
+A stage starts from it. The result is a run folder like any other: `config.yaml` with model, data
+and precision, `tokenizer/`, and a committed checkpoint of step 0. Made of two folders it holds no
+adapter, and unless it was an export of ours, nothing of what the attention preset adds: training
+begins with initial values there. The folder gets its name last, so an interrupted conversion leaves
+none. Parameters are read, converted and written one by one: memory does not grow with the
+number of layers.
+"""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from megatron_dattn.checkpoint import save_checkpoint
+from megatron_dattn.checkpoint.collective import DiskFullError
+from megatron_dattn.checkpoint.tensors import ParameterValues
+from megatron_dattn.conversion.families.weight_map import Rule
+from megatron_dattn.conversion.hf_import.plan import (
+    ImportPlan,
+    plan_import,
+    plan_whole_import,
+    processor_files,
+)
+from megatron_dattn.conversion.hf_import.source import Source
+from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
+from megatron_dattn.conversion.hf_import.zeros import ZeroTensors
+from megatron_dattn.conversion.io.finite import check_finite
+from megatron_dattn.conversion.io.output_folder import new_folder
+from megatron_dattn.data.tokenizer import tokenizer_sha256
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.runtime.distributed import one_process
+from megatron_dattn.yaml_files import CONFIG_DIR
+
+logger = logging.getLogger(__name__)
+
+STAGE = "import"
+
+
+def import_checkpoint(
+    vision: Path, language: Path, output: Path, *, attention: str = "dattn", dtype: str = "bf16"
+) -> ModelConfig:
+    """Convert and save, in one process.
+
+    Args:
+        vision: folder of an encoder that `families/` knows: config.json, safetensors,
+            preprocessor_config.json.
+        language: folder of a language model: config.json, safetensors, tokenizer.json.
+        output: the new run folder; it must not hold anything yet.
+        attention: the preset that the configuration names (the weights do not depend on it).
+        dtype: "bf16" or "fp32", of the stored weights.
+
+    Returns:
+        The model's configuration.
+
+    Raises:
+        CheckpointError: an input does not fit or is damaged, or the output cannot be written; no
+            checkpoint exists then.
+        ConfigError: sizes or a preset that do not fit each other.
+    """
+    plan = plan_import(vision, language, output, attention=attention, dtype=dtype)
+    write_import(plan)
+    return plan.origin.model
+
+
+def import_whole_model(
+    folder: Path, output: Path, *, attention: str | None = None, dtype: str = "bf16"
+) -> ModelConfig:
+    """Convert and save a whole vision-language model, in one process.
+
+    Args:
+        folder: of a LLaVA-1.5-format model or of an export of ours, with tokenizer and image
+            processor.
+        attention: the preset. None is the model's own: `s_attn` for LLaVA, whose weights another
+            preset may start from; the preset of an export cannot be changed.
+        output, dtype: as for `import_checkpoint`.
+
+    Returns:
+        The model's configuration.
+
+    Raises:
+        CheckpointError, ConfigError: as for `import_checkpoint`.
+    """
+    plan = plan_whole_import(folder, output, attention=attention, dtype=dtype)
+    write_import(plan)
+    return plan.origin.model
+
+
+def write_import(plan: ImportPlan, written: Callable[[int], object] | None = None) -> None:
+    """Carry out a planned import.
+
+    Args:
+        written: is told the bytes of each parameter that has been converted.
+
+    Raises:
+        CheckpointError: the output cannot be written, or is no longer free; nothing is left then.
+    """
+    with new_folder(plan.output) as folder:
+        _write_assets(plan, folder)
+        _write_weights(plan, folder, written or (lambda num_bytes: None))
+    logger.info("imported to %s", plan.output)
+
+
+def _write_assets(plan: ImportPlan, folder: Path) -> None:
+    """Everything of the run folder but the checkpoint."""
+    origin, tokenizer = plan.origin, folder / "tokenizer"
+    vocab_size = origin.model.language.vocab_size
+    image_id = copy_tokenizer(origin.tokenizer, tokenizer, vocab_size=vocab_size)
+    for processor in processor_files(origin.image_processor):
+        shutil.copyfile(processor, tokenizer / processor.name)
+    data = {"tokenizer": f"{CONFIG_DIR}/{tokenizer.name}", "template": plan.template}
+    if origin.image_fit is not None:
+        data["image_fit"] = origin.image_fit
+    config = {
+        "model": dataclasses.asdict(origin.model),
+        "data": data,
+        # Without it FP32 weights would be computed with in BF16, the default.
+        "training": {"precision": plan.dtype},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    logger.info("token <image> has id %d; conversations are written as %s", image_id, plan.template)
+
+
+def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], object]) -> None:
+    rules = {
+        f"{s.module}.{rule.megatron}": (s, rule) for s in plan.origin.sources for rule in s.rules
+    }
+    # Held apart from the shards: saving gives those an axis of layers.
+    targets = {name: shard.data for name, shard in plan.shards.items()}
+    zeros = {source.module: ZeroTensors() for source in plan.origin.sources}
+
+    def load(name: str) -> Tensor:
+        target = targets[name]
+        assert target is not None
+        value = _convert(*rules[name], target, zeros)
+        written(value.nbytes)
+        return value
+
+    try:
+        with one_process():
+            save_checkpoint(
+                folder,
+                0,
+                dict(plan.shards),
+                facts=_facts(plan, folder),
+                values=ParameterValues(plan.shards, load),
+                quiet=True,  # the folder's name is a temporary one
+            )
+    except DiskFullError as error:
+        raise CheckpointError(
+            f"{plan.output} cannot be written: {error.__cause__}; it needs "
+            f"{plan.num_bytes / 1e9:.3g} GB: make room or choose another folder"
+        ) from error
+    for source in plan.origin.sources:
+        zeros[source.module].warn(str(source.weights.folder))
+
+
+def _convert(
+    source: Source, rule: Rule, target: Tensor, zeros: Mapping[str, ZeroTensors]
+) -> Tensor:
+    """One parameter in the shape and dtype of `target`, read from its Hugging Face tensors.
+
+    Args:
+        zeros: where tensors of zeros are noted, by module.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite, or becomes so in that dtype.
+    """
+    parts = {name: source.weights.load(name) for name in rule.sources}
+    for name, part in parts.items():
+        zeros[source.module].look(name, part)
+    whole = rule.layout.join(list(parts.values())).to(target.dtype).reshape(target.shape)
+    check_finite(whole, parts.items(), str(source.weights.folder))
+    return whole
+
+
+def _facts(plan: ImportPlan, folder: Path) -> dict[str, Any]:
+    return {
+        "model": dataclasses.asdict(plan.origin.model),
+        "modules": [source.module for source in plan.origin.sources],
+        "has_added": plan.origin.has_added,
+        "tokenizer": tokenizer_sha256(str(folder / "tokenizer")),
+        "stage": STAGE,
+        "step": 0,
+        "sources": {name: str(source.resolve()) for name, source in plan.origin.folders.items()},
+    }

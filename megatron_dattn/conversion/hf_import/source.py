@@ -1,0 +1,160 @@
+"""Where an import comes from: what the folders hold, in our terms.
+
+An import is made of an encoder and a language model (`parts_origin`) or of one vision-language
+model (`vlm_source.py`). Both are described by an `Origin`, and everything after that is the same.
+Only configurations and headers are read here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_dattn.conversion.families import registry
+from megatron_dattn.conversion.families.weight_map import Rule, check_tensors
+from megatron_dattn.conversion.hf_import.special_tokens import NamedTokens, named_tokens
+from megatron_dattn.conversion.io.foreign_folders import read_model_config
+from megatron_dattn.conversion.io.safetensors_reader import (
+    DTYPE_NAMES,
+    SafetensorsFolder,
+)
+from megatron_dattn.data.image_settings import ImageFit
+from megatron_dattn.errors import CheckpointError
+from megatron_dattn.models.config import LanguageConfig, ModelConfig
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+"""What a language model's folder calls the two that may be tied."""
+_FLOATING = frozenset(DTYPE_NAMES.values())
+
+
+@dataclass(frozen=True)
+class Source:
+    """The weights of one module, and the rules that take them over."""
+
+    module: str
+    weights: SafetensorsFolder
+    rules: list[Rule]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is imported; its tensors have been compared with its config."""
+
+    model: ModelConfig
+    sources: list[Source]
+    folders: dict[str, Path]
+    """By module, or under the name `model` if one folder holds all of them."""
+    tokenizer: Path
+    """The folder of the tokenizer."""
+    image_processor: Path
+    """The folder of the image processor."""
+    has_added: bool = False
+    """Whether the weights hold what the attention preset adds to a plain model."""
+    image_fit: ImageFit | None = None
+    """How images were made squares, where that is not the image processor's own way."""
+    image_token_id: int | None = None
+    """What the config says it is."""
+    named_tokens: NamedTokens = field(default_factory=dict)
+    """What the config says about the tokenizer."""
+
+
+def parts_origin(vision: Path, language: Path, attention: str) -> Origin:
+    """An encoder and a language model.
+
+    Raises:
+        CheckpointError: a folder does not hold what its config.json describes.
+        ConfigError: sizes or a preset that do not fit each other.
+    """
+    vision_json, language_json = (read_model_config(folder) for folder in (vision, language))
+    model = ModelConfig(
+        vision=registry.vision_family(vision_json).vision_config(vision_json),
+        language=registry.language_family(language_json).language_config(language_json),
+        attention=attention,
+    )
+    sources = [
+        _vision_source(vision, vision_json, model),
+        _language_source(language, language_json, model),
+    ]
+    folders = {"vision_model": vision, "language_model": language}
+    return Origin(
+        model,
+        sources,
+        folders,
+        tokenizer=language,
+        image_processor=vision,
+        named_tokens=named_tokens(language_json),
+    )
+
+
+def _vision_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> Source:
+    family = registry.vision_family(config)
+    is_dual_encoder = "vision_config" in config
+    weights = SafetensorsFolder(folder, prefix="vision_model." if is_dual_encoder else "")
+    if not is_dual_encoder and any(name.startswith("vision_model.") for name in weights.shapes):
+        # transformers 4 kept the prefix in files of the vision encoder alone.
+        weights = SafetensorsFolder(folder, prefix="vision_model.")
+    check_num_layers(model.vision.num_hidden_layers, weights)
+    rules = family.vision_rules(model.vision)
+    unused = family.unused_prefixes(model.vision, model.vision.num_hidden_layers)
+    check_weights(rules, weights, unused)
+    return Source("vision_model", weights, rules)
+
+
+def _language_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> Source:
+    family = registry.language_family(config)
+    weights = SafetensorsFolder(folder)
+    check_num_layers(model.language.num_hidden_layers, weights)
+    rules = family.language_rules(model.language)
+    head = repeated_head(weights, model.language, HEAD, EMBEDDING)
+    check_weights(rules, weights, [*family.unused_prefixes(model.language), *head])
+    return Source("language_model", weights, rules)
+
+
+def check_num_layers(num_layers: int, weights: SafetensorsFolder) -> None:
+    """Raise CheckpointError if a folder cannot hold so many layers: each has several tensors.
+
+    The tensors of every layer are listed and compared afterwards; a number that a damaged
+    config.json has made a million must not become a list first.
+    """
+    if num_layers > len(weights.shapes):
+        raise CheckpointError(
+            f"{weights.folder}: config.json describes {num_layers} layers, but there are only "
+            f"{len(weights.shapes)} tensors; download both again"
+        )
+
+
+def repeated_head(
+    weights: SafetensorsFolder, language: LanguageConfig, head: str, embedding: str
+) -> list[str]:
+    """A tied model's head where the folder stores it again, as some programs do; else nothing.
+
+    Args:
+        head, embedding: what the folder calls them.
+
+    Raises:
+        CheckpointError: it is not the embedding.
+    """
+    if not language.tie_word_embeddings or not {head, embedding} <= weights.shapes.keys():
+        return []
+    if weights.dtypes[embedding] in _FLOATING and not weights.are_equal(head, embedding):
+        raise CheckpointError(
+            f"{weights.folder} stores {head} and {embedding} with different values, but its "
+            "config.json ties them; if the head is a trained one set tie_word_embeddings to "
+            f"false, otherwise save the model without {head}"
+        )
+    return [head]
+
+
+def check_weights(rules: Sequence[Rule], weights: SafetensorsFolder, unused: Sequence[str]) -> None:
+    """Raise CheckpointError unless a folder holds what the rules need, as numbers to train on.
+
+    Args:
+        unused: as for `check_tensors`.
+    """
+    check_tensors(rules, weights.shapes, unused=unused, origin=str(weights.folder))
+    for name in (name for rule in rules for name in rule.sources):
+        if weights.dtypes[name] not in _FLOATING:
+            raise CheckpointError(
+                f"{weights.folder} holds {name} as {weights.dtypes[name]}: quantized weights "
+                "cannot be trained; convert the model in BF16 or FP32"
+            )

@@ -1,0 +1,152 @@
+"""The tokenizer's `<image>` entry, made without growing the vocabulary.
+
+A vision-language model needs one token that marks an image's place. Growing the vocabulary would
+change the embedding's shape, so a reserved entry that no text needs is renamed: Mistral v0.3 ships
+`[control_8]` and hundreds more, Nemo `<SPECIAL_n>`, Llama-3 `<|reserved_special_token_0|>`, Gemma
+`<unused0>`. Llama-2 and Vicuna reserve nothing; there an entry is added behind the others, if the
+embedding has a row for it, as the padded ones of LLaVA's checkpoints do.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from megatron_dattn.conversion.io.json_files import read_json
+from megatron_dattn.conversion.io.sentencepiece_model import SENTENCEPIECE_FILE, rename_piece
+from megatron_dattn.data.conversation import IMAGE_TOKEN
+from megatron_dattn.errors import CheckpointError
+
+TEKKEN_RESERVED = re.compile(r"<SPECIAL_(\d+)>")
+"""In Mistral's Tekken tokenizers: Nemo, Small 3."""
+RESERVED_NAMES = (
+    re.compile(r"\[control_(\d+)\]"),
+    re.compile(r"<\|reserved_special_token_(\d+)\|>"),
+    re.compile(r"<unused(\d+)>"),
+    TEKKEN_RESERVED,
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    SENTENCEPIECE_FILE,
+    "chat_template.jinja",
+    "generation_config.json",  # it says which tokens end an answer
+)
+
+
+def copy_tokenizer(source: Path, target: Path, *, vocab_size: int | None = None) -> int:
+    """Copy a fast tokenizer and make sure that it knows `<image>` as a special token.
+
+    Args:
+        vocab_size: rows of the model's embedding, which the tokenizer may fill; as many as it has
+            entries where None.
+
+    Returns:
+        The id of `<image>`.
+
+    Raises:
+        CheckpointError: no tokenizer.json, or one that is damaged or is no tokenizer; neither an
+            entry to rename nor room for one more.
+    """
+    if not (source / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{source} holds no tokenizer.json; save a fast tokenizer there "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
+    tokenizer = _read_tokenizer(source / "tokenizer.json")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    entry = IMAGE_TOKEN if IMAGE_TOKEN in added else _reserved_entry(added)
+    if entry is None:
+        image_id = _append(source, target, vocab_size)
+    else:
+        image_id = added[entry]
+        for path in (target / name for name in TOKENIZER_FILES):
+            if path.suffix == ".json" and path.is_file():
+                _rewrite(path, lambda content: _renamed(content, entry))
+        rename_piece(target / SENTENCEPIECE_FILE, image_id, IMAGE_TOKEN)
+    if (target / "tokenizer_config.json").is_file():
+        _rewrite(target / "tokenizer_config.json", lambda content: _listed(content, image_id))
+    return image_id
+
+
+def _read_tokenizer(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} holds no tokenizer: {reason}; download it again") from error
+    return content
+
+
+def _reserved_entry(added: dict[str, int]) -> str | None:
+    """`[control_8]` where it exists (public Mistral models use it so), else the lowest id."""
+    names = [name for name in added if any(p.fullmatch(name) for p in RESERVED_NAMES)]
+    if not names:
+        return None
+    return "[control_8]" if "[control_8]" in names else min(names, key=lambda name: added[name])
+
+
+def _append(source: Path, target: Path, vocab_size: int | None) -> int:
+    """Give `<image>` the id behind the last one, which must have a row in the embedding."""
+    path = str(target / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    rows = vocab_size or tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    image_id = tokenizer.get_vocab()[IMAGE_TOKEN]
+    if image_id >= rows:
+        raise CheckpointError(
+            f"{source}/tokenizer.json has no '{IMAGE_TOKEN}', no reserved entry to rename (such as "
+            f"[control_8] or <unused0>), and the embedding's {rows} rows are all taken; grow the "
+            "model first: model.resize_token_embeddings(n, pad_to_multiple_of=64) with n = "
+            f"{image_id + 1}, and save it again"
+        )
+    tokenizer.save(path)
+    return image_id
+
+
+def _listed(config: dict[str, Any], image_id: int) -> dict[str, Any]:
+    """A tokenizer_config.json that lists `<image>` among the added tokens, if it lists them at all.
+
+    transformers 4 writes such a list. It goes before the one in tokenizer.json, so that a token
+    which it lacks is none.
+    """
+    decoder = config.get("added_tokens_decoder")
+    if not isinstance(decoder, dict) or str(image_id) in decoder:
+        return config
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    entry = {"content": IMAGE_TOKEN, **flags, "special": True}
+    return config | {"added_tokens_decoder": {**decoder, str(image_id): entry}}
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    content = read_json(path)
+    changed = change(content)
+    if changed != content:
+        path.write_text(json.dumps(changed, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _renamed(node: Any, entry: str) -> Any:
+    """Rename the entry wherever it stands, as a key (the vocabulary) or as a value.
+
+    Where its properties are listed it becomes special: reserved entries are not always.
+    """
+    if isinstance(node, dict):
+        content = {
+            IMAGE_TOKEN if key == entry else key: _renamed(value, entry)
+            for key, value in node.items()
+        }
+        is_entry = content.get("content") == IMAGE_TOKEN and "special" in content
+        return content | {"special": True} if is_entry else content
+    if isinstance(node, list):
+        return [_renamed(item, entry) for item in node]
+    return IMAGE_TOKEN if node == entry else node

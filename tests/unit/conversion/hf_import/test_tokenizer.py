@@ -1,0 +1,143 @@
+"""`<image>` takes a reserved entry's place or a padded one; other tokens keep their ids."""
+
+import json
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
+from megatron_dattn.data.tokenizer import load_tokenizer, special_token_ids
+from megatron_dattn.errors import CheckpointError
+
+
+def save_tokenizer(folder, special):
+    vocab = {token: n for n, token in enumerate([*special, "a", "b", "ab"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE(vocab, merges=[("a", "b")], unk_token="<unk>")),
+        unk_token="<unk>",
+        additional_special_tokens=[token for token in special if token != "<unk>"],
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def test_control_8_is_renamed(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    save_tokenizer(source, ["<unk>", "[control_7]", "[control_8]"])
+    image_id = copy_tokenizer(source, target)
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (source, target))
+    assert image_id == before.convert_tokens_to_ids("[control_8]") == 2
+    assert after.convert_tokens_to_ids("<image>") == 2
+    assert len(after) == len(before)
+    assert after("ab<image>a").input_ids == [5, 2, 3]
+    assert "[control_8]" not in after.get_vocab()
+
+
+def test_an_existing_image_token_is_kept(tmp_path):
+    save_tokenizer(tmp_path / "source", ["<unk>", "[control_8]", "<image>"])
+    assert copy_tokenizer(tmp_path / "source", tmp_path / "target") == 2
+
+
+def test_lowest_reserved_entry_where_control_8_is_absent(tmp_path):
+    save_tokenizer(tmp_path / "source", ["<unk>", "[control_3]", "[control_12]"])
+    assert copy_tokenizer(tmp_path / "source", tmp_path / "target") == 1
+
+
+def test_gemma_s_unused_entry_becomes_special(tmp_path):
+    """Gemma lists `<unusedN>` among its added tokens, where they are not special."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    save_tokenizer(source, ["<unk>", "<unused1>", "<unused0>", "<start_of_turn>"])
+    for name, entries in (
+        ("tokenizer.json", lambda content: content["added_tokens"]),
+        ("tokenizer_config.json", lambda c: c.get("added_tokens_decoder", {}).values()),
+    ):
+        content = json.loads((source / name).read_text())
+        for entry in entries(content):
+            if entry["content"].startswith("<unused"):
+                entry["special"] = False
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            if key in content:
+                content[key] = ["<start_of_turn>"]
+        (source / name).write_text(json.dumps(content))
+    before = AutoTokenizer.from_pretrained(source)
+    assert 1 not in special_token_ids(before)
+    assert copy_tokenizer(source, target) == 1
+    after = AutoTokenizer.from_pretrained(target)
+    assert after.convert_tokens_to_ids("<image>") == 1
+    assert 1 in special_token_ids(after)
+    assert 2 not in special_token_ids(after)
+    assert len(after) == len(before)
+
+
+def test_a_padded_vocabulary_has_room_for_image(tmp_path):
+    """Llama-2 and Vicuna reserve nothing; LLaVA's embedding has 64 rows more than entries."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    save_tokenizer(source, ["<unk>", "<s>"])
+    assert copy_tokenizer(source, target, vocab_size=6) == 5
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (source, target))
+    assert after.convert_tokens_to_ids("<image>") == 5
+    assert 5 in special_token_ids(after)
+    assert after("ab<image>a").input_ids == [4, 5, 2]
+    assert {**before.get_vocab(), "<image>": 5} == after.get_vocab()
+
+
+def save_llama_tokenizer(folder, *, lists_added_tokens, special=("<unk>", "<s>", "</s>")):
+    """Llama-2's and Vicuna's files, as transformers 4 wrote them, or as the hub's older ones."""
+    folder.mkdir()
+    vocab = {token: n for n, token in enumerate([*special, "a", "b", "ab", "\u2581"])}
+    backend = Tokenizer(BPE(vocab, merges=[("a", "b")], unk_token="<unk>", byte_fallback=True))
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "legacy": False,
+    }
+    if lists_added_tokens:
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        config["added_tokens_decoder"] = {
+            str(n): {"content": name, **flags, "special": True} for n, name in enumerate(special)
+        }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("lists_added_tokens", [True, False])
+@pytest.mark.parametrize(
+    ("special", "image_id"),
+    [(("<unk>", "<s>", "</s>"), 7), (("<unk>", "<s>", "</s>", "<image>"), 3)],
+)
+def test_both_styles_of_a_llama_tokenizer_get_image(
+    tmp_path, lists_added_tokens, special, image_id
+):
+    source, target = tmp_path / "source", tmp_path / "target"
+    save_llama_tokenizer(source, lists_added_tokens=lists_added_tokens, special=special)
+    assert copy_tokenizer(source, target, vocab_size=9) == image_id
+    after = load_tokenizer(str(target), template="plain", vocab_size=9)
+    assert type(after).__name__.startswith("LlamaTokenizer")
+    assert after.convert_tokens_to_ids("<image>") == image_id
+    assert image_id in special_token_ids(after)
+    assert image_id in after("ab<image>a").input_ids
+    assert copy_tokenizer(target, tmp_path / "again", vocab_size=9) == image_id
+
+
+def test_an_image_entry_that_the_list_of_added_tokens_lacks_is_listed(tmp_path):
+    save_llama_tokenizer(tmp_path / "source", lists_added_tokens=True)
+    path = tmp_path / "source" / "tokenizer.json"
+    backend = Tokenizer.from_file(str(path))
+    backend.add_special_tokens([AddedToken("<image>", normalized=False)])
+    backend.save(str(path))
+    assert copy_tokenizer(tmp_path / "source", tmp_path / "target") == 7
+    assert load_tokenizer(str(tmp_path / "target"), template="plain")("<image>").input_ids[-1] == 7
+
+
+def test_no_room_for_image_is_an_error_with_the_remedy(tmp_path):
+    save_tokenizer(tmp_path / "source", ["<unk>"])
+    for rows in (None, 4):
+        with pytest.raises(CheckpointError, match=r"no reserved entry.* 4 rows .*n = 5"):
+            copy_tokenizer(tmp_path / "source", tmp_path / "target", vocab_size=rows)
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        copy_tokenizer(tmp_path / "empty", tmp_path / "target")
