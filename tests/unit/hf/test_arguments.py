@@ -149,7 +149,9 @@ def test_the_last_text_answers_for_an_image_at_the_end(
         with torch.inference_mode():
             logits = dattn(**batch_of([row])).logits[0]
         expected.append(logits[max(i for i, token in enumerate(row) if token != IMAGE)])
-        torch.testing.assert_close(logits[-1], expected[-1], rtol=0, atol=0)
+        # The same hidden state twice in one product: which of its rows share a block of the kernel,
+        # and so the order of the sums, depends on the processor.
+        torch.testing.assert_close(logits[-1], expected[-1], rtol=1e-5, atol=1e-6)
     # Each batch numbers its pictures anew, so only prompts whose picture is the first are compared.
     for left in (True, False):
         inputs = batch_of([rows[0], [1, 8, 9, 10, 11]], left=left)
