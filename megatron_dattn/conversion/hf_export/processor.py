@@ -1,4 +1,4 @@
-"""Image processor and chat template of an export."""
+"""Image processor of an export."""
 
 import json
 from pathlib import Path
@@ -8,26 +8,7 @@ from megatron_dattn.conversion.families.llava import SELECT_STRATEGIES
 from megatron_dattn.conversion.hf_export.config import AUTO_MAP
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.data.templates import read_template
 from megatron_dattn.models.config import VisionConfig
-
-_CHAT_TEMPLATE_FILE = "chat_template.jinja"
-
-
-def chat_template(template: str) -> str:
-    """The Jinja source that makes prompts of chat messages.
-
-    Training's template for captions takes an image and its caption; the exported one also makes a
-    prompt of an image alone.
-    """
-    if template == "plain":
-        return Path(__file__).with_name("plain.jinja").read_text(encoding="utf-8")
-    return read_template(template)
-
-
-def write_chat_template(target: Path, template: str) -> None:
-    """Write the one file of it: a second copy, in tokenizer_config.json, would only grow stale."""
-    (target / _CHAT_TEMPLATE_FILE).write_text(chat_template(template), encoding="utf-8")
 
 
 def write_processor(

@@ -29,8 +29,9 @@ from megatron_dattn.conversion.hf_export.config import (
 )
 from megatron_dattn.conversion.hf_export.metrics import metrics_of_run, read_metrics
 from megatron_dattn.conversion.hf_export.model_card import model_card
-from megatron_dattn.conversion.hf_export.processor import write_chat_template, write_processor
+from megatron_dattn.conversion.hf_export.processor import write_processor
 from megatron_dattn.conversion.hf_export.tokenizer import write_tokenizer
+from megatron_dattn.conversion.io.chat_template import write_chat_template
 from megatron_dattn.conversion.io.finite import check_finite
 from megatron_dattn.conversion.io.foreign_folders import some
 from megatron_dattn.conversion.io.output_folder import check_output, check_room, new_folder

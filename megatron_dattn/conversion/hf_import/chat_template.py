@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dattn.conversion.hf_export.processor import chat_template
 from megatron_dattn.conversion.hf_import.tokenizer import TEKKEN_RESERVED
+from megatron_dattn.conversion.io.chat_template import CHAT_TEMPLATE_FILE, chat_template
 from megatron_dattn.data.templates import TEMPLATES, TemplateName
 from megatron_dattn.data.tokenizer import special_token_ids
 
@@ -53,7 +53,7 @@ def spoken_template(
     Returns:
         `plain`, which every tokenizer can write, where nothing else fits.
     """
-    path = folder / "chat_template.jinja"
+    path = folder / CHAT_TEMPLATE_FILE
     stored = path.read_text(encoding="utf-8") if path.is_file() else None
     for name in TEMPLATES:
         if chat_template(name) == stored:

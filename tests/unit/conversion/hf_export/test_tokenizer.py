@@ -9,9 +9,9 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_dattn.conversion.hf_export.processor import write_chat_template
 from megatron_dattn.conversion.hf_export.tokenizer import write_tokenizer
 from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
+from megatron_dattn.conversion.io.chat_template import write_chat_template
 from megatron_dattn.data.tokenizer import load_tokenizer
 from tests.unit.data.builders import SPECIAL_TOKENS, make_tokenizer
 
