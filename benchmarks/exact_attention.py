@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.parts import Part
+from megatron_dattn.attention.plan.parts import Part
 
 SCORES_AT_A_TIME = 2**24
 """Of all heads together; 128 MiB in float64."""

@@ -4,6 +4,13 @@ Pure tensor mathematics: no process groups, no Megatron, no globals. Read `confi
 choices, `reference.py` for their meaning, `decomposed.py` for the operation.
 """
 
+from megatron_dattn.attention.attention_maps import (
+    ReportPlan,
+    Scoring,
+    image_attention,
+    plan_report,
+    visual_weight,
+)
 from megatron_dattn.attention.backends import Backend, select_backend
 from megatron_dattn.attention.config import AttentionConfig, Positions, TextToVisual
 from megatron_dattn.attention.cost import (
@@ -22,9 +29,9 @@ from megatron_dattn.attention.decomposed import (
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.merge import alpha_merge, weighted_merge
-from megatron_dattn.attention.next_rows import next_positions, plan_next_rows
 from megatron_dattn.attention.outputs import output_rows
-from megatron_dattn.attention.parts import AttentionPlan, plan_attention
+from megatron_dattn.attention.plan.decode import next_positions, plan_next_rows
+from megatron_dattn.attention.plan.parts import AttentionPlan, plan_attention
 from megatron_dattn.attention.positions import (
     RotaryScaling,
     apply_rotary,
@@ -32,14 +39,7 @@ from megatron_dattn.attention.positions import (
     row_positions,
 )
 from megatron_dattn.attention.presets import PRESETS, get_preset
-from megatron_dattn.attention.report import (
-    ReportPlan,
-    Scoring,
-    image_attention,
-    plan_report,
-    visual_weight,
-)
-from megatron_dattn.attention.visual_rows import VisualRows, kept_grid, num_shared
+from megatron_dattn.attention.visual_config import VisualRows, kept_grid, num_shared
 
 __all__ = [
     "PRESETS",

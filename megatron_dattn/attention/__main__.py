@@ -15,7 +15,7 @@ from megatron_dattn.attention.cost import LayerSizes, attended_pairs, decoder_fl
 from megatron_dattn.attention.drawing import draw_picture, draw_text, kept_layout
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.presets import NOTATION, PRESETS, get_preset
-from megatron_dattn.attention.visual_rows import VisualRows
+from megatron_dattn.attention.visual_config import VisualRows
 from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
 
 _BASELINE = "s_attn"

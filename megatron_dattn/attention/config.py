@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_dattn.attention.choices import unknown_values
-from megatron_dattn.attention.visual_rows import VisualRows
+from megatron_dattn.attention.visual_config import VisualRows
 from megatron_dattn.errors import ConfigError
 
 TextScope = Literal["all", "following"]

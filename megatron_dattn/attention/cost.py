@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import TokenLayout
-from megatron_dattn.attention.rings import image_rings
-from megatron_dattn.attention.visual_rows import rounded_share
+from megatron_dattn.attention.plan.rings import image_rings
+from megatron_dattn.attention.visual_config import rounded_share
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.merge import alpha_merge, merge_dtype, weighted_merge
-from megatron_dattn.attention.parts import AttentionPlan, Part
+from megatron_dattn.attention.plan.parts import AttentionPlan, Part
 from megatron_dattn.attention.positions import Rotary, apply_rotary
 
 

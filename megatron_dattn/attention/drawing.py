@@ -19,7 +19,7 @@ from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.positions import row_positions
 from megatron_dattn.attention.reference import pair_masks
-from megatron_dattn.attention.visual_rows import VisualRows, kept_grid
+from megatron_dattn.attention.visual_config import VisualRows, kept_grid
 from megatron_dattn.errors import UserError
 
 SAMPLE = TokenLayout(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import TokenLayout
-from megatron_dattn.attention.visual_rows import num_shared, rounded_share
+from megatron_dattn.attention.visual_config import num_shared, rounded_share
 from megatron_dattn.errors import ConfigError
 
 

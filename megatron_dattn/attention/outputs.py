@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import TokenLayout
-from megatron_dattn.attention.rings import image_rings
+from megatron_dattn.attention.plan.rings import image_rings
 
 
 def output_rows(layout: TokenLayout, config: AttentionConfig) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import Run, TokenLayout
-from megatron_dattn.attention.rings import image_rings
+from megatron_dattn.attention.plan.rings import image_rings
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, each [rows, D]
 

@@ -5,7 +5,7 @@
 """
 
 from megatron_dattn.attention.config import AttentionConfig, Positions, TextToVisual
-from megatron_dattn.attention.visual_rows import VisualRows
+from megatron_dattn.attention.visual_config import VisualRows
 from megatron_dattn.errors import ConfigError
 
 NOTATION = """\

@@ -38,6 +38,7 @@ DECLARATIONS = {
 }
 # The rooms within a room, in the same way; files beside them may import all of its rooms.
 INNER: dict[str, dict[str, set[str]]] = {
+    "attention": {"plan": set(), "backends": {"plan"}},
     "conversion": {
         "io": set(),
         "families": {"io"},

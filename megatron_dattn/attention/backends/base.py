@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.parts import Part
+from megatron_dattn.attention.plan.parts import Part
 
 
 class Backend(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.backends.dense import DenseBackend, ScoreRule, hidden_places
-from megatron_dattn.attention.padding import PaddedBatch
+from megatron_dattn.attention.plan.padding import PaddedBatch
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

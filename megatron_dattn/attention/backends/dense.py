@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.merge import merge_dtype
-from megatron_dattn.attention.padding import PaddedBatch, PaddedRows
-from megatron_dattn.attention.parts import Part
+from megatron_dattn.attention.plan.padding import PaddedBatch, PaddedRows
+from megatron_dattn.attention.plan.parts import Part
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.parts import Part
+from megatron_dattn.attention.plan.parts import Part
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, layer_rules, num_shared
-from megatron_dattn.attention.visual_rows import VisualRows, kept_grid, rounded_share
+from megatron_dattn.attention.visual_config import VisualRows, kept_grid, rounded_share
 from megatron_dattn.errors import ConfigError
 
 LAYOUT = TokenLayout((2, 1), (ImageSpan(0, 1, (2, 2)),), visual_budget=6, text_budget=4)

@@ -7,8 +7,8 @@ from torch import Tensor
 from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
 from megatron_dattn.attention.backends.math import MathBackend
-from megatron_dattn.attention.parts import Part
-from megatron_dattn.attention.rows import Rows
+from megatron_dattn.attention.plan.index import Rows
+from megatron_dattn.attention.plan.parts import Part
 
 SCALE = 0.3
 KEY_HEADS, GROUP, DIM = 2, 3, 8

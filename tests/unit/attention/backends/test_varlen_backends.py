@@ -10,8 +10,8 @@ from megatron_dattn.attention.backends import cuda_flash, flash_attn2, flash_att
 from megatron_dattn.attention.backends.cuda_flash import CudaFlashBackend
 from megatron_dattn.attention.backends.flash_attn2 import FlashAttn2Backend
 from megatron_dattn.attention.backends.flash_attn3 import FlashAttn3Backend
-from megatron_dattn.attention.parts import Part
-from megatron_dattn.attention.rows import Rows
+from megatron_dattn.attention.plan.index import Rows
+from megatron_dattn.attention.plan.parts import Part
 from megatron_dattn.errors import UserError
 from tests.unit.attention.backends import varlen_kernels
 from tests.unit.attention.support import (

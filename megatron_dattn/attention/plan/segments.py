@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise, product
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import RowRange, TokenLayout
-from megatron_dattn.attention.rings import image_rings
+from megatron_dattn.attention.plan.rings import image_rings
 
 
 @dataclass(frozen=True)

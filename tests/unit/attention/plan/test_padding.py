@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dattn.attention.padding import PaddedRows, padded_batches
+from megatron_dattn.attention.plan.padding import PaddedRows, padded_batches
 
 lengths_lists = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 

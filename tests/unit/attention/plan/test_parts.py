@@ -16,7 +16,7 @@ from megatron_dattn.attention import (
     layer_rules,
     plan_attention,
 )
-from megatron_dattn.attention.parts import AttentionPlan, Part
+from megatron_dattn.attention.plan.parts import AttentionPlan, Part
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import (
     CONFIGS,

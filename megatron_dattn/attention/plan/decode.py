@@ -16,9 +16,9 @@ import torch
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import RowRange, TokenLayout
-from megatron_dattn.attention.parts import AttentionPlan, split_parts
+from megatron_dattn.attention.plan.parts import AttentionPlan, split_parts
+from megatron_dattn.attention.plan.segments import PartRule, Segment, seen_images
 from megatron_dattn.attention.positions import row_positions
-from megatron_dattn.attention.segments import PartRule, Segment, seen_images
 
 
 def plan_next_rows(

@@ -17,9 +17,9 @@ from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.config import AttentionConfig, Merge, Positions
 from megatron_dattn.attention.layout import RowRange, TokenLayout
 from megatron_dattn.attention.merge import merge_dtype
-from megatron_dattn.attention.parts import Part, plan_attention
+from megatron_dattn.attention.plan.index import Rows
+from megatron_dattn.attention.plan.parts import Part, plan_attention
 from megatron_dattn.attention.positions import Rotary, apply_rotary
-from megatron_dattn.attention.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_dattn.attention import ImageSpan
-from megatron_dattn.attention.rings import image_rings
+from megatron_dattn.attention.plan.rings import image_rings
 
 
 @pytest.mark.parametrize("height", range(1, 7))

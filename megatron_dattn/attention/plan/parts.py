@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig, Merge
 from megatron_dattn.attention.layout import RowRange, TokenLayout
-from megatron_dattn.attention.padding import PaddedBatch, padded_batches
-from megatron_dattn.attention.rows import Rows
-from megatron_dattn.attention.segments import PartRule, attention_rules
+from megatron_dattn.attention.plan.index import Rows
+from megatron_dattn.attention.plan.padding import PaddedBatch, padded_batches
+from megatron_dattn.attention.plan.segments import PartRule, attention_rules
 
 
 @dataclass(frozen=True)

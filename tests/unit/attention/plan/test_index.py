@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dattn.attention.rows import Rows
+from megatron_dattn.attention.plan.index import Rows
 
 
 @pytest.mark.parametrize(
