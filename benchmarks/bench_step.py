@@ -5,8 +5,8 @@
 One process, the same samples and weights. In fp32 the step of a hand-written model and loop stands
 beside the engine's `dattn`. Before anything is timed, the first losses of every variant are
 compared with those of its preset in fp32, over the backend `math`, with nothing left out. Model
-FLOPs are what the mathematics needs (`models/flops.py`); padding and recomputation are not counted.
-The bound is that of the engine's own operations and bytes (`step_roofline.py`).
+FLOPs are what the mathematics needs (`planner/flops.py`); padding and recomputation are not
+counted. The bound is that of the engine's own operations and bytes (`step_roofline.py`).
 """
 
 import argparse

@@ -23,7 +23,6 @@ from megatron_dattn.attention import (
     Backend,
     ImageSpan,
     LayerRule,
-    LayerSizes,
     TokenLayout,
     get_preset,
     layer_rules,
@@ -39,6 +38,7 @@ from megatron_dattn.models.layer_specs import Implementation, resolve_implementa
 from megatron_dattn.models.row_shards import RowShards
 from megatron_dattn.models.transformer_config import language_transformer_config
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.planner.decoder_flops import LayerSizes
 from megatron_dattn.runtime.distributed import seed_everything
 
 GB = 1e9

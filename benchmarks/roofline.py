@@ -22,9 +22,9 @@ A backward pass costs a product twice the forward (gradients of input and weight
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_dattn.attention import LayerRule, LayerSizes, TokenLayout, num_shared, plan_attention
-from megatron_dattn.attention.cost import attended_pairs
+from megatron_dattn.attention import LayerRule, TokenLayout, num_shared, plan_attention
 from megatron_dattn.models.execution import ExactSavings
+from megatron_dattn.planner.decoder_flops import LayerSizes, attended_pairs
 
 NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=False)
 """Nothing saved: the equations of the paper as they are written."""

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from benchmarks.roofline import LayerRun, Operator, Work, layer_operators, moved, norm, product
-from megatron_dattn.attention import LayerSizes, TokenLayout, get_preset, layer_rules
+from megatron_dattn.attention import TokenLayout, get_preset, layer_rules
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.models.parameters import count_parameters
+from megatron_dattn.planner.decoder_flops import LayerSizes
+from megatron_dattn.planner.parameters import count_parameters
 
 _FP32 = 4
 # What selective recomputation repeats: megatron-core's attention core.

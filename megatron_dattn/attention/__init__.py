@@ -13,13 +13,6 @@ from megatron_dattn.attention.attention_maps import (
 )
 from megatron_dattn.attention.backends import Backend, select_backend
 from megatron_dattn.attention.config import AttentionConfig, Positions, TextToVisual
-from megatron_dattn.attention.cost import (
-    LayerFlops,
-    LayerSizes,
-    attended_pairs,
-    decoder_flops,
-    layer_flops,
-)
 from megatron_dattn.attention.decomposed import (
     attend_images,
     attend_scored_rows,
@@ -47,9 +40,7 @@ __all__ = [
     "AttentionPlan",
     "Backend",
     "ImageSpan",
-    "LayerFlops",
     "LayerRule",
-    "LayerSizes",
     "Positions",
     "ReportPlan",
     "Scoring",
@@ -61,14 +52,11 @@ __all__ = [
     "apply_rotary",
     "attend_images",
     "attend_scored_rows",
-    "attended_pairs",
-    "decoder_flops",
     "decomposed_attention",
     "diagonal_attention",
     "get_preset",
     "image_attention",
     "kept_grid",
-    "layer_flops",
     "layer_rules",
     "next_positions",
     "num_shared",

@@ -1,7 +1,8 @@
 """Published ways of attending over visual and text rows, by name. A preset is one entry here.
 
 `about` says where a preset comes from, what it shows to whom, what it adds and what it costs;
-`python -m megatron_dattn.attention PRESET` prints it, with `NOTATION`. `cost.py` counts.
+`python tools/show_preset.py PRESET` prints it, with `NOTATION`, and `planner/decoder_flops.py`
+counts the operations.
 """
 
 from megatron_dattn.attention.config import AttentionConfig, Positions, TextToVisual

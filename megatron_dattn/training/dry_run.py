@@ -16,9 +16,9 @@ from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.dataset import open_dataset
 from megatron_dattn.data.epochs import records_per_epoch
 from megatron_dattn.errors import ConfigError, DataError, UserError
-from megatron_dattn.models.flops import executed_flops, model_flops
-from megatron_dattn.models.memory import RESERVE_BYTES, PackSize, RankMemory, rank_memory
-from megatron_dattn.models.parameters import count_parameters, rank_parameters
+from megatron_dattn.planner.flops import executed_flops, model_flops
+from megatron_dattn.planner.memory import RESERVE_BYTES, PackSize, RankMemory, rank_memory
+from megatron_dattn.planner.parameters import count_parameters, rank_parameters
 from megatron_dattn.runtime.launcher import read_launch
 from megatron_dattn.training.checks import StartChecks
 from megatron_dattn.training.plan import Plan, make_plan

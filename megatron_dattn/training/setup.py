@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 
 from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.planner.hardware import device_peak
 from megatron_dattn.runtime.distributed import get_device, is_rank_0
 from megatron_dattn.training.build import agreed, build_state, make_checkpointer, make_loader
 from megatron_dattn.training.checkpoint import Checkpointer
@@ -18,7 +19,6 @@ from megatron_dattn.training.exits import clear_exit_reason
 from megatron_dattn.training.ledger import SampleLedger
 from megatron_dattn.training.metrics import Metrics
 from megatron_dattn.training.optimizer import check_peak_rates
-from megatron_dattn.training.peak_flops import device_peak
 from megatron_dattn.training.plan import make_plan
 from megatron_dattn.training.run import Run
 from megatron_dattn.training.run_folder import describe_run

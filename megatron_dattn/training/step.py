@@ -16,7 +16,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron_dattn.data.counters import LoaderCounters, as_counts, from_counts
 from megatron_dattn.data.skip_limit import check_share
 from megatron_dattn.errors import shortened
-from megatron_dattn.models.flops import model_flops
+from megatron_dattn.planner.flops import model_flops
 from megatron_dattn.training.losses import (
     LossSum,
     run_micro_batches,

@@ -5,21 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_dattn.attention.__main__ import main
 
 from megatron_dattn.attention import (
     PRESETS,
     AttentionConfig,
     Positions,
     TextToVisual,
-    attended_pairs,
     get_preset,
     layer_rules,
     next_positions,
     select_backend,
 )
-from megatron_dattn.attention.__main__ import main
 from megatron_dattn.attention.reference import pair_masks
 from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.planner.decoder_flops import attended_pairs
 from tests.unit.attention.support import HEAD_DIM, RICH_LAYOUT, make_problem, run_fast, run_oracle
 
 PAGE = Path(__file__).parents[3] / "docs" / "attention.md"

@@ -12,15 +12,10 @@ from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sampl
 from benchmarks.exact_attention import SCORES_AT_A_TIME, ExactBackend
 from benchmarks.layer_memory import fit_line, peak_in_new_process, peak_table
 from benchmarks.roofline import Work, layer_operators
-from megatron_dattn.attention import (
-    PRESETS,
-    LayerSizes,
-    get_preset,
-    layer_flops,
-    plan_attention,
-)
+from megatron_dattn.attention import PRESETS, get_preset, plan_attention
 from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError, UserError
+from megatron_dattn.planner.decoder_flops import LayerSizes, layer_flops
 
 SIZES = LayerSizes(32, 4, 4, 8, 48, 24)  # four key heads: yopo silences one of them
 BENCH = Bench(SIZES, torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp32")

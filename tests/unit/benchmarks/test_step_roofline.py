@@ -9,8 +9,8 @@ from benchmarks.roofline import Operator, Work, total_work
 from benchmarks.step_roofline import StepRun, step_operators
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.models.flops import executed_flops
-from megatron_dattn.models.parameters import count_parameters
+from megatron_dattn.planner.flops import executed_flops
+from megatron_dattn.planner.parameters import count_parameters
 
 FP32, LABELLED = 4, 7
 NAIVE = ExactSavings(False, False, False, False)

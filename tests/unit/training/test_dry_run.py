@@ -10,9 +10,9 @@ from megatron_dattn.data.config import DataConfig, DatasetConfig
 from megatron_dattn.data.prepare import write_jsonl
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
-from megatron_dattn.models.flops import model_flops
-from megatron_dattn.models.parameters import count_parameters
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.planner.flops import model_flops
+from megatron_dattn.planner.parameters import count_parameters
 from megatron_dattn.training.config import (
     ModuleLearningRates,
     OptimizerSettings,

@@ -9,11 +9,11 @@ from megatron_dattn.attention import PRESETS
 from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
-from megatron_dattn.models.parameters import count_parameters, rank_parameters
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.planner.parameters import count_parameters, rank_parameters
 from tests.support.distributed import run_distributed
 from tests.support.megatron import init_model_parallel
-from tests.unit.models.test_memory import ALL, TINY
+from tests.unit.planner.test_memory import ALL, TINY
 
 
 def test_mistral_7b_has_its_published_size() -> None:

@@ -4,18 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dattn.attention import (
-    PRESETS,
-    ImageSpan,
-    LayerRule,
+from megatron_dattn.attention import PRESETS, ImageSpan, LayerRule, TokenLayout, layer_rules
+from megatron_dattn.attention.reference import pair_masks
+from megatron_dattn.planner.decoder_flops import (
     LayerSizes,
-    TokenLayout,
     attended_pairs,
     decoder_flops,
     layer_flops,
-    layer_rules,
 )
-from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import CONFIGS, layouts
 
 

@@ -13,9 +13,9 @@ from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
-from megatron_dattn.models.memory import PackSize, RankMemory, rank_memory
-from megatron_dattn.models.parameters import count_parameters
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.planner.memory import PackSize, RankMemory, rank_memory
+from megatron_dattn.planner.parameters import count_parameters
 from tests.support.distributed import run_distributed
 from tests.support.megatron import init_model_parallel
 

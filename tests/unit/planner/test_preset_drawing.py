@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dattn.attention import PRESETS, AttentionConfig, TextToVisual, VisualRows
-from megatron_dattn.attention.__main__ import main
-from megatron_dattn.attention.drawing import drawn_rows, panels
+from megatron_dattn.planner.preset_drawing import drawn_rows, panels
+from tools.show_preset import main
 
 # In reading order: T0, image V0..V11 of 3 x 4, T1 T2, image V12..V15 of 2 x 2, T3 T4 T5.
 T, V, W = "#", 12 * "#", 4 * "#"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_dattn.attention import PRESETS, LayerSizes, decoder_flops
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.models.config import (
     AdapterConfig,
@@ -21,7 +21,8 @@ from megatron_dattn.models.config import (
     VisionConfig,
 )
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
-from megatron_dattn.models.flops import (
+from megatron_dattn.planner.decoder_flops import LayerSizes, decoder_flops
+from megatron_dattn.planner.flops import (
     ALL_MODULES,
     StepFlops,
     executed_flops,

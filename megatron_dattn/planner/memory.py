@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from megatron_dattn.attention import get_preset
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
-from megatron_dattn.models.parameters import attention_widths, rank_parameters
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.planner.parameters import attention_widths, rank_parameters
 
 RESERVE_BYTES = 4 * 10**9
 """Room to leave for what is not counted: context, NCCL, fragmentation. A rule of thumb."""

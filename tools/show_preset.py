@@ -1,6 +1,6 @@
 """Show a preset: its source, who attends to whom, with which positions, and what it costs.
 
-python -m megatron_dattn.attention PRESET [--output picture.png] [--grid 24 24] [--text-rows 256]
+python tools/show_preset.py PRESET [--output picture.png] [--grid 24 24] [--text-rows 256]
 """
 
 import argparse
@@ -11,12 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_dattn.attention.config import AttentionConfig
-from megatron_dattn.attention.cost import LayerSizes, attended_pairs, decoder_flops
-from megatron_dattn.attention.drawing import draw_picture, draw_text, kept_layout
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.presets import NOTATION, PRESETS, get_preset
 from megatron_dattn.attention.visual_config import VisualRows
 from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
+from megatron_dattn.planner.decoder_flops import LayerSizes, attended_pairs, decoder_flops
+from megatron_dattn.planner.preset_drawing import draw_picture, draw_text, kept_layout
 
 _BASELINE = "s_attn"
 _COLUMNS = ("preset", "V2V", "V2T", "T2V", "T2T", "projections", "attention", "FFN", "total")
@@ -124,7 +124,9 @@ def _sample(options: argparse.Namespace) -> TokenLayout:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m megatron_dattn.attention", description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("preset", help=", ".join(PRESETS))
     parser.add_argument("--output", type=Path, help="also draw a picture into this file")
     sample = parser.add_argument_group("the sample whose cost is counted")

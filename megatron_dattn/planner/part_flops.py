@@ -5,15 +5,10 @@ Which rows pass which weights of a layer is decided here, once, for both of its 
 
 from dataclasses import dataclass
 
-from megatron_dattn.attention import (
-    AttentionConfig,
-    LayerRule,
-    TokenLayout,
-    attended_pairs,
-    kept_grid,
-)
+from megatron_dattn.attention import AttentionConfig, LayerRule, TokenLayout, kept_grid
 from megatron_dattn.models.config import ModelConfig, VisionConfig
 from megatron_dattn.models.execution import ExactSavings
+from megatron_dattn.planner.decoder_flops import attended_pairs
 
 
 @dataclass(frozen=True)

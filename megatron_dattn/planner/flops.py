@@ -14,7 +14,7 @@ plus 2d * vocabulary per labelled row. W_o of a visual row is counted at its ful
 layer's visual rows are counted, as the paper's equations are written, although both can be saved
 exactly. A product costs the same again for the gradient of its input (where anything before it
 trains) and again for the gradient of its weight (where it trains). Presets that freeze, drop,
-select or reproject visual rows count what their layers do (`attention/cost.py`).
+select or reproject visual rows count what their layers do (`planner/decoder_flops.py`).
 
 `executed_flops` is what the engine runs: padded rows, less what the exact savings leave out, and
 the forward pass repeated by full recomputation.
@@ -32,7 +32,7 @@ from megatron_dattn.attention import (
 )
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.models.part_flops import (
+from megatron_dattn.planner.part_flops import (
     LayerRows,
     PartFlops,
     adapter,
