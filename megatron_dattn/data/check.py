@@ -13,8 +13,10 @@ from typing import Any
 
 from megatron_dattn.data.conversation import Conversation, image_paths, parse_row
 from megatron_dattn.data.encoder import RowEncoder
-from megatron_dattn.data.images import decode_image, read_image_file
+from megatron_dattn.data.image_files import read_image_file
+from megatron_dattn.data.images import decode_image
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
+from megatron_dattn.data.system_errors import out_of_memory
 from megatron_dattn.errors import quoted
 
 MAX_EXAMPLES = 10  # per reason
@@ -31,7 +33,11 @@ class RowChecker:
     encoder: RowEncoder | None = None
 
     def __call__(self, row: Any) -> list[SampleError]:
-        """All problems of a row."""
+        """All problems of a row.
+
+        Raises:
+            DataError: the system fails, which is no problem of the row.
+        """
         try:
             conversation = parse_row(row)
         except SampleError as error:
@@ -50,6 +56,8 @@ class RowChecker:
             try:
                 data = read_image_file(str(self.image_root), path)
                 decode_image(data, max_pixels=self.max_pixels)
+            except MemoryError as error:
+                raise out_of_memory(f"decoding image {quoted(path)}") from error
             except SampleError as error:
                 yield SampleError(error.reason, f"image {quoted(path)}: {error}")
 

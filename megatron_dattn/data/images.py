@@ -7,9 +7,6 @@ Face's SigLIP and CLIP processors make of them, computed with Pillow alone.
 """
 
 import io
-import os
-import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +14,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 
+from megatron_dattn.data.image_files import locate_image as locate_image
+from megatron_dattn.data.image_files import read_image_file as read_image_file
 from megatron_dattn.data.image_metadata import without_metadata
 from megatron_dattn.data.image_settings import ImageFit, read_image_settings
 from megatron_dattn.data.rejection import Reason, SampleError
-from megatron_dattn.errors import quoted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_SIDE = 16_384
-MAX_FILE_BYTES = 256 * 1024 * 1024
-_ADDRESS = re.compile(r"(data|https?|ftp|file|s3|gs|hdfs):", re.IGNORECASE)
 _ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,64 +34,6 @@ _UPRIGHT = {
 }
 
 
-def locate_image(root: str, path: str) -> str:
-    """Where an image below `root` is, whether it is there or not.
-
-    The path may be absolute, but may not leave the root; links that the owner put below it are
-    followed.
-
-    Raises:
-        SampleError: the path is outside the root, or is no path.
-    """
-    if _ADDRESS.match(path):
-        kind = "a data URI" if path[:5].lower() == "data:" else "an address"
-        raise SampleError(Reason.BAD_ROW, f"image {quoted(path)} is {kind}; only files are read")
-    root = os.path.abspath(root)
-    place = os.path.normpath(os.path.join(root, path))
-    if "\0" in path or not _is_below(place, root):
-        raise SampleError(
-            Reason.MISSING_IMAGE, f"image path {quoted(path)} leaves its image root {quoted(root)}"
-        )
-    return place
-
-
-def _is_below(place: str, root: str) -> bool:
-    """By name; or else by what the names stand for, as one of them may go through a link."""
-    for name in (str, os.path.realpath):
-        folder = name(root)
-        if name(place).startswith(folder if folder.endswith(os.sep) else folder + os.sep):
-            return True
-    return False
-
-
-def read_image_file(root: str, path: str) -> bytes:
-    """The bytes of an image below `root`.
-
-    Raises:
-        SampleError: the file is missing, outside the root, too large, or not a regular file.
-    """
-    place = locate_image(root, path)
-    try:
-        # Without O_NONBLOCK, a named pipe would be waited for.
-        descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise SampleError(
-                    Reason.MISSING_IMAGE, f"image {quoted(path)} is not a regular file"
-                )
-            if status.st_size > MAX_FILE_BYTES:
-                raise SampleError(
-                    Reason.BROKEN_IMAGE, f"image {quoted(path)} has {status.st_size} bytes"
-                )
-            return file.read()
-    except (OSError, ValueError) as error:  # ValueError: characters that no file name has
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise SampleError(
-            Reason.MISSING_IMAGE, f"image {quoted(path)} below {quoted(root)}: {why}"
-        ) from error
-
-
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     """An upright RGB image from the bytes of a file.
 
@@ -104,12 +42,13 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
 
     Raises:
         SampleError: the format is not allowed, the size is beyond the limits, the file is damaged.
+        MemoryError: as it comes; it says nothing about the image.
     """
     # A process-wide switch that some libraries turn on; half an image is not a sample.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         return _decode(data, max_pixels)
-    except SampleError:
+    except (SampleError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise SampleError(Reason.BROKEN_IMAGE, f"the image is too large: {error}") from error
@@ -118,6 +57,8 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
             Reason.BROKEN_IMAGE, f"not an image in one of the formats {', '.join(FORMATS)}"
         ) from error
     except Exception as error:
+        if isinstance(error, OSError) and "out of memory" in str(error):  # as codecs put it
+            raise MemoryError(str(error)) from error
         # Pillow's decoders raise whatever their parsers run into (struct.error, SyntaxError,
         # OverflowError, ...). Damaged bytes are the sample's fault, never a reason to stop.
         raise SampleError(
@@ -129,7 +70,7 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
     """Decode, and if that fails decode what is left without metadata."""
     try:
         return _decode_as_is(data, max_pixels)
-    except (SampleError, Image.DecompressionBombError):
+    except (SampleError, Image.DecompressionBombError, MemoryError):
         raise
     except Exception:
         pixels = without_metadata(data)
@@ -148,6 +89,8 @@ def _upright(image: Image.Image) -> Image.Image:
     """Turned as EXIF says, where it says something that can be understood."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
+    except MemoryError:
+        raise
     except Exception:  # whatever the parser runs into: a note about the image, not the image
         return image
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None

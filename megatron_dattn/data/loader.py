@@ -163,6 +163,8 @@ class VLMLoader:
         pack: LoadedPack
         fail, in_a_row = self._source.config.bad_samples == "fail", 0
         for pack in loader:
+            if pack.failure is not None:
+                raise pack.failure
             used = pack.batch.num_samples if pack.batch is not None else 0
             count_pack(self._counters, used, pack.rejections, fail=fail)
             if pack.batch is not None:

@@ -5,14 +5,13 @@ preparing keeps the loader from looking for them in every epoch, and counts what
 """
 
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron_dattn.data.conversation import image_paths
-from megatron_dattn.data.images import locate_image
+from megatron_dattn.data.image_files import image_is_there
 from megatron_dattn.data.rejection import Reason, SampleError
 
 _THREADS = 16  # waiting for a network's file system, not computing
@@ -23,16 +22,17 @@ def missing_image(row: Any, image_root: str) -> str | None:
     """The first image of a row that is not there, if any.
 
     Rows that are wrong in another way are not judged: the loader counts them.
+
+    Raises:
+        DataError: the system does not say whether an image is there.
     """
     try:
         paths = image_paths(row) if isinstance(row, dict) else ()
         for path in paths:
-            if not os.path.isfile(locate_image(image_root, path)):
+            if not image_is_there(image_root, path):
                 return path
     except SampleError as error:
         return path if error.reason == Reason.MISSING_IMAGE else None
-    except ValueError:  # characters that no file name has
-        return path
     return None
 
 

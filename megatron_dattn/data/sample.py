@@ -16,6 +16,7 @@ from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import Rejection
+from megatron_dattn.errors import UserError
 
 
 @dataclass
@@ -86,12 +87,16 @@ class PackedBatch:
 
 @dataclass
 class LoadedPack:
-    """What a worker sends: a batch (None if every sample was rejected), and the rejections."""
+    """What a worker sends: a batch (None if every sample was rejected), and the rejections.
+
+    Or the error that ended its work: raised in the worker, it would arrive as a traceback.
+    """
 
     __key__: str
     __restore_key__: tuple[Any, ...]
     batch: PackedBatch | None
     rejections: tuple[Rejection, ...]
+    failure: UserError | None = None
 
     def pin_memory(self) -> "LoadedPack":
         return replace(self, batch=self.batch and self.batch.pin_memory())

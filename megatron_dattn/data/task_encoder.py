@@ -11,6 +11,7 @@ set three random number generators per sample.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -20,7 +21,15 @@ from megatron_dattn.data.energon import MapDataset, PackingDataset, TaskEncoder,
 from megatron_dattn.data.packing import pack_samples
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
 from megatron_dattn.data.row_source import RowSource
-from megatron_dattn.data.sample import EncodedSample, LoadedPack, RejectedSample, build_batch
+from megatron_dattn.data.sample import (
+    EncodedSample,
+    LoadedPack,
+    PackedBatch,
+    RejectedSample,
+    build_batch,
+)
+from megatron_dattn.data.system_errors import out_of_memory
+from megatron_dattn.errors import UserError, quoted, shortened
 
 MAX_KEY_LENGTH = 200  # a file's name and a number make less
 
@@ -81,8 +90,12 @@ class VLMTaskEncoder(TaskEncoder):
         if isinstance(sample, RejectedSample):
             return sample
         key, restore_key = sample.__key__, sample.__restore_key__
+        images = sample.conversation.images
         try:
             row = self.encoder(sample.conversation, sample.image_root)
+        except MemoryError as error:
+            work = f"preparing sample {key} with images {quoted(list(images), 200)}"
+            raise out_of_memory(work) from error
         except SampleError as error:
             return RejectedSample(key, restore_key, Rejection(key, error.reason, str(error)))
         return EncodedSample(
@@ -114,15 +127,15 @@ class VLMTaskEncoder(TaskEncoder):
     def select_samples_to_pack(
         self, samples: list[EncodedSample | RejectedSample]
     ) -> list[list[EncodedSample | RejectedSample]]:
-        """Packs of a buffer; every rejected sample has one to itself.
+        """Packs of a buffer; every rejected sample has one to itself, at its share of the way.
+
+        Together in front they would be counted early: at the start of a run with many loaders, the
+        rejected samples of whole buffers against the few used ones of the first packs.
 
         A state remembers which samples share a pack and a resumed run encodes them anew. Should a
         sample have been repaired in between, it must not find its pack full.
         """
         encoded = [sample for sample in samples if isinstance(sample, EncodedSample)]
-        packs: list[list[EncodedSample | RejectedSample]] = [
-            [sample] for sample in samples if isinstance(sample, RejectedSample)
-        ]
         chosen = pack_samples(
             encoded,
             visual_budget=self.encoder.visual_budget,
@@ -130,28 +143,44 @@ class VLMTaskEncoder(TaskEncoder):
             max_samples=self.max_samples,
             keep_order=self.keep_order,
         )
-        # The last one may be kept back to be filled up: that is for samples.
-        packs.extend([encoded[index] for index in pack] for pack in chosen)
-        return packs
+        # By their share of the way. The last pack may be kept back to be filled up: it is one of
+        # samples, as a rejected one is less than the whole way along.
+        places: list[tuple[float, list[EncodedSample | RejectedSample]]] = [
+            ((number + 1) / len(chosen), [encoded[index] for index in pack])
+            for number, pack in enumerate(chosen)
+        ]
+        places += [
+            (place / len(samples), [sample])
+            for place, sample in enumerate(samples)
+            if isinstance(sample, RejectedSample)
+        ]
+        return [pack for _, pack in sorted(places, key=lambda entry: entry[0])]
 
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample | RejectedSample]) -> LoadedPack:
         encoded = [sample for sample in samples if isinstance(sample, EncodedSample)]
         batch = None
         if encoded:
-            batch = build_batch(
-                encoded,
-                preprocessor=self.encoder.preprocessor,
-                visual_budget=self.encoder.visual_budget,
-                text_budget=self.encoder.text_budget,
-                pad_id=self.pad_id,
-            )
+            batch = self._batch(encoded)
         return LoadedPack(
             __key__=",".join(sample.__key__ for sample in samples),
             __restore_key__=(),
             batch=batch,
             rejections=tuple(s.rejection for s in samples if isinstance(s, RejectedSample)),
         )
+
+    def _batch(self, samples: list[EncodedSample]) -> PackedBatch:
+        try:
+            return build_batch(
+                samples,
+                preprocessor=self.encoder.preprocessor,
+                visual_budget=self.encoder.visual_budget,
+                text_budget=self.encoder.text_budget,
+                pad_id=self.pad_id,
+            )
+        except MemoryError as error:
+            keys = ", ".join(sample.__key__ for sample in samples)
+            raise out_of_memory(f"packing samples {shortened(keys, 200)}") from error
 
 
 class CarryingPacking(PackingDataset):
@@ -165,6 +194,12 @@ class CarryingPacking(PackingDataset):
     def __init__(self, dataset: Any, *, pre_packer: Any, **options: Any) -> None:
         super().__init__(dataset, pre_packer=self._select, **options)
         self._select_packs = pre_packer
+
+    def __iter__(self) -> Iterator[LoadedPack]:
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            yield LoadedPack("", (), batch=None, rejections=(), failure=error)
 
     def _select(self, samples: list[Any]) -> list[list[Any]]:
         packs = self._select_packs(samples)

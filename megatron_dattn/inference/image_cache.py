@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_dattn.data.images import read_image_file
+from megatron_dattn.data.image_files import read_image_file
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.inference.layers import KeyValue, pass_images
@@ -110,7 +110,10 @@ def encode_once(loaded: LoadedModel, images: Iterable[Image]) -> list[EncodedIma
 
 def read_image(loaded: RunAssets, path: Path) -> np.ndarray:
     """An image file at the vision encoder's size. Raises SampleError if it cannot be used."""
-    return loaded.preprocessor.fit(read_image_file(str(path.parent), path.name))
+    try:
+        return loaded.preprocessor.fit(read_image_file(str(path.parent), path.name))
+    except MemoryError as error:
+        raise DataError(f"memory ran out while decoding image '{path}'") from error
 
 
 def _pixels(loaded: LoadedModel, image: str | Path | np.ndarray) -> np.ndarray:

@@ -1,0 +1,194 @@
+"""A system that fails: waited out, then one error, and never counted against the data."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dattn.data import image_files, system_errors
+from megatron_dattn.data.check import RowChecker, check_rows
+from megatron_dattn.data.image_files import image_is_there, read_image_file
+from megatron_dattn.data.images import decode_image
+from megatron_dattn.data.missing import missing_image, rows_with_images
+from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.data.system_errors import is_of_the_file, patiently
+from megatron_dattn.errors import DataError
+from tests.unit.data.builders import (
+    data_config,
+    make_dataset,
+    make_loader,
+    make_rows,
+    row,
+    save_image,
+)
+
+OF_THE_FILE = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "EACCES", "EPERM", "EINVAL")
+OF_THE_SYSTEM = (
+    "EIO",
+    "ESTALE",
+    "ENOTCONN",
+    "EMFILE",
+    "ENFILE",
+    "ENOMEM",
+    "ETIMEDOUT",
+    "EHOSTDOWN",
+)
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits that only note how long they would have been."""
+    taken: list[float] = []
+    monkeypatch.setattr(system_errors.time, "sleep", taken.append)
+    return taken
+
+
+def failing(code: str, times: int = 1000) -> Callable[[], bytes]:
+    """A read that fails so often, then gives b"data"."""
+    left = [times]
+
+    def read() -> bytes:
+        left[0] -= 1
+        if left[0] >= 0:
+            number = getattr(errno, code)
+            raise OSError(number, os.strerror(number), "a.png")
+        return b"data"
+
+    return read
+
+
+@pytest.mark.parametrize("code", OF_THE_FILE)
+def test_an_error_of_the_file_comes_at_once(code: str, naps: list[float]) -> None:
+    with pytest.raises(OSError, match="a.png") as caught:
+        patiently("image 'a.png'", failing(code))
+    assert is_of_the_file(caught.value)
+    assert naps == []
+
+
+@pytest.mark.parametrize("code", OF_THE_SYSTEM)
+def test_an_error_of_the_system_is_waited_out_and_ends_the_run(
+    code: str, naps: list[float]
+) -> None:
+    with pytest.raises(DataError, match=rf"^image 'a.png' cannot be read: .*\({code}\)") as caught:
+        patiently("image 'a.png'", failing(code))
+    assert not isinstance(caught.value, SampleError)
+    assert "no fault of the data" in str(caught.value)
+    assert 3 <= sum(naps) <= 4
+
+
+def test_a_short_outage_is_not_noticed(naps: list[float]) -> None:
+    assert patiently("image 'a.png'", failing("ESTALE", times=4)) == b"data"
+    assert naps == list(system_errors.WAITS)
+
+
+def test_the_remedy_for_too_many_files_is_their_limit(naps: list[float]) -> None:
+    with pytest.raises(DataError, match="ulimit -n"):
+        patiently("image 'a.png'", failing("EMFILE"))
+
+
+def break_opening(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Neither opening nor asking about an image works, while other files do."""
+    number = getattr(errno, code)
+
+    def broken(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *args: Any, **options: Any) -> Any:
+            if str(path).endswith(".png"):
+                raise OSError(number, os.strerror(number), str(path))
+            return function(path, *args, **options)
+
+        return call
+
+    monkeypatch.setattr(image_files.os, "open", broken(os.open))
+    monkeypatch.setattr(image_files.os, "stat", broken(os.stat))
+
+
+def test_an_outage_is_no_missing_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]
+) -> None:
+    save_image(tmp_path / "a.png", seed=1)
+    rows = [row("<image>", "y", "a.png")] * 3
+    assert missing_image(rows[0], str(tmp_path)) is None
+    assert missing_image(row("<image>", "y", "b.png"), str(tmp_path)) == "b.png"
+    break_opening(monkeypatch, "EIO")
+    message = r"^image 'a.png' below .*Input/output error \(EIO\)"
+    with pytest.raises(DataError, match=message):
+        read_image_file(str(tmp_path), "a.png")
+    with pytest.raises(DataError, match=message):
+        image_is_there(str(tmp_path), "a.png")
+    with pytest.raises(DataError, match=message):  # prepare_data --drop-missing
+        list(rows_with_images(list(enumerate(rows)), tmp_path, []))
+    with pytest.raises(DataError, match=message):  # check_data
+        list(check_rows(rows, RowChecker(tmp_path, 10**6), path="x", num_threads=2))
+
+
+def test_a_file_that_may_not_be_read_is_the_sample_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]
+) -> None:
+    save_image(tmp_path / "a.png", seed=1)
+    break_opening(monkeypatch, "EACCES")
+    with pytest.raises(SampleError, match="Permission denied") as caught:
+        read_image_file(str(tmp_path), "a.png")
+    assert caught.value.reason == Reason.MISSING_IMAGE
+    assert naps == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_outage_ends_the_loader_with_one_line(
+    processor: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    naps: list[float],
+    num_workers: int,
+) -> None:
+    """From a worker too: without its traceback."""
+    dataset = make_dataset(tmp_path, make_rows(tmp_path, 10))
+    loader = make_loader(data_config(processor, num_workers=num_workers), [dataset])
+    break_opening(monkeypatch, "ENOTCONN")
+    with pytest.raises(DataError, match=r"^image 'images/\d.png' below .*ENOTCONN") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+    assert loader.counters().num_skipped == 0
+
+
+def no_memory(*args: Any, **options: Any) -> Any:
+    raise MemoryError
+
+
+def codec_without_memory(*args: Any, **options: Any) -> Any:
+    raise OSError("out of memory error when reading image file")
+
+
+@pytest.mark.parametrize("fault", [no_memory, codec_without_memory])
+def test_lack_of_memory_is_no_broken_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Any]
+) -> None:
+    save_image(tmp_path / "a.png", seed=1)
+    monkeypatch.setattr("PIL.Image.Image.convert", fault)
+    with pytest.raises(MemoryError):
+        decode_image((tmp_path / "a.png").read_bytes(), max_pixels=10**6)
+    checked = check_rows([row("<image>", "y", "a.png")], RowChecker(tmp_path, 10**6), path="x")
+    with pytest.raises(DataError, match=r"memory ran out while decoding image 'a.png'"):
+        list(checked)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("place", ["images.decode_image", "task_encoder.build_batch"])
+def test_lack_of_memory_ends_the_loader_with_one_line(
+    processor: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_workers: int,
+    place: str,
+) -> None:
+    dataset = make_dataset(tmp_path, make_rows(tmp_path, 10))
+    loader = make_loader(data_config(processor, num_workers=num_workers), [dataset])
+    monkeypatch.setattr(f"megatron_dattn.data.{place}", no_memory)
+    with pytest.raises(DataError, match=r"^memory ran out while .* sample.* set-0") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+    assert loader.counters().num_skipped == 0
+    if place.startswith("images"):
+        assert "images/" in str(caught.value)
