@@ -45,8 +45,9 @@ class DataConfig:
     bad_samples: Literal["skip", "fail"] = "skip"
     """What to do with a sample that cannot be used: skip, count and report it, or stop."""
     max_skipped_fraction: float = 0.1
-    """Stop when more than this share of the data cannot be used. Judged on the samples of all ranks
-    since the stage began, with a margin for chance: see megatron_dattn/data/skip_limit.py."""
+    """Stop when more than this share of the data cannot be used. Judged on the samples of all
+    ranks, those since the stage began and the most recent ones, with a margin for chance: see
+    megatron_dattn/data/skip_limit.py."""
     max_image_pixels: int = 40_000_000
     long_samples: Literal["skip", "truncate"] = "skip"
     """A conversation beyond a budget is skipped and counted, or cut after an answer that fits."""

@@ -8,6 +8,7 @@ import os
 import struct
 from pathlib import Path
 
+from megatron_dattn.data.system_errors import is_of_the_file, patiently
 from megatron_dattn.errors import DataError
 
 INDEX_SUFFIX = ".idx"
@@ -27,12 +28,17 @@ class JsonLines:
         Raises:
             DataError: the file cannot be read, or has become shorter since it was indexed.
         """
+        return patiently(f"row {row} of '{self._path}'", lambda: self._line(row))
+
+    def _line(self, row: int) -> bytes:
         try:
             lines, index = self._open()
             entry = os.pread(index, 2 * OFFSET.size, row * OFFSET.size)
             start, end = OFFSET.iter_unpack(entry)
             line = os.pread(lines, end[0] - start[0], start[0])
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and not is_of_the_file(error):
+                raise
             raise DataError(f"row {row} of '{self._path}' cannot be read: {error}") from error
         if len(line) != end[0] - start[0]:
             raise DataError(f"'{self._path}' ends within its row {row}; prepare it again")

@@ -1,40 +1,53 @@
 """When unusable samples stop a run: `data.max_skipped_fraction`, read as a share of all the data.
 
-Two rules, neither of which depends on how many ranks there are:
+Three rules; the first two judge the samples of all ranks together, however many ranks there are:
 
-- The share is judged by the samples of all ranks together, and with a margin: the run stops when
-  they are too many to be chance if no more than the limit were bad. At a limit of 0.1 that is 7
-  samples of which all are bad, about 390 of which a fifth is, or 5800 of which an eighth is. A
-  limit of 0 needs no margin: the first unusable sample exceeds it. A limit of 1 is never exceeded.
+- The share of the whole stage is judged with a margin: the run stops when the unusable ones are too
+  many to be chance if no more than the limit were bad. At a limit of 0.1 that is 7 samples of which
+  all are bad, about 390 of which a fifth is, or 5800 of which an eighth is. A limit of 0 needs no
+  margin: the first unusable sample exceeds it. A limit of 1 is never exceeded.
+- The share of recent samples is judged alike, with a wider margin: after a million good samples the
+  share of the whole stage would hide an outage for another hundred thousand. See `RecentSamples`.
 - A rank gives up when it meets nothing but unusable samples for so long that waiting has no sense:
   100 in a row at a limit up to 0.75, more at higher ones, and 10 000 at a limit of 1. Without it
   the other ranks would wait for a rank whose images are all missing.
+
+The margins hold for samples that come in random order, as an epoch's do.
 """
 
 import math
+from collections import deque
+from dataclasses import dataclass, field
 
 from megatron_dattn.errors import DataError
 
 # A run in which no more than the limit is bad is stopped, ever, with at most these probabilities.
 _CHANCE_OF_ALL = 1e-6
+_CHANCE_OF_A_WINDOW = 1e-12  # of which a run has one per WINDOWS[0] samples, and some longer ones
 _CHANCE_OF_A_RANK = 1e-12  # per place in a rank's stream, of which a run has many
 
 _FEWEST_IN_A_ROW, _MOST_IN_A_ROW = 100, 10_000
 
+WINDOWS = (1_000, 10_000, 100_000)
+"""Samples after which a new window begins."""
 
-def exceeds(num_bad: int, num_seen: int, limit: float) -> bool:
+
+def exceeds(num_bad: int, num_seen: int, limit: float, chance: float = _CHANCE_OF_ALL) -> bool:
     """Whether more than the share `limit` of the data must be bad.
 
     The samples are looked at after every step, so a bound that holds at one time only would be
     crossed by chance some day. This one holds at all times together: it is Ville's inequality for
     the likelihood ratio of the counts under Krichevsky and Trofimov's mixture of all shares, whose
     logarithm is within log(n) / 2 + log(2) of n times the relative entropy.
+
+    Args:
+        chance: the probability that this is ever true although no more than the limit is bad.
     """
     if num_bad <= limit * num_seen:
         return False
     if limit == 0.0:
         return True
-    needed = -math.log(_CHANCE_OF_ALL) + math.log(num_seen) / 2 + math.log(2)
+    needed = -math.log(chance) + math.log(num_seen) / 2 + math.log(2)
     return num_seen * _relative_entropy(num_bad / num_seen, limit) > needed
 
 
@@ -70,6 +83,62 @@ def check_share(skipped: dict[str, int], num_seen: int, limit: float) -> None:
             f"{num_bad} of {num_seen} samples could not be used ({describe(skipped)}), more than "
             f"data.max_skipped_fraction {limit:g} allows; tools/check_data.py lists them"
         )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Of a stage, at one time."""
+
+    seen: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+class RecentSamples:
+    """The share of unusable samples in windows that end now.
+
+    For every length in `WINDOWS` a new window begins after so many samples, at the end of a step,
+    and is judged after every step until it is at least that long and the next one has become so:
+    of each length one window is always full and one growing, and an outage meets a young one. At a
+    limit of 0.1, a total one is noticed within some hundred samples; after a rise from nothing to
+    0.15, half as much again as is allowed, some ten thousand are needed.
+
+    The price is honest: a window that no more than the limit of the data would fill is stopped by
+    chance with a probability of at most 1e-12 in its whole time, and windows begin as long as a run
+    lasts. In a stage of 10^9 samples these are 1.11 million, so that a stage whose share is exactly
+    the limit is stopped with a probability of at most 1.2e-6 by windows, beside 1e-6 by the whole.
+
+    Nothing of it is saved. A resumed stage's first step closes the windows that would span the
+    whole stage, so that an outage after a resume is noticed as soon, and the share of the whole
+    stage, which is saved, holds for a run that never gets far.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._starts = {length: deque([_Counts()], maxlen=2) for length in WINDOWS}
+
+    def check(self, skipped: dict[str, int], num_seen: int) -> None:
+        """Judge the windows that end at these counts of the whole stage, over all ranks.
+
+        Raises:
+            DataError: one of them has too many unusable samples.
+        """
+        for length, starts in self._starts.items():
+            for start in starts:
+                self._judge(start, skipped, num_seen)
+            if num_seen - starts[-1].seen >= length:
+                starts.append(_Counts(num_seen, dict(skipped)))
+
+    def _judge(self, start: _Counts, skipped: dict[str, int], num_seen: int) -> None:
+        recent = {reason: n - start.skipped.get(reason, 0) for reason, n in skipped.items()}
+        num_bad, length = sum(recent.values()), num_seen - start.seen
+        if exceeds(num_bad, length, self._limit, _CHANCE_OF_A_WINDOW):
+            raise DataError(
+                f"{num_bad} of the last {length} samples could not be used ({describe(recent)}), "
+                f"more than data.max_skipped_fraction {self._limit:g} allows, but "
+                f"{sum(skipped.values())} of {num_seen} in the whole stage: is the storage of the "
+                "images there? Then tools/check_data.py lists them. A run goes on from its last "
+                "checkpoint"
+            )
 
 
 def describe(skipped: dict[str, int]) -> str:

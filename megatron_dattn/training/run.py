@@ -1,8 +1,9 @@
 """What the verbs of the training loop share: the parts of one run, built by `setup.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.data.skip_limit import RecentSamples
 from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.ledger import SampleLedger
 from megatron_dattn.training.metrics import Metrics
@@ -28,6 +29,11 @@ class Run:
     validation: Validation | None
     ledger: SampleLedger | None
     """Only on the ranks that load, if a ledger is kept."""
+    recent_samples: RecentSamples = field(init=False)
+    """Judges whether too many of them could not be used."""
+
+    def __post_init__(self) -> None:
+        self.recent_samples = RecentSamples(self.config.data.max_skipped_fraction)
 
     def sync_ledger(self) -> None:
         """Force this rank's ledger to the disk, if it keeps one."""

@@ -88,6 +88,7 @@ def train_step(run: Run) -> StepReport:
     consumed = run.stream.take()
     totals = _sum_over_replicas(run, sums, consumed, finite)
     check_share(totals.rejected, totals.seen, run.config.data.max_skipped_fraction)
+    run.recent_samples.check(totals.rejected, totals.seen)
     if not totals.skip:
         update_weights(state.optimizer, grad_norm, run.config.optimizer.clip_grad)
     state.scheduler.step(increment=1)

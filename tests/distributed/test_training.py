@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dattn.errors import DataError
 from megatron_dattn.training.config import ModuleLearningRates
 from tests.support.distributed import run_distributed
 
@@ -295,3 +296,26 @@ def test_validation_leaves_no_trace(ranks: int) -> None:
         assert losses[0] == losses[1]
         assert losses[0] != losses[2]
         assert losses == results[0][1]
+
+
+def _outage_after_a_million_samples() -> tuple[int, str]:
+    """Steps done, and the error: from the third step on half of 2000 samples per step are bad."""
+    from megatron_dattn.data.counters import LoaderCounters
+    from megatron_dattn.training.trainer import train
+    from tests.support.training import build_run, training_config
+
+    run = build_run(training_config(train_iters=4), _packs(4))
+    counts = ((1_000_000, 0), (1_002_000, 0), (1_004_000, 1000), (1_006_000, 2000))
+    answers = iter(LoaderCounters(seen, {"missing_image": bad}) for seen, bad in counts)
+    run.state.loader.counters = lambda: next(answers)  # type: ignore[method-assign,union-attr]
+    try:
+        train(run)
+    except DataError as error:
+        return run.state.progress.step, str(error)
+    raise AssertionError("the outage was not noticed")
+
+
+def test_an_outage_late_in_a_stage_stops_the_run() -> None:
+    ((step, message),) = run_distributed(_outage_after_a_million_samples, 1)
+    assert step == 2
+    assert message.startswith("1000 of the last 4000 samples could not be used")

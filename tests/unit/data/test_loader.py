@@ -100,6 +100,20 @@ def test_bad_samples_are_counted_once_across_a_resume(processor: Path, tmp_path:
     assert whole.counters().skipped[Reason.MISSING_IMAGE] > 10
 
 
+def test_rejected_samples_are_counted_beside_their_neighbours(
+    processor: Path, tmp_path: Path
+) -> None:
+    """Not those of a whole buffer before its first pack: the first step of many loaders has one."""
+    rows = make_rows(tmp_path, 64)
+    for index in range(0, 64, 4):
+        rows[index] = row("<image>", "x", "missing.png")
+    config = data_config(processor, packing_buffer_size=32)
+    loader = make_loader(config, [make_dataset(tmp_path, rows)], training=False)
+    for _ in loader:
+        counters = loader.counters()
+        assert abs(counters.num_skipped - counters.seen / 4) <= 2
+
+
 def test_samples_that_were_repaired_after_the_state_was_saved_fit(
     processor: Path, tmp_path: Path
 ) -> None:

@@ -2,9 +2,10 @@
 
 import random
 
+import numpy as np
 import pytest
 
-from megatron_dattn.data.skip_limit import check_share, exceeds, most_in_a_row
+from megatron_dattn.data.skip_limit import RecentSamples, check_share, exceeds, most_in_a_row
 from megatron_dattn.errors import DataError
 
 LIMIT = 0.1
@@ -61,3 +62,61 @@ def test_the_message_has_the_whole_count() -> None:
     check_share(skipped, 300, LIMIT)  # a little more, which may be chance
     with pytest.raises(DataError, match=r"^43 of 100 .*\(missing_image 40, odd_roles 3\).* 0\.1 "):
         check_share(skipped, 100, LIMIT)
+
+
+GOOD = 1_000_000
+
+
+def samples_until_stop(share: float, *, step: int, limit: float = LIMIT) -> int:
+    """How many samples of which that share is bad follow a million good ones."""
+    recent = RecentSamples(limit)
+    for seen in range(GOOD * 3 // 4 // step * step, GOOD + 1, step):  # longer than any window
+        recent.check({"missing_image": 0}, seen)
+    seen = start = GOOD // step * step
+    while True:
+        seen += step
+        bad = round(share * (seen - start))
+        assert seen < start + 10**6
+        try:
+            recent.check({"missing_image": bad}, seen)
+        except DataError:
+            assert not exceeds(bad, seen, limit)
+            return seen - start
+
+
+@pytest.mark.parametrize("step", [8, 300, 4096])
+def test_an_outage_after_a_million_good_samples_stops_the_run_soon(step: int) -> None:
+    assert samples_until_stop(1.0, step=step) <= max(300, step)
+    assert samples_until_stop(0.9, step=step) <= max(350, step)
+    # Not even twice what is allowed; and half of the data where a good half of it is.
+    assert samples_until_stop(0.18, step=step) < 3000 + step
+    assert samples_until_stop(0.15, step=step) < 13_000 + step
+    assert samples_until_stop(1.0, step=step, limit=0.5) < 1500 + step
+
+
+def test_an_outage_after_a_resume_stops_the_run_as_soon() -> None:
+    """The windows of a new process know of nothing but the counters' first values."""
+    recent = RecentSamples(LIMIT)
+    recent.check({"missing_image": 8}, GOOD + 8)
+    with pytest.raises(DataError, match=r"^(16|24) of the last .* in the whole stage"):
+        for bad in range(16, 400, 8):
+            recent.check({"missing_image": bad}, GOOD + bad)
+
+
+def test_a_steady_share_at_the_limit_never_stops_the_run() -> None:
+    """Two million samples by chance, and as many dealt out evenly."""
+    for limit in (0.01, LIMIT, 0.5):
+        recent, spread = RecentSamples(limit), RecentSamples(limit)
+        drawn = np.random.default_rng(3).binomial(48, limit, size=40_000).cumsum()
+        for steps, bad in enumerate(drawn.tolist(), start=1):
+            recent.check({"bad_row": bad}, 48 * steps)
+            spread.check({"bad_row": int(48 * steps * limit)}, 48 * steps)
+
+
+def test_limits_without_a_margin_hold_in_windows() -> None:
+    none, everything = RecentSamples(0.0), RecentSamples(1.0)
+    for seen in range(8, 4000, 8):
+        none.check({"bad_row": 0}, seen)
+        everything.check({"bad_row": seen}, seen)
+    with pytest.raises(DataError, match="1 of the last"):
+        none.check({"bad_row": 1}, 4000)

@@ -1,6 +1,7 @@
 """A system that fails: waited out, then one error, and never counted against the data."""
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from megatron_dattn.data import image_files, system_errors
+from megatron_dattn.data import image_files, json_lines, system_errors
 from megatron_dattn.data.check import RowChecker, check_rows
 from megatron_dattn.data.image_files import image_is_there, read_image_file
 from megatron_dattn.data.images import decode_image
+from megatron_dattn.data.json_lines import JsonLines
 from megatron_dattn.data.missing import missing_image, rows_with_images
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.system_errors import is_of_the_file, patiently
@@ -34,7 +36,6 @@ OF_THE_SYSTEM = (
     "ENFILE",
     "ENOMEM",
     "ETIMEDOUT",
-    "EHOSTDOWN",
 )
 
 
@@ -62,7 +63,7 @@ def failing(code: str, times: int = 1000) -> Callable[[], bytes]:
 
 @pytest.mark.parametrize("code", OF_THE_FILE)
 def test_an_error_of_the_file_comes_at_once(code: str, naps: list[float]) -> None:
-    with pytest.raises(OSError, match="a.png") as caught:
+    with pytest.raises(OSError, match=r"a\.png") as caught:
         patiently("image 'a.png'", failing(code))
     assert is_of_the_file(caught.value)
     assert naps == []
@@ -192,3 +193,24 @@ def test_lack_of_memory_ends_the_loader_with_one_line(
     assert loader.counters().num_skipped == 0
     if place.startswith("images"):
         assert "images/" in str(caught.value)
+
+
+@pytest.mark.parametrize("outage", [3, 1000])
+def test_an_outage_of_the_rows_file_is_waited_out_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float], outage: int
+) -> None:
+    lines = JsonLines(Path(make_dataset(tmp_path, [row("x", "y")]).path))
+    real, faults = os.pread, iter(range(outage))
+
+    def read(*arguments: int) -> bytes:
+        if next(faults, None) is not None:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*arguments)
+
+    monkeypatch.setattr(json_lines.os, "pread", read)
+    if outage > len(system_errors.WAITS):
+        with pytest.raises(DataError, match=r"row 0 of .*set\.jsonl' cannot .*EIO"):
+            lines[0]
+    else:
+        assert json.loads(lines[0]) == row("x", "y")
+        assert len(naps) == outage
