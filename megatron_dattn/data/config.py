@@ -42,6 +42,10 @@ class DataConfig:
     """Without effect, and reported where it is set: an epoch is shuffled as a whole."""
     num_workers: int = 2
     """Loader processes per data-parallel rank; 0 loads in the training process."""
+    worker_timeout_seconds: float | None = 300.0
+    """Stop when a loader process that is waited for has sent nothing for so long: it is frozen, or
+    its file system hangs. Shorter than parallel.distributed_timeout_minutes, after which the other
+    ranks give up without knowing why. 0 or null waits for ever."""
     bad_samples: Literal["skip", "fail"] = "skip"
     """What to do with a sample that cannot be used: skip, count and report it, or stop."""
     max_skipped_fraction: float = 0.1
@@ -61,6 +65,11 @@ class DataConfig:
                 raise ConfigError(f"data.{name} must be positive, got {getattr(self, name)}")
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers must not be negative, got {self.num_workers}")
+        if (self.worker_timeout_seconds or 0.0) < 0.0:
+            raise ConfigError(
+                "data.worker_timeout_seconds must not be negative, got "
+                f"{self.worker_timeout_seconds}; 0 waits for ever"
+            )
         if not 0.0 <= self.max_skipped_fraction <= 1.0:
             raise ConfigError(
                 f"data.max_skipped_fraction must lie in [0, 1], got {self.max_skipped_fraction}"

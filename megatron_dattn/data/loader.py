@@ -201,7 +201,7 @@ class _PackSource:
     training: bool
 
     def savable_loader(self) -> ResumableLoader:
-        return savable_loader(self._chain())
+        return savable_loader(self._chain(), self.config.worker_timeout_seconds or None)
 
     def basic_loader(self) -> Any:
         return basic_loader(self._chain())

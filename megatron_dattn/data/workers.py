@@ -2,35 +2,65 @@
 
 A worker outlives the signals that end a run: the scheduler sends SIGTERM to the whole process
 group, but only the trainer may decide what happens, since saving the loader's state needs the
-workers. A worker that is gone is an error, where Energon would wait for its answer for ever.
+workers. It ends with the trainer, however that ends. A worker that is gone or does not answer is an
+error (worker_iterator.py), where Energon would wait for ever.
+
+What workers send goes through pipes as plain bytes. torch would put it into /dev/shm: Docker gives
+that 64 MB, and where it is full a worker dies of a bus error or its pack is lost without a word.
 """
 
 import atexit
+import contextlib
+import ctypes
+import errno
 import gc
 import os
 import queue
 import signal
 import weakref
+from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_dattn.data.energon import BasicDataLoader, SavableDataLoader, SavableDataset
+from megatron_dattn.data.worker_health import Patience
+from megatron_dattn.data.worker_iterator import WatchedIterator
+from megatron_dattn.errors import DataError
 
 PREFETCHED_PACKS = 2  # per worker
 STATE_INTERVAL = 10.0  # seconds between the states a worker keeps; a resume re-reads at most this
 
 # In the trainer's process the garbage collector and its time are the trainer's.
 _IN_PROCESS: dict[str, Any] = {"gc_collect_every_n_steps": 0, "watchdog_timeout_seconds": None}
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_SEMAPHORE_FOLDER = "/dev/shm"  # of the C library
+_SEMAPHORES = 8  # torch's: a queue of packs and an event
+_SEMAPHORES_PER_WORKER = 9  # a queue of commands of torch's, and two of Energon's
 
 
-def savable_loader(dataset: SavableDataset) -> "ResumableLoader":
-    """A loader whose state can be saved, for training."""
+def savable_loader(
+    dataset: SavableDataset, worker_timeout_seconds: float | None = None
+) -> "ResumableLoader":
+    """A loader whose state can be saved, for training.
+
+    Args:
+        worker_timeout_seconds: how long a worker may be waited for; None for ever.
+
+    Raises:
+        DataError: this host cannot have the workers.
+    """
     if dataset.worker_config.num_workers:
         options: dict[str, Any] = {"prefetch_factor": PREFETCHED_PACKS}
     else:
         options = _IN_PROCESS
-    loader = ResumableLoader(dataset, checkpoint_every_sec=STATE_INTERVAL, **options)
+    with _one_error():
+        _require_semaphores(dataset.worker_config.num_workers)
+        loader = ResumableLoader(dataset, checkpoint_every_sec=STATE_INTERVAL, **options)
+    loader.worker_timeout_seconds = worker_timeout_seconds
     loader.pin_memory = torch.cuda.is_available()
     if loader.num_workers:
         loader.worker_init_fn = _WorkerStart(loader.worker_init_fn)
@@ -44,6 +74,33 @@ def basic_loader(dataset: SavableDataset) -> BasicDataLoader:
     return loader
 
 
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """What the system refuses to workers, as one error: processes, descriptors, semaphores."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"data workers cannot be started: {error}. They need processes, open files and "
+            "some hundred kB of /dev/shm (docker run --shm-size=1g or --ipc=host); "
+            "data.num_workers: 0 does without them"
+        ) from error
+
+
+def _require_semaphores(num_workers: int) -> None:
+    """Raise OSError if /dev/shm has no room for the semaphores of queues, a page for each.
+
+    They are opened one by one, most of them when the first pack is asked for: after the start.
+    """
+    if not num_workers:
+        return
+    needed = 4096 * (_SEMAPHORES + num_workers * _SEMAPHORES_PER_WORKER)
+    volume = os.statvfs(_SEMAPHORE_FOLDER)
+    free = volume.f_bavail * volume.f_frsize
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"only {free} of {needed} bytes are free", _SEMAPHORE_FOLDER)
+
+
 class _WorkerStart:
     """Energon's own start of a worker, then deafness to the signals meant for the trainer.
 
@@ -53,65 +110,66 @@ class _WorkerStart:
 
     def __init__(self, start: Any) -> None:
         self.start = start
+        self.trainer = os.getpid()
 
     def __call__(self, worker_id: int) -> None:
         gc.freeze()
+        self._die_with_the_trainer()
         self.start(worker_id)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ForkingPickler.register(torch.Tensor, _as_bytes)  # in this process only
+
+    def _die_with_the_trainer(self) -> None:
+        """Also of SIGKILL: a worker that is about to send would wait for a reader for ever."""
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self.trainer:
+            os._exit(1)  # it has just died
 
 
-def _end_workers(iterator: Any, process: int) -> None:
-    if os.getpid() != process:  # a worker has inherited the duty, but not the workers
-        return
-    iterator._shutdown_workers()  # asks them, and waits for some seconds
-    for worker in iterator._workers:
-        if worker.is_alive():
-            worker.kill()
+def _as_bytes(tensor: torch.Tensor) -> tuple[Any, tuple[np.ndarray]]:
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 class ResumableLoader(SavableDataLoader):
-    """SavableDataLoader that notices dead workers, and whose workers end with it.
+    """SavableDataLoader that notices dead and silent workers, and whose workers end with it.
 
     The workers end when the loader is no longer used, at the latest when the process ends. torch
-    alone would send SIGTERM at the end of the process, which they do not hear, and wait for ever;
-    and when a loader is garbage, its queues may be closed before the workers are told to stop.
+    alone would send SIGTERM at the end of the process, which they do not hear, and wait for ever.
     """
 
+    worker_timeout_seconds: float | None = None
+
     def _get_iterator(self) -> Any:
-        if self.num_workers:
-            gc.collect()  # before the workers inherit it, see _WorkerStart
-        iterator = super()._get_iterator()
-        if self.num_workers:
-            end = weakref.finalize(self, _end_workers, iterator, os.getpid())
-            # Earlier than multiprocessing's own handler, where finalizers would come too late.
-            end.atexit = False
-            atexit.register(end)
+        if not self.num_workers:
+            return super()._get_iterator()
+        self.check_worker_number_rationality()
+        gc.collect()  # before the workers inherit it, see _WorkerStart
+        with _one_error():
+            iterator = WatchedIterator(self, self.worker_timeout_seconds)
+        end = weakref.finalize(self, iterator._shutdown_workers)
+        # Earlier than multiprocessing's own handler, where finalizers would come too late.
+        end.atexit = False
+        atexit.register(end)
         return iterator
 
     def _worker_command(self, *command: Any) -> list[Any]:
+        patience = Patience(self.worker_timeout_seconds)
         for commands in self.cmd_queues:
             commands.put(command)
         answers: dict[int, Any] = {}
-        for results in self.result_queues:
-            answers.update(self._answer(results))
+        for number, results in enumerate(self.result_queues):
+            answers.update(self._answer(number, results, patience))
         ordered = [answers[worker] for worker in range(len(answers))]
         for answer in ordered:
             if isinstance(answer, Exception):
                 raise answer
         return ordered
 
-    def _answer(self, results: Any) -> dict[int, Any]:
+    def _answer(self, number: int, results: Any, patience: Patience) -> dict[int, Any]:
         while True:
             try:
                 return results.get(timeout=1.0)
             except queue.Empty:
-                self._require_living_workers()
-
-    def _require_living_workers(self) -> None:
-        for worker in self._iterator._workers:
-            if not worker.is_alive():
-                raise RuntimeError(
-                    f"data worker {worker.pid} died with exit code {worker.exitcode}; the data "
-                    "loader's state cannot be saved"
-                )
+                self._iterator.require_living("gave its state to be saved")
+                self._iterator.require_patience(patience, number, "give its state to be saved")

@@ -16,6 +16,18 @@ from megatron_dattn.runtime.distributed import get_device
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+def noted_stop_signal() -> signal.Signals | None:
+    """The stop signal that a SignalWatcher of this process has noted, if one is at work.
+
+    For waits deep below the loop, which would otherwise go on after the signal.
+    """
+    for number in STOP_SIGNALS:
+        watcher = getattr(signal.getsignal(number), "__self__", None)
+        if isinstance(watcher, SignalWatcher):
+            return watcher.received
+    return None
+
+
 class SignalWatcher:
     """Context manager that notes stop signals of this process instead of dying from them.
 

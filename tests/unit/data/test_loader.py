@@ -327,16 +327,12 @@ def test_restoring_a_running_loader_is_our_mistake(processor: Path, dataset: Dat
         loader.restore_state(loader.save_state())
 
 
-def test_a_dead_worker_is_an_error_and_not_a_wait(processor: Path, dataset: DatasetConfig) -> None:
+def test_workers_do_not_hear_the_trainer_s_signals(processor: Path, dataset: DatasetConfig) -> None:
     loader = make_loader(data_config(processor, num_workers=2), [dataset])
     take(loader, 2)
     assert loader._loader is not None
-    workers = loader._loader._iterator._workers
-    os.kill(workers[0].pid, signal.SIGTERM)  # meant for the trainer: workers go on
-    assert len(take(loader, 4)) == 4
-    workers[1].kill()
-    with pytest.raises(RuntimeError, match=r"worker .* (died|is killed)"):
-        loader.save_state()
+    os.kill(loader._loader._iterator._workers[0].pid, signal.SIGTERM)
+    assert len(take(loader, 8)) == 8
 
 
 @pytest.mark.parametrize(

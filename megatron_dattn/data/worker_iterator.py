@@ -1,0 +1,140 @@
+"""torch's iterator over loader processes, made for bad days.
+
+Every wait has an end, and what ended it is one DataError: a worker that died, is frozen, or hangs
+in a file system. Three habits of torch's are different here:
+
+- Its SIGCHLD handler raises wherever the trainer is just then, in the middle of a checkpoint too.
+  Here a dead worker is found by whoever waits for it.
+- It receives in the thread that waits, where a worker frozen while it sends is waited for without
+  a limit. Here a thread receives, as torch's own does where memory is pinned.
+- It ends workers by asking each and waiting for seconds. They only read, so there is nothing that
+  they must finish, and those that hang do not hear: here they are killed.
+"""
+
+import os
+import queue
+import threading
+import time
+from multiprocessing import process as processes
+from typing import Any
+
+from torch.utils.data import _utils
+from torch.utils.data.dataloader import DataLoader, _MultiProcessingDataLoaderIter
+
+from megatron_dattn.data.worker_health import Patience, describe_end, describe_state
+from megatron_dattn.errors import DataError
+
+POLL_SECONDS = 0.5
+END_SECONDS = 5.0  # for killed workers to be gone: not at once if a file system holds them
+
+
+class WatchedIterator(_MultiProcessingDataLoaderIter):
+    """Items of the workers, in their order."""
+
+    def __init__(self, loader: DataLoader, timeout_seconds: float | None) -> None:
+        """Start the workers.
+
+        Args:
+            timeout_seconds: how long one may be waited for; None for ever.
+        """
+        self._process = os.getpid()
+        self._timeout_seconds = timeout_seconds
+        # For `_shutdown_workers`, should the start fail.
+        self._shutdown = False
+        self._workers: list[Any] = []
+        self._index_queues: list[Any] = []
+        self._receiver: threading.Thread | None = None
+        super().__init__(loader)
+        _utils.signal_handling._remove_worker_pids(id(self))
+        self._worker_pids_set = False
+        if self._pin_memory:
+            self._receiver = self._pin_memory_thread
+        else:
+            self._data_queue: Any = queue.Queue()
+            self._receiver = threading.Thread(
+                target=_receive, args=(self._worker_result_queue, self._data_queue), daemon=True
+            )
+            self._receiver.start()
+
+    def _get_data(self) -> Any:
+        patience = Patience(self._timeout_seconds)
+        while True:
+            try:
+                item = self._data_queue.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                self.require_living("sent a pack")
+                self.require_patience(patience, self._task_info[self._rcvd_idx][0], "send a pack")
+                continue
+            if isinstance(item, Exception):
+                raise DataError(f"a pack of a data worker cannot be received: {item!r}") from item
+            return item
+
+    def require_living(self, task: str) -> None:
+        """Raise DataError if a worker is dead.
+
+        Args:
+            task: what it should have done.
+        """
+        for worker in self._workers:
+            if not worker.is_alive():
+                raise DataError(
+                    f"data worker {worker.pid} {describe_end(worker.exitcode)} before it {task}; "
+                    "start again: the run goes on from its last checkpoint"
+                )
+        if self._receiver is None or not self._receiver.is_alive():
+            raise DataError("the thread that receives the data workers' packs has ended")
+
+    def require_patience(self, patience: Patience, number: int, task: str) -> None:
+        """Raise DataError if one has waited long enough for a worker.
+
+        Args:
+            number: of the worker.
+            task: what it should do.
+        """
+        end = patience.end()
+        if end is None:
+            return
+        # Others may be to blame: they share the pipe to the trainer.
+        hanging = [(worker.pid, describe_state(worker.pid)) for worker in self._workers]
+        states = [f"{pid} is {state}" for pid, state in hanging if state is not None]
+        raise DataError(
+            f"data worker {self._workers[number].pid} did not {task} {end}"
+            f"{''.join(f'; {state}' for state in states)}. See whether the file system of the "
+            "images answers, or give it longer, and start again: the run goes on from its last "
+            "checkpoint"
+        )
+
+    def _shutdown_workers(self) -> None:
+        """End the workers, bounded in time whatever they are at."""
+        if self._shutdown or os.getpid() != self._process:
+            return  # a worker has inherited the duty, but not the workers
+        self._shutdown = True
+        self._end_receiver()
+        deadline = time.monotonic() + END_SECONDS
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+            # Should it still be there, multiprocessing would wait for it at the end of the process.
+            processes._children.discard(worker)  # type: ignore[attr-defined]
+        for commands in self._index_queues:
+            commands.cancel_join_thread()
+            commands.close()
+
+    def _end_receiver(self) -> None:
+        """Not waited for if it hangs: a frozen worker may have sent half a pack."""
+        if self._receiver is None:
+            return
+        if self._pin_memory:
+            self._pin_memory_thread_done_event.set()
+        self._worker_result_queue.cancel_join_thread()
+        self._worker_result_queue.put((None, None))  # wakes it
+        self._receiver.join(timeout=1.0)
+
+
+def _receive(source: Any, target: "queue.Queue[Any]") -> None:
+    try:
+        while (item := source.get()) != (None, None):
+            target.put(item)
+    except Exception as error:
+        target.put(error)
