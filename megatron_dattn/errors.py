@@ -47,5 +47,9 @@ class DataError(UserError):
     """A data set, a sample or an image that cannot be used."""
 
 
+class OutageError(DataError):
+    """The data cannot be read now, by no fault of its own: another try may succeed."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, does not fit, or cannot be written."""

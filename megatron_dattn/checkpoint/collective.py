@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_dattn.errors import CheckpointError, UserError
+from megatron_dattn.errors import CheckpointError, OutageError, UserError
 from megatron_dattn.runtime.distributed import all_ranks_agree
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def on_every_rank(purpose: str, work: Callable[[], T]) -> T:
 
     Raises:
         CheckpointError: on all ranks, if the work raised on any of them.
+        OutageError: in its place, if that is what the work raised.
     """
     error, result = _attempt(purpose, work)
     _share_failure(error)
@@ -73,14 +74,16 @@ def on_first_rank(purpose: str, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def _attempt(purpose: str, work: Callable[[], T]) -> tuple[CheckpointError | None, T | None]:
+def _attempt(purpose: str, work: Callable[[], T]) -> tuple[UserError | None, T | None]:
     try:
         return None, work()
+    except OutageError as error:
+        return error, None  # of a data loader whose state could not be had: another try may help
     except Exception as error:
         return as_checkpoint_error(purpose, error), None
 
 
-def _share_failure(error: CheckpointError | None) -> None:
+def _share_failure(error: UserError | None) -> None:
     if world_size() == 1:
         if error is not None:
             raise error

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from megatron_dattn.errors import DataError
+from megatron_dattn.errors import OutageError
 
 WAITS = (0.1, 0.3, 0.9, 2.2)  # seconds between tries
 
@@ -57,7 +57,7 @@ def patiently(what: str, read: Callable[[], T]) -> T:
 
     Raises:
         OSError: the file's own error, at once.
-        DataError: the system still fails after the last try, or memory ran out.
+        OutageError: the system still fails after the last try, or memory ran out.
     """
     for number, wait in enumerate((*WAITS, None)):
         try:
@@ -75,18 +75,18 @@ def patiently(what: str, read: Callable[[], T]) -> T:
     raise AssertionError("the last try returns or raises")
 
 
-def out_of_memory(work: str) -> DataError:
+def out_of_memory(work: str) -> OutageError:
     """The error for a MemoryError, which is never a sample's fault."""
-    return DataError(
+    return OutageError(
         f"memory ran out while {work}; give the job more, set fewer data.num_workers or a smaller "
         "data.packing_buffer_size, then start again from the last checkpoint"
     )
 
 
-def _system_failure(what: str, error: OSError) -> DataError:
+def _system_failure(what: str, error: OSError) -> OutageError:
     name = errno.errorcode.get(error.errno or 0, "OSError")
     remedy = _REMEDIES.get(error.errno or 0, _OUTAGE)
-    return DataError(
+    return OutageError(
         f"{what} cannot be read: {error.strerror or error} ({name}), still after "
         f"{sum(WAITS):.1f} s. That is no fault of the data: {remedy}, then start again; a run goes "
         "on from its last checkpoint"

@@ -1,6 +1,6 @@
 """torch's iterator over loader processes, made for bad days.
 
-Every wait has an end, and what ended it is one DataError: a worker that died, is frozen, or hangs
+Every wait has an end, and what ended it is one OutageError: a worker that died, is frozen, or hangs
 in a file system. Three habits of torch's are different here:
 
 - Its SIGCHLD handler raises wherever the trainer is just then, in the middle of a checkpoint too.
@@ -22,7 +22,7 @@ from torch.utils.data import _utils
 from torch.utils.data.dataloader import DataLoader, _MultiProcessingDataLoaderIter
 
 from megatron_dattn.data.worker_health import Patience, describe_end, describe_state
-from megatron_dattn.errors import DataError
+from megatron_dattn.errors import OutageError
 
 POLL_SECONDS = 0.5
 END_SECONDS = 5.0  # for killed workers to be gone: not at once if a file system holds them
@@ -66,26 +66,26 @@ class WatchedIterator(_MultiProcessingDataLoaderIter):
                 self.require_patience(patience, self._task_info[self._rcvd_idx][0], "send a pack")
                 continue
             if isinstance(item, Exception):
-                raise DataError(f"a pack of a data worker cannot be received: {item!r}") from item
+                raise OutageError(f"a pack of a data worker cannot be received: {item!r}") from item
             return item
 
     def require_living(self, task: str) -> None:
-        """Raise DataError if a worker is dead.
+        """Raise OutageError if a worker is dead.
 
         Args:
             task: what it should have done.
         """
         for worker in self._workers:
             if not worker.is_alive():
-                raise DataError(
+                raise OutageError(
                     f"data worker {worker.pid} {describe_end(worker.exitcode)} before it {task}; "
                     "start again: the run goes on from its last checkpoint"
                 )
         if self._receiver is None or not self._receiver.is_alive():
-            raise DataError("the thread that receives the data workers' packs has ended")
+            raise OutageError("the thread that receives the data workers' packs has ended")
 
     def require_patience(self, patience: Patience, number: int, task: str) -> None:
-        """Raise DataError if one has waited long enough for a worker.
+        """Raise OutageError if one has waited long enough for a worker.
 
         Args:
             number: of the worker.
@@ -97,7 +97,7 @@ class WatchedIterator(_MultiProcessingDataLoaderIter):
         # Others may be to blame: they share the pipe to the trainer.
         hanging = [(worker.pid, describe_state(worker.pid)) for worker in self._workers]
         states = [f"{pid} is {state}" for pid, state in hanging if state is not None]
-        raise DataError(
+        raise OutageError(
             f"data worker {self._workers[number].pid} did not {task} {end}"
             f"{''.join(f'; {state}' for state in states)}. See whether the file system of the "
             "images answers, or give it longer, and start again: the run goes on from its last "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_dattn.checkpoint.files import replace_synced
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.errors import EXIT_USER_ERROR, OutageError, UserError
 from megatron_dattn.runtime.rendezvous import RendezvousError
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ class ExitReason:
 
     `finished`: all steps done. `signal`: asked to stop, state saved. `numerics`: too many
     non-finite steps in a row. `user_error`: a setting, a file or the data must be mended.
-    `rendezvous`: the ranks did not meet. `crash`: an error that nobody foresaw, a lost rank among
-    them. After the last two another try may succeed.
+    `rendezvous`: the ranks did not meet. `crash`: a lost rank or data worker, a file system that
+    does not answer, an error that nobody foresaw. After the last two another try may succeed.
     """
 
     reason: Reason
@@ -66,6 +66,8 @@ def ending_of(error: Exception) -> ExitReason:
     """The ending that an error of a run stands for."""
     if isinstance(error, RendezvousError):
         return ExitReason("rendezvous", detail=str(error))
+    if isinstance(error, OutageError):
+        return ExitReason("crash", detail=str(error))
     if isinstance(error, UserError):
         return ExitReason("user_error", detail=str(error))
     if isinstance(error, NumericsError):

@@ -87,10 +87,10 @@ def test_a_dead_worker_is_one_error_for_who_saves(processor: Path, dataset: Data
 def test_a_death_strikes_nobody_who_does_not_wait(processor: Path, dataset: DatasetConfig) -> None:
     """torch's handler of SIGCHLD would raise here, in the midst of a step or a checkpoint."""
     _, workers = started(processor, dataset)
-    workers[0].kill()
-    workers[0].join()
-    for _ in range(1000):
-        time.sleep(0.0001)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    while "zombie" not in _status(workers[0].pid):
+        time.sleep(0.01)
+    time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dattn.errors import DataError
+from megatron_dattn.errors import DataError, OutageError
 from megatron_dattn.runtime.rendezvous import RendezvousError
 from megatron_dattn.training.exits import (
     ExitReason,
@@ -20,6 +20,7 @@ from megatron_dattn.training.exits import (
     ("error", "ending"),
     [
         (DataError("no file"), ExitReason("user_error", detail="no file")),
+        (OutageError("no disk"), ExitReason("crash", detail="no disk")),
         (RendezvousError("no host"), ExitReason("rendezvous", detail="no host")),
         (NumericsError("NaN", 7), ExitReason("numerics", 7, "NaN")),
         (
