@@ -6,7 +6,8 @@ workers. It ends with the trainer, however that ends. A worker that is gone or d
 error (worker_iterator.py), where Energon would wait for ever.
 
 What workers send goes through pipes as plain bytes. torch would put it into /dev/shm: Docker gives
-that 64 MB, and where it is full a worker dies of a bus error or its pack is lost without a word.
+that 64 MB, and where it is full a worker dies of a bus error or its pack is lost without a word. A
+pipe costs the trainer about a millisecond of CPU per MB, in the thread that receives.
 """
 
 import atexit
