@@ -203,7 +203,6 @@ import itertools, os, sys
 from pathlib import Path
 from megatron_dattn.data.config import DatasetConfig
 from tests.unit.data.builders import data_config, make_loader
-from tests.unit.data.test_workers import ROOT
 
 config = data_config(Path(sys.argv[1]), num_workers=2, text_budget=65536)  # 1 MB of text rows
 loader = make_loader(config, [DatasetConfig(sys.argv[2])])
@@ -211,37 +210,27 @@ shapes = [batch.pixel_values.shape for batch in itertools.islice(iter(loader), 8
 loader.save_state()
 print("packs", len(shapes), *(worker.pid for worker in loader._loader._iterator._workers))
 sys.stdout.flush()
-if sys.argv[3] == "die":
-    os.kill(os.getpid(), 9)
+os.kill(os.getpid(), 9)
 """
+_LITTLE_MEMORY = 'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"'
 
 
-def run_program(
-    processor: Path, dataset: DatasetConfig, end: str, *prefix: str
-) -> "subprocess.CompletedProcess[str]":
-    program = [sys.executable, "-c", _PROGRAM, str(processor), dataset.path, end]
-    return subprocess.run(
+def test_workers_need_no_room_in_dev_shm_and_end_with_a_trainer_that_is_killed(
+    processor: Path, dataset: DatasetConfig
+) -> None:
+    """Of 256 kB there semaphores take 104. No worker waits for somebody who reads its packs."""
+    prefix = ["unshare", "-rm", "sh", "-c", _LITTLE_MEMORY, "sh"]
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        prefix = []  # no mounts of one's own here
+    program = [sys.executable, "-c", _PROGRAM, str(processor), dataset.path]
+    finished = subprocess.run(
         [*prefix, *program], capture_output=True, text=True, timeout=LONG_ENOUGH, cwd=ROOT
     )
-
-
-def test_packs_need_no_room_in_dev_shm(processor: Path, dataset: DatasetConfig) -> None:
-    """Where all of it is 256 kB, of which semaphores take 104."""
-    script = 'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"'
-    prefix = ("unshare", "-rm", "sh", "-c", script, "sh")
-    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("no mounts of one's own here")
-    finished = run_program(processor, dataset, "end", *prefix)
-    assert finished.stdout.split()[-4:-2] == ["packs", "8"], finished.stderr
-    assert finished.returncode == 0
-
-
-def test_workers_end_with_a_trainer_that_is_killed(processor: Path, dataset: DatasetConfig) -> None:
-    """Not even then do they wait for somebody who reads their packs."""
-    finished = run_program(processor, dataset, "die")
+    packs, number, *workers = finished.stdout.split()[-4:]
+    assert (packs, number) == ("packs", "8"), finished.stderr
     assert finished.returncode == -signal.SIGKILL
-    for pid in map(int, finished.stdout.split()[-2:]):
-        while Path(f"/proc/{pid}").exists() and "zombie" not in _status(pid):
+    for worker in map(int, workers):
+        while "zombie" not in _status(worker):
             time.sleep(0.05)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from megatron_dattn.errors import CheckpointError, DataError
 from megatron_dattn.inference import Prompt, encode_images, generate, generate_tokens, load_model
+from megatron_dattn.inference.image_cache import read_image
 from megatron_dattn.runtime.distributed import destroy_distributed
 
 ROOT = Path(__file__).parents[3]
@@ -145,3 +146,12 @@ def test_command_line(base, tmp_path):
     assert missing.returncode == 2
     assert "none.png" in missing.stderr.splitlines()[-1]
     assert "Traceback" not in missing.stderr
+
+
+def test_lack_of_memory_is_one_error_that_names_the_image(base, loaded, monkeypatch):
+    def no_memory(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr("megatron_dattn.data.images.decode_image", no_memory)
+    with pytest.raises(DataError, match=r"^memory ran out while decoding image .*0\.png'$"):
+        read_image(loaded, base[0] / "0.png")
