@@ -3,12 +3,16 @@
 `tools/prepare_data.py` makes both. What is wrong with them is found here, before any worker starts.
 """
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_dattn.data.config import DatasetConfig
-from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET
+from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET, JsonLines
+from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.errors import DataError
 
 # What nobody asks for, but what a number of records, once written as a weight, amounts to.
@@ -34,8 +38,15 @@ def open_dataset(config: DatasetConfig) -> PreparedDataset:
     """Check a data set and its image root.
 
     Raises:
-        DataError: it is missing, not prepared, or changed since it was prepared.
+        DataError: it is missing, not prepared, damaged, or changed since it was prepared.
     """
+    try:
+        return _opened(config)
+    except OSError as error:
+        raise DataError(f"data set '{config.path}' cannot be read: {error}") from error
+
+
+def _opened(config: DatasetConfig) -> PreparedDataset:
     path = Path(config.path)
     if not path.is_file():
         raise DataError(f"data set '{path}' does not exist")
@@ -53,20 +64,45 @@ def open_dataset(config: DatasetConfig) -> PreparedDataset:
     image_root = Path(config.image_root) if config.image_root is not None else path.parent
     if not image_root.is_dir():
         raise DataError(f"image root '{image_root}' of data set '{path}' is not a folder")
-    index = Path(f"{path}{INDEX_SUFFIX}")
+    offsets = _read_index(path)
+    with contextlib.suppress(SampleError):  # the loader counts it
+        JsonLines(path, len(offsets) - 1)[0]
+    return PreparedDataset(
+        path=path.absolute(),
+        image_root=image_root.absolute(),
+        weight=config.weight,
+        num_samples=len(offsets) - 1,
+        fingerprint=hashlib.sha256(offsets.tobytes()).hexdigest(),
+    )
+
+
+def _read_index(path: Path) -> np.ndarray:
+    """Where each line starts, and where the last one ends: uint64 [lines + 1].
+
+    All of it is checked, since all of it is read anyway for the fingerprint: 8 bytes a record.
+
+    Raises:
+        DataError: there is none, or it is not this file's.
+        OSError: it cannot be read.
+    """
+    index, size = Path(f"{path}{INDEX_SUFFIX}"), path.stat().st_size
     if not index.is_file():
         raise DataError(
             f"data set '{path}' has no index: run `python tools/prepare_data.py {path} --output "
             "FOLDER`"
         )
-    offsets = index.read_bytes()
-    num_samples = len(offsets) // OFFSET.size - 1
-    if num_samples < 1 or OFFSET.unpack(offsets[-OFFSET.size :])[0] != path.stat().st_size:
-        raise DataError(f"data set '{path}' was changed after its index was made; prepare it again")
-    return PreparedDataset(
-        path=path.absolute(),
-        image_root=image_root.absolute(),
-        weight=config.weight,
-        num_samples=num_samples,
-        fingerprint=hashlib.sha256(offsets).hexdigest(),
-    )
+    content = b""
+    if index.stat().st_size <= (size + 1) * OFFSET.size:  # else it has more entries than bytes
+        content = index.read_bytes()
+    offsets = np.frombuffer(content[: len(content) // OFFSET.size * OFFSET.size], np.uint64)
+    if (
+        len(offsets) * OFFSET.size != len(content)
+        or len(offsets) < 2
+        or (offsets[0], offsets[-1]) != (0, size)
+        or not np.all(offsets[:-1] < offsets[1:])
+    ):
+        raise DataError(
+            f"data set '{path}' was changed after its index was made, or the index '{index}' is "
+            "damaged; prepare it again with tools/prepare_data.py"
+        )
+    return offsets

@@ -1,56 +1,110 @@
 """Reading single lines of a prepared file, by the index that stands beside it.
 
 A line costs two small reads at known places: nothing is kept in memory however long the file is,
-and lines may be asked for in any order.
+and lines may be asked for in any order. What is read is checked to be a whole line of the file: one
+that was cut, rewritten or exchanged while it is read is an error, and never a record that is lost.
 """
 
+import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
-from megatron_dattn.data.system_errors import is_of_the_file, patiently
+from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.data.system_errors import patiently
 from megatron_dattn.errors import DataError
 
 INDEX_SUFFIX = ".idx"
 OFFSET = struct.Struct("Q")  # Energon's index: the byte offset of every line, then the file's size
 
+MAX_LINE_BYTES = 16 * 2**20
+"""Of a record. A text of so many bytes is millions of tokens; what else such a line may hold can
+take 1.2 s and 0.5 GB to parse."""
+
+
+def as_line(row: Any) -> bytes:
+    """A row as it stands in a prepared file, with its line break."""
+    return json.dumps(row, ensure_ascii=True).encode() + b"\n"
+
+
+def require_line_length(length: int) -> None:
+    """Raise SampleError for a record that has too many bytes to be parsed."""
+    if length > MAX_LINE_BYTES:
+        raise SampleError(
+            Reason.BAD_ROW, f"the record has {length} bytes; at most {MAX_LINE_BYTES} are read"
+        )
+
 
 class JsonLines:
     """The lines of one file. Files are opened at the first use, in the process that reads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, num_rows: int) -> None:
         self._path = path
+        self._num_rows = num_rows
         self._files: tuple[int, int] | None = None
 
     def __getitem__(self, row: int) -> bytes:
         """One line with its line break.
 
         Raises:
-            DataError: the file cannot be read, or has become shorter since it was indexed.
+            DataError: file and index cannot be read, or do not belong together (any more).
+            OutageError: the system fails, and goes on failing.
+            SampleError: the line is too long to be a record.
         """
-        return patiently(f"row {row} of '{self._path}'", lambda: self._line(row))
+        what = f"row {row} of data set '{self._path}'"
+        try:
+            return patiently(what, lambda: self._line(row))
+        except OSError as error:
+            raise DataError(
+                f"{what} cannot be read: {error.strerror or error}; if its files are damaged or "
+                "gone, prepare it again with tools/prepare_data.py"
+            ) from error
 
     def _line(self, row: int) -> bytes:
-        try:
-            lines, index = self._open()
-            entry = os.pread(index, 2 * OFFSET.size, row * OFFSET.size)
-            start, end = OFFSET.iter_unpack(entry)
-            line = os.pread(lines, end[0] - start[0], start[0])
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and not is_of_the_file(error):
-                raise
-            raise DataError(f"row {row} of '{self._path}' cannot be read: {error}") from error
-        if len(line) != end[0] - start[0]:
-            raise DataError(f"'{self._path}' ends within its row {row}; prepare it again")
+        lines, index = self._open()
+        start, end = self._place(index, row)
+        if end - start > MAX_LINE_BYTES and os.pread(lines, 1, end - 1) != b"\n":
+            raise self._changed(row)  # not a long line, but a wrong place
+        require_line_length(end - start)
+        before = min(start, 1)  # the line break that ends the line before
+        text = os.pread(lines, end - start + before, start - before)
+        line = text[before:]
+        if len(line) != end - start or text[:before] not in (b"", b"\n"):
+            raise self._changed(row)
+        first_break = line.find(b"\n")
+        # Files of other programs may end without one.
+        unended = first_break == -1 and row == self._num_rows - 1
+        if first_break != len(line) - 1 and not unended:
+            raise self._changed(row)
         return line
+
+    def _place(self, index: int, row: int) -> tuple[int, int]:
+        """Where a line starts and ends."""
+        entries = os.pread(index, 2 * OFFSET.size, row * OFFSET.size)
+        if len(entries) != 2 * OFFSET.size:
+            raise self._changed(row)
+        (start,), (end,) = OFFSET.iter_unpack(entries)
+        if not start < end < 2**63:  # the largest place that a file can have
+            raise self._changed(row)
+        return start, end
+
+    def _changed(self, row: int) -> DataError:
+        return DataError(
+            f"data set '{self._path}' and its index disagree about row {row}: one of them was cut "
+            "or rewritten after they were made; prepare it again with tools/prepare_data.py"
+        )
 
     def _open(self) -> tuple[int, int]:
         if self._files is None:
+            lines = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                index = os.open(f"{self._path}{INDEX_SUFFIX}", os.O_RDONLY | os.O_CLOEXEC)
+            except BaseException:
+                os.close(lines)
+                raise
             # Reads name their place, so workers that are forked later may share the descriptors.
-            self._files = (
-                os.open(self._path, os.O_RDONLY),
-                os.open(f"{self._path}{INDEX_SUFFIX}", os.O_RDONLY),
-            )
+            self._files = lines, index
         return self._files
 
     def __del__(self) -> None:

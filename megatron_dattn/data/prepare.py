@@ -22,7 +22,7 @@ from typing import Any, TypedDict
 import yaml
 
 from megatron_dattn.data.dataset import MAX_WEIGHT
-from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET
+from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET, as_line
 from megatron_dattn.data.missing import rows_with_images, write_list
 from megatron_dattn.errors import ConfigError, DataError, quoted
 from megatron_dattn.yaml_files import CONFIG_DIR, read_yaml
@@ -121,7 +121,7 @@ def write_jsonl(rows: Iterable[Any], path: Path) -> int:
         with lines_part.open("wb") as lines, index_part.open("wb") as index:
             for row in rows:
                 index.write(OFFSET.pack(lines.tell()))
-                lines.write(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+                lines.write(as_line(row))
                 count += 1
             index.write(OFFSET.pack(lines.tell()))
         lines_part.rename(path)

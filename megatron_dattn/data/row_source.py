@@ -16,6 +16,7 @@ from megatron_dattn.data.dataset import PreparedDataset
 from megatron_dattn.data.energon import CrudeSample, SavableDataset, WorkerConfig
 from megatron_dattn.data.epochs import EpochOrder
 from megatron_dattn.data.json_lines import JsonLines
+from megatron_dattn.data.rejection import SampleError
 
 _AT_A_TIME = 128  # records whose order is computed together
 
@@ -26,7 +27,7 @@ class RowSource(SavableDataset):
     def __init__(self, datasets: Sequence[PreparedDataset], worker_config: WorkerConfig) -> None:
         super().__init__(worker_config)
         self.datasets = datasets
-        self._lines = [JsonLines(dataset.path) for dataset in datasets]
+        self._lines = [JsonLines(dataset.path, dataset.num_samples) for dataset in datasets]
 
     @abstractmethod
     def __iter__(self) -> Iterator[CrudeSample]: ...
@@ -52,10 +53,17 @@ class RowSource(SavableDataset):
         return CrudeSample(
             __key__=f"{dataset.name}-{row:09d}",
             __restore_key__=("Row", position),
-            json=self._lines[file][row],
+            json=self._line(file, row),
             image_root=str(dataset.image_root),
             epoch=epoch,
         )
+
+    def _line(self, file: int, row: int) -> bytes | SampleError:
+        """A line, or why there is none to be parsed: that is counted where samples are made."""
+        try:
+            return self._lines[file][row]
+        except SampleError as error:
+            return error
 
 
 class TrainingRows(RowSource):

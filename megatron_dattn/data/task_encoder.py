@@ -65,7 +65,9 @@ def _is_key(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and len(value) <= MAX_KEY_LENGTH and value.isprintable()
 
 
-def _parse_json(line: bytes) -> Any:
+def _parse_json(line: bytes | SampleError) -> Any:
+    if isinstance(line, SampleError):
+        raise line
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
