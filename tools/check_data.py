@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dattn.data.templates import TEMPLATES
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
 
 if TYPE_CHECKING:
     from megatron_dattn.data.check import Report
@@ -86,6 +87,7 @@ def check_file(path: Path, arguments: argparse.Namespace, encoder: "RowEncoder |
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    escape_what_cannot_be_written(sys.stdout)
     try:
         encoder = make_encoder(options)
         reports = [check_file(path, options, encoder) for path in options.inputs]

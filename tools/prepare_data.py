@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
+from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    escape_what_cannot_be_written(sys.stdout)
     try:
         run(parse_arguments(arguments))
     except (UserError, OSError) as error:

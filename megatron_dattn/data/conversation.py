@@ -109,7 +109,7 @@ def _system(row: dict[str, Any]) -> tuple[str | None, list[Any]]:
         raise SampleError(Reason.BAD_ROW, f"'system' must be a text, got {quoted(text)}")
     if text is None or not text.strip():
         return None, entries
-    _require_unicode(text)
+    require_unicode(text)
     if IMAGE_TOKEN in text:
         raise SampleError(Reason.CONTROL_TOKEN, f"the system message contains {IMAGE_TOKEN}")
     return text, entries
@@ -139,7 +139,7 @@ def _utterance(entry: Any) -> tuple[Literal["user", "assistant"], str]:
         raise SampleError(
             Reason.ODD_ROLES, f"unknown role {quoted(role)}; LLaVA has human, gpt and system"
         )
-    _require_unicode(text)
+    require_unicode(text)
     return _ROLES[role], text
 
 
@@ -149,7 +149,8 @@ def _text(entry: Any) -> str:
     return entry["value"]
 
 
-def _require_unicode(text: str) -> None:
+def require_unicode(text: str) -> None:
+    """Raise SampleError for a text that no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

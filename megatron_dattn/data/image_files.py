@@ -13,6 +13,7 @@ from megatron_dattn.data.system_errors import patiently
 from megatron_dattn.errors import UserError, quoted
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
+MAX_PATH_BYTES = 4096  # Linux's
 _ADDRESS = re.compile(r"(data|https?|ftp|file|s3|gs|hdfs):", re.IGNORECASE)
 
 
@@ -28,13 +29,25 @@ def locate_image(root: str, path: str) -> str:
     if _ADDRESS.match(path):
         kind = "a data URI" if path[:5].lower() == "data:" else "an address"
         raise SampleError(Reason.BAD_ROW, f"image {quoted(path)} is {kind}; only files are read")
+    if not _can_be_a_path(path):
+        raise SampleError(
+            Reason.MISSING_IMAGE, f"image path {quoted(path)} is none that a file has"
+        )
     root = os.path.abspath(root)
     place = os.path.normpath(os.path.join(root, path))
-    if "\0" in path or not _is_below(place, root):
+    if not _is_below(place, root):
         raise SampleError(
             Reason.MISSING_IMAGE, f"image path {quoted(path)} leaves its image root {quoted(root)}"
         )
     return place
+
+
+def _can_be_a_path(path: str) -> bool:
+    """Whether the system could be asked for it, which else fails in many ways and places."""
+    try:
+        return b"\0" not in (name := os.fsencode(path)) and len(name) < MAX_PATH_BYTES
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON may spell it
+        return False
 
 
 def _is_below(place: str, root: str) -> bool:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from megatron_dattn.attention import ImageSpan, TokenLayout
-from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn
+from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn, require_unicode
 from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.data.template import TextRows
-from megatron_dattn.errors import DataError
+from megatron_dattn.errors import DataError, quoted
 from megatron_dattn.inference.image_cache import EncodedImage, Image, read_image
 from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
 
@@ -36,7 +36,8 @@ class Prompt:
             images: files, or what `encode_images` made of them.
 
         Raises:
-            DataError: an image that cannot be used, or control tokens in the question.
+            DataError: an image that cannot be used, or a question with control tokens or half a
+                character.
         """
         if IMAGE_TOKEN in question:
             raise DataError(f"the question contains {IMAGE_TOKEN}; images are given by their files")
@@ -44,13 +45,14 @@ class Prompt:
         names = tuple(f"image {number}" for number in range(len(images)))
         conversation = Conversation((Turn("user", text, len(images)),), names)
         try:
+            require_unicode(question)
             rows = loaded.conversations.prompt(conversation)
             given = tuple(
                 image if isinstance(image, EncodedImage) else read_image(loaded, Path(image))
                 for image in images
             )
         except SampleError as error:
-            raise DataError(f"{question!r:.80}: {error}") from error
+            raise DataError(f"{quoted(question)}: {error}") from error
         return cls(rows, given)
 
     @property

@@ -12,6 +12,8 @@ from typing import TextIO
 
 import torch
 
+from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
+
 # Their INFO lines (and transformers' warnings about generation) say nothing about the run.
 _NOISY_LOGGERS = ("megatron.core", "megatron.energon", "transformers", "torch", "PIL", "matplotlib")
 
@@ -51,7 +53,9 @@ def setup_logging(rank: int = 0, level: str = "INFO", stream: TextIO | None = No
     Ranks other than 0 only show warnings and worse. Python warnings become log lines of rank 0.
     Calling it again replaces the former set-up.
     """
-    handler = logging.StreamHandler(stream or sys.stdout)
+    stream = stream or sys.stdout
+    escape_what_cannot_be_written(stream)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(_LineFormatter(rank))
     root = logging.getLogger()
     for old in list(root.handlers):

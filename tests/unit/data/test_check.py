@@ -1,6 +1,8 @@
 """The check tool finds what the loader would skip."""
 
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from megatron_dattn.data.conversation import parse_row
 from tests.unit.data.builders import make_rows, row
 from tests.unit.data.test_loader import bad_rows
-from tools import check_data
+from tools import check_data, prepare_data
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -95,3 +97,22 @@ def test_images_are_counted_as_the_loader_reads_them(tmp_path: Path) -> None:
     check_data.main([path, "--report", str(report_path)])
     (report,) = json.loads(report_path.read_text())["files"]
     assert report["images"] == sum(len(parse_row(value).images) for value in rows[:5])
+
+
+def test_names_that_are_no_text_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's name may hold any bytes, and JSON any halves of surrogate pairs."""
+    rows = [row("<image>", "a", "../\ud800.png"), {**row("q", "a"), "id": "\ud800"}]
+    path = write(tmp_path / os.fsdecode(b"d\xff.json"), rows)
+    written = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", written)
+    assert check_data.main([path, "--report", str(tmp_path / "report.json")]) == 2
+    assert prepare_data.main([path, "--output", str(tmp_path / "out"), "--drop-missing"]) == 0
+    written.seek(0)
+    text = written.read()
+    assert "d\\udcff.json: 2 rows, 1 images, 1 rows with problems" in text
+    assert "d\\udcff.json: 1 rows -> " in text
+    assert "missing_image" in text
+    listed = (tmp_path / "out" / os.fsdecode(b"d\xff.missing.txt")).read_text()
+    assert listed == '0\t"../\\ud800.png"\n'

@@ -23,6 +23,7 @@ from megatron_dattn.data.images import (
     decode_image,
     read_image_file,
 )
+from megatron_dattn.data.missing import missing_image
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.errors import ConfigError
 from tests.unit.data.builders import save_processor
@@ -235,9 +236,26 @@ def test_reading_stays_below_the_root(tmp_path: Path) -> None:
     assert read_image_file(str(root), "sub/../sub/a.png") == b"inside"
     outside = str(tmp_path / "secret.png")
     neighbour = str(tmp_path / "root-too" / "a.png")
-    for path in ("../secret.png", "sub/../../secret.png", outside, neighbour, "a\0b", ".", "/"):
+    for path in ("../secret.png", "sub/../../secret.png", outside, neighbour, ".", "/"):
         with pytest.raises(SampleError, match="leaves its image root"):
             read_image_file(str(root), path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["\ud800", "../\ud800.png", "/\ud800", "a\0b", "../\0", "a/" * 2048, "../" + "a/" * 10**6],
+)
+def test_a_path_that_no_file_can_have_is_a_missing_image(tmp_path: Path, path: str) -> None:
+    with pytest.raises(SampleError) as caught:
+        read_image_file(str(tmp_path), path)
+    assert caught.value.reason == Reason.MISSING_IMAGE
+    assert missing_image({"image": path}, str(tmp_path)) == path
+
+
+def test_a_name_that_is_no_text_is_read(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"d\xff.png")).write_bytes(b"image")
+    name = json.loads(json.dumps(os.listdir(tmp_path)))[0]
+    assert read_image_file(str(tmp_path), name) == b"image"
 
 
 def test_absolute_paths_below_the_root_are_those_images(tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ MOST = 600  # characters of a line, "a few hundred": key, reason and message tog
 long_texts = st.builds(
     lambda piece, times: piece * times,
     st.sampled_from(
-        ["A", "\n", "\x1b[2J", "\u4e2d", "/x", "../", "<image>", "[INST] ", "data:", "\0"]
+        [
+            *("A", "\n", "\x1b[2J", "\u4e2d", "/x", "../", "<image>", "[INST] ", "data:", "\0"),
+            *("\ud800", "../\ud800", "/\udcff", "\u202e", "\u2028", "\x85"),
+        ]
     ),
     st.sampled_from([1, 90, 5000, 60_000]),
 )

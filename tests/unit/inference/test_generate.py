@@ -97,6 +97,12 @@ def test_questions_cannot_smuggle_images(loaded):
         Prompt.from_question(loaded, "x [/INST] y")
 
 
+def test_half_a_character_is_no_question(loaded):
+    """A terminal's bytes that are no UTF-8 arrive as such."""
+    with pytest.raises(DataError, match=r"'x \\udcff': a text holds half a character at place 2"):
+        Prompt.from_question(loaded, "x \udcff")
+
+
 def test_wrong_folders_are_one_error(base, tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.yaml"):
         load_model(tmp_path)

@@ -86,3 +86,14 @@ def test_missing_gpu_packages_are_mentioned_on_a_gpu(monkeypatch: pytest.MonkeyP
     warnings.resetwarnings()
     silence_import_warnings()
     assert shown("Transformer Engine and Apex are not installed.", "megatron.core.optimizer")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"), [("utf-8", "d\\udcff\u00e9"), ("ascii", "d\\udcff\\xe9")]
+)
+def test_names_that_are_no_text_are_written_as_escapes(encoding: str, written: str) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    setup_logging(stream=stream)
+    logging.getLogger("megatron_dattn.test").info("reading d\udcff\u00e9")
+    stream.seek(0)
+    assert written in stream.read()
