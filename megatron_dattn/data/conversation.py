@@ -48,9 +48,14 @@ class Conversation:
     def answers(self) -> tuple[str, ...]:
         return tuple(turn.text for turn in self.turns if turn.role == "assistant")
 
-    def without_last_exchange(self) -> "Conversation":
-        """The conversation up to the previous answer, with the images it still speaks of."""
-        turns = self.turns[:-2]
+    @property
+    def num_exchanges(self) -> int:
+        """Questions with their answers."""
+        return len(self.turns) // 2
+
+    def first_exchanges(self, count: int) -> "Conversation":
+        """The conversation up to an answer, with the images it still speaks of."""
+        turns = self.turns[: 2 * count]
         images = self.images[: sum(turn.num_images for turn in turns)]
         return replace(self, turns=turns, images=images)
 

@@ -1,10 +1,12 @@
 """From one row of a data set to one encoded sample: the part that Energon knows nothing of."""
 
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dattn.data.conversation import Conversation
+from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation
 from megatron_dattn.data.images import ImagePreprocessor, read_image_file
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer, TextRows
@@ -54,28 +56,89 @@ class RowEncoder:
         Raises:
             SampleError: the conversation does not fit, or the template cannot express it.
         """
-        while True:
+        conversation = self._bounded(conversation)
+        rows = self.tokenizer(conversation)
+        if (error := self._excess(rows)) is not None:
+            conversation = self._beginning(conversation, error, self._measured_excess)
             rows = self.tokenizer(conversation)
-            excess = self._excess(rows)
-            if excess is None:
-                return rows, conversation.images
-            if not self.truncate or len(conversation.turns) <= 2:
-                raise excess
-            conversation = conversation.without_last_exchange()
+        return rows, conversation.images
+
+    def _bounded(self, conversation: Conversation) -> Conversation:
+        """As much of a conversation as may fit, judged by its length alone.
+
+        Tokenising costs about a second and 0.3 GB per million characters: what cannot fit is not
+        tokenised. Neither is it searched for control tokens then.
+
+        Raises:
+            SampleError: even its beginning cannot fit, or it may not be cut.
+        """
+        self.tokenizer.require_turns(conversation)
+        if conversation.num_exchanges > self.text_budget:  # each has the token that ends it
+            if not self.truncate:
+                raise self._too_much(f"{conversation.num_exchanges} exchanges")
+            conversation = conversation.first_exchanges(self.text_budget)
+        if (error := self._certain_excess(conversation)) is not None:
+            conversation = self._beginning(conversation, error, self._certain_excess)
+        return conversation
+
+    def _beginning(
+        self,
+        conversation: Conversation,
+        error: SampleError,
+        excess: Callable[[Conversation], SampleError | None],
+    ) -> Conversation:
+        """The most exchanges of a conversation, not all of them, that do not exceed a limit.
+
+        Args:
+            error: by which the whole conversation exceeds it.
+            excess: judges a beginning of it.
+
+        Raises:
+            SampleError: it may not be cut, or its first exchange is too much.
+        """
+        if not self.truncate or conversation.num_exchanges == 1:
+            raise error
+        first = conversation.first_exchanges
+        numbers = range(1, conversation.num_exchanges)
+        # More exchanges make more rows, so halving finds the border.
+        kept = bisect_left(numbers, True, key=lambda number: excess(first(number)) is not None)
+        if kept == 0:
+            raise excess(first(1)) or error
+        return first(kept)
+
+    def _certain_excess(self, conversation: Conversation) -> SampleError | None:
+        """Whether a conversation exceeds a budget however its text is tokenised."""
+        most_images = self.visual_budget // (self.grid[0] * self.grid[1])
+        most = self.text_budget * self.tokenizer.longest_token + most_images * len(IMAGE_TOKEN)
+        texts = [turn.text for turn in conversation.turns]
+        if sum(map(len, texts)) + len(conversation.system or "") <= most:
+            return None  # within what the template adds, which is little
+        length = len(self.tokenizer.render(conversation)[0])
+        if length <= most:  # it does not write all of the text
+            return None
+        if len(conversation.images) > most_images:
+            return self._too_many_images(len(conversation.images))
+        return self._too_much(f"{length} characters of text")
+
+    def _measured_excess(self, conversation: Conversation) -> SampleError | None:
+        return self._excess(self.tokenizer(conversation))
 
     def _excess(self, rows: TextRows) -> SampleError | None:
-        num_text_rows = len(rows.input_ids)
-        if num_text_rows > self.text_budget:
-            return SampleError(
-                Reason.TOO_MUCH_TEXT,
-                f"{num_text_rows} text rows exceed data.text_budget {self.text_budget}",
-            )
+        if len(rows.input_ids) > self.text_budget:
+            return self._too_much(f"{len(rows.input_ids)} text rows")
         num_images = len(rows.image_offsets)
-        num_visual_rows = num_images * self.grid[0] * self.grid[1]
-        if num_visual_rows > self.visual_budget:
-            return SampleError(
-                Reason.TOO_MANY_IMAGES,
-                f"{num_images} images make {num_visual_rows} visual rows, more than "
-                f"data.visual_budget {self.visual_budget}",
-            )
+        if num_images * self.grid[0] * self.grid[1] > self.visual_budget:
+            return self._too_many_images(num_images)
         return None
+
+    def _too_much(self, what: str) -> SampleError:
+        return SampleError(
+            Reason.TOO_MUCH_TEXT, f"{what} exceed data.text_budget {self.text_budget}"
+        )
+
+    def _too_many_images(self, number: int) -> SampleError:
+        return SampleError(
+            Reason.TOO_MANY_IMAGES,
+            f"{number} images make {number * self.grid[0] * self.grid[1]} visual rows, more than "
+            f"data.visual_budget {self.visual_budget}",
+        )

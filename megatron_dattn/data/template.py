@@ -16,10 +16,13 @@ from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn
 from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.templates import read_template
-from megatron_dattn.data.tokenizer import special_token_ids, token_id
+from megatron_dattn.data.tokenizer import longest_token, special_token_ids, token_id
 
 # A compiled template keeps its spans in itself while it renders, and is shared by all users.
 _render_lock = threading.Lock()
+
+MAX_KNOWN_SHAPES = 1024
+MAX_KNOWN_TURNS = 64
 
 Span = tuple[int, int]  # characters start .. end-1
 Shape = tuple[bool, tuple[tuple[str, int], ...]]  # system message? role and images of each turn
@@ -46,6 +49,7 @@ class ConversationTokenizer:
         self._backend.no_truncation()
         self._image_id = token_id(tokenizer, IMAGE_TOKEN)
         self._special_ids = special_token_ids(tokenizer)
+        self.longest_token = longest_token(tokenizer)
         self._expected: dict[Shape, list[int]] = {}
 
     def __call__(self, conversation: Conversation) -> TextRows:
@@ -55,14 +59,18 @@ class ConversationTokenizer:
             SampleError: the template cannot express the conversation, or its text contains control
                 tokens, which only the template may write.
         """
+        self.require_turns(conversation)
+        ids, supervised = self._checked(conversation)
+        return _text_rows(ids, supervised, self._image_id)
+
+    def require_turns(self, conversation: Conversation) -> None:
+        """Raise SampleError if the template cannot express so many turns."""
         if self.template == "plain" and len(conversation.turns) != 2:
             raise SampleError(
                 Reason.NOT_A_CAPTION,
                 f"template 'plain' takes one question and one answer, not "
                 f"{len(conversation.turns)} turns",
             )
-        ids, supervised = self._checked(conversation)
-        return _text_rows(ids, supervised, self._image_id)
 
     def prompt(self, conversation: Conversation) -> TextRows:
         """The rows that an answer continues, from a conversation whose last turn is a question.
@@ -116,15 +124,24 @@ class ConversationTokenizer:
         """The control tokens of a harmless conversation with the same turns and images."""
         roles = tuple((turn.role, turn.num_images) for turn in conversation.turns)
         shape = (conversation.system is not None, roles)
-        if shape not in self._expected:
+        expected = self._expected.get(shape)
+        if expected is None:
             turns = tuple(
                 Turn(turn.role, f"{IMAGE_TOKEN * turn.num_images}x", turn.num_images)
                 for turn in conversation.turns
             )
             system = None if conversation.system is None else "x"
             ids, _, _ = self._tokenise(Conversation(turns, conversation.images, system))
-            self._expected[shape] = self._controls(ids)
-        return self._expected[shape]
+            expected = self._controls(ids)
+            self._remember(shape, expected)
+        return expected
+
+    def _remember(self, shape: Shape, expected: list[int]) -> None:
+        """Most conversations have few turns and one of few shapes; the others are not kept."""
+        if len(shape[1]) <= MAX_KNOWN_TURNS:
+            if len(self._expected) >= MAX_KNOWN_SHAPES:
+                self._expected.clear()
+            self._expected[shape] = expected
 
 
 def _supervised(offsets: list[Span], spans: list[Span]) -> list[bool]:

@@ -146,6 +146,15 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(ids - {tokenizer.unk_token_id})
 
 
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest token: no text has fewer tokens than its characters over this.
+
+    That holds for tokenizers that keep every character, as those of language models do. Others may
+    make one `<unk>` of any number of characters, or drop white space.
+    """
+    return max(map(len, tokenizer.get_vocab()))  # a byte-level token has a character per byte
+
+
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """The id of one token, which must exist."""
     index = tokenizer.convert_tokens_to_ids(token)

@@ -50,9 +50,9 @@ def test_text_only_rows_and_a_leading_answer() -> None:
     assert parse_row(leading) == parse_row(row("hi", "hello"))
 
 
-def test_without_last_exchange_drops_its_images_too() -> None:
+def test_the_first_exchanges_keep_their_images_only() -> None:
     conversation = parse_row(chat("<image>\na", "b", "<image>\nc", "d", image=["1.png", "2.png"]))
-    assert conversation.without_last_exchange() == parse_row(row("<image>\na", "b", "1.png"))
+    assert conversation.first_exchanges(1) == parse_row(row("<image>\na", "b", "1.png"))
 
 
 @pytest.mark.parametrize("nothing", ["", " ", None, [], [""], [None]])
@@ -81,9 +81,9 @@ def test_a_system_message_comes_as_a_turn_or_as_a_key() -> None:
     assert parse_row(leading) == parse_row(told)
 
 
-def test_without_last_exchange_keeps_the_system_message() -> None:
+def test_the_first_exchanges_keep_the_system_message() -> None:
     told = {**chat("q", "a", "q", "a"), "system": "Be brief."}
-    assert parse_row(told).without_last_exchange().system == "Be brief."
+    assert parse_row(told).first_exchanges(1).system == "Be brief."
 
 
 @pytest.mark.parametrize(

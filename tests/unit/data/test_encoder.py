@@ -1,0 +1,210 @@
+"""Text within the budgets: cut where it should be, and not tokenised where it cannot fit."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dattn.data import template
+from megatron_dattn.data.conversation import Conversation, Turn, parse_row
+from megatron_dattn.data.encoder import RowEncoder
+from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.data.template import ConversationTokenizer, TextRows
+from tests.unit.data.builders import CORPUS, SPECIAL_TOKENS, make_tokenizer, row
+from tests.unit.data.test_template_families import TOKENIZERS
+
+TEMPLATES = {
+    name: ConversationTokenizer(tokenizer, name)
+    for name, tokenizer in {
+        "mistral_v3": make_tokenizer(),
+        "plain": make_tokenizer(),
+        **TOKENIZERS,
+    }.items()
+}
+every_template = pytest.mark.parametrize("name", TEMPLATES)
+
+
+def encoder(name: str, *, text: int, visual: int = 8, truncate: bool = True) -> RowEncoder:
+    return RowEncoder(
+        tokenizer=TEMPLATES[name],
+        preprocessor=ImagePreprocessor(16),
+        grid=(2, 2),
+        visual_budget=visual,
+        text_budget=text,
+        truncate=truncate,
+    )
+
+
+def one_exchange_less_until_it_fits(
+    encoder: RowEncoder, conversation: Conversation
+) -> tuple[TextRows, tuple[str, ...]]:
+    """The slow way, which tokenises everything first."""
+    while True:
+        rows = encoder.tokenizer(conversation)
+        if len(rows.input_ids) > encoder.text_budget:
+            reason = Reason.TOO_MUCH_TEXT
+        elif len(rows.image_offsets) * 4 > encoder.visual_budget:
+            reason = Reason.TOO_MANY_IMAGES
+        else:
+            return rows, conversation.images
+        if not encoder.truncate or conversation.num_exchanges == 1:
+            raise SampleError(reason, "")
+        conversation = conversation.first_exchanges(conversation.num_exchanges - 1)
+
+
+def outcome(function: Any, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except SampleError as error:
+        return error.reason
+
+
+words = st.lists(
+    st.sampled_from(
+        [*CORPUS[0].split(), "\u4e2d", " ", "\n\n", "[INST", "INST]", "</s", "s>", "_"]
+    ),
+    max_size=12,
+).map(" ".join)
+controls = st.sampled_from([*SPECIAL_TOKENS[1:-1], "<eos>", "<|eot_id|>"])
+endings = st.integers(0, 30).flatmap(lambda drawn: controls if drawn == 30 else st.just("x"))
+questions = st.tuples(st.sampled_from(["", "", "<image>", "<image><image>"]), words).map("".join)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> Conversation:
+    turns: list[dict[str, str]] = []
+    for _ in range(draw(st.integers(1, 9))):
+        turns += [
+            {"from": "human", "value": draw(questions)},
+            {"from": "gpt", "value": draw(words) + draw(endings)},
+        ]
+    images = sum(turn["value"].count("<image>") for turn in turns)
+    system = draw(st.none() | words)
+    return parse_row(
+        {"conversations": turns, "image": [f"{i}.png" for i in range(images)], "system": system}
+    )
+
+
+@every_template
+@settings(deadline=None, max_examples=40)
+@given(
+    chat=conversations(),
+    text=st.integers(1, 250),
+    visual=st.sampled_from([4, 8, 24, 72]),
+    truncate=st.booleans(),
+)
+def test_what_is_kept_is_what_one_exchange_less_until_it_fits_keeps(
+    name: str, chat: Conversation, text: int, visual: int, truncate: bool
+) -> None:
+    fast = encoder(name, text=text, visual=visual, truncate=truncate)
+    expected = outcome(one_exchange_less_until_it_fits, fast, chat)
+    found = outcome(fast.text_rows, chat)
+    if expected == Reason.CONTROL_TOKEN and found != expected:
+        # It stands where nothing is looked at, because so much text cannot fit.
+        assert chat.num_exchanges > text or fast._certain_excess(chat)
+        expected = outcome(lambda: one_exchange_less_until_it_fits(fast, fast._bounded(chat)))
+    limits = (Reason.TOO_MUCH_TEXT, Reason.TOO_MANY_IMAGES)
+    assert found == expected or (found in limits and expected in limits)
+
+
+@every_template
+def test_a_conversation_that_just_fits_is_never_refused_by_its_length(name: str) -> None:
+    """Of the longest tokens that there are, as many as the budget has room for."""
+    tokenizer = TEMPLATES[name]
+    backend = tokenizer._backend
+    special = tokenizer._special_ids
+    longest = max(
+        (
+            token
+            for token, i in backend.get_vocab().items()
+            if i not in special and "<0x" not in token
+        ),
+        key=lambda token: (len(token), token),
+    ).replace("\u2581", " ")
+    for repeats in (1, 10, 50):
+        chat = Conversation((Turn("user", "q"), Turn("assistant", "x" + longest * repeats)))
+        budget = len(tokenizer(chat).input_ids)
+        assert len(encoder(name, text=budget).text_rows(chat)[0].input_ids) == budget
+        with pytest.raises(SampleError, match="text rows exceed"):
+            encoder(name, text=budget - 1).text_rows(chat)
+
+
+class Untouched(ConversationTokenizer):
+    """Fails if it has to tokenise much."""
+
+    def _tokenise(self, conversation: Conversation) -> Any:
+        assert sum(len(turn.text) for turn in conversation.turns) < 20_000
+        return super()._tokenise(conversation)
+
+
+@pytest.fixture(scope="module")
+def untouched() -> Untouched:
+    return Untouched(make_tokenizer(), "mistral_v3")
+
+
+def limited(tokenizer: ConversationTokenizer, *, truncate: bool) -> RowEncoder:
+    return RowEncoder(
+        tokenizer,
+        ImagePreprocessor(16),
+        (2, 2),
+        visual_budget=16,
+        text_budget=64,
+        truncate=truncate,
+    )
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (row("q", "ab" * 10**6), Reason.TOO_MUCH_TEXT),
+        (row("ab" * 10**6, "x"), Reason.TOO_MUCH_TEXT),
+        ({**row("q", "x"), "system": "ab" * 10**6}, Reason.TOO_MUCH_TEXT),
+        (row("<image>" * 10**5, "x", ["a.png"] * 10**5), Reason.TOO_MANY_IMAGES),
+    ],
+    ids=["answer", "question", "system", "images"],
+)
+def test_what_cannot_fit_is_not_tokenised(
+    untouched: Untouched, value: Any, reason: Reason, truncate: bool
+) -> None:
+    with pytest.raises(SampleError) as caught:
+        limited(untouched, truncate=truncate).text_rows(parse_row(value))
+    assert caught.value.reason == reason
+    assert "data." in str(caught.value)
+
+
+@pytest.mark.parametrize("later", [row("q", "ab" * 10**6), row("<image>" * 10**5, "x")])
+def test_what_is_cut_off_is_not_tokenised(untouched: Untouched, later: Any) -> None:
+    turns = [*row("q", "a")["conversations"], *row("r", "b")["conversations"]]
+    chat = parse_row(
+        {
+            "conversations": [*turns, *later["conversations"]],
+            "image": ["a.png"] * later["conversations"][0]["value"].count("<image>"),
+        }
+    )
+    kept, images = limited(untouched, truncate=True).text_rows(chat)
+    assert kept == untouched(chat.first_exchanges(2))
+    assert images == ()
+    with pytest.raises(SampleError):
+        limited(untouched, truncate=False).text_rows(chat)
+
+
+def test_many_exchanges_are_cut_with_few_passes(untouched: Untouched) -> None:
+    """Not one pass for each exchange that is too many."""
+    chat = parse_row({"conversations": row("q", "a")["conversations"] * 50_000})
+    kept, _ = limited(untouched, truncate=True).text_rows(chat)
+    assert 50 < len(kept.input_ids) <= 64
+    with pytest.raises(SampleError, match="50000 exchanges"):
+        limited(untouched, truncate=False).text_rows(chat)
+
+
+def test_shapes_of_conversations_are_not_collected_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(template, "MAX_KNOWN_SHAPES", 4)
+    tokenizer = ConversationTokenizer(make_tokenizer(), "mistral_v3")
+    for length in range(1, 40):
+        tokenizer(Conversation((Turn("user", "q"), Turn("assistant", "a")) * length))
+        assert 1 <= len(tokenizer._expected) <= 4
