@@ -76,7 +76,9 @@ def check_file(path: Path, arguments: argparse.Namespace, encoder: "RowEncoder |
 
     from megatron_dattn.data.check import RowChecker, check_rows
     from megatron_dattn.data.prepare import read_rows
+    from megatron_dattn.runtime.log import quiet_libraries
 
+    quiet_libraries()
     rows = read_rows(path)
     checker = RowChecker(arguments.image_root or path.parent, arguments.max_image_pixels, encoder)
     reports = check_rows(rows, checker, path=str(path), num_threads=arguments.threads)

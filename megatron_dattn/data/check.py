@@ -15,6 +15,7 @@ from megatron_dattn.data.conversation import Conversation, image_paths, parse_ro
 from megatron_dattn.data.encoder import RowEncoder
 from megatron_dattn.data.image_files import read_image_file
 from megatron_dattn.data.images import decode_image
+from megatron_dattn.data.json_lines import as_line, require_line_length
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
 from megatron_dattn.data.system_errors import out_of_memory
 from megatron_dattn.errors import quoted
@@ -39,6 +40,7 @@ class RowChecker:
             DataError: the system fails, which is no problem of the row.
         """
         try:
+            require_line_length(len(as_line(row)))
             conversation = parse_row(row)
         except SampleError as error:
             return [error]
@@ -52,7 +54,7 @@ class RowChecker:
                 yield error
 
     def _image_problems(self, conversation: Conversation) -> Iterator[SampleError]:
-        for path in conversation.images:
+        for path in dict.fromkeys(conversation.images):  # one may be there a thousand times
             try:
                 data = read_image_file(str(self.image_root), path)
                 decode_image(data, max_pixels=self.max_pixels)

@@ -35,7 +35,8 @@ class DataConfig:
     visual_budget: int = 5832
     """Visual rows of one pack, padding included."""
     text_budget: int = 4096
-    """Text rows of one pack, padding included."""
+    """Text rows of one pack, padding included. A text of more characters than so many of the
+    vocabulary's longest tokens have is refused (or cut) before it is tokenised."""
     packing_buffer_size: int = 32
     """Samples looked at together when packs are filled."""
     shuffle_buffer_size: int | None = None
@@ -53,8 +54,11 @@ class DataConfig:
     ranks, those since the stage began and the most recent ones, with a margin for chance: see
     megatron_dattn/data/skip_limit.py."""
     max_image_pixels: int = 40_000_000
+    """The largest image that is decoded; no side may have more than 16384 pixels. What else makes
+    much work is refused too: see megatron_dattn/data/image_structure.py."""
     long_samples: Literal["skip", "truncate"] = "skip"
-    """A conversation beyond a budget is skipped and counted, or cut after an answer that fits."""
+    """A conversation beyond a budget is skipped and counted, or cut after the last answer up to
+    which it fits."""
     image_fit: Literal["resize", "pad", "crop"] | None = None
     """Stretch images to the square, pad them with the mean colour first (LLaVA-1.5's training), or
     cut out their middle. None: what the image processor does (SigLIP's stretches, CLIP's cuts)."""

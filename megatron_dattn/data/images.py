@@ -1,9 +1,9 @@
 """Opening images that nobody has checked, and preparing them for SigLIP or CLIP.
 
 Image files are untrusted input: formats are limited to JPEG, PNG, WEBP and GIF (others can start
-external programs), sizes are read from the header and refused before anything is decoded, and
-truncated files are errors. Damaged notes beside sound pixels are not. Pixels are what Hugging
-Face's SigLIP and CLIP processors make of them, computed with Pillow alone.
+external programs), sizes and what else makes work are read from the headers and refused before
+anything is decoded, and truncated files are errors. Damaged notes beside sound pixels are not.
+Pixels are what Hugging Face's SigLIP and CLIP processors make of them, computed with Pillow alone.
 """
 
 import io
@@ -18,6 +18,8 @@ from megatron_dattn.data.image_files import locate_image as locate_image
 from megatron_dattn.data.image_files import read_image_file as read_image_file
 from megatron_dattn.data.image_metadata import without_metadata
 from megatron_dattn.data.image_settings import ImageFit, read_image_settings
+from megatron_dattn.data.image_structure import excess
+from megatron_dattn.data.padded_square import padded_square
 from megatron_dattn.data.rejection import Reason, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -41,11 +43,14 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     dropped. 16-bit grey keeps its upper 8 bits; of an animation the first frame is taken.
 
     Raises:
-        SampleError: the format is not allowed, the size is beyond the limits, the file is damaged.
+        SampleError: the format is not allowed, size or structure are beyond the limits, the file is
+            damaged.
         MemoryError: as it comes; it says nothing about the image.
     """
     # A process-wide switch that some libraries turn on; half an image is not a sample.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+    if (too_much := excess(data)) is not None:
+        raise SampleError(Reason.BROKEN_IMAGE, f"the image has {too_much}; save it anew")
     try:
         return _decode(data, max_pixels)
     except (SampleError, MemoryError):
@@ -161,16 +166,11 @@ class ImagePreprocessor:
         if self.image_fit == "crop":
             return np.asarray(self._cropped(image))
         if self.image_fit == "pad":
-            image = self._padded(image)
+            fill = tuple(int(255 * value) for value in self.mean)
+            return np.asarray(padded_square(image, self.image_size, fill, self.resample))
         if image.size != (self.image_size, self.image_size):
             image = image.resize((self.image_size, self.image_size), self.resample)
         return np.asarray(image)
-
-    def _padded(self, image: Image.Image) -> Image.Image:
-        side, fill = max(image.size), tuple(int(255 * value) for value in self.mean)
-        square = Image.new("RGB", (side, side), fill)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return square
 
     def _cropped(self, image: Image.Image) -> Image.Image:
         """The middle of the image, whose shorter side becomes the square's.

@@ -19,6 +19,8 @@ _NOISY_LOGGERS = ("megatron.core", "megatron.energon", "transformers", "torch", 
 
 # Warnings of libraries about their own inner calls: nothing that a user could act upon.
 _HARMLESS_WARNINGS = (
+    # Of damaged notes in images, one for each entry: thousands for a file that means it.
+    ("", r"PIL\."),
     # transformer_config.py:1705 about the default of its own field.
     ("full scope is deprecated", r"megatron\.core\.transformer"),
     # optimizer.py:66 asks a view of a parameter for its gradient, and means it.

@@ -3,12 +3,18 @@
 import io
 import json
 import os
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from megatron_dattn.data.check import RowChecker
 from megatron_dattn.data.conversation import parse_row
+from megatron_dattn.data.json_lines import MAX_LINE_BYTES
+from megatron_dattn.data.rejection import Reason
 from tests.unit.data.builders import make_rows, row
 from tests.unit.data.test_loader import bad_rows
 from tools import check_data, prepare_data
@@ -116,3 +122,20 @@ def test_names_that_are_no_text_are_reported(
     assert "missing_image" in text
     listed = (tmp_path / "out" / os.fsdecode(b"d\xff.missing.txt")).read_text()
     assert listed == '0\t"../\\ud800.png"\n'
+
+
+def test_records_too_long_to_be_read_are_reported(tmp_path: Path) -> None:
+    long = {**row("q", "a"), "picture": "A" * MAX_LINE_BYTES}
+    (found,) = RowChecker(tmp_path, 100)(long)
+    assert found.reason == Reason.BAD_ROW
+    assert f"at most {MAX_LINE_BYTES}" in str(found)
+
+
+def test_an_image_of_many_damaged_notes_is_no_flood_of_warnings(tmp_path: Path) -> None:
+    entries = b"".join(struct.pack(">HHII", tag, 7, 200, 0) for tag in range(1000, 1200))
+    exif = b"MM\0*" + struct.pack(">IH", 8, 200) + entries + bytes(4)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+    path = write(tmp_path / "data.json", [row("<image>", "y", "a.jpg")])
+    with warnings.catch_warnings(record=True) as caught:
+        assert check_data.main([path]) == 0
+    assert caught == []
