@@ -166,8 +166,9 @@ class ImagePreprocessor:
         if self.image_fit == "crop":
             return np.asarray(self._cropped(image))
         if self.image_fit == "pad":
-            fill = tuple(int(255 * value) for value in self.mean)
-            return np.asarray(padded_square(image, self.image_size, fill, self.resample))
+            red, green, blue = (int(255 * value) for value in self.mean)
+            square = padded_square(image, self.image_size, (red, green, blue), self.resample)
+            return np.asarray(square)
         if image.size != (self.image_size, self.image_size):
             image = image.resize((self.image_size, self.image_size), self.resample)
         return np.asarray(image)

@@ -16,15 +16,15 @@ MAX_MESSAGE = 300  # characters: a rejection is one line of a log or of a table
 class Reason(StrEnum):
     """The kinds of unusable samples."""
 
-    BAD_ROW = "bad_row"
+    BAD_ROW = "bad_row"  # no JSON object of LLaVA's form, more than 16 MiB, half a character
     ODD_ROLES = "odd_roles"
     NO_ANSWER = "no_answer"
     EMPTY_ANSWER = "empty_answer"
     NOT_A_CAPTION = "not_a_caption"
     IMAGE_COUNT = "image_count"
     CONTROL_TOKEN = "control_token"
-    MISSING_IMAGE = "missing_image"
-    BROKEN_IMAGE = "broken_image"
+    MISSING_IMAGE = "missing_image"  # not there, or a path that no file below the root can have
+    BROKEN_IMAGE = "broken_image"  # damaged, of another format, too large or too much work
     TOO_MUCH_TEXT = "too_much_text"
     TOO_MANY_IMAGES = "too_many_images"
 
