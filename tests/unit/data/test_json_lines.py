@@ -105,6 +105,18 @@ def test_damage_under_a_reader_is_an_error_and_never_other_lines(path: Path, dam
         assert REMEDY in str(error)
 
 
+def test_two_lines_that_became_one_are_both_lost(path: Path) -> None:
+    """The second one still ends where it did, but a line does not begin there."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\n")] = ord(" ")
+    path.write_bytes(data)
+    lines = JsonLines(path, len(ROWS))
+    for row in (0, 1):
+        with pytest.raises(DataError, match=f"about row {row}:"):
+            lines[row]
+    assert lines[2] == b'{"text": "x"}\n'
+
+
 def test_a_file_of_another_program_may_lack_the_last_line_break(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
     change_index(path, lambda x: x - (x == x[-1]))
