@@ -13,6 +13,7 @@ import numpy as np
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET, JsonLines
 from megatron_dattn.data.rejection import SampleError
+from megatron_dattn.data.system_errors import patiently
 from megatron_dattn.errors import DataError
 
 # What nobody asks for, but what a number of records, once written as a weight, amounts to.
@@ -39,9 +40,10 @@ def open_dataset(config: DatasetConfig) -> PreparedDataset:
 
     Raises:
         DataError: it is missing, not prepared, damaged, or changed since it was prepared.
+        OutageError: the system does not read it, however often it is asked.
     """
     try:
-        return _opened(config)
+        return patiently(f"data set '{config.path}'", lambda: _opened(config))
     except OSError as error:
         raise DataError(f"data set '{config.path}' cannot be read: {error}") from error
 

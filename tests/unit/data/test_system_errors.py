@@ -11,13 +11,14 @@ import pytest
 
 from megatron_dattn.data import image_files, json_lines, system_errors
 from megatron_dattn.data.check import RowChecker, check_rows
+from megatron_dattn.data.dataset import open_dataset
 from megatron_dattn.data.image_files import image_is_there, read_image_file
 from megatron_dattn.data.images import decode_image
 from megatron_dattn.data.json_lines import JsonLines
 from megatron_dattn.data.missing import missing_image, rows_with_images
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.system_errors import is_of_the_file, patiently
-from megatron_dattn.errors import DataError
+from megatron_dattn.errors import DataError, OutageError
 from tests.unit.data.builders import (
     data_config,
     make_dataset,
@@ -199,7 +200,7 @@ def test_lack_of_memory_ends_the_loader_with_one_line(
 def test_an_outage_of_the_rows_file_is_waited_out_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float], outage: int
 ) -> None:
-    lines = JsonLines(Path(make_dataset(tmp_path, [row("x", "y")]).path))
+    lines = JsonLines(Path(make_dataset(tmp_path, [row("x", "y")]).path), 1)
     real, faults = os.pread, iter(range(outage))
 
     def read(*arguments: int) -> bytes:
@@ -213,4 +214,25 @@ def test_an_outage_of_the_rows_file_is_waited_out_too(
             lines[0]
     else:
         assert json.loads(lines[0]) == row("x", "y")
+        assert len(naps) == outage
+
+
+@pytest.mark.parametrize("outage", [3, 1000])
+def test_an_outage_while_the_index_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float], outage: int
+) -> None:
+    dataset = make_dataset(tmp_path, [row("x", "y")])
+    real, faults = Path.read_bytes, iter(range(outage))
+
+    def read(path: Path) -> bytes:
+        if next(faults, None) is not None:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    if outage > len(system_errors.WAITS):
+        with pytest.raises(OutageError, match=r"data set '.*set\.jsonl' cannot .*EIO"):
+            open_dataset(dataset)
+    else:
+        assert open_dataset(dataset).num_samples == 1
         assert len(naps) == outage
