@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dattn.data.templates import TEMPLATES
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
-from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
+from megatron_dattn.errors import EXIT_USER_ERROR
+from megatron_dattn.runtime.os_errors import named
+from megatron_dattn.runtime.tool import run_tool
 
 if TYPE_CHECKING:
     from megatron_dattn.data.check import Report
@@ -87,23 +88,23 @@ def check_file(path: Path, arguments: argparse.Namespace, encoder: "RowEncoder |
     return last[0]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    escape_what_cannot_be_written(sys.stdout)
-    try:
-        encoder = make_encoder(options)
-        reports = [check_file(path, options, encoder) for path in options.inputs]
-        for report in reports:
-            print(report.table())
-        if options.report is not None:
-            content = {"files": [report.as_dict() for report in reports]}
+def check(options: argparse.Namespace) -> int:
+    encoder = make_encoder(options)
+    reports = [check_file(path, options, encoder) for path in options.inputs]
+    for report in reports:
+        print(report.table())
+    if options.report is not None:
+        content = {"files": [report.as_dict() for report in reports]}
+        with named(options.report):
             options.report.write_text(json.dumps(content, indent=2) + "\n")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
     ignore_missing = options.missing == "skip"
     failed = any(report.has_problems(ignore_missing=ignore_missing) for report in reports)
     return EXIT_USER_ERROR if failed else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return run_tool(lambda: check(options))
 
 
 if __name__ == "__main__":

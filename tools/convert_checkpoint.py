@@ -24,8 +24,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
+from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+from megatron_dattn.runtime.tool import run_tool
 
 if TYPE_CHECKING:
     from megatron_dattn.conversion.verify.verdict import Comparison
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 # The package is imported inside the commands: --help should not wait for torch and megatron-core.
 
 EXIT_DIFFERENT = 1
-EXIT_INTERRUPTED = 130  # as shells report SIGINT
 # fp32 sums in another order through all layers; BF16 has 8 bits and rounds after every operation.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 
@@ -222,18 +222,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    setup_logging(stream=sys.stderr)
-    silence_import_warnings()
-    try:
-        return options.run(options)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
+
+    def left() -> str:
         output = getattr(options, "output", None)
         is_absent = output is not None and not output.exists()
-        print(f"interrupted{f'; {output} was not written' if is_absent else ''}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return f"; {output} was not written" if is_absent else ""
+
+    def work() -> int:
+        setup_logging(stream=sys.stderr)
+        silence_import_warnings()
+        return options.run(options)
+
+    return run_tool(work, left)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dattn.data.templates import TEMPLATES
-from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError
+from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+from megatron_dattn.runtime.tool import run_tool
 
 if TYPE_CHECKING:
     from megatron_dattn.inference import LoadedModel, Prompt
@@ -48,8 +49,7 @@ def alpha_table(loaded: "LoadedModel", prompt: "Prompt", answer: list[int]) -> l
         return [f"no alpha_V: {error}"]
 
 
-def main(given: list[str] | None = None) -> int:
-    arguments = parse_arguments(given)
+def answer(arguments: argparse.Namespace) -> int:
     setup_logging(stream=sys.stderr)
     silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
@@ -71,13 +71,15 @@ def main(given: list[str] | None = None) -> int:
             lines += decode(loaded, [said])
             if arguments.alpha:
                 lines += ["", *alpha_table(loaded, prompt, said)]
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
     finally:
         destroy_distributed()
     print("\n".join(lines))
     return 0
+
+
+def main(given: list[str] | None = None) -> int:
+    arguments = parse_arguments(given)
+    return run_tool(lambda: answer(arguments))
 
 
 if __name__ == "__main__":

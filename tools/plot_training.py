@@ -19,15 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.errors import UserError
+from megatron_dattn.runtime.os_errors import explain
+from megatron_dattn.runtime.tool import run_tool
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # The tags that megatron_dattn/training/metrics.py writes.
@@ -199,6 +196,11 @@ def draw(runs: list[Curves], output: Path, *, smoothing: float, title: str | Non
     Raises:
         UserError: the picture cannot be written.
     """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt  # late: --help should not wait for it
+
     figure, axes = plt.subplots(
         2,
         len(runs),
@@ -218,13 +220,15 @@ def draw(runs: list[Curves], output: Path, *, smoothing: float, title: str | Non
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=130)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"the picture cannot be written: {explain(error, output)}") from error
+    except ValueError as error:
         raise UserError(f"'{output}' cannot be written: {error}") from error
     finally:
         plt.close(figure)
 
 
-def _draw_losses(axes: Axes, curves: Curves, smoothing: float) -> None:
+def _draw_losses(axes: "Axes", curves: Curves, smoothing: float) -> None:
     steps, losses = finite_points(curves.loss)
     axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8, label="training")
     axes.plot(steps, smooth(losses, smoothing), color="C0", linewidth=1.6, label="smoothed")
@@ -236,7 +240,7 @@ def _draw_losses(axes: Axes, curves: Curves, smoothing: float) -> None:
     axes.legend(fontsize="small")
 
 
-def _draw_rates(axes: Axes, curves: Curves) -> None:
+def _draw_rates(axes: "Axes", curves: Curves) -> None:
     for module, series in sorted(curves.learning_rates.items()):
         steps, rates = finite_points({step: rate for step, rate in series.items() if rate > 0})
         axes.plot(steps, rates, linewidth=1.2, label=module)
@@ -263,7 +267,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def plot(arguments: argparse.Namespace) -> None:
+def plot(arguments: argparse.Namespace) -> int:
     """Read the runs and draw them.
 
     Raises:
@@ -282,15 +286,12 @@ def plot(arguments: argparse.Namespace) -> None:
         steps, losses = finite_points(curves.loss)
         print(f"{curves.name}: {len(steps)} points, last loss {losses[-1]:.4f} at {steps[-1]}")
     print(f"written: {arguments.output}")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        plot(parse_arguments(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    options = parse_arguments(arguments)
+    return run_tool(lambda: plot(options))
 
 
 if __name__ == "__main__":

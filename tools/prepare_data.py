@@ -18,8 +18,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
-from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.runtime.tool import run_tool
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     # Imported late: --help should not wait for it.
     from megatron_dattn.data.prepare import Source, prepare, read_mixture
 
@@ -63,16 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
             line += f" ({file.num_missing} without their images left out, see {file.missing_list})"
         print(line, flush=True)
     print(f"train with --config {arguments.output / arguments.section}.yaml")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    escape_what_cannot_be_written(sys.stdout)
-    try:
-        run(parse_arguments(arguments))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    options = parse_arguments(arguments)
+    return run_tool(lambda: run(options))
 
 
 if __name__ == "__main__":

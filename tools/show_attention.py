@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_dattn.data.templates import TEMPLATES
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.errors import UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+from megatron_dattn.runtime.os_errors import explain
+from megatron_dattn.runtime.tool import run_tool
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,8 +140,7 @@ def draw_panel(ax: "Axes", image: np.ndarray, heat: np.ndarray, patch_size: int)
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def show(options: argparse.Namespace) -> int:
     setup_logging(stream=sys.stderr)
     silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
@@ -163,20 +164,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             layers=options.layers,
         )
         save(figure, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
     finally:
         destroy_distributed()
     print(f"wrote {options.output}", file=sys.stderr)
     return 0
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return run_tool(lambda: show(options))
+
+
 def save(figure: "Figure", path: Path) -> None:
     """Write the picture. Raises UserError for a place or a format that cannot be written."""
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"cannot write the picture: {explain(error, path)}") from error
+    except ValueError as error:
         raise UserError(f"cannot write the picture '{path}': {error}") from error
 
 

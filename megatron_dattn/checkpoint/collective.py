@@ -14,14 +14,13 @@ import torch.distributed as dist
 
 from megatron_dattn.errors import CheckpointError, OutageError, UserError
 from megatron_dattn.runtime.distributed import all_ranks_agree
+from megatron_dattn.runtime.os_errors import explain, shortage
 
 logger = logging.getLogger(__name__)
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 class DiskFullError(CheckpointError):
-    """The disk, a quota or a limit on file sizes has no room for what was to be written."""
+    """The disk has no room for what was to be written."""
 
 
 T = TypeVar("T")
@@ -103,11 +102,13 @@ def as_checkpoint_error(purpose: str, error: Exception) -> CheckpointError:
         return error
     if isinstance(error, UserError):
         translated = CheckpointError(str(error))
-    elif isinstance(error, OSError) and error.errno in _NO_SPACE:
-        translated = DiskFullError(f"{purpose} failed: {error}")
+    elif isinstance(error, OSError):
+        kind = DiskFullError if error.errno == errno.ENOSPC else CheckpointError
+        translated = kind(f"{purpose} failed: {explain(error)}")
+    elif words := shortage(error):
+        translated = CheckpointError(f"{purpose} failed: {words}")
     else:
-        if not isinstance(error, OSError):
-            logger.error("%s failed", purpose, exc_info=error)
+        logger.error("%s failed", purpose, exc_info=error)
         translated = CheckpointError(f"{purpose} failed: {type(error).__name__}: {error}")
     translated.__cause__ = error
     return translated

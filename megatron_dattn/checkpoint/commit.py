@@ -41,6 +41,7 @@ from megatron_dattn.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.os_errors import explain, room_in
 
 logger = logging.getLogger(__name__)
 
@@ -88,15 +89,17 @@ def save_checkpoint(
         _fill(temporary, step, sharded_state_dict, dict(facts), extra, values)
         on_first_rank(f"committing {final}", lambda: _commit(temporary, final))
     except CheckpointError as error:
-        on_first_rank(f"removing {temporary}", lambda: _discard(temporary))
+        older = on_first_rank(f"removing {temporary}", lambda: _discard(temporary))
+        stays = "; the previous checkpoint stays the latest" if older else ""
+        # No one can look for the temporary folder: it is gone when the message is read.
+        reason = str(error).replace(str(temporary), str(final))
         if isinstance(error, DiskFullError):
             # Measured once: others write meanwhile, and the error is the same on all ranks.
-            free = on_first_rank("measuring the free space", lambda: _free_space(folder))
+            room = on_first_rank("measuring the free space", lambda: room_in(folder))
             raise DiskFullError(
-                f"disk full: {final} needs {_gib(needed)}, {folder} has {free} free now ({error}); "
-                "the previous checkpoint stays the latest"
+                f"disk full: {final} needs {_gib(needed)}, {folder} {room} ({reason}){stays}"
             ) from error
-        raise
+        raise type(error)(f"{reason}{stays}") from error
     on_first_rank("updating the pointer", lambda: _publish(folder, final, step))
     if rank() == 0 and not quiet:
         logger.info("saved %s", final)
@@ -158,13 +161,6 @@ def _check_space(folder: Path, state: ShardedStateDict, extra: Mapping[str, byte
 
     on_first_rank("checking the free space", check)
     return needed
-
-
-def _free_space(folder: Path) -> str:
-    try:
-        return _gib(shutil.disk_usage(folder).free)
-    except OSError:
-        return "an unknown amount"
 
 
 def _gib(size: int) -> str:
@@ -244,13 +240,15 @@ def _commit(temporary: Path, final: Path) -> None:
     files.sync_folder(final.parent)
 
 
-def _discard(temporary: Path) -> None:
+def _discard(temporary: Path) -> bool:
+    """Remove an unfinished checkpoint; whether there is an older one."""
     try:
         shutil.rmtree(temporary)
     except FileNotFoundError:
-        return
+        pass
     except OSError as error:
         logger.warning("%s cannot be removed: %s", temporary, error)
+    return any(files.step_of(entry.name) is not None for entry in temporary.parent.iterdir())
 
 
 def _publish(folder: Path, final: Path, step: int) -> None:
@@ -259,4 +257,6 @@ def _publish(folder: Path, final: Path, step: int) -> None:
         files.replace_synced(folder / files.LATEST_FILE, pointer.encode())
     except OSError as error:
         # The checkpoint is committed and is found without the pointer.
-        logger.warning("%s is saved, but %s is not updated: %s", final, files.LATEST_FILE, error)
+        logger.warning(
+            "%s is saved, but %s is not updated: %s", final, files.LATEST_FILE, explain(error)
+        )

@@ -6,17 +6,17 @@ later run can tell a dead writer's left-overs from a save in progress; an export
 """
 
 import errno
-import hashlib
 import os
 import re
 import shutil
 import socket
 import time
 import uuid
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 
+from megatron_dattn.checkpoint.hashing import HashBeside
+from megatron_dattn.runtime.os_errors import named
 from megatron_dattn.runtime.plain_file import open_plain
 from megatron_dattn.runtime.progress import Advance
 
@@ -104,24 +104,24 @@ def _process_exists(process: int) -> bool:
 
 def size_and_sha256(path: Path, advance: Advance = lambda done: None) -> tuple[int, str]:
     """Bytes and sha256 of a file, read block by block; `advance` is told the bytes of each."""
-    digest = hashlib.sha256()
     size = 0
-    hashed: Future[None] | None = None
-    # Two blocks in turns: fresh memory for each would cost more than the read.
-    blocks = cycle((memoryview(bytearray(_HASH_BLOCK)), memoryview(bytearray(_HASH_BLOCK))))
-    plain = open_plain(path, follow_links=False)
     with (
-        plain,
+        open_plain(path, follow_links=False) as plain,
         open(plain.fileno(), "rb", 0, closefd=False) as file,
-        ThreadPoolExecutor(1) as hasher,
+        HashBeside() as digest,
     ):
+        length = min(_HASH_BLOCK, os.fstat(plain.fileno()).st_size + 1)
+        # Two blocks in turns: fresh memory for each would cost more than the read.
+        blocks = cycle((memoryview(bytearray(length)), memoryview(bytearray(length))))
         while count := file.readinto(block := next(blocks)):
-            if hashed is not None:
-                hashed.result()
-            hashed = hasher.submit(digest.update, block[:count])  # beside the next read
+            if size:
+                digest.finish()
+            digest.begin(block[:count])  # hashed beside the next read
             size += count
             advance(count)
-    return size, digest.hexdigest()
+        if size:
+            digest.finish()
+        return size, digest.hexdigest()
 
 
 def forget_pages(descriptor: int, offset: int = 0, length: int = 0) -> None:
@@ -140,7 +140,7 @@ def forget_pages(descriptor: int, offset: int = 0, length: int = 0) -> None:
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write a new file and force it to the disk."""
-    with open(path, "xb") as file:
+    with named(path), open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -12,11 +12,9 @@ their way to the disk, not read again for it.
 """
 
 import contextlib
-import hashlib
 import io
 import os
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +50,14 @@ from megatron_dattn.checkpoint.collective import (
     rank,
 )
 from megatron_dattn.checkpoint.files import PAGES_KEPT, forget_pages, sync_file
+from megatron_dattn.checkpoint.hashing import HashBeside
 from megatron_dattn.checkpoint.manifest import FileRecord
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.os_errors import named
 
 # A tensor is stored as a small zip archive; this covers its headers and alignment.
 _BYTES_PER_RECORD = 4096
+_PURPOSE = "writing the shards"
 
 Values = Callable[[str, tuple[int, ...]], Tensor]
 """The values of a tensor on the meta device, by its key and its offset in the global tensor."""
@@ -76,9 +77,9 @@ class _WatchedFileSystem(FileSystem):
     def create_stream(
         self, path: str | os.PathLike, mode: str
     ) -> Generator[io.BufferedWriter, None, None]:
-        with ThreadPoolExecutor(1) as hasher, _WatchedStream(path, mode, self, hasher) as stream:
+        with HashBeside() as digest, _WatchedStream(path, mode, self, digest) as stream:
             yield stream
-        self.written[Path(path).name] = FileRecord(stream.size, stream.digest.hexdigest())
+        self.written[Path(path).name] = FileRecord(stream.size, digest.hexdigest())
 
 
 class _WatchedStream(io.BufferedWriter):
@@ -89,31 +90,42 @@ class _WatchedStream(io.BufferedWriter):
         path: str | os.PathLike,
         mode: str,
         owner: _WatchedFileSystem,
-        hasher: ThreadPoolExecutor,
+        digest: HashBeside,
     ) -> None:
         super().__init__(io.FileIO(path, mode.replace("b", "")))
         self._owner = owner
-        self._hasher = hasher
-        self.digest = hashlib.sha256()
+        self._path = path
+        self._digest = digest
         self.size = 0
         self._kept = 0  # bytes since pages were dropped
 
     def write(self, data: Any) -> int:
         assert self.tell() == self.size, "written in another order than hashed"
-        hashed = self._hasher.submit(self.digest.update, data)  # beside the write
+        self._digest.begin(data)  # hashed beside the write
         try:
-            count = super().write(data)
-        except OSError as error:
-            self._owner.error = self._owner.error or error
-            raise
+            with self._failures_noted():
+                count = super().write(data)
         finally:
-            hashed.result()
+            self._digest.finish()
         self.size += count
         self._kept += count
         if self._kept >= PAGES_KEPT:
             forget_pages(self.fileno())
             self._kept = 0
         return count
+
+    def flush(self) -> None:  # `close` calls it too
+        with self._failures_noted():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _failures_noted(self) -> Generator[None, None, None]:
+        try:
+            with named(self._path):
+                yield
+        except OSError as error:
+            self._owner.error = self._owner.error or error
+            raise
 
 
 class ShardWriter(dcp.FileSystemWriter):
@@ -136,13 +148,17 @@ class ShardWriter(dcp.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except Exception as error:
-            raise self._watched.error or error from error
+            raise self._in_words(error) from error
 
     def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
         try:
             super().finish(metadata, results)
         except Exception as error:
-            raise self._watched.error or error from error
+            raise self._in_words(error) from error
+
+    def _in_words(self, error: Exception) -> CheckpointError:
+        """Said here: the limits of this process and disk are not those of the rank that tells."""
+        return as_checkpoint_error(_PURPOSE, self._watched.error or error)
 
 
 class _Planner(MCoreSavePlanner):
@@ -189,7 +205,7 @@ def write_distributed_checkpoint(
         with _without_crc():
             dcp.save(tensors, storage_writer=shards, planner=_Planner(values))
     except dcp.CheckpointException as error:
-        raise first_failure("writing the shards", error) from error
+        raise first_failure(_PURPOSE, error) from error
     on_first_rank("writing the format marker", lambda: _write_marker(folder))
     return shards.written
 

@@ -25,6 +25,7 @@ from megatron_dattn.data.dataset import MAX_WEIGHT
 from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET, as_line
 from megatron_dattn.data.missing import rows_with_images, write_list
 from megatron_dattn.errors import ConfigError, DataError, quoted
+from megatron_dattn.runtime.os_errors import named
 from megatron_dattn.yaml_files import CONFIG_DIR, read_yaml
 
 _SAMPLING = re.compile(r"(first|end|random):(\d+)(%?)")
@@ -118,7 +119,7 @@ def write_jsonl(rows: Iterable[Any], path: Path) -> int:
     lines_part, index_part = Path(f"{path}.part"), Path(f"{index_path}.part")
     count = 0
     try:
-        with lines_part.open("wb") as lines, index_part.open("wb") as index:
+        with named(path), lines_part.open("wb") as lines, index_part.open("wb") as index:
             for row in rows:
                 index.write(OFFSET.pack(lines.tell()))
                 lines.write(as_line(row))
@@ -173,7 +174,8 @@ def prepare(
             }
         )
         yield done
-    config_path.write_text(yaml.safe_dump({"data": {section: entries}}, sort_keys=False))
+    with named(config_path):
+        config_path.write_text(yaml.safe_dump({"data": {section: entries}}, sort_keys=False))
 
 
 def _write_rows(

@@ -10,8 +10,6 @@ import sys
 import warnings
 from typing import TextIO
 
-import torch
-
 from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
 
 # Their INFO lines (and transformers' warnings about generation) say nothing about the run.
@@ -86,6 +84,8 @@ def silence_import_warnings() -> None:
 
     Most are given when megatron-core is imported, so call it before that.
     """
+    import torch  # here, as it takes a second: `setup_logging` does without
+
     if not torch.cuda.is_available():
         for message in _WITHOUT_GPU_PACKAGES:
             warnings.filterwarnings("ignore", message=message, module=r"megatron\.core")

@@ -49,8 +49,9 @@ def read_plain(path: str | os.PathLike[str], *, max_bytes: int, follow_links: bo
     """
     with open_plain(path, follow_links=follow_links) as file:
         size = os.fstat(file.fileno()).st_size
-        # Some plain files (those of /proc) have more than their size says.
-        data = file.read(max_bytes + 1) if size <= max_bytes else b""
+        data = file.read(size + 1) if size <= max_bytes else b""
+        if len(data) > size:  # some plain files (those of /proc) have more than their size says
+            data += file.read(max_bytes + 1 - len(data))
     if max(size, len(data)) > max_bytes:
         reason = f"it has more than the {max_bytes:,} bytes that such a file may have"
         raise OSError(errno.EFBIG, reason, os.fspath(path))

@@ -30,6 +30,7 @@ from megatron_dattn.runtime.distributed import (
     join_world,
     seed_everything,
 )
+from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.config import TrainingConfig
 from megatron_dattn.training.optimizer import (
@@ -229,6 +230,6 @@ def agreed(work: Callable[[], T]) -> T:
     except UserError as caught:
         error = caught
     except OSError as caught:
-        error = UserError(str(caught))
+        error = UserError(explain(caught))
     all_ranks_agree(error)
     return cast(T, result)

@@ -24,6 +24,7 @@ from megatron_dattn.checkpoint.manifest import compare_facts, read_listed
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, with_later_fields
+from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.training.config import CheckpointConfig
 from megatron_dattn.training.stages import MODULES
 from megatron_dattn.training.state import Progress, TrainState
@@ -333,8 +334,8 @@ class Checkpointer:
         try:
             for path in prune(self._folder, self._config.keep_last, newest=step):
                 logger.info("deleted %s", path)
-        except OSError as error:
-            logger.warning("old checkpoints are not deleted: %s", error)
+        except (OSError, MemoryError) as error:
+            logger.warning("old checkpoints are not deleted: %s", shortage(error) or error)
 
     def _report(self, found: FoundCheckpoint, random_state: str) -> None:
         report = {
@@ -350,7 +351,10 @@ class Checkpointer:
             if random_state != "restored":
                 logger.warning("random states are %s", random_state)
             data = (json.dumps(report, indent=1) + "\n").encode()
-            replace_synced(folder / REPORT_FILE, data)
+            try:
+                replace_synced(folder / REPORT_FILE, data)
+            except OSError as error:  # it only tells; what is resumed is resumed
+                logger.warning("%s is not written: %s", REPORT_FILE, explain(error))
 
         on_first_rank("writing the resume report", write)
 

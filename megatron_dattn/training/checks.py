@@ -25,6 +25,7 @@ from megatron_dattn.data.loader import VLMLoader, build_loader
 from megatron_dattn.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.training.build import make_checkpointer
 from megatron_dattn.training.checkpoint import nothing_to_load
 from megatron_dattn.training.random_states import untouched_random_states
@@ -217,7 +218,7 @@ def _problems(checks: Iterable[Callable[[], object]]) -> list[UserError]:
             except UserError as error:
                 found.setdefault(str(error), error)
             except OSError as error:
-                found.setdefault(str(error), UserError(str(error)))
+                found.setdefault(explain(error), UserError(explain(error)))
     return list(found.values())
 
 

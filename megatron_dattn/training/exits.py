@@ -14,6 +14,7 @@ from typing import Literal
 
 from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.errors import EXIT_USER_ERROR, OutageError, UserError
+from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.rendezvous import RendezvousError
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def record_exit(folder: str | Path | None, ending: ExitReason) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_synced(path, (text + "\n").encode())
     except OSError as error:
-        logger.warning("%s cannot be written: %s", path, error)
+        logger.warning("%s cannot be written: %s", path, explain(error, path))
 
 
 def clear_exit_reason(folder: str | Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_dattn.checkpoint import files
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.os_errors import explain
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     except CheckpointError as error:
         raise CheckpointError(_with_final_name(str(error), temporary, output)) from error
     except OSError as error:
-        reason = _with_final_name(str(error), temporary, output)
+        reason = _with_final_name(explain(error, output), temporary, output)
         raise CheckpointError(f"{output} cannot be written: {reason}") from error
 
 

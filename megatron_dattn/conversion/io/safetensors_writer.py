@@ -22,6 +22,7 @@ from megatron_dattn.conversion.io.safetensors_reader import (
     LENGTH_BYTES,
     SINGLE_FILE,
 )
+from megatron_dattn.runtime.os_errors import named
 from megatron_dattn.runtime.progress import Advance
 
 _ALIGNMENT = 8
@@ -86,7 +87,7 @@ def plan_shards(
 def _write_shard(path: Path, shard: list[PlannedTensors], written: Advance) -> None:
     # Wide types first: what is read in place must not begin between two values.
     parts = sorted(shard, key=lambda part: -part.dtype.itemsize)
-    with open(path, "xb") as file:
+    with named(path), open(path, "xb") as file:
         file.write(_header(parts))
         kept = 0
         for part in parts:

@@ -21,5 +21,5 @@ def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path, monkeypatch, ca
     monkeypatch.setattr(inference, "load_model", refuse)
     assert main(["--checkpoint", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "error: [Errno 13] Permission denied" in error
+    assert error == f"error: Permission denied: '{tmp_path / 'config.yaml'}'\n"
     assert error.count("\n") == 1

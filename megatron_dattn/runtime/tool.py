@@ -1,0 +1,79 @@
+"""The frame of a command-line tool: every foreseeable end of it is one line and an exit code.
+
+A wrong input, a full disk, Ctrl-C and the SIGTERM of a batch system all end here. The signals raise
+in the tool's work, so that half-written outputs are removed on the way out.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.runtime.os_errors import explain, shortage
+from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
+
+EXIT_OF_A_SIGNAL = 128  # plus its number, as shells report it: 130 for Ctrl-C
+
+
+class _Signals:
+    """Context manager in which SIGINT and SIGTERM raise KeyboardInterrupt, and are remembered."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._former: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # What nohup, or a shell for its background jobs, has switched off stays off.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        raise KeyboardInterrupt
+
+
+def run_tool(work: Callable[[], int], left: Callable[[], str] = lambda: "") -> int:
+    """Do a tool's work in the main thread; returns the exit code.
+
+    Args:
+        work: returns the exit code where nothing goes wrong.
+        left: what is to be said behind `interrupted`, asked for after everything is cleaned up.
+    """
+    escape_what_cannot_be_written(sys.stdout)
+    with _Signals() as signals:
+        try:
+            return work()
+        except KeyboardInterrupt:
+            return _say_interrupted(signals, left)
+        except UserError as error:
+            message = str(error)
+        except Exception as error:
+            if signals.received is not None:  # an import can turn the interrupt into another error
+                return _say_interrupted(signals, left)
+            message = _in_words(error)
+        print(f"error: {message}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _say_interrupted(signals: _Signals, left: Callable[[], str]) -> int:
+    number = signals.received or signal.SIGINT
+    by = "" if number == signal.SIGINT else f" by {number.name}"
+    print(f"interrupted{by}{left()}", file=sys.stderr)
+    return EXIT_OF_A_SIGNAL + number
+
+
+def _in_words(error: Exception) -> str:
+    """One line for what comes from outside; a bug of ours goes on as it is."""
+    if isinstance(error, OSError):
+        return explain(error)
+    words = shortage(error)
+    if words is None:
+        raise error
+    return words
