@@ -6,6 +6,7 @@ it is therefore told, and never closed in silence; but it holds nothing that tra
 damage of it keeps a run from going on.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -18,7 +19,9 @@ from typing import BinaryIO
 
 from megatron_dattn.checkpoint.files import damaged_name, sync_folder
 from megatron_dattn.errors import DataError
+from megatron_dattn.runtime.append_file import AppendFile
 from megatron_dattn.runtime.json_file import parse_json
+from megatron_dattn.runtime.os_errors import explain, named
 from megatron_dattn.runtime.plain_file import open_plain
 
 logger = logging.getLogger(__name__)
@@ -33,7 +36,11 @@ _NO_PLAIN_FILE = (errno.EINVAL, errno.ELOOP)
 
 
 class SampleLedger:
-    """Appends `{"step", "packs": [[key, ...], ...]}` lines; every line reaches the file at once."""
+    """Appends `{"step", "packs": [[key, ...], ...]}` lines; every line reaches the file at once.
+
+    A line that the disk refuses waits for the next one or for `sync`, and `failure` says why: the
+    rank that meets it must not leave the others alone in the middle of a step.
+    """
 
     def __init__(self, folder: str | Path, data_parallel_rank: int, resumed_step: int) -> None:
         """Open the rank's file; lines of steps that a resumed run will do again are dropped.
@@ -52,7 +59,7 @@ class SampleLedger:
         kept = _Kept(resumed_step)
         temporary = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
-            with open(temporary, "xb") as file:
+            with named(self._path), open(temporary, "xb") as file:
                 kept.copy(self._path, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -73,19 +80,40 @@ class SampleLedger:
                 ", ".join(kept.missing[:_MAX_SHOWN]) + more,
                 resumed_step,
             )
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file = AppendFile(self._path)
+        self._waiting = b""
+        self.failure: str | None = None
+        """Why lines wait, in words; None if none does."""
 
     def write(self, step: int, packs: Iterable[list[str]]) -> None:
         """Note the sample keys of one step, pack by pack."""
-        self._file.write(_encode(step, list(packs)))
-        self._file.flush()
+        self._waiting += _encode(step, list(packs)).encode()
+        with contextlib.suppress(OSError):  # kept in `failure`
+            self._flush()
 
     def sync(self) -> None:
-        """Force all lines to the disk, as a checkpoint is that relies on them."""
-        os.fsync(self._file.fileno())
+        """Force all lines to the disk, as a checkpoint is that relies on them.
+
+        Raises:
+            OSError: they are not all there.
+        """
+        self._flush()
+        self._file.sync()
 
     def close(self) -> None:
-        self._file.close()
+        """Write what still waits, if that is possible now."""
+        with contextlib.suppress(OSError):
+            self._flush()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _flush(self) -> None:
+        try:
+            self._file.append(self._waiting)
+        except OSError as error:
+            self.failure = explain(error)
+            raise
+        self._waiting, self.failure = b"", None
 
 
 @dataclass

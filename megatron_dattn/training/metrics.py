@@ -14,6 +14,7 @@ from statistics import fmean
 
 from megatron_dattn.runtime.distributed import is_rank_0
 from megatron_dattn.training.config import LoggingConfig
+from megatron_dattn.training.event_file import EventFile
 from megatron_dattn.training.state import Progress
 
 logger = logging.getLogger(__name__)
@@ -72,11 +73,9 @@ class Metrics:
         self._peak = peak_flops
         self._reports: list[StepReport] = []
         self._interval_start = time.perf_counter()
-        self._writer = None
+        self._writer: EventFile | None = None
         if config.tensorboard_dir and is_rank_0():
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(config.tensorboard_dir, purge_step=first_step + 1)
+            self._writer = EventFile(config.tensorboard_dir, purge_step=first_step + 1)
             self._writer.add_text("stage", stage, first_step)
 
     def record(self, report: StepReport, totals: Progress) -> None:
@@ -96,7 +95,7 @@ class Metrics:
             math.exp(min(20.0, loss)),
         )
         if self._writer is not None:
-            self._writer.add_scalar("lm loss validation", loss, step)
+            self._writer.add_scalars({"lm loss validation": loss}, step)
 
     def close(self) -> None:
         if self._writer is not None:
@@ -108,15 +107,13 @@ class Metrics:
         self._reports, self._interval_start = [], now
         logger.info(self._line(interval, totals))
         if self._writer is not None:
-            for tag, value in self._scalars(interval, totals).items():
-                self._writer.add_scalar(tag, value, interval.last.step)
+            self._writer.add_scalars(self._scalars(interval, totals), interval.last.step)
 
     def _write_visual_weights(self, step: int, weights: list[list[float]]) -> None:
         layers = [_describe_layer(number, heads) for number, heads in enumerate(weights, 1)]
         logger.info("iteration %d | alpha_V: %s", step, " | ".join(layers))
         if self._writer is not None:
-            for tag, value in _alpha_scalars(weights).items():
-                self._writer.add_scalar(tag, value, step)
+            self._writer.add_scalars(_alpha_scalars(weights), step)
 
     def _line(self, interval: "Interval", totals: Progress) -> str:
         last = interval.last

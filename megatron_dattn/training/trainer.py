@@ -3,8 +3,8 @@
 import logging
 
 from megatron_dattn.checkpoint.collective import on_every_rank
-from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.distributed import is_rank_0
+from megatron_dattn.errors import CheckpointError, UserError
+from megatron_dattn.runtime.distributed import all_ranks_agree, is_rank_0
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training.exits import ExitReason, NumericsError
 from megatron_dattn.training.metrics import StepReport
@@ -33,8 +33,8 @@ def train(run: Run) -> ExitReason:
             bar.advance(report.loss)
             stop_if_numbers_stay_bad(run, report)
             validate_if_due(run)
-            stop = signals.requested_anywhere()
-            save_if_due(run, at_once=stop is not None)
+            stop, lost = signals.requested_anywhere(), ledger_failure(run)
+            save_if_due(run, at_once=stop is not None, lost=lost)
             if stop is not None:
                 logger.info("%s: stopping after iteration %d", stop.name, progress.step)
                 return ExitReason("signal", progress.step, stop.name)
@@ -77,24 +77,44 @@ def validate_if_due(run: Run) -> None:
         run.metrics.record_validation(step, loss)
 
 
-def save_if_due(run: Run, *, at_once: bool = False) -> None:
+def ledger_failure(run: Run) -> UserError | None:
+    """Why some rank's ledger cannot be written, the same on every rank. Collective."""
+    if run.config.logging.sample_ledger is None:
+        return None
+    reason = None if run.ledger is None else run.ledger.failure
+    try:
+        all_ranks_agree(reason and f"writing the sample ledger failed: {reason}")
+    except UserError as error:
+        return error
+    return None
+
+
+def save_if_due(run: Run, *, at_once: bool = False, lost: UserError | None = None) -> None:
     """Save every `save_interval` steps, after the last one, and when the run is to stop.
 
+    Args:
+        lost: why the ledger cannot be written. If it still cannot, that ends the run: steps that
+            nobody can tell of are not trained. Those that were are saved before, if possible.
+
     Raises:
-        CheckpointError: on all ranks. If it is the ledger that fails, the checkpoint is saved.
+        UserError: on all ranks: the ledger or the checkpoint could not be written.
     """
-    if run.checkpointer is None:
-        return
     step = run.state.progress.step
     interval = run.config.checkpoint.save_interval
     is_last = step == run.config.training.train_iters
-    if at_once or is_last or (interval and step % interval == 0):
-        failure: CheckpointError | None = None
+    is_due = at_once or lost is not None or is_last or (interval and step % interval == 0)
+    if run.checkpointer is not None and is_due:
         try:
             # Before the checkpoint exists: after a power cut the ledger would be the shorter one.
             on_every_rank("writing the sample ledger", run.sync_ledger)
+            lost = None  # by now all lines are there
         except CheckpointError as error:
-            failure = error
-        run.checkpointer.save(run.state)
-        if failure is not None:
-            raise failure
+            lost = error
+        try:
+            path = run.checkpointer.save(run.state)
+        except CheckpointError as error:
+            raise error if lost is None else CheckpointError(f"{lost}; {error}") from error
+        if lost is not None:
+            raise type(lost)(f"{lost}; everything up to iteration {step} is saved as {path}")
+    if lost is not None:
+        raise lost

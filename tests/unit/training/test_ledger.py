@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 
 from megatron_dattn.errors import DataError
+from megatron_dattn.runtime.append_file import AppendFile
 from megatron_dattn.training.ledger import SampleLedger, read_ledger
 from tests.support.time_limit import time_limit
 
@@ -211,3 +213,34 @@ def test_lines_are_on_the_disk_before_the_checkpoint_is(tmp_path: Path) -> None:
         ledger.sync()
     fsync.assert_called_once()
     ledger.close()
+
+
+def test_a_full_disk_is_kept_in_mind_and_the_line_tried_again(tmp_path: Path) -> None:
+    """Half a line may have been taken: nothing of it stays, and no line comes twice."""
+    ledger = SampleLedger(tmp_path, 0, resumed_step=0)
+    ledger.write(1, [["key1"]])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(line(1)) + 5, hard))
+        ledger.write(2, [["key2"]])
+        ledger.write(3, [["key3"]])
+        assert ledger.failure is not None
+        assert "ulimit -f" in ledger.failure
+        with pytest.raises(OSError, match="File too large"):
+            ledger.sync()
+        assert path_of(tmp_path).read_text() == line(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    ledger.write(4, [["key4"]])
+    assert ledger.failure is None
+    ledger.close()
+    assert read_ledger(path_of(tmp_path)) == packs(1, 2, 3, 4)
+
+
+def test_a_ledger_that_stays_unwritable_can_be_closed(tmp_path: Path) -> None:
+    ledger = SampleLedger(tmp_path, 0, resumed_step=0)
+    refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(AppendFile, "append", side_effect=refused):
+        ledger.write(1, [["key1"]])
+        ledger.close()
+    assert path_of(tmp_path).read_text() == ""

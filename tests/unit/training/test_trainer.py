@@ -1,12 +1,14 @@
 """What the training loop keeps of a validation, and in which order it saves."""
 
+import errno
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_dattn.errors import CheckpointError
-from megatron_dattn.training.trainer import save_if_due, validate_if_due
+from megatron_dattn.errors import CheckpointError, UserError
+from megatron_dattn.training.trainer import ledger_failure, save_if_due, validate_if_due
 
 
 def run_at(step: int, recorded: list[Any]) -> Any:
@@ -31,32 +33,70 @@ def test_the_last_validation_goes_into_the_state() -> None:
     assert recorded == [(10, 0.5), (25, 0.5)]
 
 
-def run_that_saves(done: list[str], *, failing: bool) -> Any:
-    """As much of a run as a save touches: at step 10 of 25, with an interval of 10."""
+def run_that_saves(
+    done: list[str], *, ledger_fails: bool = False, save_fails: bool = False, step: int = 10
+) -> Any:
+    """As much of a run as a save touches: at a step of 25, with an interval of 10."""
 
     def sync() -> None:
         done.append("ledger")
-        if failing:
-            raise OSError(28, "No space left on device")
+        if ledger_fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/logs/samples")
+
+    def save(state: object) -> str:
+        done.append("checkpoint")
+        if save_fails:
+            raise CheckpointError("disk full: /runs")
+        return f"/runs/step-{step}"
 
     return SimpleNamespace(
-        state=SimpleNamespace(progress=SimpleNamespace(step=10)),
+        state=SimpleNamespace(progress=SimpleNamespace(step=step)),
         config=SimpleNamespace(
-            training=SimpleNamespace(train_iters=25), checkpoint=SimpleNamespace(save_interval=10)
+            training=SimpleNamespace(train_iters=25),
+            checkpoint=SimpleNamespace(save_interval=10),
+            logging=SimpleNamespace(sample_ledger="/logs"),
         ),
-        checkpointer=SimpleNamespace(save=lambda state: done.append("checkpoint")),
+        checkpointer=SimpleNamespace(save=save),
+        ledger=SimpleNamespace(failure="No space left" if ledger_fails else None),
         sync_ledger=sync,
     )
 
 
 def test_the_ledger_reaches_the_disk_before_the_checkpoint() -> None:
     done: list[str] = []
-    save_if_due(run_that_saves(done, failing=False))
+    run = run_that_saves(done)
+    assert ledger_failure(run) is None
+    save_if_due(run)
     assert done == ["ledger", "checkpoint"]
 
 
-def test_a_ledger_that_fails_is_an_error_with_a_saved_checkpoint() -> None:
+@pytest.mark.parametrize("step", [10, 13])
+def test_a_ledger_that_fails_is_an_error_with_a_saved_checkpoint(step: int) -> None:
+    """At once, not only when a checkpoint is due."""
     done: list[str] = []
-    with pytest.raises(CheckpointError, match=r"sample ledger failed: .* No space left"):
-        save_if_due(run_that_saves(done, failing=True))
+    run = run_that_saves(done, ledger_fails=True, step=step)
+    lost = ledger_failure(run)
+    with pytest.raises(UserError) as caught:
+        save_if_due(run, lost=lost)
+    assert str(caught.value).startswith("writing the sample ledger failed: No space left on device")
+    assert f"everything up to iteration {step} is saved as /runs/step-{step}" in str(caught.value)
     assert done == ["ledger", "checkpoint"]
+
+
+def test_one_full_disk_is_one_error() -> None:
+    run = run_that_saves([], ledger_fails=True, save_fails=True)
+    with pytest.raises(CheckpointError, match=r"sample ledger failed: .*; disk full: /runs"):
+        save_if_due(run, lost=ledger_failure(run))
+
+
+def test_a_ledger_that_is_whole_again_ends_nothing() -> None:
+    done: list[str] = []
+    save_if_due(run_that_saves(done), lost=UserError("writing the sample ledger failed"))
+    assert done == ["ledger", "checkpoint"]
+
+
+def test_a_ledger_without_checkpoints_ends_the_run_too() -> None:
+    run = run_that_saves([], ledger_fails=True)
+    run.checkpointer = None
+    with pytest.raises(UserError, match="writing the sample ledger failed: No space left"):
+        save_if_due(run, lost=ledger_failure(run))
