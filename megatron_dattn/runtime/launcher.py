@@ -55,6 +55,17 @@ class Launch:
         if self.doubt is not None:
             raise ConfigError(self.doubt)
 
+    @property
+    def belongs_to_parent(self) -> bool:
+        """Whether the process that started this one is a launcher, with which it is to end.
+
+        A lone task of srun or mpirun may have been started by hand in an interactive step; who sets
+        the variables of an unknown launcher may be a shell that goes away.
+        """
+        if self.launcher in ("no launcher", "a launcher"):
+            return False
+        return self.launcher == "torchrun" or self.world_size > 1
+
     def meeting_point(self) -> tuple[str, int]:
         """Host and port on which the ranks of a run of several meet.
 

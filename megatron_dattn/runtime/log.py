@@ -4,12 +4,14 @@ Lines are plain and greppable: `[2026-01-31 12:00:00] message`, with the level i
 message above INFO, and `[rank 3]` for every rank but the first.
 """
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
 from typing import TextIO
 
+from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
 
 # Their INFO lines (and transformers' warnings about generation) say nothing about the run.
@@ -47,6 +49,35 @@ class _LineFormatter(logging.Formatter):
         return f"[{self.formatTime(record, self.datefmt)}] {self._prefix}{level}{record.message}"
 
 
+class _Handler(logging.StreamHandler):
+    """A stream that takes no more lines costs lines, never the run or a traceback for each.
+
+    Standard error is told when it begins, and the stream itself when it is over.
+    """
+
+    _fails = False
+    _failures = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        before = self._failures
+        super().emit(record)
+        if self._fails and self._failures == before:
+            self._fails = False
+            self.stream.write(f"... {before} log lines could not be written in time\n")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._failures += 1
+        if not self._fails:
+            self._fails = True
+            told = f"warning: log lines cannot be written: {explain(error)}; the run goes on\n"
+            with contextlib.suppress(OSError):
+                os.write(2, told.encode(errors="replace"))
+
+
 def setup_logging(rank: int = 0, level: str = "INFO", stream: TextIO | None = None) -> None:
     """Send all log records of this process to one stream, stdout unless told otherwise.
 
@@ -55,7 +86,7 @@ def setup_logging(rank: int = 0, level: str = "INFO", stream: TextIO | None = No
     """
     stream = stream or sys.stdout
     escape_what_cannot_be_written(stream)
-    handler = logging.StreamHandler(stream)
+    handler = _Handler(stream)
     handler.setFormatter(_LineFormatter(rank))
     root = logging.getLogger()
     for old in list(root.handlers):

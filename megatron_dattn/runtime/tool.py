@@ -4,12 +4,14 @@ A wrong input, a full disk, Ctrl-C and the SIGTERM of a batch system all end her
 in the tool's work, so that half-written outputs are removed on the way out.
 """
 
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
 
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.runtime.last_words import give_up_unwritable_output
 from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
 
@@ -49,7 +51,9 @@ def run_tool(work: Callable[[], int], left: Callable[[], str] = lambda: "") -> i
     escape_what_cannot_be_written(sys.stdout)
     with _Signals() as signals:
         try:
-            return work()
+            code = work()
+            sys.stdout.flush()  # an answer that nobody gets is no success
+            return code
         except KeyboardInterrupt:
             return _say_interrupted(signals, left)
         except UserError as error:
@@ -58,15 +62,22 @@ def run_tool(work: Callable[[], int], left: Callable[[], str] = lambda: "") -> i
             if signals.received is not None:  # an import can turn the interrupt into another error
                 return _say_interrupted(signals, left)
             message = _in_words(error)
-        print(f"error: {message}", file=sys.stderr)
+        finally:
+            give_up_unwritable_output()
+        _say(f"error: {message}")
         return EXIT_USER_ERROR
 
 
 def _say_interrupted(signals: _Signals, left: Callable[[], str]) -> int:
     number = signals.received or signal.SIGINT
     by = "" if number == signal.SIGINT else f" by {number.name}"
-    print(f"interrupted{by}{left()}", file=sys.stderr)
+    _say(f"interrupted{by}{left()}")
     return EXIT_OF_A_SIGNAL + number
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # the exit code says it too
+        print(line, file=sys.stderr, flush=True)
 
 
 def _in_words(error: Exception) -> str:

@@ -5,15 +5,17 @@ entry script. Only what nobody foresaw goes on as the exception that it is.
 """
 
 import logging
+import signal
 import traceback
 from pathlib import Path
 
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.errors import UserError
-from megatron_dattn.runtime.distributed import destroy_distributed
+from megatron_dattn.runtime.distributed import destroy_distributed, share_refusal
 from megatron_dattn.runtime.error_file import write_error_file
 from megatron_dattn.runtime.launcher import Launch
-from megatron_dattn.runtime.rendezvous import RendezvousError
+from megatron_dattn.runtime.open_files import open_files_needed, require_open_files
+from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training.build import start
 from megatron_dattn.training.checks import StartChecks
 from megatron_dattn.training.exits import (
@@ -21,6 +23,7 @@ from megatron_dattn.training.exits import (
     ExitReason,
     NumericsError,
     ending_of,
+    ending_of_one_rank,
     record_exit,
 )
 from megatron_dattn.training.run_lock import is_in_use
@@ -29,28 +32,49 @@ from megatron_dattn.training.trainer import train
 
 logger = logging.getLogger(__name__)
 
+_INTERRUPTED = "interrupted by a second SIGINT; nothing was saved since the last checkpoint"
 
-def run_to_its_end(config: PretrainConfig, launch: Launch) -> ExitReason:
-    """Train one stage until it is done, asked to stop, or cannot go on. Collective."""
+
+def run_to_its_end(config: PretrainConfig, launch: Launch, signals: SignalWatcher) -> ExitReason:
+    """Train one stage until it is done, asked to stop, or cannot go on. Collective.
+
+    Args:
+        signals: has been noting requests to stop since the process began.
+    """
+    if launch.belongs_to_parent:
+        signals.watch_launcher()
+    leaves_together = True
     try:
-        ending = _run(config, launch)
+        ending = _run(config, launch, signals)
     except (UserError, NumericsError) as error:
         ending = ending_of(error)
-        if isinstance(error, RendezvousError) and not error.shared and launch.rank > 0:
-            logger.error("%s", error)  # rank 0, who speaks for all, knows nothing of it
+    except KeyboardInterrupt:
+        ending, leaves_together = ExitReason("interrupted", detail=_INTERRUPTED), False
     except Exception as error:
-        leave_word(config, launch, ending_of(error))
-        write_error_file(launch, traceback.format_exc(), 1, shared=False)
-        raise
+        foreseen, leaves_together = ending_of_one_rank(error), False
+        if foreseen is None:
+            leave_word(config, launch, ending_of(error))
+            write_error_file(launch, traceback.format_exc(), 1, shared=False)
+            raise
+        ending = foreseen
+    if launch.rank > 0 and not ending.is_shared:
+        logger.error("%s", ending.detail)  # rank 0, who speaks for all, knows nothing of it
     leave_word(config, launch, ending)
-    destroy_distributed()
+    if leaves_together:  # else the others are in the middle of something, and would be waited for
+        destroy_distributed()
     return ending
 
 
-def _run(config: PretrainConfig, launch: Launch) -> ExitReason:
+def _run(config: PretrainConfig, launch: Launch, signals: SignalWatcher) -> ExitReason:
     launch.require_no_doubt()
+    _require_open_files(config, launch)
+    if launch.world_size == 1 and signals.received is not None:
+        return _stopped_before_the_start(signals.received)
     start(config)
     steps = prepare_run(config)
+    stop = signals.requested_anywhere()
+    if stop is not None:
+        return _stopped_before_the_start(stop)
     if steps is not None:
         logger.info(
             "stage %s is finished: %s holds all of its %d iterations; nothing is left to do",
@@ -60,7 +84,19 @@ def _run(config: PretrainConfig, launch: Launch) -> ExitReason:
         )
         return ExitReason("finished", steps)
     with own_run_folder(config.checkpoint.save), open_run(config) as run:
-        return train(run)
+        return train(run, signals)
+
+
+def _require_open_files(config: PretrainConfig, launch: Launch) -> None:
+    try:
+        require_open_files(open_files_needed(config.data.num_workers, launch.world_size))
+    except UserError as error:
+        raise share_refusal(error) if launch.world_size > 1 else error from None
+
+
+def _stopped_before_the_start(stop: signal.Signals) -> ExitReason:
+    logger.info("%s: stopping before the first step; there is nothing to save", stop.name)
+    return ExitReason("signal", detail=stop.name)
 
 
 def leave_word(config: PretrainConfig, launch: Launch, ending: ExitReason) -> None:
@@ -73,9 +109,9 @@ def leave_word(config: PretrainConfig, launch: Launch, ending: ExitReason) -> No
     folder = config.checkpoint.save
     if folder is None or is_in_use(folder):
         return
-    may_be_lost = ending.reason in ("rendezvous", "crash")
+    may_be_lost = ending.reason in ("rendezvous", "crash") or not ending.is_shared
     if launch.rank > 0 and (not may_be_lost or (Path(folder) / FILE_NAME).exists()):
         return
-    is_sure = ending.reason in ("finished", "signal", "numerics")
+    is_sure = ending.reason in ("finished", "signal", "numerics") and ending.step is not None
     if is_sure or StartChecks(config, None).save_folder_is_own():
         record_exit(folder, ending)

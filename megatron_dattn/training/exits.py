@@ -8,14 +8,17 @@ files, is not written into.
 
 import json
 import logging
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_dattn.checkpoint.collective import rank
 from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.errors import EXIT_USER_ERROR, OutageError, UserError
-from megatron_dattn.runtime.os_errors import explain
+from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.runtime.rendezvous import RendezvousError
+from megatron_dattn.runtime.signals import EXIT_INTERRUPTED
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +26,14 @@ EXIT_NUMERICS = 17
 EXIT_RENDEZVOUS = 18
 FILE_NAME = "exit_reason.json"
 
-Reason = Literal["finished", "signal", "numerics", "user_error", "rendezvous", "crash"]
+Reason = Literal[
+    "finished", "signal", "interrupted", "numerics", "user_error", "rendezvous", "crash"
+]
 
 _EXIT_CODES: dict[str, int] = {
     "finished": 0,
     "signal": 0,
+    "interrupted": EXIT_INTERRUPTED,
     "numerics": EXIT_NUMERICS,
     "user_error": EXIT_USER_ERROR,
     "rendezvous": EXIT_RENDEZVOUS,
@@ -47,16 +53,20 @@ class NumericsError(RuntimeError):
 class ExitReason:
     """Why a run ended.
 
-    `finished`: all steps done. `signal`: asked to stop, state saved. `numerics`: too many
-    non-finite steps in a row. `user_error`: a setting, a file or the data must be mended.
-    `rendezvous`: the ranks did not meet. `crash`: a lost rank or data worker, a file system that
-    does not answer, an error that nobody foresaw. After the last two another try may succeed.
+    `finished`: all steps done. `signal`: asked to stop, state saved (or not begun: without a step,
+    there was none to save). `interrupted`: by a second SIGINT, nothing saved since the last
+    checkpoint. `numerics`: too many non-finite steps in a row. `user_error`: a setting, a file or
+    the data must be mended. `rendezvous`: the ranks did not meet. `crash`: a lost rank or data
+    worker, a file system that does not answer, an error that nobody foresaw. After the last two
+    another try may succeed.
     """
 
     reason: Reason
     step: int | None = None
     """Steps done, over all runs of this stage; None if that is not known."""
     detail: str = ""
+    is_shared: bool = True
+    """Whether all ranks end so, and rank 0 speaks for them; not in the file."""
 
     @property
     def exit_code(self) -> int:
@@ -66,7 +76,7 @@ class ExitReason:
 def ending_of(error: Exception) -> ExitReason:
     """The ending that an error of a run stands for."""
     if isinstance(error, RendezvousError):
-        return ExitReason("rendezvous", detail=str(error))
+        return ExitReason("rendezvous", detail=str(error), is_shared=error.shared)
     if isinstance(error, OutageError):
         return ExitReason("crash", detail=str(error))
     if isinstance(error, UserError):
@@ -77,6 +87,18 @@ def ending_of(error: Exception) -> ExitReason:
     return ExitReason("crash", detail=f"{type(error).__name__}: {first_line}")
 
 
+def ending_of_one_rank(error: Exception) -> ExitReason | None:
+    """The ending that a foreseeable failure of one rank alone stands for; None for any other.
+
+    It strikes between two agreements of the ranks, where the others cannot be told.
+    """
+    words = shortage(error)
+    if words is None:
+        return None
+    where = f"rank {rank()} on {socket.gethostname()}"
+    return ExitReason("user_error", detail=f"{where}: {words}", is_shared=False)
+
+
 def record_exit(folder: str | Path | None, ending: ExitReason) -> None:
     """Write the file, in one piece; call it on one rank. The folder is made if it is not there.
 
@@ -85,7 +107,9 @@ def record_exit(folder: str | Path | None, ending: ExitReason) -> None:
     if folder is None:
         return
     path = Path(folder) / FILE_NAME
-    text = json.dumps({**asdict(ending), "exit_code": ending.exit_code}, indent=2)
+    content = asdict(ending) | {"exit_code": ending.exit_code}
+    del content["is_shared"]
+    text = json.dumps(content, indent=2)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_synced(path, (text + "\n").encode())

@@ -1,6 +1,7 @@
 """A progress bar for somebody who watches a terminal; log files never see it."""
 
 import contextlib
+import logging
 import sys
 from typing import Literal
 
@@ -8,6 +9,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_dattn.runtime.distributed import is_rank_0
+from megatron_dattn.runtime.os_errors import explain
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressBar:
@@ -36,6 +40,11 @@ class ProgressBar:
 
     def advance(self, loss: float) -> None:
         """One step is done."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        if self._bar is None:
+            return
+        self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        try:
             self._bar.update()
+        except OSError as error:  # standard error goes to a full disk, or nowhere
+            logger.warning("the progress bar ends: %s", explain(error, "standard error"))
+            self._bar.disable = True

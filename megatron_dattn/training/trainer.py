@@ -15,8 +15,10 @@ from megatron_dattn.training.step import train_step
 logger = logging.getLogger(__name__)
 
 
-def train(run: Run) -> ExitReason:
+def train(run: Run, signals: SignalWatcher) -> ExitReason:
     """Train to the end of the stage, or until some rank is asked to stop.
+
+    A request that came before the first step, or while a checkpoint was saved, counts as well.
 
     Raises:
         UserError: on all ranks: the data, or the disk for checkpoints, failed.
@@ -26,8 +28,9 @@ def train(run: Run) -> ExitReason:
     bar = ProgressBar(
         run.config.logging.progress_bar, first_step=progress.step, last_step=last_step
     )
-    with SignalWatcher() as signals, bar:
-        while progress.step < last_step:
+    stop = signals.requested_anywhere()
+    with bar:
+        while progress.step < last_step and stop is None:
             report = train_step(run)
             run.metrics.record(report, progress)
             bar.advance(report.loss)
@@ -35,9 +38,9 @@ def train(run: Run) -> ExitReason:
             validate_if_due(run)
             stop, lost = signals.requested_anywhere(), ledger_failure(run)
             save_if_due(run, at_once=stop is not None, lost=lost)
-            if stop is not None:
-                logger.info("%s: stopping after iteration %d", stop.name, progress.step)
-                return ExitReason("signal", progress.step, stop.name)
+    if stop is not None and progress.step < last_step:
+        logger.info("%s: stopping after iteration %d", stop.name, progress.step)
+        return ExitReason("signal", progress.step, stop.name)
     return ExitReason("finished", progress.step)
 
 

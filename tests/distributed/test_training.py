@@ -168,6 +168,7 @@ def _with_bad_numbers(settings: dict[str, Any], kind: str, bad_steps: set[int], 
     """Train while one rank sees bad numbers in some steps; what it decided and how it ended."""
     import torch.distributed as dist
 
+    from megatron_dattn.runtime.signals import SignalWatcher
     from megatron_dattn.training.exits import NumericsError
     from megatron_dattn.training.trainer import train
     from tests.support.training import build_run, training_config, whole_weights
@@ -194,7 +195,7 @@ def _with_bad_numbers(settings: dict[str, Any], kind: str, bad_steps: set[int], 
 
     run.metrics.record = remember  # type: ignore[method-assign]
     try:
-        ending: Any = train(run).reason
+        ending: Any = train(run, SignalWatcher()).reason
     except NumericsError as error:
         ending = error.step
     return ending, snapshots, run.state.progress.skipped_steps

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.runtime.launcher import Launch
+from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training import endings
 from megatron_dattn.training.config import CheckpointConfig
 from megatron_dattn.training.endings import leave_word, run_to_its_end
@@ -36,7 +37,7 @@ def test_a_crash(
     monkeypatch.setattr(endings, "_run", lost)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(RuntimeError, match="Connection closed"):
-        run_to_its_end(config, Launch("torchrun", rank, 2, rank))
+        run_to_its_end(config, Launch("torchrun", rank, 2, rank), SignalWatcher())
     note = note_in(config)
     assert note is not None
     assert (note["reason"], note["exit_code"]) == ("crash", 1)
@@ -56,5 +57,5 @@ def test_the_first_word_stays(config: PretrainConfig) -> None:
 
 
 def test_doubt_about_the_launcher_ends_a_start(config: PretrainConfig) -> None:
-    ending = run_to_its_end(config, Launch(doubt="WORLD_SIZE is 8"))
+    ending = run_to_its_end(config, Launch(doubt="WORLD_SIZE is 8"), SignalWatcher())
     assert ending == ExitReason("user_error", detail="WORLD_SIZE is 8")
