@@ -162,6 +162,17 @@ FAULTS = {
     "hash": (commit, "_hash_own", 1, OSError(errno.EIO, "Input/output error"), "Input/output"),
     "manifest": (commit, "write_manifest", 0, NO_SPACE, "disk full"),
     "rename": (commit, "_commit", 0, OSError(errno.EIO, "Input/output error"), "Input/output"),
+    "memory": (commit, "_hash_own", 1, MemoryError(), "not enough memory"),
+    "memory for a shard": (
+        writer.dcp.FileSystemWriter,
+        "write_data",
+        1,
+        MemoryError(),
+        "ulimit -v",
+    ),
+    "thread": (commit, "_hash_own", 0, RuntimeError("can't start new thread"), "ulimit -u"),
+    "quota": (commit, "_write_extra", 1, OSError(errno.EDQUOT, "Disk quota exceeded"), "quota of"),
+    "file handle": (commit, "_write_extra", 0, OSError(errno.EMFILE, "Too many open files"), "-n"),
     "bug": (commit, "_hash_own", 1, TypeError("a bug"), "TypeError: a bug"),
 }
 

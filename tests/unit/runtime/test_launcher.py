@@ -151,3 +151,19 @@ def test_ranks_meet_at_the_first_host_of_the_step(hosts: str, first: str) -> Non
 def test_a_meeting_point_must_be_known(environment: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_launch(environment).meeting_point()
+
+
+@pytest.mark.parametrize(
+    ("launch", "belongs"),
+    [
+        (Launch(), False),
+        (Launch("a launcher", 0, 2), False),
+        (Launch("torchrun", 0, 1), True),
+        (Launch("srun", 1, 2), True),
+        (Launch("Open MPI's mpirun", 1, 2), True),
+        (Launch("srun", 0, 1), False),
+    ],
+)
+def test_who_ends_with_the_process_that_started_it(launch: Launch, belongs: bool) -> None:
+    """What somebody has started by hand may outlive its shell."""
+    assert launch.belongs_to_parent is belongs

@@ -1,7 +1,9 @@
 """The log lines of rank 0 and of the others."""
 
+import errno
 import io
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -97,3 +99,34 @@ def test_names_that_are_no_text_are_written_as_escapes(encoding: str, written: s
     logging.getLogger("megatron_dattn.test").info("reading d\udcff\u00e9")
     stream.seek(0)
     assert written in stream.read()
+
+
+class FullFor(io.StringIO):
+    """A stream whose next writes fail."""
+
+    failing = 0
+
+    def write(self, text: str) -> int:
+        if self.failing > 0:
+            self.failing -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(text)
+
+
+def test_lines_that_cannot_be_written_are_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    stream = FullFor()
+    setup_logging(stream=stream)
+    logger = logging.getLogger("megatron_dattn.test")
+    logger.info("before")
+    stream.failing = 3
+    for number in range(3):
+        logger.info("lost %d", number)
+    logger.info("after")
+    told = capfd.readouterr().err
+    assert told.startswith("warning: log lines cannot be written: No space left on device")
+    assert told.count("\n") == 1
+    assert re.sub(TIME, "T", stream.getvalue()).splitlines() == [
+        "T before",
+        "T after",
+        "... 3 log lines could not be written in time",
+    ]

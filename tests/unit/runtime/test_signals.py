@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
@@ -31,11 +33,47 @@ def test_the_first_signal_is_kept() -> None:
 
 
 def test_a_second_interrupt_is_an_interrupt() -> None:
-    with SignalWatcher() as watcher:
+    with SignalWatcher() as watcher, watcher.interruptible():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert watcher.received == signal.SIGINT
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_while_modules_are_imported_a_second_interrupt_ends_at_once(swallowed: bool) -> None:
+    """Whatever an import makes of exceptions; and without the import of torch."""
+    code = (
+        "import os, signal, sys\n"
+        "from megatron_dattn.runtime.signals import SignalWatcher\n"
+        "SignalWatcher().__enter__()\n"
+        "assert 'torch' not in sys.modules\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('goes on', flush=True)\n"
+        "try: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"except {'BaseException' if swallowed else 'OSError'}: pass"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "goes on\n", "interrupted\n")
+
+
+def test_a_launcher_that_is_gone_is_a_request_to_stop(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only for a process that has one: others may outlive their shell."""
+    by_hand, launched = SignalWatcher(), SignalWatcher()
+    launched.watch_launcher()
+    assert launched.received is None
+    parent = os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert by_hand.received is None
+    assert launched.received == signal.SIGHUP
+    assert launched.flag == int(signal.SIGHUP)
+    assert launched.received == signal.SIGHUP
+    (message,) = caplog.messages
+    assert f"the launcher (process {parent}) is gone" in message
 
 
 def test_without_a_process_group() -> None:

@@ -79,6 +79,27 @@ def test_a_signal_is_one_line(
     assert signal.getsignal(number) == before
 
 
+def test_an_answer_that_cannot_be_written_is_an_error() -> None:
+    code = (
+        "import sys\n"
+        "from megatron_dattn.runtime.tool import run_tool\n"
+        "sys.exit(run_tool(lambda: print('the answer') or 0))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No space left on device")
+    assert done.stderr.count("\n") == 1
+
+
 def test_what_nohup_has_switched_off_stays_off() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -1,11 +1,15 @@
 """What nobody foresaw is written down, told to torchrun, and goes on as it is."""
 
+import errno
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.runtime import open_files
 from megatron_dattn.runtime.launcher import Launch
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training import endings
@@ -45,6 +49,87 @@ def test_a_crash(
     told = json.loads((tmp_path / "error.json").read_text())["message"]
     assert "Traceback" in told["extraInfo"]["py_callstack"]
     assert told["errorCode"] == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "raise ulimit -n"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_a_foreseeable_failure_of_one_rank_is_one_line(
+    config: PretrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    rank: int,
+    error: Exception,
+    words: str,
+) -> None:
+    """Of that rank: the others are in the middle of a step and cannot be told."""
+
+    def fail(*_: object) -> ExitReason:
+        raise error
+
+    monkeypatch.setattr(endings, "_run", fail)
+    ending = run_to_its_end(config, Launch("torchrun", rank, 2, rank), SignalWatcher())
+    assert (ending.reason, ending.exit_code, ending.is_shared) == ("user_error", 2, False)
+    assert words in ending.detail
+    assert "\n" not in ending.detail
+    assert [ending.detail] * rank == caplog.messages
+    note = note_in(config)
+    assert note == {
+        "reason": "user_error",
+        "step": None,
+        "detail": ending.detail,
+        "exit_code": 2,
+    }
+
+
+def test_a_second_interrupt_is_an_ending(
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> ExitReason:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(endings, "_run", interrupted)
+    ending = run_to_its_end(config, Launch(), SignalWatcher())
+    assert (ending.reason, ending.exit_code) == ("interrupted", 130)
+    assert "second SIGINT" in ending.detail
+    note = note_in(config)
+    assert note is not None
+    assert note["reason"] == "interrupted"
+
+
+def test_a_signal_before_the_start_is_an_orderly_end(
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One process need not even be connected; a folder of somebody else's is left alone."""
+    monkeypatch.setattr(endings, "start", lambda config: pytest.fail("it was started"))
+    with SignalWatcher() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        ending = run_to_its_end(config, Launch(), signals)
+        assert ending == ExitReason("signal", None, "SIGTERM")
+        note = note_in(config)
+        assert note is not None
+        assert (note["reason"], note["step"], note["exit_code"]) == ("signal", None, 0)
+        foreign = tmp_path / "foreign"
+        foreign.mkdir()
+        (foreign / "model.safetensors").write_bytes(b"weights")
+        other = PretrainConfig(checkpoint=CheckpointConfig(save=str(foreign)))
+        assert run_to_its_end(other, Launch(), signals).reason == "signal"
+        assert [path.name for path in foreign.iterdir()] == ["model.safetensors"]
+
+
+def test_too_few_open_files_are_refused_before_the_start(
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endings, "start", lambda config: pytest.fail("it was started"))
+    monkeypatch.setattr(open_files.resource, "getrlimit", lambda kind: (20, 64))
+    ending = run_to_its_end(config, Launch(), SignalWatcher())
+    assert (ending.reason, ending.exit_code) == ("user_error", 2)
+    assert "ulimit -n" in ending.detail
 
 
 def test_the_first_word_stays(config: PretrainConfig) -> None:

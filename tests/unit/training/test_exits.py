@@ -21,7 +21,7 @@ from megatron_dattn.training.exits import (
     [
         (DataError("no file"), ExitReason("user_error", detail="no file")),
         (OutageError("no disk"), ExitReason("crash", detail="no disk")),
-        (RendezvousError("no host"), ExitReason("rendezvous", detail="no host")),
+        (RendezvousError("no host"), ExitReason("rendezvous", detail="no host", is_shared=False)),
         (NumericsError("NaN", 7), ExitReason("numerics", 7, "NaN")),
         (
             RuntimeError("connection closed\nframe #0"),
@@ -40,6 +40,7 @@ def test_exit_codes() -> None:
     assert ExitReason("user_error").exit_code == 2
     assert ExitReason("numerics", 3).exit_code == 17
     assert ExitReason("rendezvous").exit_code == 18
+    assert ExitReason("interrupted").exit_code == 130
     assert ExitReason("crash").exit_code == 1
 
 
