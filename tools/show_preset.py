@@ -14,9 +14,10 @@ from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.presets import NOTATION, PRESETS, get_preset
 from megatron_dattn.attention.visual_config import VisualRows
-from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError, UserError
+from megatron_dattn.errors import ConfigError
 from megatron_dattn.planner.decoder_flops import LayerSizes, attended_pairs, decoder_flops
 from megatron_dattn.planner.preset_drawing import draw_picture, draw_text, kept_layout
+from megatron_dattn.runtime.tool import run_tool
 
 _BASELINE = "s_attn"
 _COLUMNS = ("preset", "V2V", "V2T", "T2V", "T2T", "projections", "attention", "FFN", "total")
@@ -25,12 +26,12 @@ _COLUMNS = ("preset", "V2V", "V2T", "T2V", "T2T", "projections", "attention", "F
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def work() -> int:
         print(_describe(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+        return 0
+
+    return run_tool(work)
 
 
 def _describe(options: argparse.Namespace) -> str:

@@ -21,6 +21,7 @@ from megatron_dattn.attention.positions import row_positions
 from megatron_dattn.attention.reference import pair_masks
 from megatron_dattn.attention.visual_config import VisualRows, kept_grid
 from megatron_dattn.errors import UserError
+from megatron_dattn.runtime.os_errors import explain
 
 SAMPLE = TokenLayout(
     text_lengths=(6,),
@@ -139,7 +140,7 @@ def draw_picture(
     try:
         figure.savefig(path, dpi=130)
     except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror}") from error
+        raise UserError(f"the picture cannot be written: {explain(error, path)}") from error
 
 
 def _panel_title(rule: LayerRule, rules: tuple[LayerRule, ...], config: AttentionConfig) -> str:

@@ -31,7 +31,9 @@ def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
     Args:
         path: the file or folder that was to be written, where the error does not name one.
     """
-    place = error.filename if error.filename is not None else path
+    # Of two, as a copy or a rename has, the second is the one that is written.
+    given = error.filename if error.filename2 is None else error.filename2
+    place = path if given is None else given
     reason = error.strerror or str(error) or type(error).__name__
     words = _background(error, place)
     where = "" if place is None else f": {os.fspath(place)!r}"

@@ -43,7 +43,7 @@ class SignalWatcher:
 
     A second SIGINT is for whoever cannot wait for the step to end: it raises KeyboardInterrupt
     inside of `interruptible`, and ends the process at once elsewhere, while modules are imported
-    or the process is ending. Must be entered in the main thread, as Python delivers signals only
+    or the process is ending. A third one always does. Must be entered in the main thread, as Python delivers signals only
     there.
     """
 
@@ -52,7 +52,7 @@ class SignalWatcher:
         self._former: dict[signal.Signals, object] = {}
         self._received: signal.Signals | None = None
         self._interruptible = False
-        self._parent = os.getppid()
+        self._process, self._parent = os.getpid(), os.getppid()
         self._watches_launcher = False
 
     def __enter__(self) -> "SignalWatcher":
@@ -68,6 +68,7 @@ class SignalWatcher:
     def _take_note(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None and number == signal.SIGINT:
             if self._interruptible:
+                self._interruptible = False  # once more: not even what cleans up is waited for
                 raise KeyboardInterrupt
             os.write(2, b"interrupted\n")
             os._exit(EXIT_INTERRUPTED)
@@ -93,7 +94,8 @@ class SignalWatcher:
     @property
     def received(self) -> signal.Signals | None:
         """The first stop signal that this process got."""
-        is_orphan = self._watches_launcher and os.getppid() != self._parent
+        watches = self._watches_launcher and os.getpid() == self._process  # not a forked worker
+        is_orphan = watches and os.getppid() != self._parent
         if self._received is None and is_orphan:
             self._received = LAUNCHER_IS_GONE
             logger.warning(

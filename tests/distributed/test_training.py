@@ -7,6 +7,7 @@ learning rate (1e-3), so weights are compared through the norm of the difference
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -225,6 +226,58 @@ def test_bad_numbers_on_one_rank_skip_the_step_on_all(
             _assert_equal(snapshots[step - 1], snapshots[step - 2])
         assert all(weight.isfinite().all() for weight in snapshots[-1].values())
         _assert_equal(snapshots[-1], results[0][1][-1])
+
+
+def _with_a_full_disk_below_one_ledger(folder: str) -> tuple[str, int]:
+    import torch.distributed as dist
+
+    from megatron_dattn.errors import UserError
+    from megatron_dattn.runtime.append_file import AppendFile
+    from megatron_dattn.runtime.signals import SignalWatcher
+    from megatron_dattn.training.ledger import SampleLedger
+    from megatron_dattn.training.trainer import train
+    from tests.support.training import build_run, training_config
+
+    config = training_config(num_packs=PACKS, train_iters=3, sample_ledger=folder)
+    run = build_run(config, _packs(3 * PACKS))
+    run.ledger = SampleLedger(folder, dist.get_rank(), resumed_step=0)
+    if dist.get_rank() == 1:
+        run.ledger._file = AppendFile("/dev/full")
+    with pytest.raises(UserError) as failure:
+        train(run, SignalWatcher())
+    run.close()
+    return str(failure.value), run.state.progress.step
+
+
+def test_a_full_disk_below_one_ledger_stops_all_ranks_after_that_step(tmp_path: Path) -> None:
+    first, second = run_distributed(_with_a_full_disk_below_one_ledger, 2, str(tmp_path))
+    assert first == second
+    message, step = first
+    assert message.startswith("rank 1: writing the sample ledger failed: No space left on device")
+    assert "'/dev/full'" in message
+    assert step == 1
+
+
+def _with_a_signal_before_the_first_step() -> tuple[str, int | None]:
+    import os
+    import signal
+
+    import torch.distributed as dist
+
+    from megatron_dattn.runtime.signals import SignalWatcher
+    from megatron_dattn.training.trainer import train
+    from tests.support.training import build_run, training_config
+
+    with SignalWatcher() as signals:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        run = build_run(training_config(num_packs=PACKS, train_iters=3), _packs(3 * PACKS))
+        ending = train(run, signals)
+    return ending.reason, ending.step
+
+
+def test_a_signal_to_one_rank_before_the_first_step_stops_all_there() -> None:
+    assert run_distributed(_with_a_signal_before_the_first_step, 2) == [("signal", 0)] * 2
 
 
 def test_bad_numbers_that_persist_stop_the_run() -> None:

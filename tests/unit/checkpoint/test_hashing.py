@@ -2,15 +2,18 @@
 
 import _thread
 import hashlib
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_dattn.checkpoint import hashing
 from megatron_dattn.checkpoint.files import size_and_sha256
 from megatron_dattn.checkpoint.hashing import HashBeside
+from tests.support.distributed import run_distributed
 
 BLOCKS = [bytes([number]) * 300_000 for number in range(5)] + [b"small", b""]
 
@@ -61,3 +64,23 @@ def test_the_helper_s_failure_is_the_owner_s() -> None:
 def test_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert size_and_sha256(tmp_path / "file") == (0, hashlib.sha256(b"").hexdigest())
+
+
+def hash_with_little_memory() -> list[str]:
+    """With room for no thread, for a thread's stack alone, and for a little more."""
+    sums = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    for room in (0, 2**23, 2**23 + 2**16, 2**24):
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used + room, hard))
+        try:
+            sums.append(sum_of(BLOCKS))
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return sums
+
+
+def test_under_a_real_limit_of_memory() -> None:
+    """A thread that dies in its first moments was waited for, and the save with it."""
+    (sums,) = run_distributed(hash_with_little_memory, 1, timeout=60)
+    assert sums == [hashlib.sha256(b"".join(BLOCKS)).hexdigest()] * 4

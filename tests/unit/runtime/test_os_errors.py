@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,13 @@ def test_a_disk_without_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os_errors.os, "statvfs", lambda path: os.statvfs_result(fields))
     assert "no inode is free" in explain(error_of(errno.ENOSPC, str(tmp_path)))
     assert room_in(tmp_path).endswith("but no inode for another file")
+
+
+def test_a_copy_names_what_is_written(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"x")
+    with pytest.raises(OSError) as caught:
+        shutil.copyfile(tmp_path / "source", "/dev/full")
+    assert explain(caught.value).startswith("No space left on device: '/dev/full' (")
 
 
 def test_other_errors_say_what_they_always_said(tmp_path: Path) -> None:

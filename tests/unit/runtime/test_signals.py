@@ -38,6 +38,7 @@ def test_a_second_interrupt_is_an_interrupt() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert watcher.received == signal.SIGINT
+        assert not watcher._interruptible, "a third one does not wait for what cleans up"
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
