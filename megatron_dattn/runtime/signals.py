@@ -43,8 +43,8 @@ class SignalWatcher:
 
     A second SIGINT is for whoever cannot wait for the step to end: it raises KeyboardInterrupt
     inside of `interruptible`, and ends the process at once elsewhere, while modules are imported
-    or the process is ending. A third one always does. Must be entered in the main thread, as Python delivers signals only
-    there.
+    or the process is ending. A third one always does. Must be entered in the main thread, as Python
+    delivers signals only there.
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:

@@ -1,9 +1,11 @@
 """What the system refuses is told by the name of the limit that was met."""
 
+import contextlib
 import errno
 import os
 import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,19 +38,32 @@ def test_a_limit_has_a_name(tmp_path: Path, number: int, words: str) -> None:
     assert shortage(error_of(number)) is not None
 
 
-def test_a_limit_of_the_shell_is_no_full_disk(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    path = tmp_path / "file"
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_limit_of_the_shell_is_no_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with file_size_limit(1000):
         with pytest.raises(OSError) as caught, named(path), path.open("wb") as file:
             file.write(b"x" * 2000)
         said = explain(caught.value)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert said.startswith(f"File too large: '{path}' (this process may write no file of more than")
     assert "1,000 bytes: raise ulimit -f" in said
     assert "full" not in said
+
+
+def test_a_copy_names_what_is_written(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 2000)
+    with file_size_limit(1000), pytest.raises(OSError) as caught:
+        shutil.copyfile(tmp_path / "source", tmp_path / "copy")
+    assert explain(caught.value).startswith(f"File too large: '{tmp_path}/copy' (")
 
 
 def test_a_device_that_is_full() -> None:
@@ -63,13 +78,6 @@ def test_a_disk_without_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os_errors.os, "statvfs", lambda path: os.statvfs_result(fields))
     assert "no inode is free" in explain(error_of(errno.ENOSPC, str(tmp_path)))
     assert room_in(tmp_path).endswith("but no inode for another file")
-
-
-def test_a_copy_names_what_is_written(tmp_path: Path) -> None:
-    (tmp_path / "source").write_bytes(b"x")
-    with pytest.raises(OSError) as caught:
-        shutil.copyfile(tmp_path / "source", "/dev/full")
-    assert explain(caught.value).startswith("No space left on device: '/dev/full' (")
 
 
 def test_other_errors_say_what_they_always_said(tmp_path: Path) -> None:
