@@ -26,8 +26,9 @@ def write_error_file(launch: Launch, reason: str, exit_code: int, *, shared: boo
         return
     now = int(time.time())
     if shared and launch.local_rank > 0:
-        # torchrun takes the earliest for the root cause: the one that says it.
-        reason, now = "the same error as local rank 0", now + 1
+        # torchrun takes the earliest for the root cause: the one that says it, which may write its
+        # file some seconds later, as it looks into the save folder before.
+        reason, now = "the same error as local rank 0", now + 60
     message = {
         "message": reason,
         "extraInfo": {"py_callstack": reason, "timestamp": str(now)},
