@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_dattn.errors import CheckpointError, OutageError, UserError
 from megatron_dattn.runtime.distributed import all_ranks_agree
+from megatron_dattn.runtime.lost_ranks import is_loss
 from megatron_dattn.runtime.os_errors import explain, shortage
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ def _attempt(purpose: str, work: Callable[[], T]) -> tuple[UserError | None, T |
     except OutageError as error:
         return error, None  # of a data loader whose state could not be had: another try may help
     except Exception as error:
+        if is_loss(error):
+            raise  # the others cannot be told: it is they, or one of them, who do not answer
         return as_checkpoint_error(purpose, error), None
 
 

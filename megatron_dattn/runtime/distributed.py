@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.runtime.cpu import enable_cpu_runtime
 from megatron_dattn.runtime.launcher import Launch, read_launch
+from megatron_dattn.runtime.lost_ranks import introduce_rank
 from megatron_dattn.runtime.rendezvous import RendezvousError, meet
 
 
@@ -145,6 +146,7 @@ def _join_process_group(launch: Launch, timeout_seconds: float, rendezvous_secon
         dist.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
         )
+        introduce_rank()
     except (dist.DistError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RendezvousError(

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -149,11 +149,11 @@ def _judge(launch: Launch, store: dist.Store, place: str, watch: _Watch) -> str:
         if not missing:
             break
         if watch.reminds():
-            logger.warning("still waiting for %s at %s", _spell(missing), place)
+            logger.warning("still waiting for %s at %s", spell_ranks(missing), place)
     verdict = ""
     if missing:
         verdict = (
-            f"{_spell(missing)} of {launch.world_size} did not come to {place} in "
+            f"{spell_ranks(missing)} of {launch.world_size} did not come to {place} in "
             f"{watch.seconds:.0f} s, where rank 0 on {socket.gethostname()} waited: look at their "
             "logs and hosts; parallel.rendezvous_timeout_minutes is how long to wait"
         )
@@ -184,7 +184,8 @@ def _hear_verdict(launch: Launch, store: dist.Store, place: str, watch: _Watch) 
     )
 
 
-def _spell(ranks: set[int]) -> str:
+def spell_ranks(ranks: Collection[int]) -> str:
+    """The first few of them by number, and how many more there are."""
     named = ", ".join(map(str, sorted(ranks)[:_NUM_NAMED]))
     more = f" and {len(ranks) - _NUM_NAMED} more" if len(ranks) > _NUM_NAMED else ""
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {named}{more}"

@@ -14,6 +14,7 @@ from megatron_dattn.errors import UserError
 from megatron_dattn.runtime.distributed import destroy_distributed, share_refusal
 from megatron_dattn.runtime.error_file import write_error_file
 from megatron_dattn.runtime.launcher import Launch
+from megatron_dattn.runtime.lost_ranks import LostRankError, named_lost_ranks, tell_of_crash
 from megatron_dattn.runtime.open_files import open_files_needed, require_open_files
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training.build import start
@@ -24,6 +25,7 @@ from megatron_dattn.training.exits import (
     NumericsError,
     ending_of,
     ending_of_one_rank,
+    first_line,
     record_exit,
 )
 from megatron_dattn.training.run_lock import is_in_use
@@ -48,9 +50,11 @@ def run_to_its_end(config: PretrainConfig, launch: Launch, signals: SignalWatche
         ending = _run(config, launch, signals)
     except (UserError, NumericsError) as error:
         ending = ending_of(error)
+        leaves_together = not isinstance(error, LostRankError)
     except KeyboardInterrupt:
         ending, leaves_together = ExitReason("interrupted", detail=_INTERRUPTED), False
     except Exception as error:
+        tell_of_crash(f"{type(error).__name__}: {first_line(error)}")
         foreseen, leaves_together = ending_of_one_rank(error), False
         if foreseen is None:
             leave_word(config, launch, ending_of(error))
@@ -70,7 +74,12 @@ def _run(config: PretrainConfig, launch: Launch, signals: SignalWatcher) -> Exit
     _require_open_files(config, launch)
     if launch.world_size == 1 and signals.received is not None:
         return _stopped_before_the_start(signals.received)
-    start(config)
+    with named_lost_ranks(lambda: "the start of the run"):
+        start(config)
+        return _train_stage(config, signals)
+
+
+def _train_stage(config: PretrainConfig, signals: SignalWatcher) -> ExitReason:
     steps = prepare_run(config)
     stop = signals.requested_anywhere()
     if stop is not None:
@@ -83,7 +92,11 @@ def _run(config: PretrainConfig, launch: Launch, signals: SignalWatcher) -> Exit
             steps,
         )
         return ExitReason("finished", steps)
-    with own_run_folder(config.checkpoint.save), open_run(config) as run:
+    with (
+        own_run_folder(config.checkpoint.save),
+        named_lost_ranks(lambda: "the start of the run"),
+        open_run(config) as run,
+    ):
         return train(run, signals)
 
 

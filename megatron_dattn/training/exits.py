@@ -15,7 +15,14 @@ from typing import Literal
 
 from megatron_dattn.checkpoint.collective import rank
 from megatron_dattn.checkpoint.files import replace_synced
-from megatron_dattn.errors import EXIT_USER_ERROR, OutageError, UserError
+from megatron_dattn.errors import (
+    EXIT_USER_ERROR,
+    MAX_MESSAGE,
+    OutageError,
+    UserError,
+    shortened,
+)
+from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.runtime.rendezvous import RendezvousError
 from megatron_dattn.runtime.signals import EXIT_INTERRUPTED
@@ -24,10 +31,18 @@ logger = logging.getLogger(__name__)
 
 EXIT_NUMERICS = 17
 EXIT_RENDEZVOUS = 18
+EXIT_LOST_RANK = 19
 FILE_NAME = "exit_reason.json"
 
 Reason = Literal[
-    "finished", "signal", "interrupted", "numerics", "user_error", "rendezvous", "crash"
+    "finished",
+    "signal",
+    "interrupted",
+    "numerics",
+    "user_error",
+    "rendezvous",
+    "lost_rank",
+    "crash",
 ]
 
 _EXIT_CODES: dict[str, int] = {
@@ -37,6 +52,7 @@ _EXIT_CODES: dict[str, int] = {
     "numerics": EXIT_NUMERICS,
     "user_error": EXIT_USER_ERROR,
     "rendezvous": EXIT_RENDEZVOUS,
+    "lost_rank": EXIT_LOST_RANK,
     "crash": 1,
 }
 
@@ -56,9 +72,9 @@ class ExitReason:
     `finished`: all steps done. `signal`: asked to stop, state saved (or not begun: without a step,
     there was none to save). `interrupted`: by a second SIGINT, nothing saved since the last
     checkpoint. `numerics`: too many non-finite steps in a row. `user_error`: a setting, a file or
-    the data must be mended. `rendezvous`: the ranks did not meet. `crash`: a lost rank or data
-    worker, a file system that does not answer, an error that nobody foresaw. After the last two
-    another try may succeed.
+    the data must be mended. `rendezvous`: the ranks did not meet. `lost_rank`: one of them does not
+    answer any more. `crash`: a lost data worker, a file system that does not answer, an error that
+    nobody foresaw. After the last three another try may succeed.
     """
 
     reason: Reason
@@ -79,12 +95,19 @@ def ending_of(error: Exception) -> ExitReason:
         return ExitReason("rendezvous", detail=str(error), is_shared=error.shared)
     if isinstance(error, OutageError):
         return ExitReason("crash", detail=str(error))
+    if isinstance(error, LostRankError):
+        return ExitReason("lost_rank", detail=str(error), is_shared=False)
     if isinstance(error, UserError):
         return ExitReason("user_error", detail=str(error))
     if isinstance(error, NumericsError):
         return ExitReason("numerics", error.step, str(error))
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return ExitReason("crash", detail=f"{type(error).__name__}: {first_line}")
+    return ExitReason("crash", detail=f"{type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, of reasonable length: torch's go on with C++ frames."""
+    lines = str(error).strip().splitlines() or [""]
+    return shortened(lines[0], MAX_MESSAGE)
 
 
 def ending_of_one_rank(error: Exception) -> ExitReason | None:

@@ -12,10 +12,11 @@ from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.planner.hardware import device_peak
 from megatron_dattn.runtime.distributed import get_device, is_rank_0
+from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.training.build import agreed, build_state, make_checkpointer, make_loader
 from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.checks import StartChecks, raise_first
-from megatron_dattn.training.exits import clear_exit_reason
+from megatron_dattn.training.exits import FILE_NAME, clear_exit_reason, ending_of, record_exit
 from megatron_dattn.training.ledger import SampleLedger
 from megatron_dattn.training.metrics import Metrics
 from megatron_dattn.training.optimizer import check_peak_rates
@@ -67,6 +68,11 @@ def own_run_folder(folder: str | None) -> Iterator[None]:
         if folder is not None:
             on_first_rank(f"writing into {folder}", lambda: take(folder))
         yield
+    except LostRankError as error:
+        # Rank 0, frozen, may still hold the lock: afterwards its folder would look like another's.
+        if folder is not None and not locks and not (Path(folder) / FILE_NAME).exists():
+            record_exit(folder, ending_of(error))
+        raise
     finally:
         for lock in locks:
             lock.release()

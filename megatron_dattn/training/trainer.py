@@ -5,6 +5,7 @@ import logging
 from megatron_dattn.checkpoint.collective import on_every_rank
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.runtime.distributed import all_ranks_agree, is_rank_0
+from megatron_dattn.runtime.lost_ranks import named_lost_ranks
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training.exits import ExitReason, NumericsError
 from megatron_dattn.training.metrics import StepReport
@@ -28,16 +29,20 @@ def train(run: Run, signals: SignalWatcher) -> ExitReason:
     bar = ProgressBar(
         run.config.logging.progress_bar, first_step=progress.step, last_step=last_step
     )
-    stop = signals.requested_anywhere()
+    with named_lost_ranks(lambda: "the start of the run"):
+        stop = signals.requested_anywhere()
     with bar:
         while progress.step < last_step and stop is None:
-            report = train_step(run)
+            with named_lost_ranks(lambda: f"iteration {progress.step + 1}"):
+                report = train_step(run)
             run.metrics.record(report, progress)
             bar.advance(report.loss)
             stop_if_numbers_stay_bad(run, report)
-            validate_if_due(run)
-            stop, lost = signals.requested_anywhere(), ledger_failure(run)
-            save_if_due(run, at_once=stop is not None, lost=lost)
+            with named_lost_ranks(lambda: f"what follows iteration {progress.step}"):
+                validate_if_due(run)
+                stop, lost = signals.requested_anywhere(), ledger_failure(run)
+            with named_lost_ranks(lambda: f"the save after iteration {progress.step}"):
+                save_if_due(run, at_once=stop is not None, lost=lost)
     if stop is not None and progress.step < last_step:
         logger.info("%s: stopping after iteration %d", stop.name, progress.step)
         return ExitReason("signal", progress.step, stop.name)

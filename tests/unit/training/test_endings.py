@@ -11,11 +11,13 @@ import pytest
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.runtime import open_files
 from megatron_dattn.runtime.launcher import Launch
+from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.runtime.signals import SignalWatcher
-from megatron_dattn.training import endings
+from megatron_dattn.training import endings, setup
 from megatron_dattn.training.config import CheckpointConfig
 from megatron_dattn.training.endings import leave_word, run_to_its_end
 from megatron_dattn.training.exits import ExitReason
+from megatron_dattn.training.run_lock import RunLock
 
 
 @pytest.fixture
@@ -130,6 +132,41 @@ def test_too_few_open_files_are_refused_before_the_start(
     ending = run_to_its_end(config, Launch(), SignalWatcher())
     assert (ending.reason, ending.exit_code) == ("user_error", 2)
     assert "ulimit -n" in ending.detail
+def test_a_lost_rank(
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 1 says it for itself: rank 0 may be the one that is lost."""
+
+    def lost(*_: object) -> ExitReason:
+        raise LostRankError("rank 0 does not answer")
+
+    monkeypatch.setattr(endings, "_run", lost)
+    ending = run_to_its_end(config, Launch("torchrun", 1, 2, 1), SignalWatcher())
+    assert ending == ExitReason("lost_rank", detail="rank 0 does not answer", is_shared=False)
+    assert caplog.messages == ["rank 0 does not answer"]
+    note = note_in(config)
+    assert note is not None
+    assert (note["reason"], note["exit_code"]) == ("lost_rank", 19)
+
+
+def test_a_frozen_rank_0_still_holds_the_lock(
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own run writes there all the same; another run does not."""
+    assert config.checkpoint.save is not None
+    lock = RunLock.acquire(config.checkpoint.save)
+    try:
+        ending = ExitReason("lost_rank", detail="rank 0 does not answer")
+        leave_word(config, Launch("torchrun", 1, 2, 1), ending)
+        assert note_in(config) is None
+        monkeypatch.setattr(setup, "on_first_rank", lambda purpose, work: None)  # of rank 1
+        with pytest.raises(LostRankError), setup.own_run_folder(config.checkpoint.save):
+            raise LostRankError("rank 0 does not answer")
+        note = note_in(config)
+    finally:
+        lock.release()
+    assert note is not None
+    assert note["reason"] == "lost_rank"
 
 
 def test_the_first_word_stays(config: PretrainConfig) -> None:

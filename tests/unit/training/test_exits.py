@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dattn.errors import DataError, OutageError
+from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.runtime.rendezvous import RendezvousError
 from megatron_dattn.training.exits import (
     ExitReason,
@@ -22,6 +23,10 @@ from megatron_dattn.training.exits import (
         (DataError("no file"), ExitReason("user_error", detail="no file")),
         (OutageError("no disk"), ExitReason("crash", detail="no disk")),
         (RendezvousError("no host"), ExitReason("rendezvous", detail="no host", is_shared=False)),
+        (
+            LostRankError("no rank 1"),
+            ExitReason("lost_rank", detail="no rank 1", is_shared=False),
+        ),
         (NumericsError("NaN", 7), ExitReason("numerics", 7, "NaN")),
         (
             RuntimeError("connection closed\nframe #0"),
@@ -41,6 +46,7 @@ def test_exit_codes() -> None:
     assert ExitReason("numerics", 3).exit_code == 17
     assert ExitReason("rendezvous").exit_code == 18
     assert ExitReason("interrupted").exit_code == 130
+    assert ExitReason("lost_rank").exit_code == 19
     assert ExitReason("crash").exit_code == 1
 
 
