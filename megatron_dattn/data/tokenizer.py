@@ -8,6 +8,7 @@ look alright and be wrong.
 import contextlib
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -48,14 +49,26 @@ def load_tokenizer(
         raise ConfigError(f"data.tokenizer '{folder}' is not a folder")
     _check_files(Path(folder))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_fast=True
-        )
+        tokenizer = _read_tokenizer(folder, _stamp(Path(folder)))
     except Exception as error:  # the tokenizers library raises nothing narrower
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"no tokenizer can be loaded from '{folder}': {reason}") from error
     check_tokenizer(tokenizer, folder=folder, template=template, vocab_size=vocab_size)
     return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _read_tokenizer(folder: str, stamp: object) -> PreTrainedTokenizerBase:
+    """One of 128,000 entries takes a second, and a start asks for it three times or more."""
+    return AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, use_fast=True
+    )
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Changes whenever a file of the folder does."""
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return tuple((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in files)
 
 
 def _check_files(folder: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_dattn.data.tokenizer import load_tokenizer, padding_id, special_token_ids
 from megatron_dattn.errors import ConfigError
@@ -49,3 +50,21 @@ def test_json_that_is_no_tokenizer_is_one_error(
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match=r"no tokenizer can be loaded from '.*broken'"):
         load_tokenizer(str(folder), template="plain")
+
+
+def test_a_tokenizer_is_read_once_while_its_files_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checks of a start and each of its loaders ask for it; large ones take a second."""
+    folder = save_processor(tmp_path / "tokenizer")
+    reads, read = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *args, **kwargs: reads.append(1) or read(*args)
+    )
+    first = load_tokenizer(str(folder), template="mistral_v3")
+    assert load_tokenizer(str(folder), template="mistral_v3") is first
+    assert len(reads) == 1
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text() + "\n")
+    load_tokenizer(str(folder), template="mistral_v3")
+    assert len(reads) == 2
