@@ -5,7 +5,7 @@
 Ranks of one machine meet over gloo and then go through `prepare_run` in rounds, with and without
 comparing what they were started with, and with the tokenizer read anew for every part that needs
 it. In every round all files are read again: the sum over the code and the tokenizer kept in memory
-are forgotten before. Importing torch and megatron-core, which takes seconds, and the meeting are not
+are forgotten before. Importing torch and megatron-core, which takes seconds, and the meeting are no
 part of it. The tokenizer is a random one of --vocabulary entries, the data --records rows of text.
 """
 

@@ -36,6 +36,7 @@ _FOREIGN = {
     "model.safetensors": "a Hugging Face model",
     "model.safetensors.index.json": "a Hugging Face model",
     "pytorch_model.bin": "a Hugging Face model",
+    "config.json": "a Hugging Face model",
 }
 _MIN_KEPT = 2
 _POINTER_BYTES = 64 * 2**10

@@ -21,7 +21,7 @@ class AppendFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._file = self.path.open("ab", buffering=0)
+        self._file = self.path.open("a+b", buffering=0)
         self._length = self._file.seek(0, os.SEEK_END)
 
     def append(self, record: bytes) -> None:
@@ -49,6 +49,19 @@ class AppendFile:
         """
         with named(self.path):
             os.fsync(self._file.fileno())
+
+    def is_in_place(self) -> bool:
+        """Whether the file still stands under its name: it may have been deleted or replaced."""
+        try:
+            return os.path.samestat(os.lstat(self.path), os.fstat(self._file.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def content(self) -> bytes:
+        """All that is in it, also if it no longer has a name."""
+        with named(self.path):
+            self._file.seek(0)
+            return self._file.read()
 
     def close(self) -> None:
         """Let go of it.

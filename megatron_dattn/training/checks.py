@@ -8,7 +8,6 @@ What follows from the configuration alone is in `plan.py`. Nothing here communic
 import contextlib
 import importlib.util
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from megatron_dattn.training.build import make_checkpointer
 from megatron_dattn.training.checkpoint import nothing_to_load
 from megatron_dattn.training.random_states import untouched_random_states
 from megatron_dattn.training.stored_state import loader_file
+from megatron_dattn.training.written_folders import check_place
 
 
 class StartChecks:
@@ -74,7 +74,7 @@ class StartChecks:
             (
                 self._check_checkpoints,
                 *(
-                    partial(_check_writable, name, Path(folder))
+                    partial(check_place, name, Path(folder))
                     for name, folder in written.items()
                     if folder is not None
                 ),
@@ -220,12 +220,3 @@ def _problems(checks: Iterable[Callable[[], object]]) -> list[UserError]:
             except OSError as error:
                 found.setdefault(explain(error), UserError(explain(error)))
     return list(found.values())
-
-
-def _check_writable(name: str, folder: Path) -> None:
-    """Whether a folder, or the first one above it that exists, takes new files."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{name} {folder}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{name} {folder}: {there} cannot be written into")

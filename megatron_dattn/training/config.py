@@ -6,6 +6,7 @@ from typing import Literal
 from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.execution import ExactSavings
+from megatron_dattn.training.written_folders import check_name, check_run_folder
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ class CheckpointConfig:
     """Compare sha256 sums before loading (sizes are always compared)."""
 
     def __post_init__(self) -> None:
+        check_run_folder("checkpoint.save", self.save)
+        check_name("checkpoint.load", self.load)
         for name in ("save_interval", "keep_last"):
             if getattr(self, name) < 0:
                 raise ConfigError(
@@ -158,6 +161,8 @@ class LoggingConfig:
     does."""
 
     def __post_init__(self) -> None:
+        check_name("logging.tensorboard_dir", self.tensorboard_dir)
+        check_name("logging.sample_ledger", self.sample_ledger)
         if self.log_interval < 1:
             raise ConfigError(f"logging.log_interval must be positive, got {self.log_interval}")
         if self.alpha_interval < 0:

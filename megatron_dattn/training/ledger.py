@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_dattn.checkpoint.files import damaged_name, sync_folder
+from megatron_dattn.checkpoint.files import damaged_name, replace_synced, sync_folder
 from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.append_file import AppendFile
 from megatron_dattn.runtime.json_file import parse_json
@@ -94,11 +94,29 @@ class SampleLedger:
     def sync(self) -> None:
         """Force all lines to the disk, as a checkpoint is that relies on them.
 
+        A file that was deleted or replaced meanwhile is written again: it is open, so nothing of
+        it is lost.
+
         Raises:
             OSError: they are not all there.
         """
         self._flush()
         self._file.sync()
+        if not self._file.is_in_place():
+            self._put_back()
+
+    def _put_back(self) -> None:
+        """Write what is in the open file into a new one of its name."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        aside = ""
+        if os.path.lexists(self._path):
+            other = self._path.with_name(damaged_name(self._path.name))
+            os.replace(self._path, other)
+            aside = f"; what was in its place is now {other.name}"
+        replace_synced(self._path, self._file.content())
+        self._file.close()
+        self._file = AppendFile(self._path)
+        logger.warning("%s was deleted under this run: it is written again%s", self._path, aside)
 
     def close(self) -> None:
         """Write what still waits, if that is possible now."""

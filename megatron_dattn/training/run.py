@@ -1,12 +1,14 @@
 """What the verbs of the training loop share: the parts of one run, built by `setup.py`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.skip_limit import RecentSamples
 from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.ledger import SampleLedger
 from megatron_dattn.training.metrics import Metrics
+from megatron_dattn.training.run_folder import describe_again
 from megatron_dattn.training.state import TrainState
 from megatron_dattn.training.stream import BatchStream
 from megatron_dattn.training.validate import Validation
@@ -34,6 +36,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.recent_samples = RecentSamples(self.config.data.max_skipped_fraction)
+
+    def describe_again(self) -> None:
+        """Write configuration and tokenizer anew if the run folder was deleted."""
+        if self.config.checkpoint.save is not None:
+            describe_again(self.config, Path(self.config.checkpoint.save))
 
     def sync_ledger(self) -> None:
         """Force this rank's ledger to the disk, if it keeps one."""

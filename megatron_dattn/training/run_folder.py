@@ -5,16 +5,21 @@ is moved.
 """
 
 import dataclasses
+import logging
 import shutil
 from pathlib import Path
 
+from megatron_dattn.checkpoint.discovery import steps_of
 from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.config.cli import render_config
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.image_settings import PROCESSOR_FILES
+from megatron_dattn.errors import CheckpointError
 from megatron_dattn.training.exits import clear_exit_reason
 from megatron_dattn.yaml_files import CONFIG_DIR
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
@@ -45,6 +50,31 @@ def describe_run(config: PretrainConfig, folder: Path) -> None:
     )
     described = dataclasses.replace(config, data=data)
     replace_synced(folder / CONFIG_FILE, render_config(described).encode())
+
+
+def describe_again(config: PretrainConfig, folder: Path) -> None:
+    """Describe a run that is at work once more if its folder was deleted; call it on one rank.
+
+    Raises:
+        CheckpointError: something else has taken its place.
+    """
+    if (folder / CONFIG_FILE).exists():
+        return
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} was replaced under this run by something that is no folder; move it away, "
+            "and put the run folder back if it still exists"
+        )
+    lost = "" if steps_of(folder) else "; the checkpoints that were in it are gone"
+    logger.warning(
+        "%s was deleted under this run: configuration and tokenizer are written again%s",
+        folder / CONFIG_FILE,
+        lost,
+    )
+    describe_run(config, folder)
+    tokenizer = folder / TOKENIZER_FOLDER / "tokenizer.json"
+    if not tokenizer.exists():
+        logger.warning("%s cannot be written again: it came from the same folder", tokenizer)
 
 
 def _copy_tokenizer(config: DataConfig, target: Path) -> None:

@@ -112,12 +112,26 @@ class RunLock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
             try:
-                if _owner_of(self._path) != self._owner:
+                holder = _owner_of(self._path)
+                if holder is not None and holder != self._owner:
                     logger.error("%s is no longer this run's: another run was started", self._path)
                     return
+                if holder is None and not self._make_again():
+                    return
                 os.utime(self._path)
+            except FileNotFoundError:  # the folder is gone: the next save makes it again
+                continue
             except OSError as error:  # a file server that is away for a while
                 logger.warning("%s cannot be touched: %s", self._path, error)
+
+    def _make_again(self) -> bool:
+        """Whether there is a lock of ours again where none was left."""
+        made = _create(self._path, self._owner)
+        if made:
+            logger.warning("%s was deleted under this run: it is made again", self._path)
+        else:
+            logger.error("%s was replaced under this run: it keeps no other run out", self._path)
+        return made
 
 
 def is_in_use(folder: str | Path) -> bool:
@@ -186,6 +200,8 @@ def _take_over(path: Path, owner: Owner) -> None:
             f"{path.parent} is in use by {former}, which is still running: two runs would delete "
             "each other's checkpoints; name another folder with checkpoint.save, or end that run"
         )
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where a run keeps its lock: move it away")
     logger.warning("%s of %s is taken over: its owner is dead", path, former or "nobody")
     os.replace(_write_beside(path, owner), path)
     # Of several that take over at once the last one's file stays: each looks whose it is.
@@ -212,7 +228,7 @@ def _touched(path: Path) -> int | None:
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return None
 
 
@@ -220,5 +236,5 @@ def _owner_of(path: Path) -> Owner | None:
     """None if there is no lock, or one that says nothing."""
     try:
         return Owner(**read_json_object(path, UserError, max_bytes=_MAX_BYTES))
-    except (FileNotFoundError, NotADirectoryError, UserError, TypeError):
+    except (OSError, UserError, TypeError):
         return None

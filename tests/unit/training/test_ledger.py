@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -244,3 +245,33 @@ def test_a_ledger_that_stays_unwritable_can_be_closed(tmp_path: Path) -> None:
         ledger.write(1, [["key1"]])
         ledger.close()
     assert path_of(tmp_path).read_text() == ""
+
+
+@pytest.mark.parametrize("instead", ["nothing", "folder", "file", "link"])
+def test_a_ledger_that_is_deleted_under_a_run_loses_nothing(
+    tmp_path: Path, instead: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = SampleLedger(tmp_path / "ledger", 0, resumed_step=0)
+    path = tmp_path / "ledger" / "samples-dp00000.jsonl"
+    ledger.write(1, [["a"]])
+    ledger.sync()
+    assert not caplog.records
+    shutil.rmtree(path.parent)
+    if instead != "nothing":
+        path.parent.mkdir()
+    if instead == "folder":
+        path.mkdir()
+    elif instead == "file":
+        path.write_text("another's")
+    elif instead == "link":
+        path.symlink_to(tmp_path / "nowhere")
+    ledger.write(2, [["b"]])
+    ledger.sync()
+    ledger.write(3, [["c"]])
+    ledger.sync()
+    ledger.close()
+    assert read_ledger(path) == {1: [["a"]], 2: [["b"]], 3: [["c"]]}
+    (line,) = caplog.messages
+    assert line.startswith(f"{path} was deleted under this run: it is written again")
+    assert ("what was in its place is now" in line) == (instead != "nothing")
+    assert len(list(path.parent.iterdir())) == (1 if instead == "nothing" else 2)

@@ -141,3 +141,58 @@ def assert_soon(condition: object) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_deleted_lock_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lock = RunLock.acquire(tmp_path / "run")
+    (tmp_path / "run" / LOCK_FILE).unlink()
+    wait_for((tmp_path / "run" / LOCK_FILE).exists)
+    with pytest.raises(UserError, match="is in use by run"):
+        RunLock.acquire(tmp_path / "run")
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / 'run' / LOCK_FILE} was deleted under this run: it is made again"
+    ]
+    lock.release()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_deleted_folder_is_not_made_by_its_lock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next save makes it, then the lock comes back."""
+    folder = tmp_path / "run"
+    lock = RunLock.acquire(folder)
+    (folder / LOCK_FILE).unlink()
+    folder.rmdir()
+    time.sleep(0.3)
+    assert not folder.exists()
+    assert not caplog.records
+    folder.mkdir()
+    wait_for((folder / LOCK_FILE).exists)
+    lock.release()
+
+
+def test_a_folder_in_the_lock_s_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lock = RunLock.acquire(tmp_path)
+    (tmp_path / LOCK_FILE).unlink()
+    (tmp_path / LOCK_FILE).mkdir()
+    wait_for(lambda: caplog.records)
+    assert "was replaced under this run: it keeps no other run out" in caplog.text
+    lock.release()
+    assert not is_in_use(tmp_path)
+    with pytest.raises(UserError, match="is a folder, where a run keeps its lock: move it away"):
+        RunLock.acquire(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+def test_places_that_can_hold_no_lock_are_not_in_use(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert not is_in_use(tmp_path / "loop")
+    assert not is_in_use(tmp_path / ("x" * 300))

@@ -59,6 +59,7 @@ def run_that_saves(
         checkpointer=SimpleNamespace(save=save),
         ledger=SimpleNamespace(failure="No space left" if ledger_fails else None),
         sync_ledger=sync,
+        describe_again=lambda: None,
     )
 
 
