@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_dattn.conversion.io.foreign_code import refuse_code_and_quantization
 from megatron_dattn.conversion.io.json_files import read_json
 from megatron_dattn.errors import CheckpointError
 
@@ -78,7 +79,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is none, or it is that of a model which cannot be imported whatever
-            its weights are: a quantized one, or one in LLaVA's own format.
+            its weights are: a quantized one, one in LLaVA's own format, one that comes with code.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
@@ -93,13 +94,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             "transformers does not read either; import its conversion with --model, for instance "
             "llava-hf/llava-1.5-7b-hf for liuhaotian/llava-v1.5-7b"
         )
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise CheckpointError(
-            f"{folder} holds a quantized model (quantization_config: {method!s:.40}); quantized "
-            "weights cannot be trained: import the BF16 or FP32 model that it was made from"
-        )
+    refuse_code_and_quantization(folder, config)
     return config
 
 

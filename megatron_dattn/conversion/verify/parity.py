@@ -70,8 +70,8 @@ def load_pretrained(
             trust_remote_code=trust_code,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a strange config.json can raise anything in there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from error
     if rounded_to is not None:
         with torch.no_grad():

@@ -1,6 +1,8 @@
 """The commands of the converter, from their command line to exit status and output."""
 
+import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -219,6 +221,50 @@ def test_verify_refuses_other_models_before_it_loads_them(folders, converted, tm
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_implementation": "someone/kernel"}, "asks for code from the hub"),
+        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "brings code of its own"),
+        ({"quantization_config": {"quant_method": "awq"}}, "holds a quantized model"),
+    ],
+)
+def test_import_and_verify_run_no_code_of_a_folder(
+    folders, converted, tmp_path, monkeypatch, capsys, changes, message
+):
+    """Nor do they ask the hub for it."""
+    language = Path(shutil.copytree(folders[1], tmp_path / "language"))
+    config = json.loads((language / "config.json").read_text())
+    (language / "config.json").write_text(json.dumps(config | changes))
+    (language / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+
+    def refuse(*_: object, **__: object) -> None:
+        (tmp_path / "asked").touch()
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    arguments = import_arguments((folders[0], language), tmp_path / "out")
+    for command in (arguments, ["verify", str(converted), "--language", str(language)]):
+        capsys.readouterr()
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "asked").exists()
+
+
+def test_whatever_transformers_stumbles_over_is_one_line(folders, converted, tmp_path, capsys):
+    """flash-attn that is not installed is an ImportError there."""
+    language = Path(shutil.copytree(folders[1], tmp_path / "language"))
+    config = json.loads((language / "config.json").read_text())
+    config["attn_implementation"] = "flash_attention_2"
+    (language / "config.json").write_text(json.dumps(config))
+    assert main(["verify", str(converted), "--language", str(language)]) == 2
+    assert "cannot be loaded by transformers: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_folders_that_are_named_go_before_the_recorded_whole_model(folders, tmp_path, capsys):

@@ -50,6 +50,36 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
         )
         for method in ("gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors")
     ),
+    ({"model_type": "llama", "compression_config": {"format": "x"}}, "holds a quantized model"),
+    ({"model_type": "llama", "quantization": {"bits": 4}}, "holds a quantized model"),
+    (
+        {"model_type": "llava", "text_config": {"quantization_config": {"quant_method": "awq"}}},
+        r"quantized model \(quantization_config: awq\)",
+    ),
+    *(
+        (
+            {"model_type": "mistral", name: value},
+            r"asks for code from the hub \(\w+: .*remove that field",
+        )
+        for name, value in (
+            ("attn_implementation", "someone/kernel"),
+            ("_attn_implementation", "someone/kernel@main:attention"),
+            ("_attn_implementation_internal", "someone/kernel"),
+            ("attn_implementation", {"text_config": "sdpa", "vision_config": "someone/kernel"}),
+            ("_experts_implementation", "someone/kernel"),
+            ("use_kernels", True),
+            ("kernel_config", {"RMSNorm": "someone/kernel:RMSNorm"}),
+            ("vision_config", {"attn_implementation": "someone/kernel"}),
+        )
+    ),
+    *(
+        (
+            {"model_type": kind, "auto_map": {"AutoModelForCausalLM": code}},
+            "brings code of its own .*not run here",
+        )
+        for kind in ("mistral", "siglip_vision_model", "dattn")
+        for code in ("evil.Model", "someone/repository--evil.Model")
+    ),
 ]
 
 
@@ -87,6 +117,13 @@ def test_a_config_that_no_weights_can_save(tmp_path, config, message):
     with pytest.raises(CheckpointError, match=message) as error:
         read_model_config(tmp_path)
     check(error.value, tmp_path)
+
+
+def test_a_config_may_name_what_transformers_has_itself(tmp_path):
+    config = {"model_type": "mistral", "attn_implementation": "flash_attention_2", "auto_map": {}}
+    config |= {"dtype": "float99", "quantization_config": None, "use_kernels": False}
+    fill(tmp_path, {"config.json": config})
+    assert read_model_config(tmp_path) == config
 
 
 def test_what_is_no_folder_at_all(tmp_path, monkeypatch):
