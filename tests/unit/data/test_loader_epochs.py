@@ -1,6 +1,7 @@
 """What a loader shows in an epoch: every record once, over all ranks, workers and packs."""
 
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,35 @@ def test_a_state_in_the_middle_of_an_epoch_goes_on_with_its_rest(
     assert 30 < len(shown) < 60
     assert len(set(shown[:30])) == 30
     assert len(set(shown[30:])) == len(shown) - 30
+
+
+def test_a_mixture_read_by_several_workers_goes_on_where_it_was_left(
+    processor: Path, tmp_path: Path
+) -> None:
+    """On every rank, in the middle of an epoch of files with weights, and after the next resume."""
+    big = make_dataset(tmp_path, make_rows(tmp_path, 40), name="big")
+    small = make_dataset(tmp_path, make_rows(tmp_path, 7), name="small")
+    datasets = [DatasetConfig(big.path, weight=0.7), DatasetConfig(small.path, weight=2.5)]
+    config = data_config(processor, num_workers=3)
+
+    def loader_of(rank: int, state: bytes | None = None) -> VLMLoader:
+        loader = make_loader(config, datasets, data_parallel_rank=rank, data_parallel_size=2)
+        if state is not None:
+            loader.restore_state(state)
+        return loader
+
+    def shown_by(loader: VLMLoader, count: int) -> list[list[str]]:
+        return [batch.sample_keys for batch in islice(iter(loader), count)]
+
+    for rank in range(2):
+        whole = loader_of(rank)
+        expected = shown_by(whole, 30)
+        first = loader_of(rank)
+        assert shown_by(first, 8) == expected[:8]
+        second = loader_of(rank, first.save_state())
+        assert shown_by(second, 5) == expected[8:13]
+        third = loader_of(rank, second.save_state())
+        assert shown_by(third, 17) == expected[13:]
+        assert third.counters() == whole.counters()
+    files = Counter(key.split("-")[0] for pack in expected for key in pack)
+    assert min(files["big"], files["small"]) > 10, "both files are in it"

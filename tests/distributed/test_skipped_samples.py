@@ -1,0 +1,52 @@
+"""A rank that finds no usable record ends the run on all ranks; nobody waits for it."""
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_dattn.data.config import DatasetConfig
+from megatron_dattn.errors import DataError
+from megatron_dattn.training.stream import BatchStream
+from tests.support.distributed import run_distributed
+from tests.unit.data.builders import (
+    data_config,
+    make_dataset,
+    make_loader,
+    make_rows,
+    save_processor,
+)
+
+
+def _first_packs(folder: str, num_workers: int) -> str:
+    """Rank 1's host has no images."""
+    logging.disable(logging.CRITICAL)
+    rank = dist.get_rank()
+    images = Path(folder) / ("nothing" if rank == 1 else "")
+    config = data_config(
+        Path(folder) / "tokenizer", num_workers=num_workers, max_skipped_fraction=1.0
+    )
+    loader = make_loader(
+        config,
+        [DatasetConfig(f"{folder}/set.jsonl", image_root=str(images))],
+        data_parallel_rank=rank,
+        data_parallel_size=2,
+    )
+    try:
+        BatchStream(loader, torch.device("cpu")).load(2)
+    except DataError as error:
+        return str(error)
+    return "went on"
+
+
+def test_no_share_is_too_large_and_yet_one_rank_without_a_record_ends_all(tmp_path: Path) -> None:
+    rows = [row for row in make_rows(tmp_path, 40) if "image" in row]
+    make_dataset(tmp_path, rows)
+    save_processor(tmp_path / "tokenizer")
+    (tmp_path / "nothing").mkdir()
+    first, second = run_distributed(_first_packs, 2, str(tmp_path), 0)
+    assert first == second
+    assert first.startswith("rank 1: data-parallel rank 1 met 10000 samples in a row")
+    assert "missing_image" in first
+    assert "\n" not in first
