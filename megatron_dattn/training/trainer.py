@@ -111,9 +111,8 @@ def save_if_due(run: Run, *, at_once: bool = False, lost: UserError | None = Non
     interval = run.config.checkpoint.save_interval
     is_last = step == run.config.training.train_iters
     is_due = at_once or lost is not None or is_last or (interval and step % interval == 0)
-    if is_due:
-        on_first_rank("looking after the run folder", run.describe_again)
     if run.checkpointer is not None and is_due:
+        on_first_rank("looking after the run folder", run.describe_again)
         try:
             # Before the checkpoint exists: after a power cut the ledger would be the shorter one.
             on_every_rank("writing the sample ledger", run.sync_ledger)

@@ -132,6 +132,8 @@ def test_too_few_open_files_are_refused_before_the_start(
     ending = run_to_its_end(config, Launch(), SignalWatcher())
     assert (ending.reason, ending.exit_code) == ("user_error", 2)
     assert "ulimit -n" in ending.detail
+
+
 def test_a_lost_rank(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
