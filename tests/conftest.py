@@ -4,6 +4,11 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# By default an example that takes longer than 200 ms fails: on a busy machine any may.
+settings.register_profile("whenever", deadline=None)
+settings.load_profile("whenever")
 
 
 @pytest.fixture(autouse=True)
