@@ -121,7 +121,7 @@ def step_run(engine: EngineVariant, batch: PackedBatch, arguments: argparse.Name
     return StepRun(
         engine.run.config.model,
         batch.layout,
-        labelled_rows=int((batch.labels != IGNORED_LABEL).sum()),
+        labelled_tokens=int((batch.labels != IGNORED_LABEL).sum()),
         value_bytes=DTYPES[arguments.precision].itemsize,
         recompute=arguments.recompute,
     )

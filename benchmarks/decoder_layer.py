@@ -2,7 +2,7 @@
 
 The layer is a `DAttnLanguageModel` of one layer without embedding, final norm and head, so what is
 measured is the module that training runs. It stands for the first layer of a decoder whose second
-one reads its rows: the saving of unread rows, which concerns the last layer, is off.
+one reads its tokens: the saving of unread tokens, which concerns the last layer, is off.
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.models.language_model import DAttnLanguageModel
 from megatron_dattn.models.layer_specs import Implementation, resolve_implementation
-from megatron_dattn.models.row_shards import RowShards
 from megatron_dattn.models.transformer_config import language_transformer_config
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.parallel.sequence import SequenceLayout
 from megatron_dattn.planner.decoder_flops import LayerSizes
 from megatron_dattn.runtime.distributed import seed_everything
 
 GB = 1e9
 # What eager attention holds of the scores at once, in the run's dtype; its softmax is fp32. The
-# peak at 8192 rows in memory_cpu.md is that of 6.2 copies.
+# peak at 8192 tokens in memory_cpu.md is that of 6.2 copies.
 _EAGER_COPIES = 7
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TEXT_BEFORE_IMAGE = 32
@@ -56,7 +56,7 @@ class Variant:
     """What is timed: a preset and how it is run. Written `preset[:option]...`.
 
     Options: `naive` without exact savings, `eager` with the scores in memory (s_attn alone),
-    `recompute` in full, `chunk=ROWS` of the FFN, `backend=NAME` in place of the common one.
+    `recompute` in full, `chunk=TOKENS` of the FFN, `backend=NAME` in place of the common one.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Variant:
             elif option not in ("naive", "eager", "recompute"):
                 raise ConfigError(
                     f"variant '{text}' has the unknown option '{option}'; choose naive, eager, "
-                    f"recompute, chunk=ROWS or backend=NAME with auto, {', '.join(BACKENDS)}"
+                    f"recompute, chunk=TOKENS or backend=NAME with auto, {', '.join(BACKENDS)}"
                 )
         if "eager" in options and preset != "s_attn":
             raise ConfigError(f"variant '{text}': eager attention is written for s_attn alone")
         if "eager" in options and backend is not None:
             raise ConfigError(f"variant '{text}': eager attention has no backend; leave one out")
         savings = NAIVE if "naive" in options else MIDDLE_LAYER
-        savings = dataclasses.replace(savings, ffn_chunk_rows=chunk)
+        savings = dataclasses.replace(savings, ffn_chunk_tokens=chunk)
         return Variant(text, preset, savings, "eager" in options, "recompute" in options, backend)
 
 
@@ -113,7 +113,7 @@ class Bench:
             f"{self.precision}, backend {self.backend}; hidden {sizes.hidden_size}, "
             f"{sizes.num_attention_heads} query and {sizes.num_key_value_heads} key heads of "
             f"{sizes.head_dim}, FFN {sizes.intermediate_size}, encoder's features "
-            f"{sizes.vision_hidden_size}; {text} text rows"
+            f"{sizes.vision_hidden_size}; {text} text tokens"
         )
 
     def run_of(self, variant: Variant, layout: TokenLayout) -> LayerRun:
@@ -131,7 +131,7 @@ class Bench:
             if reprojects and sizes.vision_hidden_size > sizes.hidden_size:
                 raise ConfigError(
                     f"variant '{variant.name}' carries features of --vision-size "
-                    f"{sizes.vision_hidden_size} in rows of --hidden-size {sizes.hidden_size}; "
+                    f"{sizes.vision_hidden_size} in tokens of --hidden-size {sizes.hidden_size}; "
                     "make the one smaller or the other larger"
                 )
 
@@ -146,20 +146,20 @@ def rules_of(preset: str) -> tuple[LayerRule, ...]:
 
 
 def one_sample(visual: int, text: int) -> TokenLayout:
-    """One image after the first text rows, as square as its patches allow; nothing is padded."""
+    """One image after the first text tokens, as square as its patches allow; nothing is padded."""
     if visual < 1 or text < 1:
-        raise ConfigError(f"{visual} visual and {text} text rows; both must be positive")
+        raise ConfigError(f"{visual} visual and {text} text tokens; both must be positive")
     height = next(side for side in range(math.isqrt(visual), 0, -1) if visual % side == 0)
     before = min(TEXT_BEFORE_IMAGE, text)
     image = ImageSpan(0, before, (height, visual // height))
     return TokenLayout((text,), (image,), visual, text, prompt_lengths=(before,))
 
 
-def fits(bench: Bench, variant: Variant, rows: int, left_out: list[str]) -> bool:
+def fits(bench: Bench, variant: Variant, tokens: int, left_out: list[str]) -> bool:
     """Whether eager attention's scores fit into memory; what does not is noted in `left_out`."""
     if not variant.eager:
         return True
-    scores = bench.sizes.num_attention_heads * rows**2 * bench.dtype.itemsize
+    scores = bench.sizes.num_attention_heads * tokens**2 * bench.dtype.itemsize
     if bench.device.type == "cuda":
         free = torch.cuda.mem_get_info(bench.device)[0]
     else:
@@ -168,7 +168,7 @@ def fits(bench: Bench, variant: Variant, rows: int, left_out: list[str]) -> bool
         return True
     needed, free_gb = _EAGER_COPIES * scores / GB, free / GB
     left_out.append(
-        f"{variant.name} over {rows} rows left out: about {needed:.0f} GB of scores, "
+        f"{variant.name} over {tokens} tokens left out: about {needed:.0f} GB of scores, "
         f"{free_gb:.0f} GB free"
     )
     return False
@@ -252,7 +252,7 @@ class LayerBench:
     def _attention_inputs(self, double: bool) -> AttentionInputs:
         device, preset, layout = self.bench.device, get_preset(self.variant.preset), self.layout
         head_dim = self.bench.sizes.head_dim
-        shards = RowShards(
+        shards = SequenceLayout(
             layout.visual_budget,
             layout.text_budget,
             get_tensor_model_parallel_group(),
@@ -269,9 +269,9 @@ class LayerBench:
         )
 
     def _draw(self) -> tuple[Tensor, Tensor]:
-        """Rows and gradient, [S, 1, H] of the run's dtype."""
+        """Tokens and gradient, [S, 1, H] of the run's dtype."""
         generator = torch.Generator().manual_seed(_SEED)
-        shape = (self.layout.num_rows, 1, self.bench.sizes.hidden_size)
+        shape = (self.layout.num_tokens, 1, self.bench.sizes.hidden_size)
         drawn = (torch.randn(shape, generator=generator) for _ in range(2))
-        rows, gradient = (x.to(self.bench.device, self.bench.dtype) for x in drawn)
-        return rows, gradient
+        tokens, gradient = (x.to(self.bench.device, self.bench.dtype) for x in drawn)
+        return tokens, gradient

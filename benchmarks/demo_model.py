@@ -58,7 +58,7 @@ def make_batch(model: ModelConfig, samples: int) -> PackedBatch:
     layout = TokenLayout(
         text_lengths=tuple(lengths.tolist()),
         images=tuple(ImageSpan(i, 1, model.image_grid) for i in range(samples)),
-        visual_budget=samples * model.rows_per_image,
+        visual_budget=samples * model.tokens_per_image,
         text_budget=text_budget,
         prompt_lengths=(1,) * samples,  # labels are drawn anywhere behind it
     )

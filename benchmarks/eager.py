@@ -1,8 +1,8 @@
 """Conventional attention as plain PyTorch: the setting that the paper's speed-up refers to.
 
 As in Hugging Face's eager Mistral, keys and values are repeated for every query head, the scores of
-all pairs stand in memory in the run's dtype, an additive mask hides the later rows, the softmax is
-taken in fp32, and autograd's own backward pass keeps what it needs. It stands here because it is
+all pairs stand in memory in the run's dtype, an additive mask hides the later tokens, the softmax
+is taken in fp32, and autograd's own backward pass keeps what it needs. It stands here because it is
 measured, not because anybody should train with it.
 """
 
@@ -27,13 +27,13 @@ class EagerCore(torch.nn.Module):
     ) -> None:
         super().__init__()
         assert layout.num_samples == 1
-        assert layout.num_visual_rows + layout.num_text_rows == layout.num_rows
+        assert layout.num_visual_tokens + layout.num_text_tokens == layout.num_tokens
         runs = layout.runs(0)
         self.scale = scale
         self.reading_order = torch.cat([torch.arange(r.start, r.end) for r in runs]).to(device)
         self.packed_order = self.reading_order.argsort()
-        rows = layout.num_rows
-        self.mask = torch.full((rows, rows), -torch.inf, device=device, dtype=dtype).triu_(1)
+        tokens = layout.num_tokens
+        self.mask = torch.full((tokens, tokens), -torch.inf, device=device, dtype=dtype).triu_(1)
 
     def forward(
         self,
@@ -49,7 +49,7 @@ class EagerCore(torch.nn.Module):
         assert head_mask is None, "s_attn silences no heads"
         query, key = apply_rotary(query, inputs.rotary), apply_rotary(key, inputs.rotary)
         group = query.shape[1] // key.shape[1]
-        q, k, v = (rows[self.reading_order].transpose(0, 1) for rows in (query, key, value))
+        q, k, v = (tokens[self.reading_order].transpose(0, 1) for tokens in (query, key, value))
         k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
         scores = torch.matmul(q, k.mT) * self.scale + self.mask
         probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)

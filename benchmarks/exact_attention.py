@@ -1,7 +1,7 @@
-"""Attention as it is defined, for references of any length: a few rows of scores at a time.
+"""Attention as it is defined, for references of any length: a few tokens of scores at a time.
 
 The engine's backend `math` keeps the scores of all pairs, which limits it to short inputs. This one
-walks through each segment in blocks of query rows, so its memory grows with the number of keys
+walks through each segment in blocks of query tokens, so its memory grows with the number of keys
 alone, and its time, which nobody measures, with that of the pairs.
 """
 
@@ -19,12 +19,12 @@ SCORES_AT_A_TIME = 2**24
 
 @dataclass(frozen=True)
 class _Block:
-    """Some query rows of one segment and the keys that they may see."""
+    """Some query tokens of one segment and the keys that they may see."""
 
     queries: slice
     keys: slice
     first: int
-    """Place of the first query row within its segment."""
+    """Place of the first query token within its segment."""
 
 
 class ExactBackend:
@@ -117,6 +117,6 @@ def _scores(query: Tensor, key: Tensor, block: _Block, part: Part) -> Tensor:
     return products.masked_fill(hidden, -torch.inf)
 
 
-def _repeat(rows: Tensor, query: Tensor) -> Tensor:
+def _repeat(tokens: Tensor, query: Tensor) -> Tensor:
     """Keys or values for every query head."""
-    return rows.repeat_interleave(query.shape[1] // rows.shape[1], dim=1)
+    return tokens.repeat_interleave(query.shape[1] // tokens.shape[1], dim=1)

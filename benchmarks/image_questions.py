@@ -20,7 +20,7 @@ from megatron_dattn.data.template import TextRows
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
 from megatron_dattn.inference import LoadedModel, Prompt, encode_images, generate_tokens
-from megatron_dattn.inference.continuation import Continuation
+from megatron_dattn.inference.decoding import Decoding
 from megatron_dattn.inference.prompt import pack_prompts
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
@@ -82,8 +82,8 @@ class ExportedModel:
         pictures = questions.pictures(config.vision_config.image_size)
         pixels = ImagePreprocessor(config.vision_config.image_size).normalise(pictures)
         self._pixels = pixels.to(model.device, model.dtype)
-        rows = questions.images * config.rows_per_image
-        self.description = _describe(self.name, rows, model.device, model.dtype)
+        tokens = questions.images * config.tokens_per_image
+        self.description = _describe(self.name, tokens, model.device, model.dtype)
 
     def encode(self) -> Any:
         return self._model.encode_images(self._pixels)
@@ -122,8 +122,8 @@ class OwnGenerator:
         self._texts = questions.tokens(model.model_config.language.vocab_size)
         self._pictures = questions.pictures(model.model_config.vision.image_size)
         weight = next(model.parameters())
-        rows = questions.images * model.model_config.rows_per_image
-        self.description = _describe(self.name, rows, weight.device, weight.dtype)
+        tokens = questions.images * model.model_config.tokens_per_image
+        self.description = _describe(self.name, tokens, weight.device, weight.dtype)
 
     def encode(self) -> Any:
         return encode_images(self._loaded, self._pictures)
@@ -138,10 +138,10 @@ class OwnGenerator:
         prompt = self._prompt(question, kept)
         if kept is None:
             batch = pack_prompts(self._loaded, [(prompt, [])])
-            last = torch.tensor([batch.layout.num_rows - 1], device=batch.input_ids.device)
+            last = torch.tensor([batch.layout.num_tokens - 1], device=batch.input_ids.device)
             logits = self._loaded.model.forward_logits(batch, last)
         else:
-            logits = Continuation(self._loaded, [prompt]).start()
+            logits = Decoding(self._loaded, [prompt]).prefill()
         return logits[0].float().cpu()
 
     def _prompt(self, question: int, kept: Any) -> Prompt:
@@ -150,7 +150,7 @@ class OwnGenerator:
 
 
 def sizes(hidden_size: int, layers: int) -> ModelConfig:
-    """A model of Mistral's and SigLIP's proportions; an image of 384 pixels has 729 rows."""
+    """A model of Mistral's and SigLIP's proportions; an image of 384 pixels has 729 tokens."""
     language = LanguageConfig(
         hidden_size=hidden_size,
         num_hidden_layers=layers,
@@ -193,5 +193,5 @@ def random_loaded(model: ModelConfig) -> LoadedModel:
     return LoadedModel(tokenizer, conversations, preprocessor, cast(Any, None), built.eval())
 
 
-def _describe(name: str, rows: int, device: torch.device, dtype: torch.dtype) -> str:
-    return f"{name}: {rows} visual rows, {device.type}, {str(dtype).removeprefix('torch.')}"
+def _describe(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
+    return f"{name}: {tokens} visual tokens, {device.type}, {str(dtype).removeprefix('torch.')}"

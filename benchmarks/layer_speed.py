@@ -85,7 +85,7 @@ def _result(layer: LayerBench, timings: Timings, machine: Machine, agreement: Ag
     name, base = layer.variant.name, next(iter(timings.seconds))
     operators = layer_operators(layer.bench.run_of(layer.variant, layer.layout))
     return Result(
-        visual=layer.layout.num_visual_rows,
+        visual=layer.layout.num_visual_tokens,
         variant=name,
         time=timings.milliseconds(name),
         ratio=None if name == base else timings.ratio(name, base),

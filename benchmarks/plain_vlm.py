@@ -2,7 +2,8 @@
 
 `benchmarks/bench_step.py` times the training engine against it. It has the same mathematics and
 weights and nothing else: one process, one image per sample, text padded to the longest of the
-batch, one dense softmax over visual and text keys. Visual rows project no query, as they need none.
+batch, one dense softmax over visual and text keys. Visual tokens project no query, as they need
+none.
 """
 
 import torch
@@ -38,7 +39,7 @@ class VisionLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One Mistral layer over visual rows [B, V, H] and text rows [B, T, H]."""
+    """One Mistral layer over visual tokens [B, V, H] and text tokens [B, T, H]."""
 
     def __init__(self, sizes: LanguageConfig) -> None:
         super().__init__()
@@ -53,16 +54,16 @@ class DecoderLayer(nn.Module):
         self.gate_up = nn.Linear(hidden, 2 * sizes.intermediate_size, bias=False)
         self.down = nn.Linear(sizes.intermediate_size, hidden, bias=False)
 
-    def forward(self, rows: Tensor, num_visual: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        rows = rows + self.attend(self.norm1(rows), num_visual, rotary)
-        gate, up = self.gate_up(self.norm2(rows)).chunk(2, dim=-1)
-        return rows + self.down(F.silu(gate) * up)
+    def forward(self, tokens: Tensor, num_visual: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        tokens = tokens + self.attend(self.norm1(tokens), num_visual, rotary)
+        gate, up = self.gate_up(self.norm2(tokens)).chunk(2, dim=-1)
+        return tokens + self.down(F.silu(gate) * up)
 
-    def attend(self, rows: Tensor, num_visual: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        batch, length, _ = rows.shape
+    def attend(self, tokens: Tensor, num_visual: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        batch, length, _ = tokens.shape
         num_text = length - num_visual
-        q = self.q(rows[:, num_visual:]).view(batch, num_text, self.heads, self.head_dim)
-        k, v = self.kv(rows).view(batch, length, 2, self.groups, self.head_dim).unbind(2)
+        q = self.q(tokens[:, num_visual:]).view(batch, num_text, self.heads, self.head_dim)
+        k, v = self.kv(tokens).view(batch, length, 2, self.groups, self.head_dim).unbind(2)
         group = self.heads // self.groups
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))  # [B, V+T, heads, head_dim]
         visual_scores = torch.einsum("bthd,bvhd->bhtv", q, k[:, :num_visual])
@@ -77,7 +78,7 @@ class DecoderLayer(nn.Module):
 
 
 class PlainVLM(nn.Module):
-    """SigLIP features, adapter, decoder, labelled rows: the mean loss of a padded batch."""
+    """SigLIP features, adapter, decoder, labelled tokens: the mean loss of a padded batch."""
 
     def __init__(self, sizes: ModelConfig) -> None:
         super().__init__()
@@ -105,14 +106,14 @@ class PlainVLM(nn.Module):
     def forward(self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Mean loss. [B, 3, side, side], int64 [B, T], int64 [B, T] with -100 for no label."""
         visual = self.adapter(self.encode(pixel_values)) + self.grid_positions()
-        rows = torch.cat((visual, self.embedding(input_ids)), dim=1)
+        tokens = torch.cat((visual, self.embedding(input_ids)), dim=1)
         language = self.sizes.language
         places = torch.arange(input_ids.shape[1])
-        cos, sin = language.rotary_tables(places, rows.device)
+        cos, sin = language.rotary_tables(places, tokens.device)
         for layer in self.layers:
-            rows = layer(rows, visual.shape[1], (cos, sin))
+            tokens = layer(tokens, visual.shape[1], (cos, sin))
         labelled = labels != IGNORED_LABEL
-        chosen = self.norm(rows)[:, visual.shape[1] :][labelled]
+        chosen = self.norm(tokens)[:, visual.shape[1] :][labelled]
         return F.cross_entropy(self.head(chosen), labels[labelled])
 
     def encode(self, pixel_values: Tensor) -> Tensor:

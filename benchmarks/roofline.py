@@ -5,15 +5,15 @@ and write if nothing stays in a cache between operators. An operator takes no le
 max(operations / peak operations per second, bytes / peak bytes per second), and the layer no less
 than the sum. What is fused is counted as one operator: flash attention, a norm, SwiGLU.
 
-With n visual and t text rows, N = n + t, hidden size d, query width q, key/value width e, FFN width
-f and b bytes per value, in a forward pass (operations of matrix products only):
+With n visual and t text tokens, N = n + t, hidden size d, query width q, key/value width e, FFN
+width f and b bytes per value, in a forward pass (operations of matrix products only):
 
     product of [m, k] and [k, j]   2mkj operations, b (mk + kj + mj) bytes
     flash attention                4q per scored pair; queries, keys, values, output, log-sum-exp
     eager attention                4q N^2, masked pairs too; every step reads and writes N^2 scores
-    norm, residual, SwiGLU         2d, 3d and 3f values per row
-    rotary                         queries and keys of rotated rows, read and written
-    merge of two parts             three outputs of the text rows
+    norm, residual, SwiGLU         2d, 3d and 3f values per token
+    rotary                         queries and keys of rotated tokens, read and written
+    merge of two parts             three outputs of the text tokens
 
 A backward pass costs a product twice the forward (gradients of input and weight), flash attention
 10q per pair (scores again, and four gradients), eager attention 8q N^2.
@@ -26,10 +26,10 @@ from megatron_dattn.attention import LayerRule, TokenLayout, num_shared, plan_at
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.planner.decoder_flops import LayerSizes, attended_pairs
 
-NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=False)
+NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_tokens=False)
 """Nothing saved: the equations of the paper as they are written."""
-MIDDLE_LAYER = ExactSavings(unread_rows=False)
-"""The engine's default in every layer but the last: the next layer reads all rows."""
+MIDDLE_LAYER = ExactSavings(unread_tokens=False)
+"""The engine's default in every layer but the last: the next layer reads all tokens."""
 _FP32 = 4
 
 
@@ -98,7 +98,7 @@ class LayerRun:
 
     @property
     def projects_visual_queries(self) -> bool:
-        return self.rule.attention.scores_visual_rows or not self.savings.visual_queries
+        return self.rule.attention.scores_visual_tokens or not self.savings.visual_queries
 
     @property
     def folds_output(self) -> bool:
@@ -112,7 +112,7 @@ def layer_operators(run: LayerRun) -> tuple[Operator, ...]:
         "eager means self-attention"
     )
     attention = (*_projections(run), *_attention(run), *_output(run))
-    chunked = run.savings.ffn_chunk_rows > 0
+    chunked = run.savings.ffn_chunk_tokens > 0
     ffn = [replace(operator, recomputed=chunked) for operator in _ffn(run)]
     operators = (*attention, *ffn)
     if run.recompute:
@@ -120,10 +120,10 @@ def layer_operators(run: LayerRun) -> tuple[Operator, ...]:
     return operators
 
 
-def product(name: str, rows: int, inputs: int, outputs: int, value_bytes: int) -> Operator:
-    """Rows times a weight; each of the two gradients moves the same three matrices."""
-    moved = value_bytes * (rows * inputs + inputs * outputs + rows * outputs)
-    once = Work(2 * rows * inputs * outputs, moved)
+def product(name: str, tokens: int, inputs: int, outputs: int, value_bytes: int) -> Operator:
+    """Tokens times a weight; each of the two gradients moves the same three matrices."""
+    moved = value_bytes * (tokens * inputs + inputs * outputs + tokens * outputs)
+    once = Work(2 * tokens * inputs * outputs, moved)
     return Operator(name, once, once + once)
 
 
@@ -132,16 +132,16 @@ def moved(name: str, forward: int, backward: int, value_bytes: int) -> Operator:
     return Operator(name, Work(0, value_bytes * forward), Work(0, value_bytes * backward))
 
 
-def norm(name: str, rows: int, width: int, value_bytes: int) -> Operator:
-    """Reads and writes a row; backward reads it again with the gradient."""
-    return moved(name, 2 * rows * width, 3 * rows * width, value_bytes)
+def norm(name: str, tokens: int, width: int, value_bytes: int) -> Operator:
+    """Reads and writes a token; backward reads it again with the gradient."""
+    return moved(name, 2 * tokens * width, 3 * tokens * width, value_bytes)
 
 
 def _projections(run: LayerRun) -> Iterator[Operator]:
     """Norm, queries, keys, values, and what a preset projects besides."""
     sizes, b = run.sizes, run.value_bytes
     d, q, e = sizes.hidden_size, sizes.query_width, sizes.key_value_width
-    visual, text = run.layout.num_visual_rows, run.layout.num_text_rows
+    visual, text = run.layout.num_visual_tokens, run.layout.num_text_tokens
     config = run.rule.attention
     yield norm("norm 1", visual + text, d, b)
     if run.projects_visual_queries:
@@ -161,9 +161,9 @@ def _projections(run: LayerRun) -> Iterator[Operator]:
 def _attention(run: LayerRun) -> Iterator[Operator]:
     config, sizes, b = run.rule.attention, run.sizes, run.value_bytes
     q, e = sizes.query_width, sizes.key_value_width
-    visual, text = run.layout.num_visual_rows, run.layout.num_text_rows
-    rotated_queries = text + visual * config.scores_visual_rows
-    rotated_keys = text + visual * config.rotates_visual_rows
+    visual, text = run.layout.num_visual_tokens, run.layout.num_text_tokens
+    rotated_queries = text + visual * config.scores_visual_tokens
+    rotated_keys = text + visual * config.rotates_visual_tokens
     turned = 2 * (rotated_queries * q + rotated_keys * e)
     yield moved("rotary", turned, turned, b)
     yield from _eager_scores(run) if run.eager else _flash_parts(run)
@@ -175,15 +175,15 @@ def _flash_parts(run: LayerRun) -> Iterator[Operator]:
     q, e, heads = sizes.query_width, sizes.key_value_width, sizes.num_attention_heads
     plan = plan_attention(run.layout, run.rule.attention)
     parts = (*plan.parts, *plan.visual_parts)
-    queries = sum(part.query_rows.length for part in parts)
-    keys = sum(part.key_rows.length for part in parts)
+    queries = sum(part.query_tokens.length for part in parts)
+    keys = sum(part.key_tokens.length for part in parts)
     pairs = sum(attended_pairs(run.layout, run.rule.attention).values())
     statistics = _FP32 * heads * queries
     # Queries, keys, values in, output out; backward also reads the output and its gradient.
     forward = Work(4 * q * pairs, b * (2 * queries * q + 2 * keys * e) + statistics)
     backward = Work(10 * q * pairs, b * (4 * queries * q + 4 * keys * e) + statistics)
     yield Operator("attention", forward, backward)
-    merged = sum(part.query_rows.length for part in parts[1:]) * q
+    merged = sum(part.query_tokens.length for part in parts[1:]) * q
     yield moved("merge", 3 * merged, 3 * merged, b)
 
 
@@ -191,13 +191,13 @@ def _eager_scores(run: LayerRun) -> Iterator[Operator]:
     """Plain products and a softmax in fp32, step by step: what `eager.py` does."""
     sizes, b = run.sizes, run.value_bytes
     q, e = sizes.query_width, sizes.key_value_width
-    rows = run.layout.num_visual_rows + run.layout.num_text_rows
-    scores = sizes.num_attention_heads * rows**2
+    tokens = run.layout.num_visual_tokens + run.layout.num_text_tokens
+    scores = sizes.num_attention_heads * tokens**2
     # Keys and values are repeated for every query head; gradients are summed over them.
-    yield moved("repeated heads", 2 * rows * (e + q), 2 * rows * (e + q), b)
-    half = Work(2 * q * rows**2, b * (2 * rows * q + scores))
+    yield moved("repeated heads", 2 * tokens * (e + q), 2 * tokens * (e + q), b)
+    half = Work(2 * q * tokens**2, b * (2 * tokens * q + scores))
     yield Operator("scores", half, half + half)
-    mask = b * rows**2
+    mask = b * tokens**2
     scaled_and_masked = Work(0, 4 * b * scores + mask)
     yield Operator("scale and mask", scaled_and_masked, Work(0, 2 * b * scores))
     cast = (_FP32 + b) * scores if b != _FP32 else 0
@@ -207,17 +207,17 @@ def _eager_scores(run: LayerRun) -> Iterator[Operator]:
 
 
 def _output(run: LayerRun) -> Iterator[Operator]:
-    """Output projection and residual of the rows that attention gives something."""
+    """Output projection and residual of the tokens that attention gives something."""
     sizes, b = run.sizes, run.value_bytes
     d, q, e = sizes.hidden_size, sizes.query_width, sizes.key_value_width
-    visual, text = run.layout.num_visual_rows, run.layout.num_text_rows
+    visual, text = run.layout.num_visual_tokens, run.layout.num_text_tokens
     diagonal = run.rule.attention.v2v == "diagonal"
-    with_output = visual if run.rule.attention.outputs_visual_rows else 0
+    with_output = visual if run.rule.attention.outputs_visual_tokens else 0
     if run.folds_output:
         # The weight is summed over groups, once, and its gradient spread over them.
         yield moved("folded weight", d * (q + e), d * (q + e), b)
-        yield product("output, visual rows", visual, e, d, b)
-        yield product("output, text rows", text, q, d, b)
+        yield product("output, visual tokens", visual, e, d, b)
+        yield product("output, text tokens", text, q, d, b)
     else:
         if diagonal:
             yield moved("repeated values", visual * (e + q), visual * (e + q), b)
@@ -227,20 +227,20 @@ def _output(run: LayerRun) -> Iterator[Operator]:
 
 
 def _ffn(run: LayerRun) -> Iterator[Operator]:
-    """Norm, gated FFN, residual of the rows that pass it."""
+    """Norm, gated FFN, residual of the tokens that pass it."""
     sizes, b = run.sizes, run.value_bytes
     d, f = sizes.hidden_size, sizes.intermediate_size
-    visual, text = run.layout.num_visual_rows, run.layout.num_text_rows
+    visual, text = run.layout.num_visual_tokens, run.layout.num_text_tokens
     if run.rule.visual_ffn == 1.0:
         passing = [(visual + text, f)]
     else:
         share = run.rule.visual_ffn
         passing = [(text, f), (visual, num_shared(f, share) if share else 0)]
-    for rows, width in passing:
-        if rows == 0 or width == 0:
+    for tokens, width in passing:
+        if tokens == 0 or width == 0:
             continue
-        yield norm("norm 2", rows, d, b)
-        yield product("gate and up", rows, d, 2 * width, b)
-        yield moved("SwiGLU", 3 * rows * width, 5 * rows * width, b)
-        yield product("down", rows, width, d, b)
-        yield moved("residual 2", 3 * rows * d, 3 * rows * d, b)
+        yield norm("norm 2", tokens, d, b)
+        yield product("gate and up", tokens, d, 2 * width, b)
+        yield moved("SwiGLU", 3 * tokens * width, 5 * tokens * width, b)
+        yield product("down", tokens, width, d, b)
+        yield moved("residual 2", 3 * tokens * d, 3 * tokens * d, b)

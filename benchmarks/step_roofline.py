@@ -6,8 +6,8 @@ nothing fused between operators:
     vision encoder   patch embedding, norms, q k v, attention over an image's patches, FFN
     adapter          norm and both products; a preset's projectors are part of its layers
     decoder          every layer by its own rule, the exact savings left out
-    head             embedding, final norm of text rows, logits of labelled rows, their loss in fp32
-    optimizer        per weight: its fp32 gradient set to zero, added to, read for the norm and
+    head             embedding, final norm of text tokens, logits of labelled tokens, their loss in
+    fp32 optimizer        per weight: its fp32 gradient set to zero, added to, read for the norm and
                      scaled; both moments of Adam and the fp32 weight read and written, a BF16
                      copy written
 
@@ -35,7 +35,7 @@ class StepRun:
 
     model: ModelConfig
     layout: TokenLayout
-    labelled_rows: int
+    labelled_tokens: int
     value_bytes: int
     """Bytes per value of weights and activations."""
     recompute: str = "none"
@@ -57,32 +57,32 @@ def step_operators(run: StepRun) -> tuple[Operator, ...]:
 def _patches(run: StepRun) -> Iterator[Operator]:
     """Pixels want no gradient: the backward pass is the weight's alone."""
     vision = run.model.vision
-    rows = len(run.layout.images) * vision.num_patches
+    tokens = len(run.layout.images) * vision.num_patches
     inputs = 3 * vision.patch_size**2
-    both = product("patch embedding", rows, inputs, vision.hidden_size, run.value_bytes)
+    both = product("patch embedding", tokens, inputs, vision.hidden_size, run.value_bytes)
     yield replace(both, backward=both.forward)
 
 
 def _encoder(run: StepRun) -> tuple[Operator, ...]:
     vision, b = run.model.vision, run.value_bytes
     d, f, places = vision.hidden_size, vision.intermediate_size, vision.num_places
-    rows, pairs = len(run.layout.images) * places, len(run.layout.images) * places**2
-    statistics = _FP32 * vision.num_attention_heads * rows
+    tokens, pairs = len(run.layout.images) * places, len(run.layout.images) * places**2
+    statistics = _FP32 * vision.num_attention_heads * tokens
     layer = (
-        norm("encoder norm 1", rows, d, b),
-        product("encoder queries, keys, values", rows, d, 3 * d, b),
+        norm("encoder norm 1", tokens, d, b),
+        product("encoder queries, keys, values", tokens, d, 3 * d, b),
         Operator(
             "attention",
-            Work(4 * d * pairs, 4 * rows * d * b + statistics),
-            Work(10 * d * pairs, 8 * rows * d * b + statistics),
+            Work(4 * d * pairs, 4 * tokens * d * b + statistics),
+            Work(10 * d * pairs, 8 * tokens * d * b + statistics),
         ),
-        product("encoder output", rows, d, d, b),
-        moved("encoder residual 1", 3 * rows * d, 3 * rows * d, b),
-        norm("encoder norm 2", rows, d, b),
-        product("encoder FFN, first", rows, d, f, b),
-        moved("encoder GELU", 2 * rows * f, 3 * rows * f, b),
-        product("encoder FFN, second", rows, f, d, b),
-        moved("encoder residual 2", 3 * rows * d, 3 * rows * d, b),
+        product("encoder output", tokens, d, d, b),
+        moved("encoder residual 1", 3 * tokens * d, 3 * tokens * d, b),
+        norm("encoder norm 2", tokens, d, b),
+        product("encoder FFN, first", tokens, d, f, b),
+        moved("encoder GELU", 2 * tokens * f, 3 * tokens * f, b),
+        product("encoder FFN, second", tokens, f, d, b),
+        moved("encoder residual 2", 3 * tokens * d, 3 * tokens * d, b),
     )
     return layer * vision.num_used_layers
 
@@ -91,16 +91,16 @@ def _adapter(run: StepRun) -> Iterator[Operator]:
     model, b = run.model, run.value_bytes
     if get_preset(model.attention).visual.source == "reproject":
         return
-    rows = len(run.layout.images) * model.rows_per_image
+    tokens = len(run.layout.images) * model.tokens_per_image
     inputs, outputs = model.vision.hidden_size, model.language.hidden_size
     middle = model.adapter.hidden_size or outputs
     if model.adapter_norm in ("before", "both"):
-        yield norm("adapter norm", rows, inputs, b)
-    yield product("adapter, first", rows, inputs, middle, b)
-    yield moved("adapter GELU", 2 * rows * middle, 3 * rows * middle, b)
-    yield product("adapter, second", rows, middle, outputs, b)
+        yield norm("adapter norm", tokens, inputs, b)
+    yield product("adapter, first", tokens, inputs, middle, b)
+    yield moved("adapter GELU", 2 * tokens * middle, 3 * tokens * middle, b)
+    yield product("adapter, second", tokens, middle, outputs, b)
     if model.adapter_norm in ("behind", "both"):
-        yield norm("adapter norm behind", rows, outputs, b)
+        yield norm("adapter norm behind", tokens, outputs, b)
 
 
 def _decoder(run: StepRun) -> tuple[Operator, ...]:
@@ -116,7 +116,7 @@ def _decoder(run: StepRun) -> tuple[Operator, ...]:
     rules = layer_rules(
         get_preset(run.model.attention),
         language.num_hidden_layers,
-        skip_unread=run.savings.unread_rows,
+        skip_unread=run.savings.unread_tokens,
     )
     return tuple(
         operator
@@ -129,12 +129,16 @@ def _decoder(run: StepRun) -> tuple[Operator, ...]:
 
 def _head(run: StepRun) -> Iterator[Operator]:
     language, b = run.model.language, run.value_bytes
-    d, vocabulary, text = language.hidden_size, language.padded_vocab_size, run.layout.num_text_rows
-    rows = run.labelled_rows if run.savings.labelled_logits else text
+    d, vocabulary, text = (
+        language.hidden_size,
+        language.padded_vocab_size,
+        run.layout.num_text_tokens,
+    )
+    tokens = run.labelled_tokens if run.savings.labelled_logits else text
     yield moved("embedding", 2 * text * d, 2 * text * d, b)
     yield norm("final norm", text, d, b)
-    yield product("head", rows, d, vocabulary, b)
-    yield moved("loss", 2 * rows * vocabulary, 2 * rows * vocabulary, _FP32)
+    yield product("head", tokens, d, vocabulary, b)
+    yield moved("loss", 2 * tokens * vocabulary, 2 * tokens * vocabulary, _FP32)
 
 
 def _optimizer(run: StepRun) -> Iterator[Operator]:

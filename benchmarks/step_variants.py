@@ -55,7 +55,7 @@ REFERENCE = EngineSettings(
     transformer_impl="local",
     backend="math",
     savings=ExactSavings(
-        visual_queries=False, folded_output=False, unread_rows=False, labelled_logits=False
+        visual_queries=False, folded_output=False, unread_tokens=False, labelled_logits=False
     ),
 )
 """Nothing left out, nothing repeated, scores in memory: what losses are compared with."""
@@ -95,7 +95,7 @@ class EngineVariant:
             state=state_of(config, chunks),
             stream=BatchStream(itertools.repeat(batch), get_device()),
             num_microbatches=1,
-            num_rows=batch.layout.num_rows,
+            num_rows=batch.layout.num_tokens,
             metrics=Metrics(
                 LoggingConfig(),
                 stage="",

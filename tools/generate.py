@@ -41,10 +41,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def alpha_table(loaded: "LoadedModel", prompt: "Prompt", answer: list[int]) -> list[str]:
     """Lines of text: what an answer's tokens gave to the images, or why there is no such table."""
-    from megatron_dattn.inference import look
+    from megatron_dattn.inference import attention_maps
 
     try:
-        return look(loaded, prompt, answer).table()
+        return attention_maps(loaded, prompt, answer).table()
     except DataError as error:
         return [f"no alpha_V: {error}"]
 

@@ -3,7 +3,7 @@
     python tools/show_attention.py --checkpoint runs/stage3 --image cat.jpg \\
         --question "What is this?" --output attention.png
 
-Over the image, as the model gets it, lies the attention of the text row that predicted the token,
+Over the image, as the model gets it, lies the attention of the text token that predicted the token,
 mean over heads and over the chosen layers; bright is the most that this panel has. The title gives
 the token and its alpha_V, the share of its attention that went to images; it is missing where a
 cross-attention reads them. Patches that do not enter the decoder are as dark as those that nobody
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from megatron_dattn.inference import Look
+    from megatron_dattn.inference import AttentionMaps
 
 MAX_COLUMNS = 6
 PANEL_INCHES = 2.4
@@ -79,19 +79,19 @@ def check_output(path: Path) -> None:
         raise UserError(f"cannot write the picture '{path}': it {reason}; name another --output")
 
 
-def chosen_tokens(look: "Look", token: int | None) -> list[int]:
+def chosen_tokens(maps: "AttentionMaps", token: int | None) -> list[int]:
     """Places in the answer, from 0. Raises UserError if there is no such token."""
     if token is None:
-        return list(range(len(look.tokens)))
-    if not 1 <= token <= len(look.tokens):
+        return list(range(len(maps.tokens)))
+    if not 1 <= token <= len(maps.tokens):
         raise UserError(
-            f"--token {token} is not in the answer, which has tokens 1 to {len(look.tokens)}"
+            f"--token {token} is not in the answer, which has tokens 1 to {len(maps.tokens)}"
         )
     return [token - 1]
 
 
 def draw(
-    look: "Look",
+    maps: "AttentionMaps",
     images: Sequence[np.ndarray],
     *,
     patch_size: int,
@@ -104,7 +104,7 @@ def draw(
         images: uint8 [height, width, 3] each, as the model got them.
         patch_size: pixels; what is left of an image beyond its last whole patch was not seen.
         tokens: places in the answer, from 0.
-        layers: as for `Look.image_maps`.
+        layers: as for `AttentionMaps.image_maps`.
     """
     from matplotlib.figure import Figure
 
@@ -116,10 +116,10 @@ def draw(
     for unused in axes[len(panels) :]:
         unused.set_visible(False)
     for ax, (token, number) in zip(axes, panels, strict=False):
-        heat = look.image_maps(token, layers)[number].numpy()
+        heat = maps.image_maps(token, layers)[number].numpy()
         draw_panel(ax, images[number], heat, patch_size)
-        weight = look.mean_weight(token, layers)
-        title = f"{look.tokens[token]!r}" + ("" if weight is None else f"  {weight:.2f}")
+        weight = maps.mean_alpha(token, layers)
+        title = f"{maps.tokens[token]!r}" + ("" if weight is None else f"  {weight:.2f}")
         ax.set_title(title, fontsize=9, parse_math=False)
     return figure
 
@@ -144,8 +144,8 @@ def show(options: argparse.Namespace) -> int:
     setup_logging(stream=sys.stderr)
     silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
-    from megatron_dattn.inference import Prompt, decode, generate_tokens, load_model, look
-    from megatron_dattn.inference.look import check_layers
+    from megatron_dattn.inference import Prompt, attention_maps, decode, generate_tokens, load_model
+    from megatron_dattn.inference.attention_maps import check_layers
     from megatron_dattn.runtime.distributed import destroy_distributed
 
     try:
@@ -155,7 +155,7 @@ def show(options: argparse.Namespace) -> int:
         prompt = Prompt.from_question(loaded, options.question, options.image)
         (answer,) = generate_tokens(loaded, [prompt], max_new_tokens=options.max_new_tokens)
         print(*decode(loaded, [answer]))
-        seen = look(loaded, prompt, answer)
+        seen = attention_maps(loaded, prompt, answer)
         figure = draw(
             seen,
             prompt.images,

@@ -1,6 +1,6 @@
 """Show a preset: its source, who attends to whom, with which positions, and what it costs.
 
-python tools/show_preset.py PRESET [--output picture.png] [--grid 24 24] [--text-rows 256]
+python tools/show_preset.py PRESET [--output picture.png] [--grid 24 24] [--text-tokens 256]
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.presets import NOTATION, PRESETS, get_preset
-from megatron_dattn.attention.visual_config import VisualRows
+from megatron_dattn.attention.visual_config import VisualTokensConfig
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.planner.decoder_flops import LayerSizes, attended_pairs, decoder_flops
 from megatron_dattn.planner.preset_drawing import draw_picture, draw_text, kept_layout
@@ -56,11 +56,11 @@ def _about(config: AttentionConfig) -> str:
 
 
 def _title(name: str, config: AttentionConfig, window: int | None) -> str:
-    t2v, positions, rows = config.t2v, config.positions, config.visual
+    t2v, positions, tokens = config.t2v, config.positions, config.visual
     changed = [
-        f"{f.name} {getattr(rows, f.name)}"
-        for f in fields(VisualRows)
-        if getattr(rows, f.name) != f.default
+        f"{f.name} {getattr(tokens, f.name)}"
+        for f in fields(VisualTokensConfig)
+        if getattr(tokens, f.name) != f.default
     ]
     title = (
         f"{name}: v2v {config.v2v}, v2t {config.v2t}, "
@@ -69,11 +69,11 @@ def _title(name: str, config: AttentionConfig, window: int | None) -> str:
         f"embedding {positions.embedding}"
     )
     if window is not None or t2v.window != "none":
-        counted = "all rows" if config.window_in_reading_order else "text rows"
+        counted = "all tokens" if config.window_in_reading_order else "text tokens"
         hides = config.window_in_reading_order or t2v.window == "inherit"
         title += f"\nsliding window: {'of its layer' if window is None else window}, counts "
         title += f"{counted}, {'hides images' if hides else 'never hides images'}"
-    return f"{title}\nvisual rows: {', '.join(changed)}" if changed else title
+    return f"{title}\nvisual tokens: {', '.join(changed)}" if changed else title
 
 
 def cost_table(
@@ -86,8 +86,8 @@ def cost_table(
     """Scored pairs of a first layer, and a layer's operations forward, beside those of S-Attn."""
     baseline = decoder_flops(layout, get_preset(_BASELINE), sizes, num_layers, window).total
     lines = [
-        f"Forward, {layout.num_visual_rows} visual and {layout.num_text_rows} text rows: thousands "
-        f"of scored pairs in the first layer, and GFLOP per layer (mean of {num_layers})",
+        f"Forward, {layout.num_visual_tokens} visual and {layout.num_text_tokens} text tokens: "
+        f"thousands of scored pairs in the first layer, and GFLOP per layer (mean of {num_layers})",
         _line(*_COLUMNS, f"of {_BASELINE}"),
     ]
     for name, config in (presets | {_BASELINE: get_preset(_BASELINE)}).items():
@@ -111,14 +111,14 @@ def _line(name: str, *cells: str) -> str:
 
 
 def _sample(options: argparse.Namespace) -> TokenLayout:
-    rows = options.grid[0] * options.grid[1]
+    tokens = options.grid[0] * options.grid[1]
     try:
         return TokenLayout(
-            text_lengths=(options.text_rows,),
+            text_lengths=(options.text_tokens,),
             images=(ImageSpan(0, options.text_before, tuple(options.grid)),),
-            visual_budget=rows,
-            text_budget=options.text_rows,
-            prompt_lengths=(options.prompt_rows,),
+            visual_budget=tokens,
+            text_budget=options.text_tokens,
+            prompt_lengths=(options.prompt_tokens,),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -132,9 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="also draw a picture into this file")
     sample = parser.add_argument_group("the sample whose cost is counted")
     sample.add_argument("--grid", type=int, nargs=2, default=(24, 24), metavar=("ROWS", "COLUMNS"))
-    sample.add_argument("--text-rows", type=int, default=256)
-    sample.add_argument("--text-before", type=int, default=32, help="text rows before the image")
-    sample.add_argument("--prompt-rows", type=int, default=64, help="text rows without loss")
+    sample.add_argument("--text-tokens", type=int, default=256)
+    sample.add_argument("--text-before", type=int, default=32, help="text tokens before the image")
+    sample.add_argument("--prompt-tokens", type=int, default=64, help="text tokens without loss")
     layer = parser.add_argument_group("the decoder, by default Mistral-7B's")
     layer.add_argument("--num-layers", type=int, default=32)
     layer.add_argument("--window", type=int, help="sliding window of its layers, drawn and counted")

@@ -1,7 +1,7 @@
 """What a layer attends to, for reports: how much of it goes to images, and to which patches.
 
 The attention itself computes none of this, and training does not pay for it: these functions are a
-forward pass of their own over the same queries and keys, without gradient. They take text rows
+forward pass of their own over the same queries and keys, without gradient. They take text tokens
 apart into T2V and T2T whatever the preset computes: plain self-attention as well, whose plan has
 one part.
 """
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.config import AttentionConfig, Merge, Positions
-from megatron_dattn.attention.layout import RowRange, TokenLayout
+from megatron_dattn.attention.layout import TokenLayout, TokenRange
 from megatron_dattn.attention.merge import merge_dtype
-from megatron_dattn.attention.plan.index import Rows
+from megatron_dattn.attention.plan.index import TokenIndex
 from megatron_dattn.attention.plan.parts import Part, plan_attention
 from megatron_dattn.attention.positions import Rotary, apply_rotary
 
 
 @dataclass(frozen=True)
 class ReportPlan:
-    """The text rows' attention of one pack, taken apart; none of the parts is empty."""
+    """The text tokens' attention of one pack, taken apart; none of the parts is empty."""
 
     layout: TokenLayout
     merge: Merge
@@ -34,15 +34,15 @@ class ReportPlan:
 
     @cached_property
     def num_seeing(self) -> Tensor:
-        """Text rows that see an image, a number on the device: reading it would wait for it."""
+        """Text tokens that see an image, a number on the device: reading it would wait for it."""
         return self.sees_images.sum()
 
     @cached_property
     def sees_images(self) -> Tensor:
-        """Whether a text row sees an image, bool [text_budget]."""
+        """Whether a text token sees an image, bool [text_budget]."""
         sees = torch.zeros(self.layout.text_budget, dtype=torch.bool, device=self.device)
         for part in self.t2v:
-            part.query_rows.put(sees, torch.ones_like(part.query_rows.take(sees)))
+            part.query_tokens.put(sees, torch.ones_like(part.query_tokens.take(sees)))
         return sees
 
 
@@ -51,7 +51,7 @@ class Scoring:
     """How a layer's scores come from its queries and keys."""
 
     plan: ReportPlan
-    rotary: Rotary  # tables of all S rows
+    rotary: Rotary  # tables of all S tokens
     scale: float
     backend: Backend
     softcap: float | None = None
@@ -81,19 +81,20 @@ def plan_report(
 
 
 @torch.no_grad()
-def visual_weight(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
-    """Equation 9, alpha_V = sigmoid(S_V - S_T), of every text row and head, [text_budget, Hq].
+def alpha_v(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
+    """Equation 9, alpha_V = sigmoid(S_V - S_T), of every text token and head, [text_budget, Hq].
 
-    It is the share of the attention that a text row gives to images, where the merge is "alpha".
+    It is the share of the attention that a text token gives to images, where the merge is "alpha".
     Under the other merges it is what alpha-weighting would give them for the same scores. Heads
     that a preset makes deaf to images count like the others: their scores are those of the softmax.
 
     Args:
-        query: as projected, without rotation, of all rows or of the text rows alone, [.., Hq, D].
-        key: of all rows, [S, Hk, D].
+        query: as projected, without rotation, of all tokens or of the text tokens alone, [.., Hq,
+            D].
+        key: of all tokens, [S, Hk, D].
 
     Returns:
-        Float32 (float64 for float64). Rows that see no image, padding among them, give 0: leave
+        Float32 (float64 for float64). Tokens that see no image, padding among them, give 0: leave
         them out of means by `scoring.plan.sees_images`.
     """
     plan = scoring.plan
@@ -103,29 +104,29 @@ def visual_weight(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
 
 
 @torch.no_grad()
-def image_attention(query: Tensor, key: Tensor, scoring: Scoring, rows: Sequence[int]) -> Tensor:
-    """The probabilities with which chosen text rows attend to their images, [rows, Hq, n].
+def image_attention(query: Tensor, key: Tensor, scoring: Scoring, tokens: Sequence[int]) -> Tensor:
+    """The probabilities with which chosen text tokens attend to their images, [tokens, Hq, n].
 
-    They are those of the layer's own softmax: under merge "alpha" a row's sum over the n visual
-    rows of its sample is its alpha_V, under the others, which give images a softmax of their own,
-    it is 1. Visual rows that the text row does not see have 0.
+    They are those of the layer's own softmax: under merge "alpha" a token's sum over the n visual
+    tokens of its sample is its alpha_V, under the others, which give images a softmax of their own,
+    it is 1. Visual tokens that the text token does not see have 0.
 
     Args:
-        query, key: as for `visual_weight`.
-        rows: places among the text rows, 0 .. text_budget - 1, all of one sample.
+        query, key: as for `alpha_v`.
+        tokens: places among the text tokens, 0 .. text_budget - 1, all of one sample.
 
     Returns:
-        In the precision of `visual_weight`. Raises ValueError for rows of several samples, and for
-        padding.
+        In the precision of `alpha_v`. Raises ValueError for tokens of several samples, and
+        for padding.
     """
     plan = scoring.plan
-    first, end = plan.layout.visual_rows(_sample_of(plan.layout, rows))
+    first, end = plan.layout.visual_tokens(_sample_of(plan.layout, tokens))
     if not plan.t2v:
-        shape = (len(rows), query.shape[1], end - first)
+        shape = (len(tokens), query.shape[1], end - first)
         return query.new_zeros(shape, dtype=merge_dtype(query.dtype))
-    chosen = torch.tensor(rows, dtype=torch.int64, device=plan.device)
-    scores = _visual_scores(query, key, scoring, chosen, Rows(end - first, start=first))
-    seen = _seen_rows(plan.t2v, chosen, (first, end))
+    chosen = torch.tensor(tokens, dtype=torch.int64, device=plan.device)
+    scores = _visual_scores(query, key, scoring, chosen, TokenIndex(end - first, start=first))
+    seen = _seen_tokens(plan.t2v, chosen, (first, end))
     total = _log_sum_exps(plan.t2v, query, key, scoring)
     if plan.merge == "alpha":
         total = torch.logaddexp(total, _log_sum_exps(plan.t2t, query, key, scoring))
@@ -134,26 +135,26 @@ def image_attention(query: Tensor, key: Tensor, scoring: Scoring, rows: Sequence
 
 
 def _log_sum_exps(parts: tuple[Part, ...], query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
-    """S of every text row over the keys of all parts, [text_budget, Hq]; -inf without keys."""
-    text = _text_rows(query, scoring)
+    """S of every text token over the keys of all parts, [text_budget, Hq]; -inf without keys."""
+    text = _text_tokens(query, scoring)
     lse = text.new_full(text.shape[:2], -torch.inf, dtype=merge_dtype(query.dtype))
     for part in parts:
-        q, k = part.query_rows.take(text), part.key_rows.take(key)
+        q, k = part.query_tokens.take(text), part.key_tokens.take(key)
         if part.rotary:
-            q, k = _rotate(q, k, part.query_rows, part.key_rows, scoring)
+            q, k = _rotate(q, k, part.query_tokens, part.key_tokens, scoring)
         # Backends give an output too: keys stand in for the values, which it would need.
         _, part_lse = scoring.backend.forward(q, k, k, part, scoring.scale, scoring.softcap)
-        part.query_rows.put(lse, torch.logaddexp(part.query_rows.take(lse), part_lse))
+        part.query_tokens.put(lse, torch.logaddexp(part.query_tokens.take(lse), part_lse))
     return lse
 
 
 def _visual_scores(
-    query: Tensor, key: Tensor, scoring: Scoring, chosen: Tensor, visual: Rows
+    query: Tensor, key: Tensor, scoring: Scoring, chosen: Tensor, visual: TokenIndex
 ) -> Tensor:
-    """Scores of chosen text rows with visual rows, seen or not, [rows, Hq, n]."""
-    q, k = _text_rows(query, scoring)[chosen], visual.take(key)
+    """Scores of chosen text tokens with visual tokens, seen or not, [tokens, Hq, n]."""
+    q, k = _text_tokens(query, scoring)[chosen], visual.take(key)
     if scoring.plan.t2v[0].rotary:
-        q, k = _rotate(q, k, Rows(len(chosen), index=chosen), visual, scoring)
+        q, k = _rotate(q, k, TokenIndex(len(chosen), index=chosen), visual, scoring)
     dtype = merge_dtype(query.dtype)
     k = k.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(dtype)
     scores = torch.einsum("qhd,khd->qhk", q.to(dtype), k) * scoring.scale
@@ -162,13 +163,13 @@ def _visual_scores(
     return scores
 
 
-def _seen_rows(parts: tuple[Part, ...], chosen: Tensor, visual: RowRange) -> Tensor:
-    """Which of a range of visual rows each chosen text row sees, bool [rows, n]."""
+def _seen_tokens(parts: tuple[Part, ...], chosen: Tensor, visual: TokenRange) -> Tensor:
+    """Which of a range of visual tokens each chosen text token sees, bool [tokens, n]."""
     first, end = visual
     seen = torch.zeros(len(chosen), end - first, dtype=torch.bool, device=chosen.device)
     for part in parts:
-        queries = _numbers(part.query_rows, chosen.device).split(part.query_lengths)
-        keys = _numbers(part.key_rows, chosen.device).split(part.key_lengths)
+        queries = _numbers(part.query_tokens, chosen.device).split(part.query_lengths)
+        keys = _numbers(part.key_tokens, chosen.device).split(part.key_lengths)
         for of_segment, segment_keys in zip(queries, keys, strict=True):
             members, places = (chosen.unsqueeze(1) == of_segment).nonzero().unbind(1)
             for member, place in zip(members.tolist(), places.tolist(), strict=True):
@@ -177,34 +178,34 @@ def _seen_rows(parts: tuple[Part, ...], chosen: Tensor, visual: RowRange) -> Ten
     return seen
 
 
-def _text_rows(query: Tensor, scoring: Scoring) -> Tensor:
-    """The queries of text rows: the last ones."""
+def _text_tokens(query: Tensor, scoring: Scoring) -> Tensor:
+    """The queries of text tokens: the last ones."""
     return query[query.shape[0] - scoring.plan.layout.text_budget :]
 
 
 def _rotate(
-    query: Tensor, key: Tensor, query_rows: Rows, key_rows: Rows, scoring: Scoring
+    query: Tensor, key: Tensor, query_tokens: TokenIndex, key_tokens: TokenIndex, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     cos, sin = scoring.rotary
     first_text = scoring.plan.layout.visual_budget
-    of_queries = query_rows.take(cos[first_text:]), query_rows.take(sin[first_text:])
-    of_keys = key_rows.take(cos), key_rows.take(sin)
+    of_queries = query_tokens.take(cos[first_text:]), query_tokens.take(sin[first_text:])
+    of_keys = key_tokens.take(cos), key_tokens.take(sin)
     return apply_rotary(query, of_queries), apply_rotary(key, of_keys)
 
 
-def _numbers(rows: Rows, device: torch.device) -> Tensor:
-    """The rows' own numbers, int64 [length]."""
-    if rows.index is not None:
-        return rows.index
-    return torch.arange(rows.start, rows.start + rows.length, device=device)
+def _numbers(tokens: TokenIndex, device: torch.device) -> Tensor:
+    """The tokens' own numbers, int64 [length]."""
+    if tokens.index is not None:
+        return tokens.index
+    return torch.arange(tokens.start, tokens.start + tokens.length, device=device)
 
 
-def _sample_of(layout: TokenLayout, rows: Sequence[int]) -> int:
+def _sample_of(layout: TokenLayout, tokens: Sequence[int]) -> int:
     for sample in range(layout.num_samples):
         start, end = layout.text_cu_seqlens[sample], layout.text_cu_seqlens[sample + 1]
-        if rows and start <= min(rows) and max(rows) < end:
+        if tokens and start <= min(tokens) and max(tokens) < end:
             return sample
     raise ValueError(
-        f"text rows {list(rows)} are not of one sample; the samples' text rows begin at "
+        f"text tokens {list(tokens)} are not of one sample; the samples' text tokens begin at "
         f"{list(layout.text_cu_seqlens)}"
     )

@@ -1,6 +1,7 @@
-"""Decomposed attention over the packed rows of a micro-batch: D-Attn, S-Attn and what lies between.
+"""Decomposed attention over the packed tokens of a micro-batch: D-Attn, S-Attn and what lies
+between.
 
-`decomposed_attention` is the whole operation: visual rows output their own value (equation 2) and
+`decomposed_attention` is the whole operation: visual tokens output their own value (equation 2) and
 the others attend part by part, merged by alpha-weighting (equation 7) or as the plan says.
 
 The gradient needs care. Flash kernels return the log-sum-exp S but ignore its gradient, so autograd
@@ -36,18 +37,18 @@ def decomposed_attention(
     head_mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention output of every packed row, [S, Hq, D], before the output projection.
+    """Attention output of every packed token, [S, Hq, D], before the output projection.
 
     `query` [S, Hq, D], `key` and `value` [S, Hk, D] are as projected, without rotation; Hq is a
-    multiple of Hk. `rotary` holds the tables of all S rows. `gate` [Hq] or [1] belongs to the
-    merges "tanh" and "sigmoid". `head_mask` [Hk] of ones and zeros silences visual rows in key
+    multiple of Hk. `rotary` holds the tables of all S tokens. `gate` [Hq] or [1] belongs to the
+    merges "tanh" and "sigmoid". `head_mask` [Hk] of ones and zeros silences visual tokens in key
     heads: their values count as zero, and so does what they read. It saves nothing: the scores of
     those heads are computed, for the softmax is not renormalized. `softcap` c turns every score s
-    into c * tanh(s / c). Rows that see nothing (padding) give zero, or their own value where visual
-    rows do, and send no gradient to other rows.
+    into c * tanh(s / c). Tokens that see nothing (padding) give zero, or their own value where
+    visual tokens do, and send no gradient to other tokens.
     """
-    first_scored, _ = plan.scored_rows
-    scored = attend_scored_rows(
+    first_scored, _ = plan.scored_tokens
+    scored = attend_scored_tokens(
         query[first_scored:],
         key,
         value,
@@ -61,15 +62,15 @@ def decomposed_attention(
     )
     if first_scored == 0:
         return scored
-    if plan.num_diagonal_rows == 0:
+    if plan.num_diagonal_tokens == 0:
         return torch.cat((scored.new_zeros(first_scored, *scored.shape[1:]), scored))
-    own_values = value[: plan.num_diagonal_rows]
+    own_values = value[: plan.num_diagonal_tokens]
     if head_mask is not None:
         own_values = own_values * head_mask.to(value.dtype).unsqueeze(-1)
     return torch.cat((diagonal_attention(own_values, query.shape[1]), scored))
 
 
-def attend_scored_rows(
+def attend_scored_tokens(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -82,15 +83,15 @@ def attend_scored_rows(
     head_mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention output of the rows that have scores, [plan.num_scored_rows, Hq, D].
+    """Attention output of the tokens that have scores, [plan.num_scored_tokens, Hq, D].
 
-    For models that project no query of other rows: `query` holds the scored rows alone, `key`,
-    `value` and `rotary` all S rows. Under merge "cascade" T2V is not part of it, see
+    For models that project no query of other tokens: `query` holds the scored tokens alone, `key`,
+    `value` and `rotary` all S tokens. Under merge "cascade" T2V is not part of it, see
     `attend_images`.
     """
     _check_shapes(query, key, value, plan)
     if head_mask is not None:
-        value = _silence(value, head_mask, plan.num_visual_rows)
+        value = _silence(value, head_mask, plan.num_visual_tokens)
 
     def attend(parts: tuple[Part, ...]) -> Tensor:
         return _attend(parts, query, key, value, plan, rotary, scale, softcap, backend)
@@ -103,9 +104,9 @@ def attend_scored_rows(
         out = weighted_merge(
             attend(plan.visual_parts), attend(plan.parts), plan.merge, gate, plan.sees_images
         )
-    if head_mask is not None and plan.scored_rows[0] == 0:
+    if head_mask is not None and plan.scored_tokens[0] == 0:
         heads = head_mask.repeat_interleave(query.shape[1] // key.shape[1])
-        out = _silence(out, heads, plan.num_visual_rows)
+        out = _silence(out, heads, plan.num_visual_tokens)
     return out
 
 
@@ -121,24 +122,25 @@ def attend_images(
     softcap: float | None = None,
 ) -> Tensor:
     """T2V alone, of a plan whose merge leaves it a softmax of its own; shapes as in
-    `attend_scored_rows`. Rows that see no image give zero.
+    `attend_scored_tokens`. Tokens that see no image give zero.
 
     For merge "cascade", where query, key and value have projections of their own. Of `key` and
-    `value` only visual rows are read: they may hold those alone.
+    `value` only visual tokens are read: they may hold those alone.
     """
     return _attend(plan.visual_parts, query, key, value, plan, rotary, scale, softcap, backend)
 
 
 def diagonal_attention(value: Tensor, num_query_heads: int) -> Tensor:
-    """Equation 2: softmax over oneself is 1, so each head outputs its value. [rows, Hq, D]."""
+    """Equation 2: softmax over oneself is 1, so each head outputs its value. [tokens, Hq, D]."""
     group = num_query_heads // value.shape[1]
     return value if group == 1 else value.repeat_interleave(group, dim=1)
 
 
-def _silence(states: Tensor, heads: Tensor, num_rows: int) -> Tensor:
-    """Set chosen heads of the leading rows to zero, [S, heads, D]; `heads` holds ones and zeros."""
-    leading = states[:num_rows] * heads.to(states.dtype).unsqueeze(-1)
-    return torch.cat((leading, states[num_rows:]))
+def _silence(states: Tensor, heads: Tensor, num_tokens: int) -> Tensor:
+    """Set chosen heads of the leading tokens to zero, [S, heads, D]; `heads` holds ones and
+    zeros."""
+    leading = states[:num_tokens] * heads.to(states.dtype).unsqueeze(-1)
+    return torch.cat((leading, states[num_tokens:]))
 
 
 def _attend(
@@ -154,7 +156,7 @@ def _attend(
 ) -> Tensor:
     shared = plan.parts_share_keys if parts is plan.parts else plan.visual_parts_share_keys
     joint = _JointSoftmax.apply(
-        query, key, value, *rotary, parts, shared, plan.scored_rows[0], scale, softcap, backend
+        query, key, value, *rotary, parts, shared, plan.scored_tokens[0], scale, softcap, backend
     )
     assert isinstance(joint, Tensor)
     return joint
@@ -183,11 +185,13 @@ class _JointSoftmax(torch.autograd.Function):
         for part in parts:
             q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
             part_out, part_lse = backend.forward(q, k, v, part, scale, softcap)
-            rows = part.query_rows
+            tokens = part.query_tokens
             if part is not parts[0]:
-                part_out, part_lse = alpha_merge(rows.take(out), rows.take(lse), part_out, part_lse)
-            rows.put(out, part_out)
-            rows.put(lse, part_lse)
+                part_out, part_lse = alpha_merge(
+                    tokens.take(out), tokens.take(lse), part_out, part_lse
+                )
+            tokens.put(out, part_out)
+            tokens.put(lse, part_lse)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, cos, sin, out, lse)
         ctx.parts, ctx.first_scored, ctx.backend = parts, first_scored, backend
@@ -203,32 +207,34 @@ class _JointSoftmax(torch.autograd.Function):
         grad_query = torch.zeros_like(query, dtype=_sum_dtype(query, len(parts) > 1))
         # A patch in YOPO's windows is a key of 25 segments: BF16 would lose what the last ones add.
         key_dtype = _sum_dtype(key, ctx.shared_keys)
-        grad_key, grad_value = (torch.zeros_like(rows, dtype=key_dtype) for rows in (key, value))
+        grad_key, grad_value = (
+            torch.zeros_like(tokens, dtype=key_dtype) for tokens in (key, value)
+        )
         for part in parts:
-            rows = part.query_rows
+            tokens = part.query_tokens
             q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
-            do, o, s = (rows.take(tensor) for tensor in (grad_out, out, lse))
+            do, o, s = (tokens.take(tensor) for tensor in (grad_out, out, lse))
             dq, dk, dv = ctx.backend.backward(do, q, k, v, o, s, part, ctx.scale, ctx.softcap)
             if part.rotary:
                 query_rotary, key_rotary = _rotary_of(part, (cos, -sin), first_scored)
                 dq, dk = apply_rotary(dq, query_rotary), apply_rotary(dk, key_rotary)
-            rows.add(grad_query, dq)
-            part.key_rows.add(grad_key, dk)
-            part.key_rows.add(grad_value, dv)
+            tokens.add(grad_query, dq)
+            part.key_tokens.add(grad_key, dk)
+            part.key_tokens.add(grad_value, dv)
         gradients = (grad.to(query.dtype) for grad in (grad_query, grad_key, grad_value))
         return *gradients, *[None] * 8
 
 
-def _sum_dtype(rows: Tensor, several: bool) -> torch.dtype:
-    """Several terms of a row add up in the merge's precision; a single one is final."""
-    return merge_dtype(rows.dtype) if several else rows.dtype
+def _sum_dtype(tokens: Tensor, several: bool) -> torch.dtype:
+    """Several terms of a token add up in the merge's precision; a single one is final."""
+    return merge_dtype(tokens.dtype) if several else tokens.dtype
 
 
 def _read(
     part: Part, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, first_scored: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The part's own rows, rotated if its scores are; backward repeats this to save memory."""
-    q, k, v = part.query_rows.take(query), part.key_rows.take(key), part.key_rows.take(value)
+    """The part's own tokens, rotated if its scores are; backward repeats this to save memory."""
+    q, k, v = part.query_tokens.take(query), part.key_tokens.take(key), part.key_tokens.take(value)
     if part.rotary:
         query_rotary, key_rotary = _rotary_of(part, rotary, first_scored)
         q, k = apply_rotary(q, query_rotary), apply_rotary(k, key_rotary)
@@ -238,16 +244,16 @@ def _read(
 def _rotary_of(part: Part, rotary: Rotary, first_scored: int) -> tuple[Rotary, Rotary]:
     """Tables of the part's queries and of its keys."""
     cos, sin = rotary
-    queries, keys = part.query_rows, part.key_rows
+    queries, keys = part.query_tokens, part.key_tokens
     query_rotary = queries.take(cos[first_scored:]), queries.take(sin[first_scored:])
     return query_rotary, (keys.take(cos), keys.take(sin))
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> None:
-    expected = (plan.num_scored_rows, plan.num_rows, plan.num_rows)
+    expected = (plan.num_scored_tokens, plan.num_tokens, plan.num_tokens)
     actual = (query.shape[0], key.shape[0], value.shape[0])
     if actual != expected:
-        raise ValueError(f"query, key and value have {actual} rows; the plan is for {expected}")
+        raise ValueError(f"query, key and value have {actual} tokens; the plan is for {expected}")
     if query.shape[1] % key.shape[1] or key.shape != value.shape:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "

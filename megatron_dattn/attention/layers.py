@@ -1,8 +1,8 @@
-"""What each decoder layer does with visual rows, from the configuration and the decoder's depth.
+"""What each decoder layer does with visual tokens, from the configuration and the decoder's depth.
 
-Layers differ for two reasons. A preset may freeze visual rows in some layers or let them leave
+Layers differ for two reasons. A preset may freeze visual tokens in some layers or let them leave
 after one. And what no later layer reads need not be computed: in the last layer that sees images,
-visual rows give keys and values, but need no output, unless they predict tokens themselves.
+visual tokens give keys and values, but need no output, unless they predict tokens themselves.
 """
 
 from dataclasses import dataclass, replace
@@ -18,15 +18,15 @@ class LayerRule:
     """One layer. Equal rules share one plan."""
 
     attention: AttentionConfig
-    """The configuration of this layer: its v2v and v2t are "none" where visual rows stay, and its
+    """The configuration of this layer: its v2v and v2t are "none" where visual tokens stay, and its
     window counts what it counts elsewhere."""
     sees_images: bool = True
-    """Whether visual rows are still there to be read."""
+    """Whether visual tokens are still there to be read."""
     visual_ffn: float = 1.0
-    """Share of the FFN's neurons for visual rows."""
+    """Share of the FFN's neurons for visual tokens."""
 
     def layout(self, layout: TokenLayout) -> TokenLayout:
-        """The pack as this layer sees it, for planning: text rows alone once images are gone."""
+        """The pack as this layer sees it, for planning: text tokens alone once images are gone."""
         return layout if self.sees_images else replace(layout, images=(), visual_budget=0)
 
 
@@ -39,10 +39,10 @@ def layer_rules(
 
     Raises ConfigError for a range of frozen layers that has none at this depth.
     """
-    rows = config.visual
-    last = num_shared(num_layers, rows.exit) - 1
+    tokens = config.visual
+    last = num_shared(num_layers, tokens.exit) - 1
     frozen = _frozen_layers(config, num_layers)
-    if skip_unread and not config.visual_rows_predict:
+    if skip_unread and not config.visual_tokens_predict:
         frozen.add(last)
     still = _without_visual_queries(config)
     rules = []
@@ -50,14 +50,14 @@ def layer_rules(
         if layer in frozen or layer > last:
             rules.append(LayerRule(still, layer <= last, 0.0))
         else:
-            rules.append(LayerRule(config, True, rows.ffn))
+            rules.append(LayerRule(config, True, tokens.ffn))
     return tuple(rules)
 
 
 def _without_visual_queries(config: AttentionConfig) -> AttentionConfig:
-    """The same attention of text rows; visual rows attend to nothing.
+    """The same attention of text tokens; visual tokens attend to nothing.
 
-    A window that counted visual rows goes on counting them. Ids that no score uses any more are
+    A window that counted visual tokens goes on counting them. Ids that no score uses any more are
     left out; the model's positions are those of its own configuration in all layers.
     """
     visual = config.positions.visual if config.t2v.rotary else "none"
@@ -72,8 +72,9 @@ def _without_visual_queries(config: AttentionConfig) -> AttentionConfig:
 
 
 def _frozen_layers(config: AttentionConfig, num_layers: int) -> set[int]:
-    """Layers counted from 0. Visual rows that predict need the last one (`visual_rows_predict`), so
-    a range that ends before 1 never reaches it, however its end is rounded."""
+    """Layers counted from 0. Visual tokens that predict need the last one
+    (`visual_tokens_predict`), so a range that ends before 1 never reaches it, however its end is
+    rounded."""
     if config.visual.frozen is None:
         return set()
     first, end = (rounded_share(num_layers, share) for share in config.visual.frozen)

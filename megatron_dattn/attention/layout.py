@@ -1,7 +1,7 @@
-"""Which row of a packed micro-batch is what: the one description everything else is derived from.
+"""Which token of a packed micro-batch is what: the one description everything else is derived from.
 
 A micro-batch is one flat pack of several samples, `[S, 1, H]` with S = visual_budget + text_budget.
-Rows 0 .. visual_budget-1 are visual (sample by sample, image by image, patches row-major, then
+Tokens 0 .. visual_budget-1 are visual (sample by sample, image by image, patches row-major, then
 padding); the rest are text (sample by sample, then padding). An image is not part of the text: its
 placeholder token is removed and `ImageSpan.text_offset` remembers the place.
 
@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-RowRange = tuple[int, int]  # packed rows start .. end-1
+TokenRange = tuple[int, int]  # packed tokens start .. end-1
 
 _HEADER_FIELDS = 5
 _IMAGE_FIELDS = 4
@@ -28,19 +28,19 @@ class ImageSpan:
     """One image of a pack: whose it is, where it stands in the text, and its patch grid."""
 
     sample: int  # index of the sample in the pack
-    text_offset: int  # number of text rows of that sample that stand before the image
+    text_offset: int  # number of text tokens of that sample that stand before the image
     grid: tuple[int, int]  # patch rows, patch columns
 
     @property
-    def num_rows(self) -> int:
+    def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring rows of one kind in a sample's true reading order."""
+    """Neighbouring tokens of one kind in a sample's true reading order."""
 
-    start: int  # packed row
+    start: int  # packed token
     end: int
     images: tuple[int, ...] = ()  # indices into `TokenLayout.images`; none for text
 
@@ -51,21 +51,21 @@ class Run:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The samples of one pack and the two row budgets. Raises ValueError when they do not fit."""
+    """The samples of one pack and the two token budgets. Raises ValueError when they do not fit."""
 
-    text_lengths: tuple[int, ...]  # valid text rows per sample, at least 1 each
+    text_lengths: tuple[int, ...]  # valid text tokens per sample, at least 1 each
     images: tuple[ImageSpan, ...]  # ordered by (sample, place in the text)
     visual_budget: int
     text_budget: int
-    # Leading text rows per sample that are nobody's label: up to and with the row that predicts the
-    # first supervised token. None where nobody needs it.
+    # Leading text tokens per sample that are nobody's label: up to and with the token that predicts
+    # the first supervised token. None where nobody needs it.
     prompt_lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_text(self.text_lengths)
         _check_prompts(self.prompt_lengths, self.text_lengths)
         _check_images(self.images, self.text_lengths)
-        _check_budget("visual", sum(image.num_rows for image in self.images), self.visual_budget)
+        _check_budget("visual", sum(image.num_tokens for image in self.images), self.visual_budget)
         _check_budget("text", sum(self.text_lengths), self.text_budget)
 
     @property
@@ -73,55 +73,56 @@ class TokenLayout:
         return len(self.text_lengths)
 
     @property
-    def num_rows(self) -> int:
-        """All rows of the pack, padding included."""
+    def num_tokens(self) -> int:
+        """All tokens of the pack, padding included."""
         return self.visual_budget + self.text_budget
 
     @property
-    def num_visual_rows(self) -> int:
-        """Valid visual rows."""
+    def num_visual_tokens(self) -> int:
+        """Valid visual tokens."""
         return self.visual_cu_seqlens[-1]
 
     @property
-    def num_text_rows(self) -> int:
-        """Valid text rows."""
+    def num_text_tokens(self) -> int:
+        """Valid text tokens."""
         return self.text_cu_seqlens[-1]
 
     @cached_property
     def visual_lengths(self) -> tuple[int, ...]:
-        """Valid visual rows per sample; 0 for a text-only sample."""
+        """Valid visual tokens per sample; 0 for a text-only sample."""
         lengths = [0] * self.num_samples
         for image in self.images:
-            lengths[image.sample] += image.num_rows
+            lengths[image.sample] += image.num_tokens
         return tuple(lengths)
 
     @cached_property
     def visual_cu_seqlens(self) -> tuple[int, ...]:
-        """Boundaries of the samples' visual rows, counted from row 0. num_samples + 1 numbers."""
+        """Boundaries of the samples' visual tokens, counted from token 0. num_samples + 1
+        numbers."""
         return _boundaries(self.visual_lengths)
 
     @cached_property
     def text_cu_seqlens(self) -> tuple[int, ...]:
-        """Boundaries of the samples' text rows, counted from row visual_budget."""
+        """Boundaries of the samples' text tokens, counted from token visual_budget."""
         return _boundaries(self.text_lengths)
 
     @cached_property
-    def image_rows(self) -> tuple[RowRange, ...]:
-        """Packed rows of each image."""
-        bounds = _boundaries(image.num_rows for image in self.images)
+    def image_tokens(self) -> tuple[TokenRange, ...]:
+        """Packed tokens of each image."""
+        bounds = _boundaries(image.num_tokens for image in self.images)
         return tuple(pairwise(bounds))
 
-    def visual_rows(self, sample: int) -> RowRange:
-        """Packed rows of all images of a sample."""
+    def visual_tokens(self, sample: int) -> TokenRange:
+        """Packed tokens of all images of a sample."""
         return self.visual_cu_seqlens[sample], self.visual_cu_seqlens[sample + 1]
 
-    def text_rows(self, sample: int) -> RowRange:
-        """Packed rows of a sample's text."""
+    def text_tokens(self, sample: int) -> TokenRange:
+        """Packed tokens of a sample's text."""
         start, end = self.text_cu_seqlens[sample], self.text_cu_seqlens[sample + 1]
         return self.visual_budget + start, self.visual_budget + end
 
     def prompt_length(self, sample: int) -> int:
-        """Text rows of a sample's prompt. Raises ValueError if the layout does not know them."""
+        """Text tokens of a sample's prompt. Raises ValueError if the layout does not know them."""
         if self.prompt_lengths is None:
             raise ValueError(
                 "this layout has no prompt_lengths, which attention with v2t='prompt' needs"
@@ -137,12 +138,12 @@ class TokenLayout:
 
         Images that follow each other without text between them are one run; no run is empty.
         """
-        text_start, text_end = self.text_rows(sample)
+        text_start, text_end = self.text_tokens(sample)
         runs: list[Run] = []
         cursor = text_start
         for index in self.sample_images(sample):
             place = text_start + self.images[index].text_offset
-            start, end = self.image_rows[index]
+            start, end = self.image_tokens[index]
             together: tuple[int, ...] = ()
             if place > cursor:
                 runs.append(Run(cursor, place))
@@ -181,7 +182,9 @@ class TokenLayout:
         images = (numbers[i : i + _IMAGE_FIELDS] for i in range(spans_at, spans_end, _IMAGE_FIELDS))
         return TokenLayout(
             text_lengths=tuple(numbers[_HEADER_FIELDS:spans_at]),
-            images=tuple(ImageSpan(s, offset, (rows, cols)) for s, offset, rows, cols in images),
+            images=tuple(
+                ImageSpan(s, offset, (tokens, cols)) for s, offset, tokens, cols in images
+            ),
             visual_budget=visual_budget,
             text_budget=text_budget,
             prompt_lengths=tuple(numbers[spans_end:end]) if prompts else None,
@@ -202,7 +205,7 @@ def _boundaries(lengths: Iterable[int]) -> tuple[int, ...]:
 def _check_text(text_lengths: tuple[int, ...]) -> None:
     for sample, length in enumerate(text_lengths):
         if length < 1:
-            raise ValueError(f"sample {sample} has {length} text rows; every sample needs one")
+            raise ValueError(f"sample {sample} has {length} text tokens; every sample needs one")
 
 
 def _check_prompts(prompt_lengths: tuple[int, ...] | None, text_lengths: tuple[int, ...]) -> None:
@@ -212,7 +215,7 @@ def _check_prompts(prompt_lengths: tuple[int, ...] | None, text_lengths: tuple[i
         raise ValueError(f"{len(prompt_lengths)} prompt lengths for {len(text_lengths)} samples")
     for sample, (prompt, text) in enumerate(zip(prompt_lengths, text_lengths, strict=True)):
         if not 0 <= prompt <= text:
-            raise ValueError(f"sample {sample} has {prompt} prompt rows, but {text} text rows")
+            raise ValueError(f"sample {sample} has {prompt} prompt tokens, but {text} text tokens")
 
 
 def _check_images(images: tuple[ImageSpan, ...], text_lengths: tuple[int, ...]) -> None:
@@ -224,7 +227,7 @@ def _check_images(images: tuple[ImageSpan, ...], text_lengths: tuple[int, ...]) 
             )
         if not 0 <= image.text_offset <= text_lengths[image.sample]:
             raise ValueError(
-                f"image {index} stands after {image.text_offset} text rows, but sample "
+                f"image {index} stands after {image.text_offset} text tokens, but sample "
                 f"{image.sample} has {text_lengths[image.sample]}"
             )
         if min(image.grid) < 1:
@@ -237,6 +240,8 @@ def _check_images(images: tuple[ImageSpan, ...], text_lengths: tuple[int, ...]) 
         previous = (image.sample, image.text_offset)
 
 
-def _check_budget(kind: str, num_rows: int, budget: int) -> None:
-    if num_rows > budget:
-        raise ValueError(f"{num_rows} {kind} rows do not fit the {kind} budget of {budget} rows")
+def _check_budget(kind: str, num_tokens: int, budget: int) -> None:
+    if num_tokens > budget:
+        raise ValueError(
+            f"{num_tokens} {kind} tokens do not fit the {kind} budget of {budget} tokens"
+        )

@@ -1,4 +1,4 @@
-"""How what a row reads from images joins what it reads from text.
+"""How what a token reads from images joins what it reads from text.
 
 Alpha-weighting: partial softmaxes over disjoint keys become one (paper section 2.4).
 
@@ -28,12 +28,12 @@ def alpha_merge(
 ) -> tuple[Tensor, Tensor]:
     """Equation 7: alpha_V * XA(t, V) + alpha_T * SA(t, T), and the merged log-sum-exp.
 
-    Outputs are [rows, heads, D], log-sum-exps [rows, heads]; the result is float32 (float64 for
-    float64). A row without keys has output 0 and log-sum-exp -inf; merging two of them gives
+    Outputs are [tokens, heads, D], log-sum-exps [tokens, heads]; the result is float32 (float64 for
+    float64). A token without keys has output 0 and log-sum-exp -inf; merging two of them gives
     another, never NaN.
     """
     dtype = merge_dtype(visual_out.dtype)
-    # Two rows without keys: -inf - -inf is NaN and either weight will do.
+    # Two tokens without keys: -inf - -inf is NaN and either weight will do.
     alpha_visual = torch.sigmoid((visual_lse - text_lse).nan_to_num()).to(dtype)
     out = torch.lerp(text_out.to(dtype), visual_out.to(dtype), alpha_visual.unsqueeze(-1))
     return out, torch.logaddexp(visual_lse, text_lse)
@@ -46,14 +46,15 @@ def weighted_merge(
     gate: Tensor | None,
     sees_images: Tensor,
 ) -> Tensor:
-    """Join the outputs [rows, heads, D] of two softmaxes by a merge that is not "alpha".
+    """Join the outputs [tokens, heads, D] of two softmaxes by a merge that is not "alpha".
 
     "sum" adds them. "tanh" adds tanh(gate) of the visual one. "sigmoid" takes sigmoid(gate) of the
-    visual one and the rest of the text's, and text alone where a row sees no image. `gate` is
-    [heads] or [1], None for "sum"; `sees_images` is bool [rows]. The result has the inputs' dtype.
+    visual one and the rest of the text's, and text alone where a token sees no image. `gate` is
+    [heads] or [1], None for "sum"; `sees_images` is bool [tokens]. The result has the inputs'
+    dtype.
 
-    Visual outputs are zero in rows that see no image, and the gate stays in the graph there: a pack
-    without images gives it a gradient of zero, as every rank of a data-parallel group needs.
+    Visual outputs are zero in tokens that see no image, and the gate stays in the graph there: a
+    pack without images gives it a gradient of zero, as every rank of a data-parallel group needs.
     """
     visual, text = (out.to(merge_dtype(out.dtype)) for out in (visual_out, text_out))
     if gate is not None:

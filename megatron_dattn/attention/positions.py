@@ -1,4 +1,4 @@
-"""Rotary positions of packed rows: their ids, the cosine and sine tables, and the rotation.
+"""Rotary positions of packed tokens: their ids, the cosine and sine tables, and the rotation.
 
 The convention is the rotate-half one of Hugging Face and Megatron: channel i is paired with channel
 i + D/2, and both halves of a table row repeat the same angles.
@@ -14,7 +14,7 @@ from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import Run, TokenLayout
 from megatron_dattn.attention.plan.rings import image_rings
 
-Rotary = tuple[Tensor, Tensor]  # cosine and sine, each [rows, D]
+Rotary = tuple[Tensor, Tensor]  # cosine and sine, each [tokens, D]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RotaryScaling:
     """How Llama 3.1 made a model that had been trained on short texts read long ones.
 
     What counts is how often a pair of channels turns over the length that was trained on. Pairs
-    that turn often tell near rows apart and stay as they are. Pairs that turn rarely are slowed
+    that turn often tell near tokens apart and stay as they are. Pairs that turn rarely are slowed
     down by a factor, so that long texts do not show them angles that they have never seen. Between
     the two the share of what stays grows with the number of turns. Source: Hugging Face's
     rope_type "llama3", whose names these are.
@@ -34,19 +34,19 @@ class RotaryScaling:
     high_freq_factor: float
     """From so many turns on pairs stay as they are."""
     original_max_position_embeddings: int
-    """The length that was trained on, in rows."""
+    """The length that was trained on, in tokens."""
 
     def scale(self, frequencies: Tensor) -> Tensor:
-        """The frequencies, in radians per row, as they are used instead."""
+        """The frequencies, in radians per token, as they are used instead."""
         turns = self.original_max_position_embeddings / (2 * math.pi / frequencies)
         low, high = self.low_freq_factor, self.high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - kept) * frequencies / self.factor + kept * frequencies
 
 
-def row_positions(layout: TokenLayout, config: AttentionConfig) -> Tensor:
-    """Rotary position of every packed row, int64 [S]; padding and unpositioned rows have 0."""
-    positions = torch.zeros(layout.num_rows, dtype=torch.int64)
+def token_positions(layout: TokenLayout, config: AttentionConfig) -> Tensor:
+    """Rotary position of every packed token, int64 [S]; padding and unpositioned tokens have 0."""
+    positions = torch.zeros(layout.num_tokens, dtype=torch.int64)
     for sample in range(layout.num_samples):
         position = 0
         for run in layout.runs(sample):
@@ -63,7 +63,7 @@ def row_positions(layout: TokenLayout, config: AttentionConfig) -> Tensor:
 def _place_rings(positions: Tensor, run: Run, layout: TokenLayout, position: int) -> int:
     """Give every ring of the run's images the next id; the id that follows them all."""
     for index in run.images:
-        start, _ = layout.image_rows[index]
+        start, _ = layout.image_tokens[index]
         for ring in image_rings(layout.images[index], start):
             for first, end in ring:
                 positions[first:end] = position
@@ -78,7 +78,7 @@ def rotary_tables(
     device: torch.device | str = "cpu",
     scaling: RotaryScaling | None = None,
 ) -> Rotary:
-    """Cosine and sine of every row's angles, float32 [S, head_dim] each.
+    """Cosine and sine of every token's angles, float32 [S, head_dim] each.
 
     Angles are computed in float32 as pretrained language models did, whatever the model's dtype.
     Position 0 gives the identity.
@@ -95,7 +95,7 @@ def rotary_tables(
 
 
 def apply_rotary(states: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate queries or keys [rows, heads, D] by their rows' angles; same dtype as `states`.
+    """Rotate queries or keys [tokens, heads, D] by their tokens' angles; same dtype as `states`.
 
     A rotation keeps lengths, so its transpose, which a backward pass needs, is the rotation by the
     opposite angles: `apply_rotary(states, (cos, -sin))`.

@@ -1,4 +1,4 @@
-"""Published ways of attending over visual and text rows, by name. A preset is one entry here.
+"""Published ways of attending over visual and text tokens, by name. A preset is one entry here.
 
 `about` says where a preset comes from, what it shows to whom, what it adds and what it costs;
 `python tools/show_preset.py PRESET` prints it, with `NOTATION`, and `planner/decoder_flops.py`
@@ -6,13 +6,13 @@ counts the operations.
 """
 
 from megatron_dattn.attention.config import AttentionConfig, Positions, TextToVisual
-from megatron_dattn.attention.visual_config import VisualRows
+from megatron_dattn.attention.visual_config import VisualTokensConfig
 from megatron_dattn.errors import ConfigError
 
 NOTATION = """\
-Cost is that of a layer with n visual rows, t text rows and p scored pairs; t (t + 1) / 2 pairs of
-T2T, causal, are in every preset. Q, K, V, O and F stand for one row's operations in the query, key,
-value and output projections and the FFN; a pair costs 4 * heads * head_dim. The rows cost
+Cost is that of a layer with n visual tokens, t text tokens and p scored pairs; t (t + 1) / 2 pairs
+of T2T, causal, are in every preset. Q, K, V, O and F stand for one token's operations in the query,
+key, value and output projections and the FFN; a pair costs 4 * heads * head_dim. The tokens cost
 t (Q + K + V + O + F) + n (K + V + O + F) unless a preset says otherwise."""
 
 _AS_TEXT = TextToVisual(scope="following", rotary=True)
@@ -21,9 +21,9 @@ _SEQUENCE = Positions(text="gap", visual="sequence", embedding="none")
 PRESETS: dict[str, AttentionConfig] = {
     "s_attn": AttentionConfig(
         about="""
-        The paper's baseline (Table 2, row 1) and LLaVA's attention: visual rows are treated as
+        The paper's baseline (Table 2, row 1) and LLaVA's attention: visual tokens are treated as
         text. Mask: one causal softmax in reading order. Positions: rotary, one-dimensional, over
-        all rows. A sliding window counts all rows. Parameters: none.
+        all tokens. A sliding window counts all tokens. Parameters: none.
         Cost: (n + t) (Q + K + V + O + F), p = (n + t) (n + t + 1) / 2.
         """,
         v2v="causal",
@@ -44,8 +44,8 @@ PRESETS: dict[str, AttentionConfig] = {
     "dattn_biased": AttentionConfig(
         about="""
         Table 2, row 2: what debiasing is worth. Mask: as `dattn`. Positions: T2V keeps the rotary
-        ones, and all rows have ids in sequence, so visual rows far from a text row are disfavoured
-        (figure 2). Parameters: none. Cost: as `dattn`.
+        ones, and all tokens have ids in sequence, so visual tokens far from a text token are
+        disfavoured (figure 2). Parameters: none. Cost: as `dattn`.
         """,
         t2v=TextToVisual(scope="all", rotary=True),
         positions=_SEQUENCE,
@@ -55,7 +55,7 @@ PRESETS: dict[str, AttentionConfig] = {
         The cell that Table 2 leaves out: `s_attn` with debiased T2V. Mask: as `s_attn`. Text before
         an image must not see it here: the image has seen that text, later words included, and would
         tell the answer. Positions: V2V, V2T and T2T in sequence; T2V has no rotary ones, and visual
-        rows get the learnable embedding. Parameters: the embedding. Cost: as `s_attn`.
+        tokens get the learnable embedding. Parameters: the embedding. Cost: as `s_attn`.
         """,
         v2v="causal",
         v2t="preceding",
@@ -83,7 +83,7 @@ PRESETS: dict[str, AttentionConfig] = {
     "dattn_sigmoid": AttentionConfig(
         about="""
         A merge of the paper's Table 3: (1 - s) T2T + s T2V with s = sigmoid(g), two softmaxes, one
-        g per query head: alpha-weighting with a constant alpha. Rows that see no image keep their
+        g per query head: alpha-weighting with a constant alpha. Tokens that see no image keep their
         T2T whole. Mask, positions and embedding: as `dattn`. Parameters: the embedding, and a gate
         per query head and layer. Cost: as `dattn`; a gate is no product of matrices.
         """,
@@ -102,8 +102,9 @@ PRESETS: dict[str, AttentionConfig] = {
     ),
     "vidi": AttentionConfig(
         about="""
-        Vidi, the later video models of the paper's authors: T2V over all visual rows, added to T2T
-        without a gate. To attention this is `dattn_sum`. The adapter's norm stands behind its MLP.
+        Vidi, the later video models of the paper's authors: T2V over all visual tokens, added to
+        T2T without a gate. To attention this is `dattn_sum`. The adapter's norm stands behind its
+        MLP.
         Positions: text is counted alone; those of a patch are an MLP of its place as a share of the
         image's side, one for rows and one for columns, and visual rows pass a last norm that starts
         at the scale of the text embeddings. T2V has no sliding window. The adapter is that of their
@@ -117,9 +118,10 @@ PRESETS: dict[str, AttentionConfig] = {
     "ee_mllm": AttentionConfig(
         about="""
         EE-MLLM's composite attention. Mask: no V2V, the layer's value, output and FFN weights align
-        the visual rows; text before an image does not see it. It is `dattn_biased` with the causal
+        the visual tokens; text before an image does not see it. It is `dattn_biased` with the
+        causal
         scope: one rotary softmax over images and text. Positions: in sequence. Parameters: none.
-        Cost: p = n t' + T2T for t' rows of text after the image.
+        Cost: p = n t' + T2T for t' tokens of text after the image.
         """,
         t2v=_AS_TEXT,
         positions=_SEQUENCE,
@@ -127,7 +129,7 @@ PRESETS: dict[str, AttentionConfig] = {
     "naavit": AttentionConfig(
         about="""
         NAAViT, "no attention among visual tokens", the pilot study of SAISA. Mask and positions: as
-        `ee_mllm`, but attention adds nothing to visual rows; only their FFN transforms them.
+        `ee_mllm`, but attention adds nothing to visual tokens; only their FFN transforms them.
         Parameters: none. Cost: t (Q + K + V + O + F) + n (K + V + F), pairs as `ee_mllm`.
         """,
         v2v="none",
@@ -140,7 +142,7 @@ PRESETS: dict[str, AttentionConfig] = {
         follows them. The question is the sample's prompt (`TokenLayout.prompt_lengths`): only text
         without loss, since labels would otherwise come back through the image. Without a prompt it
         is `s_attn`. Positions: in sequence. Parameters: none.
-        Cost: as `s_attn` and n pairs for every prompt row after the image.
+        Cost: as `s_attn` and n pairs for every prompt token after the image.
         """,
         v2v="causal",
         v2t="prompt",
@@ -164,9 +166,9 @@ PRESETS: dict[str, AttentionConfig] = {
     ),
     "saisa": AttentionConfig(
         about="""
-        SAISA: `naavit` whose visual rows have no state: every layer makes keys and values from the
-        encoder's features by an MLP of two linear layers of its own. The released code has no norm
-        in front of that MLP; ours has the adapter's RMSNorm, since features leave the encoder
+        SAISA: `naavit` whose visual tokens have no state: every layer makes keys and values from
+        the encoder's features by an MLP of two linear layers of its own. The released code has no
+        norm in front of that MLP; ours has the adapter's RMSNorm, since features leave the encoder
         unnormalized. Mask and positions: as `naavit`. Parameters: per layer, for features of width
         v and a model of width d, v d + d^2 in the MLP (and its 2 d biases) and v in the norm; there
         is no adapter. Cost: t (Q + K + V + O + F) + n (K + V + 2 (v d + d^2)), pairs as `ee_mllm`.
@@ -174,14 +176,14 @@ PRESETS: dict[str, AttentionConfig] = {
         v2v="none",
         t2v=_AS_TEXT,
         positions=_SEQUENCE,
-        visual=VisualRows(source="reproject", ffn=0.0),
+        visual=VisualTokensConfig(source="reproject", ffn=0.0),
     ),
     "shortv": AttentionConfig(
         about="""
-        ShortV: `s_attn` whose visual rows stay as they are in the layers that matter least to them:
-        no query, no output, no FFN, while text reads their keys and values. The authors find the
-        layers by measuring each (19 of 32 for LLaVA-1.5-7B); here the later 60 %. Positions: in
-        sequence. A sliding window counts all rows in every layer. Parameters: none.
+        ShortV: `s_attn` whose visual tokens stay as they are in the layers that matter least to
+        them: no query, no output, no FFN, while text reads their keys and values. The authors find
+        the layers by measuring each (19 of 32 for LLaVA-1.5-7B); here the later 60 %. Positions: in
+        sequence. A sliding window counts all tokens in every layer. Parameters: none.
         Cost: as `s_attn` in the first 40 % of the layers; in a frozen one
         t (Q + K + V + O + F) + n (K + V), pairs as `ee_mllm`.
         """,
@@ -189,11 +191,11 @@ PRESETS: dict[str, AttentionConfig] = {
         v2t="preceding",
         t2v=_AS_TEXT,
         positions=_SEQUENCE,
-        visual=VisualRows(frozen=(0.4, 1.0)),
+        visual=VisualTokensConfig(frozen=(0.4, 1.0)),
     ),
     "exit": AttentionConfig(
         about="""
-        DyVTE with a fixed exit (the authors learn where): `s_attn` whose visual rows leave after
+        DyVTE with a fixed exit (the authors learn where): `s_attn` whose visual tokens leave after
         half of the layers; the later ones see text alone, at its old positions. Parameters: none.
         Cost: as `s_attn` up to the exit, then t (Q + K + V + O + F) and T2T.
         """,
@@ -201,7 +203,7 @@ PRESETS: dict[str, AttentionConfig] = {
         v2t="preceding",
         t2v=_AS_TEXT,
         positions=_SEQUENCE,
-        visual=VisualRows(exit=0.5),
+        visual=VisualTokensConfig(exit=0.5),
     ),
     "fastervlm": AttentionConfig(
         about="""
@@ -215,28 +217,28 @@ PRESETS: dict[str, AttentionConfig] = {
         v2t="preceding",
         t2v=_AS_TEXT,
         positions=_SEQUENCE,
-        visual=VisualRows(keep=0.25),
+        visual=VisualTokensConfig(keep=0.25),
     ),
     "yopo": AttentionConfig(
         about="""
         YOPO prunes what visual tokens do. Mask: a patch sees the 5 x 5 patches around it, before
         and after, and the text before its image. The first three quarters of the key heads deal
         with images (the authors choose heads by measuring each layer); in the others images'
-        values count as zero, in a softmax over all keys. Visual rows pass half of the FFN's
-        neurons and leave after half of the layers. There our text rows have a softmax over text
+        values count as zero, in a softmax over all keys. Visual tokens pass half of the FFN's
+        neurons and leave after half of the layers. There our text tokens have a softmax over text
         alone, where the authors' simulation zeroes the values of visual keys and so makes the
         rest smaller. Positions: in sequence. Parameters: none.
         Cost up to the exit: t (Q + K + V + O + F) + n (Q + K + V + O + F / 2) and
-        p = 25 n (V2V, at most) + n (t - t') (V2T) + n t' (T2V) + T2T for t' rows of text after the
-        image; then t (Q + K + V + O + F) and T2T. The heads save nothing here: they are masked, and
-        their scores computed.
+        p = 25 n (V2V, at most) + n (t - t') (V2T) + n t' (T2V) + T2T for t' tokens of text after
+        the image; then t (Q + K + V + O + F) and T2T. The heads save nothing here: they are masked,
+        and their scores computed.
         """,
         v2v="window",
         v2v_window=5,
         v2t="preceding",
         t2v=_AS_TEXT,
         positions=_SEQUENCE,
-        visual=VisualRows(ffn=0.5, heads=0.75, exit=0.5),
+        visual=VisualTokensConfig(ffn=0.5, heads=0.75, exit=0.5),
     ),
 }
 

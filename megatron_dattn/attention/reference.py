@@ -1,11 +1,11 @@
 """The oracle: what a preset means, written to be obviously right and as slow as it likes.
 
-Every packed row is described in words, `sees` says of one pair of rows whether the first sees the
-second, and a dense softmax runs over the keys that a row sees (equation 3): one over all, or one
-over images and one over the rest where the merge says so. No parts, no log-sum-exps, no kernels.
-What is shared with the fast path: the layout's own fields, the configuration's axes, and the
-rotation by given angles (`rotary_tables`, `apply_rotary`), which has tests of its own. Use float64
-and small layouts; autograd gives the gradients.
+Every packed token is described in words, `sees` says of one pair of tokens whether the first sees
+the second, and a dense softmax runs over the keys that a token sees (equation 3): one over all, or
+one over images and one over the rest where the merge says so. No parts, no log-sum-exps, no
+kernels. What is shared with the fast path: the layout's own fields, the configuration's axes, and
+the rotation by given angles (`rotary_tables`, `apply_rotary`), which has tests of its own. Use
+float64 and small layouts; autograd gives the gradients.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from megatron_dattn.attention.positions import Rotary, apply_rotary
 
 
 @dataclass(frozen=True)
-class DescribedRow:
-    """One packed row: whose it is, and its place among the rows of its kind."""
+class DescribedToken:
+    """One packed token: whose it is, and its place among the tokens of its kind."""
 
     kind: str  # "visual", "text" or "padding"
     sample: int = -1
-    index: int = -1  # visual: place among the pack's visual rows; text: place in its own text
-    text_before: int = -1  # visual: text rows of the sample that stand before the image
+    index: int = -1  # visual: place among the pack's visual tokens; text: place in its own text
+    text_before: int = -1  # visual: text tokens of the sample that stand before the image
     image: int = -1  # visual: place of the image in the pack
     patch: tuple[int, int] = (-1, -1)  # visual: row and column in the image
     ring: int = -1  # visual: distance of the patch to the border of its image
@@ -33,60 +33,63 @@ class DescribedRow:
     in_prompt: bool = False  # text: whether it stands before all supervised text
 
 
-def describe_rows(layout: TokenLayout) -> list[DescribedRow]:
-    """All packed rows in order."""
-    visual: list[DescribedRow] = []
+def describe_tokens(layout: TokenLayout) -> list[DescribedToken]:
+    """All packed tokens in order."""
+    visual: list[DescribedToken] = []
     for number, image in enumerate(layout.images):
         height, width = image.grid
         for i in range(height):
             for j in range(width):
                 ring = min(i, j, height - 1 - i, width - 1 - j)
-                earlier = sum(row.sample == image.sample for row in visual)
+                earlier = sum(token.sample == image.sample for token in visual)
                 place = image.text_offset + earlier
-                row = (image.sample, len(visual), image.text_offset, number, (i, j), ring, place)
-                visual.append(DescribedRow("visual", *row))
-    text: list[DescribedRow] = []
+                token = (image.sample, len(visual), image.text_offset, number, (i, j), ring, place)
+                visual.append(DescribedToken("visual", *token))
+    text: list[DescribedToken] = []
     prompts = layout.prompt_lengths or (0,) * layout.num_samples
     for sample, length in enumerate(layout.text_lengths):
         for index in range(length):
             before = sum(v.sample == sample and v.text_before <= index for v in visual)
             in_prompt = index < prompts[sample]
             text.append(
-                DescribedRow("text", sample, index, place=index + before, in_prompt=in_prompt)
+                DescribedToken("text", sample, index, place=index + before, in_prompt=in_prompt)
             )
-    visual += [DescribedRow("padding")] * (layout.visual_budget - len(visual))
-    text += [DescribedRow("padding")] * (layout.text_budget - len(text))
+    visual += [DescribedToken("padding")] * (layout.visual_budget - len(visual))
+    text += [DescribedToken("padding")] * (layout.text_budget - len(text))
     return visual + text
 
 
 def described_positions(layout: TokenLayout, config: AttentionConfig) -> list[int]:
-    """The rotary position of every packed row; 0 for rows that have none.
+    """The rotary position of every packed token; 0 for tokens that have none.
 
-    Counted anew for each row from what stands before it, as the axes are worded.
+    Counted anew for each token from what stands before it, as the axes are worded.
     """
-    rows = describe_rows(layout)
-    return [_position(row, rows, layout, config) for row in rows]
+    tokens = describe_tokens(layout)
+    return [_position(token, tokens, layout, config) for token in tokens]
 
 
 def _position(
-    row: DescribedRow, rows: list[DescribedRow], layout: TokenLayout, config: AttentionConfig
+    token: DescribedToken,
+    tokens: list[DescribedToken],
+    layout: TokenLayout,
+    config: AttentionConfig,
 ) -> int:
-    if row.kind == "padding" or (row.kind == "visual" and config.positions.visual == "none"):
+    if token.kind == "padding" or (token.kind == "visual" and config.positions.visual == "none"):
         return 0
-    before = [o for o in rows if o.kind != "padding" and o.sample == row.sample]
-    before = [o for o in before if o.place < row.place]
+    before = [o for o in tokens if o.kind != "padding" and o.sample == token.sample]
+    before = [o for o in before if o.place < token.place]
     text = sum(o.kind == "text" for o in before)
-    if row.kind == "text" and config.positions.text == "text_only":
+    if token.kind == "text" and config.positions.text == "text_only":
         return text
     if config.positions.visual != "ring":
         return len(before)
     # One id per ring: all of those of earlier images, and those outside of its own.
-    rings = {(o.image, o.ring) for o in before if o.kind == "visual" and o.image != row.image}
-    return text + len(rings) + max(row.ring, 0)
+    rings = {(o.image, o.ring) for o in before if o.kind == "visual" and o.image != token.image}
+    return text + len(rings) + max(token.ring, 0)
 
 
 def sees(
-    query: DescribedRow, key: DescribedRow, config: AttentionConfig, window: int | None = None
+    query: DescribedToken, key: DescribedToken, config: AttentionConfig, window: int | None = None
 ) -> bool:
     """Whether the score of this (query, key) pair takes part in the query's softmax."""
     if window is not None and _distance(query, key, config) >= window:
@@ -104,15 +107,15 @@ def sees(
             return config.v2t != "none" and key.index < query.text_before
         case "text", "visual":
             return config.t2v.scope == "all" or key.text_before <= query.index
-    raise AssertionError(f"a {query.kind} row cannot query a {key.kind} row")
+    raise AssertionError(f"a {query.kind} token cannot query a {key.kind} token")
 
 
-def _distance(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> int:
+def _distance(query: DescribedToken, key: DescribedToken, config: AttentionConfig) -> int:
     """How far back the key lies, for a sliding window; 0 where there is none."""
     if _counts_everything(config):
         return query.place - key.place
     if (query.kind, key.kind) == ("text", "visual"):
-        # The image lies as far back as a text row in its place would.
+        # The image lies as far back as a text token in its place would.
         inherits = config.t2v.window == "inherit"
         return query.index - (key.text_before - 1) if inherits else 0
     is_causal = query.kind == "text" or config.v2v == "causal"
@@ -120,7 +123,7 @@ def _distance(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -
 
 
 def _counts_everything(config: AttentionConfig) -> bool:
-    """Whether a window counts rows of both kinds; it does where images are read like text."""
+    """Whether a window counts tokens of both kinds; it does where images are read like text."""
     if config.window == "reading_order":
         return True
     t2v = (config.t2v.scope, config.t2v.rotary, config.t2v.window)
@@ -128,7 +131,7 @@ def _counts_everything(config: AttentionConfig) -> bool:
     return like_text and t2v == ("following", True, "none")
 
 
-def _patch_sees_patch(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:
+def _patch_sees_patch(query: DescribedToken, key: DescribedToken, config: AttentionConfig) -> bool:
     match config.v2v:
         case "causal":
             return key.index <= query.index
@@ -145,7 +148,7 @@ def _patch_sees_patch(query: DescribedRow, key: DescribedRow, config: AttentionC
             return False
 
 
-def is_rotated(query: DescribedRow, key: DescribedRow, config: AttentionConfig) -> bool:
+def is_rotated(query: DescribedToken, key: DescribedToken, config: AttentionConfig) -> bool:
     """Whether the score of this pair uses rotary positions."""
     return config.t2v.rotary or (query.kind, key.kind) != ("text", "visual")
 
@@ -153,10 +156,10 @@ def is_rotated(query: DescribedRow, key: DescribedRow, config: AttentionConfig) 
 def pair_masks(
     layout: TokenLayout, config: AttentionConfig, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`sees` and `is_rotated` of every (query row, key row) pair, bool [S, S] each."""
-    rows = describe_rows(layout)
-    seen = [[sees(query, key, config, window) for key in rows] for query in rows]
-    rotated = [[is_rotated(query, key, config) for key in rows] for query in rows]
+    """`sees` and `is_rotated` of every (query token, key token) pair, bool [S, S] each."""
+    tokens = describe_tokens(layout)
+    seen = [[sees(query, key, config, window) for key in tokens] for query in tokens]
+    rotated = [[is_rotated(query, key, config) for key in tokens] for query in tokens]
     return torch.tensor(seen), torch.tensor(rotated)
 
 
@@ -177,13 +180,13 @@ def reference_attention(
 ) -> Tensor:
     """What `decomposed_attention` computes, [S, Hq, D]; arguments as there and in `plan_attention`.
 
-    A row that sees nothing gives zero, except that under v2v="diagonal" every visual row, padding
-    too, gives its own value: a softmax over one key is 1 whatever its score. With `images_alone`
-    it is the cross-attention of merge "cascade": text rows over images.
+    A token that sees nothing gives zero, except that under v2v="diagonal" every visual token,
+    padding too, gives its own value: a softmax over one key is 1 whatever its score. With
+    `images_alone` it is the cross-attention of merge "cascade": text tokens over images.
     """
     seen, rotated = (mask.to(query.device) for mask in pair_masks(layout, config, window))
     group = query.shape[1] // key.shape[1]
-    keys, values = (rows.repeat_interleave(group, dim=1) for rows in (key, value))
+    keys, values = (tokens.repeat_interleave(group, dim=1) for tokens in (key, value))
     audible = torch.ones_like(query[..., :1])
     if head_mask is not None:
         audible[: layout.visual_budget] = head_mask.repeat_interleave(group).unsqueeze(-1)
@@ -197,7 +200,8 @@ def reference_attention(
         scores = softcap * torch.tanh(scores / softcap)
 
     def softmax_over(chosen: Tensor) -> Tensor:
-        # A large negative number instead of -inf: rows without keys then have no NaN in gradients.
+        # A large negative number instead of -inf: tokens without keys then have no NaN in
+        # gradients.
         masked = scores.masked_fill(~chosen, torch.finfo(scores.dtype).min)
         return torch.einsum("hqk,khd->qhd", torch.softmax(masked, dim=-1) * chosen, values)
 

@@ -1,7 +1,7 @@
-"""What a decoder does with visual rows besides attending: which it keeps, and what it computes.
+"""What a decoder does with visual tokens besides attending: which it keeps, and what it computes.
 
 Depths and sizes are shares, so that a preset fits a decoder of any depth and width; a half is
-rounded up. The defaults leave visual rows what text rows are: computed in full by every layer.
+rounded up. The defaults leave visual tokens what text tokens are: computed in full by every layer.
 """
 
 import math
@@ -17,26 +17,27 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class VisualRows:
-    """The life of visual rows in the decoder. Raises ConfigError for impossible values."""
+class VisualTokensConfig:
+    """The life of visual tokens in the decoder. Raises ConfigError for impossible values."""
 
-    # "stream": the layers transform them, like text rows. "reproject": they have no state; every
+    # "stream": the layers transform them, like text tokens. "reproject": they have no state; every
     # layer projects the encoder's features to its own keys and values anew.
     source: Literal["stream", "reproject"] = "stream"
     # Share of an image's patches that enter the decoder: those that the encoder's class token
     # attends to most in the layer of the features; without a class token (SigLIP), those that the
     # image's patches attend to most. They keep their order.
     keep: float = 1.0
-    # Share of the FFN's neurons, from the first on, that visual rows pass through; 0 skips the FFN.
+    # Share of the FFN's neurons, from the first on, that visual tokens pass through; 0 skips the
+    # FFN.
     ffn: float = 1.0
-    # Share of the key heads, from the first on, in which visual rows are read and read anything. In
-    # the other heads their values count as zero, without renormalizing the softmax. This is a mask:
-    # it changes the model and saves no work.
+    # Share of the key heads, from the first on, in which visual tokens are read and read anything.
+    # In the other heads their values count as zero, without renormalizing the softmax. This is a
+    # mask: it changes the model and saves no work.
     heads: float = 1.0
-    # Share of the layers after which visual rows are gone and text sees text alone: its softmax is
-    # over text, where zeroed values of visual rows would leave a smaller sum.
+    # Share of the layers after which visual tokens are gone and text sees text alone: its softmax
+    # is over text, where zeroed values of visual tokens would leave a smaller sum.
     exit: float = 1.0
-    # From this share of the layers on to that one, visual rows are read but stay as they are. The
+    # From this share of the layers on to that one, visual tokens are read but stay as they are. The
     # last layer is among them only if the range ends at 1.
     frozen: tuple[float, float] | None = None
 
@@ -45,19 +46,19 @@ class VisualRows:
             raise ConfigError(f"attention: visual.{conflict}")
 
 
-def _conflicts(rows: VisualRows) -> Iterator[str]:
-    yield from unknown_values(rows)
+def _conflicts(tokens: VisualTokensConfig) -> Iterator[str]:
+    yield from unknown_values(tokens)
     for name in ("keep", "heads", "exit"):
-        if not (_is_share(share := getattr(rows, name)) and share > 0.0):
+        if not (_is_share(share := getattr(tokens, name)) and share > 0.0):
             yield f"{name} is a share above 0 and up to 1; it is {share!r}"
-    if not _is_share(rows.ffn):
-        yield f"ffn is a share from 0 to 1; it is {rows.ffn!r}"
-    if rows.frozen is not None and not _is_range(rows.frozen):
-        yield f"frozen is a range of shares between 0 and 1; it is {rows.frozen!r}"
-    if rows.source == "reproject" and rows.frozen is not None:
-        yield "frozen has no effect on rows without a state; leave it out with source='reproject'"
-    if rows.source == "reproject" and rows.ffn > 0.0:
-        yield f"ffn={rows.ffn} would transform rows without a state; set ffn=0 with 'reproject'"
+    if not _is_share(tokens.ffn):
+        yield f"ffn is a share from 0 to 1; it is {tokens.ffn!r}"
+    if tokens.frozen is not None and not _is_range(tokens.frozen):
+        yield f"frozen is a range of shares between 0 and 1; it is {tokens.frozen!r}"
+    if tokens.source == "reproject" and tokens.frozen is not None:
+        yield "frozen has no effect on tokens without a state; leave it out with source='reproject'"
+    if tokens.source == "reproject" and tokens.ffn > 0.0:
+        yield f"ffn={tokens.ffn} would transform tokens without a state; set ffn=0 with 'reproject'"
 
 
 def _is_share(value: object) -> bool:
@@ -70,11 +71,11 @@ def _is_range(value: object) -> bool:
     return _is_share(value[0]) and _is_share(value[1]) and value[0] < value[1]
 
 
-def kept_grid(grid: Grid, rows: VisualRows) -> Grid:
-    """The grid of an image's rows in the decoder: kept patches, at least one, form a line."""
-    if rows.keep == 1.0:
+def kept_grid(grid: Grid, tokens: VisualTokensConfig) -> Grid:
+    """The grid of an image's tokens in the decoder: kept patches, at least one, form a line."""
+    if tokens.keep == 1.0:
         return grid
-    return 1, num_shared(grid[0] * grid[1], rows.keep)
+    return 1, num_shared(grid[0] * grid[1], tokens.keep)
 
 
 def num_shared(count: int, share: float) -> int:

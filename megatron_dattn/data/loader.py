@@ -229,10 +229,10 @@ def _row_encoder(config: DataConfig, model: ModelConfig) -> tuple[RowEncoder, in
         image_fit=config.image_fit,
         max_pixels=config.max_image_pixels,
     )
-    if model.rows_per_image > config.visual_budget:
+    if model.tokens_per_image > config.visual_budget:
         raise ConfigError(
             f"data.visual_budget {config.visual_budget} is smaller than one image, which has "
-            f"{model.rows_per_image} visual rows"
+            f"{model.tokens_per_image} visual rows"
         )
     encoder = RowEncoder(
         tokenizer=ConversationTokenizer(tokenizer, config.template),

@@ -16,10 +16,10 @@ class Sized(Protocol):
     """Anything with row counts."""
 
     @property
-    def num_visual_rows(self) -> int: ...
+    def num_visual_tokens(self) -> int: ...
 
     @property
-    def num_text_rows(self) -> int: ...
+    def num_text_tokens(self) -> int: ...
 
     @property
     def epoch(self) -> int: ...
@@ -35,13 +35,13 @@ class _OpenPack:
     def takes(self, sample: Sized) -> bool:
         return (
             self.sample_room > 0
-            and sample.num_visual_rows <= self.visual_room
-            and sample.num_text_rows <= self.text_room
+            and sample.num_visual_tokens <= self.visual_room
+            and sample.num_text_tokens <= self.text_room
         )
 
     def add(self, index: int, sample: Sized) -> None:
-        self.visual_room -= sample.num_visual_rows
-        self.text_room -= sample.num_text_rows
+        self.visual_room -= sample.num_visual_tokens
+        self.text_room -= sample.num_text_tokens
         self.sample_room -= 1
         self.members.append(index)
 
@@ -74,8 +74,8 @@ def pack_samples(
             pack = _OpenPack(visual_budget, text_budget, max_samples)
             if not pack.takes(sample):
                 raise ValueError(
-                    f"sample {index} has {sample.num_visual_rows} visual and "
-                    f"{sample.num_text_rows} text rows; the budgets are {visual_budget} and "
+                    f"sample {index} has {sample.num_visual_tokens} visual and "
+                    f"{sample.num_text_tokens} text rows; the budgets are {visual_budget} and "
                     f"{text_budget}"
                 )
             packs.append(pack)

@@ -33,11 +33,11 @@ class EncodedSample:
     epoch: int  # in which the sample takes its turn, counted from 0
 
     @property
-    def num_text_rows(self) -> int:
+    def num_text_tokens(self) -> int:
         return len(self.input_ids)
 
     @property
-    def num_visual_rows(self) -> int:
+    def num_visual_tokens(self) -> int:
         return len(self.images) * self.grid[0] * self.grid[1]
 
 
@@ -112,7 +112,7 @@ def build_batch(
 ) -> PackedBatch:
     """Put samples into one pack, in their order. Raises ValueError if they exceed a budget."""
     layout = TokenLayout(
-        text_lengths=tuple(sample.num_text_rows for sample in samples),
+        text_lengths=tuple(sample.num_text_tokens for sample in samples),
         images=tuple(
             ImageSpan(sample=index, text_offset=offset, grid=sample.grid)
             for index, sample in enumerate(samples)

@@ -1,9 +1,9 @@
-"""Attention of a decoder layer: T2V and T2T of text rows, the diagonal V2V of visual rows.
+"""Attention of a decoder layer: T2V and T2T of text tokens, the diagonal V2V of visual tokens.
 
-Prompts go through torch's scaled_dot_product_attention, in blocks of rows, so that masks and scores
-never fill the memory. Scores and probabilities are explicit where that cannot serve: for a single
-new token, which reads the kept keys and values where they lie, for Gemma-2's softcap, and for who
-asks for `attn_implementation="eager"`. Parameters have Hugging Face's names.
+Prompts go through torch's scaled_dot_product_attention, in blocks of tokens, so that masks and
+scores never fill the memory. Scores and probabilities are explicit where that cannot serve: for a
+single new token, which reads the kept keys and values where they lie, for Gemma-2's softcap, and
+for who asks for `attn_implementation="eager"`. Parameters have Hugging Face's names.
 
 This file travels with the exported weights.
 """
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .caches_dattn import DAttnCache
 from .configuration_dattn import DAttnConfig
 
-Rotary = tuple[Tensor, Tensor]  # cosine and sine, fp32 [batch, rows, head_dim] each
-KeyValue = tuple[Tensor, Tensor]  # [batch, key heads, rows, head_dim] each
+Rotary = tuple[Tensor, Tensor]  # cosine and sine, fp32 [batch, tokens, head_dim] each
+KeyValue = tuple[Tensor, Tensor]  # [batch, key heads, tokens, head_dim] each
 
 # How many scores exist at a time: 256 MiB of fp32 in each of the few tensors that hold them.
 MAX_SCORES = 2**26
@@ -29,18 +29,18 @@ MAX_SCORES = 2**26
 
 @dataclass(frozen=True)
 class Seen:
-    """Which keys every text row sees, bool [batch, text rows, keys]."""
+    """Which keys every text token sees, bool [batch, text tokens, keys]."""
 
     images: Tensor
     text: Tensor
     near_text: Tensor
-    """In layers with a sliding window, which counts text rows; the same where there is none."""
+    """In layers with a sliding window, which counts text tokens; the same where there is none."""
 
     def blocks(self, num_heads: int) -> Iterator[tuple[slice, "Seen"]]:
-        """Consecutive text rows, so few that their scores are at most `MAX_SCORES`."""
-        batch, rows, num_visual = self.images.shape
+        """Consecutive text tokens, so few that their scores are at most `MAX_SCORES`."""
+        batch, tokens, num_visual = self.images.shape
         size = max(1, MAX_SCORES // (batch * num_heads * (num_visual + self.text.shape[2])))
-        for start in range(0, rows, size):
+        for start in range(0, tokens, size):
             block = slice(start, start + size)
             yield (
                 block,
@@ -49,7 +49,7 @@ class Seen:
 
 
 def rotary_tables(positions: Tensor, head_dim: int, rope: dict[str, Any]) -> Rotary:
-    """Angles of int64 positions [batch, rows], computed in fp32 whatever the model's dtype.
+    """Angles of int64 positions [batch, tokens], computed in fp32 whatever the model's dtype.
 
     Args:
         rope: the config's `rope_parameters`, of type "default" or "llama3".
@@ -71,7 +71,7 @@ def rotary_tables(positions: Tensor, head_dim: int, rope: dict[str, Any]) -> Rot
 
 
 def rotate(states: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate [batch, heads, rows, head_dim] by the rows' angles."""
+    """Rotate [batch, heads, tokens, head_dim] by the tokens' angles."""
     cos, sin = (table.unsqueeze(1) for table in rotary)
     first, second = states.chunk(2, dim=-1)
     return (states * cos + torch.cat((-second, first), dim=-1) * sin).to(states.dtype)
@@ -96,18 +96,18 @@ class Projections(nn.Module):
         self.v_proj = nn.Linear(text.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, text.hidden_size, bias=False)
 
-    def keys_values(self, rows: Tensor) -> KeyValue:
-        """Of normalized rows, [batch, rows, hidden]; keys without rotation."""
-        return self._heads(self.k_proj(rows)), self._heads(self.v_proj(rows))
+    def keys_values(self, tokens: Tensor) -> KeyValue:
+        """Of normalized tokens, [batch, tokens, hidden]; keys without rotation."""
+        return self._heads(self.k_proj(tokens)), self._heads(self.v_proj(tokens))
 
     def _heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-        """What rows read of one set of keys, [batch, key heads, group, rows, head_dim].
+        """What tokens read of one set of keys, [batch, key heads, group, tokens, head_dim].
 
         Args:
-            seen: bool [batch, rows, keys].
+            seen: bool [batch, tokens, keys].
         """
         if self._is_fused(query) and key.shape[2]:  # not all of torch's kernels take no key
             return self._fused(query, key, value, seen)
@@ -119,47 +119,49 @@ class Projections(nn.Module):
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
         """As `_attend`, by torch's kernels, which want one width of keys and values."""
-        rows, width = query.shape[2], value.shape[3]
+        tokens, width = query.shape[2], value.shape[3]
         value = F.pad(value, (0, key.shape[3] - width))
-        # A row that sees nothing would be a softmax over nothing: it sees all, and counts as zero.
+        # A token that sees nothing would be a softmax over nothing: it sees all, and counts as
+        # zero.
         sees = seen.any(-1, keepdim=True)
         mask = (seen | ~sees).repeat(1, self.group, 1).unsqueeze(1)
         out = F.scaled_dot_product_attention(
             self._grouped(query), key, value, attn_mask=mask, scale=self.scale
         )
-        return out[..., :width].unflatten(2, (self.group, rows)) * sees[:, None, None]
+        return out[..., :width].unflatten(2, (self.group, tokens)) * sees[:, None, None]
 
     def _grouped(self, query: Tensor) -> Tensor:
-        """[batch, key heads, group * rows, head_dim]; a key head serves a group of query heads."""
+        """[batch, key heads, group * tokens, head_dim]; a key head serves a group of query
+        heads."""
         return query.unflatten(1, (-1, self.group)).flatten(2, 3)
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """[batch, key heads, group, rows, keys]."""
+        """[batch, key heads, group, tokens, keys]."""
         scores = self._grouped(query) @ key.transpose(-1, -2) * self.scale
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return scores.unflatten(2, (self.group, query.shape[2]))
 
     def _project_out(self, out: Tensor, dtype: torch.dtype) -> Tensor:
-        """[batch, key heads, group, rows, head_dim] -> [batch, rows, hidden]."""
+        """[batch, key heads, group, tokens, head_dim] -> [batch, tokens, hidden]."""
         return self.o_proj(out.to(dtype).flatten(1, 2).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(Projections):
     """T2V with projections of its own and without positions: merge "cascade"."""
 
-    def forward(self, rows: Tensor, images: KeyValue, seen: Seen) -> Tensor:
-        """What images add to text rows; arguments and result as of `Attention`."""
-        query = self._heads(self.q_proj(rows))
+    def forward(self, tokens: Tensor, images: KeyValue, seen: Seen) -> Tensor:
+        """What images add to text tokens; arguments and result as of `Attention`."""
+        query = self._heads(self.q_proj(tokens))
         out = [
             self._attend(query[:, :, block], *images, seen_here.images)
             for block, seen_here in seen.blocks(self.num_heads)
         ]
-        return self._project_out(torch.cat(out, dim=3), rows.dtype)
+        return self._project_out(torch.cat(out, dim=3), tokens.dtype)
 
 
 class Attention(Projections):
-    """T2V and T2T of the text rows; for visual rows, keys, values and the diagonal V2V."""
+    """T2V and T2T of the text tokens; for visual tokens, keys, values and the diagonal V2V."""
 
     def __init__(self, config: DAttnConfig, number: int) -> None:
         super().__init__(config)
@@ -170,23 +172,24 @@ class Attention(Projections):
             self.gate = nn.Parameter(torch.zeros(config.text_config.num_attention_heads))
 
     def own_values(self, value: Tensor) -> Tensor:
-        """Equation 2: the softmax over oneself is 1, so a visual row's output is its own value."""
+        """Equation 2: the softmax over oneself is 1, so a visual token's output is its own
+        value."""
         heads = value.repeat_interleave(self.group, dim=1)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
     def forward(
-        self, rows: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache | None
+        self, tokens: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache | None
     ) -> Tensor:
-        """Attention output of text rows, [batch, rows, hidden].
+        """Attention output of text tokens, [batch, tokens, hidden].
 
         Args:
-            rows: normalized text rows.
-            images: key and value of the visual rows, keys rotated where T2V is; not read by merge
+            tokens: normalized text tokens.
+            images: key and value of the visual tokens, keys rotated where T2V is; not read by merge
                 "cascade", which has read them before.
-            cache: gives the text before these rows, and takes theirs; None where they are all the
+            cache: gives the text before these tokens, and takes theirs; None where they are all the
                 text, and nothing is to be remembered.
         """
-        query, (key, value) = self._heads(self.q_proj(rows)), self.keys_values(rows)
+        query, (key, value) = self._heads(self.q_proj(tokens)), self.keys_values(tokens)
         rotated = rotate(query, rotary)
         text: KeyValue = (rotate(key, rotary), value)
         if cache is not None:
@@ -196,13 +199,13 @@ class Attention(Projections):
             self._attend_both(of_images[:, :, block], rotated[:, :, block], images, text, seen_here)
             for block, seen_here in seen.blocks(self.num_heads)
         ]
-        return self._project_out(torch.cat(out, dim=3), rows.dtype)
+        return self._project_out(torch.cat(out, dim=3), tokens.dtype)
 
     def _attend_both(
         self, of_images: Tensor, of_text: Tensor, images: KeyValue, text: KeyValue, seen: Seen
     ) -> Tensor:
-        """What rows with these queries to images and to text read, [batch, key heads, group, rows,
-        head_dim]."""
+        """What tokens with these queries to images and to text read, [batch, key heads, group,
+        tokens, head_dim]."""
         seen_text = seen.near_text if self.slides else seen.text
         if self.merge == "alpha":
             return self._joint(of_images, of_text, images, text, (seen.images, seen_text))
@@ -247,8 +250,8 @@ class Attention(Projections):
 
 
 def _softmax(scores: Tensor, seen: Tensor) -> Tensor:
-    """Probabilities of scores [batch, key heads, group, rows, keys], seen bool [batch, rows, keys],
-    in fp32 (fp64 for fp64 scores); all zero where a row sees nothing."""
+    """Probabilities of scores [batch, key heads, group, tokens, keys], seen bool [batch, tokens,
+    keys], in fp32 (fp64 for fp64 scores); all zero where a token sees nothing."""
     seen = seen[:, None, None]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     masked = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
@@ -256,6 +259,6 @@ def _softmax(scores: Tensor, seen: Tensor) -> Tensor:
 
 
 def _read(probabilities: Tensor, value: Tensor) -> Tensor:
-    """[batch, key heads, group, rows, keys] x [batch, key heads, keys, head_dim]."""
+    """[batch, key heads, group, tokens, keys] x [batch, key heads, keys, head_dim]."""
     group_rows = probabilities.shape[2:4]
     return (probabilities.flatten(2, 3).to(value.dtype) @ value).unflatten(2, group_rows)

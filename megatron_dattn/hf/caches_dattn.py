@@ -27,7 +27,7 @@ class ImageCache:
     """Keys and values of images, as `encode_images` makes them.
 
     Args:
-        keys, values: one tensor per layer, [images, key heads, rows of an image, head_dim]; keys
+        keys, values: one tensor per layer, [images, key heads, tokens of an image, head_dim]; keys
             are not rotated, since an image's place in the text is the prompt's.
         entries: which image each `<image>` of a batch stands for, in reading order, int64.
     """
@@ -57,7 +57,7 @@ class ImagePlaces:
 
     number: Tensor  # of the image in the batch's reading order
     column: Tensor  # of its `<image>` in `input_ids`
-    position: Tensor  # rotary position of its first row
+    position: Tensor  # rotary position of its first token
     filled: Tensor
 
     @staticmethod
@@ -80,41 +80,41 @@ class ImagePlaces:
             filled=table(torch.ones_like(samples, dtype=torch.bool)),
         )
 
-    def row_positions(self, rows_per_image: int) -> Tensor:
-        """Rotary positions of all visual rows, [batch, slots * rows_per_image]."""
-        within = torch.arange(rows_per_image, device=self.position.device)
+    def token_positions(self, tokens_per_image: int) -> Tensor:
+        """Rotary positions of all visual tokens, [batch, slots * tokens_per_image]."""
+        within = torch.arange(tokens_per_image, device=self.position.device)
         return (self.position.unsqueeze(-1) + within).flatten(1)
 
 
 @dataclass
-class VisualRows:
-    """The visual rows of a batch, those of a sample's images one after the other."""
+class VisualKVCache:
+    """The visual tokens of a batch, those of a sample's images one after the other."""
 
-    keys: list[Tensor]  # one per layer, [batch, key heads, rows, head_dim]
+    keys: list[Tensor]  # one per layer, [batch, key heads, tokens, head_dim]
     values: list[Tensor]
     column: Tensor  # [batch, rows]: column of the row's `<image>`
-    is_filled: Tensor  # bool [batch, rows]
+    is_filled: Tensor  # bool [batch, tokens]
 
     @staticmethod
-    def gather(cache: ImageCache, places: ImagePlaces) -> "VisualRows":
-        """Every sample's rows from the cache; keys still without rotation."""
+    def gather(cache: ImageCache, places: ImagePlaces) -> "VisualKVCache":
+        """Every sample's tokens from the cache; keys still without rotation."""
         entries = cache.entries[places.number]
-        rows = cache.keys[0].shape[2]
+        tokens = cache.keys[0].shape[2]
 
         def of_samples(states: Tensor) -> Tensor:
-            # [batch, slots, heads, rows, head_dim] -> [batch, heads, slots * rows, head_dim]
+            # [batch, slots, heads, tokens, head_dim] -> [batch, heads, slots * tokens, head_dim]
             return states[entries].transpose(1, 2).flatten(2, 3)
 
-        return VisualRows(
+        return VisualKVCache(
             [of_samples(key) for key in cache.keys],
             [of_samples(value) for value in cache.values],
-            places.column.repeat_interleave(rows, dim=1),
-            places.filled.repeat_interleave(rows, dim=1),
+            places.column.repeat_interleave(tokens, dim=1),
+            places.filled.repeat_interleave(tokens, dim=1),
         )
 
-    def samples(self, index: Tensor) -> "VisualRows":
-        """The rows of chosen samples of the batch."""
-        return VisualRows(
+    def samples(self, index: Tensor) -> "VisualKVCache":
+        """The tokens of chosen samples of the batch."""
+        return VisualKVCache(
             [key[index] for key in self.keys],
             [value[index] for value in self.values],
             self.column[index],
@@ -127,7 +127,7 @@ class DAttnCache(DynamicCache):
 
     def __init__(self) -> None:
         super().__init__()
-        self.visual: VisualRows | None = None
+        self.visual: VisualKVCache | None = None
         self.is_text: Tensor | None = None  # bool [batch, columns so far]: no padding, no `<image>`
 
     def extend_text(self, is_text: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 transformers sets `gradient_checkpointing` and `_gradient_checkpointing_func` on every module that
 has the first. Its own base class for such layers checkpoints one `forward` of one tensor; ours pass
-two kinds of rows, and what text reads of images is two more tensors, so the call is made here.
+two kinds of tokens, and what text reads of images is two more tensors, so the call is made here.
 
 This file travels with the exported weights.
 """

@@ -40,7 +40,7 @@ def answering_columns(is_text: Tensor) -> Tensor:
 
 
 def check_has_text(is_text: Tensor, is_image: Tensor) -> None:
-    """Refuse a prompt of images alone: there is no row that could say what follows.
+    """Refuse a prompt of images alone: there is no token that could say what follows.
 
     Raises:
         ValueError: naming the sample.

@@ -57,13 +57,13 @@ _OF_EVERY_MODEL = {
 
 
 class DAttnConfig(PreTrainedConfig):
-    """Sizes of the three parts, and how visual rows (V) and text rows (T) attend.
+    """Sizes of the three parts, and how visual tokens (V) and text tokens (T) attend.
 
     Args:
         vision_config: of the whole encoder (SigLIP or CLIP), as it was trained.
         text_config: of the language model (Mistral, Llama or Gemma-2).
         image_token_id: id of `<image>`. One such token in the text marks one image's place; it is
-            no row of the language model.
+            no token of the language model.
         vision_feature_layer: which of the encoder's hidden states feeds the adapter, from the end:
             -2 leaves out the last layer, -1 none. Layers above it do not exist here.
         adapter_hidden_size: width of the adapter's middle.
@@ -74,15 +74,15 @@ class DAttnConfig(PreTrainedConfig):
         adapter_num_places: the side of the grid that positions per patch are learned for; with
             fractional positions, the number of places that a side is stretched to. The image's
             patches per side where None.
-        v2v: what attention adds to a visual row: its own value ("diagonal") or nothing ("none").
-        t2v_scope: which images a text row sees: "all" of its sample, or those it is "following".
+        v2v: what attention adds to a visual token: its own value ("diagonal") or nothing ("none").
+        t2v_scope: which images a text token sees: "all" of its sample, or those it is "following".
         t2v_rotary: whether the scores of T2V use rotary positions.
         text_positions: rotary positions of text count "text_only", or leave a "gap" for images.
-        visual_positions: rotary positions of visual rows: as text in "sequence", or "none".
-        visual_embedding: what is added to visual rows before the first layer: a learned vector for
-            each row and column of patches or for each patch, an MLP of the place as a share of the
-            side, or nothing.
-        visual_source: whether visual rows are what the layers make of the adapter's output
+        visual_positions: rotary positions of visual tokens: as text in "sequence", or "none".
+        visual_embedding: what is added to visual tokens before the first layer: a learned vector
+            for each row and column of patches or for each patch, an MLP of the place as a share of
+            the side, or nothing.
+        visual_source: whether visual tokens are what the layers make of the adapter's output
             ("stream"), or every layer makes its own from the encoder's features ("reproject");
             there is no adapter then.
         merge: how T2V and T2T join: one softmax over both ("alpha"), or two, added ("sum"), T2V
@@ -152,7 +152,7 @@ class DAttnConfig(PreTrainedConfig):
         return side, side
 
     @property
-    def rows_per_image(self) -> int:
+    def tokens_per_image(self) -> int:
         rows, columns = self.image_grid
         return rows * columns
 
@@ -175,8 +175,8 @@ class DAttnConfig(PreTrainedConfig):
 
     @property
     def sliding_window(self) -> int | None:
-        """How many text rows, itself included, a text row sees at most in layers that slide; None
-        for all. Images are seen whatever it is."""
+        """How many text tokens, itself included, a text token sees at most in layers that slide;
+        None for all. Images are seen whatever it is."""
         window: int | None = getattr(self.text_config, "sliding_window", None)
         return window
 
@@ -198,7 +198,7 @@ class DAttnConfig(PreTrainedConfig):
         has_state = self.v2v != "none" or self.visual_embedding != "none"
         if self.visual_source == "reproject" and has_state:
             raise ValueError(
-                "visual_source='reproject' leaves visual rows no state to add to; set v2v='none' "
+                "visual_source='reproject' leaves visual tokens no state to add to; set v2v='none' "
                 "and visual_embedding='none'"
             )
 

@@ -1,10 +1,10 @@
-"""The language model's layers over two kinds of rows: text rows (T) and visual rows (V).
+"""The language model's layers over two kinds of tokens: text tokens (T) and visual tokens (V).
 
-Visual rows of an image depend on that image alone: a layer adds to each its own value (V2V
-diagonal) and its FFN, and no row of another image or of the text. So `DecoderLayer.images` runs
-over images without any text, and `DecoderLayer.forward` runs over text rows that read the keys and
-values which the images left. Layers are Mistral's and Llama's, or Gemma-2's; parameters have their
-names in Hugging Face's models.
+Visual tokens of an image depend on that image alone: a layer adds to each its own value (V2V
+diagonal) and its FFN, and no token of another image or of the text. So `DecoderLayer.images` runs
+over images without any text, and `DecoderLayer.forward` runs over text tokens that read the keys
+and values which the images left. Layers are Mistral's and Llama's, or Gemma-2's; parameters have
+their names in Hugging Face's models.
 
 This file travels with the exported weights.
 """
@@ -31,8 +31,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(text.intermediate_size, text.hidden_size, bias=False)
         self.activation = ACT2FN[text.hidden_activation if config.is_gemma2 else text.hidden_act]
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(rows)) * self.up_proj(rows))
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(tokens)) * self.up_proj(tokens))
 
 
 class DecoderLayer(nn.Module):
@@ -63,40 +63,44 @@ class DecoderLayer(nn.Module):
         self.changes_images = not is_last and self.visual_projector is None
         self.adds_own_values = config.v2v == "diagonal"
 
-    def images(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Key, value and new state of images' rows, [images, rows, hidden].
+    def images(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Key, value and new state of images' tokens, [images, tokens, hidden].
 
-        The last layer leaves the state as it is: no one reads it. So does a layer that makes rows
+        The last layer leaves the state as it is: no one reads it. So does a layer that makes tokens
         of its own from the encoder's features, which are the state then.
         """
-        own = rows if self.visual_projector is None else self.visual_projector(rows)
+        own = tokens if self.visual_projector is None else self.visual_projector(tokens)
         normed = self.input_layernorm(own)
         key, value = self.self_attn.keys_values(normed)
         if self.changes_images and self.adds_own_values:
-            rows = self._add(rows, self.self_attn.own_values(value))
+            tokens = self._add(tokens, self.self_attn.own_values(value))
         if self.changes_images:
-            rows = self._transform(rows)
+            tokens = self._transform(tokens)
         if self.cross_attn is not None:
             key, value = self.cross_attn.keys_values(normed)
-        return key, value, rows
+        return key, value, tokens
 
     def forward(
-        self, rows: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache | None
+        self, tokens: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache | None
     ) -> Tensor:
-        """New state of text rows; arguments as of `Attention.forward`."""
+        """New state of text tokens; arguments as of `Attention.forward`."""
         if self.cross_attn is not None:
-            rows = rows + self.cross_attn(self.input_layernorm(rows), images, seen)
-        normed = self.input_layernorm(rows)
-        return self._transform(self._add(rows, self.self_attn(normed, rotary, images, seen, cache)))
+            tokens = tokens + self.cross_attn(self.input_layernorm(tokens), images, seen)
+        normed = self.input_layernorm(tokens)
+        return self._transform(
+            self._add(tokens, self.self_attn(normed, rotary, images, seen, cache))
+        )
 
-    def _add(self, rows: Tensor, attended: Tensor) -> Tensor:
-        return rows + (self.post_attention_layernorm(attended) if self.has_post_norms else attended)
+    def _add(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        return tokens + (
+            self.post_attention_layernorm(attended) if self.has_post_norms else attended
+        )
 
-    def _transform(self, rows: Tensor) -> Tensor:
+    def _transform(self, tokens: Tensor) -> Tensor:
         if not self.has_post_norms:
-            return rows + self.mlp(self.post_attention_layernorm(rows))
-        return rows + self.post_feedforward_layernorm(
-            self.mlp(self.pre_feedforward_layernorm(rows))
+            return tokens + self.mlp(self.post_attention_layernorm(tokens))
+        return tokens + self.post_feedforward_layernorm(
+            self.mlp(self.pre_feedforward_layernorm(tokens))
         )
 
 
@@ -113,9 +117,9 @@ class LanguageModel(nn.Module):
         self.norm = decoder_norm(config)
         self.scale = text.hidden_size**0.5 if config.is_gemma2 else None
 
-    def scaled(self, rows: Tensor) -> Tensor:
+    def scaled(self, tokens: Tensor) -> Tensor:
         """What enters the first layer: Gemma-2 multiplies by sqrt(hidden_size), rounded to the
-        rows' dtype. It was trained so with visual rows as with embeddings."""
+        tokens' dtype. It was trained so with visual tokens as with embeddings."""
         if self.scale is None:
-            return rows
-        return rows * torch.tensor(self.scale, dtype=torch.float32).to(rows)
+            return tokens
+        return tokens * torch.tensor(self.scale, dtype=torch.float32).to(tokens)

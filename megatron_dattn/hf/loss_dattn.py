@@ -21,9 +21,9 @@ def next_token_loss(
             accumulation spreads over several calls. The mean over these labels where None.
     """
     sample = is_text.nonzero()[:, 0]
-    rows, targets = logits[is_text][:-1].float(), labels[is_text][1:]
+    tokens, targets = logits[is_text][:-1].float(), labels[is_text][1:]
     targets = targets.masked_fill(sample[:-1] != sample[1:], IGNORED_LABEL)
     if num_items is None:
-        return F.cross_entropy(rows, targets, ignore_index=IGNORED_LABEL)
-    total = F.cross_entropy(rows, targets, ignore_index=IGNORED_LABEL, reduction="sum")
+        return F.cross_entropy(tokens, targets, ignore_index=IGNORED_LABEL)
+    total = F.cross_entropy(tokens, targets, ignore_index=IGNORED_LABEL, reduction="sum")
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)

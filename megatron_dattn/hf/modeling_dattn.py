@@ -1,8 +1,8 @@
 """A vision-language model with Decomposed Attention, for transformers.
 
-Images become visual rows, which are computed once, layer by layer, and read by every text row
+Images become visual tokens, which are computed once, layer by layer, and read by every text token
 after that (`decoder_dattn.py`). `input_ids` hold one `<image>` for each image; it marks the image's
-place and is no row of the language model.
+place and is no token of the language model.
 
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     model.generate(**inputs)                                      # inputs of the processor
@@ -28,7 +28,7 @@ from .caches_dattn import (
     DAttnCache,
     ImageCache,
     ImagePlaces,
-    VisualRows,
+    VisualKVCache,
     given_cache,
 )
 from .checkpointing_dattn import checkpointed, is_checkpointing
@@ -72,14 +72,14 @@ class DAttnModel(DAttnPreTrainedModel):
 
     def encode_images(self, pixel_values: Tensor) -> ImageCache:
         """Keys and values of images in every layer, [images, 3, side, side]; no text is needed."""
-        rows = self.multi_modal_projector(self.vision_tower(pixel_values))
-        rows = self.language_model.scaled(rows)
+        tokens = self.multi_modal_projector(self.vision_tower(pixel_values))
+        tokens = self.language_model.scaled(tokens)
         keys, values = [], []
         for layer in self.language_model.layers:
-            key, value, rows = checkpointed(layer, layer.images, rows)
+            key, value, tokens = checkpointed(layer, layer.images, tokens)
             keys.append(key)
             values.append(value)
-        entries = torch.arange(len(pixel_values), device=rows.device)
+        entries = torch.arange(len(pixel_values), device=tokens.device)
         return ImageCache(tuple(keys), tuple(values), entries)
 
     @can_return_tuple
@@ -183,20 +183,20 @@ class DAttnModel(DAttnPreTrainedModel):
         assert visual is not None
         seen = self._seen(memory.extend_text(is_text), input_ids.shape[1], visual)
         rotary = self._rotary(positions)
-        rows = language.scaled(language.embed_tokens(input_ids))
+        tokens = language.scaled(language.embed_tokens(input_ids))
         states = []
         for layer, key, value in zip(language.layers, visual.keys, visual.values, strict=True):
-            states.append(rows)
+            states.append(tokens)
             run = partial(_run_layer, layer, rotary, seen, memory if keeps else None)
-            rows = checkpointed(layer, run, rows, key, value)
-        return [*states, language.norm(rows)]
+            tokens = checkpointed(layer, run, tokens, key, value)
+        return [*states, language.norm(tokens)]
 
     def _positions(self, is_token: Tensor, is_image: Tensor, start: Tensor | int) -> Tensor:
         """Rotary position of every column: a text row's own, an image's first row's.
 
         Columns of padding have a meaningless one.
         """
-        per_image = self.config.rows_per_image if self.config.text_positions == "gap" else 0
+        per_image = self.config.tokens_per_image if self.config.text_positions == "gap" else 0
         widths = torch.where(is_image, per_image, is_token.long())
         return widths.cumsum(1) - widths + start
 
@@ -211,8 +211,8 @@ class DAttnModel(DAttnPreTrainedModel):
 
     def _place_images(
         self, is_image: Tensor, positions: Tensor, images: ImageCache | None
-    ) -> VisualRows:
-        """Visual rows of the samples whose `<image>`s they fill."""
+    ) -> VisualKVCache:
+        """Visual tokens of the samples whose `<image>`s they fill."""
         expected, given = int(is_image.sum()), 0 if images is None else len(images)
         if expected != given:
             raise ValueError(
@@ -220,22 +220,22 @@ class DAttnModel(DAttnPreTrainedModel):
             )
         places = ImagePlaces.find(is_image, positions)
         if images is None:
-            return self._no_rows(is_image)
-        visual = VisualRows.gather(images, places)
+            return self._no_tokens(is_image)
+        visual = VisualKVCache.gather(images, places)
         if self.config.t2v_rotary:
-            rotary = self._rotary(places.row_positions(self.config.rows_per_image))
+            rotary = self._rotary(places.token_positions(self.config.tokens_per_image))
             visual.keys = [rotate(key, rotary) for key in visual.keys]
         return visual
 
-    def _no_rows(self, is_image: Tensor) -> VisualRows:
+    def _no_tokens(self, is_image: Tensor) -> VisualKVCache:
         text = self.config.text_config
         shape = (len(is_image), text.num_key_value_heads, 0, self.config.head_dim)
         none = self.language_model.norm.weight.new_zeros(shape)
         layers = text.num_hidden_layers
         column = torch.zeros(len(is_image), 0, dtype=torch.int64, device=is_image.device)
-        return VisualRows([none] * layers, [none] * layers, column, column.bool())
+        return VisualKVCache([none] * layers, [none] * layers, column, column.bool())
 
-    def _seen(self, is_text: Tensor, num_new: int, visual: VisualRows) -> Seen:
+    def _seen(self, is_text: Tensor, num_new: int, visual: VisualKVCache) -> Seen:
         """Which keys the newest columns see, of all text columns and of the visual rows."""
         column = torch.arange(is_text.shape[1], device=is_text.device)
         new = column[-num_new:].unsqueeze(1)
@@ -246,7 +246,8 @@ class DAttnModel(DAttnPreTrainedModel):
         return Seen(images, text, self._near(is_text, num_new, text))
 
     def _near(self, is_text: Tensor, num_new: int, text: Tensor) -> Tensor:
-        """The seen text inside the sliding window. Places count text rows: no padding, no image."""
+        """The seen text inside the sliding window. Places count text tokens: no padding, no
+        image."""
         window = self.config.sliding_window
         if window is None:
             return text
@@ -268,12 +269,12 @@ def _run_layer(
     rotary: Rotary,
     seen: Seen,
     cache: DAttnCache | None,
-    rows: Tensor,
+    tokens: Tensor,
     key: Tensor,
     value: Tensor,
 ) -> Tensor:
-    new_rows: Tensor = layer(rows, rotary, (key, value), seen, cache)
-    return new_rows
+    new_tokens: Tensor = layer(tokens, rotary, (key, value), seen, cache)
+    return new_tokens
 
 
 class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
@@ -336,7 +337,7 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
 
         Args:
             labels: int64 [batch, columns], -100 where nothing is supervised, which is as good as
-                always so at `<image>`: also return the loss of every text row's next text token.
+                always so at `<image>`: also return the loss of every text token's next text token.
             logits_to_keep: how many of the last columns, or which ones; 0 for all.
             num_items_in_batch: what the summed loss is divided by, as transformers' Trainer says
                 when it accumulates gradients; the mean over `labels` where None. Without `labels`
@@ -376,10 +377,10 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
             **_cache_field(outputs.get(CACHE_FIELD)),
         )
 
-    def _logits(self, rows: Tensor, answering: Tensor, kept: int | Tensor) -> Tensor:
+    def _logits(self, tokens: Tensor, answering: Tensor, kept: int | Tensor) -> Tensor:
         answering = answering[:, slice(-kept, None) if isinstance(kept, int) else kept]
-        rows = rows.gather(1, answering.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
-        logits = self.lm_head(rows)
+        tokens = tokens.gather(1, answering.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        logits = self.lm_head(tokens)
         softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

@@ -11,24 +11,24 @@ from .configuration_dattn import DAttnConfig
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm; the statistics are taken in fp32 (fp64 for fp64 rows)."""
+    """Root-mean-square norm; the statistics are taken in fp32 (fp64 for fp64 tokens)."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(rows, self.weight.shape, None, self.eps)
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(tokens, self.weight.shape, None, self.eps)
 
 
 class ZeroCentredRMSNorm(RMSNorm):
-    """Gemma-2's: the weight counts from one, and all of it is fp32 (fp64 for fp64 rows)."""
+    """Gemma-2's: the weight counts from one, and all of it is fp32 (fp64 for fp64 tokens)."""
 
-    def forward(self, rows: Tensor) -> Tensor:
-        dtype = torch.promote_types(rows.dtype, torch.float32)
+    def forward(self, tokens: Tensor) -> Tensor:
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
         weight = 1.0 + self.weight.to(dtype)
-        return F.rms_norm(rows.to(dtype), weight.shape, weight, self.eps).to(rows.dtype)
+        return F.rms_norm(tokens.to(dtype), weight.shape, weight, self.eps).to(tokens.dtype)
 
 
 def decoder_norm(config: DAttnConfig) -> RMSNorm:

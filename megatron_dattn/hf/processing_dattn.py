@@ -52,7 +52,7 @@ class DAttnProcessor(ProcessorMixin):
     def replace_image_token(
         self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any
     ) -> str:
-        """One token marks an image's place, whatever its number of rows.
+        """One token marks an image's place, whatever its number of tokens.
 
         Args:
             **kwargs: settings of the image processor, which has checked them; some versions pass

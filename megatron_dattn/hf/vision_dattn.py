@@ -1,4 +1,4 @@
-"""From pixels to visual rows: the vision encoder up to its feature layer, and the adapter.
+"""From pixels to visual tokens: the vision encoder up to its feature layer, and the adapter.
 
 This file travels with the exported weights.
 """
@@ -17,22 +17,22 @@ from .norms_dattn import RMSNorm
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches as rows, with the encoder's own positions; CLIP puts a class token in front."""
+    """Patches as tokens, with the encoder's own positions; CLIP puts a class token in front."""
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
         width, patch = config.vision_config.hidden_size, config.vision_config.patch_size
         has_token = config.is_clip
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=not has_token)
-        self.position_embedding = nn.Embedding(config.rows_per_image + has_token, width)
+        self.position_embedding = nn.Embedding(config.tokens_per_image + has_token, width)
         self.class_embedding = nn.Parameter(torch.zeros(width)) if has_token else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        rows = patches.flatten(2).transpose(1, 2)
+        tokens = patches.flatten(2).transpose(1, 2)
         if self.class_embedding is not None:
-            rows = torch.cat((self.class_embedding.expand(len(rows), 1, -1), rows), dim=1)
-        return rows + self.position_embedding.weight
+            tokens = torch.cat((self.class_embedding.expand(len(tokens), 1, -1), tokens), dim=1)
+        return tokens + self.position_embedding.weight
 
 
 class VisionEncoder(nn.Module):
@@ -47,11 +47,11 @@ class VisionEncoder(nn.Module):
         kind = CLIPEncoderLayer if config.is_clip else SiglipEncoderLayer
         self.layers = nn.ModuleList(kind(vision) for _ in range(num_layers))
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         for layer in self.layers:  # which checkpoint themselves
-            (rows,) = with_gradient(layer, rows)
-            rows = layer(rows, attention_mask=None)
-        return rows
+            (tokens,) = with_gradient(layer, tokens)
+            tokens = layer(tokens, attention_mask=None)
+        return tokens
 
 
 class VisionTower(nn.Module):
@@ -69,10 +69,10 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[images, 3, side, side] -> [images, patches, width]; a class token is left out."""
-        rows = self.embeddings(pixel_values)
+        tokens = self.embeddings(pixel_values)
         if self.pre_layrnorm is None:
-            return self.encoder(rows)
-        return self.encoder(self.pre_layrnorm(rows))[:, 1:]
+            return self.encoder(tokens)
+        return self.encoder(self.pre_layrnorm(tokens))[:, 1:]
 
 
 class FeatureMLP(nn.Module):
@@ -111,8 +111,8 @@ class Adapter(FeatureMLP):
         self.grid = config.image_grid
 
     def forward(self, features: Tensor) -> Tensor:
-        rows = super().forward(features)
-        return rows if self.positions is None else self.positions(rows, self.grid)
+        tokens = super().forward(features)
+        return tokens if self.positions is None else self.positions(tokens, self.grid)
 
 
 def _positions(config: DAttnConfig) -> nn.Module | None:
@@ -137,9 +137,9 @@ class RowColumnPositions(nn.Module):
         self.rows = nn.Parameter(torch.zeros(shape))
         self.columns = nn.Parameter(torch.zeros(shape))
 
-    def forward(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         of_rows, of_columns = _entries(self.rows, grid[0]), _entries(self.columns, grid[1])
-        return rows + (of_rows.unsqueeze(1) + of_columns).flatten(0, 1)
+        return tokens + (of_rows.unsqueeze(1) + of_columns).flatten(0, 1)
 
 
 def _entries(table: Tensor, count: int) -> Tensor:
@@ -157,13 +157,13 @@ class PerPatchPositions(nn.Module):
         self.side = config.adapter_num_places
         self.patches = nn.Parameter(torch.zeros(self.side**2, config.text_config.hidden_size))
 
-    def forward(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         if grid == (self.side, self.side):
-            return rows + self.patches
+            return tokens + self.patches
         picture = self.patches.to(torch.promote_types(self.patches.dtype, torch.float32))
         picture = picture.t().unflatten(1, (self.side, self.side)).unsqueeze(0)
         resized = F.interpolate(picture, size=grid, mode="bicubic", align_corners=False)
-        return rows + resized[0].flatten(1).t().to(self.patches.dtype)
+        return tokens + resized[0].flatten(1).t().to(self.patches.dtype)
 
 
 class FractionalPositions(nn.Module):
@@ -185,12 +185,12 @@ class FractionalPositions(nn.Module):
         )
         self.last_norm = RMSNorm(hidden, config.adapter_norm_eps)
 
-    def forward(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         height, width = grid
-        of_rows = self._places(self.rows, height, rows.dtype).repeat_interleave(width, 0)
-        of_columns = self._places(self.columns, width, rows.dtype).repeat(height, 1)
+        of_rows = self._places(self.rows, height, tokens.dtype).repeat_interleave(width, 0)
+        of_columns = self._places(self.columns, width, tokens.dtype).repeat(height, 1)
         # One after the other: in BF16 the sum of both positions would round differently.
-        return self.last_norm(rows + of_rows + of_columns)
+        return self.last_norm(tokens + of_rows + of_columns)
 
     def _places(self, mlp: nn.Sequential, length: int, dtype: torch.dtype) -> Tensor:
         """What is added to the patches of each row, or of each column, [length, hidden_size]."""
@@ -209,11 +209,11 @@ class FractionalPositions(nn.Module):
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
-def _in_fp32(mlp: nn.Sequential, rows: Tensor) -> Tensor:
-    """The MLP in the dtype of its rows, not of its weights."""
+def _in_fp32(mlp: nn.Sequential, tokens: Tensor) -> Tensor:
+    """The MLP in the dtype of its tokens, not of its weights."""
     for layer in mlp:
         if isinstance(layer, nn.Linear):
-            rows = F.linear(rows, layer.weight.to(rows.dtype), layer.bias.to(rows.dtype))
+            tokens = F.linear(tokens, layer.weight.to(tokens.dtype), layer.bias.to(tokens.dtype))
         else:
-            rows = layer(rows)
-    return rows
+            tokens = layer(tokens)
+    return tokens

@@ -1,20 +1,20 @@
 """Greedy generation from a run folder's checkpoint, and what an answer looked at."""
 
+from megatron_dattn.inference.attention_maps import AttentionMaps, attention_maps
 from megatron_dattn.inference.generate import decode, generate, generate_tokens
 from megatron_dattn.inference.image_cache import EncodedImage, encode_images
 from megatron_dattn.inference.load import LoadedModel, load_model
-from megatron_dattn.inference.look import Look, look
 from megatron_dattn.inference.prompt import Prompt
 
 __all__ = [
     "EncodedImage",
     "LoadedModel",
-    "Look",
+    "AttentionMaps",
     "Prompt",
     "decode",
     "encode_images",
     "generate",
     "generate_tokens",
     "load_model",
-    "look",
+    "attention_maps",
 ]

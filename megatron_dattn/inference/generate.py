@@ -2,7 +2,7 @@
 
 All prompts form one pack, so text-only prompts and prompts with several images go together. An
 image is encoded once per call, whatever the number of prompts about it and of their tokens, and
-every new token costs the pass of its own row (`continuation.py`).
+every new token costs the pass of its own token (`decoding.py`).
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.tokenizer import token_id
-from megatron_dattn.inference.continuation import Continuation
+from megatron_dattn.inference.decoding import Decoding
 from megatron_dattn.inference.load import LoadedModel
 from megatron_dattn.inference.prompt import Prompt
 
@@ -39,7 +39,7 @@ def generate_tokens(
 
     Args:
         prompts: as many as fit the device's memory in one forward pass, with keys and values of
-            all their rows in all layers.
+            all their tokens in all layers.
         max_new_tokens: of each answer.
 
     Returns:
@@ -52,9 +52,9 @@ def generate_tokens(
     if not prompts or max_new_tokens < 1:
         return answers
     stop_ids, image_id = loaded.stop_ids, token_id(loaded.tokenizer, IMAGE_TOKEN)
-    continuation = Continuation(loaded, prompts)
+    decoding = Decoding(loaded, prompts)
     running = list(range(len(prompts)))
-    logits = continuation.start()
+    logits = decoding.prefill()
     while True:
         logits[:, image_id] = -torch.inf
         for index, token in zip(running, logits.argmax(dim=-1).tolist(), strict=True):
@@ -66,4 +66,4 @@ def generate_tokens(
         ]
         if not running:
             return answers
-        logits = continuation.go_on(running, [answers[i][-1] for i in running])
+        logits = decoding.decode_step(running, [answers[i][-1] for i in running])

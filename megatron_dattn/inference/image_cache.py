@@ -1,9 +1,9 @@
 """Images that are encoded once and asked about many times.
 
-Where visual rows attend to nothing but themselves (V2V diagonal or none), an image's keys and
+Where visual tokens attend to nothing but themselves (V2V diagonal or none), an image's keys and
 values in every layer depend on the image alone: not on the question, not on other images, not on
 its place in the text, since keys are kept without rotation. So they can be made once, by vision
-encoder, adapter and the layers' pass over visual rows, and read by any number of prompts.
+encoder, adapter and the layers' pass over visual tokens, and read by any number of prompts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,14 +31,14 @@ class EncodedImage:
     pixels: np.ndarray
     """uint8 [image_size, image_size, 3]: the image as the vision encoder got it."""
     layers: tuple[KeyValue, ...] = field(repr=False)
-    """Key and value of each layer, first to last, [rows of the image, key heads, head_dim]."""
+    """Key and value of each layer, first to last, [tokens of the image, key heads, head_dim]."""
     model: DAttnVLM = field(repr=False)
     """Who made them; nobody else can read them."""
 
     @property
     def num_bytes(self) -> int:
         """Memory of keys and values."""
-        return sum(rows.nbytes for layer in self.layers for rows in layer)
+        return sum(tokens.nbytes for layer in self.layers for tokens in layer)
 
 
 Image = np.ndarray | EncodedImage
@@ -46,7 +46,7 @@ Image = np.ndarray | EncodedImage
 
 def can_keep_images(loaded: LoadedModel) -> bool:
     """Whether an image's keys and values depend on the image alone."""
-    return not loaded.model.attention.scores_visual_rows
+    return not loaded.model.attention.scores_visual_tokens
 
 
 @torch.inference_mode()
@@ -56,34 +56,34 @@ def encode_images(
     """Keys and values of images, for `Prompt.from_question(loaded, question, images)`.
 
     A prompt takes any of them, in any order, beside image files. Answers are those of the files.
-    They cost 2 * rows * key heads * head_dim numbers per image and layer: 96 MB for the 729 rows
-    that Mistral-7B reads of an image of SigLIP so400m, in BF16.
+    They cost 2 * tokens * key heads * head_dim numbers per image and layer: 96 MB for the 729
+    tokens that Mistral-7B reads of an image of SigLIP so400m, in BF16.
 
     Args:
         images: files, or uint8 [image_size, image_size, 3]; as many as fit one forward pass.
 
     Raises:
-        ConfigError: visual rows of the model's preset read other rows.
+        ConfigError: visual tokens of the model's preset read other tokens.
         DataError: an image that cannot be used.
     """
     model = loaded.model
     if not can_keep_images(loaded):
         raise ConfigError(
-            f"model.attention '{model.model_config.attention}' lets visual rows attend to other "
-            "rows, so what they become belongs to one prompt and cannot be kept; give prompts the "
-            "images themselves"
+            f"model.attention '{model.model_config.attention}' lets visual tokens attend to "
+            "other tokens, so what they become belongs to one prompt and cannot be kept; give "
+            "prompts the images themselves"
         )
     if not images:
         return ()
     pixels = [_pixels(loaded, image) for image in images]
-    visual = model.visual_rows(loaded.preprocessor.normalise(pixels).to(model_device(model)))
+    visual = model.visual_tokens(loaded.preprocessor.normalise(pixels).to(model_device(model)))
     assert visual is not None, "there are images"
-    rows = model.language_model.scale_rows(visual.unsqueeze(1))
+    tokens = model.language_model.scale_tokens(visual.unsqueeze(1))
     encoded: list[list[KeyValue]] = [[] for _ in images]
     for layer, rule in zip(model.language_model.decoder.layers, model.rules, strict=True):
         if not rule.sees_images:
             break
-        (keys, values), rows = pass_images(layer, rows, rule)
+        (keys, values), tokens = pass_images(layer, tokens, rule)
         per_image = (kind.chunk(len(images)) for kind in (keys, values))
         for image, key, value in zip(encoded, *per_image, strict=True):
             image.append((key, value))

@@ -22,7 +22,7 @@ from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
 class Prompt:
     """A question as the model gets it."""
 
-    rows: TextRows
+    tokens: TextRows
     images: tuple[Image, ...]
     """In reading order: uint8 [image_size, image_size, 3], or what `encode_images` made of it."""
 
@@ -46,14 +46,14 @@ class Prompt:
         conversation = Conversation((Turn("user", text, len(images)),), names)
         try:
             require_unicode(question)
-            rows = loaded.conversations.prompt(conversation)
+            tokens = loaded.conversations.prompt(conversation)
             given = tuple(
                 image if isinstance(image, EncodedImage) else read_image(loaded, Path(image))
                 for image in images
             )
         except SampleError as error:
             raise DataError(f"{quoted(question)}: {error}") from error
-        return cls(rows, given)
+        return cls(tokens, given)
 
     @property
     def pixels(self) -> list[np.ndarray]:
@@ -65,7 +65,7 @@ def pack_prompts(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]
     """Prompts and what was answered so far, in one pack without padding."""
     pixels = [image for prompt, _ in samples for image in prompt.pixels]
     input_ids = torch.tensor(
-        [i for prompt, answer in samples for i in prompt.rows.input_ids + answer]
+        [i for prompt, answer in samples for i in prompt.tokens.input_ids + answer]
     )
     batch = PackedBatch(
         layout=prompt_layout(loaded, samples),
@@ -83,13 +83,13 @@ def prompt_layout(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]
     spans = tuple(
         ImageSpan(sample=index, text_offset=offset, grid=grid)
         for index, (prompt, _) in enumerate(samples)
-        for offset in prompt.rows.image_offsets
+        for offset in prompt.tokens.image_offsets
     )
-    lengths = tuple(len(prompt.rows.input_ids) + len(answer) for prompt, answer in samples)
+    lengths = tuple(len(prompt.tokens.input_ids) + len(answer) for prompt, answer in samples)
     return TokenLayout(
         text_lengths=lengths,
         images=spans,
         visual_budget=sum(span.num_rows for span in spans),
         text_budget=sum(lengths),
-        prompt_lengths=tuple(len(prompt.rows.input_ids) for prompt, _ in samples),
+        prompt_lengths=tuple(len(prompt.tokens.input_ids) for prompt, _ in samples),
     )

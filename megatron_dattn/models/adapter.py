@@ -1,10 +1,10 @@
-"""From vision features to rows of the language model: a two-layer MLP with RMSNorm, positions.
+"""From vision features to tokens of the language model: a two-layer MLP with RMSNorm, positions.
 
 The paper (section 3.1) names "a two-layer MLP adapter with RMSNorm" without its place. By default
 it stands before the MLP: features come from the middle of the encoder, unnormalized and with
 outlier channels, and the MLP's own output scale stays free to match the text embeddings'. Behind
-the MLP, where the authors' later models have it, it would give visual rows a root mean square of 1,
-many times that of a pretrained model's text rows, and drown what the decoder layers add to the
+the MLP, where the authors' later models have it, it would give visual tokens a root mean square of
+1, many times that of a pretrained model's text tokens, and drown what the decoder layers add to the
 residual stream. So the last norm, whichever it is, starts at the scale of text.
 """
 
@@ -25,11 +25,11 @@ VisualPositions = RowColumnPositions | PerPatchPositions | FractionalPositions
 
 
 class Adapter(FeatureMLP):
-    """The MLP over features, then positions; rows are replicated on the tensor-parallel ranks.
+    """The MLP over features, then positions; tokens are replicated on the tensor-parallel ranks.
 
     Args:
         config: the vision encoder's, see `vision_transformer_config`.
-        positions: places the rows; None for no positions.
+        positions: places the tokens; None for no positions.
         sizes: of the `FeatureMLP`.
     """
 
@@ -42,7 +42,7 @@ class Adapter(FeatureMLP):
     def forward(
         self, features: Tensor, grid: tuple[int, int], kept: Tensor | None = None
     ) -> Tensor:
-        """Rows for the language model.
+        """Tokens for the language model.
 
         Args:
             features: [images, patches, input_size], all images of the same patch grid.
@@ -52,14 +52,15 @@ class Adapter(FeatureMLP):
         Returns:
             [images * patches, output_size].
         """
-        rows = self.project(features)
+        tokens = self.project(features)
         if self.positions is not None:
-            rows = self.positions(rows, grid, kept)
-        return rows.flatten(0, 1)
+            tokens = self.positions(tokens, grid, kept)
+        return tokens.flatten(0, 1)
 
     @property
     def last_norm(self) -> RMSNorm | None:
-        """The norm that decides the size of visual rows; None where none stands behind the MLP."""
+        """The norm that decides the size of visual tokens; None where none stands behind the
+        MLP."""
         if isinstance(self.positions, FractionalPositions):
             return self.positions.last_norm
         return self.output_norm if isinstance(self.output_norm, RMSNorm) else None

@@ -1,8 +1,8 @@
 """Parameters inside the language model that its pretrained original does not have.
 
 Some presets add parameters to the decoder layers: gates, cross-attention, projectors of visual
-rows. They are new, as the adapter is, so everything that treats modules differently counts them as
-the adapter's: learning rates, freezing, parameter counts, and whether a checkpoint holds them.
+tokens. They are new, as the adapter is, so everything that treats modules differently counts them
+as the adapter's: learning rates, freezing, parameter counts, and whether a checkpoint holds them.
 """
 
 import re

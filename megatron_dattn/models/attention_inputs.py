@@ -19,11 +19,11 @@ from megatron_dattn.attention import (
     TokenLayout,
     plan_attention,
     plan_report,
-    row_positions,
+    token_positions,
 )
 from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.observer import AttentionObserver
-from megatron_dattn.models.row_shards import RowShards
+from megatron_dattn.parallel.sequence import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class LayerInputs:
 
     rule: LayerRule
     plan: AttentionPlan
-    """Over all rows, or over the text rows alone in a layer that sees no images."""
+    """Over all tokens, or over the text tokens alone in a layer that sees no images."""
     rotary: tuple[Tensor, Tensor]
-    """Cosine and sine of the plan's rows, each [rows, head_dim]."""
-    shards: RowShards
-    """Of the plan's rows."""
+    """Cosine and sine of the plan's tokens, each [tokens, head_dim]."""
+    shards: SequenceLayout
+    """Of the plan's tokens."""
     backend: Backend
     softcap: float | None = None
     """c turns every score s into c * tanh(s / c)."""
@@ -61,8 +61,8 @@ class AttentionInputs:
 
     by_layer: tuple[LayerInputs, ...]
     """Of the whole decoder, first to last, whatever the pipeline stage."""
-    shards: RowShards
-    """Of the rows that enter the decoder."""
+    shards: SequenceLayout
+    """Of the tokens that enter the decoder."""
 
     def layer(self, number: int) -> LayerInputs:
         """What the layer needs that megatron-core counts as `number`, from 1."""
@@ -77,7 +77,7 @@ def prepare_attention(
     layout: TokenLayout,
     config: AttentionConfig,
     rules: tuple[LayerRule, ...],
-    shards: RowShards,
+    shards: SequenceLayout,
     backend: Backend,
     *,
     language: LanguageConfig,
@@ -91,7 +91,7 @@ def prepare_attention(
         rules: one per layer, see `layer_rules`.
         language: gives the layers' sliding windows, the softcap, the rotary angles.
     """
-    positions = row_positions(layout, config)
+    positions = token_positions(layout, config)
     cos, sin = language.rotary_tables(positions, device)
     layers = [(rule, language.window(number)) for number, rule in enumerate(rules)]
     prepared: dict[tuple[LayerRule, int | None], LayerInputs] = {}
@@ -100,7 +100,7 @@ def prepare_attention(
         prepared[rule, window] = LayerInputs(
             rule=rule,
             plan=plan_attention(seen, rule.attention, device, window=window),
-            rotary=(cos[-seen.num_rows :], sin[-seen.num_rows :]),
+            rotary=(cos[-seen.num_tokens :], sin[-seen.num_tokens :]),
             shards=shards if rule.sees_images else shards.text_alone(),
             backend=backend,
             softcap=language.attn_logit_softcapping,

@@ -100,7 +100,7 @@ class VisionConfig:
 
     @property
     def num_places(self) -> int:
-        """Rows of an image inside the encoder: its patches and, in CLIP, the class token."""
+        """Tokens of an image inside the encoder: its patches and, in CLIP, the class token."""
         return self.num_patches + (self.family == "clip")
 
     @property
@@ -123,7 +123,7 @@ class AdapterConfig:
     """Width of the MLP's middle; the language model's hidden size where None."""
     norm_eps: float = 1e-5
     visual_position: Literal["row_column", "per_patch"] = "row_column"
-    """What is learned in presets whose positions are learnable vectors: one per row and one per
+    """What is learned in presets whose positions are learnable vectors: one per token and one per
     column of patches, or one per patch, as in CLIP."""
     max_grid: int = 64
     """Rows (and columns) of the learnable position tables; larger grids are interpolated."""
@@ -134,7 +134,8 @@ class AdapterConfig:
     text_scale: float | None = None
     """What the adapter's last norm starts at, where it stands behind the MLP. Where None, the
     standard deviation of the language model's token embeddings (before Gemma's scaling), measured
-    when a stage starts from weights without an adapter's; so visual rows begin as large as text."""
+    when a stage starts from weights without an adapter's; so visual tokens begin as large as
+    text."""
 
     def __post_init__(self) -> None:
         optional = [
@@ -193,7 +194,7 @@ class LanguageConfig:
     final_logit_softcapping: float | None = None
     """The same for the logits."""
     sliding_window: int | None = None
-    """So many rows, itself included, a row sees at most: in every layer, or, in Gemma-2, in the
+    """So many tokens, itself included, a token sees at most: in every layer, or, in Gemma-2, in the
     first, third, fifth ... layer."""
     max_position_embeddings: int | None = None
     """How many positions the pretrained model was made for; None where its source does not say.
@@ -241,7 +242,7 @@ class LanguageConfig:
         )
 
     def rotary_tables(self, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the angles at these positions, float32 [rows, head_dim] each."""
+        """Cosine and sine of the angles at these positions, float32 [tokens, head_dim] each."""
         scaling = self.rope_scaling
         return rotary_tables(positions, self.head_dim, self.rope_theta, device, scaling)
 
@@ -257,12 +258,12 @@ class LanguageConfig:
 
     @property
     def embedding_scale(self) -> float:
-        """What rows are multiplied with before the first layer."""
+        """What tokens are multiplied with before the first layer."""
         return self.hidden_size**0.5 if self.family == "gemma2" else 1.0
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head: of the vocabulary and, behind it, of no token.
+        """Tokens of the embedding and of the head: of the vocabulary and, behind it, of no token.
 
         A property of the model, not of its layout over ranks, so that checkpoints fit every layout.
         The vocabularies of all published models that are supported need no padding.
@@ -310,12 +311,13 @@ class ModelConfig:
 
     @property
     def image_grid(self) -> tuple[int, int]:
-        """Grid of an image's rows in the decoder: its patches, or a line of those kept of them."""
+        """Grid of an image's tokens in the decoder: its patches, or a line of those kept of
+        them."""
         return kept_grid(self.vision.grid, PRESETS[self.attention].visual)
 
     @property
-    def rows_per_image(self) -> int:
-        """Visual rows of an image in the decoder."""
+    def tokens_per_image(self) -> int:
+        """Visual tokens of an image in the decoder."""
         rows, columns = self.image_grid
         return rows * columns
 

@@ -1,10 +1,10 @@
 """T2V as a module of its own before the self-attention: the merge that the paper calls cascade.
 
-As in Flamingo (Alayrac et al., 2022), text rows first read the images through query, key, value and
-output projections that the language model does not have, then each other through its own. The paper
-(Table 3) gives the parameters (one more attention per layer) and leaves open order, norm and start.
-Here both read the layer's normalized input, and the output projection starts at zero: the layer is
-at first the language model's.
+As in Flamingo (Alayrac et al., 2022), text tokens first read the images through query, key, value
+and output projections that the language model does not have, then each other through its own. The
+paper (Table 3) gives the parameters (one more attention per layer) and leaves open order, norm and
+start. Here both read the layer's normalized input, and the output projection starts at zero: the
+layer is at first the language model's.
 """
 
 import torch
@@ -19,7 +19,7 @@ from megatron_dattn.models.attention_inputs import LayerInputs
 
 
 class ImageCrossAttention(MegatronModule):
-    """Attention of text rows over the images of their sample, without positions.
+    """Attention of text tokens over the images of their sample, without positions.
 
     Heads are those of the self-attention, cut over the tensor-parallel ranks in the same way, and
     scores are scaled and capped as there.
@@ -55,26 +55,26 @@ class ImageCrossAttention(MegatronModule):
         )
 
     def forward(self, visual: Tensor, text: Tensor, inputs: LayerInputs) -> Tensor:
-        """What images add to the text rows, shaped like `text`.
+        """What images add to the text tokens, shaped like `text`.
 
         Args:
-            visual: normalized local visual rows, [rows, 1, H].
-            text: normalized local text rows, [rows, 1, H].
+            visual: normalized local visual tokens, [tokens, 1, H].
+            text: normalized local text tokens, [tokens, 1, H].
         """
         return self.read(text, *self.keys_values(visual), inputs)
 
     def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """What text rows read, [all visual rows, key heads of this rank, head_dim] each.
+        """What text tokens read, [all visual tokens, key heads of this rank, head_dim] each.
 
         Args:
-            visual: normalized local visual rows, [rows, 1, H].
+            visual: normalized local visual tokens, [tokens, 1, H].
         """
         key_value = self.linear_kv(visual)[0].unflatten(2, (-1, 2, self.head_dim)).squeeze(1)
         key, value = key_value.unbind(2)
         return key, value
 
     def read(self, text: Tensor, key: Tensor, value: Tensor, inputs: LayerInputs) -> Tensor:
-        """`forward` from keys and values; rows behind the visual ones are not read."""
+        """`forward` from keys and values; tokens behind the visual ones are not read."""
         query = self.linear_q(text)[0].unflatten(2, (-1, self.head_dim)).squeeze(1)
         inputs.show(self.layer_number, query, key, self.scale)
         out = attend_images(

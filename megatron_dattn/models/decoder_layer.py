@@ -1,7 +1,7 @@
-"""A decoder layer over visual and text rows: attention, then the FFN, each with its residual.
+"""A decoder layer over visual and text tokens: attention, then the FFN, each with its residual.
 
 megatron-core's TransformerLayer brings the modules, their sharding and their checkpoint layout; the
-forward pass is ours, because it is here that the two kinds of rows differ: which of them attend,
+forward pass is ours, because it is here that the two kinds of tokens differ: which of them attend,
 which pass the FFN, and which are there at all (`LayerRule`). With the rule of plain presets it is
 the language model's own layer.
 """
@@ -25,7 +25,7 @@ from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.partial_ffn import partial_ffn
 from megatron_dattn.models.visual_projector import VisualProjector
 
-# Local rows: all of them in one tensor, or visual and text rows apart.
+# Local tokens: all of them in one tensor, or visual and text tokens apart.
 States = tuple[Tensor, ...]
 
 
@@ -34,12 +34,12 @@ class DecoderLayer(TransformerLayer):
 
     Args:
         preset: the model's attention; "cascade" adds an `ImageCrossAttention`, reprojected visual
-            rows a `VisualProjector`.
+            tokens a `VisualProjector`.
         savings: what to leave out.
         feature_size: width of the vision encoder's features.
         last_on_stage: whether the next layer belongs to another pipeline stage.
-        post_norm: norm of what attention and FFN add to their residuals, for rows of both kinds, as
-            Gemma-2 has it; None for none. What a cross-attention adds passes none: its own
+        post_norm: norm of what attention and FFN add to their residuals, for tokens of both kinds,
+            as Gemma-2 has it; None for none. What a cross-attention adds passes none: its own
             projection, which starts at zero, sets its size.
     """
 
@@ -83,14 +83,14 @@ class DecoderLayer(TransformerLayer):
         attention_bias: AttentionInputs,
         **unused: Any,
     ) -> tuple[Tensor, None]:
-        """The layer's output for this rank's rows.
+        """The layer's output for this rank's tokens.
 
         Args:
-            hidden_states: local rows [V_r | T_r], [rows, 1, H]; text rows alone where no layer
-                from here on sees images.
+            hidden_states: local tokens [V_r | T_r], [tokens, 1, H]; text tokens alone where no
+                layer from here on sees images.
 
         Returns:
-            The same, without the visual rows once nobody reads them any more; and None, where
+            The same, without the visual tokens once nobody reads them any more; and None, where
             megatron-core's layers return a context.
         """
         inputs = attention_bias.layer(self.layer_number)
@@ -105,11 +105,11 @@ class DecoderLayer(TransformerLayer):
 
     def _attend(self, hidden_states: Tensor, inputs: LayerInputs) -> States:
         """The attention block with its residual."""
-        rows = hidden_states
-        visual, text = inputs.shards.split(rows)
+        tokens = hidden_states
+        visual, text = inputs.shards.split(tokens)
         if self.visual_projector is not None and visual.shape[0]:
-            rows = torch.cat((self.visual_projector(visual), text))
-        normed = self.input_layernorm(rows)
+            tokens = torch.cat((self.visual_projector(visual), text))
+        normed = self.input_layernorm(tokens)
         if self.cross_attention is not None and visual.shape[0]:
             normed_visual, normed_text = inputs.shards.split(normed)
             text = text + self.cross_attention(normed_visual, normed_text, inputs)
@@ -121,7 +121,7 @@ class DecoderLayer(TransformerLayer):
         return visual, text + added
 
     def _transform(self, states: States, inputs: LayerInputs) -> States:
-        """The FFN block with its residual; visual rows may pass a part of it or none."""
+        """The FFN block with its residual; visual tokens may pass a part of it or none."""
         share = inputs.rule.visual_ffn
         if share == 1.0:
             return (self.ffn(_join(states)),)
@@ -129,33 +129,33 @@ class DecoderLayer(TransformerLayer):
         return self.visual_ffn(visual, share), self.ffn(text)
 
     def visual_ffn(self, visual: Tensor, share: float) -> Tensor:
-        """Norm, the first `share` of the FFN's neurons, and residual; [rows, 1, H] as given."""
+        """Norm, the first `share` of the FFN's neurons, and residual; [tokens, 1, H] as given."""
         if share == 0.0:
             return visual
         if share == 1.0:
             return self.ffn(visual)
         return self._in_chunks(partial(self._part_of_ffn, share=share), visual)
 
-    def ffn(self, rows: Tensor) -> Tensor:
-        """Norm, FFN and residual, [rows, 1, H]."""
-        return self._in_chunks(self._ffn_of, rows)
+    def ffn(self, tokens: Tensor) -> Tensor:
+        """Norm, FFN and residual, [tokens, 1, H]."""
+        return self._in_chunks(self._ffn_of, tokens)
 
-    def _in_chunks(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """The function of all rows at once, or of recomputed chunks if the savings say so."""
-        limit = self.savings.ffn_chunk_rows // self._row_ranks
-        if not 0 < limit < rows.shape[0]:
-            return function(rows)
+    def _in_chunks(self, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        """The function of all tokens at once, or of recomputed chunks if the savings say so."""
+        limit = self.savings.ffn_chunk_tokens // self._token_ranks
+        if not 0 < limit < tokens.shape[0]:
+            return function(tokens)
         if not (self.training and torch.is_grad_enabled()):
-            return torch.cat([function(chunk) for chunk in rows.split(limit)])
-        return torch.cat([self._checkpoint(function, chunk) for chunk in rows.split(limit)])
+            return torch.cat([function(chunk) for chunk in tokens.split(limit)])
+        return torch.cat([self._checkpoint(function, chunk) for chunk in tokens.split(limit)])
 
-    def _ffn_of(self, rows: Tensor) -> Tensor:
-        added, _ = self.mlp(self.pre_mlp_layernorm(rows))
-        return rows + self.post_feedforward_layernorm(added)
+    def _ffn_of(self, tokens: Tensor) -> Tensor:
+        added, _ = self.mlp(self.pre_mlp_layernorm(tokens))
+        return tokens + self.post_feedforward_layernorm(added)
 
-    def _part_of_ffn(self, rows: Tensor, share: float) -> Tensor:
-        added = partial_ffn(self.mlp, self.pre_mlp_layernorm(rows), share)
-        return rows + self.post_feedforward_layernorm(added)
+    def _part_of_ffn(self, tokens: Tensor, share: float) -> Tensor:
+        added = partial_ffn(self.mlp, self.pre_mlp_layernorm(tokens), share)
+        return tokens + self.post_feedforward_layernorm(added)
 
     def _post_norm(self, norm: type[torch.nn.Module] | None) -> torch.nn.Module:
         if norm is None:
@@ -167,9 +167,9 @@ class DecoderLayer(TransformerLayer):
         )
 
     def _emit(self, states: States, attention: AttentionInputs) -> Tensor:
-        """The rows that the next layer, the next pipeline stage or the head wants."""
+        """The tokens that the next layer, the next pipeline stage or the head wants."""
         is_last = self.layer_number == len(attention.by_layer)
-        unread = self.savings.unread_rows and not self.preset.visual_rows_predict
+        unread = self.savings.unread_tokens and not self.preset.visual_tokens_predict
         if attention.reads_images(self.layer_number + 1) or (is_last and not unread):
             return _join(states)
         text = states[-1][-attention.shards.local_text :]
@@ -179,16 +179,16 @@ class DecoderLayer(TransformerLayer):
         return torch.cat((text.new_zeros(attention.shards.local_visual, *text.shape[1:]), text))
 
     @property
-    def _row_ranks(self) -> int:
+    def _token_ranks(self) -> int:
         return self.tp_group.size() if self.config.sequence_parallel else 1
 
-    def _checkpoint(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    def _checkpoint(self, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         if self.config.fp8:
             from megatron.core.extensions.transformer_engine import te_checkpoint
 
             tracker = tensor_parallel.random.get_cuda_rng_tracker
-            return te_checkpoint(function, False, tracker, self.tp_group, rows)
-        return tensor_parallel.checkpoint(function, False, rows)
+            return te_checkpoint(function, False, tracker, self.tp_group, tokens)
+        return tensor_parallel.checkpoint(function, False, tokens)
 
 
 def _join(states: States) -> Tensor:

@@ -1,6 +1,6 @@
 """Decomposed attention as a megatron-core self-attention layer.
 
-The weights are megatron-core's, shared by visual and text rows and cut over the tensor-parallel
+The weights are megatron-core's, shared by visual and text tokens and cut over the tensor-parallel
 ranks by heads; what happens between the projections is `megatron_dattn.attention`.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_dattn.attention import (
     AttentionConfig,
-    attend_scored_rows,
+    attend_scored_tokens,
     diagonal_attention,
     num_shared,
 )
@@ -26,7 +26,7 @@ from megatron_dattn.models.projections import fold_output_weight, project_querie
 
 
 class DecomposedCore(torch.nn.Module):
-    """The attention of this rank's heads, for the rows that have scores.
+    """The attention of this rank's heads, for the tokens that have scores.
 
     Built as megatron-core builds a `core_attention`; arguments that describe masks or context
     parallelism have no meaning here.
@@ -48,8 +48,9 @@ class DecomposedCore(torch.nn.Module):
         head_mask: Tensor | None,
         inputs: LayerInputs,
     ) -> Tensor:
-        """[rows, heads, head_dim] each, query of scored rows alone -> [scored rows, heads * D]."""
-        out = attend_scored_rows(
+        """[tokens, heads, head_dim] each, query of scored tokens alone -> [scored tokens, heads *
+        D]."""
+        out = attend_scored_tokens(
             query,
             key,
             value,
@@ -65,7 +66,7 @@ class DecomposedCore(torch.nn.Module):
 
 
 class DecomposedSelfAttention(SelfAttention):
-    """Self-attention over packed visual and text rows, by the micro-batch's plan.
+    """Self-attention over packed visual and text tokens, by the micro-batch's plan.
 
     Args:
         preset: the model's attention. A merge with gates gives the layer the parameter `gate`, one
@@ -92,19 +93,19 @@ class DecomposedSelfAttention(SelfAttention):
         """Attend and project.
 
         Args:
-            hidden_states: normalized local rows, [V_r | T_r], [rows, 1, H].
+            hidden_states: normalized local tokens, [V_r | T_r], [tokens, 1, H].
             inputs: plan, rotary tables and backend of the micro-batch.
 
         Returns:
-            What attention adds to the local rows: to both kinds, or, where visual rows have no
-            attention output, to the text rows alone.
+            What attention adds to the local tokens: to both kinds, or, where visual tokens have no
+            attention output, to the text tokens alone.
         """
         query, key, value = self._project_in(hidden_states, inputs)
         if not self.images_are_apart:
             inputs.show(self.layer_number, query, key, self.core_attention.scale)
         head_mask = self.head_mask(value)
         text = self._attend(query, key, value, head_mask, inputs)
-        visual = value[: inputs.plan.num_diagonal_rows]
+        visual = value[: inputs.plan.num_diagonal_tokens]
         if head_mask is not None:
             visual = visual * head_mask.to(visual.dtype).unsqueeze(-1)
         return self._project_out(visual, text, inputs)
@@ -112,8 +113,8 @@ class DecomposedSelfAttention(SelfAttention):
     def _project_in(
         self, hidden_states: Tensor, inputs: LayerInputs
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query of the scored rows, key and value of all rows."""
-        first_scored, _ = inputs.plan.scored_rows
+        """Query of the scored tokens, key and value of all tokens."""
+        first_scored, _ = inputs.plan.scored_tokens
         if self.savings.visual_queries and first_scored:
             return project_queries_keys_values(
                 hidden_states,
@@ -144,18 +145,18 @@ class DecomposedSelfAttention(SelfAttention):
         return core(query, key, value)
 
     def _project_out(self, visual: Tensor, scored: Tensor, inputs: LayerInputs) -> Tensor:
-        """From values of diagonal rows, [rows, groups, D], and outputs of scored rows."""
+        """From values of diagonal tokens, [tokens, groups, D], and outputs of scored tokens."""
         shards = inputs.shards
         if visual.shape[0] and self.savings.folded_output:
             groups, head_dim = visual.shape[1:]
             weight = self.linear_proj.weight
             folded = fold_output_weight(weight, groups, head_dim)
-            out = shards.leave(visual.flatten(1) @ folded.T, scored @ weight.T)
+            out = shards.reduce_scatter(visual.flatten(1) @ folded.T, scored @ weight.T)
             return out.unsqueeze(1)
         if visual.shape[0]:
             heads = self.num_attention_heads_per_partition
             scored = torch.cat((diagonal_attention(visual, heads).flatten(1), scored))
-        if scored.shape[0] == inputs.plan.num_rows:
+        if scored.shape[0] == inputs.plan.num_tokens:
             scored = shards.to_rank_order(scored)
         out, _ = self.linear_proj(scored.unsqueeze(1))
         return out
@@ -165,7 +166,7 @@ class DecomposedSelfAttention(SelfAttention):
         the device of `value`; None if all do.
 
         The mask says what a model with pruned heads computes; it saves nothing. Scores, keys and
-        values of the silent heads are computed, since their softmax still counts visual rows.
+        values of the silent heads are computed, since their softmax still counts visual tokens.
         """
         if self.heads_with_images == self.config.num_query_groups:
             return None

@@ -11,27 +11,29 @@ class ExactSavings:
     """Work that no result depends on, and that is therefore not done.
 
     Outputs and gradients are the same with and without, but for the order of roundings. Where a
-    preset needs the work (visual rows that attend need queries) the switch has no effect.
+    preset needs the work (visual tokens that attend need queries) the switch has no effect.
     """
 
     visual_queries: bool = True
-    """Project queries of text rows only, where visual rows do not attend."""
+    """Project queries of text tokens only, where visual tokens do not attend."""
     folded_output: bool = True
-    """Project a diagonal visual row's values by the output weight summed over each key head's group
-    of query heads, instead of repeating them for every query head."""
-    unread_rows: bool = True
-    """In the last layer that sees images, give visual rows keys and values only."""
+    """Project a diagonal visual token's values by the output weight summed over each key head's
+    group of query heads, instead of repeating them for every query head."""
+    unread_tokens: bool = True
+    """In the last layer that sees images, give visual tokens keys and values only."""
     labelled_logits: bool = True
-    """Compute logits and losses of the rows that predict a labelled token; else of all text rows,
-    and those without a label are dropped afterwards."""
-    ffn_chunk_rows: int = 0
-    """Run the second half of a layer (norm and FFN) on this many rows at a time and recompute each
-    chunk in the backward pass, so that its activations do not grow with the pack; 0 does not."""
+    """Compute logits and losses of the tokens that predict a labelled token; else of all text
+    tokens, and those without a label are dropped afterwards."""
+    ffn_chunk_tokens: int = 0
+    """Run the second half of a layer (norm and FFN) on this many tokens at a time and recompute
+    each chunk in the backward pass, so that its activations do not grow with the pack; 0 does
+    not."""
 
     def __post_init__(self) -> None:
-        if self.ffn_chunk_rows < 0:
+        if self.ffn_chunk_tokens < 0:
             raise ConfigError(
-                f"training.savings.ffn_chunk_rows must not be negative, got {self.ffn_chunk_rows}"
+                "training.savings.ffn_chunk_tokens must not be negative, got "
+                f"{self.ffn_chunk_tokens}"
             )
 
 

@@ -2,7 +2,7 @@
 
 What the adapter does once in front of the decoder, and a `VisualProjector` in every layer. The two
 linear layers are cut over the tensor-parallel ranks. Under sequence parallelism, which the config
-says, they gather the rows of all ranks and hand each rank its own rows back.
+says, they gather the tokens of all ranks and hand each rank its own tokens back.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ from megatron_dattn.models.norm import RMSNorm
 
 
 class FeatureMLP(MegatronModule):
-    """The two linear layers and their norms; subclasses say which rows pass them.
+    """The two linear layers and their norms; subclasses say which tokens pass them.
 
     Args:
         config: gives dtype, initialization and sequence parallelism.
@@ -70,8 +70,8 @@ class FeatureMLP(MegatronModule):
     def project(self, features: Tensor) -> Tensor:
         """[..., input_size] -> [..., output_size]."""
         middle, _ = self.linear_fc1(self.norm(features))
-        rows, _ = self.linear_fc2(F.gelu(middle))
-        return self.output_norm(rows)
+        tokens, _ = self.linear_fc2(F.gelu(middle))
+        return self.output_norm(tokens)
 
 
 def _init_for(fan_in: int) -> partial[Tensor]:

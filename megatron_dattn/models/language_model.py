@@ -1,8 +1,8 @@
-"""The language model: megatron-core's GPTModel with rows in and labelled rows out.
+"""The language model: megatron-core's GPTModel with tokens in and labelled tokens out.
 
 GPTModel brings the modules, their sharding over ranks and their checkpoint layout. Its forward pass
-assumes one token sequence with rotary positions of its own; here the rows arrive embedded, the
-positions come with the attention plan, and the head runs on the labelled text rows alone.
+assumes one token sequence with rotary positions of its own; here the tokens arrive embedded, the
+positions come with the attention plan, and the head runs on the labelled text tokens alone.
 """
 
 import torch
@@ -19,17 +19,17 @@ from megatron_dattn.models.attention_inputs import AttentionInputs
 from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.layer_specs import Implementation, language_block_spec
-from megatron_dattn.models.row_shards import RowShards
+from megatron_dattn.parallel.sequence import SequenceLayout
 
 
 class DAttnLanguageModel(GPTModel):
-    """A decoder over packed visual and text rows.
+    """A decoder over packed visual and text tokens.
 
     Args:
         config: from `language_transformer_config`.
         language: sizes.
         implementation: whose linear layers and norms to use.
-        preset: which rows see which.
+        preset: which tokens see which.
         savings: what to leave out.
         feature_size: width of the vision encoder's features.
         pre_process: this pipeline stage has the embedding.
@@ -72,13 +72,13 @@ class DAttnLanguageModel(GPTModel):
         )
         self.language = language
         if post_process:
-            # The head's input is not sharded by rows: `RowShards.take` has gathered it. So it
-            # must not gather again, and must all-reduce the gradient of its input.
+            # The head's input is not sharded by tokens: `SequenceLayout.take` has gathered it. So
+            # it must not gather again, and must all-reduce the gradient of its input.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings, [rows] -> [rows, 1, H], equal on every tensor-parallel rank."""
+        """Token embeddings, [tokens] -> [tokens, 1, H], equal on every tensor-parallel rank."""
         return self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)
 
     @torch.no_grad()
@@ -87,55 +87,56 @@ class DAttnLanguageModel(GPTModel):
         rank, which must call it together."""
         table: Tensor = self.embedding.word_embeddings.weight
         first = self.pg_collection.tp.rank() * table.shape[0]
-        tokens = table[: max(0, self.language.vocab_size - first)]
+        rows = table[: max(0, self.language.vocab_size - first)]
         sums = torch.zeros(3, dtype=torch.float64, device=table.device)
-        for rows in tokens.split(4096):  # not the whole table in another precision at once
-            exact = rows.double()
+        for block in rows.split(4096):  # not the whole table in another precision at once
+            exact = block.double()
             sums += torch.stack((torch.ones_like(exact).sum(), exact.sum(), exact.square().sum()))
         torch.distributed.all_reduce(sums, group=self.pg_collection.tp)
         count, total, squares = sums.tolist()
         return float((squares / count - (total / count) ** 2) ** 0.5)
 
-    def scale_rows(self, rows: Tensor) -> Tensor:
-        """What enters the first layer for these rows, in the family's scale.
+    def scale_tokens(self, tokens: Tensor) -> Tensor:
+        """What enters the first layer for these tokens, in the family's scale.
 
-        Gemma-2 multiplies embeddings by sqrt(H), rounded to their dtype. Visual rows are multiplied
-        like text rows, so the adapter's output stands beside the embedding table's entries.
+        Gemma-2 multiplies embeddings by sqrt(H), rounded to their dtype. Visual tokens are
+        multiplied like text tokens, so the adapter's output stands beside the embedding table's
+        entries.
         """
         if self.language.embedding_scale == 1.0:
-            return rows
+            return tokens
         # Through float32, as Hugging Face keeps the factor.
         scale = torch.tensor(self.language.embedding_scale, dtype=torch.float32)
-        return rows * scale.to(rows)
+        return tokens * scale.to(tokens)
 
     def forward(self, decoder_input: Tensor | None, attention: AttentionInputs) -> Tensor:
         """Run this stage's layers.
 
         Args:
-            decoder_input: scaled rows, [S, 1, H] (under sequence parallelism this rank's share of
+            decoder_input: scaled tokens, [S, 1, H] (under sequence parallelism this rank's share of
                 them); None on stages after the first, which use what `set_input_tensor` was given.
             attention: what the layers need to know about the micro-batch.
 
         Returns:
             Hidden states shaped like the input; on the last stage after the final norm, and of the
-            text rows alone if nobody reads the visual ones.
+            text tokens alone if nobody reads the visual ones.
         """
         return self.decoder(
             hidden_states=decoder_input, attention_mask=None, attention_bias=attention
         )
 
-    def logits(self, hidden_states: Tensor, rows: Tensor, shards: RowShards) -> Tensor:
-        """This rank's share of the vocabulary's logits at the chosen rows.
+    def logits(self, hidden_states: Tensor, tokens: Tensor, shards: SequenceLayout) -> Tensor:
+        """This rank's share of the vocabulary's logits at the chosen tokens.
 
         Args:
-            hidden_states: of the last stage, local rows of both kinds or text rows alone.
-            rows: packed rows, int64 [N].
-            shards: how the rows are spread over the ranks.
+            hidden_states: of the last stage, local tokens of both kinds or text tokens alone.
+            tokens: packed tokens, int64 [N].
+            shards: how the tokens are spread over the ranks.
 
         Returns:
             [N, padded_vocab_size / tensor-parallel size]; -inf where there is no token
         """
-        chosen = shards.take(hidden_states, rows)
+        chosen = shards.take(hidden_states, tokens)
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else None
         logits, _ = self.output_layer(chosen.squeeze(1), weight=weight)
@@ -145,7 +146,7 @@ class DAttnLanguageModel(GPTModel):
         return self._without_padding(logits)
 
     def _without_padding(self, logits: Tensor) -> Tensor:
-        """Rows of the head behind the vocabulary must neither win nor count in the softmax."""
+        """Tokens of the head behind the vocabulary must neither win nor count in the softmax."""
         language, here = self.language, logits.shape[1]
         first = self.pg_collection.tp.rank() * here
         valid = max(0, min(here, language.vocab_size - first))
@@ -154,31 +155,33 @@ class DAttnLanguageModel(GPTModel):
         padding = logits.new_full((logits.shape[0], here - valid), -torch.inf)
         return torch.cat((logits[:, :valid], padding), dim=1)
 
-    def gathered_logits(self, hidden_states: Tensor, rows: Tensor, shards: RowShards) -> Tensor:
+    def gathered_logits(
+        self, hidden_states: Tensor, tokens: Tensor, shards: SequenceLayout
+    ) -> Tensor:
         """Logits over the whole vocabulary, [N, vocab_size], on every tensor-parallel rank."""
         logits = gather_from_tensor_model_parallel_region(
-            self.logits(hidden_states, rows, shards), group=self.pg_collection.tp
+            self.logits(hidden_states, tokens, shards), group=self.pg_collection.tp
         )
         return logits[:, : self.language.vocab_size]
 
     def losses(
-        self, hidden_states: Tensor, rows: Tensor, labels: Tensor, shards: RowShards
+        self, hidden_states: Tensor, tokens: Tensor, labels: Tensor, shards: SequenceLayout
     ) -> Tensor:
         """Cross entropy of each label, fp32 [N].
 
         Args:
             hidden_states: of the last stage.
-            rows: packed row that predicts each label, int64 [N].
+            tokens: packed token that predicts each label, int64 [N].
             labels: token ids, int64 [N].
-            shards: how the rows are spread over the ranks.
+            shards: how the tokens are spread over the ranks.
 
         With N = 0 the result is empty but hangs on the whole graph: its sum's backward pass gives
         every parameter a zero gradient, so that data-parallel reductions stay in step.
         """
         num_labels = labels.shape[0]
         if num_labels == 0:
-            rows, labels = rows.new_full((1,), shards.visual), labels.new_zeros(1)
-        logits = self.logits(hidden_states, rows, shards)
+            tokens, labels = tokens.new_full((1,), shards.visual), labels.new_zeros(1)
+        logits = self.logits(hidden_states, tokens, shards)
         if self.config.tensor_model_parallel_size > 1:
             losses = vocab_parallel_cross_entropy(logits, labels)
         else:

@@ -73,7 +73,7 @@ def language_block_spec(
 ) -> TransformerBlockSubmodules:
     """The decoder's layers of one pipeline stage, with decomposed attention, and its final norm.
 
-    The norm before the attention is a module of its own in both implementations, because its rows
+    The norm before the attention is a module of its own in both implementations, because its tokens
     are multiplied with parts of the fused weight. Before the FFN it is fused where it can be.
     """
     fused_ffn = implementation == "transformer_engine" and preset.visual.ffn in (0.0, 1.0)

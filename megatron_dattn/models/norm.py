@@ -1,8 +1,8 @@
 """RMSNorms and LayerNorm for the local (not Transformer Engine) path.
 
 megatron-core's own wrapper around torch's norms refuses sequence parallelism. Under it every rank
-normalizes other rows, so the weights' gradients are partial sums; the attribute `sequence_parallel`
-on a parameter tells megatron-core's `finalize_model_grads` to add them up.
+normalizes other tokens, so the weights' gradients are partial sums; the attribute
+`sequence_parallel` on a parameter tells megatron-core's `finalize_model_grads` to add them up.
 """
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm with the numerics of Hugging Face's `MistralRMSNorm`.
 
-    The statistics are taken in fp32 (fp64 for fp64 inputs); the normalized row is rounded to the
+    The statistics are taken in fp32 (fp64 for fp64 inputs); the normalized token is rounded to the
     input's dtype before the weight is applied.
 
     Args:
-        config: gives the parameters' dtype and whether rows are sharded over the ranks.
-        hidden_size: length of a row.
+        config: gives the parameters' dtype and whether tokens are sharded over the ranks.
+        hidden_size: length of a token.
         eps: added to the mean square.
     """
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import Scoring, visual_weight
+from megatron_dattn.attention import Scoring, alpha_v
 
 NO_ALPHA = "reads images by attention of its own, apart from the text's: there is no alpha_V"
 """Of a preset with merge "cascade"; the preset's name stands before it."""
@@ -25,17 +25,17 @@ class AttentionObserver(Protocol):
         """
         Args:
             layer_number: in the whole decoder, from 1.
-            query: of this rank's heads, as projected, without rotation, of all rows or of the text
-                rows alone, [.., Hq, D].
-            key: of all rows, [S, Hk, D], or of the visual rows that a cross-attention reads.
+            query: of this rank's heads, as projected, without rotation, of all tokens or of the
+                text tokens alone, [.., Hq, D].
+            key: of all tokens, [S, Hk, D], or of the visual tokens that a cross-attention reads.
             scoring: how scores come from them.
         """
 
 
 class VisualWeightMeter:
-    """Mean alpha_V (equation 9) of this rank's heads over the text rows that see an image.
+    """Mean alpha_V (equation 9) of this rank's heads over the text tokens that see an image.
 
-    Sums on the device, without waiting for it. A layer that is shown the same rows twice, as in
+    Sums on the device, without waiting for it. A layer that is shown the same tokens twice, as in
     full recomputation, counts them twice in both sums: the mean stays.
     """
 
@@ -45,11 +45,11 @@ class VisualWeightMeter:
             num_layers: of the whole decoder; layers of other pipeline stages stay at 0.
             num_heads: query heads of this rank.
         """
-        self.weights = torch.zeros(num_layers, num_heads, dtype=torch.float32, device=device)
-        self.rows = torch.zeros(num_layers, dtype=torch.float32, device=device)
+        self.alpha = torch.zeros(num_layers, num_heads, dtype=torch.float32, device=device)
+        self.counts = torch.zeros(num_layers, dtype=torch.float32, device=device)
 
     def __call__(self, layer_number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
         assert scoring.plan.merge != "cascade", "the configuration refuses it"
-        weights = visual_weight(query, key, scoring)
-        self.weights[layer_number - 1] += weights.sum(0)
-        self.rows[layer_number - 1] += scoring.plan.num_seeing
+        weights = alpha_v(query, key, scoring)
+        self.alpha[layer_number - 1] += weights.sum(0)
+        self.counts[layer_number - 1] += scoring.plan.num_seeing

@@ -1,8 +1,8 @@
 """A gated FFN of which only the first neurons are used.
 
-YOPO lets visual rows pass a share of the FFN's neurons. Which neurons these are must not depend on
-how the weights are cut: under tensor parallelism the low ranks hold the first ones and do the work,
-the others may have none.
+YOPO lets visual tokens pass a share of the FFN's neurons. Which neurons these are must not depend
+on how the weights are cut: under tensor parallelism the low ranks hold the first ones and do the
+work, the others may have none.
 """
 
 from megatron.core.tensor_parallel.mappings import (
@@ -18,11 +18,11 @@ from megatron_dattn.attention import num_shared
 
 
 def partial_ffn(mlp: MLP, normed: Tensor, share: float) -> Tensor:
-    """What the first `share` of the neurons adds to some rows.
+    """What the first `share` of the neurons adds to some tokens.
 
     Args:
         mlp: the layer's gated FFN without biases; its first weight is `[gate; up]` on every rank.
-        normed: normalized local rows, [rows, 1, H], equally many on every rank.
+        normed: normalized local tokens, [tokens, 1, H], equally many on every rank.
 
     Returns:
         Shaped like `normed`.
@@ -33,10 +33,10 @@ def partial_ffn(mlp: MLP, normed: Tensor, share: float) -> Tensor:
     used = max(0, min(used, here))
     gate, up = (half[:used] for half in mlp.linear_fc1.weight.chunk(2))
     if config.sequence_parallel:
-        rows = gather_from_sequence_parallel_region(normed, group=group)
+        tokens = gather_from_sequence_parallel_region(normed, group=group)
     else:
-        rows = copy_to_tensor_model_parallel_region(normed, group=group)
-    middle = mlp.activation_func(rows @ gate.T) * (rows @ up.T)
+        tokens = copy_to_tensor_model_parallel_region(normed, group=group)
+    middle = mlp.activation_func(tokens @ gate.T) * (tokens @ up.T)
     partial = middle @ mlp.linear_fc2.weight[:, :used].T
     if config.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(partial, group=group)

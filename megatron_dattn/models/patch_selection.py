@@ -15,15 +15,15 @@ _QUERY_CHUNK = 64
 
 @torch.no_grad()
 def attention_received(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
-    """Attention that every row receives, averaged over the given heads and queries.
+    """Attention that every token receives, averaged over the given heads and queries.
 
     Args:
         query: [images, heads, queries, head_dim], those whose attention counts.
-        key: [images, heads, rows, head_dim].
+        key: [images, heads, tokens, head_dim].
         scale: of the scores; head_dim^-0.5 by default.
 
     Returns:
-        [images, rows]; an image's values add up to 1. Scores and result are fp32 (fp64 for fp64
+        [images, tokens]; an image's values add up to 1. Scores and result are fp32 (fp64 for fp64
         inputs).
     """
     images, heads, asking, head_dim = query.shape

@@ -1,12 +1,12 @@
-"""Attention's projections with rows of two kinds: what visual rows do not need is not computed.
+"""Attention's projections with tokens of two kinds: what visual tokens do not need is not computed.
 
 The weights are those of megatron-core's fused `linear_qkv` and `linear_proj`, so that checkpoints
 do not depend on how they are used. Two exact savings:
 
-- visual rows that do not attend need no query: `project_queries_keys_values` multiplies them with
+- visual tokens that do not attend need no query: `project_queries_keys_values` multiplies them with
   the key and value rows of the fused weight alone;
-- a diagonal row's output is `W_o` times its values, repeated for every query head of a group. That
-  is the sum of W_o over the group times the values once: `fold_output_weight`.
+- a diagonal token's output is `W_o` times its values, repeated for every query head of a group.
+  That is the sum of W_o over the group times the values once: `fold_output_weight`.
 
 Both read one weight twice. megatron-core's fused weight-gradient accumulation would lose one of the
 two gradients without a word (its hook drops `param.grad` once the kernel has written `main_grad`);
@@ -19,24 +19,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_dattn.models.row_shards import RowShards
+from megatron_dattn.parallel.sequence import SequenceLayout
 
 
 def project_queries_keys_values(
-    local: Tensor, weight: Tensor, shards: RowShards, num_groups: int, head_dim: int
+    local: Tensor, weight: Tensor, shards: SequenceLayout, num_groups: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of text rows, keys and values of all rows.
+    """Queries of text tokens, keys and values of all tokens.
 
     Args:
-        local: normalized rows of this rank, `[V_r | T_r]`, [rows, 1, H].
+        local: normalized tokens of this rank, `[V_r | T_r]`, [tokens, 1, H].
         weight: this rank's share of the fused weight, [groups * (queries + 2) * head_dim, H]; in
             every group stand its query heads, then its key, then its value.
         num_groups: key heads of this rank.
 
     Returns:
-        Query [text rows, query heads, head_dim]; key and value [all rows, groups, head_dim].
+        Query [text tokens, query heads, head_dim]; key and value [all tokens, groups, head_dim].
     """
-    query, key_value = _ProjectRows.apply(local.squeeze(1), weight, shards, num_groups, head_dim)
+    query, key_value = _ProjectTokens.apply(local.squeeze(1), weight, shards, num_groups, head_dim)
     key, value = key_value.unflatten(1, (2, num_groups, head_dim)).unbind(1)
     return query.unflatten(1, (-1, head_dim)), key, value
 
@@ -46,21 +46,26 @@ def fold_output_weight(weight: Tensor, num_groups: int, head_dim: int) -> Tensor
     return weight.unflatten(1, (num_groups, -1, head_dim)).sum(2).flatten(1)
 
 
-class _ProjectRows(torch.autograd.Function):
-    """Gathers the rows, multiplies, and gathers them again in the backward pass.
+class _ProjectTokens(torch.autograd.Function):
+    """Gathers the tokens, multiplies, and gathers them again in the backward pass.
 
-    Keeping the gathered rows for it would undo the memory that sequence parallelism saves.
+    Keeping the gathered tokens for it would undo the memory that sequence parallelism saves.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, local: Tensor, weight: Tensor, shards: RowShards, num_groups: int, head_dim: int
+        ctx: Any,
+        local: Tensor,
+        weight: Tensor,
+        shards: SequenceLayout,
+        num_groups: int,
+        head_dim: int,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(local, weight)
         ctx.shards, ctx.heads = shards, (num_groups, head_dim)
-        rows = shards.enter(local)
+        tokens = shards.all_gather(local)
         query_weight, key_value_weight = _parts(weight, num_groups, head_dim)
-        return rows[-shards.text :] @ query_weight.T, rows @ key_value_weight.T
+        return tokens[-shards.text :] @ query_weight.T, tokens @ key_value_weight.T
 
     @staticmethod
     @once_differentiable
@@ -68,17 +73,17 @@ class _ProjectRows(torch.autograd.Function):
         ctx: Any, grad_query: Tensor, grad_key_value: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         local, weight = ctx.saved_tensors
-        shards: RowShards = ctx.shards
+        shards: SequenceLayout = ctx.shards
         query_weight, key_value_weight = _parts(weight, *ctx.heads)
         grad_local, grad_weight = None, None
         if ctx.needs_input_grad[0]:
-            grad_rows = grad_key_value @ key_value_weight
-            grad_rows[-shards.text :] += grad_query @ query_weight
-            grad_local = shards.leave(grad_rows)
+            grad_tokens = grad_key_value @ key_value_weight
+            grad_tokens[-shards.text :] += grad_query @ query_weight
+            grad_local = shards.reduce_scatter(grad_tokens)
         if ctx.needs_input_grad[1]:
-            rows = shards.enter(local)
+            tokens = shards.all_gather(local)
             grad_weight = _join_parts(
-                grad_query.T @ rows[-shards.text :], grad_key_value.T @ rows, weight, *ctx.heads
+                grad_query.T @ tokens[-shards.text :], grad_key_value.T @ tokens, weight, *ctx.heads
             )
         return grad_local, grad_weight, None, None, None
 

@@ -1,7 +1,7 @@
 """megatron-core's TransformerConfigs for the language model and for what stands before it.
 
 The one place that translates our settings into megatron-core's. The vision encoder and the adapter
-run under a config of their own: replicated rows (no sequence parallelism), one pipeline stage, no
+run under a config of their own: replicated tokens (no sequence parallelism), one pipeline stage, no
 FP8, because they live on the first stage only and hand over whole images.
 """
 

@@ -40,7 +40,7 @@ class BidirectionalCore(torch.nn.Module):
         a recomputation after it adds none.
 
         Args:
-            asking: only the attention of so many leading rows counts; by default that of all.
+            asking: only the attention of so many leading tokens counts; by default that of all.
         """
         self._received, self._asking = [], asking
         try:

@@ -57,7 +57,7 @@ class PatchEmbedding(torch.nn.Conv2d):
 class VisionEncoder(MegatronModule):
     """The encoder up to its feature layer.
 
-    CLIP's class token attends and is attended to like a patch, as row 0 of an image. It has no
+    CLIP's class token attends and is attended to like a patch, as token 0 of an image. It has no
     place in a grid and is no feature.
 
     Args:
@@ -112,24 +112,24 @@ class VisionEncoder(MegatronModule):
             where there is none, on average from the patches; equal on all tensor-parallel ranks
             and without a gradient. The class token's attention to itself is left out.
         """
-        rows = self._rows(pixel_values.to(self.patch_embedding.weight.dtype))
-        hidden_states = rows.transpose(0, 1).contiguous()  # rows first, as megatron-core has it
+        tokens = self._tokens(pixel_values.to(self.patch_embedding.weight.dtype))
+        hidden_states = tokens.transpose(0, 1).contiguous()  # tokens first, as megatron-core has it
         if not with_attention:
             return self._encode(hidden_states)
         core = self.encoder.layers[-1].self_attention.core_attention
-        # The class token is row 0. What it asks for is what the whole image is about (FasterVLM).
+        # The class token is token 0. What it asks for is what the whole image is about (FasterVLM).
         asking = None if self.class_embedding is None else 1
         with core.recording(asking) as received:
             features = self._encode(hidden_states)
         (of_own_heads,) = received
         return features, _mean_over_heads(of_own_heads)[:, -self.vision.num_patches :]
 
-    def _rows(self, pixel_values: Tensor) -> Tensor:
+    def _tokens(self, pixel_values: Tensor) -> Tensor:
         """What enters the first layer, [images, places, hidden_size]."""
-        rows = self.patch_embedding(pixel_values)
+        tokens = self.patch_embedding(pixel_values)
         if self.class_embedding is not None:
-            rows = torch.cat((self.class_embedding.expand(rows.shape[0], 1, -1), rows), dim=1)
-        return self.pre_layernorm(rows + self.position_embedding)
+            tokens = torch.cat((self.class_embedding.expand(tokens.shape[0], 1, -1), tokens), dim=1)
+        return self.pre_layernorm(tokens + self.position_embedding)
 
     def _encode(self, hidden_states: Tensor) -> Tensor:
         """Features of the patches, without the class token's."""

@@ -1,6 +1,6 @@
-"""Visual rows that are made anew in every layer, from the encoder's features (SAISA).
+"""Visual tokens that are made anew in every layer, from the encoder's features (SAISA).
 
-Where `visual.source` is "reproject", visual rows have no state. They carry the encoder's features
+Where `visual.source` is "reproject", visual tokens have no state. They carry the encoder's features
 through all layers and pipeline stages, padded with zeros to the language model's width, and every
 decoder layer projects them to that width by an MLP of its own before it makes keys and values of
 them. There is no adapter then: these MLPs do its work.
@@ -13,13 +13,13 @@ from torch import Tensor
 from megatron_dattn.models.feature_mlp import FeatureMLP
 
 
-def features_as_rows(features: Tensor, hidden_size: int) -> Tensor:
+def features_as_tokens(features: Tensor, hidden_size: int) -> Tensor:
     """Features padded with zeros to the language model's width.
 
     [images, patches, feature_size] -> [images * patches, hidden_size].
     """
-    rows = features.flatten(0, 1)
-    return F.pad(rows, (0, hidden_size - rows.shape[1]))
+    tokens = features.flatten(0, 1)
+    return F.pad(tokens, (0, hidden_size - tokens.shape[1]))
 
 
 class VisualProjector(FeatureMLP):
@@ -44,14 +44,14 @@ class VisualProjector(FeatureMLP):
         )
         self.feature_size = feature_size
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """This layer's visual rows.
+    def forward(self, tokens: Tensor) -> Tensor:
+        """This layer's visual tokens.
 
         Args:
-            rows: [rows, 1, hidden_size] as `features_as_rows` makes them; under sequence
+            tokens: [tokens, 1, hidden_size] as `features_as_tokens` makes them; under sequence
                 parallelism this rank's share, equally many on every rank.
 
         Returns:
-            [rows, 1, hidden_size], of the same rows.
+            [tokens, 1, hidden_size], of the same tokens.
         """
-        return self.project(rows[..., : self.feature_size])
+        return self.project(tokens[..., : self.feature_size])

@@ -1,7 +1,7 @@
-"""The vision-language model: images and text in, losses of labelled text rows out.
+"""The vision-language model: images and text in, losses of labelled text tokens out.
 
-Images are encoded, adapted to the language model's width and placed in front of the text as rows
-of one packed tensor; the decoder treats rows of both kinds alike except in its attention. Vision
+Images are encoded, adapted to the language model's width and placed in front of the text as tokens
+of one packed tensor; the decoder treats tokens of both kinds alike except in its attention. Vision
 encoder and adapter exist on the first pipeline stage only, the head on the last. Every stage
 derives the attention plan from the layout, so every stage needs the batch (only the first its
 pixels).
@@ -19,7 +19,7 @@ from megatron_dattn.attention import (
     TokenLayout,
     get_preset,
     layer_rules,
-    output_rows,
+    output_tokens,
     select_backend,
 )
 from megatron_dattn.data.labels import IGNORED_LABEL
@@ -31,14 +31,14 @@ from megatron_dattn.models.language_model import DAttnLanguageModel
 from megatron_dattn.models.layer_specs import resolve_implementation
 from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.models.patch_selection import most_attended, take_patches
-from megatron_dattn.models.row_shards import RowShards
 from megatron_dattn.models.transformer_config import (
     language_transformer_config,
     vision_transformer_config,
 )
 from megatron_dattn.models.vision_encoder import VisionEncoder
-from megatron_dattn.models.visual_projector import features_as_rows
+from megatron_dattn.models.visual_projector import features_as_tokens
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.parallel.sequence import SequenceLayout
 
 if TYPE_CHECKING:
     from megatron_dattn.data.sample import PackedBatch
@@ -90,7 +90,7 @@ class DAttnVLM(MegatronModule):
         self.rules = layer_rules(
             self.attention,
             model.language.num_hidden_layers,
-            skip_unread=execution.savings.unread_rows,
+            skip_unread=execution.savings.unread_tokens,
         )
         self.language_model = DAttnLanguageModel(
             self.config,
@@ -112,31 +112,33 @@ class DAttnVLM(MegatronModule):
             observer: is shown the queries and keys of every layer of this stage.
 
         Returns:
-            Hidden states [S, 1, H] (this rank's share of the rows under sequence parallelism) on
-            stages before the last; there, the fp32 loss of every labelled text row, in row order.
-            A batch without labels gives an empty vector that is still connected to the graph.
+            Hidden states [S, 1, H] (this rank's share of the tokens under sequence parallelism) on
+            stages before the last; there, the fp32 loss of every labelled text token, in token
+            order. A batch without labels gives an empty vector that is still connected to the
+            graph.
         """
         hidden_states = self._hidden_states(batch, observer)
         if not self.post_process:
             return hidden_states
         labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
-        rows = output_rows(batch.layout, self.attention).to(labelled.device)
+        tokens = output_tokens(batch.layout, self.attention).to(labelled.device)
         shards = self._shards(batch.layout)
         if self.labelled_logits:
             return self.language_model.losses(
-                hidden_states, rows[labelled], batch.labels[labelled], shards
+                hidden_states, tokens[labelled], batch.labels[labelled], shards
             )
         any_token = batch.labels.clamp(min=0)
-        return self.language_model.losses(hidden_states, rows, any_token, shards)[labelled]
+        return self.language_model.losses(hidden_states, tokens, any_token, shards)[labelled]
 
     def forward_logits(
-        self, batch: "PackedBatch", rows: Tensor, observer: AttentionObserver | None = None
+        self, batch: "PackedBatch", tokens: Tensor, observer: AttentionObserver | None = None
     ) -> Tensor:
-        """Next-token logits at chosen packed rows, for generation and evaluation.
+        """Next-token logits at chosen packed tokens, for generation and evaluation.
 
         Args:
             batch: as for `forward`; its labels are not read.
-            rows: packed rows, int64 [N], equal on every rank: of those that `output_rows` names.
+            tokens: packed tokens, int64 [N], equal on every rank: of those that `output_tokens`
+                names.
             observer: as for `forward`.
 
         Returns:
@@ -146,7 +148,7 @@ class DAttnVLM(MegatronModule):
         if not self.post_process:
             return hidden_states
         shards = self._shards(batch.layout)
-        return self.language_model.gathered_logits(hidden_states, rows, shards)
+        return self.language_model.gathered_logits(hidden_states, tokens, shards)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the previous stage's hidden states (called by the pipeline schedules)."""
@@ -162,27 +164,27 @@ class DAttnVLM(MegatronModule):
         return self.language_model(decoder_input, attention)
 
     def _decoder_input(self, batch: "PackedBatch") -> Tensor:
-        """This rank's share of the rows [visual, padded to the budget | text], [rows, 1, H]."""
+        """This rank's share of the tokens [visual, padded to the budget | text], [tokens, 1, H]."""
         text = self.language_model.embed(batch.input_ids)
-        visual = self.visual_rows(batch.pixel_values)
-        expected = batch.layout.num_visual_rows
+        visual = self.visual_tokens(batch.pixel_values)
+        expected = batch.layout.num_visual_tokens
         assert visual is None or visual.shape[0] == expected, (
-            f"{visual.shape[0]} visual rows came out of the adapter, the layout has {expected}"
+            f"{visual.shape[0]} visual tokens came out of the adapter, the layout has {expected}"
         )
         padding = text.new_zeros(batch.layout.visual_budget - expected, *text.shape[1:])
         parts = (padding, text) if visual is None else (visual.unsqueeze(1), padding, text)
-        rows = self.language_model.scale_rows(torch.cat(parts))
-        rows = self._shards(batch.layout).scatter(rows)
-        if self.adapter is None and torch.is_grad_enabled() and not rows.requires_grad:
+        tokens = self.language_model.scale_tokens(torch.cat(parts))
+        tokens = self._shards(batch.layout).scatter(tokens)
+        if self.adapter is None and torch.is_grad_enabled() and not tokens.requires_grad:
             # Recomputed layers pass on gradients, also to their own parameters, only if their input
             # wants one; here it may come from frozen modules alone.
-            rows.requires_grad_()
-        return rows
+            tokens.requires_grad_()
+        return tokens
 
-    def visual_rows(self, pixel_values: Tensor) -> Tensor | None:
-        """Encode and adapt the images, [valid visual rows, H].
+    def visual_tokens(self, pixel_values: Tensor) -> Tensor | None:
+        """Encode and adapt the images, [valid visual tokens, H].
 
-        Without images: None if nothing here is trained, else no rows of a blank image. Those hang
+        Without images: None if nothing here is trained, else no tokens of a blank image. Those hang
         on the graph of every parameter, so that the data-parallel reduction of this micro-batch's
         gradients finds the same parameters on every rank.
         """
@@ -196,14 +198,14 @@ class DAttnVLM(MegatronModule):
         with torch.set_grad_enabled(train_vision):
             features, kept = self._features(pixel_values)
         if self.adapter is None:
-            rows = features_as_rows(features, self.config.hidden_size)
+            tokens = features_as_tokens(features, self.config.hidden_size)
         else:
-            rows = self.adapter(features, self.model_config.vision.grid, kept)
-        return rows[:0] if no_images else rows
+            tokens = self.adapter(features, self.model_config.vision.grid, kept)
+        return tokens[:0] if no_images else tokens
 
     @torch.no_grad()
     def start_at_text_scale(self) -> float | None:
-        """Let a new adapter's visual rows begin as large as text rows.
+        """Let a new adapter's visual tokens begin as large as text tokens.
 
         Collective over the tensor-parallel ranks, whose embeddings hold other tokens each.
 
@@ -231,7 +233,7 @@ class DAttnVLM(MegatronModule):
         if self.attention.visual.keep == 1.0:
             return self.vision_model(pixel_values), None
         features, received = self.vision_model(pixel_values, with_attention=True)
-        kept = most_attended(received, self.model_config.rows_per_image)
+        kept = most_attended(received, self.model_config.tokens_per_image)
         return take_patches(features, kept), kept
 
     def attention_inputs(
@@ -260,8 +262,8 @@ class DAttnVLM(MegatronModule):
             observer=observer,
         )
 
-    def _shards(self, layout: TokenLayout) -> RowShards:
-        return RowShards(
+    def _shards(self, layout: TokenLayout) -> SequenceLayout:
+        return SequenceLayout(
             layout.visual_budget,
             layout.text_budget,
             self.pg_collection.tp,

@@ -17,7 +17,7 @@ class ParallelConfig:
     num_layers_in_last_pipeline_stage: int | None = None
     """Those of the last stage, which also has the head."""
     sequence_parallel: bool = False
-    """Shard norms and residuals along the rows inside the tensor-parallel group."""
+    """Shard norms and residuals along the tokens inside the tensor-parallel group."""
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     distributed_timeout_minutes: float = 10.0

@@ -1,10 +1,10 @@
 """What decoder layers cost under a configuration: scored pairs and operations.
 
-Two operations per multiply-add, forward, matrix products only. With n visual and t text rows,
+Two operations per multiply-add, forward, matrix products only. With n visual and t text tokens,
 hidden size d, query width q = heads * head_dim, key/value width e and FFN width f, a layer costs
 
-    projections   2d(q + 2e) t + 2d * 2e n  + 2dq n where visual rows have queries
-                  + 2qd t  + 2qd n where visual rows have an attention output
+    projections   2d(q + 2e) t + 2d * 2e n  + 2dq n where visual tokens have queries
+                  + 2qd t  + 2qd n where visual tokens have an attention output
     attention     4q * pairs
     FFN           6df t + 6d(share of f) n
 
@@ -74,7 +74,7 @@ def decoder_flops(
     num_layers: int,
     window: int | None = None,
 ) -> LayerFlops:
-    """Operations of all layers over the valid rows of a pack; nothing is skipped.
+    """Operations of all layers over the valid tokens of a pack; nothing is skipped.
 
     `window` is the sliding window of every layer, as in `plan_attention`.
     """
@@ -85,21 +85,21 @@ def decoder_flops(
 def layer_flops(
     layout: TokenLayout, rule: LayerRule, sizes: LayerSizes, window: int | None = None
 ) -> LayerFlops:
-    """Operations of one layer over the valid rows of a pack."""
+    """Operations of one layer over the valid tokens of a pack."""
     layout, config = rule.layout(layout), rule.attention
-    d, visual, text = sizes.hidden_size, layout.num_visual_rows, layout.num_text_rows
+    d, visual, text = sizes.hidden_size, layout.num_visual_tokens, layout.num_text_tokens
     query, key_value = sizes.query_width, sizes.key_value_width
-    queries = text + visual * config.scores_visual_rows
-    outputs = text + visual * config.outputs_visual_rows
-    per_row = queries * query + (visual + text) * 2 * key_value + outputs * query
+    queries = text + visual * config.scores_visual_tokens
+    outputs = text + visual * config.outputs_visual_tokens
+    per_token = queries * query + (visual + text) * 2 * key_value + outputs * query
     if config.merge == "cascade" and visual:
-        per_row += 2 * query * text + 2 * key_value * visual
+        per_token += 2 * query * text + 2 * key_value * visual
     if config.visual.source == "reproject":
-        per_row += (sizes.vision_hidden_size + d) * visual
+        per_token += (sizes.vision_hidden_size + d) * visual
     ffn = sizes.intermediate_size * text
     ffn += rounded_share(sizes.intermediate_size, rule.visual_ffn) * visual
     return LayerFlops(
-        projections=2 * d * per_row,
+        projections=2 * d * per_token,
         attention=4 * query * sum(attended_pairs(layout, config, window).values()),
         ffn=6 * d * ffn,
     )
@@ -110,12 +110,12 @@ def attended_pairs(
 ) -> dict[str, int]:
     """(query, key) pairs with a score, over all samples of the pack, by kind; equal for all heads.
 
-    A diagonal row's softmax over itself has no score. `window` is the layer's sliding window, as in
-    `plan_attention`.
+    A diagonal token's softmax over itself has no score. `window` is the layer's sliding window, as
+    in `plan_attention`.
     """
     if config.window_in_reading_order and window is not None:
         pairs = _windowed_pairs(layout, window)
-        return pairs if config.scores_visual_rows else pairs | {"V2V": 0, "V2T": 0}
+        return pairs if config.scores_visual_tokens else pairs | {"V2V": 0, "V2T": 0}
     pairs = {
         "V2V": _visual_pairs(layout, config, window),
         "V2T": 0,
@@ -128,11 +128,11 @@ def attended_pairs(
         if config.t2v.window == "inherit" and window is not None:
             following = min(following, window - 1)
         seeing = following + before if config.t2v.scope == "all" else following
-        pairs["T2V"] += image.num_rows * seeing
+        pairs["T2V"] += image.num_tokens * seeing
         if config.v2t == "prompt":
             before = max(before, layout.prompt_length(image.sample))
         if config.v2t != "none":
-            pairs["V2T"] += image.num_rows * before
+            pairs["V2T"] += image.num_tokens * before
     return pairs
 
 
@@ -142,7 +142,7 @@ def _causal_pairs(length: int, window: int | None) -> int:
 
 
 def _windowed_pairs(layout: TokenLayout, window: int) -> dict[str, int]:
-    """Under a window that counts rows in reading order, whoever has queries."""
+    """Under a window that counts tokens in reading order, whoever has queries."""
     pairs = dict.fromkeys(("V2V", "V2T", "T2V", "T2T"), 0)
     for sample in range(layout.num_samples):
         runs = layout.runs(sample)
@@ -152,9 +152,9 @@ def _windowed_pairs(layout: TokenLayout, window: int) -> dict[str, int]:
         starts = (ends - window).clamp(min=0)
         seen = visual_before[ends] - visual_before[starts]
         seen_text = ends - starts - seen
-        for kind, rows in (("V", visual), ("T", ~visual)):
-            pairs[f"{kind}2V"] += int(seen[rows].sum())
-            pairs[f"{kind}2T"] += int(seen_text[rows].sum())
+        for kind, tokens in (("V", visual), ("T", ~visual)):
+            pairs[f"{kind}2V"] += int(seen[tokens].sum())
+            pairs[f"{kind}2T"] += int(seen_text[tokens].sum())
     return pairs
 
 
@@ -163,8 +163,8 @@ def _visual_pairs(layout: TokenLayout, config: AttentionConfig, window: int | No
         return sum(_causal_pairs(length, window) for length in layout.visual_lengths)
     pairs = 0
     if config.v2v == "ring":
-        for image, (start, _) in zip(layout.images, layout.image_rows, strict=True):
-            seen = start - layout.visual_rows(image.sample)[0]
+        for image, (start, _) in zip(layout.images, layout.image_tokens, strict=True):
+            seen = start - layout.visual_tokens(image.sample)[0]
             for ring in image_rings(image, start):
                 size = sum(end - first for first, end in ring)
                 seen += size

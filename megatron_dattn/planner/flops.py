@@ -2,21 +2,21 @@
 
 Two countings, both with 2 operations per multiply-add and matrix products only:
 
-`model_flops` is what the mathematics needs for the rows that carry content (padding is free,
-recomputation is not counted). It is the numerator of MFU. With n visual and t text rows, hidden
+`model_flops` is what the mathematics needs for the tokens that carry content (padding is free,
+recomputation is not counted). It is the numerator of MFU. With n visual and t text tokens, hidden
 size d, query width q = heads * head_dim, key/value width e, FFN width f, per decoder layer forward
 
-    projections   2d(q + 2e) t + 2d * 2e n  (+ 2dq n where visual rows have queries)  ;  2qd (n + t)
-    attention     4q * pairs;  s_attn: (n+t)^2/2   dattn: n t + t^2/2   (causal pairs: k(k+1)/2)
+    projections   2d(q + 2e) t + 2d * 2e n  (+ 2dq n where visual tokens have queries)  ;  2qd (n +
+    t) attention     4q * pairs;  s_attn: (n+t)^2/2   dattn: n t + t^2/2   (causal pairs: k(k+1)/2)
     FFN           6df (n + t)
 
-plus 2d * vocabulary per labelled row. W_o of a visual row is counted at its full width and the last
-layer's visual rows are counted, as the paper's equations are written, although both can be saved
-exactly. A product costs the same again for the gradient of its input (where anything before it
-trains) and again for the gradient of its weight (where it trains). Presets that freeze, drop,
-select or reproject visual rows count what their layers do (`planner/decoder_flops.py`).
+plus 2d * vocabulary per labelled token. W_o of a visual token is counted at its full width and the
+last layer's visual tokens are counted, as the paper's equations are written, although both can be
+saved exactly. A product costs the same again for the gradient of its input (where anything before
+it trains) and again for the gradient of its weight (where it trains). Presets that freeze, drop,
+select or reproject visual tokens count what their layers do (`planner/decoder_flops.py`).
 
-`executed_flops` is what the engine runs: padded rows, less what the exact savings leave out, and
+`executed_flops` is what the engine runs: padded tokens, less what the exact savings leave out, and
 the forward pass repeated by full recomputation.
 """
 
@@ -33,11 +33,11 @@ from megatron_dattn.attention import (
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.planner.part_flops import (
-    LayerRows,
+    LayerTokens,
     PartFlops,
     adapter,
     decoder,
-    layer_rows,
+    layer_tokens,
     product,
     vision_encoder,
 )
@@ -76,7 +76,7 @@ def model_flops(
     layouts: Iterable[TokenLayout],
     *,
     trained: frozenset[str] = ALL_MODULES,
-    labelled_rows: int | None = None,
+    labelled_tokens: int | None = None,
     attention: str | None = None,
 ) -> StepFlops:
     """Operations that the mathematics of one forward and backward pass over the packs needs.
@@ -84,26 +84,26 @@ def model_flops(
     Args:
         layouts: the packs of one step (or of one rank's share of it).
         trained: names of the modules with a learning rate above 0; empty counts a forward pass.
-        labelled_rows: text rows with a label over all packs; every valid text row where None.
+        labelled_tokens: text tokens with a label over all packs; every valid text token where None.
         attention: another preset to count for, e.g. "s_attn" beside "dattn".
     """
     preset = get_preset(attention or config.attention)
     rules = layer_rules(preset, config.language.num_hidden_layers, skip_unread=False)
     packs = tuple(layouts)
     layers = [
-        layer_rows(config, pack, rule, config.language.window(number))
+        layer_tokens(config, pack, rule, config.language.window(number))
         for pack in packs
         for number, rule in enumerate(rules)
     ]
     images = sum(len(pack.images) for pack in packs)
-    if labelled_rows is None:
-        labelled_rows = sum(pack.num_text_rows for pack in packs)
+    if labelled_tokens is None:
+        labelled_tokens = sum(pack.num_text_tokens for pack in packs)
     return _count(
         config,
         preset,
         layers,
         images,
-        labelled_rows,
+        labelled_tokens,
         trained,
         vocabulary=config.language.vocab_size,
         recomputed=False,
@@ -115,7 +115,7 @@ def executed_flops(
     layouts: Iterable[TokenLayout],
     *,
     trained: frozenset[str] = ALL_MODULES,
-    labelled_rows: int | None = None,
+    labelled_tokens: int | None = None,
     recompute: Literal["none", "selective", "full"] = "none",
     savings: ExactSavings | None = None,
 ) -> StepFlops:
@@ -127,10 +127,10 @@ def executed_flops(
     savings = savings or ExactSavings()
     preset = get_preset(config.attention)
     num_layers = config.language.num_hidden_layers
-    rules = layer_rules(preset, num_layers, skip_unread=savings.unread_rows)
+    rules = layer_rules(preset, num_layers, skip_unread=savings.unread_tokens)
     packs = tuple(layouts)
     layers = [
-        layer_rows(config, pack, rule, config.language.window(number), savings)
+        layer_tokens(config, pack, rule, config.language.window(number), savings)
         for pack in packs
         for number, rule in enumerate(rules)
     ]
@@ -138,15 +138,15 @@ def executed_flops(
     blank = int(bool(trained - {"language_model"}))
     images = sum(len(pack.images) or blank for pack in packs)
     if not savings.labelled_logits:
-        labelled_rows = sum(pack.text_budget for pack in packs)
-    elif labelled_rows is None:
-        labelled_rows = sum(pack.num_text_rows for pack in packs)
+        labelled_tokens = sum(pack.text_budget for pack in packs)
+    elif labelled_tokens is None:
+        labelled_tokens = sum(pack.num_text_tokens for pack in packs)
     return _count(
         config,
         preset,
         layers,
         images,
-        labelled_rows,
+        labelled_tokens,
         trained,
         vocabulary=config.language.padded_vocab_size,
         recomputed=recompute == "full",
@@ -156,9 +156,9 @@ def executed_flops(
 def _count(
     config: ModelConfig,
     preset: AttentionConfig,
-    layers: list[LayerRows],
+    layers: list[LayerTokens],
     images: int,
-    labelled_rows: int,
+    labelled_tokens: int,
     trained: frozenset[str],
     *,
     vocabulary: int,
@@ -168,7 +168,7 @@ def _count(
     assert not unknown, f"no such modules: {sorted(unknown)}"
     vision = vision_encoder(config.vision, images, "vision_model" in trained, recomputed)
     # The loss always sends a gradient back through the head when anything trains.
-    head = 2 * labelled_rows * config.language.hidden_size * vocabulary
+    head = 2 * labelled_tokens * config.language.hidden_size * vocabulary
     parts = {
         "vision_encoder": vision,
         "adapter": adapter(config, preset, images, trained),

@@ -29,9 +29,9 @@ _FP32 = 4
 class PackSize:
     """What of a micro-batch decides its activations."""
 
-    visual_rows: int
-    text_rows: int
-    """Both with padding: the row budgets."""
+    visual_tokens: int
+    text_tokens: int
+    """Both with padding: the token budgets."""
     images: int
 
 
@@ -110,8 +110,8 @@ def _decoder_bytes(
     layers = parallel.layers_per_stage(config.language.num_hidden_layers)[stage]
     if execution.recompute != "full":
         return layers * _decoder_layer_bytes(config, parallel, execution, pack)
-    rows = pack.visual_rows + pack.text_rows
-    kept = rows * config.language.hidden_size * _VALUE_BYTES[execution.precision]
+    tokens = pack.visual_tokens + pack.text_tokens
+    kept = tokens * config.language.hidden_size * _VALUE_BYTES[execution.precision]
     if parallel.sequence_parallel:
         kept //= parallel.tensor_model_parallel_size
     return layers * kept
@@ -122,31 +122,31 @@ def _decoder_layer_bytes(
 ) -> int:
     """What one decoder layer keeps for its backward pass, with fused norms and SwiGLU.
 
-    Per row: inputs and outputs of both norms (4d; of four norms, 8d); key and value (2e); gate, up
-    and their product (3f). Queries and outputs (q each) of the rows that have them, scored rows'
-    log-sum-exps (one fp32 per head), and their merged output once more (q) where it is joined with
-    visual rows' for a common projection; the last two not if the attention core is recomputed.
-    Where the FFN runs in recomputed chunks, neither its norm's output nor its middle is kept. Norm
-    tensors are cut over tensor ranks under sequence parallelism only. The last layer, which keeps
-    less of visual rows it need not compute, is counted like the others.
+    Per token: inputs and outputs of both norms (4d; of four norms, 8d); key and value (2e); gate,
+    up and their product (3f). Queries and outputs (q each) of the tokens that have them, scored
+    tokens' log-sum-exps (one fp32 per head), and their merged output once more (q) where it is
+    joined with visual tokens' for a common projection; the last two not if the attention core is
+    recomputed. Where the FFN runs in recomputed chunks, neither its norm's output nor its middle is
+    kept. Norm tensors are cut over tensor ranks under sequence parallelism only. The last layer,
+    which keeps less of visual tokens it need not compute, is counted like the others.
     """
     language, value = config.language, _VALUE_BYTES[execution.precision]
     preset, savings = get_preset(config.attention), execution.savings
     tensor = parallel.tensor_model_parallel_size
     query, key_value = attention_widths(language)
-    rows = pack.visual_rows + pack.text_rows
-    scored = rows if preset.scores_visual_rows else pack.text_rows
-    queries = scored if savings.visual_queries else rows
+    tokens = pack.visual_tokens + pack.text_tokens
+    scored = tokens if preset.scores_visual_tokens else pack.text_tokens
+    queries = scored if savings.visual_queries else tokens
     joined = preset.v2v == "diagonal" and not savings.folded_output
     kept = 8 if language.has_post_norms else 4
-    if savings.ffn_chunk_rows:  # the input of the chunk stays, what the FFN block made of it goes
+    if savings.ffn_chunk_tokens:  # the input of the chunk stays, what the FFN block made of it goes
         kept -= kept // 2 - 1
-    norms = kept * language.hidden_size * value * rows
+    norms = kept * language.hidden_size * value * tokens
     if parallel.sequence_parallel:
         norms //= tensor
-    cut = queries * query + rows * 2 * key_value + (rows if joined else scored) * query
-    if not savings.ffn_chunk_rows:
-        cut += rows * 3 * language.intermediate_size
+    cut = queries * query + tokens * 2 * key_value + (tokens if joined else scored) * query
+    if not savings.ffn_chunk_tokens:
+        cut += tokens * 3 * language.intermediate_size
     cut *= value
     if execution.recompute != "selective":
         cut += scored * query * value if joined else 0
@@ -158,10 +158,10 @@ def _ffn_chunk_bytes(
     config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, pack: PackSize
 ) -> int:
     """What the FFN's chunk at work keeps for its own backward pass; 0 without chunks."""
-    rows = min(execution.savings.ffn_chunk_rows, pack.visual_rows + pack.text_rows)
-    per_row = config.language.hidden_size + 3 * config.language.intermediate_size
+    tokens = min(execution.savings.ffn_chunk_tokens, pack.visual_tokens + pack.text_tokens)
+    per_token = config.language.hidden_size + 3 * config.language.intermediate_size
     bytes_per_value = _VALUE_BYTES[execution.precision]
-    return rows * per_row * bytes_per_value // parallel.tensor_model_parallel_size
+    return tokens * per_token * bytes_per_value // parallel.tensor_model_parallel_size
 
 
 def _vision_layer_bytes(
@@ -184,7 +184,7 @@ def _vision_bytes(
     """Pixels, the encoder's layers (none when frozen), the adapter.
 
     The adapter keeps its input, both sides of its GELU, and of every norm what it reads beside what
-    it gives; its output joins the decoder's rows. Without an adapter, the features do.
+    it gives; its output joins the decoder's tokens. Without an adapter, the features do.
     """
     vision, value = config.vision, _VALUE_BYTES[execution.precision]
     patches = pack.images * vision.num_places
@@ -193,14 +193,14 @@ def _vision_bytes(
         per_layer = patches * value * vision.hidden_size
     elif "vision_model" in trained:
         per_layer = _vision_layer_bytes(config, parallel, execution, pack)
-    per_row = config.language.hidden_size
+    per_token = config.language.hidden_size
     if get_preset(config.attention).visual.source != "reproject":
         middle = config.adapter.hidden_size or config.language.hidden_size
-        per_row += vision.hidden_size + 2 * middle // parallel.tensor_model_parallel_size
+        per_token += vision.hidden_size + 2 * middle // parallel.tensor_model_parallel_size
         before, behind = (config.adapter_norm in (place, "both") for place in ("before", "behind"))
         norms_behind = behind + (config.visual_embedding == "fractional")
-        per_row += before * vision.hidden_size + norms_behind * config.language.hidden_size
-    adapter = pack.images * config.rows_per_image * value * per_row
+        per_token += before * vision.hidden_size + norms_behind * config.language.hidden_size
+    adapter = pack.images * config.tokens_per_image * value * per_token
     pixels = pack.images * 3 * vision.image_size**2 * _FP32
     return pixels + vision.num_used_layers * per_layer + adapter
 
@@ -208,7 +208,7 @@ def _vision_bytes(
 def _head_bytes(
     config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, pack: PackSize
 ) -> int:
-    """Logits, their fp32 softmax and its gradient, if every text row had a label."""
+    """Logits, their fp32 softmax and its gradient, if every text token had a label."""
     per_logit = 2 * _VALUE_BYTES[execution.precision] + 2 * _FP32
     vocabulary = config.language.padded_vocab_size // parallel.tensor_model_parallel_size
-    return pack.text_rows * vocabulary * per_logit
+    return pack.text_tokens * vocabulary * per_logit

@@ -135,7 +135,7 @@ def _language_blocks(config: ModelConfig) -> list[ParameterBlock]:
 
 
 def attention_widths(config: LanguageConfig) -> tuple[int, int]:
-    """Values per row of the queries, and of the keys (or values)."""
+    """Values per token of the queries, and of the keys (or values)."""
     return (
         config.num_attention_heads * config.head_dim,
         config.num_key_value_heads * config.head_dim,

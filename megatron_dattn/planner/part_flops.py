@@ -1,6 +1,6 @@
 """Operations of the model's parts, forward and backward: what `flops.py` adds up.
 
-Which rows pass which weights of a layer is decided here, once, for both of its countings.
+Which tokens pass which weights of a layer is decided here, once, for both of its countings.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class PartFlops:
 
 
 @dataclass(frozen=True)
-class LayerRows:
+class LayerTokens:
     """What one layer multiplies with its weights for one pack."""
 
     queries: int
@@ -35,26 +35,26 @@ class LayerRows:
     outputs: float
     """Full-width output projections; a folded one is 1 / (query heads per key head)."""
     ffn: float
-    """Rows through the FFN; those that pass a share of it count as that share."""
+    """Tokens through the FFN; those that pass a share of it count as that share."""
     pairs: int
     cross_text: int = 0
-    """Rows that a cross-attention of the layer's own reads from, and those it reads."""
+    """Tokens that a cross-attention of the layer's own reads from, and those it reads."""
     cross_visual: int = 0
     projected: int = 0
-    """Visual rows that the layer makes from the encoder's features."""
+    """Visual tokens that the layer makes from the encoder's features."""
 
 
-def layer_rows(
+def layer_tokens(
     config: ModelConfig,
     pack: TokenLayout,
     rule: LayerRule,
     window: int | None,
     executed: ExactSavings | None = None,
-) -> LayerRows:
+) -> LayerTokens:
     """By the mathematics, or as executed: with padding, and with these savings."""
     pack, attention = rule.layout(pack), rule.attention
-    text, visual = pack.num_text_rows, pack.num_visual_rows
-    queries, folding = attention.scores_visual_rows, 1
+    text, visual = pack.num_text_tokens, pack.num_visual_tokens
+    queries, folding = attention.scores_visual_tokens, 1
     if executed is not None:
         text, visual = pack.text_budget, pack.visual_budget
         queries = queries or not executed.visual_queries
@@ -62,10 +62,10 @@ def layer_rows(
             language = config.language
             folding = language.num_attention_heads // language.num_key_value_heads
     cascade = attention.merge == "cascade" and rule.sees_images
-    return LayerRows(
+    return LayerTokens(
         queries=text + visual * queries,
         keys=text + visual,
-        outputs=text + visual * attention.outputs_visual_rows / folding,
+        outputs=text + visual * attention.outputs_visual_tokens / folding,
         ffn=text + visual * rule.visual_ffn,
         pairs=sum(attended_pairs(pack, attention, window).values()),
         cross_text=text * cascade,
@@ -109,7 +109,7 @@ def adapter(
     """The two layers of the MLP. Their input has a gradient wherever they train: a norm before them
     needs it, and without one megatron-core's linear layers compute it all the same.
 
-    Not counted: the MLPs of fractional positions, whose rows are an image's sides, once per pack.
+    Not counted: the MLPs of fractional positions, whose tokens are an image's sides, once per pack.
 
     Where every decoder layer projects the features itself, there is no adapter.
     """
@@ -125,25 +125,25 @@ def adapter(
 
 
 def decoder(
-    config: ModelConfig, layers: list[LayerRows], trained: frozenset[str], recomputed: bool
+    config: ModelConfig, layers: list[LayerTokens], trained: frozenset[str], recomputed: bool
 ) -> dict[str, PartFlops]:
     """All decoder layers over all packs.
 
-    The first layer's text rows need no input gradient while the language model is frozen; this
-    1 / num_hidden_layers of the text rows' share is counted all the same, as the engine computes
-    it (text and visual rows stand in one tensor).
+    The first layer's text tokens need no input gradient while the language model is frozen; this
+    1 / num_hidden_layers of the text tokens' share is counted all the same, as the engine computes
+    it (text and visual tokens stand in one tensor).
     """
     language = config.language
     d, f = language.hidden_size, language.intermediate_size
     query = language.num_attention_heads * language.head_dim
     key_value = 2 * language.num_key_value_heads * language.head_dim
     own, added, pairs, ffn = 0.0, 0, 0, 0.0
-    for rows in layers:
-        own += rows.queries * query + rows.keys * key_value + rows.outputs * query
-        added += rows.cross_text * 2 * query + rows.cross_visual * key_value
-        added += rows.projected * (config.vision.hidden_size + d)
-        ffn += rows.ffn * 3 * f
-        pairs += rows.pairs
+    for tokens in layers:
+        own += tokens.queries * query + tokens.keys * key_value + tokens.outputs * query
+        added += tokens.cross_text * 2 * query + tokens.cross_visual * key_value
+        added += tokens.projected * (config.vision.hidden_size + d)
+        ffn += tokens.ffn * 3 * f
+        pairs += tokens.pairs
     backward, trains = bool(trained), "language_model" in trained
     # Weights that the preset adds to a layer learn at the adapter's rate.
     added_part = product(2 * d * added, backward, "adapter" in trained, recomputed)

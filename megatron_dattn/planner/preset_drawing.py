@@ -1,8 +1,8 @@
-"""Pictures of a configuration: which row attends to which, and with which rotary positions.
+"""Pictures of a configuration: which token attends to which, and with which rotary positions.
 
-Everything comes from the oracle's masks, for one small sample in reading order: a text row, an
-image of 3 x 4 patches, two text rows, an image of 2 x 2, three text rows; four rows are its prompt.
-Layers that differ have a panel each.
+Everything comes from the oracle's masks, for one small sample in reading order: a text token, an
+image of 3 x 4 patches, two text tokens, an image of 2 x 2, three text tokens; four tokens are its
+prompt. Layers that differ have a panel each.
 """
 
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ from matplotlib.patches import Circle, Rectangle
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
-from megatron_dattn.attention.positions import row_positions
+from megatron_dattn.attention.positions import token_positions
 from megatron_dattn.attention.reference import pair_masks
-from megatron_dattn.attention.visual_config import VisualRows, kept_grid
+from megatron_dattn.attention.visual_config import VisualTokensConfig, kept_grid
 from megatron_dattn.errors import UserError
 from megatron_dattn.runtime.os_errors import explain
 
@@ -38,23 +38,23 @@ _PANEL = 7.2  # inches
 
 
 @dataclass(frozen=True)
-class DrawnRow:
-    """A row of the sample: its name, its position, and one mark of `LEGEND` per key row."""
+class DrawnToken:
+    """A token of the sample: its name, its position, and one mark of `LEGEND` per key token."""
 
-    name: str  # V or T, and its place among the rows of its kind
+    name: str  # V or T, and its place among the tokens of its kind
     position: str  # "-" where no score rotates it
     marks: str
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The rows of some layers, and what to say of these."""
+    """The tokens of some layers, and what to say of these."""
 
     title: str
-    rows: list[DrawnRow]
+    tokens: list[DrawnToken]
 
 
-def kept_layout(layout: TokenLayout, visual: VisualRows) -> TokenLayout:
+def kept_layout(layout: TokenLayout, visual: VisualTokensConfig) -> TokenLayout:
     """The layout once the encoder has chosen the patches that enter the decoder."""
     images = tuple(replace(i, grid=kept_grid(i.grid, visual)) for i in layout.images)
     return replace(layout, images=images)
@@ -67,38 +67,40 @@ def panels(config: AttentionConfig, num_layers: int, window: int | None = None) 
     """
     rules = layer_rules(config, num_layers, skip_unread=False)
     return [
-        Panel(_panel_title(rule, rules, config), drawn_rows(config, rule, window))
+        Panel(_panel_title(rule, rules, config), drawn_tokens(config, rule, window))
         for rule in dict.fromkeys(rules)
     ]
 
 
-def drawn_rows(
+def drawn_tokens(
     config: AttentionConfig, rule: LayerRule | None = None, window: int | None = None
-) -> list[DrawnRow]:
-    """The rows of the sample in reading order; `marks` are in that order too.
+) -> list[DrawnToken]:
+    """The tokens of the sample in reading order; `marks` are in that order too.
 
     `rule` says of which layer; by default of one that does all that `config` says.
     """
     rule = LayerRule(config) if rule is None else rule
     sample = kept_layout(SAMPLE, config.visual)
     layout = rule.layout(sample)
-    order = [row for run in layout.runs(0) for row in range(run.start, run.end)]
+    order = [token for run in layout.runs(0) for token in range(run.start, run.end)]
     masks = pair_masks(layout, rule.attention, window)
     seen, rotated = (mask[order][:, order].tolist() for mask in masks)
-    positions = row_positions(sample, config)[-layout.num_rows :].tolist()
-    rows = []
-    for place, row in enumerate(order):
-        is_visual = row < layout.visual_budget
+    positions = token_positions(sample, config)[-layout.num_tokens :].tolist()
+    tokens = []
+    for place, token in enumerate(order):
+        is_visual = token < layout.visual_budget
         marks = [
             _HIDDEN if not sees else "#" if turns else "o"
             for sees, turns in zip(seen[place], rotated[place], strict=True)
         ]
         if is_visual and rule.attention.v2v == "diagonal":
             marks[place] = "="
-        name = f"V{row}" if is_visual else f"T{row - layout.visual_budget}"
+        name = f"V{token}" if is_visual else f"T{token - layout.visual_budget}"
         has_position = not is_visual or config.positions.visual != "none"
-        rows.append(DrawnRow(name, str(positions[row]) if has_position else "-", "".join(marks)))
-    return rows
+        tokens.append(
+            DrawnToken(name, str(positions[token]) if has_position else "-", "".join(marks))
+        )
+    return tokens
 
 
 def draw_text(config: AttentionConfig, num_layers: int, window: int | None = None) -> str:
@@ -106,9 +108,9 @@ def draw_text(config: AttentionConfig, num_layers: int, window: int | None = Non
     lines = [LEGEND]
     for panel in panels(config, num_layers, window):
         lines += ["", panel.title]
-        lines.append("row  position  sees " + " ".join(row.name[0] for row in panel.rows))
-        for row in panel.rows:
-            lines.append(f"{row.name:<3}  {row.position:>8}       " + " ".join(row.marks))
+        lines.append("     position  sees " + " ".join(token.name[0] for token in panel.tokens))
+        for token in panel.tokens:
+            lines.append(f"{token.name:<3}  {token.position:>8}       " + " ".join(token.marks))
     return "\n".join(lines)
 
 
@@ -128,9 +130,9 @@ def draw_picture(
     figure = Figure(figsize=(_PANEL * len(drawn), _PANEL))
     FigureCanvasAgg(figure)
     places = figure.subplots(1, len(drawn), squeeze=False)[0]
-    widest = max(len(panel.rows) for panel in drawn)
+    widest = max(len(panel.tokens) for panel in drawn)
     for axes, panel in zip(places, drawn, strict=True):
-        _draw_pairs(axes, panel.rows, widest)
+        _draw_pairs(axes, panel.tokens, widest)
         axes.set_title(panel.title, fontsize=9, loc="left")
     figure.suptitle(title, fontsize=10)
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in _COLORS.values()]
@@ -148,9 +150,9 @@ def _panel_title(rule: LayerRule, rules: tuple[LayerRule, ...], config: Attentio
     if not rule.sees_images:
         what = "images are gone"
     elif rule.attention != config:
-        what = "visual rows are read and stay as they are"
+        what = "visual tokens are read and stay as they are"
     elif rule.visual_ffn not in (0.0, 1.0):
-        what = f"visual rows pass {rule.visual_ffn:g} of the FFN"
+        what = f"visual tokens pass {rule.visual_ffn:g} of the FFN"
     else:
         return _ranges(numbers)
     return f"{_ranges(numbers)}: {what}"
@@ -166,22 +168,22 @@ def _ranges(numbers: list[int]) -> str:
     return ("layer " if len(numbers) == 1 else "layers ") + ", ".join(named)
 
 
-def _draw_pairs(axes: Axes, rows: list[DrawnRow], size: int) -> None:
-    """The panel in the upper left of room for `size` rows, so that all have one scale."""
-    for place, row in enumerate(rows):
-        for key, mark in enumerate(row.marks):
+def _draw_pairs(axes: Axes, tokens: list[DrawnToken], size: int) -> None:
+    """The panel in the upper left of room for `size` tokens, so that all have one scale."""
+    for place, token in enumerate(tokens):
+        for key, mark in enumerate(token.marks):
             if mark == _HIDDEN:
                 continue
-            color = _COLORS[f"{row.name[0]}2{rows[key].name[0]}"]
+            color = _COLORS[f"{token.name[0]}2{tokens[key].name[0]}"]
             axes.add_patch(Rectangle((key, place), 0.92, 0.92, color=color, lw=0))
             if mark == "o":
                 axes.add_patch(Circle((key + 0.46, place + 0.46), 0.12, color="white", lw=0))
             elif mark == "=":
                 axes.plot(key + 0.46, place + 0.46, "x", color="white", markersize=5)
     axes.set(xlim=(-0.2, size + 0.1), ylim=(size + 0.1, -0.2), aspect="equal")
-    places = [place + 0.46 for place in range(len(rows))]
-    axes.set_yticks(places, [f"{row.name} at {row.position}" for row in rows], fontsize=7)
-    axes.set_xticks(places, [f"{row.name} at {row.position}" for row in rows], fontsize=7)
+    places = [place + 0.46 for place in range(len(tokens))]
+    axes.set_yticks(places, [f"{token.name} at {token.position}" for token in tokens], fontsize=7)
+    axes.set_xticks(places, [f"{token.name} at {token.position}" for token in tokens], fontsize=7)
     axes.tick_params(axis="x", rotation=90, length=0, top=True, labeltop=True, labelbottom=False)
     axes.tick_params(axis="y", length=0)
     for spine in axes.spines.values():

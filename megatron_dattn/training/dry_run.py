@@ -116,14 +116,14 @@ def _layout_section(plan: Plan) -> list[str]:
         for name in ("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce")
         if getattr(parallel, name)
     ]
-    rows, per_pack = config.model.rows_per_image, training.micro_batch_size
+    rows, per_pack = config.model.tokens_per_image, training.micro_batch_size
     return [
         "Layout",
         f"  ranks       tensor {parallel.tensor_model_parallel_size} x pipeline "
         f"{parallel.pipeline_model_parallel_size} x data {plan.data_parallel_size}"
         + "".join(f", {extra}" for extra in extras),
         f"  pack        {layout.visual_budget} visual + {layout.text_budget} text = "
-        f"{layout.num_rows} rows; at most {per_pack} samples",
+        f"{layout.num_tokens} rows; at most {per_pack} samples",
         f"  image       {rows} rows; {layout.visual_budget // rows} fit a pack",
         f"  step        {training.global_batch_size} samples = {per_pack} per pack x "
         f"{plan.data_parallel_size} replicas x {plan.num_microbatches} micro-batches",
@@ -186,7 +186,7 @@ def _flops_section(plan: Plan) -> list[str]:
     own = counted[config.model.attention]
     lines = [
         f"FLOPs of one step: {packs} packs of {layout.num_samples} samples, each "
-        f"{config.model.rows_per_image} visual and {layout.text_lengths[0]} text rows",
+        f"{config.model.tokens_per_image} visual and {layout.text_lengths[0]} text rows",
         f"  {'':<16}" + "".join(f"{name:>14}" for name in presets),
     ]
     for part in own.parts:
@@ -246,7 +246,7 @@ def _communication_section(plan: Plan) -> list[str]:
     """Bytes that one rank sends, by ring algorithms."""
     lines = ["Communication, bytes sent per rank"]
     parallel = plan.config.parallel
-    hidden = plan.layout.num_rows * plan.config.model.language.hidden_size
+    hidden = plan.layout.num_tokens * plan.config.model.language.hidden_size
     hidden *= _VALUE_BYTES[plan.execution.precision]
     tensor = parallel.tensor_model_parallel_size
     if tensor > 1:

@@ -82,7 +82,7 @@ def check_validation(config: PretrainConfig) -> None:
 
 
 def _full_pack(config: PretrainConfig) -> TokenLayout:
-    rows, grid = config.model.rows_per_image, config.model.image_grid
+    rows, grid = config.model.tokens_per_image, config.model.image_grid
     visual, text = config.data.visual_budget, config.data.text_budget
     if visual < rows:
         raise ConfigError(

@@ -167,7 +167,7 @@ def _flops(run: Run, sums: LossSum, consumed: Consumed) -> float:
         run.config.model,
         consumed.layouts,
         trained=frozenset(trained_modules(run.config.optimizer.learning_rates)),
-        labelled_rows=int(sums.num_tokens),
+        labelled_tokens=int(sums.num_tokens),
     ).total
 
 

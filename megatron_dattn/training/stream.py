@@ -39,11 +39,11 @@ class Consumed:
 
     @property
     def text_tokens(self) -> int:
-        return sum(layout.num_text_rows for layout in self.layouts)
+        return sum(layout.num_text_tokens for layout in self.layouts)
 
     @property
     def visual_tokens(self) -> int:
-        return sum(layout.num_visual_rows for layout in self.layouts)
+        return sum(layout.num_visual_tokens for layout in self.layouts)
 
 
 class BatchStream(Iterator[PackedBatch]):

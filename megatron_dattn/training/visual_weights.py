@@ -28,12 +28,12 @@ def mean_visual_weights(meter: VisualWeightMeter) -> list[list[float]]:
     NaN where no row sees one. Collective over the world, in one exchange: data-parallel ranks add
     up, tensor-parallel ranks bring their heads and pipeline stages their layers.
     """
-    num_layers, num_heads = meter.weights.shape
+    num_layers, num_heads = meter.alpha.shape
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     first = parallel_state.get_tensor_model_parallel_rank() * num_heads
-    sums = torch.zeros(2, num_layers, ranks * num_heads, device=meter.weights.device)
-    sums[0, :, first : first + num_heads] = meter.weights
-    sums[1, :, first : first + num_heads] = meter.rows.unsqueeze(1)
+    sums = torch.zeros(2, num_layers, ranks * num_heads, device=meter.alpha.device)
+    sums[0, :, first : first + num_heads] = meter.alpha
+    sums[1, :, first : first + num_heads] = meter.counts.unsqueeze(1)
     dist.all_reduce(sums)
     weights, rows = sums
     return (weights / rows).tolist()

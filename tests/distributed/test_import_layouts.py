@@ -36,7 +36,7 @@ def pixels() -> Tensor:
 
 @torch.inference_mode()
 def logits_of(runs: list[str], tensor: int, pipeline: int) -> list[list[list[float]]] | None:
-    """Of every text row behind and in front of an image; None but on the last stage."""
+    """Of every text token behind and in front of an image; None but on the last stage."""
     init_model_parallel(tensor, pipeline)
     parallel = ParallelConfig(
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
@@ -50,7 +50,7 @@ def logits_of(runs: list[str], tensor: int, pipeline: int) -> list[list[list[flo
 def _logits(run: Path, parallel: ParallelConfig) -> Tensor:
     model = _loaded(run, parallel)
     batch = one_text(model.model_config, torch.tensor(IDS), pixels(), image_offsets=(1,))
-    rows = torch.arange(batch.layout.visual_budget, batch.layout.num_rows)
+    tokens = torch.arange(batch.layout.visual_budget, batch.layout.num_tokens)
     seen: list[Tensor] = []
 
     def keep(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -59,14 +59,14 @@ def _logits(run: Path, parallel: ParallelConfig) -> Tensor:
 
     def forward_step(batches: Any, model: DAttnVLM) -> Any:
         mine = batch if model.pre_process else batch.without_pixels()
-        return model.forward_logits(mine, rows), partial(keep)
+        return model.forward_logits(mine, tokens), partial(keep)
 
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=None,
         model=[model],
         num_microbatches=1,
-        seq_length=batch.layout.num_rows,
+        seq_length=batch.layout.num_tokens,
         micro_batch_size=1,
         forward_only=True,
     )

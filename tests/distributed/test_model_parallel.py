@@ -39,9 +39,9 @@ from tests.support.vlm import (
 
 SAVING = ExactSavings()
 NAIVE = ExactSavings(
-    visual_queries=False, folded_output=False, unread_rows=False, labelled_logits=False
+    visual_queries=False, folded_output=False, unread_tokens=False, labelled_logits=False
 )
-CHUNKED = ExactSavings(ffn_chunk_rows=16)
+CHUNKED = ExactSavings(ffn_chunk_tokens=16)
 Joined = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, whole gradients
 
 
@@ -164,7 +164,7 @@ def _train_step(case: Case) -> Result:
             data_iterator=iter(batches),
             model=[ddp],
             num_microbatches=len(batches),
-            seq_length=batches[0].layout.num_rows,
+            seq_length=batches[0].layout.num_tokens,
             micro_batch_size=1,
             forward_only=False,
         )

@@ -1,6 +1,6 @@
 """What is left out changes nothing: float64 outputs and gradients with and without each saving.
 
-The decoder's savings are judged on the decoder alone, on this rank's rows, so that no loss in
+The decoder's savings are judged on the decoder alone, on this rank's tokens, so that no loss in
 float32 stands between; the head's on the whole model. One process and two tensor-parallel ranks
 are compared with each other too.
 """
@@ -31,15 +31,15 @@ from tests.support.vlm import (
 )
 
 NOTHING = ExactSavings(
-    visual_queries=False, folded_output=False, unread_rows=False, labelled_logits=False
+    visual_queries=False, folded_output=False, unread_tokens=False, labelled_logits=False
 )
 SAVINGS = {
     "nothing": NOTHING,
-    "visual_queries": ExactSavings(folded_output=False, unread_rows=False),
-    "folded_output": ExactSavings(visual_queries=False, unread_rows=False),
-    "unread_rows": ExactSavings(visual_queries=False, folded_output=False),
-    "ffn_chunk_rows": ExactSavings(False, False, False, ffn_chunk_rows=10),
-    "everything": ExactSavings(ffn_chunk_rows=10),
+    "visual_queries": ExactSavings(folded_output=False, unread_tokens=False),
+    "folded_output": ExactSavings(visual_queries=False, unread_tokens=False),
+    "unread_tokens": ExactSavings(visual_queries=False, folded_output=False),
+    "ffn_chunk_tokens": ExactSavings(False, False, False, ffn_chunk_tokens=10),
+    "everything": ExactSavings(ffn_chunk_tokens=10),
 }
 # Of these the whole model runs, the others concern the decoder.
 HEADS = {
@@ -83,22 +83,22 @@ def _batch(model: DAttnVLM, *, unlabelled: bool = False) -> PackedBatch:
 
 
 def _decoder(sizes: Model, savings: ExactSavings, ranks: int) -> Found:
-    """Text rows after the last layer, and what a random gradient of theirs gives."""
+    """Text tokens after the last layer, and what a random gradient of theirs gives."""
     model = _model(sizes, savings, ranks)
     batch = _batch(model)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(batch.layout.num_rows, 1, 40, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(batch.layout.num_tokens, 1, 40, generator=generator, dtype=torch.float64)
     gradient = torch.randn(batch.layout.text_budget, 1, 40, generator=generator).double()
     shards = model._shards(batch.layout)
-    local = shards.scatter(rows).requires_grad_()
-    attention = model.attention_inputs(batch.layout, rows.device)
+    local = shards.scatter(tokens).requires_grad_()
+    attention = model.attention_inputs(batch.layout, tokens.device)
     out = model.language_model(local, attention)
     text = out[-shards.local_text :]
     first = gradient.shape[0] // ranks * model.pg_collection.tp.rank() if ranks > 1 else 0
     text.backward(gradient[first : first + shards.local_text])
     assert local.grad is not None
     visual_input, text_input = shards.split(local.grad)
-    cut = 0 if ranks > 1 else None  # sequence parallelism cuts the rows
+    cut = 0 if ranks > 1 else None  # sequence parallelism cuts the tokens
     found = {
         "out": Shard(text.detach(), cut),
         "visual input": Shard(visual_input, cut),
@@ -108,7 +108,7 @@ def _decoder(sizes: Model, savings: ExactSavings, ranks: int) -> Found:
 
 
 def _whole_model(sizes: Model, savings: ExactSavings, ranks: int) -> Found:
-    """Losses of the labelled rows, and what random weights of theirs give to all parameters.
+    """Losses of the labelled tokens, and what random weights of theirs give to all parameters.
 
     A pack without a label goes the same way: its losses are none, and their gradient is zero.
     """
@@ -163,7 +163,7 @@ def _results(ranks: int) -> list[tuple[Results, Results]]:
 
 
 def _assert_equal(actual: Found, expected: Found, name: str) -> None:
-    # A parameter that only unread rows reach has a gradient of zero, or none.
+    # A parameter that only unread tokens reach has a gradient of zero, or none.
     assert actual.keys() <= expected.keys()
     for key, (value, *_) in expected.items():
         got = actual[key].values if key in actual else torch.zeros_like(value)
@@ -183,7 +183,7 @@ def test_a_saving_changes_nothing(model: Model, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: "-".join(map(str, model)))
 def test_logits_without_a_label_change_nothing(model: Model, ranks: int) -> None:
-    """Against a head and a loss on all text rows.
+    """Against a head and a loss on all text tokens.
 
     With two ranks megatron-core takes the loss in float32, of the same logits here and there.
     """

@@ -21,7 +21,7 @@ from tests.support.vlm import LANGUAGE, make_batch, tiny_model, tiny_model_confi
 # Of 56 neurons; two ranks hold 28 each.
 SHARES = {0.25: 14, 0.5: 28, 0.8: 45}
 HEADS_WITH_IMAGES = (1, 1, 1, 0)
-ROWS = 8
+TOKENS = 8
 
 Compared = dict[str, tuple[Tensor, Tensor]]
 
@@ -35,21 +35,22 @@ def _model(ranks: int) -> DAttnVLM:
 
 
 def _partial_ffns(ranks: int) -> dict[float, Compared]:
-    """By share: this rank's rows and gradients, of the share and of an FFN with zeroed neurons."""
+    """By share: this rank's tokens and gradients, of the share and of an FFN with zeroed
+    neurons."""
     model = _model(ranks)
     layer = model.language_model.decoder.layers[0]
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(2, ROWS, 1, LANGUAGE.hidden_size, generator=generator).double()
+    drawn = torch.randn(2, TOKENS, 1, LANGUAGE.hidden_size, generator=generator).double()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    rows, gradient = drawn.chunk(ranks, dim=1)[rank]
+    tokens, gradient = drawn.chunk(ranks, dim=1)[rank]
     here = LANGUAGE.intermediate_size // ranks
     found = {}
     for share, used in SHARES.items():
         kept = max(0, min(used - rank * here, here))
-        mine = _pass(layer, lambda rows, s=share: layer.visual_ffn(rows, s), rows, gradient)
+        mine = _pass(layer, lambda tokens, s=share: layer.visual_ffn(tokens, s), tokens, gradient)
         whole = layer.mlp.linear_fc2.weight.data.clone()
         layer.mlp.linear_fc2.weight.data[:, kept:] = 0.0
-        zeroed = _pass(layer, layer.ffn, rows, gradient)
+        zeroed = _pass(layer, layer.ffn, tokens, gradient)
         # What was set to zero has a gradient still, which the share has not.
         zeroed["second weight"][:, kept:] = 0.0
         layer.mlp.linear_fc2.weight.data.copy_(whole)
@@ -57,15 +58,15 @@ def _partial_ffns(ranks: int) -> dict[float, Compared]:
     return found
 
 
-def _pass(layer: Any, function: Any, rows: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+def _pass(layer: Any, function: Any, tokens: Tensor, gradient: Tensor) -> dict[str, Tensor]:
     """Output and gradients of a function of the layer's FFN."""
     layer.zero_grad()
-    rows = rows.clone().requires_grad_()
-    out = function(rows)
+    tokens = tokens.clone().requires_grad_()
+    out = function(tokens)
     out.backward(gradient)
     return {
         "out": out.detach(),
-        "input": rows.grad,
+        "input": tokens.grad,
         "norm": layer.pre_mlp_layernorm.weight.grad.clone(),
         "first weight": layer.mlp.linear_fc1.weight.grad.clone(),
         "second weight": layer.mlp.linear_fc2.weight.grad.clone(),
@@ -79,8 +80,8 @@ def _first_layers_attention(ranks: int) -> Compared:
     core = model.language_model.decoder.layers[0].self_attention.core_attention
     core.register_forward_hook(lambda module, args, out: seen.append((args, out)))
     batch = make_batch([9, 5, 8], [(3,), (), (0, 5)], seed=1)
-    rows = model._decoder_input(_double(batch))
-    model.language_model(rows, model.attention_inputs(batch.layout, rows.device))
+    tokens = model._decoder_input(_double(batch))
+    model.language_model(tokens, model.attention_inputs(batch.layout, tokens.device))
     ((query, key, value, _, _, inputs), out), *_ = seen
     rank, here = parallel_state.get_tensor_model_parallel_rank(), len(HEADS_WITH_IMAGES) // ranks
     mask = torch.tensor(HEADS_WITH_IMAGES[rank * here : (rank + 1) * here]).double()

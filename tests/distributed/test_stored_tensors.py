@@ -16,7 +16,7 @@ from tests.support.vlm import tiny_model, tiny_model_config
 
 FACTS = {"modules": ["vision_model", "adapter", "language_model"], "stage": "stage1"}
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2-PP2": (2, 2)}
-# With nothing added, with gates, with cross-attention, with projectors of visual rows.
+# With nothing added, with gates, with cross-attention, with projectors of visual tokens.
 SOME_PRESETS = ("dattn", "dattn_tanh", "dattn_cascade", "saisa")
 
 

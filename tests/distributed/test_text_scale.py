@@ -1,4 +1,4 @@
-"""Visual rows of a new adapter start at the scale of the token embeddings that a stage loads."""
+"""Visual tokens of a new adapter start at the scale of the token embeddings that a stage loads."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.support.vlm import tiny_model_config
 
 TOKENIZER = "0" * 64
 SCALE = 0.37
-# The second rank has one token of these, and 63 rows of none.
+# The second rank has one token of these, and 63 tokens of none.
 VOCABULARY = 65
 
 

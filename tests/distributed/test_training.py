@@ -328,7 +328,7 @@ def _with_and_without_validation() -> tuple:
         validation = Validation(
             lambda loads=loads: PackLoader(_packs(3)) if loads else None,
             max_microbatches=5,
-            num_rows=run.num_rows,
+            num_tokens=run.num_tokens,
             max_skipped_fraction=0.1,
         )
         validation.require_packs()

@@ -30,13 +30,13 @@ from tests.support.vlm import (
     tiny_model_config,
 )
 
-ROWS = 6
+TOKENS = 6
 # Name -> this rank's gradient, the axis it is cut along, its stride.
 Gradients = dict[str, tuple[Tensor, int | None, int]]
 
 
 def _project(tensor: int, sequence_parallel: bool) -> tuple[Tensor, Tensor, Gradients]:
-    """This rank's rows, the gradient of its input, and its gradients, summed where partial."""
+    """This rank's tokens, the gradient of its input, and its gradients, summed where partial."""
     init_model_parallel(tensor)
     parallel = ParallelConfig(
         tensor_model_parallel_size=tensor, sequence_parallel=sequence_parallel
@@ -46,23 +46,23 @@ def _project(tensor: int, sequence_parallel: bool) -> tuple[Tensor, Tensor, Grad
     projector.share_embeddings_and_output_weights = False
     fill_parameters(projector)
     generator = torch.Generator().manual_seed(3)
-    rows, weights = torch.randn(2, ROWS, 1, LANGUAGE.hidden_size, generator=generator)
+    tokens, weights = torch.randn(2, TOKENS, 1, LANGUAGE.hidden_size, generator=generator)
     if sequence_parallel:
         rank = parallel_state.get_tensor_model_parallel_rank()
-        rows, weights = rows.chunk(tensor)[rank], weights.chunk(tensor)[rank]
-    rows = rows.clone().requires_grad_()
-    projected = projector(rows)
+        tokens, weights = tokens.chunk(tensor)[rank], weights.chunk(tensor)[rank]
+    tokens = tokens.clone().requires_grad_()
+    projected = projector(tokens)
     (projected * weights).sum().backward()
     gradients: Gradients = {}
     for name, parameter in projector.named_parameters():
         if getattr(parameter, "sequence_parallel", False):  # as megatron-core's finalization does
             dist.all_reduce(parameter.grad)
         gradients[name] = (parameter.grad, *partition_of(parameter))
-    return projected.detach(), rows.grad, gradients
+    return projected.detach(), tokens.grad, gradients
 
 
 def _adapt(tensor: int) -> tuple[Tensor, Tensor, Gradients]:
-    """Rows of an adapter with all that it can have, and the gradients of features and weights."""
+    """Tokens of an adapter with all that it can have, and the gradients of features and weights."""
     init_model_parallel(tensor)
     parallel = ParallelConfig(tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1)
     settings = AdapterConfig(norm="both", visual_position="per_patch", num_places=4)
@@ -74,14 +74,14 @@ def _adapt(tensor: int) -> tuple[Tensor, Tensor, Gradients]:
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(2, 9, VISION.hidden_size, generator=generator, requires_grad=True)
     weights = torch.randn(18, LANGUAGE.hidden_size, generator=generator)
-    rows = adapter(features, VISION.grid)
-    (rows * weights).sum().backward()
+    tokens = adapter(features, VISION.grid)
+    (tokens * weights).sum().backward()
     gradients: Gradients = {
         name: (parameter.grad, *partition_of(parameter))
         for name, parameter in adapter.named_parameters()
     }
     assert not any(getattr(p, "sequence_parallel", False) for p in adapter.parameters())
-    return rows.detach(), features.grad, gradients
+    return tokens.detach(), features.grad, gradients
 
 
 def _encode(tensor: int, vision: VisionConfig) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def test_attention_received_is_summed_over_the_heads_of_all_ranks(vision: Vision
 
 
 def test_adapter_equals_one_process() -> None:
-    """Its rows and its norms are whole on every rank, also under sequence parallelism."""
+    """Its tokens and its norms are whole on every rank, also under sequence parallelism."""
     ((expected, input_gradient, whole),) = run_distributed(_adapt, 1, 1)
     ranks = run_distributed(_adapt, 2, 2)
     assert {"norm.weight", "output_norm.weight", "positions.patches"} <= whole.keys()

@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# Longer than a kernel tile (128 rows) in queries and keys, ragged, with a text-only sample.
+# Longer than a kernel tile (128 tokens) in queries and keys, ragged, with a text-only sample.
 LONG_LAYOUT = TokenLayout(
     (150, 40, 3),
     (ImageSpan(0, 20, (12, 17)), ImageSpan(0, 20, (3, 5)), ImageSpan(2, 3, (13, 13))),
@@ -113,14 +113,14 @@ def test_matrix_products_on_the_gpu_are_exact(preset: str) -> None:
 
 
 @every_kernel
-def test_rows_without_keys_are_reported_as_minus_infinity(kernel: str) -> None:
+def test_tokens_without_keys_are_reported_as_minus_infinity(kernel: str) -> None:
     backend = backend_named(kernel)
     config = PRESETS["dattn"]
     t2v = plan_attention(RICH_LAYOUT, config, "cuda").parts[0]
     keyless_first = replace(t2v, key_lengths=(0, 8, 4))
     problem = make_problem(RICH_LAYOUT, config, head_dim=64).to(torch.bfloat16, "cuda")
-    query = t2v.query_rows.take(problem.query[RICH_LAYOUT.visual_budget :])
-    key, value = (t2v.key_rows.take(x) for x in (problem.key, problem.value))
+    query = t2v.query_tokens.take(problem.query[RICH_LAYOUT.visual_budget :])
+    key, value = (t2v.key_tokens.take(x) for x in (problem.key, problem.value))
     with torch.no_grad():
         out, lse = backend.forward(query, key, value, keyless_first, 1.0)
     assert torch.isneginf(lse[:5]).all()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from examples.quickstart.make_tokenizer import make_tokenizer
-from megatron_dattn.attention import PRESETS, output_rows
+from megatron_dattn.attention import PRESETS, output_tokens
 from megatron_dattn.conversion.families.exportable import check_exportable, is_llava
 from megatron_dattn.conversion.hf_export.run import export_checkpoint
 from megatron_dattn.data.template import TextRows
@@ -106,7 +106,7 @@ def _expected(loaded: LoadedModel, folder: Path) -> dict[str, Any]:
         "image_id": IMAGE,
         "is_stock": is_llava(model),
         # LLaVA's processor writes a token for every visual row, ours one for an image.
-        "tokens_per_image": model.rows_per_image if is_llava(model) else 1,
+        "tokens_per_image": model.tokens_per_image if is_llava(model) else 1,
         "new_tokens": NEW_TOKENS,
         "prompts": [
             {
@@ -148,5 +148,5 @@ def _with_images(rows: TextRows) -> list[int]:
 def _logits(loaded: LoadedModel, prompt: Prompt) -> torch.Tensor:
     """Of what follows each text row, [text rows, vocabulary]."""
     batch = pack_prompts(loaded, [(prompt, [])])
-    rows = output_rows(batch.layout, loaded.model.attention)
+    rows = output_tokens(batch.layout, loaded.model.attention)
     return loaded.model.forward_logits(batch, rows).clone()

@@ -29,7 +29,7 @@ from megatron.core.utils import unwrap_model
 from tests.support.megatron import fill_parameters, init_model_parallel, tiny_transformer_config
 
 VOCAB = 64
-ROWS = 16
+TOKENS = 16
 GLOBAL_BATCH = 4
 LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 0.1
@@ -80,7 +80,7 @@ class Engine:
             data_iterator=_own_samples(step),
             model=[self.model],
             num_microbatches=GLOBAL_BATCH // parallel_state.get_data_parallel_world_size(),
-            seq_length=ROWS,
+            seq_length=TOKENS,
             micro_batch_size=1,
             forward_only=False,
         )
@@ -184,7 +184,7 @@ def build_gpt(config: TransformerConfig) -> GPTModel:
             layer_specs=[layer] * stage_layers, layer_norm=LocalRMSNorm
         ),
         vocab_size=VOCAB,
-        max_sequence_length=ROWS,
+        max_sequence_length=TOKENS,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         position_embedding_type="rope",
@@ -211,14 +211,14 @@ def _transformer_config(layout: Layout) -> TransformerConfig:
     )
 
 
-Sample = tuple[torch.Tensor, torch.Tensor]  # token ids and labels, [1, ROWS] each
+Sample = tuple[torch.Tensor, torch.Tensor]  # token ids and labels, [1, TOKENS] each
 
 
 def _all_samples(step: int) -> list[Sample]:
     tokens = torch.randint(
-        VOCAB, (GLOBAL_BATCH, ROWS + 1), generator=torch.Generator().manual_seed(step)
+        VOCAB, (GLOBAL_BATCH, TOKENS + 1), generator=torch.Generator().manual_seed(step)
     )
-    return [(row[None, :-1], row[None, 1:]) for row in tokens]
+    return [(token[None, :-1], token[None, 1:]) for token in tokens]
 
 
 def _own_samples(step: int) -> Iterator[Sample]:
@@ -231,8 +231,8 @@ def _own_samples(step: int) -> Iterator[Sample]:
 def _per_token_loss(
     model: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    positions = torch.arange(ROWS)[None]
-    hidden_keys = torch.ones(1, 1, ROWS, ROWS, dtype=torch.bool).triu(1)
+    positions = torch.arange(TOKENS)[None]
+    hidden_keys = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).triu(1)
     return model(tokens, positions, hidden_keys, labels=labels)
 
 

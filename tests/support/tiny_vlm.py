@@ -42,7 +42,7 @@ from tests.support.gpt import LocalRMSNorm
 from tests.support.megatron import fill_parameters, init_model_parallel, tiny_transformer_config
 
 VOCAB = 32
-ROWS = 8
+TOKENS = 8
 FEATURES = 6
 MICROBATCHES = 2
 TRAIN_ITERS = 20
@@ -87,7 +87,7 @@ class TinyVLM(MegatronModule):
                 [layer] * (config.num_layers // config.pipeline_model_parallel_size), LocalRMSNorm
             ),
             vocab_size=VOCAB,
-            max_sequence_length=ROWS,
+            max_sequence_length=TOKENS,
             pre_process=self.pre_process,
             post_process=self.post_process,
             position_embedding_type="rope",
@@ -99,8 +99,8 @@ class TinyVLM(MegatronModule):
         self.language_model.set_input_tensor(tensor)
 
     def forward(self, tokens: torch.Tensor, pixels: torch.Tensor, labels: torch.Tensor) -> Any:
-        positions = torch.arange(ROWS)[None]
-        hidden = torch.ones(1, 1, ROWS, ROWS, dtype=torch.bool).triu(1)
+        positions = torch.arange(TOKENS)[None]
+        hidden = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).triu(1)
         decoder_input = None
         if self.pre_process:
             seen = self.adapter(self.vision_model(pixels.to(self.adapter.weight.dtype)))
@@ -143,8 +143,8 @@ class CountingLoader:
 
 def batch_of(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(VOCAB, (1, ROWS + 1), generator=generator)
-    pixels = torch.randn(ROWS, FEATURES, generator=generator)
+    tokens = torch.randint(VOCAB, (1, TOKENS + 1), generator=generator)
+    pixels = torch.randn(TOKENS, FEATURES, generator=generator)
     return tokens[:, :-1], pixels, tokens[:, 1:]
 
 
@@ -211,7 +211,7 @@ class Run:
             data_iterator=self._batches(),
             model=[model],
             num_microbatches=MICROBATCHES,
-            seq_length=ROWS,
+            seq_length=TOKENS,
             micro_batch_size=1,
             forward_only=False,
         )

@@ -6,7 +6,7 @@ of n patches, N places, eps = 1e-5 in every norm, rms(x) = x / sqrt(mean(x^2) + 
 
     Y = gelu(X W0 + b0) W2 + b2                        mm_rand_projector.model.{0,2}
     Y = w * rms(Y)                                     mm_rand_norm, w = 1 at first
-    Y = Y + rms(mlp_h(s(i (N - 1) / (n - 1))))         mm_rand_pos_h.mlp.{0,2}, patch row i
+    Y = Y + rms(mlp_h(s(i (N - 1) / (n - 1))))         mm_rand_pos_h.mlp.{0,2}, patch token i
     Y = Y + rms(mlp_w(s(j (N - 1) / (n - 1))))         mm_rand_pos_w.mlp.{0,2}, patch column j
     Y = w * rms(Y)                                     mm_rand_llm_norm, w = std of the embeddings
 
@@ -62,37 +62,37 @@ def random_weights(features: int, width: int, dtype: torch.dtype) -> dict[str, T
     return weights
 
 
-def vidi_rows(
+def vidi_tokens(
     weights: Mapping[str, Tensor], features: Tensor, grid: tuple[int, int], num_places: int
 ) -> Tensor:
-    """Features [patches, v] of one image to rows [patches, d], patch by patch, in their dtype."""
+    """Features [patches, v] of one image to tokens [patches, d], patch by patch, in their dtype."""
     dtype, (height, width) = features.dtype, grid
-    rows = F.gelu(_linear(features, weights, "mm_rand_projector.model.0"))
-    rows = weights["mm_rand_norm.weight"] * _rms(
-        _linear(rows, weights, "mm_rand_projector.model.2")
+    tokens = F.gelu(_linear(features, weights, "mm_rand_projector.model.0"))
+    tokens = weights["mm_rand_norm.weight"] * _rms(
+        _linear(tokens, weights, "mm_rand_projector.model.2")
     )
     placed = []
-    for patch, row in enumerate(rows):
+    for patch, token in enumerate(tokens):
         i, j = divmod(patch, width)
         for axis, index, length in (("h", i, height), ("w", j, width)):
             place = index / (length - 1) * (num_places - 1) if length > 1 else 0.0
             wide = torch.promote_types(dtype, torch.float32)
-            position = _sinusoid(place, rows.shape[1]).to(wide)
+            position = _sinusoid(place, tokens.shape[1]).to(wide)
             position = F.gelu(_linear(position, weights, f"mm_rand_pos_{axis}.mlp.0"))
             position = _linear(position, weights, f"mm_rand_pos_{axis}.mlp.2")
-            row = row + _rms(position.to(dtype))
-        placed.append(weights["mm_rand_llm_norm.weight"] * _rms(row))
+            token = token + _rms(position.to(dtype))
+        placed.append(weights["mm_rand_llm_norm.weight"] * _rms(token))
     return torch.stack(placed)
 
 
-def _linear(rows: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
-    weight, bias = (weights[f"{name}.{part}"].to(rows.dtype) for part in ("weight", "bias"))
-    return F.linear(rows, weight, bias)
+def _linear(tokens: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    weight, bias = (weights[f"{name}.{part}"].to(tokens.dtype) for part in ("weight", "bias"))
+    return F.linear(tokens, weight, bias)
 
 
-def _rms(rows: Tensor) -> Tensor:
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return (wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt()).to(rows.dtype)
+def _rms(tokens: Tensor) -> Tensor:
+    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    return (wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt()).to(tokens.dtype)
 
 
 def _sinusoid(place: float, width: int) -> Tensor:

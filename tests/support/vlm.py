@@ -159,12 +159,12 @@ def make_batch(
     """A pack of random samples.
 
     Args:
-        texts: text rows per sample.
-        images: per sample, how many of its text rows stand before each of its images.
-        unlabelled: supervise nothing; else about two of three rows, the last of a sample never.
-        budgets: visual and text rows.
+        texts: text tokens per sample.
+        images: per sample, how many of its text tokens stand before each of its images.
+        unlabelled: supervise nothing; else about two of three tokens, the last of a sample never.
+        budgets: visual and text tokens.
         first_sample: contents depend on `seed` and the number of the sample, counted from here.
-        grid: of an image's rows in the decoder (`ModelConfig.image_grid`).
+        grid: of an image's tokens in the decoder (`ModelConfig.image_grid`).
     """
     images = [*images, *[()] * (len(texts) - len(images))]
     spans = tuple(

@@ -11,7 +11,7 @@ from megatron_dattn.attention.plan.parts import Part
 class Backend(Protocol):
     """Softmax attention over the segments of one part, its sliding window included.
 
-    Tensors hold the part's own rows: queries [Nq, Hq, D], keys and values [Nk, Hk, D] with Hq a
+    Tensors hold the part's own tokens: queries [Nq, Hq, D], keys and values [Nk, Hk, D] with Hq a
     multiple of Hk, segment after segment as `part` lists them.
     """
 

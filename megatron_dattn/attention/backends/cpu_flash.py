@@ -16,8 +16,8 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-# The BF16 backward pass is slower than the float32 one on segments of 64 rows, and faster on those
-# of 256; the border lies between.
+# The BF16 backward pass is slower than the float32 one on segments of 64 tokens, and faster on
+# those of 256; the border lies between.
 _MIN_BF16_WIDTH = 128
 
 
@@ -65,7 +65,7 @@ class CpuFlashBackend(DenseBackend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         mask, causal = _mask(query, bias, rule)
         group = _foldable_group(query, key, rule)
-        do, q, o, s = (_fold(rows, group) for rows in (grad_out, query, out, lse))
+        do, q, o, s = (_fold(tokens, group) for tokens in (grad_out, query, out, lse))
         dq, dk, dv = _backward(
             do, q, key, value, o, s, 0.0, causal, attn_mask=mask, scale=rule.scale
         )
@@ -85,14 +85,14 @@ def _foldable_group(query: Tensor, key: Tensor, rule: ScoreRule) -> int:
     return query.shape[1] // key.shape[1]
 
 
-def _fold(rows: Tensor, group: int) -> Tensor:
+def _fold(tokens: Tensor, group: int) -> Tensor:
     """[batch, heads, width, ...] -> [batch, heads / group, group * width, ...]."""
-    return rows if group == 1 else rows.unflatten(1, (-1, group)).flatten(2, 3)
+    return tokens if group == 1 else tokens.unflatten(1, (-1, group)).flatten(2, 3)
 
 
-def _unfold(rows: Tensor, group: int) -> Tensor:
+def _unfold(tokens: Tensor, group: int) -> Tensor:
     """The inverse of `_fold`."""
-    return rows if group == 1 else rows.unflatten(2, (group, -1)).flatten(1, 2)
+    return tokens if group == 1 else tokens.unflatten(2, (group, -1)).flatten(1, 2)
 
 
 def _mask(query: Tensor, bias: Tensor | None, rule: ScoreRule) -> tuple[Tensor | None, bool]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.merge import merge_dtype
-from megatron_dattn.attention.plan.padding import PaddedBatch, PaddedRows
+from megatron_dattn.attention.plan.padding import PaddedBatch, PaddedTokens
 from megatron_dattn.attention.plan.parts import Part
 
 
@@ -74,7 +74,7 @@ class DenseBackend(ABC):
         for batch in part.batches:
             dtype = self.computing_dtype(query.dtype, batch)
             q = _pad(query, batch.queries, dtype)
-            k, v = (_pad(rows, batch.keys, dtype) for rows in (key, value))
+            k, v = (_pad(tokens, batch.keys, dtype) for tokens in (key, value))
             out, lse = self.dense_forward(q, k, v, _bias(batch, q.dtype), rule)
             outs.append(batch.queries.unpad(out.transpose(1, 2)))
             lses.append(batch.queries.unpad(lse.transpose(1, 2)))
@@ -99,9 +99,9 @@ class DenseBackend(ABC):
             dtype = self.computing_dtype(query.dtype, batch)
             # With grad_out zero in padding, padded queries send no gradient anywhere.
             do = batch.queries.pad_with_zeros(grad_out.to(dtype)).transpose(1, 2)
-            q, o = (_pad(rows, batch.queries, dtype) for rows in (query, out))
+            q, o = (_pad(tokens, batch.queries, dtype) for tokens in (query, out))
             s = _pad(lse, batch.queries, merge_dtype(dtype))
-            k, v = (_pad(rows, batch.keys, dtype) for rows in (key, value))
+            k, v = (_pad(tokens, batch.keys, dtype) for tokens in (key, value))
             bias = _bias(batch, q.dtype)
             dq, dk, dv = self.dense_backward(do, q, k, v, o, s, bias, rule)
             grads[0].append(batch.queries.unpad(dq.transpose(1, 2)))
@@ -116,9 +116,9 @@ class DenseBackend(ABC):
         )
 
 
-def _pad(rows: Tensor, padded_rows: PaddedRows, dtype: torch.dtype) -> Tensor:
-    """Rows [N, heads, ...] as a dense batch [batch, heads, width, ...] in the computing dtype."""
-    return padded_rows.pad(rows.to(dtype)).transpose(1, 2)
+def _pad(tokens: Tensor, padded_tokens: PaddedTokens, dtype: torch.dtype) -> Tensor:
+    """Tokens [N, heads, ...] as a dense batch [batch, heads, width, ...] in the computing dtype."""
+    return padded_tokens.pad(tokens.to(dtype)).transpose(1, 2)
 
 
 def _bias(batch: PaddedBatch, dtype: torch.dtype) -> Tensor | None:
@@ -126,7 +126,7 @@ def _bias(batch: PaddedBatch, dtype: torch.dtype) -> Tensor | None:
 
 
 def _place(pieces: list[Tensor], starts: list[int], like: Tensor, fill: float) -> Tensor:
-    """The pieces, each from its start on, shaped like `like`; `fill` in rows without a score."""
+    """The pieces, each from its start on, shaped like `like`; `fill` in tokens without a score."""
     if len(pieces) == 1 and len(pieces[0]) == len(like):
         return pieces[0]
     if pieces and sum(map(len, pieces)) == len(like):

@@ -46,8 +46,8 @@ class MathBackend(DenseBackend):
         bias: Tensor | None,
         rule: ScoreRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        def grouped(rows: Tensor) -> Tensor:
-            return rows.unflatten(1, (key.shape[1], -1))
+        def grouped(tokens: Tensor) -> Tensor:
+            return tokens.unflatten(1, (key.shape[1], -1))
 
         scores, slope = _scores(query, key, bias, rule)
         probabilities = torch.exp(scores - grouped(lse).unsqueeze(-1))

@@ -1,12 +1,12 @@
 """The common frame of backends whose kernel takes ragged segments: fold, call, unfold.
 
 Nothing is padded: such a kernel takes segment boundaries. Its causal mask is aligned at the bottom
-right, which is the same as ours because causal segments are square. Where a row has no key it
+right, which is the same as ours because causal segments are square. Where a token has no key it
 reports a log-sum-exp of +inf (one of them -inf, unless there is no key at all); we say -inf, the
 value that merges to nothing.
 
 Without a causal mask the order of queries inside a segment is free, so the query heads that share a
-key head become further query rows: the kernel then sees as many query as key heads, and sums key
+key head become further query tokens: the kernel then sees as many query as key heads, and sums key
 and value gradients over the group in float32 itself instead of in half precision afterwards.
 """
 
@@ -42,9 +42,9 @@ class RaggedScores:
 
 
 class VarlenBackend(ABC):
-    """Runs `varlen_forward` and `varlen_backward` over a part's rows.
+    """Runs `varlen_forward` and `varlen_backward` over a part's tokens.
 
-    Rows are [N, heads, D], log-sum-exps [heads, N] in float32.
+    Tokens are [N, heads, D], log-sum-exps [heads, N] in float32.
     """
 
     @abstractmethod
@@ -145,19 +145,19 @@ def _ragged_scores(part: Part, group: int, scale: float, softcap: float | None) 
 
 
 def _foldable_group(query: Tensor, key: Tensor, part: Part) -> int:
-    """Query heads per key head to turn into rows; 1 under a causal mask, where order counts."""
+    """Query heads per key head to turn into tokens; 1 under a causal mask, where order counts."""
     return 1 if part.causal else query.shape[1] // key.shape[1]
 
 
-def _fold(rows: Tensor, group: int) -> Tensor:
+def _fold(tokens: Tensor, group: int) -> Tensor:
     """[N, Hk * group, D] to [N * group, Hk, D]; segments stay together."""
     if group == 1:
-        return rows
-    return rows.unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
+        return tokens
+    return tokens.unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
 
 
-def _unfold(rows: Tensor, group: int) -> Tensor:
+def _unfold(tokens: Tensor, group: int) -> Tensor:
     """The inverse of `_fold`."""
     if group == 1:
-        return rows
-    return rows.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)
+        return tokens
+    return tokens.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)

@@ -1,10 +1,11 @@
-"""Text that grows behind a pack: what the newest row of each sample sees, as a plan.
+"""Text that grows behind a pack: what the newest token of each sample sees, as a plan.
 
-While answers are written, a sample gets one text row after the other. Nothing that was there before
-sees them, so the keys and values of earlier rows stay, and only the new rows have queries. Rows
-stand in the order in which they came: the pack as it was laid out, then the added rows.
+While answers are written, a sample gets one text token after the other. Nothing that was there
+before sees them, so the keys and values of earlier tokens stay, and only the new tokens have
+queries. Tokens stand in the order in which they came: the pack as it was laid out, then the added
+tokens.
 
-A new row comes after all images and all text of its sample. So it sees them all, whatever the
+A new token comes after all images and all text of its sample. So it sees them all, whatever the
 preset's scope, except what a sliding window hides: text, and images where the window counts them
 or T2V inherits it.
 """
@@ -15,13 +16,13 @@ from dataclasses import replace
 import torch
 
 from megatron_dattn.attention.config import AttentionConfig
-from megatron_dattn.attention.layout import RowRange, TokenLayout
+from megatron_dattn.attention.layout import TokenLayout, TokenRange
 from megatron_dattn.attention.plan.parts import AttentionPlan, split_parts
 from megatron_dattn.attention.plan.segments import PartRule, Segment, seen_images
-from megatron_dattn.attention.positions import row_positions
+from megatron_dattn.attention.positions import token_positions
 
 
-def plan_next_rows(
+def plan_decode_step(
     layout: TokenLayout,
     added: Sequence[int],
     num_new: int,
@@ -30,27 +31,27 @@ def plan_next_rows(
     *,
     window: int | None = None,
 ) -> AttentionPlan:
-    """The attention of the newest rows over all rows.
+    """The attention of the newest tokens over all tokens.
 
     Args:
         layout: the pack, which may have padding.
-        added: the sample of each added row, oldest first.
+        added: the sample of each added token, oldest first.
         num_new: how many of the last ones are new, each of another sample; they are the scored
-            rows.
+            tokens.
         window: as for `plan_attention`.
     """
     device = torch.device(device)
-    first_scored = layout.num_rows + len(added) - num_new
-    grown = _added_rows(layout, added, added[len(added) - num_new :])
-    assert len(grown) == num_new, "two new rows of one sample would see each other"
+    first_scored = layout.num_tokens + len(added) - num_new
+    grown = _added_tokens(layout, added, added[len(added) - num_new :])
+    assert len(grown) == num_new, "two new tokens of one sample would see each other"
 
     rules = _rules(layout, config, grown, first_scored, window)
     joint, apart = split_parts(rules, config.merge, first_scored, device)
     return AttentionPlan(
-        num_rows=layout.num_rows + len(added),
-        num_visual_rows=layout.visual_budget,
-        scored_rows=(first_scored, first_scored + num_new),
-        num_diagonal_rows=0,
+        num_tokens=layout.num_tokens + len(added),
+        num_visual_tokens=layout.visual_budget,
+        scored_tokens=(first_scored, first_scored + num_new),
+        num_diagonal_tokens=0,
         parts=joint,
         visual_parts=apart,
         merge=config.merge,
@@ -59,41 +60,45 @@ def plan_next_rows(
 
 
 def next_positions(layout: TokenLayout, config: AttentionConfig) -> list[int]:
-    """Rotary position of the text row that would follow each sample; one more for each after it."""
+    """Rotary position of the text token that would follow each sample; one more for each after
+    it."""
     longer = replace(
         layout,
         text_lengths=tuple(length + 1 for length in layout.text_lengths),
         text_budget=layout.text_budget + layout.num_samples,
     )
-    positions = row_positions(longer, config)
-    last = [longer.text_rows(sample)[1] - 1 for sample in range(layout.num_samples)]
+    positions = token_positions(longer, config)
+    last = [longer.text_tokens(sample)[1] - 1 for sample in range(layout.num_samples)]
     return positions[last].tolist()
 
 
-def _added_rows(
+def _added_tokens(
     layout: TokenLayout, added: Sequence[int], samples: Sequence[int]
-) -> dict[int, list[RowRange]]:
-    """Packed rows that those samples have got, in the order of the samples."""
-    rows: dict[int, list[RowRange]] = {sample: [] for sample in samples}
-    for row, sample in enumerate(added, layout.num_rows):
-        if sample in rows:
-            rows[sample].append((row, row + 1))
-    return rows
+) -> dict[int, list[TokenRange]]:
+    """Packed tokens that those samples have got, in the order of the samples."""
+    tokens: dict[int, list[TokenRange]] = {sample: [] for sample in samples}
+    for token, sample in enumerate(added, layout.num_tokens):
+        if sample in tokens:
+            tokens[sample].append((token, token + 1))
+    return tokens
 
 
 def _rules(
     layout: TokenLayout,
     config: AttentionConfig,
-    grown: dict[int, list[RowRange]],
+    grown: dict[int, list[TokenRange]],
     first_scored: int,
     window: int | None,
 ) -> Iterator[PartRule]:
-    """T2V and T2T of the new rows, or both as one where they are one softmax in reading order."""
-    read = {sample: _read(layout, config, sample, rows, window) for sample, rows in grown.items()}
+    """T2V and T2T of the new tokens, or both as one where they are one softmax in reading order."""
+    read = {
+        sample: _read(layout, config, sample, tokens, window) for sample, tokens in grown.items()
+    }
 
-    def rule(name: str, keys: Iterable[list[RowRange]], **axes: bool) -> PartRule:
+    def rule(name: str, keys: Iterable[list[TokenRange]], **axes: bool) -> PartRule:
         segments = (
-            Segment(((row, row + 1),), tuple(seen)) for row, seen in enumerate(keys, first_scored)
+            Segment(((token, token + 1),), tuple(seen))
+            for token, seen in enumerate(keys, first_scored)
         )
         return PartRule(name, tuple(segments), **axes)
 
@@ -109,27 +114,28 @@ def _read(
     layout: TokenLayout,
     config: AttentionConfig,
     sample: int,
-    added: list[RowRange],
+    added: list[TokenRange],
     window: int | None,
-) -> tuple[list[RowRange], list[RowRange]]:
-    """Visual and text rows that a sample's newest row sees; `added` ends with that row itself."""
+) -> tuple[list[TokenRange], list[TokenRange]]:
+    """Visual and text tokens that a sample's newest token sees; `added` ends with that token
+    itself."""
     if config.window_in_reading_order:
         runs = [(run.start, run.end) for run in layout.runs(sample)]
-        seen = _last_rows([*runs, *added], window)
+        seen = _last_tokens([*runs, *added], window)
         return (
-            [rows for rows in seen if rows[0] < layout.visual_budget],
-            [rows for rows in seen if rows[0] >= layout.visual_budget],
+            [tokens for tokens in seen if tokens[0] < layout.visual_budget],
+            [tokens for tokens in seen if tokens[0] >= layout.visual_budget],
         )
     newest = layout.text_lengths[sample] + len(added) - 1
     images = seen_images(layout, config, sample, newest, window)
-    return [images], _last_rows([layout.text_rows(sample), *added], window)
+    return [images], _last_tokens([layout.text_tokens(sample), *added], window)
 
 
-def _last_rows(ranges: list[RowRange], window: int | None) -> list[RowRange]:
-    """The last `window` rows of some ranges."""
+def _last_tokens(ranges: list[TokenRange], window: int | None) -> list[TokenRange]:
+    """The last `window` tokens of some ranges."""
     if window is None:
         return ranges
-    kept: list[RowRange] = []
+    kept: list[TokenRange] = []
     for start, end in reversed(ranges):
         start = max(start, end - window)
         window -= end - start

@@ -21,52 +21,55 @@ _FREE_SCORES = 20_000
 
 
 @dataclass(frozen=True)
-class PaddedRows:
-    """The rows `start ..` of a ragged tensor, laid out as `[batch, width]` with padding behind.
+class PaddedTokens:
+    """The tokens `start ..` of a ragged tensor, laid out as `[batch, width]` with padding behind.
 
-    Padding repeats the segment's last row. A last query's softmax covers every key of its segment,
-    so probabilities that a backward pass recomputes in padding stay within 1, whatever the scores.
+    Padding repeats the segment's last token. A last query's softmax covers every key of its
+    segment, so probabilities that a backward pass recomputes in padding stay within 1, whatever the
+    scores.
     """
 
     start: int
     lengths: tuple[int, ...]
     width: int
-    sources: Tensor | None  # int64 [batch * width]: the row to read at each place; None: no padding
-    places: Tensor | None  # int64 [num_rows]: the place of each row, inverse of `sources`
+    sources: (
+        Tensor | None
+    )  # int64 [batch * width]: the token to read at each place; None: no padding
+    places: Tensor | None  # int64 [num_tokens]: the place of each token, inverse of `sources`
 
     @staticmethod
-    def build(start: int, lengths: Sequence[int], device: torch.device | str) -> "PaddedRows":
+    def build(start: int, lengths: Sequence[int], device: torch.device | str) -> "PaddedTokens":
         width = max(lengths)
         if min(lengths) == width:
-            return PaddedRows(start, tuple(lengths), width, None, None)
+            return PaddedTokens(start, tuple(lengths), width, None, None)
         steps = torch.arange(width)
         ends = torch.tensor(lengths).cumsum(0).unsqueeze(1)
         firsts = ends - torch.tensor(lengths).unsqueeze(1)
         sources = torch.minimum(firsts + steps, ends - 1).flatten()
         places = (firsts + steps < ends).flatten().nonzero().flatten()
-        return PaddedRows(start, tuple(lengths), width, sources.to(device), places.to(device))
+        return PaddedTokens(start, tuple(lengths), width, sources.to(device), places.to(device))
 
     @cached_property
-    def num_rows(self) -> int:
+    def num_tokens(self) -> int:
         return sum(self.lengths)
 
     def pad(self, ragged: Tensor) -> Tensor:
-        """`[rows, ...]` to `[batch, width, ...]`."""
-        rows = ragged.narrow(0, self.start, self.num_rows)
+        """`[tokens, ...]` to `[batch, width, ...]`."""
+        tokens = ragged.narrow(0, self.start, self.num_tokens)
         if self.sources is not None:
-            rows = rows.index_select(0, self.sources)
-        return rows.unflatten(0, (len(self.lengths), self.width))
+            tokens = tokens.index_select(0, self.sources)
+        return tokens.unflatten(0, (len(self.lengths), self.width))
 
     def pad_with_zeros(self, ragged: Tensor) -> Tensor:
         """Like `pad`, but padding is zero."""
-        rows = ragged.narrow(0, self.start, self.num_rows)
+        tokens = ragged.narrow(0, self.start, self.num_tokens)
         if self.places is not None:
-            flat = rows.new_zeros(len(self.lengths) * self.width, *rows.shape[1:])
-            rows = flat.index_copy_(0, self.places, rows)
-        return rows.unflatten(0, (len(self.lengths), self.width))
+            flat = tokens.new_zeros(len(self.lengths) * self.width, *tokens.shape[1:])
+            tokens = flat.index_copy_(0, self.places, tokens)
+        return tokens.unflatten(0, (len(self.lengths), self.width))
 
     def unpad(self, batch: Tensor) -> Tensor:
-        """`[batch, width, ...]` back to this batch's own rows `[num_rows, ...]`."""
+        """`[batch, width, ...]` back to this batch's own tokens `[num_tokens, ...]`."""
         flat = batch.flatten(0, 1)
         return flat if self.places is None else flat.index_select(0, self.places)
 
@@ -82,8 +85,8 @@ class PaddedRows:
 class PaddedBatch:
     """Neighbouring segments of a part as one dense problem."""
 
-    queries: PaddedRows
-    keys: PaddedRows
+    queries: PaddedTokens
+    keys: PaddedTokens
     key_bias: Tensor | None  # float32 [batch, 1, 1, key width]: -inf for padding, else 0
 
 
@@ -101,13 +104,13 @@ def padded_batches(
     key_starts = list(accumulate(key_lengths, initial=0))
     batches = []
     for first, last in _group(query_lengths, key_lengths):
-        queries = PaddedRows.build(query_starts[first], query_lengths[first:last], device)
-        keys = PaddedRows.build(key_starts[first], key_lengths[first:last], device)
+        queries = PaddedTokens.build(query_starts[first], query_lengths[first:last], device)
+        keys = PaddedTokens.build(key_starts[first], key_lengths[first:last], device)
         batches.append(PaddedBatch(queries, keys, None if causal else _key_bias(keys)))
     return tuple(batches)
 
 
-def _key_bias(keys: PaddedRows) -> Tensor | None:
+def _key_bias(keys: PaddedTokens) -> Tensor | None:
     padding = keys.padding()
     if padding is None:
         return None

@@ -1,9 +1,9 @@
 """The attention of one micro-batch as a list of parts, planned once and shared by all layers.
 
-A part is a set of (query rows, key rows) segments under one rule: causal or not, rotary or not. The
-paper's T2V and T2T are two parts; their partial softmaxes are merged afterwards (equation 7).
-Conventional self-attention is a single causal part over the rows in reading order, which is what a
-flash kernel does best and so a fair baseline.
+A part is a set of (query tokens, key tokens) segments under one rule: causal or not, rotary or not.
+The paper's T2V and T2T are two parts; their partial softmaxes are merged afterwards (equation 7).
+Conventional self-attention is a single causal part over the tokens in reading order, which is what
+a flash kernel does best and so a fair baseline.
 """
 
 from collections.abc import Iterable
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig, Merge
-from megatron_dattn.attention.layout import RowRange, TokenLayout
-from megatron_dattn.attention.plan.index import Rows
+from megatron_dattn.attention.layout import TokenLayout, TokenRange
+from megatron_dattn.attention.plan.index import TokenIndex
 from megatron_dattn.attention.plan.padding import PaddedBatch, padded_batches
 from megatron_dattn.attention.plan.segments import PartRule, attention_rules
 
 
 @dataclass(frozen=True)
 class Part:
-    """Segments under one rule. No segment is empty; a query row stands in at most one of them."""
+    """Segments under one rule. No segment is empty; a query token stands in at most one of them."""
 
     name: str
-    query_rows: Rows  # rows of the query tensor, segment after segment
-    key_rows: Rows  # rows of the key and value tensors, segment after segment
+    query_tokens: TokenIndex  # tokens of the query tensor, segment after segment
+    key_tokens: TokenIndex  # tokens of the key and value tensors, segment after segment
     query_lengths: tuple[int, ...]  # per segment
     key_lengths: tuple[int, ...]
     causal: bool  # the i-th query of a segment sees its first i + 1 keys; lengths are equal
@@ -54,22 +54,22 @@ class Part:
 class AttentionPlan:
     """Who attends to whom in one micro-batch, ready for every layer.
 
-    `scored_rows` are the rows that have queries: all of them, or the text rows where visual rows do
-    not attend. Query tensors hold those rows alone; key and value tensors hold all.
+    `scored_tokens` are the tokens that have queries: all of them, or the text tokens where visual
+    tokens do not attend. Query tensors hold those tokens alone; key and value tensors hold all.
     """
 
-    num_rows: int
-    num_visual_rows: int  # leading rows, padding included
-    scored_rows: RowRange
-    num_diagonal_rows: int  # leading (visual) rows whose output is their own value, equation 2
+    num_tokens: int
+    num_visual_tokens: int  # leading tokens, padding included
+    scored_tokens: TokenRange
+    num_diagonal_tokens: int  # leading (visual) tokens whose output is their own value, equation 2
     parts: tuple[Part, ...]  # of one joint softmax; T2V too where the merge is "alpha"
     visual_parts: tuple[Part, ...]  # T2V, where the merge leaves it a softmax of its own
     merge: Merge
     device: torch.device
 
     @property
-    def num_scored_rows(self) -> int:
-        return self.scored_rows[1] - self.scored_rows[0]
+    def num_scored_tokens(self) -> int:
+        return self.scored_tokens[1] - self.scored_tokens[0]
 
     @cached_property
     def parts_share_keys(self) -> bool:
@@ -83,10 +83,10 @@ class AttentionPlan:
 
     @cached_property
     def sees_images(self) -> Tensor:
-        """Whether a scored row stands in one of `visual_parts`, bool [num_scored_rows]."""
-        sees = torch.zeros(self.num_scored_rows, dtype=torch.bool, device=self.device)
+        """Whether a scored token stands in one of `visual_parts`, bool [num_scored_tokens]."""
+        sees = torch.zeros(self.num_scored_tokens, dtype=torch.bool, device=self.device)
         for part in self.visual_parts:
-            part.query_rows.put(sees, torch.ones_like(part.query_rows.take(sees)))
+            part.query_tokens.put(sees, torch.ones_like(part.query_tokens.take(sees)))
         return sees
 
 
@@ -99,23 +99,24 @@ def plan_attention(
 ) -> AttentionPlan:
     """Turn a layout and a configuration into parts whose index tensors live on `device`.
 
-    `window` is the sliding window of a layer that has one: a row sees so many of the rows that a
-    causal part shows it, itself included. It counts rows of that part: text or visual rows alone,
-    or, in plain self-attention and where `config.window` says so, all rows in reading order. T2V
-    has the window under t2v.window="inherit" and in reading order, V2T in reading order alone.
+    `window` is the sliding window of a layer that has one: a token sees so many of the tokens that
+    a causal part shows it, itself included. It counts tokens of that part: text or visual tokens
+    alone, or, in plain self-attention and where `config.window` says so, all tokens in reading
+    order. T2V has the window under t2v.window="inherit" and in reading order, V2T in reading order
+    alone.
     """
     if window is not None and window < 1:
-        raise ValueError(f"a window of {window} rows hides a row from itself")
+        raise ValueError(f"a window of {window} tokens hides a token from itself")
     device = torch.device(device)
-    first_scored = 0 if config.scores_visual_rows else layout.visual_budget
+    first_scored = 0 if config.scores_visual_tokens else layout.visual_budget
     joint, apart = split_parts(
         attention_rules(layout, config, window), config.merge, first_scored, device
     )
     return AttentionPlan(
-        num_rows=layout.num_rows,
-        num_visual_rows=layout.visual_budget,
-        scored_rows=(first_scored, layout.num_rows),
-        num_diagonal_rows=layout.visual_budget if config.v2v == "diagonal" else 0,
+        num_tokens=layout.num_tokens,
+        num_visual_tokens=layout.visual_budget,
+        scored_tokens=(first_scored, layout.num_tokens),
+        num_diagonal_tokens=layout.visual_budget if config.v2v == "diagonal" else 0,
         parts=joint,
         visual_parts=apart,
         merge=config.merge,
@@ -137,14 +138,15 @@ def split_parts(
 
 
 def build_part(rule: PartRule, first_scored: int, device: torch.device) -> Part:
-    """A part of those segments that are not empty; `first_scored` is query row 0's packed row."""
+    """A part of those segments that are not empty; `first_scored` is query token 0's packed
+    token."""
     segments = [segment for segment in rule.segments if segment.num_queries and segment.num_keys]
     queries = [(a - first_scored, b - first_scored) for s in segments for a, b in s.queries]
-    keys = [rows for segment in segments for rows in segment.keys]
+    keys = [tokens for segment in segments for tokens in segment.keys]
     return Part(
         name=rule.name,
-        query_rows=Rows.from_ranges(queries, device),
-        key_rows=Rows.from_ranges(keys, device),
+        query_tokens=TokenIndex.from_ranges(queries, device),
+        key_tokens=TokenIndex.from_ranges(keys, device),
         query_lengths=tuple(segment.num_queries for segment in segments),
         key_lengths=tuple(segment.num_keys for segment in segments),
         causal=rule.causal,
@@ -155,7 +157,7 @@ def build_part(rule: PartRule, first_scored: int, device: torch.device) -> Part:
 
 
 def _share_keys(parts: Iterable[Part]) -> bool:
-    ranges = sorted(rows for part in parts for rows in part.key_rows.ranges)
+    ranges = sorted(tokens for part in parts for tokens in part.key_tokens.ranges)
     return any(end > start for (_, end), (start, _) in pairwise(ranges))
 
 

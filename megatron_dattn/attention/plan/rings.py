@@ -4,11 +4,11 @@ Ring r of a grid of H x W patches holds those at distance r from the nearest bor
 odd shorter side has a line of patches, or a single one, in its centre.
 """
 
-from megatron_dattn.attention.layout import ImageSpan, RowRange
+from megatron_dattn.attention.layout import ImageSpan, TokenRange
 
 
-def image_rings(image: ImageSpan, start: int) -> list[list[RowRange]]:
-    """Packed rows of each ring, outermost first, of the image whose first row is `start`."""
+def image_rings(image: ImageSpan, start: int) -> list[list[TokenRange]]:
+    """Packed tokens of each ring, outermost first, of the image whose first token is `start`."""
     height, width = image.grid
     rings = []
     for ring in range((min(height, width) + 1) // 2):

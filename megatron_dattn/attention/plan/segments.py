@@ -1,7 +1,7 @@
-"""Which rows see which, as segments: the rules that a plan is made of.
+"""Which tokens see which, as segments: the rules that a plan is made of.
 
 A rule is one of the kinds of pairs V2V, V2T, T2V and T2T, or several of them that one causal mask
-covers. Its segments say it of whole ranges of rows, so that a plan costs a few of them per sample
+covers. Its segments say it of whole ranges of tokens, so that a plan costs a few of them per sample
 and not one per pair.
 """
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise, product
 
 from megatron_dattn.attention.config import AttentionConfig
-from megatron_dattn.attention.layout import RowRange, TokenLayout
+from megatron_dattn.attention.layout import TokenLayout, TokenRange
 from megatron_dattn.attention.plan.rings import image_rings
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Every query row sees every key row (or, in a causal part, those up to its own place)."""
+    """Every query token sees every key token (or, in a causal part, those up to its own place)."""
 
-    queries: tuple[RowRange, ...]
-    keys: tuple[RowRange, ...]
+    queries: tuple[TokenRange, ...]
+    keys: tuple[TokenRange, ...]
 
     @property
     def num_queries(self) -> int:
@@ -39,7 +39,7 @@ class PartRule:
     causal: bool = False
     rotary: bool = True
     window: int | None = None  # of a causal rule
-    is_t2v: bool = False  # text rows read images, and nothing else
+    is_t2v: bool = False  # text tokens read images, and nothing else
 
 
 def attention_rules(
@@ -68,19 +68,19 @@ def attention_rules(
 
 
 def seen_images(
-    layout: TokenLayout, config: AttentionConfig, sample: int, row: int, window: int | None
-) -> RowRange:
-    """Packed rows of the images that a sample's text row `row`, counted from 0, sees.
+    layout: TokenLayout, config: AttentionConfig, sample: int, token: int, window: int | None
+) -> TokenRange:
+    """Packed tokens of the images that a sample's text token `token`, counted from 0, sees.
 
-    The row may be one that the text does not have yet. A layer's window hides images only where
-    t2v.window says so: then those with `window` text rows or more from the image to the row.
+    The token may be one that the text does not have yet. A layer's window hides images only where
+    t2v.window says so: then those with `window` text tokens or more from the image to the token.
     """
-    start, end = layout.visual_rows(sample)
+    start, end = layout.visual_tokens(sample)
     for index in layout.sample_images(sample):
-        offset, (first, last) = layout.images[index].text_offset, layout.image_rows[index]
-        if config.t2v.scope == "following" and offset > row:
+        offset, (first, last) = layout.images[index].text_offset, layout.image_tokens[index]
+        if config.t2v.scope == "following" and offset > token:
             end = min(end, first)
-        if config.t2v.window == "inherit" and window is not None and offset <= row - window + 1:
+        if config.t2v.window == "inherit" and window is not None and offset <= token - window + 1:
             start = last
     return start, max(start, end)
 
@@ -88,27 +88,27 @@ def seen_images(
 def windowed_text_rules(
     layout: TokenLayout, config: AttentionConfig, window: int
 ) -> Iterator[PartRule]:
-    """T2V and T2T under a window that counts all rows in reading order, without visual queries.
+    """T2V and T2T under a window that counts all tokens in reading order, without visual queries.
 
-    What a text row sees of its own run of text is a causal part. Of what stands before that run,
-    neighbouring rows share the keys that all of them see; and at the window's edge each row sees
-    one key less than the one before it, which is a causal triangle when it is read backwards.
+    What a text token sees of its own run of text is a causal part. Of what stands before that run,
+    neighbouring tokens share the keys that all of them see; and at the window's edge each token
+    sees one key less than the one before it, which is a causal triangle when it is read backwards.
     """
     within: list[Segment] = []
     shared: dict[bool, list[Segment]] = {True: [], False: []}  # by whether the keys are visual
     edges: dict[bool, list[Segment]] = {True: [], False: []}
     for order in (_ReadingOrder(layout, sample) for sample in range(layout.num_samples)):
         for first, end in order.text_runs():
-            rows = order.rows(first, end, visual=False)
-            within.append(Segment(rows, rows))
+            tokens = order.tokens(first, end, visual=False)
+            within.append(Segment(tokens, tokens))
             for a, b in order.pieces(first, end, window):
-                low, high = a - window + 1, b - window  # what row a and row b - 1 see first
-                queries = order.rows(a, b, visual=False)
-                leaving = _backwards(order.rows(a, b - 1, visual=False))
+                low, high = a - window + 1, b - window  # what token a and token b - 1 see first
+                queries = order.tokens(a, b, visual=False)
+                leaving = _backwards(order.tokens(a, b - 1, visual=False))
                 for visual in (True, False):
-                    keys = order.rows(max(high, 0), first, visual=visual)
+                    keys = order.tokens(max(high, 0), first, visual=visual)
                     shared[visual].append(Segment(queries, keys))
-                    if low >= 0 and (keys := order.rows(low, high, visual=visual)):
+                    if low >= 0 and (keys := order.tokens(low, high, visual=visual)):
                         edges[visual].append(Segment(leaving, _backwards(keys)))
     for visual, name in ((True, "T2V"), (False, "T2T")):
         rotary = config.t2v.rotary or not visual
@@ -118,20 +118,20 @@ def windowed_text_rules(
 
 
 class _ReadingOrder:
-    """A sample's valid rows by their place in reading order, 0 for the first."""
+    """A sample's valid tokens by their place in reading order, 0 for the first."""
 
     def __init__(self, layout: TokenLayout, sample: int) -> None:
         self._runs = layout.runs(sample)
         lengths = (run.end - run.start for run in self._runs)
         self._starts = list(accumulate(lengths, initial=0))
 
-    def text_runs(self) -> list[RowRange]:
+    def text_runs(self) -> list[TokenRange]:
         """Places of every run of text."""
         places = zip(self._runs, pairwise(self._starts), strict=True)
         return [run_places for run, run_places in places if not run.is_visual]
 
-    def rows(self, first: int, end: int, *, visual: bool) -> tuple[RowRange, ...]:
-        """Packed rows of one kind at the places first .. end - 1."""
+    def tokens(self, first: int, end: int, *, visual: bool) -> tuple[TokenRange, ...]:
+        """Packed tokens of one kind at the places first .. end - 1."""
         found = []
         for run, start in zip(self._runs, self._starts[:-1], strict=True):
             a, b = run.start + max(first - start, 0), min(run.start + end - start, run.end)
@@ -139,37 +139,37 @@ class _ReadingOrder:
                 found.append((a, b))
         return tuple(found)
 
-    def pieces(self, first: int, end: int, window: int) -> list[RowRange]:
-        """The places of a run of text that see rows before it, cut where the window's edge passes
+    def pieces(self, first: int, end: int, window: int) -> list[TokenRange]:
+        """The places of a run of text that see tokens before it, cut where the window's edge passes
         from one run to the next."""
         last = min(end, first + window - 1)
         cuts = {start + window - 1 for start in self._starts}
         return list(pairwise(sorted({first, last} | {c for c in cuts if first < c < last})))
 
 
-def _backwards(ranges: tuple[RowRange, ...]) -> tuple[RowRange, ...]:
-    return tuple((row, row + 1) for a, b in reversed(ranges) for row in reversed(range(a, b)))
+def _backwards(ranges: tuple[TokenRange, ...]) -> tuple[TokenRange, ...]:
+    return tuple((token, token + 1) for a, b in reversed(ranges) for token in reversed(range(a, b)))
 
 
 def _reading_order(layout: TokenLayout) -> Iterator[Segment]:
     for sample in range(layout.num_samples):
-        rows = tuple((run.start, run.end) for run in layout.runs(sample))
-        yield Segment(rows, rows)
+        tokens = tuple((run.start, run.end) for run in layout.runs(sample))
+        yield Segment(tokens, tokens)
 
 
 def _within_kind(layout: TokenLayout, with_visual: bool) -> Iterator[Segment]:
     for sample in range(layout.num_samples):
         if with_visual:
-            yield Segment((layout.visual_rows(sample),), (layout.visual_rows(sample),))
-        yield Segment((layout.text_rows(sample),), (layout.text_rows(sample),))
+            yield Segment((layout.visual_tokens(sample),), (layout.visual_tokens(sample),))
+        yield Segment((layout.text_tokens(sample),), (layout.text_tokens(sample),))
 
 
 def _text_to_visual(
     layout: TokenLayout, config: AttentionConfig, window: int | None
 ) -> Iterator[Segment]:
     for sample in range(layout.num_samples):
-        start, end = layout.text_rows(sample)
-        cuts = {0, end - start}  # rows from which on another range of images is seen
+        start, end = layout.text_tokens(sample)
+        cuts = {0, end - start}  # tokens from which on another range of images is seen
         for offset in (layout.images[index].text_offset for index in layout.sample_images(sample)):
             if config.t2v.scope == "following":
                 cuts.add(offset)
@@ -181,27 +181,27 @@ def _text_to_visual(
 
 
 def _within_rings(layout: TokenLayout) -> Iterator[Segment]:
-    for image, (start, _) in zip(layout.images, layout.image_rows, strict=True):
-        seen = [(layout.visual_rows(image.sample)[0], start)]
+    for image, (start, _) in zip(layout.images, layout.image_tokens, strict=True):
+        seen = [(layout.visual_tokens(image.sample)[0], start)]
         for ring in image_rings(image, start):
             seen += ring
             yield Segment(tuple(ring), tuple(seen))
 
 
 def _within_windows(layout: TokenLayout, reach: int) -> Iterator[Segment]:
-    for image, (start, _) in zip(layout.images, layout.image_rows, strict=True):
+    for image, (start, _) in zip(layout.images, layout.image_tokens, strict=True):
         height, width = image.grid
         for i, j in product(range(height), range(width)):
             left, right = max(0, j - reach), min(width, j + reach + 1)
             lines = range(max(0, i - reach), min(height, i + reach + 1))
             keys = tuple((start + k * width + left, start + k * width + right) for k in lines)
-            row = start + i * width + j
-            yield Segment(((row, row + 1),), keys)
+            token = start + i * width + j
+            yield Segment(((token, token + 1),), keys)
 
 
 def _visual_to_text(layout: TokenLayout, config: AttentionConfig) -> Iterator[Segment]:
     for sample in range(layout.num_samples):
-        start, _ = layout.text_rows(sample)
+        start, _ = layout.text_tokens(sample)
         prompt_end = start + layout.prompt_length(sample) if config.v2t == "prompt" else start
         before = start
         for run in layout.runs(sample):

@@ -7,7 +7,7 @@ from megatron_dattn.conversion.families.config_values import ConfigValues
 from megatron_dattn.conversion.families.rope import read_rope, write_rope
 from megatron_dattn.conversion.families.weight_map import (
     GroupedQKV,
-    PaddedRows,
+    PaddedVocabulary,
     Rule,
     Stacked,
 )
@@ -115,7 +115,7 @@ def decoder_rules(
         layer_rules: makes those of one layer from our prefix and theirs, both without the last dot.
     """
     vocabulary = (config.vocab_size, config.hidden_size)
-    padded = PaddedRows(config.vocab_size, config.padded_vocab_size)
+    padded = PaddedVocabulary(config.vocab_size, config.padded_vocab_size)
     embedding = "embedding.word_embeddings.weight"
     rules = [
         Rule(embedding, {"model.embed_tokens.weight": vocabulary}, padded),

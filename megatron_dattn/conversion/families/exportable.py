@@ -4,7 +4,7 @@ Decomposed models are given code of ours, plain self-attention is Hugging Face's
 computes everything that can be trained; what it does not is refused with the reason.
 """
 
-from megatron_dattn.attention import AttentionConfig, VisualRows, get_preset
+from megatron_dattn.attention import AttentionConfig, VisualTokensConfig, get_preset
 from megatron_dattn.conversion.families.registry import LANGUAGE
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
@@ -12,15 +12,15 @@ from megatron_dattn.models.config import LanguageConfig, ModelConfig
 # What the exported code can do with visual rows, by the config's `visual_source`: run them through
 # all layers, or make them anew in each.
 VISUAL_ROWS = {
-    "stream": VisualRows(),
-    "reproject": VisualRows(source="reproject", ffn=0.0),
+    "stream": VisualTokensConfig(),
+    "reproject": VisualTokensConfig(source="reproject", ffn=0.0),
 }
 
 
 def is_llava(model: ModelConfig) -> bool:
     """Whether the model's attention is that of Hugging Face's LLaVA, whose code it is given."""
     preset = get_preset(model.attention)
-    return preset.attends_in_reading_order and preset.visual == VisualRows()
+    return preset.attends_in_reading_order and preset.visual == VisualTokensConfig()
 
 
 def check_exportable(model: ModelConfig) -> None:
@@ -39,7 +39,7 @@ def check_exportable(model: ModelConfig) -> None:
 
 
 def _reason_against_dattn(preset: AttentionConfig) -> str:
-    if preset.scores_visual_rows:
+    if preset.scores_visual_tokens:
         return (
             f"with v2v='{preset.v2v}' visual rows attend to other rows; the exported code computes "
             "each from its own image alone"

@@ -51,7 +51,7 @@ class Stacked:
 
 
 @dataclass(frozen=True)
-class PaddedRows:
+class PaddedVocabulary:
     """One matrix with rows of zeros behind its own: a vocabulary that is padded."""
 
     rows: int

@@ -44,7 +44,7 @@ from megatron_dattn.conversion.verify.verdict import (
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.tokenizer import token_id
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.inference.continuation import Continuation
+from megatron_dattn.inference.decoding import Decoding
 from megatron_dattn.inference.load import (
     LoadedModel,
     RunAssets,
@@ -221,16 +221,16 @@ def _our_outputs(
     """
     texts = []
     for asked in inputs.texts:
-        rows, pixels = asked.prompt.rows, asked.pixels.to(DTYPES[dtype])
-        ids = torch.tensor(rows.input_ids)
-        batch = one_text(loaded.config.model, ids, pixels, rows.image_offsets)
+        tokens, pixels = asked.prompt.tokens, asked.pixels.to(DTYPES[dtype])
+        ids = torch.tensor(tokens.input_ids)
+        batch = one_text(loaded.config.model, ids, pixels, tokens.image_offsets)
         texts.append(text_logits(loaded.model, batch))
-    continuation = Continuation(loaded, [asked.prompt for asked in inputs.prompts])
-    steps = [[logits] for logits in continuation.start().cpu()]
+    decoding = Decoding(loaded, [asked.prompt for asked in inputs.prompts])
+    steps = [[logits] for logits in decoding.prefill().cpu()]
     for step in range(1, max(len(answer.tokens) for answer in theirs)):
         running = [i for i, answer in enumerate(theirs) if len(answer.tokens) > step]
         said = [theirs[index].tokens[step - 1] for index in running]
-        for index, logits in zip(running, continuation.go_on(running, said).cpu(), strict=True):
+        for index, logits in zip(running, decoding.decode_step(running, said).cpu(), strict=True):
             steps[index].append(logits)
     answers = [
         _Answer(answer.tokens, torch.stack(logits))

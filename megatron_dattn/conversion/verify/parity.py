@@ -120,7 +120,7 @@ def one_text(
     )
     rows = len(ids)
     batch = PackedBatch(
-        layout=TokenLayout((rows,), spans, sum(span.num_rows for span in spans), rows, (rows,)),
+        layout=TokenLayout((rows,), spans, sum(span.num_tokens for span in spans), rows, (rows,)),
         input_ids=ids,
         labels=torch.full_like(ids, IGNORED_LABEL),
         pixel_values=pixels[: len(spans)],
@@ -131,7 +131,7 @@ def one_text(
 
 def text_logits(model: DAttnVLM, batch: PackedBatch) -> Tensor:
     """Logits [text rows, vocabulary] of a batch, on the CPU."""
-    rows = torch.arange(batch.layout.visual_budget, batch.layout.num_rows)
+    rows = torch.arange(batch.layout.visual_budget, batch.layout.num_tokens)
     return model.forward_logits(batch, rows.to(get_device())).cpu()
 
 

@@ -37,7 +37,7 @@ def naive_attention(
 
     visual_out, visual_lse = part(problem.query, keys, slice(0, first_text))
     rotated_query, rotated_key = (apply_rotary(x, problem.rotary) for x in (problem.query, keys))
-    text_out, text_lse = part(rotated_query, rotated_key, slice(first_text, layout.num_rows))
+    text_out, text_lse = part(rotated_query, rotated_key, slice(first_text, layout.num_tokens))
     if not lse_has_gradient:
         visual_lse, text_lse = visual_lse.detach(), text_lse.detach()
     alpha_visual = torch.sigmoid(visual_lse - text_lse)
@@ -68,20 +68,20 @@ def constant_alpha_gradients(
         for part in plan.parts:
             q = apply_rotary(query, tables) if part.rotary else query
             k = apply_rotary(problem.key, problem.rotary) if part.rotary else problem.key
-            rows = (part.query_rows.take(q), part.key_rows.take(k))
-            rows = (*rows, part.key_rows.take(problem.value))
-            runs.append((part, rows, *backend.forward(*rows, part, scale)))
+            tokens = (part.query_tokens.take(q), part.key_tokens.take(k))
+            tokens = (*tokens, part.key_tokens.take(problem.value))
+            runs.append((part, tokens, *backend.forward(*tokens, part, scale)))
         total = torch.full_like(query[..., 0], -torch.inf, dtype=runs[0][3].dtype)
         for part, _, _, lse in runs:
-            part.query_rows.put(total, torch.logaddexp(part.query_rows.take(total), lse))
-        for part, rows, out, lse in runs:
-            alpha = torch.exp(lse - part.query_rows.take(total)).unsqueeze(-1)
-            do = (part.query_rows.take(grad_out) * alpha).to(query.dtype)
-            dq, dk, _ = backend.backward(do, *rows, out, lse, part, scale)
+            part.query_tokens.put(total, torch.logaddexp(part.query_tokens.take(total), lse))
+        for part, tokens, out, lse in runs:
+            alpha = torch.exp(lse - part.query_tokens.take(total)).unsqueeze(-1)
+            do = (part.query_tokens.take(grad_out) * alpha).to(query.dtype)
+            dq, dk, _ = backend.backward(do, *tokens, out, lse, part, scale)
             if part.rotary:
                 back = [part.query_rows.take(table) for table in (tables[0], -tables[1])]
                 dq = apply_rotary(dq, (back[0], back[1]))
-                dk = apply_rotary(dk, (part.key_rows.take(cos), part.key_rows.take(-sin)))
-            part.query_rows.add(grad_query[layout.visual_budget :], dq)
-            part.key_rows.add(grad_key, dk)
+                dk = apply_rotary(dk, (part.key_tokens.take(cos), part.key_tokens.take(-sin)))
+            part.query_tokens.add(grad_query[layout.visual_budget :], dq)
+            part.key_tokens.add(grad_key, dk)
     return grad_query, grad_key

@@ -15,13 +15,13 @@ from megatron_dattn.attention import (
     Positions,
     TextToVisual,
     TokenLayout,
-    VisualRows,
+    VisualTokensConfig,
     attend_images,
     decomposed_attention,
     layer_rules,
     plan_attention,
     rotary_tables,
-    row_positions,
+    token_positions,
 )
 from megatron_dattn.attention.positions import Rotary
 from megatron_dattn.attention.reference import described_positions, reference_attention
@@ -38,7 +38,7 @@ VARIANTS = {
     "frozen": layer_rules(PRESETS["shortv"], 5, skip_unread=False)[-1].attention,
     "frozen_yopo": layer_rules(PRESETS["yopo"], 2, skip_unread=True)[0].attention,
     "frozen_debias": layer_rules(
-        replace(PRESETS["s_attn_debias"], visual=VisualRows(exit=0.5)), 2, skip_unread=True
+        replace(PRESETS["s_attn_debias"], visual=VisualTokensConfig(exit=0.5)), 2, skip_unread=True
     )[0].attention,
     "reading_order": AttentionConfig(
         t2v=TextToVisual("following"), merge="sum", window="reading_order"
@@ -53,7 +53,7 @@ VARIANTS = {
 }
 CONFIGS = PRESETS | VARIANTS
 
-# Images before, between, back to back and after the text; a text-only sample; padding rows.
+# Images before, between, back to back and after the text; a text-only sample; padding tokens.
 RICH_LAYOUT = TokenLayout(
     text_lengths=(5, 3, 4, 1),
     images=(
@@ -72,7 +72,7 @@ TEXT_ONLY_LAYOUT = TokenLayout((3, 2), (), visual_budget=2, text_budget=6, promp
 
 @st.composite
 def layouts(draw: st.DrawFn) -> TokenLayout:
-    """Up to four samples of up to six text rows, each with up to three images anywhere."""
+    """Up to four samples of up to six text tokens, each with up to three images anywhere."""
     text_lengths = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
     images = []
     for sample, length in enumerate(text_lengths):
@@ -80,11 +80,11 @@ def layouts(draw: st.DrawFn) -> TokenLayout:
         for offset in offsets:
             grid = draw(st.tuples(st.integers(1, 3), st.integers(1, 5)))
             images.append(ImageSpan(sample, offset, grid))
-    visual_rows = sum(image.num_rows for image in images)
+    visual_tokens = sum(image.num_tokens for image in images)
     return TokenLayout(
         text_lengths,
         tuple(images),
-        visual_budget=visual_rows + draw(st.integers(0, 3)),
+        visual_budget=visual_tokens + draw(st.integers(0, 3)),
         text_budget=sum(text_lengths) + draw(st.integers(0, 3)),
         prompt_lengths=tuple(draw(st.integers(0, length)) for length in text_lengths),
     )
@@ -132,12 +132,12 @@ def make_problem(
 ) -> Problem:
     """Two key heads, `group` query heads for each."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(layout.num_rows, heads, head_dim) for heads in (2 * group, 2, 2, 2 * group)]
+    shapes = [(layout.num_tokens, heads, head_dim) for heads in (2 * group, 2, 2, 2 * group)]
     # Rounded to the tested dtype first, so that the oracle sees the very same numbers.
     draws = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     query, key, value = (x.requires_grad_() for x in draws[:3])
     gate = torch.randn(2 * group, generator=generator).to(dtype).requires_grad_()
-    rotary = rotary_tables(row_positions(layout, config), head_dim, base=BASE)
+    rotary = rotary_tables(token_positions(layout, config), head_dim, base=BASE)
     mask = torch.tensor([1.0, 0.0]) if config.visual.heads < 1.0 else None
     return Problem(query, key, value, rotary, draws[3], gate if config.has_gate else None, mask)
 
@@ -158,7 +158,7 @@ def fast_output(
     )
     if plan.merge != "cascade":
         return out
-    first, _ = plan.scored_rows
+    first, _ = plan.scored_tokens
     query, *others = arguments
     images = attend_images(query[first:], *others, scale=scale, backend=backend, softcap=softcap)
     return out + torch.cat((out.new_zeros(first, *out.shape[1:]), images))

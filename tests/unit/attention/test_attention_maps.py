@@ -13,11 +13,11 @@ from megatron_dattn.attention import (
     AttentionConfig,
     Scoring,
     TokenLayout,
+    alpha_v,
     apply_rotary,
     image_attention,
     plan_report,
     select_backend,
-    visual_weight,
 )
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import (
@@ -59,12 +59,12 @@ def dense_masses(
     softcap: float | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """exp(score) of every text row with every row it sees, [text, Hq, S] (0 where it does not),
+    """exp(score) of every text token with every token it sees, [text, Hq, S] (0 where it does not),
     and whether it sees an image."""
     seen, rotated = pair_masks(layout, config, window)
     query = problem.query.double()
     key = problem.key.double().repeat_interleave(query.shape[1] // problem.key.shape[1], dim=1)
-    turned = [apply_rotary(rows, problem.rotary) for rows in (query, key)]
+    turned = [apply_rotary(tokens, problem.rotary) for tokens in (query, key)]
     plain = torch.einsum("qhd,khd->qhk", query, key)
     scores = torch.where(rotated.unsqueeze(1), torch.einsum("qhd,khd->qhk", *turned), plain) * SCALE
     if softcap is not None:
@@ -89,7 +89,7 @@ def test_the_visual_weight_is_the_share_of_the_softmax(
     problem = make_problem(layout, config, group=group)
     masses, sees = dense_masses(problem, layout, config, **rules)
     scoring = scoring_of(problem, layout, config, **rules)
-    actual = visual_weight(problem.query, problem.key, scoring)
+    actual = alpha_v(problem.query, problem.key, scoring)
     expected = masses[..., : layout.visual_budget].sum(-1) / masses.sum(-1)
     # Shares of sums of some ten exponentials in float64; padding has 0 / 0.
     torch.testing.assert_close(actual, expected.nan_to_num(), atol=1e-12, rtol=0)
@@ -109,27 +109,27 @@ def test_the_maps_are_the_softmaxs_probabilities(
     problem = make_problem(layout, config)
     sample = data.draw(st.integers(0, layout.num_samples - 1))
     own = range(*(layout.text_cu_seqlens[sample + i] for i in (0, 1)))
-    rows = data.draw(st.lists(st.sampled_from(own), min_size=1, max_size=4))
+    tokens = data.draw(st.lists(st.sampled_from(own), min_size=1, max_size=4))
     masses, sees = dense_masses(problem, layout, config, **rules)
     scoring = scoring_of(problem, layout, config, **rules)
-    actual = image_attention(problem.query, problem.key, scoring, rows)
-    images = masses[rows][..., slice(*layout.visual_rows(sample))]
-    total = masses[rows].sum(-1) if config.merge == "alpha" else images.sum(-1)
+    actual = image_attention(problem.query, problem.key, scoring, tokens)
+    images = masses[tokens][..., slice(*layout.visual_tokens(sample))]
+    total = masses[tokens].sum(-1) if config.merge == "alpha" else images.sum(-1)
     expected = (images / total.unsqueeze(-1)).nan_to_num()
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
-    weights = visual_weight(problem.query, problem.key, scoring)[rows]
+    weights = alpha_v(problem.query, problem.key, scoring)[tokens]
     if config.merge != "alpha":
-        weights = sees[rows].double().unsqueeze(1).expand_as(weights)
+        weights = sees[tokens].double().unsqueeze(1).expand_as(weights)
     torch.testing.assert_close(actual.sum(-1), weights, atol=1e-12, rtol=0)
 
 
 @every_preset
-def test_queries_of_visual_rows_are_not_read(preset: str) -> None:
+def test_queries_of_visual_tokens_are_not_read(preset: str) -> None:
     config = PRESETS[preset]
     problem = make_problem(RICH_LAYOUT, config)
     scoring = scoring_of(problem, RICH_LAYOUT, config)
     text = problem.query[RICH_LAYOUT.visual_budget :]
-    for report in (visual_weight, lambda *args: image_attention(*args, [0, 3])):
+    for report in (alpha_v, lambda *args: image_attention(*args, [0, 3])):
         whole = report(problem.query, problem.key, scoring)
         assert torch.equal(whole, report(text, problem.key, scoring))
 
@@ -142,7 +142,7 @@ def test_lower_precision_is_reported_in_float32(preset: str, dtype: torch.dtype)
     masses, _ = dense_masses(problem, RICH_LAYOUT, config)
     expected = masses[..., : RICH_LAYOUT.visual_budget].sum(-1) / masses.sum(-1)
     scoring = scoring_of(problem, RICH_LAYOUT, config, "cpu_flash")
-    actual = visual_weight(problem.query, problem.key, scoring)
+    actual = alpha_v(problem.query, problem.key, scoring)
     assert actual.dtype == torch.float32
     assert not actual.requires_grad
     # Rotated queries and keys keep the dtype: for BF16, 8 bits of logits up to about 3.
@@ -163,14 +163,14 @@ def test_a_pack_without_images_has_no_weight(preset: str) -> None:
     problem = make_problem(TEXT_ONLY_LAYOUT, config)
     scoring = scoring_of(problem, TEXT_ONLY_LAYOUT, config)
     assert scoring.plan.num_seeing == 0
-    assert not visual_weight(problem.query, problem.key, scoring).any()
+    assert not alpha_v(problem.query, problem.key, scoring).any()
     assert image_attention(problem.query, problem.key, scoring, [0, 1]).shape == (2, 4, 0)
 
 
-@pytest.mark.parametrize("rows", [[], [4, 5], [13]], ids=["none", "two samples", "padding"])
-def test_maps_are_of_one_sample(rows: list[int]) -> None:
+@pytest.mark.parametrize("tokens", [[], [4, 5], [13]], ids=["none", "two samples", "padding"])
+def test_maps_are_of_one_sample(tokens: list[int]) -> None:
     config = PRESETS["dattn"]
     problem = make_problem(RICH_LAYOUT, config)
     scoring = scoring_of(problem, RICH_LAYOUT, config)
     with pytest.raises(ValueError, match="are not of one sample"):
-        image_attention(problem.query, problem.key, scoring, rows)
+        image_attention(problem.query, problem.key, scoring, tokens)

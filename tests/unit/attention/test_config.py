@@ -10,7 +10,7 @@ from megatron_dattn.attention import (
     AttentionConfig,
     Positions,
     TextToVisual,
-    VisualRows,
+    VisualTokensConfig,
     get_preset,
 )
 from megatron_dattn.errors import ConfigError
@@ -45,14 +45,16 @@ def test_plain_self_attention_is_recognized() -> None:
     others = ["dattn", "s_attn_debias", "ee_mllm", "naavit", "aki", "cca", "yopo", "saisa"]
     assert all(PRESETS[name].attends_in_reading_order for name in plain)
     assert not any(PRESETS[name].attends_in_reading_order for name in others)
-    assert {replace(PRESETS[name], visual=VisualRows()) for name in plain} == {PRESETS["s_attn"]}
+    assert {replace(PRESETS[name], visual=VisualTokensConfig()) for name in plain} == {
+        PRESETS["s_attn"]
+    }
 
 
 def test_an_image_predicts_only_where_its_last_layer_has_read_the_text_before() -> None:
     predicting = ["s_attn", "s_attn_debias", "aki", "cca", "fastervlm"]
     others = ["dattn", "vidi", "ee_mllm", "naavit", "saisa", "shortv", "exit", "yopo"]
-    assert all(PRESETS[name].visual_rows_predict for name in predicting)
-    assert not any(PRESETS[name].visual_rows_predict for name in others)
+    assert all(PRESETS[name].visual_tokens_predict for name in predicting)
+    assert not any(PRESETS[name].visual_tokens_predict for name in others)
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
@@ -63,7 +65,7 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"v2t": "preceding", "t2v": TextToVisual("following")}, "visual rows no scores"),
+        ({"v2t": "preceding", "t2v": TextToVisual("following")}, "visual tokens no scores"),
         (
             {"v2v": "causal", "v2t": "preceding", "positions": IN_SEQUENCE},
             "see, through the image, text that comes after itself",
@@ -85,21 +87,27 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
             {"v2v": "causal", "positions": Positions(text="text_only", visual="sequence")},
             "set positions.text='gap'",
         ),
-        ({"visual": VisualRows(source="reproject", ffn=0.0)}, "no state that v2v='diagonal'"),
         (
-            {"v2v": "none", "visual": VisualRows(source="reproject", ffn=0.0)},
-            "no rows to embed",
+            {"visual": VisualTokensConfig(source="reproject", ffn=0.0)},
+            "no state that v2v='diagonal'",
+        ),
+        (
+            {"v2v": "none", "visual": VisualTokensConfig(source="reproject", ffn=0.0)},
+            "no tokens to embed",
         ),
         (
             {
                 "v2v": "window",
                 "v2v_window": 3,
                 "positions": IN_SEQUENCE,
-                "visual": VisualRows(keep=0.5),
+                "visual": VisualTokensConfig(keep=0.5),
             },
             "keep=0.5 leaves no grid",
         ),
-        ({"merge": "sum", "visual": VisualRows(heads=0.5)}, "defined for merge='alpha', not 'sum'"),
+        (
+            {"merge": "sum", "visual": VisualTokensConfig(heads=0.5)},
+            "defined for merge='alpha', not 'sum'",
+        ),
         (
             {
                 "v2v": "causal",
@@ -107,13 +115,16 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
                 "positions": IN_SEQUENCE,
                 "merge": "cascade",
             },
-            "asks for text rows alone, but v2v='causal' makes visual rows ask",
+            "asks for text tokens alone, but v2v='causal' makes visual tokens ask",
         ),
-        ({"visual": VisualRows(exit=0.5, frozen=(0.6, 1.0))}, r"frozen=\(0.6, 1.0\) begins where"),
-        ({"visual": VisualRows(exit=0.5, frozen=(0.5, 1.0))}, "visual rows are gone"),
         (
-            {"v2v": "none", "visual": VisualRows(ffn=0.0, frozen=(0.5, 1.0))},
-            "with v2v='none' and visual.ffn=0 no layer changes visual rows",
+            {"visual": VisualTokensConfig(exit=0.5, frozen=(0.6, 1.0))},
+            r"frozen=\(0.6, 1.0\) begins where",
+        ),
+        ({"visual": VisualTokensConfig(exit=0.5, frozen=(0.5, 1.0))}, "visual tokens are gone"),
+        (
+            {"v2v": "none", "visual": VisualTokensConfig(ffn=0.0, frozen=(0.5, 1.0))},
+            "with v2v='none' and visual.ffn=0 no layer changes visual tokens",
         ),
         (
             {
@@ -122,7 +133,7 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
                 "t2v": TextToVisual("following", rotary=True, window="inherit"),
                 "positions": IN_SEQUENCE,
             },
-            "window counts all rows in reading order",
+            "window counts all tokens in reading order",
         ),
         ({"window": "reading_order"}, "t2v.scope='all' shows it images behind it"),
         (
@@ -136,7 +147,7 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
                 "positions": IN_SEQUENCE,
                 "window": "reading_order",
             },
-            "is for visual rows without scores",
+            "is for visual tokens without scores",
         ),
     ],
 )
@@ -158,7 +169,7 @@ def test_meaningless_combinations_are_refused(axes: dict[str, Any], message: str
         (Positions, {"text": "nogap"}, "positions.text is one of 'gap', 'text_only'"),
         (Positions, {"visual": "rings"}, "positions.visual is one of"),
         (Positions, {"embedding": None}, "positions.embedding is one of .*; it is None"),
-        (VisualRows, {"source": "pooled"}, "visual.source is one of 'stream', 'reproject'"),
+        (VisualTokensConfig, {"source": "pooled"}, "visual.source is one of 'stream', 'reproject'"),
         (AttentionConfig, {"v2v": "window", "v2v_window": "3"}, "an odd v2v_window"),
     ],
 )

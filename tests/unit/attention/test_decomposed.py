@@ -14,7 +14,7 @@ from megatron_dattn.attention import (
     Backend,
     ImageSpan,
     TokenLayout,
-    attend_scored_rows,
+    attend_scored_tokens,
     decomposed_attention,
     diagonal_attention,
     plan_attention,
@@ -176,7 +176,7 @@ def outputs(problem: Problem, value: Tensor, layout: TokenLayout, preset: str) -
 
 
 @every_preset
-def test_a_row_moves_exactly_the_rows_that_see_it(preset: str) -> None:
+def test_a_token_moves_exactly_the_tokens_that_see_it(preset: str) -> None:
     """No leak between samples, through padding, or past a causal or diagonal mask."""
     layout, config = RICH_LAYOUT, PRESETS[preset]
     seen, _ = pair_masks(layout, config)
@@ -185,30 +185,30 @@ def test_a_row_moves_exactly_the_rows_that_see_it(preset: str) -> None:
         seen[visual, visual] = True  # visual padding repeats its own value too
     problem = make_problem(layout, config)
     before = outputs(problem, problem.value, layout, preset)
-    for row in range(layout.num_rows):
+    for token in range(layout.num_tokens):
         moved_value = problem.value.detach().clone()
-        moved_value[row] += 100.0
+        moved_value[token] += 100.0
         after = outputs(problem, moved_value, layout, preset)
         moved = (after != before).flatten(1).any(dim=1)
-        assert moved.tolist() == seen[:, row].tolist(), f"row {row}"
+        assert moved.tolist() == seen[:, token].tolist(), f"token {token}"
 
 
 @pytest.mark.parametrize(
-    "preset", [name for name, config in PRESETS.items() if not config.scores_visual_rows]
+    "preset", [name for name, config in PRESETS.items() if not config.scores_visual_tokens]
 )
-def test_an_unscored_visual_row_never_changes_another(preset: str) -> None:
+def test_an_unscored_visual_token_never_changes_another(preset: str) -> None:
     """Neither through its query, its key nor its value."""
     layout = RICH_LAYOUT
     problem = make_problem(layout, PRESETS[preset])
     before = outputs(problem, problem.value, layout, preset)[: layout.visual_budget]
-    for row in range(layout.visual_budget):
+    for token in range(layout.visual_budget):
         moved = problem.to(torch.float64)
         with torch.no_grad():
             for tensor in moved.inputs:
-                tensor[row] += 100.0
+                tensor[token] += 100.0
         after = outputs(moved, moved.value, layout, preset)[: layout.visual_budget]
         changed = (after != before).flatten(1).any(dim=1)
-        own = [] if PRESETS[preset].v2v == "none" else [row]
+        own = [] if PRESETS[preset].v2v == "none" else [token]
         assert changed.nonzero().flatten().tolist() == own
 
 
@@ -216,8 +216,8 @@ def test_an_unscored_visual_row_never_changes_another(preset: str) -> None:
 def test_padding_is_finite_and_gives_and_takes_nothing(preset: str) -> None:
     layout, config = RICH_LAYOUT, PRESETS[preset]
     problem = make_problem(layout, config)
-    visual = range(layout.num_visual_rows, layout.visual_budget)
-    text = range(layout.visual_budget + layout.num_text_rows, layout.num_rows)
+    visual = range(layout.num_visual_tokens, layout.visual_budget)
+    text = range(layout.visual_budget + layout.num_text_tokens, layout.num_tokens)
     padding = [*visual, *text]
     problem.grad_out[padding] = 0.0  # no loss is taken there
     out, *gradients = run_fast(problem, layout, config, backend_named("cpu_flash"))
@@ -272,14 +272,14 @@ def test_one_plan_serves_several_layers() -> None:
     assert gradient.any()
 
 
-def test_scored_rows_can_be_computed_without_visual_queries() -> None:
+def test_scored_tokens_can_be_computed_without_visual_queries() -> None:
     config = PRESETS["dattn"]
     problem = make_problem(RICH_LAYOUT, config)
     plan = plan_attention(RICH_LAYOUT, config)
     backend = backend_named("cpu_flash")
     arguments = (problem.key, problem.value, plan, problem.rotary)
     whole = decomposed_attention(problem.query, *arguments, scale=SCALE, backend=backend)
-    text = attend_scored_rows(problem.query[15:], *arguments, scale=SCALE, backend=backend)
+    text = attend_scored_tokens(problem.query[15:], *arguments, scale=SCALE, backend=backend)
     visual = diagonal_attention(problem.value[:15], num_query_heads=4)
     assert torch.equal(whole, torch.cat((visual, text)))
 
@@ -300,7 +300,7 @@ def test_a_pack_without_images_or_without_anything_works(preset: str) -> None:
 def test_only_a_joint_softmax_ties_visual_gradients_to_the_text(merge: str, backend: str) -> None:
     """Otherwise T2V has its own (out, lse), whatever the scores of T2T are."""
     config = PRESETS["dattn" if merge == "alpha" else f"dattn_{merge}"]
-    visual = slice(0, RICH_LAYOUT.num_visual_rows)
+    visual = slice(0, RICH_LAYOUT.num_visual_tokens)
     gradients = []
     for factor in (1.0, 3.0):
         problem = make_problem(RICH_LAYOUT, config)
@@ -350,7 +350,7 @@ def test_tensors_of_another_pack_are_refused() -> None:
     config = PRESETS["dattn"]
     problem = make_problem(RICH_LAYOUT, config)
     plan = plan_attention(TEXT_ONLY_LAYOUT, config)
-    with pytest.raises(ValueError, match=r"\(29, 31, 31\) rows; the plan is for \(6, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(29, 31, 31\) tokens; the plan is for \(6, 8, 8\)"):
         decomposed_attention(
             *problem.inputs, plan, problem.rotary, scale=1.0, backend=backend_named("math")
         )

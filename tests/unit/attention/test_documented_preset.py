@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_dattn.attention.__main__ import main
 
 from megatron_dattn.attention import (
     PRESETS,
@@ -21,6 +20,7 @@ from megatron_dattn.attention.reference import pair_masks
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.planner.decoder_flops import attended_pairs
 from tests.unit.attention.support import HEAD_DIM, RICH_LAYOUT, make_problem, run_fast, run_oracle
+from tools.show_preset import main
 
 PAGE = Path(__file__).parents[3] / "docs" / "attention.md"
 NAMES = {"AttentionConfig": AttentionConfig, "Positions": Positions, "TextToVisual": TextToVisual}
@@ -65,6 +65,6 @@ def test_it_is_drawn_with_its_cost(
 
 
 def test_a_model_file_may_name_it(documented: str) -> None:
-    assert ModelConfig(attention=documented).rows_per_image == 729
+    assert ModelConfig(attention=documented).tokens_per_image == 729
     assert len(layer_rules(get_preset(documented), 4, skip_unread=True)) == 4
     assert len(next_positions(RICH_LAYOUT, get_preset(documented))) == 4

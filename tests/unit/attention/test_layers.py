@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, layer_rules, num_shared
-from megatron_dattn.attention.visual_config import VisualRows, kept_grid, rounded_share
+from megatron_dattn.attention.visual_config import VisualTokensConfig, kept_grid, rounded_share
 from megatron_dattn.errors import ConfigError
 
 LAYOUT = TokenLayout((2, 1), (ImageSpan(0, 1, (2, 2)),), visual_budget=6, text_budget=4)
@@ -28,7 +28,7 @@ def outline(preset: str, num_layers: int, *, skip_unread: bool) -> str:
     ("preset", "everything", "what_is_read"),
     [
         ("dattn", "FFFFFF", "FFFFFR"),
-        # The image's last row predicts the token after it: it is read.
+        # The image's last token predicts the token after it: it is read.
         ("s_attn", "FFFFFF", "FFFFFF"),
         ("naavit", "FFFFFF", "FFFFFR"),
         ("saisa", "RRRRRR", "RRRRRR"),
@@ -48,16 +48,16 @@ def test_a_single_layer_still_sees_images() -> None:
     assert outline("dattn", 1, skip_unread=True) == "R"
 
 
-def test_rows_that_are_gone_leave_the_layout() -> None:
+def test_tokens_that_are_gone_leave_the_layout() -> None:
     first, last = layer_rules(PRESETS["exit"], 2, skip_unread=False)
     assert first.layout(LAYOUT) == LAYOUT
     assert last.layout(LAYOUT) == TokenLayout((2, 1), (), visual_budget=0, text_budget=4)
 
 
 def test_kept_patches_form_a_line() -> None:
-    assert kept_grid((4, 6), VisualRows()) == (4, 6)
-    assert kept_grid((4, 6), VisualRows(keep=0.25)) == (1, 6)
-    assert kept_grid((1, 2), VisualRows(keep=0.1)) == (1, 1)
+    assert kept_grid((4, 6), VisualTokensConfig()) == (4, 6)
+    assert kept_grid((4, 6), VisualTokensConfig(keep=0.25)) == (1, 6)
+    assert kept_grid((1, 2), VisualTokensConfig(keep=0.1)) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -73,22 +73,22 @@ def test_half_a_layer_is_rounded_up(count: int, share: float, expected: int) -> 
 @pytest.mark.parametrize("num_layers", [4, 5, 32, 33])
 @pytest.mark.parametrize("end", [0.9, 0.99, 0.9999, 1.0])
 def test_who_predicts_is_computed(num_layers: int, end: float) -> None:
-    """The last layer is frozen exactly where the configuration says that no image's row predicts,
+    """The last layer is frozen exactly where the configuration says that no image's token predicts,
     however the range is rounded."""
-    config = replace(PRESETS["s_attn"], visual=VisualRows(frozen=(0.4, end)))
+    config = replace(PRESETS["s_attn"], visual=VisualTokensConfig(frozen=(0.4, end)))
     for skip_unread in (False, True):
         last = layer_rules(config, num_layers, skip_unread=skip_unread)[-1]
-        assert last.attention.scores_visual_rows == config.visual_rows_predict == (end < 1.0)
+        assert last.attention.scores_visual_tokens == config.visual_tokens_predict == (end < 1.0)
 
 
 def test_a_range_without_a_layer_is_refused() -> None:
-    config = replace(PRESETS["s_attn"], visual=VisualRows(frozen=(0.5, 0.6)))
+    config = replace(PRESETS["s_attn"], visual=VisualTokensConfig(frozen=(0.5, 0.6)))
     with pytest.raises(ConfigError, match=r"frozen=\(0.5, 0.6\) is none of 2 layers"):
         layer_rules(config, 2, skip_unread=False)
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("tokens", "message"),
     [
         ({"keep": 0.0}, r"visual\.keep is a share above 0 and up to 1; it is 0\.0"),
         ({"heads": 1.5}, r"visual\.heads is a share"),
@@ -102,6 +102,6 @@ def test_a_range_without_a_layer_is_refused() -> None:
         ({"source": "reproject", "ffn": 0.0, "frozen": (0.0, 1.0)}, "frozen has no effect"),
     ],
 )
-def test_impossible_shares_are_refused(rows: dict[str, object], message: str) -> None:
+def test_impossible_shares_are_refused(tokens: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        VisualRows(**rows)  # type: ignore[arg-type]
+        VisualTokensConfig(**tokens)  # type: ignore[arg-type]

@@ -14,14 +14,14 @@ from tests.unit.attention.support import RICH_LAYOUT, TEXT_ONLY_LAYOUT, layouts
 
 def test_derived_numbers_of_a_rich_pack() -> None:
     layout = RICH_LAYOUT
-    assert (layout.num_samples, layout.num_rows) == (4, 31)
-    assert (layout.num_visual_rows, layout.num_text_rows) == (12, 13)
+    assert (layout.num_samples, layout.num_tokens) == (4, 31)
+    assert (layout.num_visual_tokens, layout.num_text_tokens) == (12, 13)
     assert layout.visual_lengths == (8, 0, 2, 2)
     assert layout.visual_cu_seqlens == (0, 8, 8, 10, 12)
     assert layout.text_cu_seqlens == (0, 5, 8, 12, 13)
-    assert layout.image_rows == ((0, 4), (4, 5), (5, 8), (8, 10), (10, 12))
-    assert layout.visual_rows(2) == (8, 10)
-    assert layout.text_rows(2) == (15 + 8, 15 + 12)
+    assert layout.image_tokens == ((0, 4), (4, 5), (5, 8), (8, 10), (10, 12))
+    assert layout.visual_tokens(2) == (8, 10)
+    assert layout.text_tokens(2) == (15 + 8, 15 + 12)
     assert layout.sample_images(0) == (0, 1, 2)
 
 
@@ -38,12 +38,12 @@ def test_runs_follow_the_reading_order() -> None:
 
 @settings(deadline=None)
 @given(layout=layouts())
-def test_runs_hold_every_row_of_a_sample_once(layout: TokenLayout) -> None:
+def test_runs_hold_every_token_of_a_sample_once(layout: TokenLayout) -> None:
     for sample in range(layout.num_samples):
         runs = layout.runs(sample)
-        rows = [row for run in runs for row in range(run.start, run.end)]
-        expected = [*range(*layout.visual_rows(sample)), *range(*layout.text_rows(sample))]
-        assert sorted(rows) == sorted(expected)
+        tokens = [token for run in runs for token in range(run.start, run.end)]
+        expected = [*range(*layout.visual_tokens(sample)), *range(*layout.text_tokens(sample))]
+        assert sorted(tokens) == sorted(expected)
         kinds = [run.is_visual for run in runs]
         assert all(a != b for a, b in pairwise(kinds))
 
@@ -67,22 +67,22 @@ def test_decode_refuses_a_truncated_message() -> None:
 
 def test_layouts_are_hashable_values() -> None:
     same = TokenLayout.decode(RICH_LAYOUT.encode())
-    assert same.image_rows  # a cached property does not change equality
+    assert same.image_tokens  # a cached property does not change equality
     assert len({RICH_LAYOUT, same, TEXT_ONLY_LAYOUT}) == 2
 
 
 def test_a_pack_of_padding_alone_is_a_layout() -> None:
     layout = TokenLayout((), (), visual_budget=4, text_budget=4)
-    assert (layout.num_visual_rows, layout.num_text_rows, layout.num_rows) == (0, 0, 8)
+    assert (layout.num_visual_tokens, layout.num_text_tokens, layout.num_tokens) == (0, 0, 8)
     assert TokenLayout.decode(layout.encode()) == layout
 
 
 @pytest.mark.parametrize(
     ("text_lengths", "images", "budgets", "message"),
     [
-        ((3, 0), (), (0, 9), "sample 1 has 0 text rows"),
+        ((3, 0), (), (0, 9), "sample 1 has 0 text tokens"),
         ((3,), (ImageSpan(1, 0, (1, 1)),), (9, 9), "sample 1 of 1 samples"),
-        ((3,), (ImageSpan(0, 4, (1, 1)),), (9, 9), "after 4 text rows, but sample 0 has 3"),
+        ((3,), (ImageSpan(0, 4, (1, 1)),), (9, 9), "after 4 text tokens, but sample 0 has 3"),
         ((3,), (ImageSpan(0, 0, (0, 2)),), (9, 9), r"empty patch grid \(0, 2\)"),
         (
             (3, 3),
@@ -96,8 +96,8 @@ def test_a_pack_of_padding_alone_is_a_layout() -> None:
             (9, 9),
             "ordered by sample, then place",
         ),
-        ((3,), (ImageSpan(0, 0, (3, 4)),), (11, 9), "12 visual rows .* budget of 11"),
-        ((3, 4), (), (0, 6), "7 text rows .* budget of 6"),
+        ((3,), (ImageSpan(0, 0, (3, 4)),), (11, 9), "12 visual tokens .* budget of 11"),
+        ((3, 4), (), (0, 6), "7 text tokens .* budget of 6"),
     ],
 )
 def test_impossible_layouts_are_refused(
@@ -114,8 +114,8 @@ def test_impossible_layouts_are_refused(
     ("prompt_lengths", "message"),
     [
         ((3,), "1 prompt lengths for 2 samples"),
-        ((3, 5), "sample 1 has 5 prompt rows, but 4 text rows"),
-        ((-1, 0), "sample 0 has -1 prompt rows"),
+        ((3, 5), "sample 1 has 5 prompt tokens, but 4 text tokens"),
+        ((-1, 0), "sample 0 has -1 prompt tokens"),
     ],
 )
 def test_impossible_prompts_are_refused(prompt_lengths: tuple[int, ...], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Alpha-weighting equals one joint softmax, keyless rows included; other merges their formula."""
+"""Alpha-weighting equals one joint softmax, keyless tokens included; other merges their formula."""
 
 from itertools import permutations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 from megatron_dattn.attention import alpha_merge, weighted_merge
 from megatron_dattn.attention.config import Merge
 
-ROWS, HEADS, DIM = 5, 3, 4
+TOKENS, HEADS, DIM = 5, 3, 4
 
 
 def softmax_part(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [rows, heads, D] and log-sum-exp [rows, heads] over the given keys."""
+    """Output [tokens, heads, D] and log-sum-exp [tokens, heads] over the given keys."""
     out = torch.einsum("hqk,khd->qhd", torch.softmax(scores, dim=-1), values)
     return out, torch.logsumexp(scores, dim=-1).T
 
 
 def keyless_part(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return torch.zeros(ROWS, HEADS, DIM, dtype=dtype), torch.full((ROWS, HEADS), -torch.inf)
+    return torch.zeros(TOKENS, HEADS, DIM, dtype=dtype), torch.full((TOKENS, HEADS), -torch.inf)
 
 
 def scores_and_values(num_keys: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
-    scores = spread * torch.randn(HEADS, ROWS, num_keys, dtype=torch.float64)
+    scores = spread * torch.randn(HEADS, TOKENS, num_keys, dtype=torch.float64)
     return scores, torch.randn(num_keys, HEADS, DIM, dtype=torch.float64)
 
 
@@ -54,7 +54,7 @@ def test_a_keyless_part_changes_nothing() -> None:
             assert torch.equal(actual, expected)
 
 
-def test_two_keyless_parts_make_a_keyless_row() -> None:
+def test_two_keyless_parts_make_a_keyless_token() -> None:
     out, lse = alpha_merge(*keyless_part(), *keyless_part())
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.isneginf(lse).all()
@@ -79,9 +79,9 @@ def test_half_precision_parts_merge_in_float32() -> None:
 
 
 def test_a_constant_weight_per_head_joins_two_softmaxes() -> None:
-    visual, text = torch.randn(2, ROWS, HEADS, DIM, dtype=torch.float64)
+    visual, text = torch.randn(2, TOKENS, HEADS, DIM, dtype=torch.float64)
     gate = torch.randn(HEADS, dtype=torch.float64)
-    everywhere = torch.ones(ROWS, dtype=torch.bool)
+    everywhere = torch.ones(TOKENS, dtype=torch.bool)
     weight = gate[:, None].tanh()
     added = weighted_merge(visual, text, "tanh", gate, everywhere)
     torch.testing.assert_close(added, text + weight * visual, atol=1e-14, rtol=0)
@@ -92,24 +92,24 @@ def test_a_constant_weight_per_head_joins_two_softmaxes() -> None:
 
 
 def test_a_closed_tanh_gate_is_the_language_model_alone() -> None:
-    visual, text = torch.randn(2, ROWS, HEADS, DIM)
-    out = weighted_merge(visual, text, "tanh", torch.zeros(1), torch.ones(ROWS, dtype=torch.bool))
+    visual, text = torch.randn(2, TOKENS, HEADS, DIM)
+    out = weighted_merge(visual, text, "tanh", torch.zeros(1), torch.ones(TOKENS, dtype=torch.bool))
     assert torch.equal(out, text)
 
 
 @pytest.mark.parametrize("merge", ["sum", "tanh", "sigmoid"])
-def test_rows_without_images_keep_their_text(merge: Merge) -> None:
-    text = torch.randn(ROWS, HEADS, DIM)
+def test_tokens_without_images_keep_their_text(merge: Merge) -> None:
+    text = torch.randn(TOKENS, HEADS, DIM)
     gate = None if merge == "sum" else torch.randn(HEADS)
     nothing = torch.zeros_like(text), text
-    out = weighted_merge(*nothing, merge, gate, torch.zeros(ROWS, dtype=torch.bool))
+    out = weighted_merge(*nothing, merge, gate, torch.zeros(TOKENS, dtype=torch.bool))
     assert torch.equal(out, text)
 
 
 def test_gates_are_computed_in_float32() -> None:
-    visual, text = torch.randn(2, ROWS, HEADS, DIM).bfloat16()
+    visual, text = torch.randn(2, TOKENS, HEADS, DIM).bfloat16()
     gate = torch.randn(HEADS).bfloat16()
-    out = weighted_merge(visual, text, "tanh", gate, torch.ones(ROWS, dtype=torch.bool))
+    out = weighted_merge(visual, text, "tanh", gate, torch.ones(TOKENS, dtype=torch.bool))
     assert out.dtype == torch.bfloat16
     exact = text.double() + gate.double().tanh()[:, None] * visual.double()
     # One rounding to BF16, at most half of 2**-7 of the value.

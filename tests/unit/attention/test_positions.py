@@ -1,4 +1,4 @@
-"""Rotary ids of packed rows, and the rotation against its definition by complex numbers."""
+"""Rotary ids of packed tokens, and the rotation against its definition by complex numbers."""
 
 import math
 
@@ -16,7 +16,7 @@ from megatron_dattn.attention import (
     TokenLayout,
     apply_rotary,
     rotary_tables,
-    row_positions,
+    token_positions,
 )
 from megatron_dattn.attention.reference import described_positions
 from tests.unit.attention.support import CONFIGS, layouts
@@ -38,13 +38,13 @@ LAYOUT = TokenLayout(
 
 
 @pytest.mark.parametrize("preset", ["s_attn", "dattn_biased", "ee_mllm", "aki"])
-def test_sequence_positions_count_all_rows_in_reading_order(preset: str) -> None:
-    positions = row_positions(LAYOUT, PRESETS[preset]).tolist()
+def test_sequence_positions_count_all_tokens_in_reading_order(preset: str) -> None:
+    positions = token_positions(LAYOUT, PRESETS[preset]).tolist()
     assert positions == [2, 3, 5, 0, 1, 0, 0, 1, 4, 2, 3, 0, 0]
 
 
 def test_text_only_positions_leave_images_out() -> None:
-    positions = row_positions(LAYOUT, PRESETS["dattn"]).tolist()
+    positions = token_positions(LAYOUT, PRESETS["dattn"]).tolist()
     assert positions == [0] * 6 + [0, 1, 2, 0, 1, 0, 0]
 
 
@@ -52,7 +52,7 @@ def test_rings_count_from_the_border_and_text_goes_on_after_the_centre() -> None
     # Text, images of 4 x 3 and of 1 x 2 (a single ring), text.
     images = (ImageSpan(0, 1, (4, 3)), ImageSpan(0, 1, (1, 2)))
     layout = TokenLayout((3,), images, visual_budget=15, text_budget=4)
-    positions = row_positions(layout, PRESETS["cca"]).tolist()
+    positions = token_positions(layout, PRESETS["cca"]).tolist()
     assert positions[:12] == [1, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 1]
     assert positions[12:] == [3, 3, 0, 0, 4, 5, 0]
 
@@ -62,7 +62,7 @@ def test_rings_count_from_the_border_and_text_goes_on_after_the_centre() -> None
 @given(layout=layouts())
 def test_positions_are_those_of_the_oracle(name: str, layout: TokenLayout) -> None:
     config = (CONFIGS | OTHER_POSITIONS)[name]
-    assert row_positions(layout, config).tolist() == described_positions(layout, config)
+    assert token_positions(layout, config).tolist() == described_positions(layout, config)
 
 
 def test_the_oracle_s_positions_of_a_layout_by_hand() -> None:
@@ -75,10 +75,10 @@ def test_the_oracle_s_positions_of_a_layout_by_hand() -> None:
 @settings(deadline=None)
 @given(layout=layouts())
 def test_sequence_positions_number_each_sample_without_gaps(layout: TokenLayout) -> None:
-    positions = row_positions(layout, PRESETS["s_attn"])
+    positions = token_positions(layout, PRESETS["s_attn"])
     for sample in range(layout.num_samples):
-        rows = [*range(*layout.visual_rows(sample)), *range(*layout.text_rows(sample))]
-        assert sorted(positions[rows].tolist()) == list(range(len(rows)))
+        tokens = [*range(*layout.visual_tokens(sample)), *range(*layout.text_tokens(sample))]
+        assert sorted(positions[tokens].tolist()) == list(range(len(tokens)))
 
 
 def test_rotation_turns_channel_pairs_by_position_times_frequency() -> None:
@@ -100,8 +100,8 @@ def test_rotated_scores_depend_on_distances_alone() -> None:
 
     def score(query_position: int, key_position: int) -> torch.Tensor:
         q, k = (
-            apply_rotary(rows, rotary_tables(torch.tensor([position]), 16, base=100.0))
-            for rows, position in ((query, query_position), (key, key_position))
+            apply_rotary(tokens, rotary_tables(torch.tensor([position]), 16, base=100.0))
+            for tokens, position in ((query, query_position), (key, key_position))
         )
         return (q * k).sum()
 

@@ -2,7 +2,7 @@
 
 A patch under YOPO's windows is a key of 25 segments, a patch of EE-MLLM one of every run of text
 behind it. The numbers below are chosen so that all terms of a gradient have one sign: what a sum in
-BF16 loses then shows in every row.
+BF16 loses then shows in every token.
 """
 
 import pytest
@@ -34,10 +34,11 @@ ONE_ROUNDING = 2**-8 + 1e-4
 
 
 def _one_signed(preset: str) -> Problem:
-    """Equal keys share a row's attention evenly; queries and what comes back are positive; values
-    of even rows are 1 and of odd rows -1, which gives the keys' gradients the sign of their row."""
+    """Equal keys share a token's attention evenly; queries and what comes back are positive; values
+    of even tokens are 1 and of odd tokens -1, which gives the keys' gradients the sign of their
+    token."""
     problem = make_problem(LAYOUT, PRESETS[preset], torch.bfloat16, group=1)
-    signs = 1.0 - 2.0 * (torch.arange(LAYOUT.num_rows) % 2)
+    signs = 1.0 - 2.0 * (torch.arange(LAYOUT.num_tokens) % 2)
     with torch.no_grad():
         problem.query.abs_()
         problem.key.zero_()
@@ -49,7 +50,7 @@ def _one_signed(preset: str) -> Problem:
 
 
 def _largest_relative_error(actual: Tensor, expected: Tensor) -> float:
-    read = expected.abs() > 1e-9  # a row that sees one value alone has no gradient at all
+    read = expected.abs() > 1e-9  # a token that sees one value alone has no gradient at all
     assert read.any()
     return ((actual.double() - expected).abs()[read] / expected.abs()[read]).max().item()
 
@@ -57,7 +58,7 @@ def _largest_relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("preset", SHARING)
 def test_gradients_of_shared_keys_are_rounded_once(preset: str) -> None:
     config, problem = PRESETS[preset], _one_signed(preset)
-    unrotated = torch.ones(LAYOUT.num_rows, 8), torch.zeros(LAYOUT.num_rows, 8)
+    unrotated = torch.ones(LAYOUT.num_tokens, 8), torch.zeros(LAYOUT.num_tokens, 8)
     plan = plan_attention(LAYOUT, config)
     backend = select_backend("math", "cpu", torch.bfloat16, 8)
     out = decomposed_attention(*problem.inputs, plan, unrotated, scale=SCALE, backend=backend)

@@ -65,11 +65,11 @@ def test_the_table_compares_with_the_copy_of_the_same_round() -> None:
         "import --dry-run": [Measured(4.0, 10**9), Measured(5.0, 10**9)],
         "import": [Measured(20.0, 2 * 10**9), Measured(20.0, 3 * 10**9)],
     }
-    rows = [
+    tokens = [
         line.strip("| ").split(" | ") for line in result_table(results, 30 * 10**9).splitlines()
     ]
-    assert rows[2][:4] == ["copy", "15.0 (10.0 to 20.0)", "2.00", "1.00 (1.00 to 1.00)"]
-    assert rows[4] == ["import", "20.0 (20.0 to 20.0)", "1.50", "0.75 (0.50 to 1.00)", "3.00"]
+    assert tokens[2][:4] == ["copy", "15.0 (10.0 to 20.0)", "2.00", "1.00 (1.00 to 1.00)"]
+    assert tokens[4] == ["import", "20.0 (20.0 to 20.0)", "1.50", "0.75 (0.50 to 1.00)", "3.00"]
 
 
 def test_a_folder_that_exists_is_not_touched(tmp_path: Path, capsys) -> None:

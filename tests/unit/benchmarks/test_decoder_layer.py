@@ -34,12 +34,12 @@ def test_variant_options() -> None:
     assert (variant.preset, variant.eager, variant.recompute) == ("dattn", False, True)
     assert not variant.savings.visual_queries
     assert not variant.savings.folded_output
-    assert variant.savings.ffn_chunk_rows == 64
+    assert variant.savings.ffn_chunk_tokens == 64
     plain = Variant.parse("dattn").savings
     assert plain.visual_queries
     assert plain.folded_output
-    # The layer stands for one in the middle of a decoder, whose visual rows are read.
-    assert not plain.unread_rows
+    # The layer stands for one in the middle of a decoder, whose visual tokens are read.
+    assert not plain.unread_tokens
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_wrong_variants_are_refused(text: str, words: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_layer_that_is_built_is_the_one_that_is_counted(preset: str) -> None:
-    """Its visual rows do what the preset's do, and the next layer reads them."""
+    """Its visual tokens do what the preset's do, and the next layer reads them."""
     layer, following, *_ = rules_of(preset)
     assert layer.sees_images
     assert following.sees_images
@@ -74,10 +74,10 @@ def test_the_layer_that_is_built_is_the_one_that_is_counted(preset: str) -> None
     assert counted.flops == layer_flops(LAYOUT, layer, SIZES).total
 
 
-def test_features_must_fit_into_the_rows() -> None:
+def test_features_must_fit_into_the_tokens() -> None:
     narrow = replace(BENCH, sizes=replace(SIZES, vision_hidden_size=33))
     narrow.check([Variant.parse("dattn"), Variant.parse("naavit")])
-    with pytest.raises(ConfigError, match="--vision-size 33 in rows of --hidden-size 32"):
+    with pytest.raises(ConfigError, match="--vision-size 33 in tokens of --hidden-size 32"):
         narrow.check([Variant.parse("dattn"), Variant.parse("saisa")])
 
 
@@ -88,7 +88,7 @@ def test_images_are_as_square_as_they_can_be(visual: int, grid: tuple[int, int])
     layout = one_sample(visual, 256)
     assert layout.images[0].grid == grid
     assert layout.images[0].text_offset == 32
-    assert layout.num_rows == layout.num_visual_rows + layout.num_text_rows
+    assert layout.num_tokens == layout.num_visual_tokens + layout.num_text_tokens
 
 
 def test_eager_attention_that_does_not_fit_is_left_out() -> None:
@@ -97,7 +97,7 @@ def test_eager_attention_that_does_not_fit_is_left_out() -> None:
     assert fits(BENCH, Variant.parse("s_attn:eager"), 100, notes)
     assert notes == []
     assert not fits(BENCH, Variant.parse("s_attn:eager"), 10**7, notes)
-    assert "s_attn:eager over 10000000 rows left out" in notes[0]
+    assert "s_attn:eager over 10000000 tokens left out" in notes[0]
 
 
 @pytest.mark.usefixtures("one_process")
@@ -123,7 +123,7 @@ def test_the_reference_is_the_math_backend_in_blocks(
     plan = plan_attention(LAYOUT, get_preset(preset), window=window)
     generator = torch.Generator().manual_seed(0)
     for part in (*plan.parts, *plan.visual_parts):
-        queries, keys = part.query_rows.length, part.key_rows.length
+        queries, keys = part.query_tokens.length, part.key_tokens.length
         q, g = torch.randn(2, queries, 4, 8, generator=generator, dtype=torch.float64)
         k, v = torch.randn(2, keys, 2, 8, generator=generator, dtype=torch.float64)
         exact, known = ExactBackend(), BACKENDS["math"]
@@ -173,11 +173,11 @@ def test_relative_error() -> None:
 
 
 def test_a_straight_line_is_found_and_a_parabola_is_not() -> None:
-    line = fit_line({rows: 500 + 7 * rows for rows in (10, 20, 40)})
+    line = fit_line({tokens: 500 + 7 * tokens for tokens in (10, 20, 40)})
     assert line is not None
-    assert (line.per_row, line.constant) == pytest.approx((7, 500))
+    assert (line.per_token, line.constant) == pytest.approx((7, 500))
     assert line.deviation == pytest.approx(0, abs=1e-12)
-    parabola = fit_line({rows: rows**2 for rows in (10, 20, 40)})
+    parabola = fit_line({tokens: tokens**2 for tokens in (10, 20, 40)})
     assert parabola is not None
     assert parabola.deviation > 0.1
     assert fit_line({10: 1, 20: 2}) is None
@@ -195,11 +195,13 @@ def test_memory_table_leaves_unknown_peaks_empty() -> None:
 def test_a_process_that_ran_out_of_memory_is_one_line(monkeypatch) -> None:
     killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: killed)
-    with pytest.raises(UserError, match="dattn at 64 rows was killed, most likely for want of mem"):
+    with pytest.raises(
+        UserError, match="dattn at 64 tokens was killed, most likely for want of mem"
+    ):
         peak_in_new_process(BENCH, "dattn", 64, 16)
 
 
 @pytest.mark.slow
 def test_memory_of_a_new_process_holds_the_activations() -> None:
-    """The gated FFN alone keeps 3 x 48 values of each of 4096 rows."""
+    """The gated FFN alone keeps 3 x 48 values of each of 4096 tokens."""
     assert peak_in_new_process(BENCH, "dattn", 4096, 16) > 4096 * 3 * 48 * 4

@@ -39,7 +39,7 @@ def test_answers_agree(generator: Generator) -> None:
     name, equal, difference = check(generator, QUESTIONS)
     assert (name, equal) == (generator.name, "2 of 2")
     assert float(difference) < 1e-5  # fp32 sums in another order
-    assert "8 visual rows" in generator.description
+    assert "8 visual tokens" in generator.description
     assert len(generator.answer(1, 3)) == 3
 
 
@@ -60,15 +60,15 @@ def test_the_table_has_both_generators(tmp_path: Path, monkeypatch) -> None:
     cells = [line.strip("| ").split(" | ") for line in output.read_text().splitlines()]
     times, checks = (
         [
-            row
-            for row in cells
-            if len(row) == width and row[0] in ("exported model", "own generator")
+            token
+            for token in cells
+            if len(token) == width and token[0] in ("exported model", "own generator")
         ]
         for width in (7, 3)
     )
-    assert [row[0] for row in times] == [row[0] for row in checks]
+    assert [token[0] for token in times] == [token[0] for token in checks]
     assert len(times) == 2
-    assert all(float(cell.split()[0]) > 0 for row in times for cell in row[1:])
+    assert all(float(cell.split()[0]) > 0 for token in times for cell in token[1:])
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys) -> None:

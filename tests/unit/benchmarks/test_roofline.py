@@ -23,7 +23,7 @@ from megatron_dattn.planner.decoder_flops import LayerSizes, decoder_flops, laye
 from megatron_dattn.planner.flops import model_flops
 from tests.unit.attention.support import layouts
 
-# d 6, q 8, e 4, f 10; 4 visual rows and 2 text rows, 1 of them before the image.
+# d 6, q 8, e 4, f 10; 4 visual tokens and 2 text tokens, 1 of them before the image.
 SIZES = LayerSizes(6, 4, 2, 2, 10, 5)
 LAYOUT = TokenLayout((2,), (ImageSpan(0, 1, (2, 2)),), 4, 2, prompt_lengths=(2,))
 BF16 = 2
@@ -76,24 +76,25 @@ def test_all_three_counts_of_a_decoder_agree(preset: str) -> None:
 
 
 def test_savings_leave_out_what_they_say() -> None:
-    """Per visual row a query, and what its repeated values cost the output projection."""
+    """Per visual token a query, and what its repeated values cost the output projection."""
     naive, exact = forward(run_of("dattn", savings=NAIVE)), forward(run_of("dattn"))
     assert naive.flops - exact.flops == 2 * 6 * 4 * 8 + 2 * 6 * 4 * (8 - 4)
 
 
-def test_savings_change_nothing_where_visual_rows_attend() -> None:
+def test_savings_change_nothing_where_visual_tokens_attend() -> None:
     assert layer_operators(run_of("s_attn", savings=NAIVE)) == layer_operators(run_of("s_attn"))
 
 
 def test_product_counted_by_hand() -> None:
-    """Down projection of 6 rows, 10 to 6 values: x, W and y are moved; twice that backward."""
+    """Down projection of 6 tokens, 10 to 6 values: x, W and y are moved; twice that backward."""
     down = operator_of(run_of("dattn"), "down")
     assert down.forward == Work(2 * 6 * 10 * 6, 2 * (6 * 10 + 10 * 6 + 6 * 6))
     assert down.backward == down.forward + down.forward
 
 
 def test_flash_attention_counted_by_hand() -> None:
-    """s_attn: 21 pairs of 6 rows, one part. dattn: 8 + 3 pairs, T2V 2 x 4 rows and T2T 2 x 2."""
+    """s_attn: 21 pairs of 6 tokens, one part. dattn: 8 + 3 pairs, T2V 2 x 4 tokens and T2T 2 x
+    2."""
     attention = operator_of(run_of("s_attn"), "attention")
     lse = 4 * 4 * 6
     assert attention.forward == Work(4 * 8 * 21, 2 * (2 * 6 * 8 + 2 * 6 * 4) + lse)
@@ -121,7 +122,7 @@ def test_recomputation_adds_a_forward_pass() -> None:
     once, again = run_of("dattn"), run_of("dattn", recompute=True)
     extra = forward(once)
     assert total_work(layer_operators(again)) == total_work(layer_operators(once)) + extra
-    chunked = run_of("dattn", savings=ExactSavings(ffn_chunk_rows=2))
+    chunked = run_of("dattn", savings=ExactSavings(ffn_chunk_tokens=2))
     repeated = {operator.name for operator in layer_operators(chunked) if operator.recomputed}
     assert repeated == {"norm 2", "gate and up", "SwiGLU", "down", "residual 2"}
 

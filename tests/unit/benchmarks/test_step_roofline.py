@@ -20,7 +20,7 @@ def run_of(preset: str = "dattn", **changes: object) -> StepRun:
     """A pack without padding."""
     model = demo_model(preset)
     layout = make_batch(model, 3).layout
-    layout = replace(layout, text_budget=layout.num_text_rows)
+    layout = replace(layout, text_budget=layout.num_text_tokens)
     return replace(StepRun(model, layout, LABELLED, FP32), **changes)
 
 
@@ -34,7 +34,7 @@ def named(run: StepRun, name: str) -> Operator:
 def test_operations_are_those_that_the_engine_executes(preset: str, savings: ExactSavings) -> None:
     run = run_of(preset, savings=savings)
     forward = sum((operator.forward for operator in step_operators(run)), Work())
-    executed = executed_flops(run.model, [run.layout], labelled_rows=LABELLED, savings=savings)
+    executed = executed_flops(run.model, [run.layout], labelled_tokens=LABELLED, savings=savings)
     assert forward.flops == executed.forward
     # Products alike; a flash backward pass repeats the scores, which is half of their forward pass.
     backward = sum((operator.backward for operator in step_operators(run)), Work())
@@ -51,7 +51,7 @@ def test_an_adam_step_moves_every_weight_by_hand() -> None:
     assert half == weights * (4 * (1 + 2 + 1 + 2 + 1 + 6) + 2 + 2)
 
 
-def test_logits_are_those_of_labelled_rows() -> None:
+def test_logits_are_those_of_labelled_tokens() -> None:
     vocabulary = run_of().model.language.padded_vocab_size
     head = named(run_of(), "head")
     assert head.forward.flops == 2 * LABELLED * run_of().model.language.hidden_size * vocabulary

@@ -85,7 +85,7 @@ def test_every_unique_leaf_field_has_a_short_spelling() -> None:
         (flag,) = expand_short_flags([f"--{name.replace('_', '-')}=x"])
         assert flag == f"--training.{name}=x"
     (flag,) = expand_short_flags(["--ffn-chunk-rows=8"])
-    assert flag == "--training.savings.ffn_chunk_rows=8"
+    assert flag == "--training.savings.ffn_chunk_tokens=8"
 
 
 def test_dry_run_flag() -> None:

@@ -13,8 +13,8 @@ BUDGET = 10
 
 @dataclass(frozen=True)
 class Rows:
-    num_visual_rows: int
-    num_text_rows: int
+    num_visual_tokens: int
+    num_text_tokens: int
     epoch: int = 0
 
 
@@ -44,8 +44,8 @@ def test_every_sample_is_packed_once_within_the_budgets(
     for members in packs:
         assert members
         assert members == sorted(members)
-        assert sum(rows[index].num_visual_rows for index in members) <= BUDGET
-        assert sum(rows[index].num_text_rows for index in members) <= BUDGET
+        assert sum(rows[index].num_visual_tokens for index in members) <= BUDGET
+        assert sum(rows[index].num_text_tokens for index in members) <= BUDGET
         assert len(members) <= max_samples
     assert packs == pack(rows, max_samples, keep_order)
 
@@ -67,8 +67,8 @@ def test_no_two_packs_could_be_one(rows: list[Rows]) -> None:
         for earlier in packs[:later]:
             before = [rows[index] for index in earlier if index < members[0]]
             assert (
-                sum(r.num_visual_rows for r in before) + opener.num_visual_rows > BUDGET
-                or sum(r.num_text_rows for r in before) + opener.num_text_rows > BUDGET
+                sum(r.num_visual_tokens for r in before) + opener.num_visual_tokens > BUDGET
+                or sum(r.num_text_tokens for r in before) + opener.num_text_tokens > BUDGET
                 or len(before) == 4
             )
 
@@ -82,7 +82,7 @@ def test_a_small_sample_fills_an_earlier_pack() -> None:
 @given(samples, st.integers(0, 30))
 def test_an_epoch_is_given_out_before_the_next(rows: list[Rows], end: int) -> None:
     """Read one after the other; the pack at the boundary may hold both."""
-    rows = [Rows(r.num_visual_rows, r.num_text_rows, int(i >= end)) for i, r in enumerate(rows)]
+    rows = [Rows(r.num_visual_tokens, r.num_text_tokens, int(i >= end)) for i, r in enumerate(rows)]
     packs = pack(rows)
     assert sorted(index for members in packs for index in members) == list(range(len(rows)))
     epochs = [rows[index].epoch for members in packs for index in members]

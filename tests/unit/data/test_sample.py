@@ -72,8 +72,8 @@ def test_a_pack_without_images() -> None:
 
 
 def test_row_counts() -> None:
-    assert sample("a", 3, (0, 1)).num_visual_rows == 4
-    assert sample("a", 3).num_text_rows == 3
+    assert sample("a", 3, (0, 1)).num_visual_tokens == 4
+    assert sample("a", 3).num_text_tokens == 3
 
 
 def test_moving_and_dropping_pixels_leave_the_original_alone() -> None:

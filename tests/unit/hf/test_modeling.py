@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dattn.attention import output_rows
+from megatron_dattn.attention import output_tokens
 from megatron_dattn.hf import attention_dattn
 from megatron_dattn.hf.caches_dattn import DAttnCache
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
@@ -42,7 +42,7 @@ def our_logits(loaded, prompt):
     batch = pack_prompts(loaded, [(prompt, [])])
     dtype = next(loaded.model.parameters()).dtype
     batch.pixel_values = batch.pixel_values.to(dtype)
-    return loaded.model.forward_logits(batch, output_rows(batch.layout, loaded.model.attention))
+    return loaded.model.forward_logits(batch, output_tokens(batch.layout, loaded.model.attention))
 
 
 @pytest.fixture
@@ -98,9 +98,9 @@ def test_a_fresh_process_answers_alike(base, exported, answers, case):
     tokens = generate_tokens(loaded, prompts, max_new_tokens=12)
     for prompt, expected, answer in zip(prompts, tokens, answers[case], strict=True):
         is_text = answer["ids"] != IMAGE_ID
-        assert answer["ids"][is_text].tolist() == prompt.rows.input_ids
+        assert answer["ids"][is_text].tolist() == prompt.tokens.input_ids
         places = (is_text.cumsum(0))[~is_text].tolist()
-        assert tuple(places) == prompt.rows.image_offsets
+        assert tuple(places) == prompt.tokens.image_offsets
         # fp32 with another order of operations; logits are of the order of 5.
         logits = our_logits(loaded, prompt)
         torch.testing.assert_close(answer["logits"][is_text], logits, rtol=1e-4, atol=1e-4)

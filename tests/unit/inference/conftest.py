@@ -11,7 +11,7 @@ from megatron_dattn.runtime.distributed import (
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
 
-# The third has fewer rows than patches, the last no adapter.
+# The third has fewer tokens than patches, the last no adapter.
 PRESETS_SHOWN = ["dattn", "s_attn", "fastervlm", "saisa"]
 CROSS_ATTENTION = "dattn_cascade"
 

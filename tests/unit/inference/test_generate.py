@@ -28,8 +28,8 @@ def test_text_only_answers_are_hugging_faces(base, loaded):
     language = base[1]
     prompt = Prompt.from_question(loaded, QUESTIONS[1])
     expected = language.generate(
-        torch.tensor([prompt.rows.input_ids]), max_new_tokens=12, do_sample=False, pad_token_id=0
-    )[0, len(prompt.rows.input_ids) :]
+        torch.tensor([prompt.tokens.input_ids]), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )[0, len(prompt.tokens.input_ids) :]
     (answer,) = generate(loaded, [prompt], max_new_tokens=12)
     assert answer == loaded.tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert answer
@@ -50,11 +50,12 @@ def test_the_image_matters(base, loaded):
 
 
 def script_logits(loaded, monkeypatch, script):
-    """Let the head say these tokens; returns a list that fills with the rows it is asked about."""
+    """Let the head say these tokens; returns a list that fills with the tokens it is asked
+    about."""
     running = []
 
-    def scripted(hidden_states, rows, shards):
-        running.append(len(rows))
+    def scripted(hidden_states, tokens, shards):
+        running.append(len(tokens))
         tokens = torch.tensor(script[len(running) - 1])
         return torch.nn.functional.one_hot(tokens, len(loaded.tokenizer)).float()
 

@@ -39,16 +39,18 @@ def test_norms_around_two_layers_with_exact_gelu(norm: AdapterNorm):
     with torch.no_grad():
         for param in adapter.parameters():
             param.normal_()
-    rows = features
+    tokens = features
     if norm in ("before", "both"):
-        rows = F.rms_norm(rows, (32,), adapter.norm.weight, 1e-5)
+        tokens = F.rms_norm(tokens, (32,), adapter.norm.weight, 1e-5)
     first, second = adapter.linear_fc1, adapter.linear_fc2
-    rows = F.linear(F.gelu(F.linear(rows, first.weight, first.bias)), second.weight, second.bias)
+    tokens = F.linear(
+        F.gelu(F.linear(tokens, first.weight, first.bias)), second.weight, second.bias
+    )
     if norm in ("behind", "both"):
-        rows = F.rms_norm(rows, (20,), adapter.output_norm.weight, 1e-5)
+        tokens = F.rms_norm(tokens, (20,), adapter.output_norm.weight, 1e-5)
     actual = adapter(features, (2, 3))
     assert actual.shape == (12, 20)
-    torch.testing.assert_close(actual, rows.flatten(0, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, tokens.flatten(0, 1), rtol=1e-12, atol=1e-12)
     names = {name for name, _ in adapter.named_parameters() if "norm" in name}
     places = {"before": {"norm"}, "behind": {"output_norm"}, "both": {"norm", "output_norm"}}
     assert names == {f"{place}.weight" for place in places.get(norm, ())}
@@ -172,7 +174,7 @@ def test_larger_grids_stretch_the_table():
     torch.testing.assert_close(table[:, 1], expected + 4)
 
 
-def test_initial_rows_have_moderate_size():
+def test_initial_tokens_have_moderate_size():
     torch.manual_seed(0)
-    rows = _adapter(None)(torch.randn(2, 6, 32) * 50, (2, 3))
-    assert 0.03 < rows.std() < 0.5  # whatever the scale of the features
+    tokens = _adapter(None)(torch.randn(2, 6, 32) * 50, (2, 3))
+    assert 0.03 < tokens.std() < 0.5  # whatever the scale of the features

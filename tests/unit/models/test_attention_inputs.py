@@ -54,19 +54,19 @@ def test_equal_layers_share_a_plan():
 
 @pytest.mark.parametrize("preset", ["dattn", "s_attn", "vidi", "cca"])
 def test_every_layer_attends_as_the_oracle_says(preset):
-    """Window, cap and scale together, on whatever rows the layer scores."""
+    """Window, cap and scale together, on whatever tokens the layer scores."""
     model, inputs = _prepared(preset, family="gemma2")
     language = model.model_config.language
     layout = make_batch([9, 5, 8], [(3,), (), (0, 5)]).layout
     generator = torch.Generator().manual_seed(2)
     query, key, value = (
-        torch.randn(layout.num_rows, heads, 16, generator=generator, dtype=torch.float64) * 3
+        torch.randn(layout.num_tokens, heads, 16, generator=generator, dtype=torch.float64) * 3
         for heads in (4, 2, 2)
     )
     rules = layer_rules(PRESETS[preset], LAYERS, skip_unread=True)
     for number, layer in enumerate(model.language_model.decoder.layers):
         own = inputs.layer(number + 1)
-        first = own.plan.scored_rows[0]
+        first = own.plan.scored_tokens[0]
         out = layer.self_attention.core_attention(query[first:], key, value, None, None, own)
         expected = reference_attention(
             query,

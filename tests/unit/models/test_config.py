@@ -44,12 +44,12 @@ def test_a_cap_or_window_of_nothing_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "rows"),
+    ("vocab_size", "tokens"),
     [(32000, 32000), (32064, 32064), (32768, 32768), (128256, 128256), (256000, 256000),
      (32001, 32064), (1, 64)],
 )  # fmt: skip
-def test_published_vocabularies_need_no_padding(vocab_size: int, rows: int) -> None:
-    assert LanguageConfig(vocab_size=vocab_size).padded_vocab_size == rows
+def test_published_vocabularies_need_no_padding(vocab_size: int, tokens: int) -> None:
+    assert LanguageConfig(vocab_size=vocab_size).padded_vocab_size == tokens
 
 
 def test_an_unknown_preset_is_refused_by_name() -> None:

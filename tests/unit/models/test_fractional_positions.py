@@ -12,7 +12,7 @@ from megatron_dattn.models.config import AdapterConfig, ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.transformer_config import vision_transformer_config
 from megatron_dattn.parallel.config import ParallelConfig
-from tests.support.vidi_adapter import OUR_NAMES, random_weights, vidi_rows
+from tests.support.vidi_adapter import OUR_NAMES, random_weights, vidi_tokens
 from tests.support.vlm import LANGUAGE, VISION, tiny_model_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -53,10 +53,10 @@ def test_float64_equals_the_authors_formulas(grid: tuple[int, int], num_places: 
     adapter = _vidi(num_places=num_places)
     weights = _with_their_weights(adapter, torch.float64)
     features = torch.randn(2, grid[0] * grid[1], FEATURES, dtype=torch.float64) * 7
-    rows = adapter(features, grid).unflatten(0, (2, -1))
+    tokens = adapter(features, grid).unflatten(0, (2, -1))
     for image in range(2):
-        expected = vidi_rows(weights, features[image], grid, num_places or VISION.grid[0])
-        torch.testing.assert_close(rows[image], expected, rtol=1e-12, atol=1e-12)
+        expected = vidi_tokens(weights, features[image], grid, num_places or VISION.grid[0])
+        torch.testing.assert_close(tokens[image], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_bf16_rounds_where_the_authors_round() -> None:
@@ -69,20 +69,20 @@ def test_bf16_rounds_where_the_authors_round() -> None:
         weights[f"mm_rand_projector.model.{layer}.bias"].zero_()
     adapter.load_state_dict({OUR_NAMES[name]: value for name, value in weights.items()})
     features = (torch.randn(1, 9, FEATURES) * 7).bfloat16()
-    rows = adapter(features, VISION.grid)
-    expected = vidi_rows(weights, features[0], VISION.grid, VISION.grid[0])
-    assert rows.dtype == torch.bfloat16
+    tokens = adapter(features, VISION.grid)
+    expected = vidi_tokens(weights, features[0], VISION.grid, VISION.grid[0])
+    assert tokens.dtype == torch.bfloat16
     # Adding both positions at once changes two fifths of the values.
-    assert (rows != expected).float().mean() < 0.02
-    torch.testing.assert_close(rows, expected, rtol=2**-6, atol=2**-6)
+    assert (tokens != expected).float().mean() < 0.02
+    torch.testing.assert_close(tokens, expected, rtol=2**-6, atol=2**-6)
 
 
 def test_kept_patches_take_their_own_places() -> None:
-    positions, rows = _vidi().positions, torch.randn(2, 6, WIDTH)
+    positions, tokens = _vidi().positions, torch.randn(2, 6, WIDTH)
     kept = torch.tensor([[1, 5], [0, 2]])
-    whole = positions(rows, (2, 3))
+    whole = positions(tokens, (2, 3))
     for image in range(2):
-        placed = positions(rows[image : image + 1, kept[image]], (2, 3), kept[image : image + 1])
+        placed = positions(tokens[image : image + 1, kept[image]], (2, 3), kept[image : image + 1])
         torch.testing.assert_close(placed[0], whole[image, kept[image]])
 
 
@@ -97,8 +97,8 @@ def test_norms_start_as_the_authors_start_them() -> None:
     """One behind the MLP; the last at the deviation of the embeddings, or as the settings say."""
     adapter = _vidi(text_scale=0.07)
     assert adapter.output_norm.weight.eq(1.0).all()
-    rows = adapter(torch.randn(2, 9, FEATURES) * 50, VISION.grid)
-    root_mean_square = rows.pow(2).mean(-1).sqrt()
+    tokens = adapter(torch.randn(2, 9, FEATURES) * 50, VISION.grid)
+    root_mean_square = tokens.pow(2).mean(-1).sqrt()
     torch.testing.assert_close(root_mean_square, torch.full((18,), 0.07), rtol=1e-3, atol=0)
     as_new_embeddings = torch.full((WIDTH,), LANGUAGE.initializer_range)
     torch.testing.assert_close(_vidi().positions.last_norm.weight.data, as_new_embeddings)

@@ -1,10 +1,10 @@
 """Gemma-2 with images in its text equals Hugging Face's, as far as that has images: `s_attn`.
 
-No Hugging Face class joins an encoder to Gemma-2 as we do, but its decoder takes rows instead of
-tokens. Rows of images then stand in reading order among those of the text, and window, scale and
+No Hugging Face class joins an encoder to Gemma-2 as we do, but its decoder takes tokens instead of
+tokens. Tokens of images then stand in reading order among those of the text, and window, scale and
 softcap apply to both kinds.
 
-transformers 5 multiplies by sqrt(hidden_size) in its embedding, so that rows which are handed in
+transformers 5 multiplies by sqrt(hidden_size) in its embedding, so that tokens which are handed in
 come scaled already (transformers 4 multiplied them, too).
 """
 
@@ -26,45 +26,45 @@ pytestmark = pytest.mark.usefixtures("one_process")
 TEXTS = [9, 4, 8]
 IMAGES = [(3,), (), (0, 5, 8)]
 BUDGETS = (36, 24)
-# Shorter than the nine rows of an image.
+# Shorter than the nine tokens of an image.
 CONFIG = tiny_model_config("s_attn", family="gemma2", num_hidden_layers=3, sliding_window=5)
 
 
 def reading_order(text: Tensor, images: Tensor, offsets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The rows of a sample, and which of them are text.
+    """The tokens of a sample, and which of them are text.
 
     Args:
-        text: [text rows, H].
-        images: [images, rows, H].
-        offsets: how many text rows stand in front of each image.
+        text: [text tokens, H].
+        images: [images, tokens, H].
+        offsets: how many text tokens stand in front of each image.
     """
-    rows, is_text = [], []
+    tokens, is_text = [], []
     for place in range(len(text) + 1):
         for image, offset in zip(images, offsets, strict=True):
             if offset == place:
-                rows.append(image)
+                tokens.append(image)
                 is_text += [False] * len(image)
-        rows.append(text[place : place + 1])
+        tokens.append(text[place : place + 1])
         is_text += [True] * len(text[place : place + 1])
-    return torch.cat(rows), torch.tensor(is_text)
+    return torch.cat(tokens), torch.tensor(is_text)
 
 
 @torch.no_grad()
 def both_logits(
     ours: DAttnVLM, theirs: PreTrainedModel, batch: PackedBatch
 ) -> list[tuple[Tensor, Tensor]]:
-    """At the text rows of every sample, [text rows, vocabulary]."""
+    """At the text tokens of every sample, [text tokens, vocabulary]."""
     scale = ours.model_config.language.hidden_size**0.5
     visual = ours.adapter.project(ours.vision_model(batch.pixel_values))
     visual = visual * torch.tensor(scale, dtype=torch.float32).to(visual)
     embed, pairs, first = theirs.get_input_embeddings(), [], 0
     for sample, offsets in enumerate(IMAGES):
-        start, end = batch.layout.text_rows(sample)
+        start, end = batch.layout.text_tokens(sample)
         text = embed(batch.input_ids[start - BUDGETS[0] : end - BUDGETS[0]])  # scaled
         images = visual[first : first + len(offsets)]
         first += len(offsets)
-        rows, is_text = reading_order(text, images, offsets)
-        expected = theirs(inputs_embeds=rows[None]).logits[0][is_text]
+        tokens, is_text = reading_order(text, images, offsets)
+        expected = theirs(inputs_embeds=tokens[None]).logits[0][is_text]
         pairs.append((ours.forward_logits(batch, torch.arange(start, end)), expected))
     return pairs
 
@@ -103,15 +103,15 @@ def test_logits_equal_hugging_face_in_float64(monkeypatch):
 def test_every_setting_matters_where_there_are_images(changed):
     other = replace(CONFIG, language=replace(CONFIG.language, **changed))
     batch = make_batch(TEXTS, IMAGES, budgets=BUDGETS)
-    rows = torch.arange(*batch.layout.text_rows(2))
+    tokens = torch.arange(*batch.layout.text_tokens(2))
     with torch.no_grad():
         plain, altered = (
-            tiny_model(config).forward_logits(batch, rows) for config in (CONFIG, other)
+            tiny_model(config).forward_logits(batch, tokens) for config in (CONFIG, other)
         )
     assert (plain - altered).abs().max() > 1e-4
 
 
-def test_the_oracle_is_given_scaled_rows():
+def test_the_oracle_is_given_scaled_tokens():
     """As the comparison above assumes of the transformers that is installed."""
     theirs = hugging_face(CONFIG.language)
     embedding = theirs.get_input_embeddings()

@@ -76,7 +76,7 @@ def _logits(language: dict[str, Any], dtype: torch.dtype = torch.float32) -> lis
     batch = make_batch([9, 1, 14]) if language.get("rope_scaling") is None else long_batch()
     pairs = []
     for sample in range(3):
-        start, end = batch.layout.text_rows(sample)
+        start, end = batch.layout.text_tokens(sample)
         budget = batch.layout.visual_budget
         with torch.no_grad():
             logits = ours.forward_logits(batch, torch.arange(start, end))
@@ -107,7 +107,7 @@ def test_logits_equal_hugging_face(language):
 
 
 def follow_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs takes norms and softmax in fp32 whatever the dtype; let it compute in the rows'."""
+    """Theirs takes norms and softmax in fp32 whatever the dtype; let it compute in the tokens'."""
 
     def llama_norm(self: Any, x: Tensor) -> Tensor:
         return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
@@ -143,12 +143,12 @@ def test_all_three_kinds_of_frequencies_are_compared():
     assert 1 / 8 < share[1] < 1
     assert share[2:].tolist() == pytest.approx([1 / 8] * 6)
     batch = long_batch()
-    rows = torch.arange(*batch.layout.text_rows(2))
+    tokens = torch.arange(*batch.layout.text_tokens(2))
     changes = [{}, {"low_freq_factor": 1.2}, {"high_freq_factor": 6.0}, {"factor": 4.0}]
     with torch.no_grad():
         plain, scaled, *others = (
             tiny_model(tiny_model_config(family="llama", rope_scaling=scaling)).forward_logits(
-                batch, rows
+                batch, tokens
             )
             for scaling in (None, *(replace(LLAMA3, **change) for change in changes))
         )
@@ -170,10 +170,10 @@ def test_all_three_kinds_of_frequencies_are_compared():
 def test_every_setting_of_gemma2_matters(changed):
     """So the comparison above would notice if one were ignored."""
     batch = make_batch([14])
-    rows = torch.arange(batch.layout.visual_budget, batch.layout.visual_budget + 14)
+    tokens = torch.arange(batch.layout.visual_budget, batch.layout.visual_budget + 14)
     with torch.no_grad():
         plain, other = (
-            tiny_model(tiny_model_config(family="gemma2", **fields)).forward_logits(batch, rows)
+            tiny_model(tiny_model_config(family="gemma2", **fields)).forward_logits(batch, tokens)
             for fields in ({}, changed)
         )
     assert (plain - other).abs().max() > 1e-4
@@ -187,8 +187,8 @@ def test_padding_of_the_vocabulary_neither_counts_nor_learns():
     labelled = batch.labels != -100
     batch.labels[labelled] = batch.labels[labelled].clamp(max=60)
     losses = model(batch)
-    rows = labelled.nonzero().squeeze(1) + batch.layout.visual_budget
-    logits = model.forward_logits(batch, rows)
+    tokens = labelled.nonzero().squeeze(1) + batch.layout.visual_budget
+    logits = model.forward_logits(batch, tokens)
     assert logits.shape[1] == 61
     expected = torch.nn.functional.cross_entropy(logits, batch.labels[labelled], reduction="none")
     torch.testing.assert_close(losses, expected)

@@ -1,4 +1,4 @@
-"""The language part: equal to Hugging Face's Mistral, with a head that runs on chosen rows."""
+"""The language part: equal to Hugging Face's Mistral, with a head that runs on chosen tokens."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_text_only_logits_equal_mistral(preset, tie):
     load_hugging_face(ours, text=theirs.state_dict())
     batch = make_batch([9, 1, 14])
     for sample in range(3):
-        start, end = batch.layout.text_rows(sample)
+        start, end = batch.layout.text_tokens(sample)
         budget = batch.layout.visual_budget
         with torch.no_grad():
             logits = ours.forward_logits(batch, torch.arange(start, end))
@@ -47,21 +47,21 @@ def test_text_only_logits_equal_mistral(preset, tie):
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_losses_are_the_cross_entropy_of_the_labelled_rows():
+def test_losses_are_the_cross_entropy_of_the_labelled_tokens():
     model, batch = tiny_model(), make_batch([9, 5], [(2,)])
     losses = model(batch)
     labelled = batch.labels != -100
-    rows = labelled.nonzero().squeeze(1) + batch.layout.visual_budget
-    logits = model.forward_logits(batch, rows)
+    tokens = labelled.nonzero().squeeze(1) + batch.layout.visual_budget
+    logits = model.forward_logits(batch, tokens)
     expected = torch.nn.functional.cross_entropy(logits, batch.labels[labelled], reduction="none")
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected)
 
 
-def test_rows_before_an_image_hand_their_prediction_to_it_where_text_sees_backwards_only():
+def test_tokens_before_an_image_hand_their_prediction_to_it_where_text_sees_backwards_only():
     model, batch = tiny_model(tiny_model_config("s_attn")), make_batch([6], [(3,)])
     batch.labels.fill_(-100)
-    batch.labels[2] = 7  # the text row just before the image
-    rows = torch.tensor([batch.layout.image_rows[0][1] - 1])
-    expected = -model.forward_logits(batch, rows).log_softmax(-1)[0, 7]
+    batch.labels[2] = 7  # the text token just before the image
+    tokens = torch.tensor([batch.layout.image_tokens[0][1] - 1])
+    expected = -model.forward_logits(batch, tokens).log_softmax(-1)[0, 7]
     torch.testing.assert_close(model(batch)[0], expected)

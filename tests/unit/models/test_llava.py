@@ -126,7 +126,7 @@ def _assert_equal_logits(
     batch.input_ids.clamp_(max=IMAGE_TOKEN - 1)
     first_image = 0
     for sample, offsets in enumerate(images):
-        start, end = batch.layout.text_rows(sample)
+        start, end = batch.layout.text_tokens(sample)
         with torch.no_grad():
             logits = model.forward_logits(batch, torch.arange(start, end))
             expected = _llava_text_logits(

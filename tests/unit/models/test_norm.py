@@ -24,8 +24,8 @@ def _rms_norms(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm_equals_hugging_face(dtype):
     ours, theirs = _rms_norms(dtype)
-    rows = torch.randn(7, 1, 24, generator=torch.Generator().manual_seed(1)).to(dtype) * 30
-    inputs = [rows.clone().requires_grad_() for _ in range(2)]
+    tokens = torch.randn(7, 1, 24, generator=torch.Generator().manual_seed(1)).to(dtype) * 30
+    inputs = [tokens.clone().requires_grad_() for _ in range(2)]
     outs = [norm(x) for norm, x in zip((ours, theirs), inputs, strict=True)]
     for out in outs:
         out.float().pow(2).sum().backward()
@@ -48,8 +48,8 @@ def test_zero_centred_rms_norm_equals_gemma2(dtype):
     with torch.no_grad():
         ours.weight.normal_()
         theirs.weight.copy_(ours.weight)
-    rows = torch.randn(7, 1, 24, generator=torch.Generator().manual_seed(1)).to(dtype) * 30
-    outs = [norm(rows) for norm in (ours, theirs)]
+    tokens = torch.randn(7, 1, 24, generator=torch.Generator().manual_seed(1)).to(dtype) * 30
+    outs = [norm(tokens) for norm in (ours, theirs)]
     assert outs[0].dtype == dtype
     # As above: the order of one sum in fp32.
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
@@ -58,23 +58,23 @@ def test_zero_centred_rms_norm_equals_gemma2(dtype):
 
 def test_zero_centred_rms_norm_keeps_float64():
     config = tiny_transformer_config(params_dtype=torch.float64)
-    norm, rows = ZeroCentredRMSNorm(config, 24, eps=1e-5), torch.randn(5, 24, dtype=torch.float64)
+    norm, tokens = ZeroCentredRMSNorm(config, 24, eps=1e-5), torch.randn(5, 24, dtype=torch.float64)
     torch.nn.init.normal_(norm.weight)
-    expected = rows / (rows.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * (1 + norm.weight)
-    torch.testing.assert_close(norm(rows), expected, rtol=1e-14, atol=0)
+    expected = tokens / (tokens.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * (1 + norm.weight)
+    torch.testing.assert_close(norm(tokens), expected, rtol=1e-14, atol=0)
 
 
 def test_rms_norm_keeps_float64():
-    norm, rows = _rms_norms(torch.float64)[0], torch.randn(5, 24, dtype=torch.float64)
-    expected = rows / (rows.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
-    torch.testing.assert_close(norm(rows), expected, rtol=1e-14, atol=0)
+    norm, tokens = _rms_norms(torch.float64)[0], torch.randn(5, 24, dtype=torch.float64)
+    expected = tokens / (tokens.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    torch.testing.assert_close(norm(tokens), expected, rtol=1e-14, atol=0)
 
 
-def test_zero_rows_stay_zero():
-    norm, rows = _rms_norms(torch.float32)[0], torch.zeros(2, 24, requires_grad=True)
-    norm(rows).sum().backward()
-    assert norm(rows).abs().max() == 0
-    assert rows.grad.isfinite().all()
+def test_zero_tokens_stay_zero():
+    norm, tokens = _rms_norms(torch.float32)[0], torch.zeros(2, 24, requires_grad=True)
+    norm(tokens).sum().backward()
+    assert norm(tokens).abs().max() == 0
+    assert tokens.grad.isfinite().all()
 
 
 def test_layer_norm_equals_torch():
@@ -82,9 +82,9 @@ def test_layer_norm_equals_torch():
     with torch.no_grad():
         ours.weight.normal_()
         ours.bias.normal_()
-    rows = torch.randn(5, 24)
-    expected = torch.nn.functional.layer_norm(rows, (24,), ours.weight, ours.bias, 1e-6)
-    assert torch.equal(ours(rows), expected)
+    tokens = torch.randn(5, 24)
+    expected = torch.nn.functional.layer_norm(tokens, (24,), ours.weight, ours.bias, 1e-6)
+    assert torch.equal(ours(tokens), expected)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dattn.attention import Scoring, visual_weight
+from megatron_dattn.attention import Scoring, alpha_v
 from megatron_dattn.models.decomposed_attention import DecomposedCore
 from megatron_dattn.models.observer import VisualWeightMeter
 from tests.support.vlm import LANGUAGE, make_batch, tiny_model, tiny_model_config
@@ -46,7 +46,7 @@ def test_it_is_shown_the_queries_and_keys_of_every_layer(preset: str) -> None:
         assert not query.requires_grad
         assert not key.requires_grad
         assert scoring.scale == LANGUAGE.head_dim**-0.5
-        assert visual_weight(query, key, scoring).shape == (text, LANGUAGE.num_attention_heads)
+        assert alpha_v(query, key, scoring).shape == (text, LANGUAGE.num_attention_heads)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -99,10 +99,10 @@ def _syncs(model, observer, monkeypatch) -> list[str]:
 def test_the_meter_never_waits_for_the_device(preset: str, recompute: str, monkeypatch) -> None:
     model = tiny_model(tiny_model_config(preset), recompute=recompute)
     meter = VisualWeightMeter(2, LANGUAGE.num_attention_heads, "cpu")
-    # The one place where the engine does: which rows have a label.
+    # The one place where the engine does: which tokens have a label.
     assert _syncs(model, None, monkeypatch) == ["nonzero"]
     assert _syncs(model, meter, monkeypatch) == ["nonzero"]
-    assert meter.weights.min() > 0
+    assert meter.alpha.min() > 0
 
 
 def test_the_instrument_notices_who_waits(monkeypatch) -> None:
@@ -116,7 +116,7 @@ def test_the_instrument_notices_who_waits(monkeypatch) -> None:
 
 
 def test_under_a_cascade_it_is_shown_the_cross_attention() -> None:
-    """Its own queries, of text rows, and keys, of visual rows; a meter has no meaning there."""
+    """Its own queries, of text tokens, and keys, of visual tokens; a meter has no meaning there."""
     model = tiny_model(tiny_model_config("dattn_cascade"))
     recorder = Recorder()
     model(BATCH, observer=recorder)
@@ -127,7 +127,7 @@ def test_under_a_cascade_it_is_shown_the_cross_attention() -> None:
         assert scoring.plan.merge == "cascade"
 
 
-def test_the_meter_means_over_the_rows_that_see_an_image() -> None:
+def test_the_meter_means_over_the_tokens_that_see_an_image() -> None:
     model = tiny_model(tiny_model_config("s_attn"))
     recorder, meter = Recorder(), VisualWeightMeter(2, LANGUAGE.num_attention_heads, "cpu")
     for batch in (BATCH, make_batch([7], [(2,)], seed=1)):
@@ -135,13 +135,13 @@ def test_the_meter_means_over_the_rows_that_see_an_image() -> None:
         model(batch, observer=meter)
     for layer in (1, 2):
         weights = [
-            visual_weight(query, key, scoring)[scoring.plan.sees_images]
+            alpha_v(query, key, scoring)[scoring.plan.sees_images]
             for number, query, key, scoring in recorder.shown
             if number == layer
         ]
-        # Text before its image sees none: 6 of 9 rows, 8 of 8, 5 of 7 do.
-        assert sum(len(rows) for rows in weights) == meter.rows[layer - 1] == 6 + 8 + 5
+        # Text before its image sees none: 6 of 9 tokens, 8 of 8, 5 of 7 do.
+        assert sum(len(rows) for rows in weights) == meter.counts[layer - 1] == 6 + 8 + 5
         expected = torch.cat(weights).mean(0)
-        mean = meter.weights[layer - 1] / meter.rows[layer - 1]
+        mean = meter.alpha[layer - 1] / meter.counts[layer - 1]
         # fp32 sums of 19 numbers below 1.
         torch.testing.assert_close(mean, expected, atol=1e-6, rtol=0)

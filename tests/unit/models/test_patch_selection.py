@@ -29,7 +29,7 @@ def test_attention_received_equals_a_dense_softmax(patches: int, scale: float | 
     torch.testing.assert_close(received.sum(1), torch.ones(3, dtype=torch.float64))
 
 
-def test_the_attention_of_one_row_alone() -> None:
+def test_the_attention_of_one_token_alone() -> None:
     query, key = torch.randn(2, 3, 4, 10, 8, dtype=torch.float64)
     expected = torch.einsum("ihd,ihkd->ihk", query[:, :, 0], key).mul(0.7).softmax(-1).mean(dim=1)
     received = attention_received(query[:, :, :1], key, 0.7)
@@ -63,9 +63,9 @@ def fastervlm() -> ModelConfig:
 
 def test_the_decoder_sees_a_line_of_kept_patches(fastervlm: ModelConfig) -> None:
     assert fastervlm.image_grid == (1, KEPT)
-    assert fastervlm.rows_per_image == KEPT
+    assert fastervlm.tokens_per_image == KEPT
     whole = tiny_model_config("s_attn")
-    assert (whole.image_grid, whole.rows_per_image) == ((3, 3), 9)
+    assert (whole.image_grid, whole.tokens_per_image) == ((3, 3), 9)
 
 
 def _batch() -> PackedBatch:
@@ -76,7 +76,7 @@ def _features_and_kept(model: DAttnVLM, pixels: Tensor) -> tuple[Tensor, Tensor]
     """All features, and by plain sorting the places of those that are kept."""
     with torch.no_grad():
         features, received = model.vision_model(pixels, with_attention=True)
-    kept = [sorted(sorted(range(9), key=row.__getitem__)[-KEPT:]) for row in received.tolist()]
+    kept = [sorted(sorted(range(9), key=token.__getitem__)[-KEPT:]) for token in received.tolist()]
     assert len({tuple(places) for places in kept}) > 1, "one choice for all images shows nothing"
     return features, torch.tensor(kept)
 
@@ -104,7 +104,7 @@ def test_clip_s_class_token_chooses() -> None:
         features, kept = model._features(pixels)
         every_feature = encoder(pixels)
     hook.remove()
-    query, key = (rows.permute(1, 2, 0, 3) for rows in seen[:2])  # [images, heads, rows, D]
+    query, key = (tokens.permute(1, 2, 0, 3) for tokens in seen[:2])  # [images, heads, tokens, D]
     scores = torch.einsum("ihqd,ihkd->ihqk", query, key) * query.shape[-1] ** -0.5
     attention = scores.softmax(-1)
 
@@ -113,7 +113,7 @@ def test_clip_s_class_token_chooses() -> None:
 
     by_token = best(attention[:, :, 0].mean(1))
     assert kept.tolist() == by_token
-    assert by_token != best(attention.mean((1, 2))), "all rows would choose the same"
+    assert by_token != best(attention.mean((1, 2))), "all tokens would choose the same"
     assert torch.equal(
         features, torch.stack([f[k] for f, k in zip(every_feature, kept, strict=True)])
     )
@@ -128,10 +128,10 @@ def test_embedded_positions_are_those_of_the_kept_patches(
     features, kept = _features_and_kept(model, batch.pixel_values)
     with torch.no_grad():
         whole = model.adapter(features, VISION.grid).unflatten(0, (-1, 9))
-        rows = model._decoder_input(batch)[: 3 * KEPT, 0]
+        tokens = model._decoder_input(batch)[: 3 * KEPT, 0]
     expected = torch.cat([whole[image, places] for image, places in enumerate(kept)])
     # Matrix products of other sizes sum in another order.
-    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("images", [[(3,)], []], ids=["image", "text alone"])

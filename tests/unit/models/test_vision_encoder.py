@@ -95,7 +95,7 @@ def test_attention_received_equals_hugging_face(vision, feature_layer):
         features, received = ours(images, with_attention=True)
         # [images, heads, queries, keys] of the last layer that the features passed.
         of_heads = layers[len(layers) + feature_layer]
-        if vision.family == "clip":  # what the class token, row 0, gives to the patches
+        if vision.family == "clip":  # what the class token, token 0, gives to the patches
             expected = of_heads[:, :, 0, 1:].mean(dim=1)
         else:
             expected = of_heads.mean(dim=(1, 2))

@@ -1,4 +1,4 @@
-"""A layer's projector of visual rows, and the model's first stage where there is no adapter."""
+"""A layer's projector of visual tokens, and the model's first stage where there is no adapter."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from megatron_dattn.models.build import check_model_sizes
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.transformer_config import language_transformer_config
-from megatron_dattn.models.visual_projector import VisualProjector, features_as_rows
+from megatron_dattn.models.visual_projector import VisualProjector, features_as_tokens
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.vlm import LANGUAGE, VISION, make_batch, tiny_model, tiny_model_config
 
@@ -35,15 +35,15 @@ def test_norm_then_two_layers_over_the_features_alone(count: int) -> None:
     normed = F.rms_norm(features[0], (VISION.hidden_size,), projector.norm.weight, 1e-5)
     middle = F.gelu(F.linear(normed, first.weight, first.bias))
     expected = F.linear(middle, second.weight, second.bias)
-    rows = features_as_rows(features, LANGUAGE.hidden_size).unsqueeze(1)
-    assert rows.shape == (count, 1, LANGUAGE.hidden_size)
-    torch.testing.assert_close(projector(rows).squeeze(1), expected, rtol=1e-12, atol=1e-12)
+    tokens = features_as_tokens(features, LANGUAGE.hidden_size).unsqueeze(1)
+    assert tokens.shape == (count, 1, LANGUAGE.hidden_size)
+    torch.testing.assert_close(projector(tokens).squeeze(1), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_initial_rows_have_moderate_size() -> None:
+def test_initial_tokens_have_moderate_size() -> None:
     torch.manual_seed(0)
-    rows = features_as_rows(torch.randn(2, 6, VISION.hidden_size) * 50, LANGUAGE.hidden_size)
-    assert 0.03 < _projector()(rows.unsqueeze(1)).std() < 0.5  # whatever the features' scale
+    tokens = features_as_tokens(torch.randn(2, 6, VISION.hidden_size) * 50, LANGUAGE.hidden_size)
+    assert 0.03 < _projector()(tokens.unsqueeze(1)).std() < 0.5  # whatever the features' scale
 
 
 @pytest.fixture
@@ -51,15 +51,15 @@ def saisa() -> ModelConfig:
     return tiny_model_config("saisa")
 
 
-def test_visual_rows_are_the_features_and_there_is_no_adapter(saisa) -> None:
+def test_visual_tokens_are_the_features_and_there_is_no_adapter(saisa) -> None:
     model, batch = tiny_model(saisa), make_batch([9, 5], [(3, 6), ()])
     assert model.adapter is None
     with torch.no_grad():
-        rows = model._decoder_input(batch)
+        tokens = model._decoder_input(batch)
         features = model.vision_model(batch.pixel_values).flatten(0, 1)
-    assert torch.equal(rows[:18, 0, : VISION.hidden_size], features)
-    assert not rows[:36, 0, VISION.hidden_size :].any()
-    assert not rows[18:36].any()  # the rest of the budget
+    assert torch.equal(tokens[:18, 0, : VISION.hidden_size], features)
+    assert not tokens[:36, 0, VISION.hidden_size :].any()
+    assert not tokens[18:36].any()  # the rest of the budget
 
 
 @pytest.mark.parametrize("images", [[(3,)], []], ids=["image", "text alone"])
@@ -69,9 +69,9 @@ def test_the_first_layer_gets_gradients_whatever_is_frozen(saisa, images, frozen
     model = tiny_model(saisa)
     for name in frozen:
         getattr(model, name).requires_grad_(False)
-    rows = model._decoder_input(make_batch([9], images))
-    assert rows.requires_grad
-    rows.sum().backward()
+    tokens = model._decoder_input(make_batch([9], images))
+    assert tokens.requires_grad
+    tokens.sum().backward()
     for parameter in model.vision_model.parameters():
         assert (parameter.grad is not None) == parameter.requires_grad
 

@@ -17,27 +17,27 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.mark.parametrize("preset", ["dattn", "dattn_biased"])
-def test_a_visual_row_never_changes_another_one(preset):
+def test_a_visual_token_never_changes_another_one(preset):
     """At every layer: what diagonal V2V attention promises."""
-    every_row = ExactSavings(unread_rows=False)
-    model = tiny_model(tiny_model_config(preset), savings=every_row)
+    every_token = ExactSavings(unread_tokens=False)
+    model = tiny_model(tiny_model_config(preset), savings=every_token)
     batch = make_batch([6, 4], [(2, 2), (1,)])
     states: list[Tensor] = []
     for layer in model.language_model.decoder.layers:
         layer.register_forward_hook(lambda module, args, out: states.append(out[0]))
     with torch.no_grad():
-        rows = model._decoder_input(batch)
-        attention = model.attention_inputs(batch.layout, rows.device)
-        model.language_model(rows, attention)
-        changed = rows.clone()
+        tokens = model._decoder_input(batch)
+        attention = model.attention_inputs(batch.layout, tokens.device)
+        model.language_model(tokens, attention)
+        changed = tokens.clone()
         changed[7] += 1.0
         model.language_model(changed, attention)
     for before, after in zip(states[:2], states[2:], strict=True):
         moved = (before != after).flatten(1).any(1).nonzero().squeeze(1).tolist()
-        visual = [row for row in moved if row < batch.layout.visual_budget]
-        text = [row for row in moved if row >= batch.layout.visual_budget]
+        visual = [token for token in moved if token < batch.layout.visual_budget]
+        text = [token for token in moved if token >= batch.layout.visual_budget]
         assert visual == [7]
-        assert text == list(range(*batch.layout.text_rows(0)))  # all text of its sample, no other
+        assert text == list(range(*batch.layout.text_tokens(0)))  # all text of its sample, no other
 
 
 def _gradients(model: DAttnVLM) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ def test_frozen_encoder_builds_no_graph():
     assert not features[0].requires_grad
 
 
-def test_padding_rows_change_nothing():
+def test_padding_tokens_change_nothing():
     model, batch = tiny_model(), make_batch([9, 5], [(3,), ()])
     padded = make_batch([9, 5], [(3,), ()])
     padded.input_ids[14:] = 5
@@ -156,5 +156,5 @@ def test_bf16_stays_close_to_fp32():
 def test_wrong_number_of_images_is_caught():
     batch = make_batch([9], [(3,)])
     batch.pixel_values = batch.pixel_values.repeat(2, 1, 1, 1)
-    with pytest.raises(AssertionError, match=r"18 visual rows .* the layout has 9"):
+    with pytest.raises(AssertionError, match=r"18 visual tokens .* the layout has 9"):
         tiny_model()(batch)

@@ -42,7 +42,7 @@ def test_concentric_pairs_of_the_published_grid() -> None:
     assert expected / 576**2 == pytest.approx(0.555, abs=1e-3)
 
 
-# d 6, q 8, e 4, f 10; 4 visual rows before 2 text rows.
+# d 6, q 8, e 4, f 10; 4 visual tokens before 2 text tokens.
 SIZES = LayerSizes(6, 4, 2, 2, 10, 5)
 LAYOUT = TokenLayout((2,), (ImageSpan(0, 0, (2, 2)),), 4, 2)
 
@@ -62,23 +62,23 @@ def test_operations_counted_by_hand(preset: str, queries: int, outputs: int, pai
 def test_cascade_has_projections_of_its_own() -> None:
     own = layer_flops(LAYOUT, LayerRule(PRESETS["dattn_cascade"]), SIZES)
     plain = layer_flops(LAYOUT, LayerRule(PRESETS["dattn"]), SIZES)
-    # Query and output of 2 text rows (width 8), key and value of 4 visual rows (width 4).
+    # Query and output of 2 text tokens (width 8), key and value of 4 visual tokens (width 4).
     assert own.projections - plain.projections == 2 * 6 * (2 * 8 * 2 + 2 * 4 * 4)
     assert (own.attention, own.ffn) == (plain.attention, plain.ffn)
 
 
-def test_reprojected_rows_pay_for_their_mlp_and_for_no_ffn() -> None:
+def test_reprojected_tokens_pay_for_their_mlp_and_for_no_ffn() -> None:
     own = layer_flops(LAYOUT, layer_rules(PRESETS["saisa"], 2, skip_unread=False)[0], SIZES)
     plain = layer_flops(LAYOUT, LayerRule(PRESETS["naavit"]), SIZES)
     assert own.projections - plain.projections == 2 * (5 + 6) * 6 * 4
     assert own.ffn == 6 * 6 * 10 * 2
 
 
-def test_frozen_and_absent_rows_cost_what_remains() -> None:
+def test_frozen_and_absent_tokens_cost_what_remains() -> None:
     text_alone = TokenLayout((2,), (), 4, 2)
     full = layer_flops(LAYOUT, LayerRule(PRESETS["s_attn"]), SIZES)
     gone = layer_flops(text_alone, LayerRule(PRESETS["s_attn"]), SIZES)
     assert decoder_flops(LAYOUT, PRESETS["exit"], SIZES, 4).total == 2 * (full + gone).total
-    # A frozen visual row costs its key and value; the text that follows reads them.
+    # A frozen visual token costs its key and value; the text that follows reads them.
     frozen = gone.total + 2 * 6 * 2 * 4 * 4 + 4 * 8 * 8
     assert decoder_flops(LAYOUT, PRESETS["shortv"], SIZES, 5).total == 2 * full.total + 3 * frozen

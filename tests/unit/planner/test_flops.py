@@ -31,7 +31,7 @@ from megatron_dattn.planner.flops import (
 from tests.support.distributed import run_distributed
 
 SAVING = ExactSavings()
-NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=False)
+NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_tokens=False)
 TINY = ModelConfig(
     vision=VisionConfig(
         hidden_size=16,
@@ -161,7 +161,7 @@ def test_vision_encoder_equals_hugging_face_siglip(trained: bool) -> None:
 def _engine_products(
     config: ModelConfig, trained: frozenset[str], recompute: str, savings: ExactSavings
 ) -> int:
-    """One rank: count a step of the real model on PACK, every text row labelled."""
+    """One rank: count a step of the real model on PACK, every text token labelled."""
     from megatron_dattn.data.sample import PackedBatch
     from megatron_dattn.models.build import build_model
     from megatron_dattn.parallel.config import ParallelConfig
@@ -176,7 +176,7 @@ def _engine_products(
         parameter.requires_grad_(name.partition(".")[0] in trained)
     side = config.vision.image_size
     labels = torch.full((PACK.text_budget,), -100)
-    labels[: PACK.num_text_rows] = 1
+    labels[: PACK.num_text_tokens] = 1
     batch = PackedBatch(
         layout=PACK,
         input_ids=torch.zeros(PACK.text_budget, dtype=torch.int64),
@@ -219,7 +219,7 @@ def test_the_adapters_count_does_not_depend_on_its_norm(norm: AdapterNorm) -> No
     assert seen == without_scores(counted, len(PACK.images))
 
 
-def test_the_savings_are_a_sixth_of_a_visual_rows_work() -> None:
+def test_the_savings_are_a_sixth_of_a_visual_tokens_work() -> None:
     """In Mistral-7B; kernels of the score products aside."""
     one_image = TokenLayout((1,), (ImageSpan(0, 0, (27, 27)),), 729, 1)
     model = ModelConfig()
@@ -230,7 +230,7 @@ def test_the_savings_are_a_sixth_of_a_visual_rows_work() -> None:
     def decoder(flops: StepFlops) -> int:
         return flops.parts["projections"].total + flops.parts["ffn"].total
 
-    # Of a row's 14.23 GFLOP less 0.27 for a head: queries 1.07, output 0.81, last layer 0.36.
+    # Of a token's 14.23 GFLOP less 0.27 for a head: queries 1.07, output 0.81, last layer 0.36.
     share = (1.07 + 0.81 + 0.36) / (14.23 - 0.27)
     assert 1 - decoder(saved) / decoder(naive) == pytest.approx(share, abs=2e-3)
 
@@ -238,18 +238,20 @@ def test_the_savings_are_a_sixth_of_a_visual_rows_work() -> None:
 def test_dattn_needs_less_than_the_engine_and_than_self_attention() -> None:
     dattn = model_flops(TINY, [PACK])
     s_attn = model_flops(TINY, [PACK], attention="s_attn")
-    rows, layers = PACK.num_visual_rows, TINY.language.num_hidden_layers
-    queries = 3 * 2 * rows * 32 * (4 * 8) * layers  # forward and two gradients of a 32 x 32 product
+    tokens, layers = PACK.num_visual_tokens, TINY.language.num_hidden_layers
+    queries = (
+        3 * 2 * tokens * 32 * (4 * 8) * layers
+    )  # forward and two gradients of a 32 x 32 product
     assert s_attn.parts["projections"].total - dattn.parts["projections"].total == queries
     assert s_attn.parts["ffn"] == dattn.parts["ffn"]
     assert dattn.total < s_attn.total
     assert dattn.total < executed_flops(TINY, [PACK], savings=NAIVE).total
 
 
-def test_padding_and_unlabelled_rows_are_free() -> None:
+def test_padding_and_unlabelled_tokens_are_free() -> None:
     wide = dataclasses.replace(PACK, visual_budget=64, text_budget=64)
     assert model_flops(TINY, [wide]) == model_flops(TINY, [PACK])
-    some = model_flops(TINY, [PACK], labelled_rows=3).parts["head"].forward
+    some = model_flops(TINY, [PACK], labelled_tokens=3).parts["head"].forward
     assert some == 3 * 2 * 32 * 48
 
 
@@ -258,7 +260,7 @@ def test_a_step_is_the_sum_of_its_packs() -> None:
     assert both == model_flops(TINY, [PACK]) + model_flops(TINY, [TEXT_ONLY])
 
 
-def test_mistral_7b_on_nine_thousand_visual_rows() -> None:
+def test_mistral_7b_on_nine_thousand_visual_tokens() -> None:
     """S-Attn costs 1.26 times D-Attn at |V| = 9k, |T| = 256: the FFN dominates, not the scores."""
     config = ModelConfig()
     layout = TokenLayout((256,), (ImageSpan(0, 0, (96, 96)),), 9216, 256)

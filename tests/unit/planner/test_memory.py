@@ -40,7 +40,7 @@ TINY = ModelConfig(
         vocab_size=128,
     ),
 )
-PACK = PackSize(visual_rows=64, text_rows=32, images=4)
+PACK = PackSize(visual_tokens=64, text_tokens=32, images=4)
 
 
 def memory_of(
@@ -78,7 +78,7 @@ def _bytes_kept_by(config: ModelConfig, execution: ExecutionConfig) -> int:
     model = build_model(config, ParallelConfig(), execution)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     images = tuple(ImageSpan(sample, 0, config.image_grid) for sample in range(4))
-    layout = TokenLayout((8,) * 4, images, 4 * config.rows_per_image, 32, prompt_lengths=(1,) * 4)
+    layout = TokenLayout((8,) * 4, images, 4 * config.tokens_per_image, 32, prompt_lengths=(1,) * 4)
     batch = PackedBatch(
         layout=layout,
         input_ids=torch.zeros(32, dtype=torch.int64),
@@ -100,7 +100,7 @@ def _bytes_kept_by(config: ModelConfig, execution: ExecutionConfig) -> int:
     return sum(kept.values())
 
 
-NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=False)
+NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -108,17 +108,17 @@ NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_rows=Fals
     [
         ("none", NAIVE),
         ("none", ExactSavings()),
-        ("none", ExactSavings(ffn_chunk_rows=16)),
+        ("none", ExactSavings(ffn_chunk_tokens=16)),
         ("full", ExactSavings()),
     ],
 )
 def test_activations_are_near_what_autograd_keeps(recompute: str, savings: ExactSavings) -> None:
     """The estimate is for fused norms and SwiGLU, which this test's local modules are not.
 
-    Per row of a decoder layer (d 64, q 64, e 32, f 96) they keep 6d + 3q + 2e + 4f values where
+    Per token of a decoder layer (d 64, q 64, e 32, f 96) they keep 6d + 3q + 2e + 4f values where
     fused ones keep 4d + 2q + 2e + 3f: 736 / 1024 = 0.72. Under full recomputation neither keeps
     them. The head is counted with the gradient of its logits, half of which lives in backward only.
-    One of four layers keeps less than counted: visual rows that nobody reads.
+    One of four layers keeps less than counted: visual tokens that nobody reads.
     """
     execution = ExecutionConfig(
         precision="fp32", recompute=recompute, attention_backend="math", savings=savings
@@ -137,16 +137,17 @@ def _bytes_kept_by_ffn_width() -> dict[str, list[int]]:
         for width in (96, 192):
             language = dataclasses.replace(TINY.language, intermediate_size=width)
             config = dataclasses.replace(TINY, language=language, attention=attention)
-            for rows in (0, 8):
-                savings = ExactSavings(ffn_chunk_rows=rows)
+            for tokens in (0, 8):
+                savings = ExactSavings(ffn_chunk_tokens=tokens)
                 execution = ExecutionConfig("fp32", attention_backend="math", savings=savings)
                 kept.setdefault(attention, []).append(_bytes_kept_by(config, execution))
     return kept
 
 
 def test_chunks_keep_nothing_of_any_ffn() -> None:
-    """A wider FFN keeps more activations, for visual rows that pass a share of it as well: with 32
-    text rows alone, it would be 3 values of 96 more columns in 4 layers. With chunks it does not.
+    """A wider FFN keeps more activations, for visual tokens that pass a share of it as well: with
+    32 text rows alone, it would be 3 values of 96 more columns in 4 layers. With chunks it does
+    not.
     """
     (kept,) = run_distributed(_bytes_kept_by_ffn_width, 1)
     for attention, (narrow, narrow_chunked, wide, wide_chunked) in kept.items():
@@ -155,7 +156,8 @@ def test_chunks_keep_nothing_of_any_ffn() -> None:
 
 
 def test_every_norm_of_the_adapter_keeps_what_it_reads() -> None:
-    """BF16, 4 images of 16 patches: the encoder's rows of width 32, the language model's of 64."""
+    """BF16, 4 images of 16 patches: the encoder's tokens of width 32, the language model's of
+    64."""
 
     def kept(attention: str = "dattn", **adapter: Any) -> int:
         settings = dataclasses.replace(TINY.adapter, **adapter)
@@ -172,15 +174,15 @@ def test_every_norm_of_the_adapter_keeps_what_it_reads() -> None:
 def test_the_adapter_keeps_what_enters_the_decoder() -> None:
     """BF16, a frozen encoder of width 32; MLP and language model of width 64; 4 images."""
     pixels, patches = 4 * 3 * 28 * 28 * 4, 16
-    per_row = 2 * (2 * 32 + 2 * 64 + 64)
-    for attention, rows, bytes_per_row in (
-        ("s_attn", patches, per_row),
-        ("fastervlm", patches // 4, per_row),
+    per_token = 2 * (2 * 32 + 2 * 64 + 64)
+    for attention, tokens, bytes_per_token in (
+        ("s_attn", patches, per_token),
+        ("fastervlm", patches // 4, per_token),
         ("saisa", patches, 2 * 64),  # features, padded
     ):
         config = dataclasses.replace(TINY, attention=attention)
         kept = memory_of(config, trained=frozenset({"adapter"})).vision - pixels
-        assert kept == 4 * rows * bytes_per_row, attention
+        assert kept == 4 * tokens * bytes_per_token, attention
 
 
 @pytest.mark.parametrize(("precision", "weight", "state"), [("bf16", 2, 12), ("fp32", 4, 8)])
@@ -211,15 +213,15 @@ def test_frozen_modules_cost_their_weights_only() -> None:
 
 
 def test_decoder_bytes_by_hand() -> None:
-    """BF16 dattn, 64 + 32 rows: d 64, q 64, e 32, f 96, 4 heads; 4 layers."""
-    per_row = 2 * (4 * 64 + 2 * 32 + 3 * 96)
-    per_text_row = 2 * (2 * 64) + 4 * 4  # query and output; log-sum-exps
-    layer = 96 * per_row + 32 * per_text_row
+    """BF16 dattn, 64 + 32 tokens: d 64, q 64, e 32, f 96, 4 heads; 4 layers."""
+    per_token = 2 * (4 * 64 + 2 * 32 + 3 * 96)
+    per_text_token = 2 * (2 * 64) + 4 * 4  # query and output; log-sum-exps
+    layer = 96 * per_token + 32 * per_text_token
     assert memory_of().decoder == 4 * layer
     assert memory_of().at_work == layer
-    # Without savings all rows have a query and an output, and text rows theirs once more.
+    # Without savings all tokens have a query and an output, and text tokens theirs once more.
     naive = memory_of(execution=ExecutionConfig(savings=NAIVE))
-    assert naive.decoder == 4 * (96 * (per_row + 2 * 2 * 64) + 32 * (2 * 64 + 4 * 4))
+    assert naive.decoder == 4 * (96 * (per_token + 2 * 2 * 64) + 32 * (2 * 64 + 4 * 4))
 
 
 def test_recomputation_and_sequence_parallelism_save_activations() -> None:

@@ -64,7 +64,7 @@ def test_full_pack_holds_what_fits() -> None:
     """40 visual rows hold two images of 16; 24 text rows give them 12 each."""
     plan = make_plan(TINY, world_size=2)
     assert plan.layout.text_lengths == (12, 12)
-    assert plan.layout.num_visual_rows == 32
+    assert plan.layout.num_visual_tokens == 32
     assert (plan.data_parallel_size, plan.num_microbatches) == (2, 2)
 
 

@@ -7,13 +7,13 @@ from torch import Tensor
 from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
 from megatron_dattn.attention.backends.math import MathBackend
-from megatron_dattn.attention.plan.index import Rows
+from megatron_dattn.attention.plan.index import TokenIndex
 from megatron_dattn.attention.plan.parts import Part
 
 SCALE = 0.3
 KEY_HEADS, GROUP, DIM = 2, 3, 8
 
-# (query lengths, key lengths, causal): ragged, equal, without rows of one kind, and too different
+# (query lengths, key lengths, causal): ragged, equal, without tokens of one kind, and too different
 # for one padded batch.
 SHAPES = {
     "ragged causal": ((3, 1, 5), (3, 1, 5), True),
@@ -38,8 +38,8 @@ def make_part(shape: str) -> Part:
     query_lengths, key_lengths, causal = SHAPES[shape]
     return Part(
         name=shape,
-        query_rows=Rows(sum(query_lengths)),
-        key_rows=Rows(sum(key_lengths)),
+        query_tokens=TokenIndex(sum(query_lengths)),
+        key_tokens=TokenIndex(sum(key_lengths)),
         query_lengths=query_lengths,
         key_lengths=key_lengths,
         causal=causal,
@@ -50,8 +50,8 @@ def make_part(shape: str) -> Part:
 
 def make_inputs(part: Part, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
-    shapes = [(part.query_rows.length, KEY_HEADS * GROUP, DIM)]
-    shapes += [(part.key_rows.length, KEY_HEADS, DIM)] * 2
+    shapes = [(part.query_tokens.length, KEY_HEADS * GROUP, DIM)]
+    shapes += [(part.key_tokens.length, KEY_HEADS, DIM)] * 2
     return [
         torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
         for s in shapes
@@ -119,26 +119,26 @@ def test_two_parts_share_the_gradient_of_their_joint_softmax(backend: Backend) -
     halves: list[tuple[Part, Tensor]] = []
     starts, lengths = [0, 2, 9], whole.key_lengths
     for first in (True, False):
-        rows, sizes = [], []
+        tokens, sizes = [], []
         for start, length in zip(starts, lengths, strict=True):
             middle = length // 2
             chosen = (
                 range(start, start + middle) if first else range(start + middle, start + length)
             )
-            rows += list(chosen)
+            tokens += list(chosen)
             sizes.append(len(chosen))
         part = make_part("ragged keys")
         part = Part(
             "half",
-            part.query_rows,
-            Rows(len(rows)),
+            part.query_tokens,
+            TokenIndex(len(tokens)),
             part.query_lengths,
             tuple(sizes),
             causal=False,
             rotary=False,
             device=part.device,
         )
-        halves.append((part, torch.tensor(rows)))
+        halves.append((part, torch.tensor(tokens)))
 
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
     for part, index in halves:

@@ -10,7 +10,7 @@ from megatron_dattn.attention.backends import cuda_flash, flash_attn2, flash_att
 from megatron_dattn.attention.backends.cuda_flash import CudaFlashBackend
 from megatron_dattn.attention.backends.flash_attn2 import FlashAttn2Backend
 from megatron_dattn.attention.backends.flash_attn3 import FlashAttn3Backend
-from megatron_dattn.attention.plan.index import Rows
+from megatron_dattn.attention.plan.index import TokenIndex
 from megatron_dattn.attention.plan.parts import Part
 from megatron_dattn.errors import UserError
 from tests.unit.attention.backends import varlen_kernels
@@ -122,11 +122,12 @@ def test_the_softcap_is_the_kernels(
 
 
 @pytest.mark.parametrize(("key_lengths", "without"), [((0, 2), [0, 1]), ((0, 0), [0, 1, 2])])
-def test_rows_without_keys_report_minus_infinity(
+def test_tokens_without_keys_report_minus_infinity(
     backend: Backend, key_lengths: tuple[int, int], without: list[int]
 ) -> None:
     part = Part(
-        "T2V", Rows(3), Rows(sum(key_lengths)), (2, 1), key_lengths, causal=False, rotary=False,
+        "T2V", TokenIndex(3), TokenIndex(sum(key_lengths)), (2, 1), key_lengths, causal=False,
+        rotary=False,
         device=torch.device("cpu"),
     )  # fmt: skip
     query, key, value = (torch.randn(n, 4, 8) for n in (3, sum(key_lengths), sum(key_lengths)))

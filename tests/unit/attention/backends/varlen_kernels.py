@@ -1,8 +1,8 @@
 """Stand-ins for the ragged flash kernels, which keep their conventions and compute as one would.
 
 In whatever precision they are given: segments by boundaries, causal masks aligned at the bottom
-right, windows, softcaps, log-sum-exps [heads, rows] with +inf for rows without keys, gradients from
-the (out, lse) they are given. Each family has its own signatures and its own way of returning
+right, windows, softcaps, log-sum-exps [heads, tokens] with +inf for tokens without keys, gradients
+from the (out, lse) they are given. Each family has its own signatures and its own way of returning
 gradients. The kernels themselves are tested in tests/gpu.
 """
 
@@ -30,12 +30,12 @@ class Call:
 
     def check(self, query: Tensor, *keys: Tensor) -> None:
         sides = [(self.cu_q, query, self.max_q)]
-        sides += [(self.cu_k, rows, self.max_k) for rows in keys]
-        for cu, rows, most in sides:
+        sides += [(self.cu_k, tokens, self.max_k) for tokens in keys]
+        for cu, tokens, most in sides:
             assert cu.dtype == torch.int32
-            assert cu[-1] == rows.shape[0]
+            assert cu[-1] == tokens.shape[0]
             assert cu.diff().max() == most
-            assert rows.stride(-1) == 1
+            assert tokens.stride(-1) == 1
 
     def segments(self) -> Iterator[tuple[slice, slice]]:
         bounds = zip(self.cu_q[:-1], self.cu_q[1:], self.cu_k[:-1], self.cu_k[1:], strict=True)

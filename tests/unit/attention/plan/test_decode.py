@@ -1,4 +1,5 @@
-"""Rows that grow behind a pack see what they would see if the pack had been laid out with them."""
+"""Tokens that grow behind a pack see what they would see if the pack had been laid out with
+them."""
 
 from dataclasses import replace
 
@@ -12,39 +13,39 @@ from megatron_dattn.attention import (
     ImageSpan,
     TokenLayout,
     attend_images,
-    attend_scored_rows,
+    attend_scored_tokens,
     next_positions,
-    plan_next_rows,
-    row_positions,
+    plan_decode_step,
+    token_positions,
 )
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
 from megatron_dattn.attention.reference import reference_attention
 from tests.unit.attention.support import CONFIGS, SCALE, layouts, make_problem
 
 
-def longer_by(layout: TokenLayout, rows: list[int]) -> TokenLayout:
-    lengths = tuple(n + more for n, more in zip(layout.text_lengths, rows, strict=True))
-    return replace(layout, text_lengths=lengths, text_budget=layout.text_budget + sum(rows))
+def longer_by(layout: TokenLayout, tokens: list[int]) -> TokenLayout:
+    lengths = tuple(n + more for n, more in zip(layout.text_lengths, tokens, strict=True))
+    return replace(layout, text_lengths=lengths, text_budget=layout.text_budget + sum(tokens))
 
 
-def rows_of_growth(layout: TokenLayout, longer: TokenLayout, added: list[int]) -> list[int]:
-    """For the pack's rows and the added ones, in their order, the row of the longer layout."""
-    rows = list(range(layout.visual_budget))
+def tokens_of_growth(layout: TokenLayout, longer: TokenLayout, added: list[int]) -> list[int]:
+    """For the pack's tokens and the added ones, in their order, the token of the longer layout."""
+    tokens = list(range(layout.visual_budget))
     for sample in range(layout.num_samples):
-        start, _ = longer.text_rows(sample)
-        rows += range(start, start + layout.text_lengths[sample])
-    rows += [0] * (layout.num_rows - len(rows))  # padding, which nobody reads
+        start, _ = longer.text_tokens(sample)
+        tokens += range(start, start + layout.text_lengths[sample])
+    tokens += [0] * (layout.num_tokens - len(tokens))  # padding, which nobody reads
     grown = list(layout.text_lengths)
     for sample in added:
-        rows.append(longer.text_rows(sample)[0] + grown[sample])
+        tokens.append(longer.text_tokens(sample)[0] + grown[sample])
         grown[sample] += 1
-    return rows
+    return tokens
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @given(layout=layouts(), data=st.data())
 @settings(max_examples=15, deadline=None)
-def test_each_new_row_is_as_in_the_longer_pack(
+def test_each_new_token_is_as_in_the_longer_pack(
     name: str, layout: TokenLayout, data: st.DataObject
 ) -> None:
     config = CONFIGS[name]
@@ -62,20 +63,20 @@ def test_each_new_row_is_as_in_the_longer_pack(
     for step in range(max(steps)):
         new = [sample for sample, count in enumerate(steps) if count > step]
         added += new
-        rows = rows_of_growth(layout, longer, added)
-        plan = plan_next_rows(layout, added, len(new), config, window=window)
+        tokens = tokens_of_growth(layout, longer, added)
+        plan = plan_decode_step(layout, added, len(new), config, window=window)
         arguments = (
-            problem.query[rows[-len(new) :]],
-            problem.key[rows],
-            problem.value[rows],
+            problem.query[tokens[-len(new) :]],
+            problem.key[tokens],
+            problem.value[tokens],
             plan,
-            (problem.rotary[0][rows], problem.rotary[1][rows]),
+            (problem.rotary[0][tokens], problem.rotary[1][tokens]),
         )
-        out = attend_scored_rows(*arguments, **options, backend=CpuFlashBackend())
+        out = attend_scored_tokens(*arguments, **options, backend=CpuFlashBackend())
         if config.merge == "cascade":
             out = out + attend_images(*arguments, scale=SCALE, backend=CpuFlashBackend())
-        # Sums of float64 in another order, over at most some forty rows.
-        torch.testing.assert_close(out, expected[rows[-len(new) :]], atol=1e-12, rtol=1e-12)
+        # Sums of float64 in another order, over at most some forty tokens.
+        torch.testing.assert_close(out, expected[tokens[-len(new) :]], atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -84,19 +85,19 @@ def test_each_new_row_is_as_in_the_longer_pack(
 def test_positions_go_on(preset: str, layout: TokenLayout) -> None:
     config = PRESETS[preset]
     longer = longer_by(layout, [2] * layout.num_samples)
-    positions = row_positions(longer, config)
+    positions = token_positions(longer, config)
     for sample, position in enumerate(next_positions(layout, config)):
-        end = longer.text_rows(sample)[1]
+        end = longer.text_tokens(sample)[1]
         assert positions[end - 2 : end].tolist() == [position, position + 1]
 
 
 def test_parts_are_named_as_in_a_pack_and_text_alone_has_no_t2v() -> None:
     layout = TokenLayout((3, 2), (ImageSpan(1, 1, (1, 2)),), visual_budget=2, text_budget=5)
-    plan = plan_next_rows(layout, [0, 1, 1], 1, PRESETS["dattn"])
+    plan = plan_decode_step(layout, [0, 1, 1], 1, PRESETS["dattn"])
     assert [(part.name, part.key_lengths) for part in plan.parts] == [("T2V", (2,)), ("T2T", (4,))]
-    assert (plan.num_rows, plan.scored_rows) == (10, (9, 10))
-    alone = plan_next_rows(layout, [0], 1, PRESETS["dattn_sum"])
+    assert (plan.num_tokens, plan.scored_tokens) == (10, (9, 10))
+    alone = plan_decode_step(layout, [0], 1, PRESETS["dattn_sum"])
     assert [part.name for part in alone.parts] == ["T2T"]
     assert not alone.sees_images.any()
     with pytest.raises(AssertionError, match="would see each other"):
-        plan_next_rows(layout, [0, 0], 2, PRESETS["dattn"])
+        plan_decode_step(layout, [0, 0], 2, PRESETS["dattn"])

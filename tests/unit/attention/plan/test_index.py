@@ -1,9 +1,9 @@
-"""Row lists: slices where rows are contiguous, indices where they are not."""
+"""Token lists: slices where tokens are contiguous, indices where they are not."""
 
 import pytest
 import torch
 
-from megatron_dattn.attention.plan.index import Rows
+from megatron_dattn.attention.plan.index import TokenIndex
 
 
 @pytest.mark.parametrize(
@@ -17,37 +17,37 @@ from megatron_dattn.attention.plan.index import Rows
         ([(0, 2), (0, 3)], [0, 1, 0, 1, 2], False),
     ],
 )
-def test_rows_are_taken_in_the_order_of_their_ranges(
+def test_tokens_are_taken_in_the_order_of_their_ranges(
     ranges: list[tuple[int, int]], expected: list[int], contiguous: bool
 ) -> None:
-    rows = Rows.from_ranges(ranges)
-    assert rows.length == len(expected)
-    assert rows.take(torch.arange(8)).tolist() == expected
-    assert (rows.index is None) == contiguous
+    tokens = TokenIndex.from_ranges(ranges)
+    assert tokens.length == len(expected)
+    assert tokens.take(torch.arange(8)).tolist() == expected
+    assert (tokens.index is None) == contiguous
 
 
-def test_contiguous_rows_are_taken_without_copying() -> None:
+def test_contiguous_tokens_are_taken_without_copying() -> None:
     tensor = torch.arange(8)
-    taken = Rows.from_ranges([(2, 5)]).take(tensor)
+    taken = TokenIndex.from_ranges([(2, 5)]).take(tensor)
     assert taken.data_ptr() == tensor[2:].data_ptr()
 
 
 @pytest.mark.parametrize("ranges", [[(1, 4)], [(3, 4), (1, 3)]])
 def test_put_is_the_inverse_of_take(ranges: list[tuple[int, int]]) -> None:
-    rows = Rows.from_ranges(ranges)
+    tokens = TokenIndex.from_ranges(ranges)
     source, target = torch.arange(6.0), torch.zeros(6)
-    rows.put(target, rows.take(source))
+    tokens.put(target, tokens.take(source))
     assert target.tolist() == [0, 1, 2, 3, 0, 0]
 
 
 @pytest.mark.parametrize("ranges", [[(1, 3)], [(2, 3), (1, 2)]])
 def test_add_accumulates(ranges: list[tuple[int, int]]) -> None:
     target = torch.ones(4)
-    Rows.from_ranges(ranges).add(target, torch.full((2,), 5.0))
+    TokenIndex.from_ranges(ranges).add(target, torch.full((2,), 5.0))
     assert target.tolist() == [1, 6, 6, 1]
 
 
-def test_a_repeated_row_receives_every_addition() -> None:
+def test_a_repeated_token_receives_every_addition() -> None:
     target = torch.zeros(3, dtype=torch.bfloat16)
-    Rows.from_ranges([(0, 2), (0, 3)]).add(target, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    TokenIndex.from_ranges([(0, 2), (0, 3)]).add(target, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert target.tolist() == [4, 6, 5]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dattn.attention.plan.padding import PaddedRows, padded_batches
+from megatron_dattn.attention.plan.padding import PaddedTokens, padded_batches
 
 lengths_lists = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 
@@ -13,27 +13,27 @@ lengths_lists = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 @given(lengths=lengths_lists, start=st.integers(0, 3))
 def test_unpad_inverts_pad(lengths: list[int], start: int) -> None:
     ragged = torch.randn(start + sum(lengths) + 2, 3)
-    rows = PaddedRows.build(start, lengths, "cpu")
+    tokens = PaddedTokens.build(start, lengths, "cpu")
     expected = ragged[start : start + sum(lengths)]
-    for padded in (rows.pad(ragged), rows.pad_with_zeros(ragged)):
+    for padded in (tokens.pad(ragged), tokens.pad_with_zeros(ragged)):
         assert padded.shape == (len(lengths), max(lengths), 3)
-        assert torch.equal(rows.unpad(padded), expected)
+        assert torch.equal(tokens.unpad(padded), expected)
 
 
-def test_padding_repeats_the_last_row_or_is_zero() -> None:
-    rows = PaddedRows.build(1, (1, 3), "cpu")
+def test_padding_repeats_the_last_token_or_is_zero() -> None:
+    tokens = PaddedTokens.build(1, (1, 3), "cpu")
     ragged = torch.tensor([9, 1, 2, 3, 4])
-    assert rows.pad(ragged).tolist() == [[1, 1, 1], [2, 3, 4]]
-    assert rows.pad_with_zeros(ragged).tolist() == [[1, 0, 0], [2, 3, 4]]
-    padding = rows.padding()
+    assert tokens.pad(ragged).tolist() == [[1, 1, 1], [2, 3, 4]]
+    assert tokens.pad_with_zeros(ragged).tolist() == [[1, 0, 0], [2, 3, 4]]
+    padding = tokens.padding()
     assert padding is not None
     assert padding.tolist() == [[False, True, True], [False, False, False]]
 
 
 def test_equal_lengths_need_no_copies_and_no_mask() -> None:
     ragged = torch.randn(6, 2)
-    rows = PaddedRows.build(0, (3, 3), "cpu")
-    assert rows.pad(ragged).data_ptr() == ragged.data_ptr()
+    tokens = PaddedTokens.build(0, (3, 3), "cpu")
+    assert tokens.pad(ragged).data_ptr() == ragged.data_ptr()
     (batch,) = padded_batches((1, 2), (3, 3), causal=False, device="cpu")
     assert batch.key_bias is None
 
@@ -54,7 +54,7 @@ def test_batches_hold_all_segments_in_order_without_much_waste(lengths: list[int
     next_start = 0
     for batch in batches:
         assert batch.queries.start == batch.keys.start == next_start
-        next_start += batch.queries.num_rows
+        next_start += batch.queries.num_tokens
         needed = sum(n * n for n in batch.queries.lengths)
         assert len(batch.queries.lengths) * batch.queries.width**2 <= 1.5 * needed + 20_000
 

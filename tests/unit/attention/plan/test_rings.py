@@ -10,7 +10,7 @@ from megatron_dattn.attention.plan.rings import image_rings
 @pytest.mark.parametrize("width", range(1, 7))
 def test_a_ring_holds_the_patches_at_one_distance_to_the_border(height: int, width: int) -> None:
     rings = image_rings(ImageSpan(0, 0, (height, width)), start=10)
-    actual = [[row for first, end in ring for row in range(first, end)] for ring in rings]
+    actual = [[token for first, end in ring for token in range(first, end)] for ring in rings]
     expected: list[list[int]] = [[] for _ in range((min(height, width) + 1) // 2)]
     for i in range(height):
         for j in range(width):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dattn.attention import PRESETS, AttentionConfig, TextToVisual, VisualRows
+from megatron_dattn.attention import PRESETS, AttentionConfig, TextToVisual, VisualTokensConfig
 from megatron_dattn.conversion.families.exportable import check_exportable
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig
@@ -49,7 +49,7 @@ def test_what_hugging_face_s_classes_cannot_hold_is_refused():
 
 
 def test_a_preset_that_thins_visual_rows_is_refused(monkeypatch):
-    thinned = replace(PRESETS["dattn"], visual=VisualRows(ffn=0.5))
+    thinned = replace(PRESETS["dattn"], visual=VisualTokensConfig(ffn=0.5))
     monkeypatch.setitem(PRESETS, "dattn", thinned)
     with pytest.raises(ConfigError, match="every layer whole"):
         check_exportable(ModelConfig())

@@ -28,7 +28,7 @@ from megatron_dattn.conversion.families.registry import (
     vision_family,
     vision_rules,
 )
-from megatron_dattn.conversion.families.weight_map import PaddedRows, Rule, check_tensors
+from megatron_dattn.conversion.families.weight_map import PaddedVocabulary, Rule, check_tensors
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig, VisionConfig
 
@@ -142,7 +142,7 @@ def test_vision_configs_read_back_as_they_were(name):
 
 
 def test_padding_is_zeros():
-    joined = PaddedRows(3, 8).join([torch.ones(3, 2)])
+    joined = PaddedVocabulary(3, 8).join([torch.ones(3, 2)])
     assert joined.shape == (8, 2)
     assert joined[:3].eq(1).all()
     assert not joined[3:].any()
@@ -310,7 +310,7 @@ def test_published_llava_7b():
     model = llava.model_from_config(LLAVA_7B)
     assert model.attention == "s_attn"
     assert model.adapter_norm == "none"
-    assert model.rows_per_image == 576
+    assert model.tokens_per_image == 576
     assert model.vision == VisionConfig(
         family="clip",
         hidden_size=1024,

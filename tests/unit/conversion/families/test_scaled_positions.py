@@ -98,10 +98,10 @@ def test_the_generator_goes_on_at_scaled_positions(base, tmp_path):
     export_checkpoint(tmp_path / "run", tmp_path / "hf")
     loaded = load_model(tmp_path / "run")
     prompt = Prompt.from_question(loaded, PROMPT, [])
-    assert len(prompt.rows.input_ids) > SCALING.original_max_position_embeddings
+    assert len(prompt.tokens.input_ids) > SCALING.original_max_position_embeddings
     (answer,) = generate_tokens(loaded, [prompt], max_new_tokens=12)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    ids = torch.tensor([prompt.rows.input_ids])
+    ids = torch.tensor([prompt.tokens.input_ids])
     theirs = model.generate(input_ids=ids, max_new_tokens=12)[0, ids.shape[1] :]
     assert theirs.tolist() == answer
     unscaled = replace(loaded.config.model.language, rope_scaling=None)

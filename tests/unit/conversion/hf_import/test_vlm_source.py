@@ -82,9 +82,9 @@ def both_logits(loaded, model, prompt):
     batch = pack_prompts(loaded, [(prompt, [])])
     batch.pixel_values = batch.pixel_values.to(next(loaded.model.parameters()).dtype)
     rows = torch.arange(batch.layout.visual_budget, batch.layout.num_rows)
-    ids, text = [], prompt.rows.input_ids
+    ids, text = [], prompt.tokens.input_ids
     for place in range(len(text) + 1):
-        ids += [IMAGE_ID] * PATCHES * prompt.rows.image_offsets.count(place)
+        ids += [IMAGE_ID] * PATCHES * prompt.tokens.image_offsets.count(place)
         ids += text[place : place + 1]
     ids = torch.tensor([ids])
     pixels = {"pixel_values": batch.pixel_values} if prompt.images else {}

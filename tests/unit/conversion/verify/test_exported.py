@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dattn.conversion.hf_export.run import export_checkpoint
 from megatron_dattn.conversion.verify.exported import verify_export
-from megatron_dattn.inference.continuation import Continuation
+from megatron_dattn.inference.decoding import Decoding
 from tests.support.passes import Passes
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
@@ -65,7 +65,7 @@ def test_answers_from_another_column_are_noticed(base, monkeypatch, capsys):
     def shifted(self):
         return torch.tensor([max(end - 2, 0) for end in self._layout.text_cu_seqlens[1:]])
 
-    monkeypatch.setattr(Continuation, "_last_text_rows", shifted)
+    monkeypatch.setattr(Decoding, "_last_text_rows", shifted)
     assert verify(base, "dattn", "dattn-hf") == 1
     lines = capsys.readouterr().out.splitlines()
     assert all(line.endswith(": agree") for line in lines[:3])

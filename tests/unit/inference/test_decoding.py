@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import PRESETS, output_rows
+from megatron_dattn.attention import PRESETS, output_tokens
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.template import TextRows
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.inference import LoadedModel, Prompt, encode_images, generate_tokens
-from megatron_dattn.inference.continuation import Continuation
+from megatron_dattn.inference.decoding import Decoding
 from megatron_dattn.inference.prompt import pack_prompts
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.megatron import init_model_parallel
@@ -22,8 +22,8 @@ from tests.support.vlm import VISION, tiny_model, tiny_model_config
 from tests.unit.attention.support import VARIANTS
 
 LAYERS = 4  # so that some layers freeze, and some see no image any more
-ALONE = [name for name, config in PRESETS.items() if not config.scores_visual_rows]
-# Text rows of each prompt, and how many of them stand before each of its images.
+ALONE = [name for name, config in PRESETS.items() if not config.scores_visual_tokens]
+# Text tokens of each prompt, and how many of them stand before each of its images.
 PROMPTS: dict[str, list[tuple[int, tuple[int, ...]]]] = {
     "text only": [(6, ())],
     "one image": [(6, (1,))],
@@ -73,7 +73,7 @@ def whole_pack(loaded: LoadedModel, samples: list[tuple[Prompt, list[int]]]) -> 
     batch = pack_prompts(loaded, samples)
     last = torch.tensor(batch.layout.text_cu_seqlens[1:]) - 1
     return loaded.model.forward_logits(
-        batch, output_rows(batch.layout, loaded.model.attention)[last]
+        batch, output_tokens(batch.layout, loaded.model.attention)[last]
     )
 
 
@@ -83,8 +83,8 @@ def assert_same(loaded: LoadedModel, prompts: list[Prompt]) -> None:
     plain = [replace(prompt, images=tuple(prompt.pixels)) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
-    continuation = Continuation(loaded, prompts)
-    logits = continuation.start()
+    decoding = Decoding(loaded, prompts)
+    logits = decoding.prefill()
     for step in range(5):
         expected = whole_pack(loaded, [(plain[i], answers[i]) for i in running])
         # float64 sums in another order; logits are about 1.
@@ -93,7 +93,7 @@ def assert_same(loaded: LoadedModel, prompts: list[Prompt]) -> None:
         for i, token in zip(running, logits.argmax(-1).tolist(), strict=True):
             answers[i].append(token)
         running = [i for i in running if step < 1 or i != 1]
-        logits = continuation.go_on(running, [answers[i][-1] for i in running])
+        logits = decoding.decode_step(running, [answers[i][-1] for i in running])
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
@@ -104,7 +104,7 @@ def test_a_token_at_a_time_is_the_whole_pack(preset: str, kind: str) -> None:
 
 @pytest.mark.parametrize("preset", ["dattn", "dattn_cascade", "s_attn", "s_attn_debias", "yopo"])
 def test_with_windows_softcap_and_norms_behind(preset: str) -> None:
-    """Gemma-2: a window of five rows in every second layer."""
+    """Gemma-2: a window of five tokens in every second layer."""
     assert_same(loaded_model(preset, family="gemma2"), make_prompts(PROMPTS["mixed pack"]))
 
 
@@ -149,13 +149,13 @@ def test_prompts_share_a_kept_image(preset: str) -> None:
 def count_encodings(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images each later call of the vision encoder gets."""
     sizes: list[int] = []
-    encode = loaded.model.visual_rows
+    encode = loaded.model.visual_tokens
 
     def counted(pixels: Tensor) -> Tensor | None:
         sizes.append(len(pixels))
         return encode(pixels)
 
-    monkeypatch.setattr(loaded.model, "visual_rows", counted)
+    monkeypatch.setattr(loaded.model, "visual_tokens", counted)
     return sizes
 
 
@@ -181,7 +181,7 @@ def test_a_kept_image_is_not_encoded_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_images_that_read_text_cannot_be_kept() -> None:
-    with pytest.raises(ConfigError, match=r"'s_attn' lets visual rows attend to other rows"):
+    with pytest.raises(ConfigError, match=r"'s_attn' lets visual tokens attend to other tokens"):
         encode_images(loaded_model("s_attn"), [picture(0)])
 
 

@@ -7,9 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_dattn.attention import visual_weight
+from megatron_dattn.attention import alpha_v
 from megatron_dattn.errors import ConfigError, DataError, UserError
-from megatron_dattn.inference import Look, Prompt, generate_tokens, load_model, look
+from megatron_dattn.inference import (
+    AttentionMaps,
+    Prompt,
+    attention_maps,
+    generate_tokens,
+    load_model,
+)
 from megatron_dattn.inference.prompt import pack_prompts
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tools.generate import main as generate_main
@@ -33,20 +39,20 @@ def asked(loaded, folder, *images):
 
 def test_shapes_and_shares(base, loaded):
     prompt, answer = asked(loaded, base[0], "0.png", "1.png")
-    seen = look(loaded, prompt, answer)
+    seen = attention_maps(loaded, prompt, answer)
     assert len(seen.tokens) == len(answer) == 4
-    assert seen.weights.shape == (LAYERS, 4, HEADS)
+    assert seen.alpha.shape == (LAYERS, 4, HEADS)
     assert seen.maps.shape == (LAYERS, 4, 2 * 9)
     assert seen.grids == (GRID, GRID)
     # One softmax over images and text: what images get is alpha_V. fp32 sums of 18 numbers.
-    torch.testing.assert_close(seen.maps.sum(-1), seen.weights.mean(-1), atol=1e-6, rtol=0)
-    assert seen.weights.min() > 0
-    assert seen.weights.max() < 1
+    torch.testing.assert_close(seen.maps.sum(-1), seen.alpha.mean(-1), atol=1e-6, rtol=0)
+    assert seen.alpha.min() > 0
+    assert seen.alpha.max() < 1
 
 
 def test_it_is_what_each_token_saw_when_it_was_generated(base, loaded):
     prompt, answer = asked(loaded, base[0], "0.png")
-    seen = look(loaded, prompt, answer)
+    seen = attention_maps(loaded, prompt, answer)
     for place in range(len(answer)):
         weights = []
         batch = pack_prompts(loaded, [(prompt, answer[:place])])
@@ -54,31 +60,34 @@ def test_it_is_what_each_token_saw_when_it_was_generated(base, loaded):
             loaded.model.forward_logits(
                 batch,
                 torch.zeros(1, dtype=torch.int64),
-                lambda _, *states, w=weights: w.append(visual_weight(*states)[-1]),
+                lambda _, *states, w=weights: w.append(alpha_v(*states)[-1]),
             )
-        # The same rows; fp32 sums over differently padded batches.
-        torch.testing.assert_close(seen.weights[:, place], torch.stack(weights), atol=1e-6, rtol=0)
+        # The same tokens; fp32 sums over differently padded batches.
+        torch.testing.assert_close(seen.alpha[:, place], torch.stack(weights), atol=1e-6, rtol=0)
 
 
 def test_an_end_token_is_not_looked_at(base, loaded):
     prompt, answer = asked(loaded, base[0], "0.png")
     end = loaded.tokenizer.eos_token_id
-    assert look(loaded, prompt, [*answer, end]).tokens == look(loaded, prompt, answer).tokens
+    assert (
+        attention_maps(loaded, prompt, [*answer, end]).tokens
+        == attention_maps(loaded, prompt, answer).tokens
+    )
     with pytest.raises(DataError, match="the answer is empty"):
-        look(loaded, prompt, [end])
+        attention_maps(loaded, prompt, [end])
 
 
 def test_without_an_image_there_is_nothing_to_see(base, loaded):
     prompt, answer = asked(loaded, base[0])
     with pytest.raises(DataError, match="without an image"):
-        look(loaded, prompt, answer)
+        attention_maps(loaded, prompt, answer)
 
 
 def test_kept_patches_stand_where_they_were(base):
     """FasterVLM keeps two of nine patches, by the attention that they receive in the encoder."""
     loaded = load_model(base[0] / "fastervlm")
     prompt, answer = asked(loaded, base[0], "0.png", "1.png")
-    seen = look(loaded, prompt, answer)
+    seen = attention_maps(loaded, prompt, answer)
     with torch.inference_mode():
         pixels = loaded.preprocessor.normalise(prompt.pixels)
         _, received = loaded.model.vision_model(pixels, with_attention=True)
@@ -92,16 +101,16 @@ def test_a_cross_attention_has_maps_and_no_alpha(base):
     """Its own softmax over the patches of both images, in each of the layers."""
     loaded = load_model(base[0] / "dattn_cascade")
     prompt, answer = asked(loaded, base[0], "0.png", "1.png")
-    seen = look(loaded, prompt, answer)
-    assert seen.weights is None
-    assert seen.mean_weight(0) is None
+    seen = attention_maps(loaded, prompt, answer)
+    assert seen.alpha is None
+    assert seen.mean_alpha(0) is None
     assert seen.maps.shape == (LAYERS, 4, 2 * 9)
     torch.testing.assert_close(seen.maps.sum(-1), torch.ones(LAYERS, 4))
     assert seen.table() == [
         "the preset 'dattn_cascade' reads images by attention of its own, apart from the text's: "
         "there is no alpha_V"
     ]
-    # By hand: the last text row's scores in the first layer.
+    # By hand: the last text token's scores in the first layer.
     layer, states = loaded.model.language_model.decoder.layers[0], []
     cross = layer.cross_attention
     cross.register_forward_pre_hook(lambda _, args: states.extend(args[:2]))
@@ -118,10 +127,10 @@ def test_a_cross_attention_has_maps_and_no_alpha(base):
     destroy_distributed()
 
 
-def made_up_look() -> Look:
+def made_up_look() -> AttentionMaps:
     """Two layers, three tokens, two heads, an image of 2 x 3 and one of 1 x 2 patches."""
     generator = torch.Generator().manual_seed(0)
-    return Look(
+    return AttentionMaps(
         "dattn",
         ("a", "$b", "c"),
         torch.rand(2, 3, 2, generator=generator),
@@ -136,7 +145,7 @@ def test_maps_are_cut_by_image_and_averaged_over_layers():
     assert torch.equal(first, seen.maps[:, 1, :6].mean(0).view(2, 3))
     assert torch.equal(second, seen.maps[:, 1, 6:].mean(0).view(1, 2))
     assert torch.equal(seen.image_maps(1, [2])[0], seen.maps[1, 1, :6].view(2, 3))
-    assert seen.mean_weight(2, [1]) == pytest.approx(seen.weights[0, 2].mean().item())
+    assert seen.mean_alpha(2, [1]) == pytest.approx(seen.alpha[0, 2].mean().item())
     with pytest.raises(ConfigError, match="no layer 3; the model has layers 1 to 2"):
         seen.image_maps(0, [1, 3])
 
@@ -146,7 +155,7 @@ def test_the_table_has_every_head_of_every_layer():
     title, head, *lines = seen.table()
     assert title == "alpha_V by layer and head, mean over the answer's 3 tokens"
     assert head.split() == ["layer", "mean", "h1", "h2"]
-    heads = seen.weights.mean(1)[1]
+    heads = seen.alpha.mean(1)[1]
     assert lines[1].split() == ["2", *(f"{x.item():.2f}" for x in (heads.mean(), *heads))]
     assert len(lines) == 2
     assert len({len(line) for line in (head, *lines)}) == 1, "columns stand below each other"
@@ -167,7 +176,7 @@ def test_panels_lay_patches_over_the_pixels_they_were_made_of():
         assert np.array_equal(heat.get_array(), seen.image_maps(token, [2])[number])
         assert ax.get_xlim() == (0, width)
         assert repr(seen.tokens[token]) in ax.get_title()
-        assert f"{seen.mean_weight(token, [2]):.2f}" in ax.get_title()
+        assert f"{seen.mean_alpha(token, [2]):.2f}" in ax.get_title()
 
 
 def test_one_token_can_be_chosen():

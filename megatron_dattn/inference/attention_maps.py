@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import Scoring, image_attention, visual_weight
+from megatron_dattn.attention import Scoring, alpha_v, image_attention
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.inference.load import LoadedModel
 from megatron_dattn.inference.prompt import Prompt, pack_prompts
@@ -14,16 +14,16 @@ from megatron_dattn.models.observer import NO_ALPHA
 
 
 @dataclass(frozen=True)
-class Look:
-    """Every layer's attention to the images, of the text rows that predicted an answer's tokens.
+class AttentionMaps:
+    """Every layer's attention to the images, of the text tokens that predicted an answer's tokens.
 
-    Where an image's row predicts a token (S-Attn, a caption's first), the text row before it
+    Where an image's token predicts a token (S-Attn, a caption's first), the text token before it
     stands here; it sees no image yet.
     """
 
     preset: str
     tokens: tuple[str, ...]
-    weights: Tensor | None
+    alpha: Tensor | None
     """alpha_V, equation 9, float32 [layers, tokens, heads]; None where it has no meaning, because
     images are read by a cross-attention."""
     maps: Tensor
@@ -39,27 +39,27 @@ class Look:
             token: place in the answer, from 0.
             layers: from 1; all of them where None.
         """
-        rows = self.maps[self._layers(layers), token].mean(0)
-        pieces = rows.split([height * width for height, width in self.grids])
+        tokens = self.maps[self._layers(layers), token].mean(0)
+        pieces = tokens.split([height * width for height, width in self.grids])
         return [piece.view(grid) for piece, grid in zip(pieces, self.grids, strict=True)]
 
-    def mean_weight(self, token: int, layers: list[int] | None = None) -> float | None:
+    def mean_alpha(self, token: int, layers: list[int] | None = None) -> float | None:
         """alpha_V of one token, mean over heads and layers; None where it has no meaning."""
-        if self.weights is None:
+        if self.alpha is None:
             return None
-        return self.weights[self._layers(layers), token].mean().item()
+        return self.alpha[self._layers(layers), token].mean().item()
 
     def table(self) -> list[str]:
         """alpha_V by layer and head, mean over the answer's tokens, in lines of text."""
-        if self.weights is None:
+        if self.alpha is None:
             return [f"the preset '{self.preset}' {NO_ALPHA}"]
-        names = [f"h{head}" for head in range(1, self.weights.shape[2] + 1)]
+        names = [f"h{head}" for head in range(1, self.alpha.shape[2] + 1)]
         return [
             f"alpha_V by layer and head, mean over the answer's {len(self.tokens)} tokens",
             " ".join(["layer", " mean", *(f"{name:>4}" for name in names)]),
             *(
                 " ".join([f"{number:5d}", f" {heads.mean():.2f}", *(f"{x:.2f}" for x in heads)])
-                for number, heads in enumerate(self.weights.mean(1), 1)
+                for number, heads in enumerate(self.alpha.mean(1), 1)
             ),
         ]
 
@@ -80,7 +80,7 @@ def check_layers(layers: list[int], depth: int) -> None:
 
 
 @torch.inference_mode()
-def look(loaded: LoadedModel, prompt: Prompt, answer: list[int]) -> Look:
+def attention_maps(loaded: LoadedModel, prompt: Prompt, answer: list[int]) -> AttentionMaps:
     """Run a prompt and its answer once more, and watch.
 
     Args:
@@ -95,10 +95,10 @@ def look(loaded: LoadedModel, prompt: Prompt, answer: list[int]) -> Look:
     if not answer:
         raise DataError("the answer is empty; ask something else, or train longer")
     model, config = loaded.model, loaded.config.model
-    first = len(prompt.rows.input_ids) - 1
-    rows = list(range(first, first + len(answer)))
+    first = len(prompt.tokens.input_ids) - 1
+    tokens = list(range(first, first + len(answer)))
     batch = pack_prompts(loaded, [(prompt, answer[:-1])])
-    recorder = _Recorder(rows, batch.layout.num_visual_rows)
+    recorder = _Recorder(tokens, batch.layout.num_visual_tokens)
     model.forward_logits(
         batch, torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device), recorder
     )
@@ -106,17 +106,17 @@ def look(loaded: LoadedModel, prompt: Prompt, answer: list[int]) -> Look:
     maps = torch.stack(recorder.maps)
     whole = maps.new_zeros(*maps.shape[:2], len(prompt.images) * config.vision.num_patches)
     whole[..., patches] = maps
-    return Look(
+    return AttentionMaps(
         preset=config.attention,
         tokens=tuple(str(loaded.tokenizer.decode([token])) for token in answer),
-        weights=torch.stack(recorder.weights) if recorder.weights else None,
+        alpha=torch.stack(recorder.alpha) if recorder.alpha else None,
         maps=whole,
         grids=(config.vision.grid,) * len(prompt.images),
     )
 
 
 def _patches(kept: Tensor | None, config: ModelConfig) -> Tensor | slice:
-    """The place of every visual row among the patches of all images."""
+    """The place of every visual token among the patches of all images."""
     if kept is None:
         return slice(None)
     first = torch.arange(len(kept), device=kept.device) * config.vision.num_patches
@@ -124,18 +124,18 @@ def _patches(kept: Tensor | None, config: ModelConfig) -> Tensor | slice:
 
 
 class _Recorder:
-    """An observer that keeps some text rows' attention to the images, layer after layer."""
+    """An observer that keeps some text tokens' attention to the images, layer after layer."""
 
-    def __init__(self, rows: list[int], num_visual_rows: int) -> None:
-        self._rows = rows
-        self._num_visual_rows = num_visual_rows
-        self.weights: list[Tensor] = []
+    def __init__(self, tokens: list[int], num_visual_tokens: int) -> None:
+        self._tokens = tokens
+        self._num_visual_tokens = num_visual_tokens
+        self.alpha: list[Tensor] = []
         self.maps: list[Tensor] = []
 
     def __call__(self, layer_number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
         if scoring.plan.merge != "cascade":
-            self.weights.append(visual_weight(query, key, scoring)[self._rows].float().cpu())
-        maps = image_attention(query, key, scoring, self._rows).mean(1).float().cpu()
-        if maps.shape[1] == 0:  # a layer after the visual rows have left
-            maps = maps.new_zeros(len(self._rows), self._num_visual_rows)
+            self.alpha.append(alpha_v(query, key, scoring)[self._tokens].float().cpu())
+        maps = image_attention(query, key, scoring, self._tokens).mean(1).float().cpu()
+        if maps.shape[1] == 0:  # a layer after the visual tokens have left
+            maps = maps.new_zeros(len(self._tokens), self._num_visual_tokens)
         self.maps.append(maps)
