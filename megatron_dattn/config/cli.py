@@ -25,6 +25,7 @@ import jsonargparse
 import yaml
 
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.config.renamed_keys import with_current_keys
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.yaml_files import (
     CONFIG_DIR,
@@ -184,7 +185,7 @@ class _ConfigFile(jsonargparse.ActionConfigFile):
         if not isinstance(content, dict | None):
             raise ConfigError(f"'{value:.100}' must hold sections such as `training:`")
         try:
-            text = json.dumps(content or {})
+            text = json.dumps(with_current_keys(content or {}))
             jsonargparse.ActionConfigFile.apply_config(parser, cfg, dest, text)
         except TypeError as error:
             raise TypeError(f"'{value:.100}': {error}") from error

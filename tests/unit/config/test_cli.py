@@ -84,7 +84,7 @@ def test_every_unique_leaf_field_has_a_short_spelling() -> None:
     for name in (f.name for f in fields if f.name != "savings"):
         (flag,) = expand_short_flags([f"--{name.replace('_', '-')}=x"])
         assert flag == f"--training.{name}=x"
-    (flag,) = expand_short_flags(["--ffn-chunk-rows=8"])
+    (flag,) = expand_short_flags(["--ffn-chunk-tokens=8"])
     assert flag == "--training.savings.ffn_chunk_tokens=8"
 
 
