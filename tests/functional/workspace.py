@@ -18,7 +18,7 @@ from tests.unit.data.builders import make_dataset, make_rows, save_processor
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 512
 
-# 16 pixels, patches of 8: an image is four visual rows.
+# 16 pixels, patches of 8: an image is four visual tokens.
 MODEL: dict[str, Any] = {
     "attention": "dattn",
     "vision": {

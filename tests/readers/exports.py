@@ -146,7 +146,7 @@ def _with_images(rows: TextRows) -> list[int]:
 
 @torch.inference_mode()
 def _logits(loaded: LoadedModel, prompt: Prompt) -> torch.Tensor:
-    """Of what follows each text row, [text rows, vocabulary]."""
+    """Of what follows each text row, [text tokens, vocabulary]."""
     batch = pack_prompts(loaded, [(prompt, [])])
     rows = output_tokens(batch.layout, loaded.model.attention)
     return loaded.model.forward_logits(batch, rows).clone()

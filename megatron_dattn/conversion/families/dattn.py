@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual
 from megatron_dattn.conversion.families.config_values import ConfigValues
 from megatron_dattn.conversion.families.decoder import with_required
-from megatron_dattn.conversion.families.exportable import VISUAL_ROWS
+from megatron_dattn.conversion.families.exportable import VISUAL_TOKENS
 from megatron_dattn.conversion.families.registry import language_family, vision_family
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
@@ -95,7 +95,7 @@ def _preset(exported: Any) -> tuple[str, Literal["row_column", "per_patch"]]:
             embedding=exported.visual_embedding,
         ),
         merge=exported.merge,
-        visual=VISUAL_ROWS[exported.visual_source],
+        visual=VISUAL_TOKENS[exported.visual_source],
     )
     for name, preset in PRESETS.items():
         if preset == axes:

@@ -9,9 +9,9 @@ from megatron_dattn.conversion.families.registry import LANGUAGE
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
 
-# What the exported code can do with visual rows, by the config's `visual_source`: run them through
-# all layers, or make them anew in each.
-VISUAL_ROWS = {
+# What the exported code can do with visual tokens, by the config's `visual_source`: run them
+# through all layers, or make them anew in each.
+VISUAL_TOKENS = {
     "stream": VisualTokensConfig(),
     "reproject": VisualTokensConfig(source="reproject", ffn=0.0),
 }
@@ -41,16 +41,16 @@ def check_exportable(model: ModelConfig) -> None:
 def _reason_against_dattn(preset: AttentionConfig) -> str:
     if preset.scores_visual_tokens:
         return (
-            f"with v2v='{preset.v2v}' visual rows attend to other rows; the exported code computes "
-            "each from its own image alone"
+            f"with v2v='{preset.v2v}' visual tokens attend to other tokens; the exported code "
+            "computes each from its own image alone"
         )
     if preset.t2v.window != "none" or preset.window != "part":
         return (
             f"with t2v.window='{preset.t2v.window}' and window='{preset.window}' images fall out "
             "of a sliding window; the exported code keeps them in sight"
         )
-    if preset.visual not in VISUAL_ROWS.values():
-        return "the exported code gives visual rows every layer whole, and this preset does not"
+    if preset.visual not in VISUAL_TOKENS.values():
+        return "the exported code gives visual tokens every layer whole, and this preset does not"
     return ""
 
 
@@ -59,7 +59,7 @@ def _reason_against_llava(model: ModelConfig) -> str:
     needs = "it would become a LlavaForConditionalGeneration, which"
     if model.language.family == "gemma2":
         return (
-            f"{needs} scales visual rows as Gemma-2's own embeddings are in transformers 4, and "
+            f"{needs} scales visual tokens as Gemma-2's own embeddings are in transformers 4, and "
             "does not in 5"
         )
     if model.adapter_norm != "none":
@@ -74,7 +74,7 @@ def _reason_against_llava(model: ModelConfig) -> str:
             f"{model.adapter.hidden_size}"
         )
     if model.visual_embedding != "none":
-        return f"{needs} adds no positions to visual rows"
+        return f"{needs} adds no positions to visual tokens"
     return ""
 
 

@@ -25,7 +25,7 @@ from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelCon
 MODEL_TYPE = "llava"
 # What LLaVA's sections are where they do not say it.
 _VISION_TYPE, _TEXT_TYPE = "clip_vision_model", "llama"
-# Which rows of the encoder are features: all, or all but the first, a class token.
+# Which places of the encoder are features: all, or all but the first, a class token.
 SELECT_STRATEGIES = {"clip": "default", "siglip": "full"}
 
 
@@ -80,8 +80,8 @@ def _language_config(config: dict[str, Any]) -> LanguageConfig:
     if section["model_type"] == "gemma2":
         raise CheckpointError(
             "a LLaVA with a language model of type 'gemma2' is not supported: versions of "
-            "transformers differ in whether they scale its visual rows as Gemma-2's own embeddings "
-            "are; supported: llama, mistral"
+            "transformers differ in whether they scale its visual tokens as Gemma-2's own "
+            "embeddings are; supported: llama, mistral"
         )
     tied = any(_values(place).flag("tie_word_embeddings") for place in (config, section))
     full = with_required(section, family.DEFAULTS)

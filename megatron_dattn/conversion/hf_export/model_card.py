@@ -105,7 +105,7 @@ def _description(model: ModelConfig) -> str:
     return (
         f"A vision-language model: a {_NAMES[vision.family]} encoder ({vision.num_used_layers} "
         f"layers of width {vision.hidden_size}, images of {vision.image_size} pixels, "
-        f"{model.tokens_per_image} visual rows each), {between}, and a {_NAMES[language.family]} "
+        f"{model.tokens_per_image} visual tokens each), {between}, and a {_NAMES[language.family]} "
         f"decoder ({language.num_hidden_layers} layers of width {language.hidden_size}). Its "
         f"attention over images and text is the preset `{model.attention}` of megatron_dattn."
     )

@@ -17,7 +17,7 @@ from megatron_dattn.data.tokenizer import special_token_ids
 logger = logging.getLogger(__name__)
 
 
-class SpokenTemplate(NamedTuple):
+class TemplateChoice(NamedTuple):
     """A template and, for people, why it was chosen."""
 
     name: TemplateName
@@ -31,16 +31,16 @@ _BY_FAMILY: dict[str, tuple[TemplateName, ...]] = {
     "gemma2": ("gemma",),
 }
 
-_TEKKEN = SpokenTemplate(
+_TEKKEN = TemplateChoice(
     "mistral_v3",
     "a guess for a model with a Tekken tokenizer (Nemo, Small 3): those were trained without the "
     "spaces that it writes behind [INST] and [/INST]",
 )
 
 
-def spoken_template(
+def choose_template(
     folder: Path, tokenizer: PreTrainedTokenizerBase, family: str
-) -> SpokenTemplate:
+) -> TemplateChoice:
     """The template that an export of ours was made with, else the language family's.
 
     Warns if that is a guess: templates without control tokens fit every tokenizer of the family,
@@ -57,13 +57,13 @@ def spoken_template(
     stored = path.read_text(encoding="utf-8") if path.is_file() else None
     for name in TEMPLATES:
         if chat_template(name) == stored:
-            return SpokenTemplate(name, "the export's own")
+            return TemplateChoice(name, "the export's own")
     special = special_token_ids(tokenizer)
     for name in _BY_FAMILY[family]:
         control = TEMPLATES[name].control
         if control and all(tokenizer.convert_tokens_to_ids(t) in special for t in control):
-            spoken = SpokenTemplate(name, f"the tokenizer has its {', '.join(control)}")
-            return _as_guess(folder, _TEKKEN) if _is_tekken(tokenizer) else spoken
+            choice = TemplateChoice(name, f"the tokenizer has its {', '.join(control)}")
+            return _as_guess(folder, _TEKKEN) if _is_tekken(tokenizer) else choice
     return _as_guess(folder, _guess(family))
 
 
@@ -72,17 +72,17 @@ def _is_tekken(tokenizer: PreTrainedTokenizerBase) -> bool:
     return any(TEKKEN_RESERVED.fullmatch(token) for token in tokenizer.get_added_vocab())
 
 
-def _guess(family: str) -> SpokenTemplate:
+def _guess(family: str) -> TemplateChoice:
     name: TemplateName = next(
         (name for name in _BY_FAMILY[family] if not TEMPLATES[name].control), "plain"
     )
     controls = [", ".join(TEMPLATES[n].control) for n in _BY_FAMILY[family] if TEMPLATES[n].control]
     lacks = f"its tokenizer lacks {' and '.join(controls)}"
     loss = "; the questions themselves are not shown to the model then" if name == "plain" else ""
-    return SpokenTemplate(name, f"a guess for a model of family {family}: {lacks}{loss}")
+    return TemplateChoice(name, f"a guess for a model of family {family}: {lacks}{loss}")
 
 
-def _as_guess(folder: Path, guess: SpokenTemplate) -> SpokenTemplate:
+def _as_guess(folder: Path, guess: TemplateChoice) -> TemplateChoice:
     logger.warning(
         "%s will be asked in the template %s, %s; if it was trained with another, set "
         "data.template in the new config.yaml",

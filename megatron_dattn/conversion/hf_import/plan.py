@@ -1,6 +1,6 @@
 """Everything that can be known about an import before its first byte is written.
 
-The origin's configurations and headers are read (`source.py`, `vlm_source.py`), tokenizer and
+The source's configurations and headers are read (`source.py`, `vlm_source.py`), tokenizer and
 image processor are tried, and the model is built on the meta device, where it has shapes but no
 memory. What comes back is what the import will do; what is refused leaves no trace.
 """
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_dattn.conversion.hf_import.chat_template import SpokenTemplate, spoken_template
-from megatron_dattn.conversion.hf_import.source import Origin, parts_origin
-from megatron_dattn.conversion.hf_import.special_tokens import check_named_tokens
+from megatron_dattn.conversion.hf_import.chat_template import TemplateChoice, choose_template
+from megatron_dattn.conversion.hf_import.source import ImportSource, two_model_source
+from megatron_dattn.conversion.hf_import.special_tokens import check_special_tokens
 from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
-from megatron_dattn.conversion.hf_import.vlm_source import whole_origin
+from megatron_dattn.conversion.hf_import.vlm_source import vlm_source
 from megatron_dattn.conversion.io.output_folder import check_output, check_room
 from megatron_dattn.data.image_settings import PROCESSOR_FILES, read_image_settings
 from megatron_dattn.data.tokenizer import generation_ends, load_tokenizer
@@ -38,26 +38,26 @@ Shards = Mapping[str, ShardedTensor | ShardedTensorFactory]
 class ImportPlan:
     """An import that has been found possible."""
 
-    origin: Origin
+    source: ImportSource
     output: Path
     """Absolute."""
     dtype: str
-    spoken: SpokenTemplate
+    choice: TemplateChoice
     """In which the run folder's model is asked, unless the user says otherwise."""
     shards: Shards
     """The parameters to be written, by name, on the meta device."""
     initial: tuple[str, ...]
-    """Parameters of the origin's modules that it does not hold: they keep their initial values."""
+    """Parameters of the source's modules that it does not hold: they keep their initial values."""
 
     @property
     def template(self) -> str:
         """Its name."""
-        return self.spoken.name
+        return self.choice.name
 
     @property
     def num_parameters(self) -> dict[str, int]:
         """Per module."""
-        counts = {source.module: 0 for source in self.origin.sources}
+        counts = {module.name: 0 for module in self.source.modules}
         for name, shard in self.shards.items():
             assert shard.data is not None
             counts[name.partition(".")[0]] += shard.data.numel()
@@ -73,16 +73,16 @@ class ImportPlan:
 
     @property
     def num_rounded(self) -> dict[str, int]:
-        """How many of the origin's tensors lose digits, by their dtype in safetensors' words."""
+        """How many of the source's tensors lose digits, by their dtype in safetensors' words."""
         counts: Counter[str] = Counter()
-        for source in self.origin.sources:
-            for rule in source.rules:
-                stored = self.shards[f"{source.module}.{rule.megatron}"].data
+        for module in self.source.modules:
+            for rule in module.rules:
+                stored = self.shards[f"{module.name}.{rule.megatron}"].data
                 assert stored is not None
                 for name in rule.sources:
-                    theirs = source.weights.dtype(name)
+                    theirs = module.weights.dtype(name)
                     if torch.finfo(stored.dtype).eps > torch.finfo(theirs).eps:
-                        counts[source.weights.dtypes[name]] += 1
+                        counts[module.weights.dtypes[name]] += 1
         return dict(counts)
 
     def summary(self) -> str:
@@ -94,7 +94,7 @@ class ImportPlan:
             counts = ", ".join(f"{count} of {dtype}" for dtype, count in self.num_rounded.items())
             remedy = "; --dtype fp32 keeps all their digits" if self.dtype == "bf16" else ""
             lines.append(f"tensors that are rounded to {self.dtype}: {counts}{remedy}")
-        lines.append(f"conversations are written as {self.spoken.name}: {self.spoken.reason}")
+        lines.append(f"conversations are written as {self.choice.name}: {self.choice.reason}")
         size = f"{self.num_bytes / 1e9:.2f} GB as {self.dtype}"
         lines.append(f"{self.output}: {len(self.shards)} tensors, {size}")
         lines.append(f"generates and trains in {self.dtype} unless told another training.precision")
@@ -114,7 +114,7 @@ def plan_import(
         ConfigError: sizes or a preset that do not fit each other.
     """
     output = check_output(output)
-    return _plan(parts_origin(vision, language, attention), output, dtype)
+    return _plan(two_model_source(vision, language, attention), output, dtype)
 
 
 def plan_whole_import(
@@ -122,15 +122,15 @@ def plan_whole_import(
 ) -> ImportPlan:
     """The same for one folder; the arguments are those of `import_whole_model`."""
     output = check_output(output)
-    return _plan(whole_origin(folder, attention), output, dtype)
+    return _plan(vlm_source(folder, attention), output, dtype)
 
 
-def _plan(origin: Origin, output: Path, dtype: str) -> ImportPlan:
-    template = _check_tokenizer(origin)
-    processor_files(origin.image_processor)
-    read_image_settings(origin.image_processor, origin.model.vision.image_size)
-    shards, initial = _shards(origin, dtype)
-    plan = ImportPlan(origin, output, dtype, template, shards, initial)
+def _plan(source: ImportSource, output: Path, dtype: str) -> ImportPlan:
+    template = _check_tokenizer(source)
+    processor_files(source.image_processor)
+    read_image_settings(source.image_processor, source.model.vision.image_size)
+    shards, initial = _shards(source, dtype)
+    plan = ImportPlan(source, output, dtype, template, shards, initial)
     check_room(output, plan.num_bytes, "checkpoint")
     return plan
 
@@ -145,33 +145,33 @@ def processor_files(folder: Path) -> list[Path]:
     return found
 
 
-def _check_tokenizer(origin: Origin) -> SpokenTemplate:
+def _check_tokenizer(source: ImportSource) -> TemplateChoice:
     """Try on a copy whether the tokenizer can be used with this model, and with which template."""
-    language = origin.model.language
+    language = source.model.language
     with tempfile.TemporaryDirectory() as trial:
         try:
-            image_id = copy_tokenizer(origin.tokenizer, Path(trial), vocab_size=language.vocab_size)
+            image_id = copy_tokenizer(source.tokenizer, Path(trial), vocab_size=language.vocab_size)
             tokenizer = load_tokenizer(trial, template="plain", vocab_size=language.vocab_size)
             generation_ends(trial, tokenizer)  # raises if it cannot be read
         except (CheckpointError, ConfigError) as error:
-            raise CheckpointError(str(error).replace(trial, str(origin.tokenizer))) from error
-    if origin.image_token_id not in (None, image_id):
+            raise CheckpointError(str(error).replace(trial, str(source.tokenizer))) from error
+    if source.image_token_id not in (None, image_id):
         raise CheckpointError(
-            f"{origin.tokenizer}: config.json says that <image> has id {origin.image_token_id}, in "
+            f"{source.tokenizer}: config.json says that <image> has id {source.image_token_id}, in "
             f"the tokenizer it is {image_id}; they belong to different models"
         )
-    check_named_tokens(origin.named_tokens, tokenizer, origin.tokenizer)
-    return spoken_template(origin.tokenizer, tokenizer, language.family)
+    check_special_tokens(source.special_tokens, tokenizer, source.tokenizer)
+    return choose_template(source.tokenizer, tokenizer, language.family)
 
 
-def _shards(origin: Origin, dtype: str) -> tuple[Shards, tuple[str, ...]]:
-    """What will be written, and which parameters of the origin's modules will not."""
-    sharded = _parameters(origin.model, dtype)
-    modules = tuple(f"{source.module}." for source in origin.sources)
+def _shards(source: ImportSource, dtype: str) -> tuple[Shards, tuple[str, ...]]:
+    """What will be written, and which parameters of the source's modules will not."""
+    sharded = _parameters(source.model, dtype)
+    modules = tuple(f"{module.name}." for module in source.modules)
     shards = {name: shard for name, shard in sharded.items() if name.startswith(modules)}
-    initial = {name for name in shards if comes_with_preset(name) and not origin.has_added}
+    initial = {name for name in shards if comes_with_preset(name) and not source.has_added}
     shards = {name: shard for name, shard in shards.items() if name not in initial}
-    filled = {f"{s.module}.{rule.megatron}" for s in origin.sources for rule in s.rules}
+    filled = {f"{m.name}.{rule.megatron}" for m in source.modules for rule in m.rules}
     assert shards.keys() == filled, f"no rule or no place for {sorted(shards.keys() ^ filled)}"
     return shards, tuple(sorted(initial))
 

@@ -28,7 +28,7 @@ from megatron_dattn.conversion.hf_import.plan import (
     plan_whole_import,
     processor_files,
 )
-from megatron_dattn.conversion.hf_import.source import Source
+from megatron_dattn.conversion.hf_import.source import ModuleWeights
 from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.hf_import.zeros import ZeroTensors
 from megatron_dattn.conversion.io.finite import check_finite
@@ -67,7 +67,7 @@ def import_checkpoint(
     """
     plan = plan_import(vision, language, output, attention=attention, dtype=dtype)
     write_import(plan)
-    return plan.origin.model
+    return plan.source.model
 
 
 def import_whole_model(
@@ -90,7 +90,7 @@ def import_whole_model(
     """
     plan = plan_whole_import(folder, output, attention=attention, dtype=dtype)
     write_import(plan)
-    return plan.origin.model
+    return plan.source.model
 
 
 def write_import(plan: ImportPlan, written: Callable[[int], object] | None = None) -> None:
@@ -110,16 +110,16 @@ def write_import(plan: ImportPlan, written: Callable[[int], object] | None = Non
 
 def _write_assets(plan: ImportPlan, folder: Path) -> None:
     """Everything of the run folder but the checkpoint."""
-    origin, tokenizer = plan.origin, folder / "tokenizer"
-    vocab_size = origin.model.language.vocab_size
-    image_id = copy_tokenizer(origin.tokenizer, tokenizer, vocab_size=vocab_size)
-    for processor in processor_files(origin.image_processor):
+    source, tokenizer = plan.source, folder / "tokenizer"
+    vocab_size = source.model.language.vocab_size
+    image_id = copy_tokenizer(source.tokenizer, tokenizer, vocab_size=vocab_size)
+    for processor in processor_files(source.image_processor):
         shutil.copyfile(processor, tokenizer / processor.name)
     data = {"tokenizer": f"{CONFIG_DIR}/{tokenizer.name}", "template": plan.template}
-    if origin.image_fit is not None:
-        data["image_fit"] = origin.image_fit
+    if source.image_fit is not None:
+        data["image_fit"] = source.image_fit
     config = {
-        "model": dataclasses.asdict(origin.model),
+        "model": dataclasses.asdict(source.model),
         "data": data,
         # Without it FP32 weights would be computed with in BF16, the default.
         "training": {"precision": plan.dtype},
@@ -130,11 +130,11 @@ def _write_assets(plan: ImportPlan, folder: Path) -> None:
 
 def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], object]) -> None:
     rules = {
-        f"{s.module}.{rule.megatron}": (s, rule) for s in plan.origin.sources for rule in s.rules
+        f"{m.name}.{rule.megatron}": (m, rule) for m in plan.source.modules for rule in m.rules
     }
     # Held apart from the shards: saving gives those an axis of layers.
     targets = {name: shard.data for name, shard in plan.shards.items()}
-    zeros = {source.module: ZeroTensors() for source in plan.origin.sources}
+    zeros = {module.name: ZeroTensors() for module in plan.source.modules}
 
     def load(name: str) -> Tensor:
         target = targets[name]
@@ -158,12 +158,12 @@ def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], obje
             f"{plan.output} cannot be written: {error.__cause__}; it needs "
             f"{plan.num_bytes / 1e9:.3g} GB: make room or choose another folder"
         ) from error
-    for source in plan.origin.sources:
-        zeros[source.module].warn(str(source.weights.folder))
+    for module in plan.source.modules:
+        zeros[module.name].warn(str(module.weights.folder))
 
 
 def _convert(
-    source: Source, rule: Rule, target: Tensor, zeros: Mapping[str, ZeroTensors]
+    module: ModuleWeights, rule: Rule, target: Tensor, zeros: Mapping[str, ZeroTensors]
 ) -> Tensor:
     """One parameter in the shape and dtype of `target`, read from its Hugging Face tensors.
 
@@ -173,21 +173,21 @@ def _convert(
     Raises:
         CheckpointError: a value is NaN or infinite, or becomes so in that dtype.
     """
-    parts = {name: source.weights.load(name) for name in rule.sources}
+    parts = {name: module.weights.load(name) for name in rule.sources}
     for name, part in parts.items():
-        zeros[source.module].look(name, part)
+        zeros[module.name].add(name, part)
     whole = rule.layout.join(list(parts.values())).to(target.dtype).reshape(target.shape)
-    check_finite(whole, parts.items(), str(source.weights.folder))
+    check_finite(whole, parts.items(), str(module.weights.folder))
     return whole
 
 
 def _facts(plan: ImportPlan, folder: Path) -> dict[str, Any]:
     return {
-        "model": dataclasses.asdict(plan.origin.model),
-        "modules": [source.module for source in plan.origin.sources],
-        "has_added": plan.origin.has_added,
+        "model": dataclasses.asdict(plan.source.model),
+        "modules": [module.name for module in plan.source.modules],
+        "has_added": plan.source.has_added,
         "tokenizer": tokenizer_sha256(str(folder / "tokenizer")),
         "stage": STAGE,
         "step": 0,
-        "sources": {name: str(source.resolve()) for name, source in plan.origin.folders.items()},
+        "sources": {name: str(folder.resolve()) for name, folder in plan.source.folders.items()},
     }

@@ -1,8 +1,8 @@
 """Where an import comes from: what the folders hold, in our terms.
 
-An import is made of an encoder and a language model (`parts_origin`) or of one vision-language
-model (`vlm_source.py`). Both are described by an `Origin`, and everything after that is the same.
-Only configurations and headers are read here.
+An import is made of an encoder and a language model (`two_model_source`) or of one vision-language
+model (`vlm_source.py`). Both are described by an `ImportSource`, and everything after that is the
+same. Only configurations and headers are read here.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_dattn.conversion.families import registry
 from megatron_dattn.conversion.families.weight_map import Rule, check_tensors
-from megatron_dattn.conversion.hf_import.special_tokens import NamedTokens, named_tokens
+from megatron_dattn.conversion.hf_import.special_tokens import SpecialTokens, special_tokens
 from megatron_dattn.conversion.io.foreign_folders import read_model_config
 from megatron_dattn.conversion.io.safetensors_reader import (
     DTYPE_NAMES,
@@ -28,20 +28,20 @@ _FLOATING = frozenset(DTYPE_NAMES.values())
 
 
 @dataclass(frozen=True)
-class Source:
+class ModuleWeights:
     """The weights of one module, and the rules that take them over."""
 
-    module: str
+    name: str
     weights: SafetensorsFolder
     rules: list[Rule]
 
 
 @dataclass(frozen=True)
-class Origin:
+class ImportSource:
     """What is imported; its tensors have been compared with its config."""
 
     model: ModelConfig
-    sources: list[Source]
+    modules: list[ModuleWeights]
     folders: dict[str, Path]
     """By module, or under the name `model` if one folder holds all of them."""
     tokenizer: Path
@@ -54,11 +54,11 @@ class Origin:
     """How images were made squares, where that is not the image processor's own way."""
     image_token_id: int | None = None
     """What the config says it is."""
-    named_tokens: NamedTokens = field(default_factory=dict)
+    special_tokens: SpecialTokens = field(default_factory=dict)
     """What the config says about the tokenizer."""
 
 
-def parts_origin(vision: Path, language: Path, attention: str) -> Origin:
+def two_model_source(vision: Path, language: Path, attention: str) -> ImportSource:
     """An encoder and a language model.
 
     Raises:
@@ -71,22 +71,22 @@ def parts_origin(vision: Path, language: Path, attention: str) -> Origin:
         language=registry.language_family(language_json).language_config(language_json),
         attention=attention,
     )
-    sources = [
-        _vision_source(vision, vision_json, model),
-        _language_source(language, language_json, model),
+    modules = [
+        _vision_weights(vision, vision_json, model),
+        _language_weights(language, language_json, model),
     ]
     folders = {"vision_model": vision, "language_model": language}
-    return Origin(
+    return ImportSource(
         model,
-        sources,
+        modules,
         folders,
         tokenizer=language,
         image_processor=vision,
-        named_tokens=named_tokens(language_json),
+        special_tokens=special_tokens(language_json),
     )
 
 
-def _vision_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> Source:
+def _vision_weights(folder: Path, config: dict[str, Any], model: ModelConfig) -> ModuleWeights:
     family = registry.vision_family(config)
     is_dual_encoder = "vision_config" in config
     weights = SafetensorsFolder(folder, prefix="vision_model." if is_dual_encoder else "")
@@ -97,17 +97,17 @@ def _vision_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> 
     rules = family.vision_rules(model.vision)
     unused = family.unused_prefixes(model.vision, model.vision.num_hidden_layers)
     check_weights(rules, weights, unused)
-    return Source("vision_model", weights, rules)
+    return ModuleWeights("vision_model", weights, rules)
 
 
-def _language_source(folder: Path, config: dict[str, Any], model: ModelConfig) -> Source:
+def _language_weights(folder: Path, config: dict[str, Any], model: ModelConfig) -> ModuleWeights:
     family = registry.language_family(config)
     weights = SafetensorsFolder(folder)
     check_num_layers(model.language.num_hidden_layers, weights)
     rules = family.language_rules(model.language)
     head = repeated_head(weights, model.language, HEAD, EMBEDDING)
     check_weights(rules, weights, [*family.unused_prefixes(model.language), *head])
-    return Source("language_model", weights, rules)
+    return ModuleWeights("language_model", weights, rules)
 
 
 def check_num_layers(num_layers: int, weights: SafetensorsFolder) -> None:

@@ -17,11 +17,11 @@ from megatron_dattn.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-NamedTokens = Mapping[str, tuple[int, ...]]
+SpecialTokens = Mapping[str, tuple[int, ...]]
 """Ids by `bos` and `eos`, where config.json names them."""
 
 
-def named_tokens(*configs: Mapping[str, Any]) -> NamedTokens:
+def special_tokens(*configs: Mapping[str, Any]) -> SpecialTokens:
     """The ids in the first of these that has them.
 
     Raises:
@@ -44,8 +44,8 @@ def _ids(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
     return tuple(index for index in (place.whole(name) for place in places) if index >= 0)
 
 
-def check_named_tokens(
-    named: NamedTokens, tokenizer: PreTrainedTokenizerBase, folder: Path
+def check_special_tokens(
+    named: SpecialTokens, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Compare them with a tokenizer; warn if it begins or ends texts otherwise.
 

@@ -1,4 +1,4 @@
-"""Whole vision-language models as the origin of an import: LLaVA-1.5's format and our own exports.
+"""Whole vision-language models as the source of an import: LLaVA-1.5's format and our own exports.
 
 Both bring an adapter, so a run folder made of one answers at once. LLaVA's attention is `s_attn`;
 any other preset starts from its weights, and what that preset adds keeps its initial values.
@@ -16,13 +16,13 @@ from megatron_dattn.conversion.families.weight_map import Rule
 from megatron_dattn.conversion.hf_import.source import (
     EMBEDDING,
     HEAD,
-    Origin,
-    Source,
+    ImportSource,
+    ModuleWeights,
     check_num_layers,
     check_weights,
     repeated_head,
 )
-from megatron_dattn.conversion.hf_import.special_tokens import named_tokens
+from megatron_dattn.conversion.hf_import.special_tokens import special_tokens
 from megatron_dattn.conversion.io.foreign_folders import read_model_config
 from megatron_dattn.conversion.io.json_files import read_json
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
@@ -35,7 +35,7 @@ LLAVA_ATTENTION = "s_attn"
 _IMAGE_TOKEN_IDS = {llava.MODEL_TYPE: 32000, dattn.MODEL_TYPE: 10}
 
 
-def whole_origin(folder: Path, attention: str | None = None) -> Origin:
+def vlm_source(folder: Path, attention: str | None = None) -> ImportSource:
     """A vision-language model in one folder.
 
     Args:
@@ -48,9 +48,9 @@ def whole_origin(folder: Path, attention: str | None = None) -> Origin:
     config = read_model_config(folder)
     kind = config.get("model_type")
     if kind == llava.MODEL_TYPE:
-        return _llava_origin(folder, config, attention or LLAVA_ATTENTION)
+        return _llava_source(folder, config, attention or LLAVA_ATTENTION)
     if kind == dattn.MODEL_TYPE:
-        return _dattn_origin(folder, config, attention)
+        return _dattn_source(folder, config, attention)
     raise CheckpointError(
         f"{folder} holds a model of type '{kind}'; --model takes {llava.MODEL_TYPE} and "
         f"{dattn.MODEL_TYPE}; an encoder and a language model are given with --vision and "
@@ -67,7 +67,7 @@ def image_token_id(config: dict[str, Any]) -> int:
     return _IMAGE_TOKEN_IDS[config["model_type"]]
 
 
-def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origin:
+def _llava_source(folder: Path, config: dict[str, Any], attention: str) -> ImportSource:
     if get_preset(attention).visual.source == "reproject":
         raise ConfigError(
             f"attention '{attention}' has no adapter to take LLaVA's weights; choose another"
@@ -79,33 +79,33 @@ def _llava_origin(folder: Path, config: dict[str, Any], attention: str) -> Origi
     rules = llava.weight_rules(model, keys)
     unused = llava.unused_prefixes(model, keys)
     unused += repeated_head(weights, model.language, keys.language(HEAD), keys.language(EMBEDDING))
-    return Origin(
+    return ImportSource(
         model,
-        _sources(weights, rules, unused),
+        _modules(weights, rules, unused),
         {"model": folder},
         tokenizer=folder,
         image_processor=folder,
         image_token_id=image_token_id(config),
-        named_tokens=named_tokens(config.get("text_config") or {}, config),
+        special_tokens=special_tokens(config.get("text_config") or {}, config),
     )
 
 
-def _dattn_origin(folder: Path, config: dict[str, Any], attention: str | None) -> Origin:
+def _dattn_source(folder: Path, config: dict[str, Any], attention: str | None) -> ImportSource:
     model = dattn.model_from_config(config, attention)
     weights = SafetensorsFolder(folder)
     check_num_layers(_num_layers(model), weights)
     names = KeyNames()
     unused = repeated_head(weights, model.language, names.language(HEAD), names.language(EMBEDDING))
-    return Origin(
+    return ImportSource(
         model,
-        _sources(weights, rules_by_module(model), unused),
+        _modules(weights, rules_by_module(model), unused),
         {"model": folder},
         tokenizer=folder,
         image_processor=folder,
         has_added=True,
         image_fit=_exported_fit(folder),
         image_token_id=image_token_id(config),
-        named_tokens=named_tokens(config.get("text_config") or {}, config),
+        special_tokens=special_tokens(config.get("text_config") or {}, config),
     )
 
 
@@ -114,11 +114,11 @@ def _num_layers(model: ModelConfig) -> int:
     return max(model.vision.num_hidden_layers, model.language.num_hidden_layers)
 
 
-def _sources(
+def _modules(
     weights: SafetensorsFolder, rules: dict[str, list[Rule]], unused: list[str]
-) -> list[Source]:
+) -> list[ModuleWeights]:
     check_weights([rule for of_module in rules.values() for rule in of_module], weights, unused)
-    return [Source(module, weights, of_module) for module, of_module in rules.items()]
+    return [ModuleWeights(module, weights, of_module) for module, of_module in rules.items()]
 
 
 def _exported_fit(folder: Path) -> ImageFit | None:

@@ -21,7 +21,7 @@ class ZeroTensors:
 
     names: list[str] = field(default_factory=list)
 
-    def look(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor) -> None:
         """Note a matrix that ends in zeros; biases and the weights of norms may be zero."""
         if tensor.ndim < 2 or tensor.numel() == 0 or tensor[-1].any():
             return  # nearly always: the last row alone is read

@@ -66,7 +66,7 @@ class _Inputs:
     """What both sides compute."""
 
     texts: list[Asked]
-    """Whose logits are compared, of every text row."""
+    """Whose logits are compared, of every text token."""
     prompts: list[Asked]
     """Which are answered."""
 
@@ -163,13 +163,13 @@ def _pairs(inputs: _Inputs, ours: _Outputs, theirs: _Outputs) -> list[Pair]:
 def _their_outputs(
     exported: Path, inputs: _Inputs, assets: RunAssets, dtype: torch.dtype
 ) -> _Outputs:
-    """By transformers: its logits of text rows, and its own greedy answers."""
+    """By transformers: its logits of text tokens, and its own greedy answers."""
     from transformers import AutoModelForImageTextToText
 
     llava = is_llava(assets.config.model)
     model: Any = load_pretrained(AutoModelForImageTextToText, exported, dtype, trust_code=not llava)
     image = token_id(assets.tokenizer, IMAGE_TOKEN)
-    # LLaVA's text has a place for every visual row, ours one for the image.
+    # LLaVA's text has a place for every visual token, ours one for the image.
     places = assets.config.model.vision.num_patches if llava else 1
 
     def given(asked: Asked) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Compares a checkpoint's outputs with those of the Hugging Face models that it came from.
 
-Language model: logits of every row of a text. Vision encoder: the features that feed the adapter.
+Language model: logits of every token of a text. Vision encoder: the features that feed the adapter.
 Whole vision-language models: see `verify_whole.py`.
 One model is in memory at a time. Text without images passes every attention preset alike, so a
 converted checkpoint must agree whatever preset its configuration names.
@@ -187,7 +187,7 @@ def _folder(source: str | None) -> Path | None:
 def hugging_face_logits(
     folder: Path, ids: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None
 ) -> Tensor:
-    """Logits [rows, vocabulary] of one text by `AutoModelForCausalLM`, on the CPU."""
+    """Logits [tokens, vocabulary] of one text by `AutoModelForCausalLM`, on the CPU."""
     from transformers import AutoModelForCausalLM
 
     model = load_pretrained(AutoModelForCausalLM, folder, dtype, rounded_to=rounded_to)

@@ -2,8 +2,8 @@
 
 LLaVA runs as transformers has it, an export of ours as megatron_dattn/hf has it, which is the code
 that the export carries. One model is in memory at a time. Where a preset other than LLaVA's own
-starts from its weights, logits behind an image must differ; the rows that the adapter makes of the
-image are compared then.
+starts from its weights, logits behind an image must differ; the tokens that the adapter makes of
+the image are compared then.
 """
 
 import logging
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 TEXT = "logits of a text"
 SEEN = "logits of a text with an image"
-ROWS = "rows of an image"
+TOKENS = "tokens of an image"
 
 
 def verify_whole_model(
@@ -103,7 +103,7 @@ def _both_sides(
         if read_model_config(folder)["model_type"] == llava.MODEL_TYPE:
             expected = _llava_outputs(folder, config, ids, pixels, image_id, rounded)
             preset = get_preset(config.attention)
-            expected.pop(ROWS if preset.attends_in_reading_order else SEEN)
+            expected.pop(TOKENS if preset.attends_in_reading_order else SEEN)
         else:
             expected = _dattn_outputs(folder, ids, pixels, image_id, rounded)
     logger.info("2 of 2: the checkpoint's")
@@ -144,7 +144,7 @@ def _llava_outputs(
     image_id: int,
     rounded_to: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """LLaVA's text holds as many `<image>` as an image has rows."""
+    """LLaVA's text holds as many `<image>` as an image has tokens."""
     from transformers import LlavaForConditionalGeneration
 
     model: Any = load_pretrained(
@@ -155,7 +155,7 @@ def _llava_outputs(
     layer = model.config.vision_feature_layer
     # A class token, where there is one, comes first and is not for the adapter.
     features = tower.hidden_states[layer][:, -config.vision.num_patches :]
-    return {**outputs, ROWS: model.model.multi_modal_projector(features)[0].cpu()}
+    return {**outputs, TOKENS: model.model.multi_modal_projector(features)[0].cpu()}
 
 
 @torch.inference_mode()
@@ -174,7 +174,7 @@ def _dattn_outputs(
 def _logits(
     model: nn.Module, ids: Tensor, pixels: Tensor, image_id: int, tokens_per_image: int
 ) -> dict[str, Tensor]:
-    """Of a text, and of the text with an image behind its first token, [rows, vocabulary]."""
+    """Of a text, and of the text with an image behind its first token, [tokens, vocabulary]."""
     device = get_device()
     image = torch.full((tokens_per_image,), image_id)
     seen = torch.cat([ids[:1], image, ids[1:]])
@@ -200,5 +200,5 @@ def _our_outputs(
         if model.adapter is not None:
             assert model.vision_model is not None
             features = model.vision_model(pixels.to(get_device()))
-            outputs[ROWS] = model.adapter.project(features)[0].cpu()
+            outputs[TOKENS] = model.adapter.project(features)[0].cpu()
         return outputs

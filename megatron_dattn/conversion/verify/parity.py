@@ -111,16 +111,18 @@ def one_text(
     """A batch of one text, on the device.
 
     Args:
-        ids: [text rows], without `<image>`.
+        ids: [text tokens], without `<image>`.
         pixels: [at least as many images as are seen, 3, side, side].
-        image_offsets: how many text rows stand in front of each image.
+        image_offsets: how many text tokens stand in front of each image.
     """
     spans = tuple(
         ImageSpan(sample=0, text_offset=offset, grid=config.image_grid) for offset in image_offsets
     )
-    rows = len(ids)
+    length = len(ids)
     batch = PackedBatch(
-        layout=TokenLayout((rows,), spans, sum(span.num_tokens for span in spans), rows, (rows,)),
+        layout=TokenLayout(
+            (length,), spans, sum(span.num_tokens for span in spans), length, (length,)
+        ),
         input_ids=ids,
         labels=torch.full_like(ids, IGNORED_LABEL),
         pixel_values=pixels[: len(spans)],
@@ -130,9 +132,9 @@ def one_text(
 
 
 def text_logits(model: DAttnVLM, batch: PackedBatch) -> Tensor:
-    """Logits [text rows, vocabulary] of a batch, on the CPU."""
-    rows = torch.arange(batch.layout.visual_budget, batch.layout.num_tokens)
-    return model.forward_logits(batch, rows.to(get_device())).cpu()
+    """Logits [text tokens, vocabulary] of a batch, on the CPU."""
+    tokens = torch.arange(batch.layout.visual_budget, batch.layout.num_tokens)
+    return model.forward_logits(batch, tokens.to(get_device())).cpu()
 
 
 def token_ids(tokens: Sequence[int] | None, vocab_size: int) -> Tensor:

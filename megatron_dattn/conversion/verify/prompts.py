@@ -43,11 +43,11 @@ class Asked:
 
     def input_ids(self, image_id: int, places_per_image: int) -> Tensor:
         """The text with so many `<image>` for each image, [columns]."""
-        rows, pieces, before = torch.tensor(self.prompt.tokens.input_ids), [], 0
+        ids, pieces, before = torch.tensor(self.prompt.tokens.input_ids), [], 0
         for offset in self.prompt.tokens.image_offsets:
-            pieces += [rows[before:offset], torch.full((places_per_image,), image_id)]
+            pieces += [ids[before:offset], torch.full((places_per_image,), image_id)]
             before = offset
-        return torch.cat([*pieces, rows[before:]])
+        return torch.cat([*pieces, ids[before:]])
 
 
 def asked_question(assets: RunAssets, question: str, images: Sequence[Path]) -> Asked:

@@ -35,7 +35,7 @@ class Pair:
     ours: Tensor
     theirs: Tensor
     tokens: tuple[int, ...] = ()
-    """Where rows are logits of generated tokens: those tokens, of which every row knows the ones
+    """Where the logits are of generated tokens: those tokens, of which each knows the ones
     before it."""
 
 
@@ -109,18 +109,18 @@ def compare(
 
 
 def _in_float64(found: Comparison, pair: Pair, exact: Pair) -> Comparison:
-    rows = _rows_alike(pair, exact)
-    true = exact.theirs[:rows]
+    alike = _num_alike(pair, exact)
+    true = exact.theirs[:alike]
     return replace(
         found,
         exact=compare(exact.what, exact.ours, exact.theirs).largest,
-        our_error=_error(pair.ours[:rows], true),
-        their_error=_error(pair.theirs[:rows], true),
+        our_error=_error(pair.ours[:alike], true),
+        their_error=_error(pair.theirs[:alike], true),
     )
 
 
-def _rows_alike(pair: Pair, exact: Pair) -> int:
-    """How many rows are about the same text: one more than there are equal tokens in front."""
+def _num_alike(pair: Pair, exact: Pair) -> int:
+    """How many logits are about the same text: one more than there are equal tokens in front."""
     if not pair.tokens:
         return len(pair.theirs)
     both = zip(pair.tokens, exact.tokens, strict=False)

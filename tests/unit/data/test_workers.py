@@ -204,7 +204,7 @@ from pathlib import Path
 from megatron_dattn.data.config import DatasetConfig
 from tests.unit.data.builders import data_config, make_loader
 
-config = data_config(Path(sys.argv[1]), num_workers=2, text_budget=65536)  # 1 MB of text rows
+config = data_config(Path(sys.argv[1]), num_workers=2, text_budget=65536)  # 1 MB of text tokens
 loader = make_loader(config, [DatasetConfig(sys.argv[2])])
 shapes = [batch.pixel_values.shape for batch in itertools.islice(iter(loader), 8)]
 loader.save_state()

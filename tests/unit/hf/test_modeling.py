@@ -38,7 +38,7 @@ def our_prompts(loaded, base):
 
 @torch.inference_mode()
 def our_logits(loaded, prompt):
-    """At every text row, [text rows, vocabulary]."""
+    """At every text row, [text tokens, vocabulary]."""
     batch = pack_prompts(loaded, [(prompt, [])])
     dtype = next(loaded.model.parameters()).dtype
     batch.pixel_values = batch.pixel_values.to(dtype)
@@ -342,7 +342,7 @@ def test_wrong_use_is_refused(base, opened):
     [
         ({"merge": "product"}, "merge='product'; choose one of"),
         ({"merge": "cascade", "t2v_rotary": True, "visual_positions": "sequence"}, "unset t2v"),
-        ({"visual_source": "reproject"}, "leaves visual rows no state"),
+        ({"visual_source": "reproject"}, "leaves visual tokens no state"),
         ({"t2v_rotary": True}, "visual_positions='sequence'"),
         ({"text_config": {"model_type": "gpt2"}}, "'gpt2'; this code knows mistral, llama"),
         ({"vision_config": {"model_type": "vit"}}, "'vit'; this code knows siglip_vision_model"),

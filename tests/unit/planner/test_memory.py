@@ -146,7 +146,7 @@ def _bytes_kept_by_ffn_width() -> dict[str, list[int]]:
 
 def test_chunks_keep_nothing_of_any_ffn() -> None:
     """A wider FFN keeps more activations, for visual tokens that pass a share of it as well: with
-    32 text rows alone, it would be 3 values of 96 more columns in 4 layers. With chunks it does
+    32 text tokens alone, it would be 3 values of 96 more columns in 4 layers. With chunks it does
     not.
     """
     (kept,) = run_distributed(_bytes_kept_by_ffn_width, 1)

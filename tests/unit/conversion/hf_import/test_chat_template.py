@@ -7,7 +7,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatron_dattn.conversion.hf_import.chat_template import spoken_template
+from megatron_dattn.conversion.hf_import.chat_template import choose_template
 from megatron_dattn.conversion.hf_import.plan import plan_import
 from megatron_dattn.conversion.hf_import.run import import_checkpoint, write_import
 from megatron_dattn.data.templates import read_template
@@ -37,15 +37,15 @@ MISTRAL = make_tokenizer()
     ],
 )
 def test_the_family_s_template_if_the_tokenizer_can_write_it(tmp_path, tokenizer, family, template):
-    assert spoken_template(tmp_path, tokenizer, family).name == template
+    assert choose_template(tmp_path, tokenizer, family).name == template
 
 
 def test_an_export_says_its_template(tmp_path):
     file = tmp_path / "chat_template.jinja"
     file.write_text(read_template("vicuna_v1"), encoding="utf-8")
-    assert spoken_template(tmp_path, MISTRAL, "mistral") == ("vicuna_v1", "the export's own")
+    assert choose_template(tmp_path, MISTRAL, "mistral") == ("vicuna_v1", "the export's own")
     file.write_text("{{ messages }}", encoding="utf-8")
-    assert spoken_template(tmp_path, MISTRAL, "mistral").name == "mistral_v3"
+    assert choose_template(tmp_path, MISTRAL, "mistral").name == "mistral_v3"
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,11 @@ def test_an_export_says_its_template(tmp_path):
     ],
 )
 def test_a_guess_is_not_silent(tmp_path, caplog, family, guess):
-    spoken_template(tmp_path, VICUNA, family)
+    choose_template(tmp_path, VICUNA, family)
     (warning,) = caplog.messages
     assert re.search(guess, warning)
     caplog.clear()
-    spoken_template(tmp_path, LLAMA3, "llama")
+    choose_template(tmp_path, LLAMA3, "llama")
     assert not caplog.messages
 
 
@@ -70,8 +70,8 @@ TEKKEN = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "<SP
 
 def test_a_tekken_tokenizer_s_spaces_are_a_guess(tmp_path, caplog):
     nemo = make_tokenizer([*TEKKEN[:-1], "<image>", "<SPECIAL_13>"])
-    spoken = spoken_template(tmp_path, nemo, "mistral")
-    assert spoken.name == "mistral_v3"
+    choice = choose_template(tmp_path, nemo, "mistral")
+    assert choice.name == "mistral_v3"
     (warning,) = caplog.messages
     assert re.search(
         r"mistral_v3, a guess .*Tekken .*without the spaces.* set data\.template", warning
@@ -79,7 +79,7 @@ def test_a_tekken_tokenizer_s_spaces_are_a_guess(tmp_path, caplog):
     caplog.clear()
     export = tmp_path / "chat_template.jinja"
     export.write_text(read_template("mistral_v3"), encoding="utf-8")
-    assert spoken_template(tmp_path, nemo, "mistral").reason == "the export's own"
+    assert choose_template(tmp_path, nemo, "mistral").reason == "the export's own"
     assert not caplog.messages
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_dattn.conversion.hf_import.plan import plan_import, plan_whole_import
-from megatron_dattn.conversion.hf_import.special_tokens import check_named_tokens, named_tokens
+from megatron_dattn.conversion.hf_import.special_tokens import check_special_tokens, special_tokens
 from megatron_dattn.errors import CheckpointError
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.conversion.llava_models import save_llava
@@ -34,44 +34,44 @@ def ids(tokenizer, *tokens):
 def test_published_pairs_pass(tmp_path, caplog, tokenizer, bos, ends):
     (first,), last = ids(tokenizer, bos), ids(tokenizer, *ends)
     for eos in (last, last[0]) if len(last) == 1 else (last,):
-        named = named_tokens({"bos_token_id": first, "eos_token_id": eos})
-        check_named_tokens(named, tokenizer, tmp_path)
+        named = special_tokens({"bos_token_id": first, "eos_token_id": eos})
+        check_special_tokens(named, tokenizer, tmp_path)
     assert not caplog.messages
 
 
 def test_tokens_that_the_tokenizer_lacks_are_an_error(tmp_path):
-    llama3 = named_tokens({"bos_token_id": 128000, "eos_token_id": [128001, 128009]})
+    llama3 = special_tokens({"bos_token_id": 128000, "eos_token_id": [128001, 128009]})
     with pytest.raises(
         CheckpointError, match=r"bos_token_id 128000, but .* no token 128000 \(its bos_token is 1\)"
     ):
-        check_named_tokens(llama3, VICUNA, tmp_path)
+        check_special_tokens(llama3, VICUNA, tmp_path)
     only_ends = {"eos": llama3["eos"]}
     with pytest.raises(CheckpointError, match=r"no token 128001, 128009 .* different models"):
-        check_named_tokens(only_ends, VICUNA, tmp_path)
+        check_special_tokens(only_ends, VICUNA, tmp_path)
 
 
 def test_another_end_token_is_a_warning(tmp_path, caplog):
     """A chat model whose tokenizer ends turns where its config ends texts."""
     (turn,) = ids(LLAMA3, "<|eot_id|>")
-    check_named_tokens(named_tokens({"eos_token_id": turn}), LLAMA3, tmp_path)
+    check_special_tokens(special_tokens({"eos_token_id": turn}), LLAMA3, tmp_path)
     (warning,) = caplog.messages
     assert f"eos_token_id {turn} (<|eot_id|>), the tokenizer 2 (<|end_of_text|>)" in warning
 
 
 def test_gemma_s_config_with_llama_s_tokenizer_is_a_warning(tmp_path, caplog):
-    check_named_tokens(named_tokens({"bos_token_id": 2, "eos_token_id": 1}), VICUNA, tmp_path)
+    check_special_tokens(special_tokens({"bos_token_id": 2, "eos_token_id": 1}), VICUNA, tmp_path)
     assert len(caplog.messages) == 2
 
 
 def test_what_is_not_said_contradicts_nothing(tmp_path, caplog):
     for config in ({}, {"bos_token_id": None, "eos_token_id": []}, {"bos_token_id": -1}):
-        assert named_tokens(config) == {}
+        assert special_tokens(config) == {}
     section, whole = {"bos_token_id": 5}, {"bos_token_id": 6, "eos_token_id": 7}
-    assert named_tokens(section, whole) == {"bos": (5,), "eos": (7,)}
+    assert special_tokens(section, whole) == {"bos": (5,), "eos": (7,)}
     with pytest.raises(
         CheckpointError, match='has eos_token_id "2", but it must be a whole number'
     ):
-        named_tokens({"eos_token_id": ["2"]})
+        special_tokens({"eos_token_id": ["2"]})
 
 
 def edit(folder, **changes):

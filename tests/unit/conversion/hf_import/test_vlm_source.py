@@ -23,7 +23,7 @@ from megatron_dattn.conversion.hf_export.run import ExportOptions, export_checkp
 from megatron_dattn.conversion.hf_import.plan import plan_whole_import
 from megatron_dattn.conversion.hf_import.run import import_whole_model
 from megatron_dattn.conversion.verify.imported import verify_checkpoint
-from megatron_dattn.conversion.verify.imported_vlm import ROWS, SEEN, TEXT
+from megatron_dattn.conversion.verify.imported_vlm import SEEN, TEXT, TOKENS
 from megatron_dattn.errors import UserError
 from megatron_dattn.inference import Prompt, generate, load_model
 from megatron_dattn.inference.load import find_run, load_assets
@@ -78,7 +78,7 @@ def loaded(llava):
 
 
 def both_logits(loaded, model, prompt):
-    """Ours and Hugging Face's at every text row, [text rows, vocabulary]."""
+    """Ours and Hugging Face's at every text row, [text tokens, vocabulary]."""
     batch = pack_prompts(loaded, [(prompt, [])])
     batch.pixel_values = batch.pixel_values.to(next(loaded.model.parameters()).dtype)
     rows = torch.arange(batch.layout.visual_budget, batch.layout.num_rows)
@@ -359,7 +359,7 @@ def test_verify_compares_with_llava(llava, tmp_path, attention):
         run = tmp_path / "run"
         import_whole_model(folder, run, attention=attention, dtype="fp32")
     found = {comparison.what: comparison.largest for comparison in verify_checkpoint(run)}
-    assert found.keys() == {TEXT, SEEN if attention is None else ROWS}
+    assert found.keys() == {TEXT, SEEN if attention is None else TOKENS}
     assert max(found.values()) < 1e-4  # fp32 sums in another order
 
 
