@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.random_checkpoint import mistral_json, siglip_json
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.labels import IGNORED_LABEL
-from megatron_dattn.data.template import TextRows
+from megatron_dattn.data.template import TextTokens
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
 from megatron_dattn.inference import LoadedModel, Prompt, encode_images, generate_tokens
@@ -146,7 +146,7 @@ class OwnGenerator:
 
     def _prompt(self, question: int, kept: Any) -> Prompt:
         ids, images = self._texts[question], tuple(self._pictures if kept is None else kept)
-        return Prompt(TextRows(ids, [IGNORED_LABEL] * len(ids), (0,) * len(images)), images)
+        return Prompt(TextTokens(ids, [IGNORED_LABEL] * len(ids), (0,) * len(images)), images)
 
 
 def sizes(hidden_size: int, layers: int) -> ModelConfig:

@@ -2,7 +2,7 @@
 
     python tools/check_data.py data.json --image-root images/ --tokenizer run/tokenizer
 
-Reads every row and decodes every image by the rules of the data loader; prints a table by reason
+Reads every record and decodes every image by the rules of the data loader; prints a table by reason
 and, with --report, writes a JSON file. Exits with 0 if all is well and with 2 otherwise; with
 --missing skip, missing images are reported but do not count. Without --tokenizer, lengths and
 control tokens are not checked.
@@ -22,7 +22,7 @@ from megatron_dattn.runtime.tool import run_tool
 
 if TYPE_CHECKING:
     from megatron_dattn.data.check import Report
-    from megatron_dattn.data.encoder import RowEncoder
+    from megatron_dattn.data.encoder import SampleEncoder
 
 
 def positive(text: str) -> int:
@@ -52,18 +52,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_encoder(arguments: argparse.Namespace) -> "RowEncoder | None":
+def make_encoder(arguments: argparse.Namespace) -> "SampleEncoder | None":
     """The loader's encoder with the run's budgets, if a tokenizer is given."""
     if arguments.tokenizer is None:
         return None
-    from megatron_dattn.data.encoder import RowEncoder
+    from megatron_dattn.data.encoder import SampleEncoder
     from megatron_dattn.data.images import ImagePreprocessor
     from megatron_dattn.data.template import ConversationTokenizer
     from megatron_dattn.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer, template=arguments.template)
     side = arguments.image_size // arguments.patch_size
-    return RowEncoder(
+    return SampleEncoder(
         tokenizer=ConversationTokenizer(tokenizer, arguments.template),
         preprocessor=ImagePreprocessor(arguments.image_size),
         grid=(side, side),
@@ -72,19 +72,23 @@ def make_encoder(arguments: argparse.Namespace) -> "RowEncoder | None":
     )
 
 
-def check_file(path: Path, arguments: argparse.Namespace, encoder: "RowEncoder | None") -> "Report":
+def check_file(
+    path: Path, arguments: argparse.Namespace, encoder: "SampleEncoder | None"
+) -> "Report":
     from tqdm import tqdm
 
-    from megatron_dattn.data.check import RowChecker, check_rows
-    from megatron_dattn.data.prepare import read_rows
+    from megatron_dattn.data.check import RecordChecker, check_records
+    from megatron_dattn.data.prepare import read_records
     from megatron_dattn.runtime.log import quiet_libraries
 
     quiet_libraries()
-    rows = read_rows(path)
-    checker = RowChecker(arguments.image_root or path.parent, arguments.max_image_pixels, encoder)
-    reports = check_rows(rows, checker, path=str(path), num_threads=arguments.threads)
+    records = read_records(path)
+    checker = RecordChecker(
+        arguments.image_root or path.parent, arguments.max_image_pixels, encoder
+    )
+    reports = check_records(records, checker, path=str(path), num_threads=arguments.threads)
     # disable=None: no bar where there is no terminal.
-    last = deque(tqdm(reports, total=len(rows), desc=path.name, disable=None), maxlen=1)
+    last = deque(tqdm(reports, total=len(records), desc=path.name, disable=None), maxlen=1)
     return last[0]
 
 

@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--drop-missing",
         action="store_true",
-        help="leave out rows whose images are not there; OUTPUT/NAME.missing.txt lists them",
+        help="leave out records whose images are not there; OUTPUT/NAME.missing.txt lists them",
     )
     parser.add_argument("--seed", type=int, default=0, help="for sampling strategy random")
     return parser.parse_args(arguments)
@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         drop_missing=arguments.drop_missing,
     )
     for number, file in enumerate(done, start=1):
-        line = f"[{number}/{len(sources)}] {file.source.path}: {file.num_rows} rows -> {file.path}"
+        counted = f"[{number}/{len(sources)}] {file.source.path}: {file.num_records} records"
+        line = f"{counted} -> {file.path}"
         if file.num_missing:
             line += f" ({file.num_missing} without their images left out, see {file.missing_list})"
         print(line, flush=True)

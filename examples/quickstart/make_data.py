@@ -3,7 +3,7 @@
     python -m examples.quickstart.make_data --output outputs/quickstart/data
 
 Per split (train, validation) three files in LLaVA's format, one per training stage: short captions,
-dense captions, conversations; train/stage3 holds multi-turn and text-only rows too. The held-out
+dense captions, conversations; train/stage3 holds multi-turn and text-only records too. The held-out
 split has no conversations but questions with their expected answers. All three splits use the
 handwriting of different forms (see digits.py). The same seed writes the same bytes.
 """
@@ -86,28 +86,36 @@ def make_pictures(options: DataOptions, split: str, count: int) -> list[Picture]
     return pictures
 
 
-def llava_row(row_id: str, image: str | None, turns: list[tuple[str, str]]) -> dict[str, object]:
-    """One row of LLaVA's JSON; the picture stands before the first question."""
+def llava_record(
+    record_id: str, image: str | None, turns: list[tuple[str, str]]
+) -> dict[str, object]:
+    """One record of LLaVA's JSON; the picture stands before the first question."""
     conversations = []
     for index, (question, answer) in enumerate(turns):
         value = f"<image>\n{question}" if image is not None and index == 0 else question
         conversations.append({"from": "human", "value": value})
         conversations.append({"from": "gpt", "value": answer})
-    row: dict[str, object] = {"id": row_id, "conversations": conversations}
-    return row if image is None else {"id": row_id, "image": image, "conversations": conversations}
+    record: dict[str, object] = {"id": record_id, "conversations": conversations}
+    return (
+        record
+        if image is None
+        else {"id": record_id, "image": image, "conversations": conversations}
+    )
 
 
 def _as_pairs(turns: list[Turn]) -> list[tuple[str, str]]:
     return [(turn.question, turn.answer) for turn in turns]
 
 
-def stage_rows(options: DataOptions, split: str, pictures: list[Picture], stage: int) -> list[dict]:
-    """The LLaVA rows of one stage (1 short captions, 2 dense captions, 3 conversations)."""
+def stage_records(
+    options: DataOptions, split: str, pictures: list[Picture], stage: int
+) -> list[dict]:
+    """The LLaVA records of one stage (1 short captions, 2 dense captions, 3 conversations)."""
     rng = _rng(options, split, f"stage{stage}")
-    rows: list[dict] = []
+    records: list[dict] = []
 
     def add(image: str | None, turns: list[tuple[str, str]]) -> None:
-        rows.append(llava_row(f"stage{stage}-{split}-{len(rows):06d}", image, turns))
+        records.append(llava_record(f"stage{stage}-{split}-{len(records):06d}", image, turns))
 
     for picture in pictures:
         if stage == 1:
@@ -121,7 +129,7 @@ def stage_rows(options: DataOptions, split: str, pictures: list[Picture], stage:
                 if rng.random() < TEXT_ONLY_SHARE:
                     count = rng.randint(1, MAX_TURNS)
                     add(None, _as_pairs([text_only_turn(rng) for _ in range(count)]))
-    return rows
+    return records
 
 
 def heldout_questions(options: DataOptions, pictures: list[Picture]) -> list[Question]:
@@ -151,12 +159,12 @@ def heldout_questions(options: DataOptions, pictures: list[Picture]) -> list[Que
     return questions
 
 
-def _write_json(path: Path, rows: list[dict]) -> None:
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+def _write_json(path: Path, records: list[dict]) -> None:
+    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 def make_data(options: DataOptions) -> dict[str, int]:
-    """Write everything; returns the number of rows per file."""
+    """Write everything; returns the number of records per file."""
     written = {}
     for split, count in (
         ("train", options.train_images),
@@ -165,9 +173,9 @@ def make_data(options: DataOptions) -> dict[str, int]:
         pictures = make_pictures(options, split, count)
         for stage in (1, 2, 3):
             name = f"stage{stage}.json" if split == "train" else f"stage{stage}_{split}.json"
-            rows = stage_rows(options, split, pictures, stage)
-            _write_json(options.output / name, rows)
-            written[name] = len(rows)
+            records = stage_records(options, split, pictures, stage)
+            _write_json(options.output / name, records)
+            written[name] = len(records)
     heldout = make_pictures(options, "heldout", options.heldout_images)
     questions = heldout_questions(options, heldout)
     _write_json(options.output / "heldout.json", [asdict(question) for question in questions])
@@ -195,8 +203,8 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    for name, rows in written.items():
-        print(f"{options.output / name}: {rows} rows")
+    for name, records in written.items():
+        print(f"{options.output / name}: {records} records")
     return 0
 
 

@@ -1,7 +1,7 @@
 """What is wrong with a data set, found before training: the rules of the loader, without Energon.
 
-Every problem of every row is counted by the loader's own reasons. Without a tokenizer the text is
-not measured.
+Every problem of every record is counted by the loader's own reasons. Without a tokenizer the text
+is not measured.
 """
 
 from collections import Counter
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_dattn.data.conversation import Conversation, image_paths, parse_row
-from megatron_dattn.data.encoder import RowEncoder
+from megatron_dattn.data.conversation import Conversation, image_paths, parse_record
+from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.image_files import read_image_file
 from megatron_dattn.data.images import decode_image
 from megatron_dattn.data.json_lines import as_line, require_line_length
@@ -22,26 +22,26 @@ from megatron_dattn.errors import quoted
 
 MAX_EXAMPLES = 10  # per reason
 
-_ROWS_AT_A_TIME = 1024  # handed to the threads at once
+_RECORDS_AT_A_TIME = 1024  # handed to the threads at once
 
 
 @dataclass(frozen=True)
-class RowChecker:
-    """Checks one row; an encoder adds the checks of text and budgets."""
+class RecordChecker:
+    """Checks one record; an encoder adds the checks of text and budgets."""
 
     image_root: Path
     max_pixels: int
-    encoder: RowEncoder | None = None
+    encoder: SampleEncoder | None = None
 
-    def __call__(self, row: Any) -> list[SampleError]:
-        """All problems of a row.
+    def __call__(self, record: Any) -> list[SampleError]:
+        """All problems of a record.
 
         Raises:
-            DataError: the system fails, which is no problem of the row.
+            DataError: the system fails, which is no problem of the record.
         """
         try:
-            require_line_length(len(as_line(row)))
-            conversation = parse_row(row)
+            require_line_length(len(as_line(record)))
+            conversation = parse_record(record)
         except SampleError as error:
             return [error]
         return [*self._text_problems(conversation), *self._image_problems(conversation)]
@@ -49,7 +49,7 @@ class RowChecker:
     def _text_problems(self, conversation: Conversation) -> Iterator[SampleError]:
         if self.encoder is not None:
             try:
-                self.encoder.text_rows(conversation)
+                self.encoder.text_tokens(conversation)
             except SampleError as error:
                 yield error
 
@@ -69,21 +69,21 @@ class Report:
     """The findings about one file."""
 
     path: str
-    num_rows: int = 0
+    num_records: int = 0
     num_images: int = 0
-    num_bad_rows: int = 0
+    num_bad_records: int = 0
     duplicate_ids: int = 0
-    """Rows whose `id` an earlier row has. Harmless: the loader numbers the rows itself."""
+    """Records whose `id` an earlier record has. Harmless: the loader numbers the records itself."""
     problems: Counter[Reason] = field(default_factory=Counter)
     examples: dict[Reason, list[Rejection]] = field(default_factory=dict)
 
-    def add(self, index: int, row: Any, problems: list[SampleError]) -> None:
-        self.num_rows += 1
-        self.num_bad_rows += bool(problems)
-        self.num_images += _count_images(row)
-        key = f"row {index}"
-        if isinstance(row, dict) and isinstance(row.get("id"), str | int):
-            key = f"row {index} (id {quoted(row['id'], 60)})"
+    def add(self, index: int, record: Any, problems: list[SampleError]) -> None:
+        self.num_records += 1
+        self.num_bad_records += bool(problems)
+        self.num_images += _count_images(record)
+        key = f"record {index}"
+        if isinstance(record, dict) and isinstance(record.get("id"), str | int):
+            key = f"record {index} (id {quoted(record['id'], 60)})"
         for problem in problems:
             self.problems[problem.reason] += 1
             examples = self.examples.setdefault(problem.reason, [])
@@ -99,15 +99,15 @@ class Report:
         """For the JSON report."""
         return {
             "path": self.path,
-            "rows": self.num_rows,
+            "records": self.num_records,
             "images": self.num_images,
-            "bad_rows": self.num_bad_rows,
+            "bad_records": self.num_bad_records,
             "duplicate_ids": self.duplicate_ids,
             "problems": {
                 str(reason): {
                     "count": count,
                     "examples": [
-                        {"row": example.key, "message": example.message}
+                        {"record": example.key, "message": example.message}
                         for example in self.examples[reason]
                     ],
                 }
@@ -118,8 +118,9 @@ class Report:
     def table(self) -> str:
         """For people: one line per reason with its first example."""
         lines = [
-            f"{self.path}: {self.num_rows} rows, {self.num_images} images, "
-            f"{self.num_bad_rows} rows with problems, {self.duplicate_ids} repeated ids (harmless)"
+            f"{self.path}: {self.num_records} records, {self.num_images} images, "
+            f"{self.num_bad_records} records with problems, {self.duplicate_ids} repeated ids "
+            "(harmless)"
         ]
         for reason, count in self.problems.most_common():
             first = self.examples[reason][0]
@@ -127,25 +128,25 @@ class Report:
         return "\n".join(lines)
 
 
-def _count_images(row: Any) -> int:
+def _count_images(record: Any) -> int:
     try:
-        return len(image_paths(row)) if isinstance(row, dict) else 0
+        return len(image_paths(record)) if isinstance(record, dict) else 0
     except SampleError:
         return 0
 
 
-def check_rows(
-    rows: list[Any], checker: RowChecker, *, path: str, num_threads: int = 1
+def check_records(
+    records: list[Any], checker: RecordChecker, *, path: str, num_threads: int = 1
 ) -> Iterator[Report]:
-    """Check rows; yields the growing report after each one."""
+    """Check records; yields the growing report after each one."""
     report = Report(path)
     seen: set[str] = set()
     with ThreadPoolExecutor(num_threads) as pool:
-        for start in range(0, len(rows), _ROWS_AT_A_TIME):
-            chunk = rows[start : start + _ROWS_AT_A_TIME]
-            for row, problems in zip(chunk, pool.map(checker, chunk), strict=True):
-                row_id = row.get("id") if isinstance(row, dict) else None
-                report.duplicate_ids += row_id is not None and str(row_id) in seen
-                seen.add(str(row_id))
-                report.add(report.num_rows, row, problems)
+        for start in range(0, len(records), _RECORDS_AT_A_TIME):
+            chunk = records[start : start + _RECORDS_AT_A_TIME]
+            for record, problems in zip(chunk, pool.map(checker, chunk), strict=True):
+                record_id = record.get("id") if isinstance(record, dict) else None
+                report.duplicate_ids += record_id is not None and str(record_id) in seen
+                seen.add(str(record_id))
+                report.add(report.num_records, record, problems)
                 yield report

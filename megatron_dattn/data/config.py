@@ -22,7 +22,7 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The loader: data sets, template, row budgets, tolerance for bad samples."""
+    """The loader: data sets, template, token budgets, tolerance for bad samples."""
 
     train: list[DatasetConfig] = field(default_factory=list)
     validation: list[DatasetConfig] = field(default_factory=list)
@@ -33,9 +33,9 @@ class DataConfig:
     template: TemplateName = "mistral_v3"
     """How conversations are written down; see megatron_dattn/data/templates."""
     visual_budget: int = 5832
-    """Visual rows of one pack, padding included."""
+    """Visual tokens of one pack, padding included."""
     text_budget: int = 4096
-    """Text rows of one pack, padding included. A text of more characters than so many of the
+    """Text tokens of one pack, padding included. A text of more characters than so many of the
     vocabulary's longest tokens have is refused (or cut) before it is tokenised."""
     packing_buffer_size: int = 32
     """Samples looked at together when packs are filled."""

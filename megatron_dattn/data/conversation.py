@@ -1,10 +1,10 @@
-"""From a LLaVA/ShareGPT4V row to a typed conversation.
+"""From a LLaVA/ShareGPT4V record to a typed conversation.
 
 The rules are LLaVA's: a leading answer is dropped, roles alternate, and a turn's single `<image>`
 is moved to its front on a line of its own. Several placeholders in one turn stay where they are
 (LLaVA-NeXT), because their places carry meaning. The text is otherwise the writer's.
 
-A system message comes as a first turn from `system`, or for all turns in the row's `system`
+A system message comes as a first turn from `system`, or for all turns in the record's `system`
 (ShareGPT's two ways; the turn goes before the key). An empty one is none, and so is an `image` or
 `video` that is there but empty.
 """
@@ -60,16 +60,18 @@ class Conversation:
         return replace(self, turns=turns, images=images)
 
 
-def parse_row(row: Any) -> Conversation:
-    """Normalise one row of a LLaVA file.
+def parse_record(record: Any) -> Conversation:
+    """Normalise one record of a LLaVA file.
 
     Raises:
-        SampleError: the row cannot be used; its reason says why.
+        SampleError: the record cannot be used; its reason says why.
     """
-    if not isinstance(row, dict):
-        raise SampleError(Reason.BAD_ROW, f"a row must be an object, got {type(row).__name__}")
-    images = image_paths(row)
-    system, entries = _system(row)
+    if not isinstance(record, dict):
+        raise SampleError(
+            Reason.BAD_RECORD, f"a record must be an object, got {type(record).__name__}"
+        )
+    images = image_paths(record)
+    system, entries = _system(record)
     turns = tuple(_turn(role, text) for role, text in _utterances(entries))
     placeholders = sum(turn.num_images for turn in turns)
     if placeholders != len(images):
@@ -80,38 +82,38 @@ def parse_row(row: Any) -> Conversation:
     return Conversation(turns, images, system)
 
 
-def image_paths(row: dict[str, Any]) -> tuple[str, ...]:
-    """The images that a row names, as it names them.
+def image_paths(record: dict[str, Any]) -> tuple[str, ...]:
+    """The images that a record names, as it names them.
 
     Raises:
         SampleError: it has a video, or something that is no path.
     """
-    if _named(row, "video"):
-        raise SampleError(Reason.BAD_ROW, "the row has a video; only images are supported")
-    paths = _named(row, "image")
+    if _named(record, "video"):
+        raise SampleError(Reason.BAD_RECORD, "the record has a video; only images are supported")
+    paths = _named(record, "image")
     for path in paths:
         if not isinstance(path, str):
-            raise SampleError(Reason.BAD_ROW, f"'image' must name files, got {quoted(path)}")
+            raise SampleError(Reason.BAD_RECORD, f"'image' must name files, got {quoted(path)}")
     return tuple(paths)
 
 
-def _named(row: dict[str, Any], key: str) -> list[Any]:
+def _named(record: dict[str, Any], key: str) -> list[Any]:
     """What a key names, one thing or a list of them; data sets write "nothing" in many ways."""
-    value = row.get(key)
+    value = record.get(key)
     values = value if isinstance(value, list) else [value]
     return [v for v in values if v is not None and not (isinstance(v, str) and not v.strip())]
 
 
-def _system(row: dict[str, Any]) -> tuple[str | None, list[Any]]:
+def _system(record: dict[str, Any]) -> tuple[str | None, list[Any]]:
     """The system message, and the turns without it."""
-    entries = row.get("conversations")
+    entries = record.get("conversations")
     if not isinstance(entries, list) or not entries:
-        raise SampleError(Reason.BAD_ROW, "'conversations' must be a list of turns")
-    text = row.get("system")
+        raise SampleError(Reason.BAD_RECORD, "'conversations' must be a list of turns")
+    text = record.get("system")
     if isinstance(entries[0], dict) and entries[0].get("from") == "system":
         text, entries = _text(entries[0]), entries[1:]
     if text is not None and not isinstance(text, str):
-        raise SampleError(Reason.BAD_ROW, f"'system' must be a text, got {quoted(text)}")
+        raise SampleError(Reason.BAD_RECORD, f"'system' must be a text, got {quoted(text)}")
     if text is None or not text.strip():
         return None, entries
     require_unicode(text)
@@ -150,7 +152,9 @@ def _utterance(entry: Any) -> tuple[Literal["user", "assistant"], str]:
 
 def _text(entry: Any) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get("value"), str):
-        raise SampleError(Reason.BAD_ROW, "a turn must be an object with 'from' and a text 'value'")
+        raise SampleError(
+            Reason.BAD_RECORD, "a turn must be an object with 'from' and a text 'value'"
+        )
     return entry["value"]
 
 
@@ -160,7 +164,7 @@ def require_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise SampleError(
-            Reason.BAD_ROW, f"a text holds half a character at place {error.start}"
+            Reason.BAD_RECORD, f"a text holds half a character at place {error.start}"
         ) from error
 
 

@@ -28,7 +28,7 @@ class PreparedDataset:
     image_root: Path
     weight: float
     num_samples: int
-    fingerprint: str  # changes when rows are added, removed or change their length
+    fingerprint: str  # changes when records are added, removed or change their length
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""From one row of a data set to one encoded sample: the part that Energon knows nothing of."""
+"""From one record of a data set to one encoded sample: the part that Energon knows nothing of."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -9,21 +9,21 @@ import numpy as np
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation
 from megatron_dattn.data.images import ImagePreprocessor, read_image_file
 from megatron_dattn.data.rejection import Reason, SampleError
-from megatron_dattn.data.template import ConversationTokenizer, TextRows
+from megatron_dattn.data.template import ConversationTokenizer, TextTokens
 
 
 @dataclass(frozen=True)
-class EncodedRow:
-    """What becomes of a conversation: text rows, labels, and images as bytes."""
+class EncodedSample:
+    """What becomes of a conversation: text tokens, labels, and images as bytes."""
 
-    input_ids: np.ndarray  # int64 [text rows]
-    labels: np.ndarray  # int64 [text rows]
+    input_ids: np.ndarray  # int64 [text tokens]
+    labels: np.ndarray  # int64 [text tokens]
     image_offsets: tuple[int, ...]
     images: list[np.ndarray]  # uint8 [image_size, image_size, 3] each
 
 
 @dataclass(frozen=True)
-class RowEncoder:
+class SampleEncoder:
     """Tokenises a conversation, reads its images, and holds both to the pack's budgets."""
 
     tokenizer: ConversationTokenizer
@@ -35,33 +35,33 @@ class RowEncoder:
     truncate: bool = False
     """Cut a conversation that is too long after an answer, instead of rejecting it."""
 
-    def __call__(self, conversation: Conversation, image_root: str) -> EncodedRow:
+    def __call__(self, conversation: Conversation, image_root: str) -> EncodedSample:
         """Encode.
 
         Raises:
             SampleError: the sample cannot be used; its reason says why.
         """
-        rows, image_paths = self.text_rows(conversation)
+        tokens, image_paths = self.text_tokens(conversation)
         images = [self.preprocessor.fit(read_image_file(image_root, p)) for p in image_paths]
-        return EncodedRow(
-            input_ids=np.array(rows.input_ids, dtype=np.int64),
-            labels=np.array(rows.labels, dtype=np.int64),
-            image_offsets=rows.image_offsets,
+        return EncodedSample(
+            input_ids=np.array(tokens.input_ids, dtype=np.int64),
+            labels=np.array(tokens.labels, dtype=np.int64),
+            image_offsets=tokens.image_offsets,
             images=images,
         )
 
-    def text_rows(self, conversation: Conversation) -> tuple[TextRows, tuple[str, ...]]:
-        """The text rows and the images that belong to them, within the budgets.
+    def text_tokens(self, conversation: Conversation) -> tuple[TextTokens, tuple[str, ...]]:
+        """The text tokens and the images that belong to them, within the budgets.
 
         Raises:
             SampleError: the conversation does not fit, or the template cannot express it.
         """
         conversation = self._bounded(conversation)
-        rows = self.tokenizer(conversation)
-        if (error := self._excess(rows)) is not None:
+        tokens = self.tokenizer(conversation)
+        if (error := self._excess(tokens)) is not None:
             conversation = self._beginning(conversation, error, self._measured_excess)
-            rows = self.tokenizer(conversation)
-        return rows, conversation.images
+            tokens = self.tokenizer(conversation)
+        return tokens, conversation.images
 
     def _bounded(self, conversation: Conversation) -> Conversation:
         """As much of a conversation as may fit, judged by its length alone.
@@ -100,7 +100,7 @@ class RowEncoder:
             raise error
         first = conversation.first_exchanges
         numbers = range(1, conversation.num_exchanges)
-        # More exchanges make more rows, so halving finds the border.
+        # More exchanges make more tokens, so halving finds the border.
         kept = bisect_left(numbers, True, key=lambda number: excess(first(number)) is not None)
         if kept == 0:
             raise excess(first(1)) or error
@@ -123,10 +123,10 @@ class RowEncoder:
     def _measured_excess(self, conversation: Conversation) -> SampleError | None:
         return self._excess(self.tokenizer(conversation))
 
-    def _excess(self, rows: TextRows) -> SampleError | None:
-        if len(rows.input_ids) > self.text_budget:
-            return self._too_much(f"{len(rows.input_ids)} text rows")
-        num_images = len(rows.image_offsets)
+    def _excess(self, tokens: TextTokens) -> SampleError | None:
+        if len(tokens.input_ids) > self.text_budget:
+            return self._too_much(f"{len(tokens.input_ids)} text tokens")
+        num_images = len(tokens.image_offsets)
         if num_images * self.grid[0] * self.grid[1] > self.visual_budget:
             return self._too_many_images(num_images)
         return None
@@ -139,6 +139,6 @@ class RowEncoder:
     def _too_many_images(self, number: int) -> SampleError:
         return SampleError(
             Reason.TOO_MANY_IMAGES,
-            f"{number} images make {number * self.grid[0] * self.grid[1]} visual rows, more than "
+            f"{number} images make {number * self.grid[0] * self.grid[1]} visual tokens, more than "
             f"data.visual_budget {self.visual_budget}",
         )

@@ -26,7 +26,7 @@ class Records:
 
     positions: np.ndarray  # int64: where in the endless sequence
     files: np.ndarray  # int64: which file
-    rows: np.ndarray  # int64: which row of it
+    numbers: np.ndarray  # int64: which record of it
 
 
 @dataclass(frozen=True)
@@ -63,28 +63,30 @@ class EpochOrder:
         drawn = shuffled(positions - epoch * self.length, self.length, self._key("epoch", epoch))
         ends = np.cumsum(self.quotas)
         files = np.searchsorted(ends, drawn, side="right")
-        rows = np.empty_like(drawn)
+        numbers = np.empty_like(drawn)
         for file in np.unique(files):
             chosen = files == file
             start = int(ends[file]) - self.quotas[file]
-            rows[chosen] = self._rows(int(file), epoch, drawn[chosen] - start)
-        return Records(positions, files, rows)
+            numbers[chosen] = self._numbers(int(file), epoch, drawn[chosen] - start)
+        return Records(positions, files, numbers)
 
-    def _rows(self, file: int, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Rows at some places of a file's quota in an epoch.
+    def _numbers(self, file: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Records at some places of a file's quota in an epoch.
 
-        Epoch after epoch a file goes through shuffled passes over its rows. A quota need not be
+        Epoch after epoch a file goes through shuffled passes over its records. A quota need not be
         whole passes: the next epoch goes on where this one ended, so that with weight 0.5 two
         epochs show every record once.
         """
         size = self.sizes[file]
-        passes, rows = np.divmod(epoch * self.quotas[file] + places, size)
+        passes, numbers = np.divmod(epoch * self.quotas[file] + places, size)
         if self.quotas[file] == size:
-            return rows  # one pass per epoch, and the epoch itself is shuffled
+            return numbers  # one pass per epoch, and the epoch itself is shuffled
         for number in np.unique(passes):
             chosen = passes == number
-            rows[chosen] = shuffled(rows[chosen], size, self._key(f"file {file}", int(number)))
-        return rows
+            numbers[chosen] = shuffled(
+                numbers[chosen], size, self._key(f"file {file}", int(number))
+            )
+        return numbers
 
     def _key(self, what: str, number: int) -> int:
         text = f"seed {self.seed}, {what}, {number}"

@@ -28,7 +28,7 @@ def locate_image(root: str, path: str) -> str:
     """
     if _ADDRESS.match(path):
         kind = "a data URI" if path[:5].lower() == "data:" else "an address"
-        raise SampleError(Reason.BAD_ROW, f"image {quoted(path)} is {kind}; only files are read")
+        raise SampleError(Reason.BAD_RECORD, f"image {quoted(path)} is {kind}; only files are read")
     if not _can_be_a_path(path):
         raise SampleError(
             Reason.MISSING_IMAGE, f"image path {quoted(path)} is none that a file has"

@@ -14,14 +14,14 @@ from typing import Any
 from megatron_dattn.data.config import DataConfig, DatasetConfig
 from megatron_dattn.data.counters import LoaderCounters, count_pack
 from megatron_dattn.data.dataset import PreparedDataset, open_dataset
-from megatron_dattn.data.encoder import RowEncoder
+from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.energon import PackingDataset, WorkerConfig, reraise_exception
 from megatron_dattn.data.epochs import records_per_epoch
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.packing import buffer_size
+from megatron_dattn.data.record_source import TrainingRecords, ValidationRecords
 from megatron_dattn.data.rejection import Rejection
-from megatron_dattn.data.row_source import TrainingRows, ValidationRows
 from megatron_dattn.data.sample import LoadedPack, PackedBatch
 from megatron_dattn.data.skip_limit import most_in_a_row
 from megatron_dattn.data.task_encoder import VLMTaskEncoder
@@ -70,7 +70,7 @@ def build_loader(
         seed_offset=seed,
         global_error_handler=reraise_exception,
     )
-    encoder, pad_id = _row_encoder(config, model_config)
+    encoder, pad_id = _sample_encoder(config, model_config)
     task_encoder = VLMTaskEncoder(
         encoder, max_samples=micro_batch_size, pad_id=pad_id, keep_order=not training
     )
@@ -211,15 +211,15 @@ class _PackSource:
         return buffer_size(self.config.packing_buffer_size, self.task_encoder.max_samples)
 
     def _chain(self) -> PackingDataset:
-        rows = (
-            TrainingRows(self.datasets, self.workers, self.seed)
+        records = (
+            TrainingRecords(self.datasets, self.workers, self.seed)
             if self.training
-            else ValidationRows(self.datasets, self.workers)
+            else ValidationRecords(self.datasets, self.workers)
         )
-        return self.task_encoder.build_chain(rows, packing_buffer_size=self.packing_buffer_size)
+        return self.task_encoder.build_chain(records, packing_buffer_size=self.packing_buffer_size)
 
 
-def _row_encoder(config: DataConfig, model: ModelConfig) -> tuple[RowEncoder, int]:
+def _sample_encoder(config: DataConfig, model: ModelConfig) -> tuple[SampleEncoder, int]:
     tokenizer = load_tokenizer(
         config.tokenizer, template=config.template, vocab_size=model.language.vocab_size
     )
@@ -232,9 +232,9 @@ def _row_encoder(config: DataConfig, model: ModelConfig) -> tuple[RowEncoder, in
     if model.tokens_per_image > config.visual_budget:
         raise ConfigError(
             f"data.visual_budget {config.visual_budget} is smaller than one image, which has "
-            f"{model.tokens_per_image} visual rows"
+            f"{model.tokens_per_image} visual tokens"
         )
-    encoder = RowEncoder(
+    encoder = SampleEncoder(
         tokenizer=ConversationTokenizer(tokenizer, config.template),
         preprocessor=preprocessor,
         grid=model.image_grid,

@@ -5,6 +5,7 @@ pickled with tensors and arrays as plain bytes, and unpickled by a reader that k
 classes that occur: a checkpoint cannot make it call anything else.
 """
 
+import dataclasses
 import io
 import pickle
 from typing import Any
@@ -25,6 +26,9 @@ _STATE_CLASSES = {
     "collections": ("OrderedDict",),
     __name__: ("_tensor_from_bytes", "_array_from_bytes"),
 }
+# Names of ours that older versions stored: of a class that Energon compares, and of a reason that
+# the counters know.
+_RENAMED = {"TrainingRows": "TrainingRecords", "bad_row": "bad_record"}
 
 
 def dump_state(state: Any) -> bytes:
@@ -41,12 +45,26 @@ def load_state(data: bytes) -> Any:
         CheckpointError: the bytes are damaged or name a class that a loader state never holds.
     """
     try:
-        return _StateUnpickler(io.BytesIO(data)).load()
+        return _with_current_names(_StateUnpickler(io.BytesIO(data)).load())
     except CheckpointError:
         raise
     except Exception as error:
         # Damaged bytes can make pickle raise almost anything.
         raise CheckpointError(f"the data loader's state is damaged: {error}") from error
+
+
+def _with_current_names(value: Any) -> Any:
+    if isinstance(value, str):
+        return _RENAMED.get(value, value)
+    if isinstance(value, dict):
+        renamed = {_with_current_names(key): _with_current_names(v) for key, v in value.items()}
+        return type(value)(renamed)
+    if isinstance(value, list):
+        return [_with_current_names(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            setattr(value, field.name, _with_current_names(getattr(value, field.name)))
+    return value
 
 
 def _tensor_from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

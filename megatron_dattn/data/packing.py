@@ -1,10 +1,10 @@
 """Which samples share a pack: first fit over a buffer of samples.
 
-A pack is full when its visual rows, its text rows or its number of samples are used up. First fit
-keeps the samples' order as far as it can, so that a shuffled stream stays shuffled (sorting by size
-would fill slightly better and put all long samples together). Where an epoch ends, the pack that
-its last samples began is filled up by the next epoch's first ones, and no earlier pack is: packs
-give out an epoch to its last sample before they give out another.
+A pack is full when its visual tokens, its text tokens or its number of samples are used up. First
+fit keeps the samples' order as far as it can, so that a shuffled stream stays shuffled (sorting by
+size would fill slightly better and put all long samples together). Where an epoch ends, the pack
+that its last samples began is filled up by the next epoch's first ones, and no earlier pack is:
+packs give out an epoch to its last sample before they give out another.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class Sized(Protocol):
-    """Anything with row counts."""
+    """Anything with token counts."""
 
     @property
     def num_visual_tokens(self) -> int: ...
@@ -75,7 +75,7 @@ def pack_samples(
             if not pack.takes(sample):
                 raise ValueError(
                     f"sample {index} has {sample.num_visual_tokens} visual and "
-                    f"{sample.num_text_tokens} text rows; the budgets are {visual_budget} and "
+                    f"{sample.num_text_tokens} text tokens; the budgets are {visual_budget} and "
                     f"{text_budget}"
                 )
             packs.append(pack)

@@ -1,9 +1,9 @@
 """From LLaVA's JSON to what the loader reads: JSON lines, their index, and a config snippet.
 
-Every row gets a `key`, the file's name and the row's zero-padded number in it, which appears in
-logs and sample ledgers: LLaVA's own ids are not unique. Rows are not judged here, but for missing
-images where that is asked for; the loader skips and counts bad ones, and `check.py` lists them
-beforehand.
+Every record gets a `key`, the file's name and the record's zero-padded number in it, which appears
+in logs and sample ledgers: LLaVA's own ids are not unique. Records are not judged here, but for
+missing images where that is asked for; the loader skips and counts bad ones, and `check.py` lists
+them beforehand.
 
 How often a file is shown is decided by the `data` section that a run is started with: an epoch
 shows every record of each file `weight` times. The section that is written here names the weights
@@ -23,7 +23,7 @@ import yaml
 
 from megatron_dattn.data.dataset import MAX_WEIGHT
 from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET, as_line
-from megatron_dattn.data.missing import rows_with_images, write_list
+from megatron_dattn.data.missing import records_with_images, write_list
 from megatron_dattn.errors import ConfigError, DataError, quoted
 from megatron_dattn.runtime.os_errors import named
 from megatron_dattn.yaml_files import CONFIG_DIR, read_yaml
@@ -39,7 +39,7 @@ class Source:
     image_root: Path | None = None
     weight: float = 1.0
     sampling: str = "all"
-    """`all`, or `first:N`, `end:N`, `random:N` where N is a number of rows or a percentage."""
+    """`all`, or `first:N`, `end:N`, `random:N` where N is a number of records or a percentage."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ class Prepared:
     source: Source
     path: Path
     """The .jsonl file."""
-    num_rows: int
+    num_records: int
     num_missing: int = 0
-    """Rows left out because an image is not there."""
+    """Records left out because an image is not there."""
     missing_list: Path | None = None
     """Names them."""
 
 
-def read_rows(path: Path) -> list[Any]:
-    """All rows of a .json (one list) or .jsonl (one object per line) file.
+def read_records(path: Path) -> list[Any]:
+    """All records of a .json (one list) or .jsonl (one object per line) file.
 
     Raises:
-        DataError: the file is missing, is not JSON or holds something else than rows.
+        DataError: the file is missing, is not JSON or holds something else than records.
     """
     try:
         data = path.read_bytes()
@@ -69,21 +69,21 @@ def read_rows(path: Path) -> list[Any]:
         if path.suffix == ".jsonl":
             # Files that were put together one behind the other have marks in the middle too.
             lines = (line.removeprefix("\ufeff").strip() for line in text.split("\n"))
-            rows = [json.loads(line) for line in lines if line]
+            records = [json.loads(line) for line in lines if line]
         else:
-            rows = json.loads(text)
+            records = json.loads(text)
     except FileNotFoundError as error:
         raise DataError(f"'{path}' does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"'{path}' cannot be read as JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"'{path}' must hold a list of rows and at least one of them")
-    return rows
+    if not isinstance(records, list) or not records:
+        raise DataError(f"'{path}' must hold a list of records and at least one of them")
+    return records
 
 
-def select_rows(rows: list[Any], sampling: str, *, seed: int = 0) -> list[tuple[int, Any]]:
-    """The rows that a sampling strategy takes, with their numbers, in the order of the file."""
-    numbered = list(enumerate(rows))
+def select_records(records: list[Any], sampling: str, *, seed: int = 0) -> list[tuple[int, Any]]:
+    """The records that a sampling strategy takes, with their numbers, in the order of the file."""
+    numbered = list(enumerate(records))
     if sampling == "all":
         return numbered
     match = _SAMPLING.fullmatch(sampling)
@@ -93,9 +93,9 @@ def select_rows(rows: list[Any], sampling: str, *, seed: int = 0) -> list[tuple[
             "N a number or a percentage such as 10%"
         )
     kind, number, percent = match[1], int(match[2]), match[3]
-    count = min(len(rows), -(-len(rows) * number // 100) if percent else number)
+    count = min(len(records), -(-len(records) * number // 100) if percent else number)
     if count == 0:
-        raise DataError(f"sampling strategy '{sampling}' takes no rows")
+        raise DataError(f"sampling strategy '{sampling}' takes no records")
     if kind == "first":
         return numbered[:count]
     if kind == "end":
@@ -103,8 +103,8 @@ def select_rows(rows: list[Any], sampling: str, *, seed: int = 0) -> list[tuple[
     return sorted(random.Random(seed).sample(numbered, count))
 
 
-def write_jsonl(rows: Iterable[Any], path: Path) -> int:
-    """Write rows as JSON lines with the index beside them; returns their number.
+def write_jsonl(records: Iterable[Any], path: Path) -> int:
+    """Write records as JSON lines with the index beside them; returns their number.
 
     The index is Energon's: the byte offset of every line and the size of the file, as 64-bit
     integers. Both files appear complete or not at all.
@@ -120,9 +120,9 @@ def write_jsonl(rows: Iterable[Any], path: Path) -> int:
     count = 0
     try:
         with named(path), lines_part.open("wb") as lines, index_part.open("wb") as index:
-            for row in rows:
+            for record in records:
                 index.write(OFFSET.pack(lines.tell()))
-                lines.write(as_line(row))
+                lines.write(as_line(record))
                 count += 1
             index.write(OFFSET.pack(lines.tell()))
         lines_part.rename(path)
@@ -147,11 +147,11 @@ def prepare(
     pretrain_vlm.py with --config.
 
     Args:
-        drop_missing: leave out selected rows that name images which are not there, and list them
+        drop_missing: leave out selected records that name images which are not there, and list them
             in `<name>.missing.txt`.
 
     Raises:
-        DataError: an input cannot be read, an output exists already, or no row is left.
+        DataError: an input cannot be read, an output exists already, or no record is left.
     """
     config_path = output / f"{section}.yaml"
     names = _names(sources)
@@ -164,8 +164,8 @@ def prepare(
         image_root = source.image_root or source.path.parent
         if not image_root.is_dir():
             raise DataError(f"image root '{image_root}' of '{source.path}' is not a folder")
-        rows = select_rows(read_rows(source.path), source.sampling, seed=seed)
-        done = _write_rows(rows, source, output / f"{name}.jsonl", image_root, drop_missing)
+        records = select_records(read_records(source.path), source.sampling, seed=seed)
+        done = _write_records(records, source, output / f"{name}.jsonl", image_root, drop_missing)
         entries.append(
             {
                 "path": f"{CONFIG_DIR}/{done.path.name}",
@@ -178,16 +178,16 @@ def prepare(
         config_path.write_text(yaml.safe_dump({"data": {section: entries}}, sort_keys=False))
 
 
-def _write_rows(
-    rows: list[tuple[int, Any]], source: Source, path: Path, image_root: Path, drop_missing: bool
+def _write_records(
+    records: list[tuple[int, Any]], source: Source, path: Path, image_root: Path, drop_missing: bool
 ) -> Prepared:
     if not drop_missing:
-        return Prepared(source, path, write_jsonl(_keyed(rows, path.stem), path))
+        return Prepared(source, path, write_jsonl(_keyed(records, path.stem), path))
     missing: list[tuple[int, str]] = []
-    kept = list(rows_with_images(rows, image_root, missing))
+    kept = list(records_with_images(records, image_root, missing))
     if not kept:
         raise DataError(
-            f"every selected row of '{source.path}' names an image that is not below "
+            f"every selected record of '{source.path}' names an image that is not below "
             f"'{image_root}', for example {quoted(missing[0][1])}; is --image-root right?"
         )
     count = write_jsonl(_keyed(kept, path.stem), path)
@@ -268,6 +268,6 @@ def _names(sources: list[Source]) -> list[str]:
     return names
 
 
-def _keyed(rows: list[tuple[int, Any]], name: str) -> Iterator[Any]:
-    for number, row in rows:
-        yield {**row, "key": f"{name}-{number:09d}"} if isinstance(row, dict) else row
+def _keyed(records: list[tuple[int, Any]], name: str) -> Iterator[Any]:
+    for number, record in records:
+        yield {**record, "key": f"{name}-{number:09d}"} if isinstance(record, dict) else record

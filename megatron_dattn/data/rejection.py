@@ -1,8 +1,8 @@
 """Why a sample is not used.
 
-Real data sets hold missing images, empty answers and rows that do not fit. Such a sample is never
-dropped in silence: it is rejected with one of these reasons, which are what the loader counts and
-what `tools/check_data.py` tabulates.
+Real data sets hold missing images, empty answers and records that do not fit. Such a sample is
+never dropped in silence: it is rejected with one of these reasons, which are what the loader counts
+and what `tools/check_data.py` tabulates.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ MAX_MESSAGE = 300  # characters: a rejection is one line of a log or of a table
 class Reason(StrEnum):
     """The kinds of unusable samples."""
 
-    BAD_ROW = "bad_row"  # no JSON object of LLaVA's form, more than 16 MiB, half a character
+    BAD_RECORD = "bad_record"  # no JSON object of LLaVA's form, more than 16 MiB, half a character
     ODD_ROLES = "odd_roles"
     NO_ANSWER = "no_answer"
     EMPTY_ANSWER = "empty_answer"

@@ -21,13 +21,15 @@ from megatron_dattn.errors import UserError
 
 @dataclass
 class EncodedSample:
-    """One conversation as text rows, and its images at the encoder's size but still as bytes."""
+    """One conversation as text tokens, and its images at the encoder's size but still as bytes."""
 
     __key__: str
     __restore_key__: tuple[Any, ...]
-    input_ids: np.ndarray  # int64 [text rows]
-    labels: np.ndarray  # int64 [text rows]: the next token if it is supervised, else IGNORED_LABEL
-    image_offsets: tuple[int, ...]  # per image: text rows before it
+    input_ids: np.ndarray  # int64 [text tokens]
+    labels: (
+        np.ndarray
+    )  # int64 [text tokens]: the next token if it is supervised, else IGNORED_LABEL
+    image_offsets: tuple[int, ...]  # per image: text tokens before it
     images: list[np.ndarray]  # uint8 [image_size, image_size, 3] each
     grid: tuple[int, int]  # patch rows, patch columns of every image
     epoch: int  # in which the sample takes its turn, counted from 0
@@ -52,7 +54,7 @@ class RejectedSample:
 
 @dataclass
 class PackedBatch:
-    """One micro-batch: several samples in one flat pack of rows (see TokenLayout)."""
+    """One micro-batch: several samples in one flat pack of tokens (see TokenLayout)."""
 
     layout: TokenLayout
     input_ids: Tensor  # int64 [text_budget], padded with the pad id
@@ -133,13 +135,13 @@ def build_batch(
 
 
 def _prompt_length(labels: np.ndarray) -> int:
-    """Leading rows that no label teaches to predict: up to the first row that has a label."""
+    """Leading tokens that no label teaches to predict: up to the first token that has a label."""
     supervised = np.flatnonzero(labels != IGNORED_LABEL)
     return int(supervised[0]) + 1 if len(supervised) else len(labels)
 
 
-def _padded(rows: list[np.ndarray], length: int, fill: int) -> Tensor:
+def _padded(tokens: list[np.ndarray], length: int, fill: int) -> Tensor:
     padded = np.full(length, fill, dtype=np.int64)
-    valid = np.concatenate(rows)
+    valid = np.concatenate(tokens)
     padded[: len(valid)] = valid
     return torch.from_numpy(padded)

@@ -26,7 +26,7 @@ _CHANCE_OF_ALL = 1e-6
 _CHANCE_OF_A_WINDOW = 1e-12  # of which a run has one per WINDOWS[0] samples, and some longer ones
 _CHANCE_OF_A_RANK = 1e-12  # per place in a rank's stream, of which a run has many
 
-_FEWEST_IN_A_ROW, _MOST_IN_A_ROW = 100, 10_000
+_FEWEST_IN_A_RECORD, _MOST_IN_A_RECORD = 100, 10_000
 
 WINDOWS = (1_000, 10_000, 100_000)
 """Samples after which a new window begins."""
@@ -60,11 +60,11 @@ def _relative_entropy(share: float, limit: float) -> float:
 def most_in_a_row(limit: float) -> int:
     """Unusable samples in a row after which a rank gives up."""
     if limit == 0.0:
-        return _FEWEST_IN_A_ROW
+        return _FEWEST_IN_A_RECORD
     if limit == 1.0:
-        return _MOST_IN_A_ROW
+        return _MOST_IN_A_RECORD
     by_chance = math.ceil(math.log(_CHANCE_OF_A_RANK) / math.log(limit))
-    return max(_FEWEST_IN_A_ROW, min(_MOST_IN_A_ROW, by_chance))
+    return max(_FEWEST_IN_A_RECORD, min(_MOST_IN_A_RECORD, by_chance))
 
 
 def check_share(skipped: dict[str, int], num_seen: int, limit: float) -> None:

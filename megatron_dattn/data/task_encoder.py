@@ -1,6 +1,6 @@
 """The task encoder: what Energon calls in its workers.
 
-    row --cook--> conversation --encode--> rows and pixels --pack--> LoadedPack
+    record --cook--> conversation --encode--> tokens and pixels --pack--> LoadedPack
 
 A sample that cannot be used becomes a RejectedSample and stays in the stream up to the trainer's
 process: nothing is lost without being counted, counts need no channel of their own and are as exact
@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from megatron_dattn.data.conversation import Conversation, parse_row
-from megatron_dattn.data.encoder import RowEncoder
+from megatron_dattn.data.conversation import Conversation, parse_record
+from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.energon import MapDataset, PackingDataset, TaskEncoder, stateless
 from megatron_dattn.data.packing import pack_samples
+from megatron_dattn.data.record_source import RecordSource
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
-from megatron_dattn.data.row_source import RowSource
 from megatron_dattn.data.sample import (
     EncodedSample,
     LoadedPack,
@@ -46,22 +46,22 @@ class CookedSample:
 
 
 @stateless
-def cook_row(sample: dict[str, Any]) -> CookedSample | RejectedSample:
+def cook_record(sample: dict[str, Any]) -> CookedSample | RejectedSample:
     """Parse and normalise one line of a LLaVA file."""
     key, restore_key = sample["__key__"], sample["__restore_key__"]
     try:
-        row = _parse_json(sample["json"])
-        own_key = row.get("key") if isinstance(row, dict) else None
+        record = _parse_json(sample["json"])
+        own_key = record.get("key") if isinstance(record, dict) else None
         if _is_key(own_key):
             key = own_key
-        conversation = parse_row(row)
+        conversation = parse_record(record)
     except SampleError as error:
         return RejectedSample(key, restore_key, Rejection(key, error.reason, str(error)))
     return CookedSample(key, restore_key, conversation, sample["image_root"], sample["epoch"])
 
 
 def _is_key(value: Any) -> TypeGuard[str]:
-    """Whether it names a sample in a line of a log; the row's number does otherwise."""
+    """Whether it names a sample in a line of a log; the record's number does otherwise."""
     return isinstance(value, str) and len(value) <= MAX_KEY_LENGTH and value.isprintable()
 
 
@@ -71,14 +71,14 @@ def _parse_json(line: bytes | SampleError) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise SampleError(Reason.BAD_ROW, f"the line is not valid JSON: {error}") from error
+        raise SampleError(Reason.BAD_RECORD, f"the line is not valid JSON: {error}") from error
 
 
 class VLMTaskEncoder(TaskEncoder):
     """Encodes and packs; the settings are those of the run."""
 
     def __init__(
-        self, encoder: RowEncoder, *, max_samples: int, pad_id: int, keep_order: bool
+        self, encoder: SampleEncoder, *, max_samples: int, pad_id: int, keep_order: bool
     ) -> None:
         self.encoder = encoder
         self.max_samples = max_samples
@@ -94,7 +94,7 @@ class VLMTaskEncoder(TaskEncoder):
         key, restore_key = sample.__key__, sample.__restore_key__
         images = sample.conversation.images
         try:
-            row = self.encoder(sample.conversation, sample.image_root)
+            encoded = self.encoder(sample.conversation, sample.image_root)
         except MemoryError as error:
             work = f"preparing sample {key} with images {quoted(list(images), 200)}"
             raise out_of_memory(work) from error
@@ -103,18 +103,18 @@ class VLMTaskEncoder(TaskEncoder):
         return EncodedSample(
             key,
             restore_key,
-            input_ids=row.input_ids,
-            labels=row.labels,
-            image_offsets=row.image_offsets,
-            images=row.images,
+            input_ids=encoded.input_ids,
+            labels=encoded.labels,
+            image_offsets=encoded.image_offsets,
+            images=encoded.images,
             grid=self.encoder.grid,
             epoch=sample.epoch,
         )
 
-    def build_chain(self, rows: RowSource, *, packing_buffer_size: int) -> PackingDataset:
-        """Everything from rows to packs, as data sets around each other."""
-        workers = rows.worker_config
-        cooked = MapDataset(rows, cook_row, stateless_map_fn=True, worker_config=workers)
+    def build_chain(self, records: RecordSource, *, packing_buffer_size: int) -> PackingDataset:
+        """Everything from records to packs, as data sets around each other."""
+        workers = records.worker_config
+        cooked = MapDataset(records, cook_record, stateless_map_fn=True, worker_config=workers)
         encoded = self.build_encode_sample(cooked, worker_config=workers)
         return CarryingPacking(
             encoded,

@@ -1,4 +1,4 @@
-"""From a conversation to text rows and labels: render once, tokenise once.
+"""From a conversation to text tokens and labels: render once, tokenise once.
 
 The template marks what is supervised, the tokenizer says which characters each token came from, and
 the label mask is the overlap of the two. No part is ever tokenised on its own, so mask and tokens
@@ -29,16 +29,16 @@ Shape = tuple[bool, tuple[tuple[str, int], ...]]  # system message? role and ima
 
 
 @dataclass(frozen=True)
-class TextRows:
+class TextTokens:
     """A conversation as the language model gets it; the `<image>` tokens are taken out."""
 
     input_ids: list[int]
     labels: list[int]  # the next token if it is supervised, else IGNORED_LABEL
-    image_offsets: tuple[int, ...]  # per image: text rows before it
+    image_offsets: tuple[int, ...]  # per image: text tokens before it
 
 
 class ConversationTokenizer:
-    """Turns conversations into text rows under one template."""
+    """Turns conversations into text tokens under one template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         self.template = template
@@ -52,7 +52,7 @@ class ConversationTokenizer:
         self.longest_token = longest_token(tokenizer)
         self._expected: dict[Shape, list[int]] = {}
 
-    def __call__(self, conversation: Conversation) -> TextRows:
+    def __call__(self, conversation: Conversation) -> TextTokens:
         """Render and tokenise.
 
         Raises:
@@ -61,7 +61,7 @@ class ConversationTokenizer:
         """
         self.require_turns(conversation)
         ids, supervised = self._checked(conversation)
-        return _text_rows(ids, supervised, self._image_id)
+        return _text_tokens(ids, supervised, self._image_id)
 
     def require_turns(self, conversation: Conversation) -> None:
         """Raise SampleError if the template cannot express so many turns."""
@@ -72,8 +72,8 @@ class ConversationTokenizer:
                 f"{len(conversation.turns)} turns",
             )
 
-    def prompt(self, conversation: Conversation) -> TextRows:
-        """The rows that an answer continues, from a conversation whose last turn is a question.
+    def prompt(self, conversation: Conversation) -> TextTokens:
+        """The tokens that an answer continues, from a conversation whose last turn is a question.
 
         Raises:
             SampleError: as for a whole conversation.
@@ -83,7 +83,7 @@ class ConversationTokenizer:
         ids, supervised = self._checked(conversation)
         if self.template == "plain":
             ids = ids[: supervised.index(True)]
-        return _text_rows(ids, [False] * len(ids), self._image_id)
+        return _text_tokens(ids, [False] * len(ids), self._image_id)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The conversation's full text and the spans of it that are supervised.
@@ -155,16 +155,16 @@ def _supervised(offsets: list[Span], spans: list[Span]) -> list[bool]:
     return mask
 
 
-def _text_rows(ids: list[int], supervised: list[bool], image_id: int) -> TextRows:
-    rows: list[int] = []
+def _text_tokens(ids: list[int], supervised: list[bool], image_id: int) -> TextTokens:
+    tokens: list[int] = []
     labels: list[int] = []
     image_offsets: list[int] = []
     for index, is_supervised in zip(ids, supervised, strict=True):
         if index == image_id:
-            image_offsets.append(len(rows))
+            image_offsets.append(len(tokens))
             continue
-        if rows:
+        if tokens:
             labels.append(index if is_supervised else IGNORED_LABEL)
-        rows.append(index)
+        tokens.append(index)
     labels.append(IGNORED_LABEL)
-    return TextRows(rows, labels, tuple(image_offsets))
+    return TextTokens(tokens, labels, tuple(image_offsets))

@@ -38,7 +38,7 @@ def load_tokenizer(
     Args:
         folder: a local folder; nothing is ever downloaded and no code in it is run.
         template: the conversation template whose control tokens must exist.
-        vocab_size: rows of the model's embedding, if known.
+        vocab_size: entries of the model's embedding, if known.
 
     Raises:
         ConfigError: naming what is missing and how to mend it.
@@ -176,7 +176,7 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills unused text rows: the pad token, else `<unk>` (Mistral), else the end."""
+    """The id that fills unused text tokens: the pad token, else `<unk>` (Mistral), else the end."""
     for index in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
         if index is not None:
             return int(index)

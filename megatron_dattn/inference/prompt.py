@@ -1,4 +1,4 @@
-"""What is asked: a question as text rows, and its images."""
+"""What is asked: a question as text tokens, and its images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn, re
 from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.data.sample import PackedBatch
-from megatron_dattn.data.template import TextRows
+from megatron_dattn.data.template import TextTokens
 from megatron_dattn.errors import DataError, quoted
 from megatron_dattn.inference.image_cache import EncodedImage, Image, read_image
 from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
@@ -22,7 +22,7 @@ from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
 class Prompt:
     """A question as the model gets it."""
 
-    tokens: TextRows
+    tokens: TextTokens
     images: tuple[Image, ...]
     """In reading order: uint8 [image_size, image_size, 3], or what `encode_images` made of it."""
 
@@ -78,7 +78,7 @@ def pack_prompts(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]
 
 
 def prompt_layout(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> TokenLayout:
-    """Which row is what in such a pack."""
+    """Which token is what in such a pack."""
     grid = loaded.model.model_config.image_grid
     spans = tuple(
         ImageSpan(sample=index, text_offset=offset, grid=grid)
@@ -89,7 +89,7 @@ def prompt_layout(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]
     return TokenLayout(
         text_lengths=lengths,
         images=spans,
-        visual_budget=sum(span.num_rows for span in spans),
+        visual_budget=sum(span.num_tokens for span in spans),
         text_budget=sum(lengths),
         prompt_lengths=tuple(len(prompt.tokens.input_ids) for prompt, _ in samples),
     )

@@ -16,7 +16,7 @@ from megatron_dattn.training.run_lock import LOCK_FILE, Owner, RunLock
 from tests.functional.workspace import Workspace, make_workspace, pretrain
 from tests.functional.workspace import run_main as _main
 from tests.support.distributed import run_distributed
-from tests.unit.data.builders import make_dataset, make_rows
+from tests.unit.data.builders import make_dataset, make_records
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,9 @@ def test_validation_data_of_one_record_is_evaluated_by_the_rank_that_has_it(
 
     Both evaluate the same pack by the same weights, as rates of 1e-12 leave them where they were.
     """
-    few = make_dataset(workspace.folder / "data", make_rows(workspace.folder / "data", 1), "single")
+    few = make_dataset(
+        workspace.folder / "data", make_records(workspace.folder / "data", 1), "single"
+    )
     flags = ["--data.validation", f"[{{path: {few.path}}}]", "--eval-interval", "1"]
     for module in ("vision_model", "adapter", "language_model"):
         flags += [f"--optimizer.learning_rates.{module}", "1e-12"]

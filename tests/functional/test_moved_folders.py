@@ -10,7 +10,7 @@ from megatron_dattn.config.cli import load_config
 from megatron_dattn.conversion.hf_import.run import import_checkpoint
 from tests.functional.workspace import pretrain
 from tests.unit.conversion.hf_models import save_language, save_vision
-from tests.unit.data.builders import make_rows
+from tests.unit.data.builders import make_records
 from tools import convert_checkpoint, generate, plot_training, prepare_data
 
 
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_vision(first / "vision")
     save_language(first / "language")
     import_checkpoint(first / "vision", first / "language", first / "import", dtype="fp32")
-    rows = make_rows(first / "prepared", 12)
+    rows = make_records(first / "prepared", 12)
     (first / "rows.json").write_text(json.dumps(rows))
     arguments = ["--image-root", str(first / "prepared"), "--output", str(first / "prepared")]
     assert prepare_data.main([str(first / "rows.json"), *arguments]) == 0

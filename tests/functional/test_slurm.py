@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.unit.data.builders import make_dataset, make_rows, save_processor
+from tests.unit.data.builders import make_dataset, make_records, save_processor
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "examples" / "slurm"
@@ -197,7 +197,7 @@ def training_cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 def write_recipe(folder: Path) -> None:
     processor = save_processor(folder / "tokenizer")
-    train = make_dataset(folder / "data", make_rows(folder / "data", 60))
+    train = make_dataset(folder / "data", make_records(folder / "data", 60))
     recipe = folder / "recipe"
     recipe.mkdir()
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

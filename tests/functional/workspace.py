@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tests.unit.data.builders import make_dataset, make_rows, save_processor
+from tests.unit.data.builders import make_dataset, make_records, save_processor
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 512
@@ -63,8 +63,8 @@ class Workspace:
 def make_workspace(folder: Path, **training: Any) -> Workspace:
     """Data, tokenizer and configuration of a run of 8 steps of 8 samples."""
     processor = save_processor(folder / "tokenizer")
-    train = make_dataset(folder / "data", make_rows(folder / "data", 40), "train")
-    validation = make_dataset(folder / "data", make_rows(folder / "data", 9), "validation")
+    train = make_dataset(folder / "data", make_records(folder / "data", 40), "train")
+    validation = make_dataset(folder / "data", make_records(folder / "data", 9), "validation")
     settings = {
         "model": MODEL,
         "data": {

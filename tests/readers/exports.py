@@ -17,7 +17,7 @@ from examples.quickstart.make_tokenizer import make_tokenizer
 from megatron_dattn.attention import PRESETS, output_tokens
 from megatron_dattn.conversion.families.exportable import check_exportable, is_llava
 from megatron_dattn.conversion.hf_export.run import export_checkpoint
-from megatron_dattn.data.template import TextRows
+from megatron_dattn.data.template import TextTokens
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.inference import Prompt, generate_tokens, load_model
 from megatron_dattn.inference.image_cache import read_image
@@ -133,11 +133,11 @@ def _prompt(loaded: LoadedModel, ids: list[int], pictures: Sequence[int], folder
     text = [i for i in ids if i != IMAGE]
     places = [number for number, i in enumerate(ids) if i == IMAGE]
     offsets = tuple(place - before for before, place in enumerate(places))
-    rows = TextRows(text, [-100] * len(text), offsets)
+    rows = TextTokens(text, [-100] * len(text), offsets)
     return Prompt(rows, tuple(read_image(loaded, folder / f"{n}.png") for n in pictures))
 
 
-def _with_images(rows: TextRows) -> list[int]:
+def _with_images(rows: TextTokens) -> list[int]:
     ids = list(rows.input_ids)
     for before, offset in enumerate(rows.image_offsets):
         ids.insert(offset + before, IMAGE)

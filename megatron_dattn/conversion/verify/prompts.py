@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.labels import IGNORED_LABEL
-from megatron_dattn.data.template import TextRows
+from megatron_dattn.data.template import TextTokens
 from megatron_dattn.data.tokenizer import token_id
 from megatron_dattn.inference.load import RunAssets
 from megatron_dattn.inference.prompt import Prompt
@@ -88,6 +88,6 @@ def _random(assets: RunAssets, what: str, length: int, offsets: tuple[int, ...])
     ids[0] = int(assets.tokenizer.bos_token_id)
     size = (len(offsets), side, side, 3)
     images = torch.randint(256, size, dtype=torch.uint8, generator=generator).numpy()
-    rows = TextRows(ids.tolist(), [IGNORED_LABEL] * length, offsets)
+    rows = TextTokens(ids.tolist(), [IGNORED_LABEL] * length, offsets)
     prompt = Prompt(rows, tuple(images))
     return Asked(what, prompt, assets.preprocessor.normalise(prompt.pixels))

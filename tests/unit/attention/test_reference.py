@@ -147,10 +147,10 @@ def test_no_label_and_no_later_image_reaches_a_prediction(preset: str, layout: T
             assert not reaches[token, others].any()
             if config.t2v.scope == "following" and config.v2t != "prompt":
                 later = [
-                    image_row
+                    image_record
                     for index in layout.sample_images(sample)
                     if layout.images[index].text_offset > text - start
-                    for image_row in range(*layout.image_tokens[index])
+                    for image_record in range(*layout.image_tokens[index])
                 ]
                 assert not reaches[text, later].any()
 

@@ -71,8 +71,8 @@ def save_processor(folder: Path, *, image_size: int = IMAGE_SIZE) -> Path:
     return folder
 
 
-def row(question: str, answer: str, image: str | list[str] | None = None) -> dict[str, Any]:
-    """A LLaVA row with one exchange."""
+def record(question: str, answer: str, image: str | list[str] | None = None) -> dict[str, Any]:
+    """A LLaVA record with one exchange."""
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"conversations": turns} if image is None else {"image": image, "conversations": turns}
 
@@ -83,27 +83,27 @@ def save_image(path: Path, seed: int, side: int = 20) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def make_rows(folder: Path, count: int, *, images: int = 8) -> list[dict[str, Any]]:
-    """Rows of different lengths; every fifth is text-only, every seventh has two images."""
+def make_records(folder: Path, count: int, *, images: int = 8) -> list[dict[str, Any]]:
+    """Records of different lengths; every fifth is text-only, every seventh has two images."""
     for index in range(images):
         save_image(folder / "images" / f"{index}.png", seed=index)
-    rows = []
+    records = []
     for index in range(count):
         name = f"images/{index % images}.png"
         answer = "a red square " * (1 + index % 4) + str(index)
         if index % 5 == 4:
-            rows.append(row("what is number 1 ?", answer))
+            records.append(record("what is number 1 ?", answer))
         elif index % 7 == 6:
-            rows.append(row("<image> and <image> ?", answer, [name, "images/0.png"]))
+            records.append(record("<image> and <image> ?", answer, [name, "images/0.png"]))
         else:
-            rows.append(row("what is in the picture ?\n<image>", answer, name))
-    return rows
+            records.append(record("what is in the picture ?\n<image>", answer, name))
+    return records
 
 
-def make_dataset(folder: Path, rows: list[dict[str, Any]], name: str = "set") -> DatasetConfig:
-    """Write and index rows; images are looked up in `folder`."""
+def make_dataset(folder: Path, records: list[dict[str, Any]], name: str = "set") -> DatasetConfig:
+    """Write and index records; images are looked up in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(rows, folder / f"{name}.jsonl")
+    write_jsonl(records, folder / f"{name}.jsonl")
     return DatasetConfig(path=str(folder / f"{name}.jsonl"))
 
 

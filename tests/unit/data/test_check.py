@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from megatron_dattn.data.check import RowChecker
-from megatron_dattn.data.conversation import parse_row
+from megatron_dattn.data.check import RecordChecker
+from megatron_dattn.data.conversation import parse_record
 from megatron_dattn.data.json_lines import MAX_LINE_BYTES
 from megatron_dattn.data.rejection import Reason
-from tests.unit.data.builders import make_rows, row
-from tests.unit.data.test_loader import bad_rows
+from tests.unit.data.builders import make_records, record
+from tests.unit.data.test_loader import bad_records
 from tools import check_data, prepare_data
 
 
-def write(path: Path, rows: list[Any]) -> str:
-    path.write_text(json.dumps(rows))
+def write(path: Path, records: list[Any]) -> str:
+    path.write_text(json.dumps(records))
     return str(path)
 
 
@@ -35,19 +35,19 @@ def options(processor: Path) -> list[str]:
 def test_good_data_passes(
     processor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path / "data.json", make_rows(tmp_path, 20))
+    path = write(tmp_path / "data.json", make_records(tmp_path, 20))
     assert check_data.main([path, *options(processor)]) == 0
-    assert "20 rows" in capsys.readouterr().out
+    assert "20 records" in capsys.readouterr().out
 
 
 def test_every_problem_is_reported(
     processor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = make_rows(tmp_path, 5)
-    for value in rows[:3]:
+    records = make_records(tmp_path, 5)
+    for value in records[:3]:
         value["id"] = "same"
-    bad = bad_rows(tmp_path)
-    path = write(tmp_path / "data.json", [*rows, *bad.values()])
+    bad = bad_records(tmp_path)
+    path = write(tmp_path / "data.json", [*records, *bad.values()])
     report_path = tmp_path / "report.json"
     arguments = [path, "--report", str(report_path), *options(processor)]
     assert check_data.main(arguments) == 2
@@ -55,9 +55,9 @@ def test_every_problem_is_reported(
     problems = report["problems"]
     assert set(problems) == {str(reason) for reason in bad}
     assert all(problem["count"] == 1 for problem in problems.values())
-    assert problems["missing_image"]["examples"][0]["row"] == "row 11"
-    assert report["rows"] == 15
-    assert report["bad_rows"] == 10
+    assert problems["missing_image"]["examples"][0]["record"] == "record 11"
+    assert report["records"] == 15
+    assert report["bad_records"] == 10
     assert report["duplicate_ids"] == 2
     table = capsys.readouterr().out
     for reason in bad:
@@ -65,23 +65,23 @@ def test_every_problem_is_reported(
 
 
 def test_missing_images_can_be_accepted(tmp_path: Path) -> None:
-    rows = [*make_rows(tmp_path, 5), row("<image>", "y", "none.png")]
-    path = write(tmp_path / "data.json", rows)
+    records = [*make_records(tmp_path, 5), record("<image>", "y", "none.png")]
+    path = write(tmp_path / "data.json", records)
     assert check_data.main([path]) == 2
     assert check_data.main([path, "--missing", "skip"]) == 0
-    path = write(tmp_path / "data.json", [*rows, row("x", "")])
+    path = write(tmp_path / "data.json", [*records, record("x", "")])
     assert check_data.main([path, "--missing", "skip"]) == 2
 
 
-def test_one_row_can_have_several_problems(processor: Path, tmp_path: Path) -> None:
-    rows = [row("<image><image>" + "a red square " * 400, "y", ["none.png", "gone.png"])]
+def test_one_record_can_have_several_problems(processor: Path, tmp_path: Path) -> None:
+    records = [record("<image><image>" + "a red square " * 400, "y", ["none.png", "gone.png"])]
     report_path = tmp_path / "report.json"
-    path = write(tmp_path / "data.json", rows)
+    path = write(tmp_path / "data.json", records)
     assert check_data.main([path, "--report", str(report_path), *options(processor)]) == 2
     (report,) = json.loads(report_path.read_text())["files"]
     counts = {reason: problem["count"] for reason, problem in report["problems"].items()}
     assert counts == {"missing_image": 2, "too_much_text": 1}
-    assert report["bad_rows"] == 1
+    assert report["bad_records"] == 1
 
 
 def test_an_unreadable_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,42 +92,42 @@ def test_an_unreadable_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_report_that_cannot_be_written_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path / "data.json", make_rows(tmp_path, 1))
+    path = write(tmp_path / "data.json", make_records(tmp_path, 1))
     assert check_data.main([path, "--report", str(tmp_path / "none" / "report.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_images_are_counted_as_the_loader_reads_them(tmp_path: Path) -> None:
-    rows = [*make_rows(tmp_path, 4), {**row("q", "a"), "image": ""}, {"image": 3}]
-    path, report_path = write(tmp_path / "data.json", rows), tmp_path / "report.json"
+    records = [*make_records(tmp_path, 4), {**record("q", "a"), "image": ""}, {"image": 3}]
+    path, report_path = write(tmp_path / "data.json", records), tmp_path / "report.json"
     check_data.main([path, "--report", str(report_path)])
     (report,) = json.loads(report_path.read_text())["files"]
-    assert report["images"] == sum(len(parse_row(value).images) for value in rows[:5])
+    assert report["images"] == sum(len(parse_record(value).images) for value in records[:5])
 
 
 def test_names_that_are_no_text_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file's name may hold any bytes, and JSON any halves of surrogate pairs."""
-    rows = [row("<image>", "a", "../\ud800.png"), {**row("q", "a"), "id": "\ud800"}]
-    path = write(tmp_path / os.fsdecode(b"d\xff.json"), rows)
+    records = [record("<image>", "a", "../\ud800.png"), {**record("q", "a"), "id": "\ud800"}]
+    path = write(tmp_path / os.fsdecode(b"d\xff.json"), records)
     written = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr("sys.stdout", written)
     assert check_data.main([path, "--report", str(tmp_path / "report.json")]) == 2
     assert prepare_data.main([path, "--output", str(tmp_path / "out"), "--drop-missing"]) == 0
     written.seek(0)
     text = written.read()
-    assert "d\\udcff.json: 2 rows, 1 images, 1 rows with problems" in text
-    assert "d\\udcff.json: 1 rows -> " in text
+    assert "d\\udcff.json: 2 records, 1 images, 1 records with problems" in text
+    assert "d\\udcff.json: 1 records -> " in text
     assert "missing_image" in text
     listed = (tmp_path / "out" / os.fsdecode(b"d\xff.missing.txt")).read_text()
     assert listed == '0\t"../\\ud800.png"\n'
 
 
 def test_records_too_long_to_be_read_are_reported(tmp_path: Path) -> None:
-    long = {**row("q", "a"), "picture": "A" * MAX_LINE_BYTES}
-    (found,) = RowChecker(tmp_path, 100)(long)
-    assert found.reason == Reason.BAD_ROW
+    long = {**record("q", "a"), "picture": "A" * MAX_LINE_BYTES}
+    (found,) = RecordChecker(tmp_path, 100)(long)
+    assert found.reason == Reason.BAD_RECORD
     assert f"at most {MAX_LINE_BYTES}" in str(found)
 
 
@@ -135,7 +135,7 @@ def test_an_image_of_many_damaged_notes_is_no_flood_of_warnings(tmp_path: Path) 
     entries = b"".join(struct.pack(">HHII", tag, 7, 200, 0) for tag in range(1000, 1200))
     exif = b"MM\0*" + struct.pack(">IH", 8, 200) + entries + bytes(4)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
-    path = write(tmp_path / "data.json", [row("<image>", "y", "a.jpg")])
+    path = write(tmp_path / "data.json", [record("<image>", "y", "a.jpg")])
     with warnings.catch_warnings(record=True) as caught:
         assert check_data.main([path]) == 0
     assert caught == []

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dattn.data import template
-from megatron_dattn.data.conversation import Conversation, Turn, parse_row
-from megatron_dattn.data.encoder import RowEncoder
+from megatron_dattn.data.conversation import Conversation, Turn, parse_record
+from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.rejection import Reason, SampleError
-from megatron_dattn.data.template import ConversationTokenizer, TextRows
-from tests.unit.data.builders import CORPUS, SPECIAL_TOKENS, make_tokenizer, row
+from megatron_dattn.data.template import ConversationTokenizer, TextTokens
+from tests.unit.data.builders import CORPUS, SPECIAL_TOKENS, make_tokenizer, record
 from tests.unit.data.test_template_families import TOKENIZERS
 
 TEMPLATES = {
@@ -26,8 +26,8 @@ TEMPLATES = {
 every_template = pytest.mark.parametrize("name", TEMPLATES)
 
 
-def encoder(name: str, *, text: int, visual: int = 8, truncate: bool = True) -> RowEncoder:
-    return RowEncoder(
+def encoder(name: str, *, text: int, visual: int = 8, truncate: bool = True) -> SampleEncoder:
+    return SampleEncoder(
         tokenizer=TEMPLATES[name],
         preprocessor=ImagePreprocessor(16),
         grid=(2, 2),
@@ -38,17 +38,17 @@ def encoder(name: str, *, text: int, visual: int = 8, truncate: bool = True) -> 
 
 
 def one_exchange_less_until_it_fits(
-    encoder: RowEncoder, conversation: Conversation
-) -> tuple[TextRows, tuple[str, ...]]:
+    encoder: SampleEncoder, conversation: Conversation
+) -> tuple[TextTokens, tuple[str, ...]]:
     """The slow way, which tokenises everything first."""
     while True:
-        rows = encoder.tokenizer(conversation)
-        if len(rows.input_ids) > encoder.text_budget:
+        records = encoder.tokenizer(conversation)
+        if len(records.input_ids) > encoder.text_budget:
             reason = Reason.TOO_MUCH_TEXT
-        elif len(rows.image_offsets) * 4 > encoder.visual_budget:
+        elif len(records.image_offsets) * 4 > encoder.visual_budget:
             reason = Reason.TOO_MANY_IMAGES
         else:
-            return rows, conversation.images
+            return records, conversation.images
         if not encoder.truncate or conversation.num_exchanges == 1:
             raise SampleError(reason, "")
         conversation = conversation.first_exchanges(conversation.num_exchanges - 1)
@@ -82,7 +82,7 @@ def conversations(draw: st.DrawFn) -> Conversation:
         ]
     images = sum(turn["value"].count("<image>") for turn in turns)
     system = draw(st.none() | words)
-    return parse_row(
+    return parse_record(
         {"conversations": turns, "image": [f"{i}.png" for i in range(images)], "system": system}
     )
 
@@ -100,7 +100,7 @@ def test_what_is_kept_is_what_one_exchange_less_until_it_fits_keeps(
 ) -> None:
     fast = encoder(name, text=text, visual=visual, truncate=truncate)
     expected = outcome(one_exchange_less_until_it_fits, fast, chat)
-    found = outcome(fast.text_rows, chat)
+    found = outcome(fast.text_tokens, chat)
     if expected == Reason.CONTROL_TOKEN and found != expected:
         # It stands where nothing is looked at, because so much text cannot fit.
         assert chat.num_exchanges > text or fast._certain_excess(chat)
@@ -126,9 +126,9 @@ def test_a_conversation_that_just_fits_is_never_refused_by_its_length(name: str)
     for repeats in (1, 10, 50):
         chat = Conversation((Turn("user", "q"), Turn("assistant", "x" + longest * repeats)))
         budget = len(tokenizer(chat).input_ids)
-        assert len(encoder(name, text=budget).text_rows(chat)[0].input_ids) == budget
-        with pytest.raises(SampleError, match="text rows exceed"):
-            encoder(name, text=budget - 1).text_rows(chat)
+        assert len(encoder(name, text=budget).text_tokens(chat)[0].input_ids) == budget
+        with pytest.raises(SampleError, match="text tokens exceed"):
+            encoder(name, text=budget - 1).text_tokens(chat)
 
 
 class Untouched(ConversationTokenizer):
@@ -144,8 +144,8 @@ def untouched() -> Untouched:
     return Untouched(make_tokenizer(), "mistral_v3")
 
 
-def limited(tokenizer: ConversationTokenizer, *, truncate: bool) -> RowEncoder:
-    return RowEncoder(
+def limited(tokenizer: ConversationTokenizer, *, truncate: bool) -> SampleEncoder:
+    return SampleEncoder(
         tokenizer,
         ImagePreprocessor(16),
         (2, 2),
@@ -159,10 +159,10 @@ def limited(tokenizer: ConversationTokenizer, *, truncate: bool) -> RowEncoder:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (row("q", "ab" * 10**6), Reason.TOO_MUCH_TEXT),
-        (row("ab" * 10**6, "x"), Reason.TOO_MUCH_TEXT),
-        ({**row("q", "x"), "system": "ab" * 10**6}, Reason.TOO_MUCH_TEXT),
-        (row("<image>" * 10**5, "x", ["a.png"] * 10**5), Reason.TOO_MANY_IMAGES),
+        (record("q", "ab" * 10**6), Reason.TOO_MUCH_TEXT),
+        (record("ab" * 10**6, "x"), Reason.TOO_MUCH_TEXT),
+        ({**record("q", "x"), "system": "ab" * 10**6}, Reason.TOO_MUCH_TEXT),
+        (record("<image>" * 10**5, "x", ["a.png"] * 10**5), Reason.TOO_MANY_IMAGES),
     ],
     ids=["answer", "question", "system", "images"],
 )
@@ -170,34 +170,34 @@ def test_what_cannot_fit_is_not_tokenised(
     untouched: Untouched, value: Any, reason: Reason, truncate: bool
 ) -> None:
     with pytest.raises(SampleError) as caught:
-        limited(untouched, truncate=truncate).text_rows(parse_row(value))
+        limited(untouched, truncate=truncate).text_tokens(parse_record(value))
     assert caught.value.reason == reason
     assert "data." in str(caught.value)
 
 
-@pytest.mark.parametrize("later", [row("q", "ab" * 10**6), row("<image>" * 10**5, "x")])
+@pytest.mark.parametrize("later", [record("q", "ab" * 10**6), record("<image>" * 10**5, "x")])
 def test_what_is_cut_off_is_not_tokenised(untouched: Untouched, later: Any) -> None:
-    turns = [*row("q", "a")["conversations"], *row("r", "b")["conversations"]]
-    chat = parse_row(
+    turns = [*record("q", "a")["conversations"], *record("r", "b")["conversations"]]
+    chat = parse_record(
         {
             "conversations": [*turns, *later["conversations"]],
             "image": ["a.png"] * later["conversations"][0]["value"].count("<image>"),
         }
     )
-    kept, images = limited(untouched, truncate=True).text_rows(chat)
+    kept, images = limited(untouched, truncate=True).text_tokens(chat)
     assert kept == untouched(chat.first_exchanges(2))
     assert images == ()
     with pytest.raises(SampleError):
-        limited(untouched, truncate=False).text_rows(chat)
+        limited(untouched, truncate=False).text_tokens(chat)
 
 
 def test_many_exchanges_are_cut_with_few_passes(untouched: Untouched) -> None:
     """Not one pass for each exchange that is too many."""
-    chat = parse_row({"conversations": row("q", "a")["conversations"] * 50_000})
-    kept, _ = limited(untouched, truncate=True).text_rows(chat)
+    chat = parse_record({"conversations": record("q", "a")["conversations"] * 50_000})
+    kept, _ = limited(untouched, truncate=True).text_tokens(chat)
     assert 50 < len(kept.input_ids) <= 64
     with pytest.raises(SampleError, match="50000 exchanges"):
-        limited(untouched, truncate=False).text_rows(chat)
+        limited(untouched, truncate=False).text_tokens(chat)
 
 
 def test_shapes_of_conversations_are_not_collected_without_end(

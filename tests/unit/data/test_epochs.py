@@ -13,12 +13,12 @@ GOLDEN_OF_A_MIXTURE = [(0, 2), (1, 1), (0, 0), (1, 0), (0, 1)]
 
 
 def sequence(order: EpochOrder, first: int, count: int, step: int = 1) -> list[tuple[int, int]]:
-    """(file, row) at first, first + step, ...; asked for a few at a time."""
+    """(file, record) at first, first + step, ...; asked for a few at a time."""
     found: list[tuple[int, int]] = []
     while len(found) < count:
         records = order.records(first + step * len(found), step, min(7, count - len(found)))
         assert len(records.files) >= 1
-        found += zip(records.files.tolist(), records.rows.tolist(), strict=True)
+        found += zip(records.files.tolist(), records.numbers.tolist(), strict=True)
     return found
 
 
@@ -61,7 +61,7 @@ def test_an_order_never_changes() -> None:
 def test_every_epoch_shows_every_record_once_in_another_order(sizes: list[int]) -> None:
     order = EpochOrder.of(sizes, [1.0] * len(sizes), seed=3)
     length = sum(sizes)
-    everything = sorted((file, row) for file, size in enumerate(sizes) for row in range(size))
+    everything = sorted((file, record) for file, size in enumerate(sizes) for record in range(size))
     epochs = [sequence(order, epoch * length, length) for epoch in range(6)]
     for epoch in epochs:
         assert sorted(epoch) == everything
@@ -86,10 +86,10 @@ def test_weights_count_how_often_an_epoch_shows_a_record() -> None:
     first, second = (sequence(order, epoch * 18, 18) for epoch in (0, 1))
     for epoch in (first, second):
         counts = Counter(epoch)
-        assert {counts[0, row] for row in range(6)} == {1}
-        assert {counts[1, row] for row in range(4)} == {2}
-        assert sum(counts[2, row] for row in range(8)) == 4
-    assert {Counter(first + second)[2, row] for row in range(8)} == {1}
+        assert {counts[0, record] for record in range(6)} == {1}
+        assert {counts[1, record] for record in range(4)} == {2}
+        assert sum(counts[2, record] for record in range(8)) == 4
+    assert {Counter(first + second)[2, record] for record in range(8)} == {1}
 
 
 def test_the_smallest_weight_still_shows_something() -> None:

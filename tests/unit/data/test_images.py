@@ -280,7 +280,7 @@ def test_absolute_paths_below_the_root_are_those_images(tmp_path: Path) -> None:
 def test_addresses_are_refused_as_what_they_are(tmp_path: Path, path: str) -> None:
     with pytest.raises(SampleError, match="only files are read") as caught:
         read_image_file(str(tmp_path), path + "A" * 300_000)
-    assert caught.value.reason == Reason.BAD_ROW
+    assert caught.value.reason == Reason.BAD_RECORD
 
 
 def test_missing_and_odd_files_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A prepared file and its index: what does not fit is found, at the start or at the row."""
+"""A prepared file and its index: what does not fit is found, at the start or at the record."""
 
 import os
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from megatron_dattn.data.json_lines import MAX_LINE_BYTES, JsonLines
 from megatron_dattn.data.prepare import write_jsonl
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.errors import DataError
-from tests.unit.data.builders import data_config, make_dataset, make_loader, make_rows
+from tests.unit.data.builders import data_config, make_dataset, make_loader, make_records
 
-ROWS = [{"text": "x" * length} for length in (3, 40, 1, 17, 5, 9)]
+RECORDS = [{"text": "x" * length} for length in (3, 40, 1, 17, 5, 9)]
 FAR = np.uint64(2**63)  # beyond what a place in a file can be
 REMEDY = "tools/prepare_data.py"
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    write_jsonl(ROWS, tmp_path / "set.jsonl")
+    write_jsonl(RECORDS, tmp_path / "set.jsonl")
     return tmp_path / "set.jsonl"
 
 
@@ -68,9 +68,9 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 
 def test_lines_are_read_in_any_order(path: Path) -> None:
-    lines = JsonLines(path, len(ROWS))
-    read = {row: lines[row] for row in (5, 0, 3, 1, 4, 2)}
-    assert b"".join(read[row] for row in range(6)) == path.read_bytes()
+    lines = JsonLines(path, len(RECORDS))
+    read = {record: lines[record] for record in (5, 0, 3, 1, 4, 2)}
+    assert b"".join(read[record] for record in range(6)) == path.read_bytes()
     assert open_dataset(DatasetConfig(str(path))).num_samples == 6
 
 
@@ -87,20 +87,23 @@ def test_damage_is_found_at_the_start(path: Path, damage: str) -> None:
 @pytest.mark.parametrize("damage", [name for name in DAMAGE if name != "index not from the start"])
 def test_damage_under_a_reader_is_an_error_and_never_other_lines(path: Path, damage: str) -> None:
     whole = path.read_bytes().splitlines(keepends=True)
-    lines = JsonLines(path, len(ROWS))
+    lines = JsonLines(path, len(RECORDS))
     if "gone" not in damage:  # of what is open, a name may go
         lines[0]
     DAMAGE[damage](path)
     errors = []
-    for row, line in enumerate(whole):
+    for record, line in enumerate(whole):
         try:
-            assert lines[row] == line
+            assert lines[record] == line
         except DataError as error:
-            errors.append((row, error))
-    assert errors or damage == "index too long"  # what it says of the rows is right
-    for row, error in errors:
+            errors.append((record, error))
+    assert errors or damage == "index too long"  # what it says of the records is right
+    for record, error in errors:
         assert not isinstance(error, SampleError), "it is no matter of one sample"
-        assert f"row {row} of data set '{path}'" in f"{error}" or f"row {row}:" in f"{error}"
+        assert (
+            f"record {record} of data set '{path}'" in f"{error}"
+            or f"record {record}:" in f"{error}"
+        )
         assert str(path) in str(error)
         assert REMEDY in str(error)
 
@@ -110,10 +113,10 @@ def test_two_lines_that_became_one_are_both_lost(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(b"\n")] = ord(" ")
     path.write_bytes(data)
-    lines = JsonLines(path, len(ROWS))
-    for row in (0, 1):
-        with pytest.raises(DataError, match=f"about row {row}:"):
-            lines[row]
+    lines = JsonLines(path, len(RECORDS))
+    for record in (0, 1):
+        with pytest.raises(DataError, match=f"about record {record}:"):
+            lines[record]
     assert lines[2] == b'{"text": "x"}\n'
 
 
@@ -124,7 +127,7 @@ def test_a_file_of_another_program_may_lack_the_last_line_break(path: Path) -> N
     assert JsonLines(path, 6)[5] == b'{"text": "xxxxxxxxx"}'
 
 
-def test_a_line_that_is_too_long_is_a_bad_row_and_is_not_read(
+def test_a_line_that_is_too_long_is_a_bad_record_and_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jsonl([{"x": "y" * MAX_LINE_BYTES}, {"x": "y"}], tmp_path / "set.jsonl")
@@ -134,7 +137,7 @@ def test_a_line_that_is_too_long_is_a_bad_row_and_is_not_read(
     monkeypatch.setattr(os, "pread", lambda *at: longest.append(at[1]) or pread(*at))
     with pytest.raises(SampleError, match=str(MAX_LINE_BYTES)) as caught:
         lines[0]
-    assert caught.value.reason == Reason.BAD_ROW
+    assert caught.value.reason == Reason.BAD_RECORD
     assert lines[1] == b'{"x": "y"}\n'
     assert max(longest) < 100
 
@@ -145,12 +148,12 @@ def test_a_run_whose_file_is_damaged_ends_with_one_line(
     processor: Path, tmp_path: Path, num_workers: int, damage: str
 ) -> None:
     """Out of a worker too, where an exception would arrive as the text of a traceback."""
-    dataset = make_dataset(tmp_path, make_rows(tmp_path, 40))
+    dataset = make_dataset(tmp_path, make_records(tmp_path, 40))
     loader = make_loader(data_config(processor, num_workers=num_workers), [dataset])
     batches = iter(loader)
     next(batches)
     DAMAGE[damage](Path(dataset.path))
-    text = r"^data set '.*set.jsonl'.* row \d+:.*prepare_data"
+    text = r"^data set '.*set.jsonl'.* record \d+:.*prepare_data"
     with pytest.raises(DataError, match=text) as caught:
         list(islice(batches, 100))
     assert "\n" not in str(caught.value)

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dattn.data import loader_state
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import VLMLoader
+from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.rejection import Reason
 from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
@@ -22,9 +24,9 @@ from tests.unit.data.builders import (
     data_config,
     make_dataset,
     make_loader,
-    make_rows,
+    make_records,
     model_config,
-    row,
+    record,
     save_image,
 )
 
@@ -33,7 +35,7 @@ from tests.unit.data.builders import (
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetConfig:
     """50 good samples."""
     folder = tmp_path_factory.mktemp("dataset")
-    return make_dataset(folder, make_rows(folder, 50))
+    return make_dataset(folder, make_records(folder, 50))
 
 
 def take(loader: VLMLoader, count: int) -> list[PackedBatch]:
@@ -85,12 +87,36 @@ def test_a_state_saved_before_the_first_batch_restores(
         assert_equal(take(resumed, 3), take(loader, 3))
 
 
-def test_bad_samples_are_counted_once_across_a_resume(processor: Path, tmp_path: Path) -> None:
-    rows = make_rows(tmp_path, 60)
-    for index in range(0, 60, 6):
-        rows[index] = row("<image>", "x", "missing.png")
+def test_a_state_of_an_older_version_restores(
+    processor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the names that a class and a reason had when it was saved."""
+    records = make_records(tmp_path, 20)
+    records[3] = {"no": "record"}
     config = data_config(processor, max_skipped_fraction=0.5)
-    dataset = make_dataset(tmp_path, rows)
+    dataset = make_dataset(tmp_path, records)
+    whole = make_loader(config, [dataset])
+    take(whole, 9)
+    state = whole.save_state()
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            loader_state, "_RENAMED", {new: old for old, new in loader_state._RENAMED.items()}
+        )
+        old = dump_state(load_state(state))
+    assert b"TrainingRows" in old
+    assert b"bad_row" in old
+    resumed = make_loader(config, [dataset])
+    resumed.restore_state(old)
+    assert resumed.counters() == whole.counters()
+    assert_equal(take(resumed, 5), take(whole, 5))
+
+
+def test_bad_samples_are_counted_once_across_a_resume(processor: Path, tmp_path: Path) -> None:
+    records = make_records(tmp_path, 60)
+    for index in range(0, 60, 6):
+        records[index] = record("<image>", "x", "missing.png")
+    config = data_config(processor, max_skipped_fraction=0.5)
+    dataset = make_dataset(tmp_path, records)
     whole = make_loader(config, [dataset])
     take(whole, 4)
     resumed = make_loader(config, [dataset])
@@ -104,11 +130,11 @@ def test_rejected_samples_are_counted_beside_their_neighbours(
     processor: Path, tmp_path: Path
 ) -> None:
     """Not those of a whole buffer before its first pack: the first step of many loaders has one."""
-    rows = make_rows(tmp_path, 64)
+    records = make_records(tmp_path, 64)
     for index in range(0, 64, 4):
-        rows[index] = row("<image>", "x", "missing.png")
+        records[index] = record("<image>", "x", "missing.png")
     config = data_config(processor, packing_buffer_size=32)
-    loader = make_loader(config, [make_dataset(tmp_path, rows)], training=False)
+    loader = make_loader(config, [make_dataset(tmp_path, records)], training=False)
     for _ in loader:
         counters = loader.counters()
         assert abs(counters.num_skipped - counters.seen / 4) <= 2
@@ -118,11 +144,11 @@ def test_samples_that_were_repaired_after_the_state_was_saved_fit(
     processor: Path, tmp_path: Path
 ) -> None:
     """A state remembers planned packs; samples that were unusable then must not overfill them."""
-    rows = make_rows(tmp_path, 60)
+    records = make_records(tmp_path, 60)
     for index in range(0, 60, 3):
-        rows[index] = row("<image>", "x", f"later/{index}.png")
+        records[index] = record("<image>", "x", f"later/{index}.png")
     config = data_config(processor, max_skipped_fraction=0.5)
-    dataset = make_dataset(tmp_path, rows)
+    dataset = make_dataset(tmp_path, records)
     states = []
     loader = make_loader(config, [dataset])
     for batch, _ in zip(loader, range(8), strict=False):
@@ -186,11 +212,11 @@ def test_packs_hold_what_the_budgets_allow(processor: Path, dataset: DatasetConf
         assert batch.pixel_values.shape == (len(batch.layout.images), 3, 16, 16)
         assert 1 <= batch.num_samples <= 4
         assert (batch.labels != -100).any()
-    # 4 samples and 4 images are the limits; about a third of the rows could waste some.
+    # 4 samples and 4 images are the limits; about a third of the records could waste some.
     assert sum(batch.num_samples for batch in batches) > 3.3 * len(batches)
 
 
-def test_images_have_the_rows_that_the_preset_keeps(
+def test_images_have_the_records_that_the_preset_keeps(
     processor: Path, dataset: DatasetConfig
 ) -> None:
     model = dataclasses.replace(model_config(), attention="fastervlm")
@@ -201,33 +227,33 @@ def test_images_have_the_rows_that_the_preset_keeps(
     assert max(len(batch.layout.images) for batch in batches) == 2
 
 
-def bad_rows(folder: Path) -> dict[Reason, dict[str, Any]]:
-    """One row for each way of going wrong."""
+def bad_records(folder: Path) -> dict[Reason, dict[str, Any]]:
+    """One record for each way of going wrong."""
     save_image(folder / "images" / "good.png", seed=1)
     (folder / "images" / "cut.png").write_bytes((folder / "images" / "good.png").read_bytes()[:300])
     good = "images/good.png"
     return {
-        Reason.BAD_ROW: {"conversations": 3},
+        Reason.BAD_RECORD: {"conversations": 3},
         Reason.ODD_ROLES: {"conversations": [{"from": "tool", "value": "x"}]},
         Reason.NO_ANSWER: {"conversations": [{"from": "human", "value": "x"}]},
-        Reason.EMPTY_ANSWER: row("x", " "),
-        Reason.IMAGE_COUNT: row("x", "y", good),
-        Reason.CONTROL_TOKEN: row("[INST] x", "y"),
-        Reason.MISSING_IMAGE: row("<image>", "y", "images/none.png"),
-        Reason.BROKEN_IMAGE: row("<image>", "y", "images/cut.png"),
-        Reason.TOO_MUCH_TEXT: row("x", "a red square " * 400),
-        Reason.TOO_MANY_IMAGES: row("<image>" * 5, "y", [good] * 5),
+        Reason.EMPTY_ANSWER: record("x", " "),
+        Reason.IMAGE_COUNT: record("x", "y", good),
+        Reason.CONTROL_TOKEN: record("[INST] x", "y"),
+        Reason.MISSING_IMAGE: record("<image>", "y", "images/none.png"),
+        Reason.BROKEN_IMAGE: record("<image>", "y", "images/cut.png"),
+        Reason.TOO_MUCH_TEXT: record("x", "a red square " * 400),
+        Reason.TOO_MANY_IMAGES: record("<image>" * 5, "y", [good] * 5),
     }
 
 
 def test_every_kind_of_bad_sample_is_skipped_and_counted(
     processor: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = make_rows(tmp_path, 30)
-    bad = bad_rows(tmp_path)
+    records = make_records(tmp_path, 30)
+    bad = bad_records(tmp_path)
     for position, value in enumerate(bad.values()):
-        rows.insert(3 * position, value)
-    dataset = make_dataset(tmp_path, rows)
+        records.insert(3 * position, value)
+    dataset = make_dataset(tmp_path, records)
     loader = make_loader(data_config(processor), [dataset], training=False)
     batches = list(loader)
     assert sum(batch.num_samples for batch in batches) == 30
@@ -241,8 +267,8 @@ def test_every_kind_of_bad_sample_is_skipped_and_counted(
 
 
 def test_bad_samples_stop_the_run_where_that_is_wanted(processor: Path, tmp_path: Path) -> None:
-    rows = [*make_rows(tmp_path, 10), row("<image>", "y", "images/none.png")]
-    dataset = make_dataset(tmp_path, rows)
+    records = [*make_records(tmp_path, 10), record("<image>", "y", "images/none.png")]
+    dataset = make_dataset(tmp_path, records)
     config = data_config(processor, bad_samples="fail", num_workers=2)
     with pytest.raises(DataError, match=r"set-000000010 .*images/none\.png") as caught:
         take(make_loader(config, [dataset]), 20)
@@ -254,7 +280,7 @@ def test_a_data_set_without_a_usable_sample_stops_the_run(
     processor: Path, tmp_path: Path, num_workers: int
 ) -> None:
     """No share of them is too many at 1.0, but the search for a usable one must have an end."""
-    dataset = make_dataset(tmp_path, [row("<image>", "y", f"{i}.png") for i in range(10)])
+    dataset = make_dataset(tmp_path, [record("<image>", "y", f"{i}.png") for i in range(10)])
     for limit, in_a_row in ((0.1, 100), (1.0, 10_000)):
         config = data_config(processor, num_workers=num_workers, max_skipped_fraction=limit)
         with pytest.raises(
@@ -267,9 +293,9 @@ def test_long_conversations_are_cut_after_an_answer_if_wanted(
     processor: Path, tmp_path: Path
 ) -> None:
     save_image(tmp_path / "a.png", seed=1)
-    long = row("<image>\nx", "first answer", "a.png")
-    long["conversations"] += row("y", "a red square " * 400)["conversations"]
-    dataset = make_dataset(tmp_path, [long, row("x", "a red square " * 400)])
+    long = record("<image>\nx", "first answer", "a.png")
+    long["conversations"] += record("y", "a red square " * 400)["conversations"]
+    dataset = make_dataset(tmp_path, [long, record("x", "a red square " * 400)])
     config = data_config(processor, long_samples="truncate")
     loader = make_loader(config, [dataset], training=False)
     (batch,) = list(loader)
@@ -278,8 +304,8 @@ def test_long_conversations_are_cut_after_an_answer_if_wanted(
 
 
 def test_lines_that_are_no_json_are_skipped(processor: Path, tmp_path: Path) -> None:
-    rows = [*make_rows(tmp_path, 4), {"x": 1}, {"y": 1}]
-    dataset = make_dataset(tmp_path, rows)
+    records = [*make_records(tmp_path, 4), {"x": 1}, {"y": 1}]
+    dataset = make_dataset(tmp_path, records)
     path = Path(dataset.path)
     data = path.read_bytes()
     at = data.index(b'{"x": 1}')
@@ -287,7 +313,7 @@ def test_lines_that_are_no_json_are_skipped(processor: Path, tmp_path: Path) -> 
     path.write_bytes(data[:at] + b'{"\xff": 1}' + data[at + 8 :].replace(b'{"y": 1}', b'{"y": [}'))
     loader = make_loader(data_config(processor), [dataset], training=False)
     assert sum(batch.num_samples for batch in loader) == 4
-    assert loader.counters().skipped == {"bad_row": 2}
+    assert loader.counters().skipped == {"bad_record": 2}
 
 
 @pytest.mark.parametrize(
@@ -315,7 +341,7 @@ def test_a_state_of_another_rank_or_other_data_is_refused(
     state = make_loader(config, [dataset]).save_state()
     with pytest.raises(CheckpointError, match="data-parallel size 1, but it is 2"):
         make_loader(config, [dataset], data_parallel_size=2).restore_state(state)
-    other = make_dataset(tmp_path, make_rows(tmp_path, 51))
+    other = make_dataset(tmp_path, make_records(tmp_path, 51))
     with pytest.raises(CheckpointError, match="other data sets"):
         make_loader(config, [other]).restore_state(state)
 
@@ -371,14 +397,14 @@ def test_no_data_set_is_refused(processor: Path) -> None:
 
 def test_unprepared_and_changed_data_sets_are_refused(processor: Path, tmp_path: Path) -> None:
     config = data_config(processor)
-    dataset = make_dataset(tmp_path, make_rows(tmp_path, 5))
+    dataset = make_dataset(tmp_path, make_records(tmp_path, 5))
 
     def refused(changed: DatasetConfig, text: str) -> None:
         with pytest.raises(DataError, match=text):
             make_loader(config, [changed])
 
     raw = tmp_path / "raw.json"
-    raw.write_text(json.dumps(make_rows(tmp_path, 5)))
+    raw.write_text(json.dumps(make_records(tmp_path, 5)))
     refused(DatasetConfig(str(raw)), "tools/prepare_data.py")
     refused(DatasetConfig(str(tmp_path / "none.jsonl")), "does not exist")
     refused(DatasetConfig(dataset.path, image_root="/nowhere"), "image root")

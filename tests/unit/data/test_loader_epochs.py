@@ -8,7 +8,7 @@ import pytest
 
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import VLMLoader
-from tests.unit.data.builders import data_config, make_dataset, make_loader, make_rows
+from tests.unit.data.builders import data_config, make_dataset, make_loader, make_records
 
 NUM_EPOCHS = 3
 
@@ -24,13 +24,13 @@ def streams(loader: VLMLoader, num_workers: int, count: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_workers", "num_ranks"), [(4, 0, 1), (61, 0, 1), (61, 2, 2), (4, 2, 3)]
+    ("num_records", "num_workers", "num_ranks"), [(4, 0, 1), (61, 0, 1), (61, 2, 2), (4, 2, 3)]
 )
 def test_every_epoch_is_whole(
-    processor: Path, tmp_path: Path, num_rows: int, num_workers: int, num_ranks: int
+    processor: Path, tmp_path: Path, num_records: int, num_workers: int, num_ranks: int
 ) -> None:
     """Of each stream, the samples up to an epoch's end come before those of the next epoch."""
-    dataset = make_dataset(tmp_path, make_rows(tmp_path, num_rows))
+    dataset = make_dataset(tmp_path, make_records(tmp_path, num_records))
     config = data_config(processor, num_workers=num_workers)
     num_streams = num_ranks * max(1, num_workers)
     all_streams: list[list[str]] = []
@@ -38,24 +38,24 @@ def test_every_epoch_is_whole(
         loader = make_loader(
             config, [dataset], data_parallel_rank=rank, data_parallel_size=num_ranks
         )
-        count = -(-NUM_EPOCHS * num_rows // num_streams)
+        count = -(-NUM_EPOCHS * num_records // num_streams)
         all_streams += streams(loader, num_workers, count)
     orders = []
     for epoch in range(NUM_EPOCHS):
         shown: list[str] = []
         for number, keys in enumerate(all_streams):
             start, stop = (
-                len(range(number, e * num_rows, num_streams)) for e in (epoch, epoch + 1)
+                len(range(number, e * num_records, num_streams)) for e in (epoch, epoch + 1)
             )
             shown += keys[start:stop]
-        assert sorted(shown) == [f"set-{row:09d}" for row in range(num_rows)]
+        assert sorted(shown) == [f"set-{record:09d}" for record in range(num_records)]
         orders.append(tuple(shown))
     assert len(set(orders)) > 1
 
 
 def test_files_are_shown_by_their_records_and_weights(processor: Path, tmp_path: Path) -> None:
-    big = make_dataset(tmp_path, make_rows(tmp_path, 40), name="big")
-    small = make_dataset(tmp_path, make_rows(tmp_path, 4), name="small")
+    big = make_dataset(tmp_path, make_records(tmp_path, 40), name="big")
+    small = make_dataset(tmp_path, make_records(tmp_path, 4), name="small")
     for weight, shown in ((1.0, 4), (2.5, 10), (0.5, 2)):
         datasets = [big, DatasetConfig(small.path, weight=weight)]
         loader = make_loader(data_config(processor), datasets)
@@ -70,7 +70,7 @@ def test_files_are_shown_by_their_records_and_weights(processor: Path, tmp_path:
 def test_a_state_in_the_middle_of_an_epoch_goes_on_with_its_rest(
     processor: Path, tmp_path: Path
 ) -> None:
-    dataset = make_dataset(tmp_path, make_rows(tmp_path, 30))
+    dataset = make_dataset(tmp_path, make_records(tmp_path, 30))
     loader = make_loader(data_config(processor), [dataset])
     shown: list[str] = []
     for _ in range(12):  # packs of about four: one and a half epochs

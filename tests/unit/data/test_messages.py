@@ -12,15 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_dattn.data.check import Report, RowChecker
+from megatron_dattn.data.check import RecordChecker, Report
 from megatron_dattn.data.counters import LoaderCounters, count_pack
-from megatron_dattn.data.encoder import RowEncoder
+from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.rejection import Rejection
-from megatron_dattn.data.task_encoder import RejectedSample, VLMTaskEncoder, cook_row
+from megatron_dattn.data.task_encoder import RejectedSample, VLMTaskEncoder, cook_record
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.errors import MAX_MESSAGE, DataError, UserError, quoted, shortened
-from tests.unit.data.builders import make_tokenizer, row
+from tests.unit.data.builders import make_tokenizer, record
 
 MOST = 600  # characters of a line, "a few hundred": key, reason and message together
 
@@ -43,7 +43,7 @@ values = st.one_of(
 turns = st.fixed_dictionaries(
     {"from": st.sampled_from(["human", "gpt", "system"]) | values, "value": long_texts | values}
 )
-hostile_rows = st.fixed_dictionaries(
+hostile_records = st.fixed_dictionaries(
     {},
     optional={
         "conversations": st.lists(turns, min_size=1, max_size=3) | values,
@@ -54,7 +54,7 @@ hostile_rows = st.fixed_dictionaries(
         "key": values,
     },
 )
-spoken = row("<image>", "a", "x.png")
+spoken = record("<image>", "a", "x.png")
 hostile_images = long_texts.map(lambda path: {**spoken, "image": path})
 hostile_roles = long_texts.map(
     lambda role: {"conversations": [{"from": role, "value": "q"}, *spoken["conversations"]]}
@@ -62,8 +62,8 @@ hostile_roles = long_texts.map(
 
 
 @pytest.fixture(scope="module")
-def encoder() -> RowEncoder:
-    return RowEncoder(
+def encoder() -> SampleEncoder:
+    return SampleEncoder(
         tokenizer=ConversationTokenizer(make_tokenizer(), "mistral_v3"),
         preprocessor=ImagePreprocessor(16),
         grid=(2, 2),
@@ -86,10 +86,10 @@ def collected() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def rejection_of(value: Any, encoder: RowEncoder, root: Path) -> Rejection | None:
-    """What the loader's chain says of a row."""
+def rejection_of(value: Any, encoder: SampleEncoder, root: Path) -> Rejection | None:
+    """What the loader's chain says of a record."""
     sample = {"__key__": "set-0", "__restore_key__": (), "json": json.dumps(value).encode()}
-    cooked = cook_row({**sample, "image_root": str(root), "epoch": 0})
+    cooked = cook_record({**sample, "image_root": str(root), "epoch": 0})
     encode = VLMTaskEncoder(encoder, max_samples=1, pad_id=0, keep_order=True).encode_sample
     encoded = encode(cooked)
     return encoded.rejection if isinstance(encoded, RejectedSample) else None
@@ -104,8 +104,10 @@ def assert_short(lines: list[str]) -> None:
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(value=hostile_rows | hostile_images | hostile_roles)
-def test_hostile_rows_give_short_lines(value: Any, encoder: RowEncoder, tmp_path: Path) -> None:
+@given(value=hostile_records | hostile_images | hostile_roles)
+def test_hostile_records_give_short_lines(
+    value: Any, encoder: SampleEncoder, tmp_path: Path
+) -> None:
     rejection = rejection_of(value, encoder, tmp_path)
     if rejection is not None:
         with collected() as lines:
@@ -114,7 +116,7 @@ def test_hostile_rows_give_short_lines(value: Any, encoder: RowEncoder, tmp_path
             count_pack(LoaderCounters(), 0, (rejection,), fail=True)
         assert_short([*lines, str(caught.value)])
     report = Report("set")
-    report.add(0, value, RowChecker(tmp_path, 100, encoder)(value))
+    report.add(0, value, RecordChecker(tmp_path, 100, encoder)(value))
     assert_short(report.table().splitlines())
 
 

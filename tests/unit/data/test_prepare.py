@@ -10,17 +10,23 @@ from megatron.energon.flavors.jsonl.jsonl_prepare import JsonlPreparator
 
 from megatron_dattn.config.cli import load_config
 from megatron_dattn.data.config import DatasetConfig
-from megatron_dattn.data.prepare import Source, read_mixture, read_rows, select_rows, write_jsonl
+from megatron_dattn.data.prepare import (
+    Source,
+    read_mixture,
+    read_records,
+    select_records,
+    write_jsonl,
+)
 from megatron_dattn.errors import DataError
-from tests.unit.data.builders import data_config, make_loader, make_rows, row
+from tests.unit.data.builders import data_config, make_loader, make_records, record
 from tools import prepare_data
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     path = tmp_path / "in" / "llava.json"
-    rows = make_rows(path.parent, 10)
-    path.write_text(json.dumps(rows))
+    records = make_records(path.parent, 10)
+    path.write_text(json.dumps(records))
     return path
 
 
@@ -37,15 +43,17 @@ def test_the_command_writes_what_the_loader_reads(
 ) -> None:
     output = tmp_path / "out"
     assert prepare_data.main([str(source), "--output", str(output)]) == 0
-    assert "10 rows" in capsys.readouterr().out
+    assert "10 records" in capsys.readouterr().out
     output = output.rename(tmp_path / "moved")  # and is found there
     (dataset,) = load_config(output / "train.yaml").data.train
     batches = list(make_loader(data_config(processor), [dataset], training=False))
     keys = [key for batch in batches for key in batch.sample_keys]
     assert keys == [f"llava-{index:09d}" for index in range(10)]
-    rows = read_rows(output / "llava.jsonl")
-    original = read_rows(source)
-    assert [{**row, "key": None} for row in rows] == [{**row, "key": None} for row in original]
+    records = read_records(output / "llava.jsonl")
+    original = read_records(source)
+    assert [{**record, "key": None} for record in records] == [
+        {**record, "key": None} for record in original
+    ]
 
 
 def test_nothing_is_overwritten(
@@ -62,12 +70,12 @@ def test_nothing_is_overwritten(
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
-    def rows() -> object:
+    def records() -> object:
         yield {}
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_jsonl(rows(), tmp_path / "a.jsonl")  # type: ignore[arg-type]
+        write_jsonl(records(), tmp_path / "a.jsonl")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,7 +95,7 @@ def test_a_mixture_samples_weighs_and_names(source: Path, tmp_path: Path) -> Non
         output / "llava-2.jsonl",
     ]
     assert [entry.weight for entry in section] == [2.0, 1.0]
-    assert [row["key"] for row in read_rows(output / "llava-2.jsonl")] == [
+    assert [record["key"] for record in read_records(output / "llava-2.jsonl")] == [
         "llava-2-000000008",
         "llava-2-000000009",
     ]
@@ -105,7 +113,7 @@ def test_data_sets_prepared_before_name_their_files_absolutely(tmp_path: Path) -
     assert load_config(tmp_path / "train.yaml").data.train == [DatasetConfig(**entry)]
 
 
-def test_shares_are_the_selected_rows_times_the_weight(
+def test_shares_are_the_selected_records_times_the_weight(
     source: Path, tmp_path: Path, processor: Path
 ) -> None:
     mixture = tmp_path / "mixture.yaml"
@@ -127,24 +135,24 @@ def test_shares_are_the_selected_rows_times_the_weight(
     assert counts == {"llava": 10, "llava-2": 2, "llava-3": 6}
 
 
-def test_rows_without_their_images_are_dropped_and_listed(
+def test_records_without_their_images_are_dropped_and_listed(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = json.loads(source.read_text())
+    records = json.loads(source.read_text())
     gone = ["none.png", "images/\n.png", "../llava.json", "a\0b", "x" * 5000]
     for number, image in enumerate(gone):
-        rows.insert(3 * number, row("<image><image>", "y", ["images/0.png", image]))
-    kept = [row("<image>", "y", "data:image/png;base64,AA"), {"image": 3}, "odd"]
-    source.write_text(json.dumps([*rows, *kept]))
+        records.insert(3 * number, record("<image><image>", "y", ["images/0.png", image]))
+    kept = [record("<image>", "y", "data:image/png;base64,AA"), {"image": 3}, "odd"]
+    source.write_text(json.dumps([*records, *kept]))
     output = tmp_path / "out"
     assert prepare_data.main([str(source), "--output", str(output), "--drop-missing"]) == 0
-    assert "13 rows" in (said := capsys.readouterr().out)
+    assert "13 records" in (said := capsys.readouterr().out)
     assert "5 without their images left out" in said
     listed = [line.split("\t") for line in (output / "llava.missing.txt").read_text().splitlines()]
     assert [(int(number), json.loads(image)) for number, image in listed] == [
         (3 * number, image) for number, image in enumerate(gone)
     ]
-    written = read_rows(output / "llava.jsonl")
+    written = read_records(output / "llava.jsonl")
     assert len(written) == 13
     assert written[-1] == "odd"
     assert written[0]["key"] == "llava-000000001"
@@ -160,7 +168,7 @@ def test_nothing_to_drop_leaves_no_list_and_all_to_drop_is_an_error(
         "llava.jsonl.idx",
         "train.yaml",
     ]
-    source.write_text(json.dumps([row("<image>", "y", "none.png")]))
+    source.write_text(json.dumps([record("<image>", "y", "none.png")]))
     assert prepare_data.main([str(source), *arguments, str(tmp_path / "none")]) == 2
     error = capsys.readouterr().err
     assert "'none.png'" in error
@@ -169,32 +177,32 @@ def test_nothing_to_drop_leaves_no_list_and_all_to_drop_is_an_error(
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
 def test_byte_order_marks_and_wide_characters_are_read(tmp_path: Path, encoding: str) -> None:
-    rows = [row("q", "a \u00e9"), row("q", "b")]
-    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False), encoding=encoding)
-    lines = "\n".join(json.dumps(value, ensure_ascii=False) for value in rows)
+    records = [record("q", "a \u00e9"), record("q", "b")]
+    (tmp_path / "a.json").write_text(json.dumps(records, ensure_ascii=False), encoding=encoding)
+    lines = "\n".join(json.dumps(value, ensure_ascii=False) for value in records)
     (tmp_path / "b.jsonl").write_text(lines, encoding=encoding)
     for name in ("a.json", "b.jsonl"):
-        assert read_rows(tmp_path / name) == rows
+        assert read_records(tmp_path / name) == records
 
 
 def test_marks_between_files_that_were_joined_are_no_text(tmp_path: Path) -> None:
-    line = (json.dumps(row("q", "a")) + "\r\n").encode("utf-8-sig")
+    line = (json.dumps(record("q", "a")) + "\r\n").encode("utf-8-sig")
     (tmp_path / "a.jsonl").write_bytes(line + line)
-    assert read_rows(tmp_path / "a.jsonl") == [row("q", "a")] * 2
+    assert read_records(tmp_path / "a.jsonl") == [record("q", "a")] * 2
 
 
 def test_sampling_strategies() -> None:
-    rows = [f"row{index}" for index in range(10)]
-    assert select_rows(rows, "all") == list(enumerate(rows))
-    assert select_rows(rows, "first:2") == [(0, "row0"), (1, "row1")]
-    assert select_rows(rows, "end:15%") == [(8, "row8"), (9, "row9")]
-    drawn = select_rows(rows, "random:5", seed=1)
+    records = [f"record{index}" for index in range(10)]
+    assert select_records(records, "all") == list(enumerate(records))
+    assert select_records(records, "first:2") == [(0, "record0"), (1, "record1")]
+    assert select_records(records, "end:15%") == [(8, "record8"), (9, "record9")]
+    drawn = select_records(records, "random:5", seed=1)
     assert len(drawn) == 5
-    assert drawn == sorted(drawn) == select_rows(rows, "random:5", seed=1)
-    assert drawn != select_rows(rows, "random:5", seed=2)
+    assert drawn == sorted(drawn) == select_records(records, "random:5", seed=1)
+    assert drawn != select_records(records, "random:5", seed=2)
     for strategy in ("some", "first:", "first:0", "random:1.5"):
         with pytest.raises(DataError, match=strategy.replace(".", r"\.")):
-            select_rows(rows, strategy)
+            select_records(records, strategy)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +221,7 @@ def test_unreadable_inputs_are_named(
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=text) as caught:
-        read_rows(tmp_path / name)
+        read_records(tmp_path / name)
     assert name in str(caught.value)
 
 

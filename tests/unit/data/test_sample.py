@@ -60,9 +60,9 @@ def test_no_label_crosses_into_the_next_sample() -> None:
     assert batch.labels[2] == -100
 
 
-def test_the_prompt_ends_with_the_row_that_predicts_the_first_label() -> None:
+def test_the_prompt_ends_with_the_token_that_predicts_the_first_label() -> None:
     question, caption, unlabelled = sample("a", 4), sample("b", 3), sample("c", 2)
-    question.labels[:2] = -100  # rows 2 and 3 hold the label and the end
+    question.labels[:2] = -100  # tokens 2 and 3 hold the label and the end
     unlabelled.labels[:] = -100
     assert batch_of(question, caption, unlabelled).layout.prompt_lengths == (3, 1, 2)
 
@@ -71,7 +71,7 @@ def test_a_pack_without_images() -> None:
     assert batch_of(sample("a", 3)).pixel_values.shape == (0, 3, 4, 4)
 
 
-def test_row_counts() -> None:
+def test_token_counts() -> None:
     assert sample("a", 3, (0, 1)).num_visual_tokens == 4
     assert sample("a", 3).num_text_tokens == 3
 

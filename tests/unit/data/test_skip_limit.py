@@ -57,7 +57,7 @@ def test_ranks_that_give_up() -> None:
 
 
 def test_the_message_has_the_whole_count() -> None:
-    skipped = {"bad_row": 0, "odd_roles": 3, "missing_image": 40}
+    skipped = {"bad_record": 0, "odd_roles": 3, "missing_image": 40}
     check_share(skipped, 430, LIMIT)  # exactly the limit
     check_share(skipped, 300, LIMIT)  # a little more, which may be chance
     with pytest.raises(DataError, match=r"^43 of 100 .*\(missing_image 40, odd_roles 3\).* 0\.1 "):
@@ -109,14 +109,14 @@ def test_a_steady_share_at_the_limit_never_stops_the_run() -> None:
         recent, spread = RecentSamples(limit), RecentSamples(limit)
         drawn = np.random.default_rng(3).binomial(48, limit, size=40_000).cumsum()
         for steps, bad in enumerate(drawn.tolist(), start=1):
-            recent.check({"bad_row": bad}, 48 * steps)
-            spread.check({"bad_row": int(48 * steps * limit)}, 48 * steps)
+            recent.check({"bad_record": bad}, 48 * steps)
+            spread.check({"bad_record": int(48 * steps * limit)}, 48 * steps)
 
 
 def test_limits_without_a_margin_hold_in_windows() -> None:
     none, everything = RecentSamples(0.0), RecentSamples(1.0)
     for seen in range(8, 4000, 8):
-        none.check({"bad_row": 0}, seen)
-        everything.check({"bad_row": seen}, seen)
+        none.check({"bad_record": 0}, seen)
+        everything.check({"bad_record": seen}, seen)
     with pytest.raises(DataError, match="1 of the last"):
-        none.check({"bad_row": 1}, 4000)
+        none.check({"bad_record": 1}, 4000)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_dattn.data import image_files, json_lines, system_errors
-from megatron_dattn.data.check import RowChecker, check_rows
+from megatron_dattn.data.check import RecordChecker, check_records
 from megatron_dattn.data.dataset import open_dataset
 from megatron_dattn.data.image_files import image_is_there, read_image_file
 from megatron_dattn.data.images import decode_image
 from megatron_dattn.data.json_lines import JsonLines
-from megatron_dattn.data.missing import missing_image, rows_with_images
+from megatron_dattn.data.missing import missing_image, records_with_images
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.system_errors import is_of_the_file, patiently
 from megatron_dattn.errors import DataError, OutageError
@@ -23,8 +23,8 @@ from tests.unit.data.builders import (
     data_config,
     make_dataset,
     make_loader,
-    make_rows,
-    row,
+    make_records,
+    record,
     save_image,
 )
 
@@ -111,9 +111,9 @@ def test_an_outage_is_no_missing_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]
 ) -> None:
     save_image(tmp_path / "a.png", seed=1)
-    rows = [row("<image>", "y", "a.png")] * 3
-    assert missing_image(rows[0], str(tmp_path)) is None
-    assert missing_image(row("<image>", "y", "b.png"), str(tmp_path)) == "b.png"
+    records = [record("<image>", "y", "a.png")] * 3
+    assert missing_image(records[0], str(tmp_path)) is None
+    assert missing_image(record("<image>", "y", "b.png"), str(tmp_path)) == "b.png"
     break_opening(monkeypatch, "EIO")
     message = r"^image 'a.png' below .*Input/output error \(EIO\)"
     with pytest.raises(DataError, match=message):
@@ -121,9 +121,9 @@ def test_an_outage_is_no_missing_image(
     with pytest.raises(DataError, match=message):
         image_is_there(str(tmp_path), "a.png")
     with pytest.raises(DataError, match=message):  # prepare_data --drop-missing
-        list(rows_with_images(list(enumerate(rows)), tmp_path, []))
+        list(records_with_images(list(enumerate(records)), tmp_path, []))
     with pytest.raises(DataError, match=message):  # check_data
-        list(check_rows(rows, RowChecker(tmp_path, 10**6), path="x", num_threads=2))
+        list(check_records(records, RecordChecker(tmp_path, 10**6), path="x", num_threads=2))
 
 
 def test_a_file_that_may_not_be_read_is_the_sample_s(
@@ -146,7 +146,7 @@ def test_an_outage_ends_the_loader_with_one_line(
     num_workers: int,
 ) -> None:
     """From a worker too: without its traceback."""
-    dataset = make_dataset(tmp_path, make_rows(tmp_path, 10))
+    dataset = make_dataset(tmp_path, make_records(tmp_path, 10))
     loader = make_loader(data_config(processor, num_workers=num_workers), [dataset])
     break_opening(monkeypatch, "ENOTCONN")
     with pytest.raises(DataError, match=r"^image 'images/\d.png' below .*ENOTCONN") as caught:
@@ -171,7 +171,9 @@ def test_lack_of_memory_is_no_broken_image(
     monkeypatch.setattr("PIL.Image.Image.convert", fault)
     with pytest.raises(MemoryError):
         decode_image((tmp_path / "a.png").read_bytes(), max_pixels=10**6)
-    checked = check_rows([row("<image>", "y", "a.png")], RowChecker(tmp_path, 10**6), path="x")
+    checked = check_records(
+        [record("<image>", "y", "a.png")], RecordChecker(tmp_path, 10**6), path="x"
+    )
     with pytest.raises(DataError, match=r"memory ran out while decoding image 'a.png'"):
         list(checked)
 
@@ -185,7 +187,7 @@ def test_lack_of_memory_ends_the_loader_with_one_line(
     num_workers: int,
     place: str,
 ) -> None:
-    dataset = make_dataset(tmp_path, make_rows(tmp_path, 10))
+    dataset = make_dataset(tmp_path, make_records(tmp_path, 10))
     loader = make_loader(data_config(processor, num_workers=num_workers), [dataset])
     monkeypatch.setattr(f"megatron_dattn.data.{place}", no_memory)
     with pytest.raises(DataError, match=r"^memory ran out while .* sample.* set-0") as caught:
@@ -197,10 +199,10 @@ def test_lack_of_memory_ends_the_loader_with_one_line(
 
 
 @pytest.mark.parametrize("outage", [3, 1000])
-def test_an_outage_of_the_rows_file_is_waited_out_too(
+def test_an_outage_of_the_records_file_is_waited_out_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float], outage: int
 ) -> None:
-    lines = JsonLines(Path(make_dataset(tmp_path, [row("x", "y")]).path), 1)
+    lines = JsonLines(Path(make_dataset(tmp_path, [record("x", "y")]).path), 1)
     real, faults = os.pread, iter(range(outage))
 
     def read(*arguments: int) -> bytes:
@@ -210,10 +212,10 @@ def test_an_outage_of_the_rows_file_is_waited_out_too(
 
     monkeypatch.setattr(json_lines.os, "pread", read)
     if outage > len(system_errors.WAITS):
-        with pytest.raises(DataError, match=r"row 0 of .*set\.jsonl' cannot .*EIO"):
+        with pytest.raises(DataError, match=r"record 0 of .*set\.jsonl' cannot .*EIO"):
             lines[0]
     else:
-        assert json.loads(lines[0]) == row("x", "y")
+        assert json.loads(lines[0]) == record("x", "y")
         assert len(naps) == outage
 
 
@@ -221,7 +223,7 @@ def test_an_outage_of_the_rows_file_is_waited_out_too(
 def test_an_outage_while_the_index_is_read_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float], outage: int
 ) -> None:
-    dataset = make_dataset(tmp_path, [row("x", "y")])
+    dataset = make_dataset(tmp_path, [record("x", "y")])
     real, faults = Path.read_bytes, iter(range(outage))
 
     def read(path: Path) -> bytes:

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from megatron_dattn.data.conversation import Conversation, Turn, parse_row
+from megatron_dattn.data.conversation import Conversation, Turn, parse_record
 from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import read_template
 from megatron_dattn.errors import ConfigError
-from tests.unit.data.builders import SPECIAL_TOKENS, make_tokenizer, row
+from tests.unit.data.builders import SPECIAL_TOKENS, make_tokenizer, record
 
 TOKENIZER = make_tokenizer()
 MISTRAL = ConversationTokenizer(TOKENIZER, "mistral_v3")
@@ -22,7 +22,7 @@ PLAIN = ConversationTokenizer(TOKENIZER, "plain")
 
 def conversation(*texts: str, images: int = 0) -> Conversation:
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    return parse_row({"conversations": turns, "image": ["x.png"] * images or None})
+    return parse_record({"conversations": turns, "image": ["x.png"] * images or None})
 
 
 def marked(template: ConversationTokenizer, chat: Conversation) -> str:
@@ -83,13 +83,13 @@ def test_a_system_message_stands_before_the_last_question() -> None:
     assert chat_prompt(messages) == "<s>[INST] q1[/INST] a1</s>[INST] Be brief.\n\nq2[/INST]"
 
 
-def test_a_row_with_a_system_message_trains_with_the_template_s() -> None:
+def test_a_record_with_a_system_message_trains_with_the_template_s() -> None:
     chat = replace(conversation("<image>\nq1", "a1", "q2", "a2", images=1), system="Be brief.")
     assert marked(MISTRAL, chat) == (
         "<s>[INST] <image>\nq1[/INST][[ a1</s>]][INST] Be brief.\n\nq2[/INST][[ a2</s>]]"
     )
-    rows = MISTRAL(chat)
-    assert [TOKENIZER.decode(p) for p in _answers(supervised_ids(rows.labels))] == ["a1", "a2"]
+    tokens = MISTRAL(chat)
+    assert [TOKENIZER.decode(p) for p in _answers(supervised_ids(tokens.labels))] == ["a1", "a2"]
     with pytest.raises(SampleError) as caught:
         MISTRAL(replace(chat, system="Be [INST] brief."))
     assert caught.value.reason == Reason.CONTROL_TOKEN
@@ -117,25 +117,25 @@ def test_a_prompt_is_the_prefix_of_its_training_text() -> None:
     assert chat_prompt(chat.messages[:1]) == text[: spans[0][0]]
 
 
-def test_labels_are_the_next_supervised_token_and_images_leave_no_row() -> None:
-    rows = MISTRAL(conversation("<image>\nq", "a red square", images=1))
+def test_labels_are_the_next_supervised_token_and_images_leave_no_token() -> None:
+    tokens = MISTRAL(conversation("<image>\nq", "a red square", images=1))
     ids = TOKENIZER("<s>[INST] <image>\nq[/INST] a red square</s>", add_special_tokens=False)
     image_id = TOKENIZER.convert_tokens_to_ids("<image>")
     expected = [index for index in ids.input_ids if index != image_id]
-    assert rows.input_ids == expected
-    assert rows.image_offsets == (ids.input_ids.index(image_id),)
+    assert tokens.input_ids == expected
+    assert tokens.image_offsets == (ids.input_ids.index(image_id),)
     closing = expected.index(TOKENIZER.convert_tokens_to_ids("[/INST]"))
-    assert rows.labels[:closing] == [IGNORED_LABEL] * closing
-    assert rows.labels[closing:-1] == expected[closing + 1 :]
-    assert rows.labels[-1] == IGNORED_LABEL
-    assert rows.labels[-2] == TOKENIZER.eos_token_id
+    assert tokens.labels[:closing] == [IGNORED_LABEL] * closing
+    assert tokens.labels[closing:-1] == expected[closing + 1 :]
+    assert tokens.labels[-1] == IGNORED_LABEL
+    assert tokens.labels[-2] == TOKENIZER.eos_token_id
 
 
-def test_in_a_caption_the_row_before_the_image_predicts_the_first_token() -> None:
-    rows = PLAIN(conversation("<image>", "a red square", images=1))
-    assert rows.image_offsets == (1,)
-    assert rows.labels == [*rows.input_ids[1:], IGNORED_LABEL]
-    assert TOKENIZER.eos_token_id not in rows.input_ids
+def test_in_a_caption_the_token_before_the_image_predicts_the_first_token() -> None:
+    tokens = PLAIN(conversation("<image>", "a red square", images=1))
+    assert tokens.image_offsets == (1,)
+    assert tokens.labels == [*tokens.input_ids[1:], IGNORED_LABEL]
+    assert TOKENIZER.eos_token_id not in tokens.input_ids
 
 
 def test_plain_refuses_conversations_of_more_turns() -> None:
@@ -169,10 +169,10 @@ def test_the_supervised_tokens_spell_the_answers(
     if with_image:
         spoken[0] = f"<image>\n{spoken[0]}"
     chat = conversation(*spoken, images=int(with_image))
-    rows = MISTRAL(chat)
+    tokens = MISTRAL(chat)
     text, spans = MISTRAL.render(chat)
     assert [text[start:end] for start, end in spans] == [f" {a}</s>" for a in chat.answers]
-    ids = supervised_ids(rows.labels)
+    ids = supervised_ids(tokens.labels)
     pieces: list[list[int]] = [[]]
     for index in ids:
         pieces[-1].append(index)
@@ -204,16 +204,16 @@ hostile = st.lists(
 @settings(deadline=None)
 @given(hostile, hostile)
 def test_text_never_becomes_a_control_token(question: str, answer: str) -> None:
-    """Either the row is refused, or the control tokens are the template's own, in its order."""
+    """Either the record is refused, or the control tokens are the template's own, in its order."""
     try:
         chat = conversation(question, answer)
-        rows = MISTRAL(chat)
+        tokens = MISTRAL(chat)
     except SampleError:
         return
     special = {TOKENIZER.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS[1:]}
-    written = [TOKENIZER.convert_ids_to_tokens(i) for i in rows.input_ids if i in special]
+    written = [TOKENIZER.convert_ids_to_tokens(i) for i in tokens.input_ids if i in special]
     assert written == ["<s>", "[INST]", "[/INST]", "</s>"]
-    assert rows.image_offsets == ()
+    assert tokens.image_offsets == ()
 
 
 @pytest.mark.parametrize("token", [token for token in SPECIAL_TOKENS if token != "<unk>"])
@@ -226,8 +226,8 @@ def test_control_tokens_in_text_are_refused(token: str, place: str) -> None:
 
 
 def test_markup_that_is_no_control_token_is_ordinary_text() -> None:
-    rows = MISTRAL(conversation("what is <b> ?", "a < b and [x]"))
-    assert TOKENIZER.decode(supervised_ids(rows.labels)) == "a < b and [x]</s>"
+    tokens = MISTRAL(conversation("what is <b> ?", "a < b and [x]"))
+    assert TOKENIZER.decode(supervised_ids(tokens.labels)) == "a < b and [x]</s>"
 
 
 def test_masks_agree_with_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -240,29 +240,29 @@ def test_masks_agree_with_transformers(tokenizer: PreTrainedTokenizerFast) -> No
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    rows = MISTRAL(chat)
-    assert rows.input_ids == encoded["input_ids"]
+    tokens = MISTRAL(chat)
+    assert tokens.input_ids == encoded["input_ids"]
     mask = [*encoded["assistant_masks"][1:], 0]
-    assert [int(label != IGNORED_LABEL) for label in rows.labels] == mask
+    assert [int(label != IGNORED_LABEL) for label in tokens.labels] == mask
 
 
 def test_turns_with_the_same_shape_share_one_reference() -> None:
     template = ConversationTokenizer(TOKENIZER, "mistral_v3")
     for word in ("a", "b", "c"):
         template(Conversation((Turn("user", word), Turn("assistant", word))))
-    template(parse_row(row("<image>", "a", "x.png")))
+    template(parse_record(record("<image>", "a", "x.png")))
     assert len(template._expected) == 2
 
 
 @pytest.mark.parametrize("template", [MISTRAL, PLAIN], ids=["mistral_v3", "plain"])
-def test_a_tokenised_prompt_is_the_beginning_of_its_training_rows(
+def test_a_tokenised_prompt_is_the_beginning_of_its_training_tokens(
     template: ConversationTokenizer,
 ) -> None:
     chat = conversation("<image>\nwhat is it ?", "a red square", images=1)
-    rows = template(chat)
+    tokens = template(chat)
     prompt = template.prompt(Conversation(chat.turns[:1], chat.images))
     length = len(prompt.input_ids)
-    assert prompt.input_ids == rows.input_ids[:length]
-    assert prompt.image_offsets == rows.image_offsets
-    assert rows.labels[length - 1] != IGNORED_LABEL
-    assert set(rows.labels[: length - 1]) <= {IGNORED_LABEL}
+    assert prompt.input_ids == tokens.input_ids[:length]
+    assert prompt.image_offsets == tokens.image_offsets
+    assert tokens.labels[length - 1] != IGNORED_LABEL
+    assert set(tokens.labels[: length - 1]) <= {IGNORED_LABEL}

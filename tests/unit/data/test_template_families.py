@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_dattn.data import templates
-from megatron_dattn.data.conversation import Conversation, parse_row
+from megatron_dattn.data.conversation import Conversation, parse_record
 from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer
@@ -97,7 +97,7 @@ def encoder(name: str) -> ConversationTokenizer:
 
 def conversation(*texts: str, images: int = 0) -> Conversation:
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    return parse_row({"conversations": turns, "image": ["x.png"] * images or None})
+    return parse_record({"conversations": turns, "image": ["x.png"] * images or None})
 
 
 def marked(name: str, chat: Conversation) -> str:
@@ -208,15 +208,15 @@ def test_the_end_of_an_answer_is_supervised(name: str) -> None:
 
 
 @every_template
-def test_a_prompt_is_the_beginning_of_its_training_rows(name: str) -> None:
+def test_a_prompt_is_the_beginning_of_its_training_records(name: str) -> None:
     chat = conversation("<image>\nwhat is it ?", "a red square", images=1)
-    rows = encoder(name)(chat)
+    records = encoder(name)(chat)
     prompt = encoder(name).prompt(Conversation(chat.turns[:1], chat.images))
     length = len(prompt.input_ids)
-    assert prompt.input_ids == rows.input_ids[:length]
-    assert prompt.image_offsets == rows.image_offsets
-    assert rows.labels[length - 1] != IGNORED_LABEL
-    assert set(rows.labels[: length - 1]) <= {IGNORED_LABEL}
+    assert prompt.input_ids == records.input_ids[:length]
+    assert prompt.image_offsets == records.image_offsets
+    assert records.labels[length - 1] != IGNORED_LABEL
+    assert set(records.labels[: length - 1]) <= {IGNORED_LABEL}
 
 
 @every_template
@@ -229,10 +229,10 @@ def test_masks_agree_with_transformers(name: str) -> None:
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    rows = encoder(name)(chat)
-    assert rows.input_ids == encoded["input_ids"]
+    records = encoder(name)(chat)
+    assert records.input_ids == encoded["input_ids"]
     mask = [*encoded["assistant_masks"][1:], 0]
-    assert [int(label != IGNORED_LABEL) for label in rows.labels] == mask
+    assert [int(label != IGNORED_LABEL) for label in records.labels] == mask
 
 
 @every_template

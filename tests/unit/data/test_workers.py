@@ -22,7 +22,7 @@ from megatron_dattn.data.worker_health import describe_end
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.runtime.signals import SignalWatcher, noted_stop_signal
 from tests.support.time_limit import time_limit
-from tests.unit.data.builders import data_config, make_dataset, make_loader, make_rows
+from tests.unit.data.builders import data_config, make_dataset, make_loader, make_records
 
 ROOT = Path(__file__).resolve().parents[3]
 LONG_ENOUGH = 60.0  # seconds, for what takes one or two
@@ -31,7 +31,7 @@ LONG_ENOUGH = 60.0  # seconds, for what takes one or two
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetConfig:
     folder = tmp_path_factory.mktemp("dataset")
-    return make_dataset(folder, make_rows(folder, 30))
+    return make_dataset(folder, make_records(folder, 30))
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dattn.attention import PRESETS, output_tokens
 from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.data.template import TextRows
+from megatron_dattn.data.template import TextTokens
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.inference import LoadedModel, Prompt, encode_images, generate_tokens
 from megatron_dattn.inference.decoding import Decoding
@@ -63,7 +63,7 @@ def make_prompts(kinds: list[tuple[int, tuple[int, ...]]]) -> list[Prompt]:
     for number, (length, offsets) in enumerate(kinds):
         ids = torch.randint(0, 64, (length,), generator=generator).tolist()
         images = tuple(picture(10 * number + place) for place in range(len(offsets)))
-        prompts.append(Prompt(TextRows(ids, [-100] * length, offsets), images))
+        prompts.append(Prompt(TextTokens(ids, [-100] * length, offsets), images))
     return prompts
 
 

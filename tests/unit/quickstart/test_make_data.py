@@ -16,7 +16,7 @@ from examples.quickstart.make_data import (
     heldout_questions,
     make_data,
     make_pictures,
-    stage_rows,
+    stage_records,
 )
 from examples.quickstart.questions import CATEGORY_TITLES, load_questions
 from examples.quickstart.scenes import sample_scene
@@ -72,55 +72,55 @@ def test_more_training_images_change_nothing_else(data: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("suffix", ["", "_validation"])
-def test_rows_follow_llava_schema(data: Path, stage: int, suffix: str) -> None:
-    rows = json.loads((data / f"stage{stage}{suffix}.json").read_text())
-    assert len({row["id"] for row in rows}) == len(rows) > 0
-    for row in rows:
-        assert set(row) <= {"id", "image", "conversations"}
-        roles = [turn["from"] for turn in row["conversations"]]
+def test_records_follow_llava_schema(data: Path, stage: int, suffix: str) -> None:
+    records = json.loads((data / f"stage{stage}{suffix}.json").read_text())
+    assert len({record["id"] for record in records}) == len(records) > 0
+    for record in records:
+        assert set(record) <= {"id", "image", "conversations"}
+        roles = [turn["from"] for turn in record["conversations"]]
         assert roles == ["human", "gpt"] * (len(roles) // 2)
         assert roles
-        values = [turn["value"] for turn in row["conversations"]]
+        values = [turn["value"] for turn in record["conversations"]]
         assert all(value.strip() == value and value for value in values)
         marks = [value.count("<image>") for value in values]
-        assert sum(marks) == marks[0] == ("image" in row)
-        if "image" in row:
+        assert sum(marks) == marks[0] == ("image" in record)
+        if "image" in record:
             assert values[0].startswith("<image>\n")
-            with Image.open(data / row["image"]) as image:
+            with Image.open(data / record["image"]) as image:
                 assert image.size == (64, 64)
                 assert image.mode == "RGB"
         if stage < 3:
             assert len(values) == 2
-            assert "image" in row
+            assert "image" in record
 
 
 def test_conversations_are_true() -> None:
     pictures = imaginary_pictures(150)
     scene_of = {picture.path: picture.scene for picture in pictures}
-    rows = stage_rows(options(Path("unused")), "train", pictures, 3)
+    records = stage_records(options(Path("unused")), "train", pictures, 3)
     text_only = multi_turn = 0
-    for row in rows:
-        values = [turn["value"] for turn in row["conversations"]]
+    for record in records:
+        values = [turn["value"] for turn in record["conversations"]]
         multi_turn += len(values) > 2
         for question, answer in zip(values[::2], values[1::2], strict=True):
-            if "image" in row:
-                scene = scene_of[row["image"]]
+            if "image" in record:
+                scene = scene_of[record["image"]]
                 board = oracle.board_of(2, scene.cells)
                 assert answer == oracle.answer(board, question.removeprefix("<image>\n"))
             else:
                 assert answer == oracle.text_answer(question)
-        text_only += "image" not in row
+        text_only += "image" not in record
     assert text_only >= 3
-    assert multi_turn > len(rows) / 3
+    assert multi_turn > len(records) / 3
 
 
 def test_captions_belong_to_their_pictures() -> None:
     pictures = imaginary_pictures(50)
     for stage in (1, 2):
-        rows = stage_rows(options(Path("unused")), "train", pictures, stage)
-        for picture, row in zip(pictures, rows, strict=True):
-            assert row["image"] == picture.path
-            caption = row["conversations"][1]["value"]
+        records = stage_records(options(Path("unused")), "train", pictures, stage)
+        for picture, record in zip(pictures, records, strict=True):
+            assert record["image"] == picture.path
+            caption = record["conversations"][1]["value"]
             if stage == 1:
                 assert [int(d) for d in re.findall(r"\d", caption)] == picture.scene.digits
             else:

@@ -9,7 +9,7 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_dattn.conversion.io.chat_template import chat_template
-from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, parse_row
+from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, parse_record
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import TEMPLATES
 from tests.unit.data.builders import make_tokenizer
@@ -58,7 +58,7 @@ def loaded(name: str, exchanges: list[tuple[Parts, str]]) -> str:
         turns += [{"from": "human", "value": as_value(question)}, {"from": "gpt", "value": answer}]
     count = sum(part == IMAGE for question, _ in exchanges for part in question)
     row = {"conversations": turns, **({"image": ["x.png"] * count} if count else {})}
-    conversation = parse_row(row)
+    conversation = parse_record(row)
     assert len(conversation.images) == count
     return ConversationTokenizer(TOKENIZERS[name], name).render(conversation)[0]
 
@@ -100,7 +100,7 @@ def test_parts_in_any_order_are_written_as_the_loader_writes_them(
     ],
 )
 def test_the_only_image_of_a_question_comes_first(name: str, parts: Parts) -> None:
-    (turn,) = parse_row(
+    (turn,) = parse_record(
         {
             "image": "x.png",
             "conversations": [

@@ -1,9 +1,9 @@
-"""The rows of prepared files as Energon's data sets: endless and shuffled, or once and in order.
+"""The records of prepared files as Energon's data sets: endless and shuffled, or once and in order.
 
-Rows stay undecoded here, so that bad ones can be counted. Energon's own reader of JSON lines deals
-each worker one stretch of the file, blends files by drawing lots and shuffles in a buffer that
-crosses the ends of epochs: some records would be shown twice before others were shown at all. The
-files' format is Energon's.
+Records stay undecoded here, so that bad ones can be counted. Energon's own reader of JSON lines
+deals each worker one stretch of the file, blends files by drawing lots and shuffles in a buffer
+that crosses the ends of epochs: some records would be shown twice before others were shown at all.
+The files' format is Energon's.
 """
 
 from abc import abstractmethod
@@ -18,11 +18,12 @@ from megatron_dattn.data.epochs import EpochOrder
 from megatron_dattn.data.json_lines import JsonLines
 from megatron_dattn.data.rejection import SampleError
 
+_KIND = "Row"  # stored in the loader's state, so it keeps its name
 _AT_A_TIME = 128  # records whose order is computed together
 
 
-class RowSource(SavableDataset):
-    """Reads rows; the subclasses say which."""
+class RecordSource(SavableDataset):
+    """Reads records; the subclasses say which."""
 
     def __init__(self, datasets: Sequence[PreparedDataset], worker_config: WorkerConfig) -> None:
         super().__init__(worker_config)
@@ -45,28 +46,28 @@ class RowSource(SavableDataset):
 
     @property
     def num_streams(self) -> int:
-        """Processes that share the rows: the loader workers of all data-parallel ranks."""
+        """Processes that share the records: the loader workers of all data-parallel ranks."""
         return self.worker_config.world_size * max(1, self.worker_config.num_workers)
 
-    def _sample(self, file: int, row: int, *, position: int, epoch: int) -> CrudeSample:
+    def _sample(self, file: int, record: int, *, position: int, epoch: int) -> CrudeSample:
         dataset = self.datasets[file]
         return CrudeSample(
-            __key__=f"{dataset.name}-{row:09d}",
-            __restore_key__=("Row", position),
-            json=self._line(file, row),
+            __key__=f"{dataset.name}-{record:09d}",
+            __restore_key__=(_KIND, position),
+            json=self._line(file, record),
             image_root=str(dataset.image_root),
             epoch=epoch,
         )
 
-    def _line(self, file: int, row: int) -> bytes | SampleError:
+    def _line(self, file: int, record: int) -> bytes | SampleError:
         """A line, or why there is none to be parsed: that is counted where samples are made."""
         try:
-            return self._lines[file][row]
+            return self._lines[file][record]
         except SampleError as error:
             return error
 
 
-class TrainingRows(RowSource):
+class TrainingRecords(RecordSource):
     """This worker's share of an endless sequence of epochs."""
 
     _savable_fields = ("_taken",)
@@ -80,7 +81,7 @@ class TrainingRows(RowSource):
             [dataset.weight for dataset in datasets],
             seed,
         )
-        self._taken = 0  # rows that this worker has given out
+        self._taken = 0  # records that this worker has given out
 
     def reset_state_own(self) -> None:
         self._taken = 0
@@ -98,21 +99,21 @@ class TrainingRows(RowSource):
 
     def _samples(self, first: int, count: int) -> Iterator[CrudeSample]:
         records = self.order.records(first, self.num_streams, count)
-        columns = np.stack([records.files, records.rows, records.positions], axis=1).tolist()
-        for file, row, position in columns:
-            yield self._sample(file, row, position=position, epoch=self.order.epoch(position))
+        columns = np.stack([records.files, records.numbers, records.positions], axis=1).tolist()
+        for file, record, position in columns:
+            yield self._sample(file, record, position=position, epoch=self.order.epoch(position))
 
     def can_restore_sample(self) -> bool:
         return True
 
     def restore_sample(self, restore_key: tuple[Any, ...]) -> CrudeSample:
         kind, position = restore_key
-        assert kind == "Row"
+        assert kind == _KIND
         return next(self._samples(position, 1))
 
 
-class ValidationRows(RowSource):
-    """This rank's share of all rows, once and in order: neighbouring rows stay together."""
+class ValidationRecords(RecordSource):
+    """This rank's share of all records, once and in order: neighbouring records stay together."""
 
     def __iter__(self) -> Iterator[CrudeSample]:
         ends = np.cumsum([dataset.num_samples for dataset in self.datasets])
@@ -123,5 +124,5 @@ class ValidationRows(RowSource):
         )
         for position in range(start, stop):
             file = int(np.searchsorted(ends, position, side="right"))
-            row = position - int(ends[file]) + self.datasets[file].num_samples
-            yield self._sample(file, row, position=position, epoch=0)
+            record = position - int(ends[file]) + self.datasets[file].num_samples
+            yield self._sample(file, record, position=position, epoch=0)
