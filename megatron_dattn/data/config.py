@@ -25,7 +25,9 @@ class DataConfig:
     """The loader: data sets, template, token budgets, tolerance for bad samples."""
 
     train: list[DatasetConfig] = field(default_factory=list)
+    """Data sets of the training, each with path, image_root and weight."""
     validation: list[DatasetConfig] = field(default_factory=list)
+    """Data sets of the validation, which shows every record once."""
     tokenizer: str | None = None
     """Folder with the Hugging Face tokenizer (and the image processor's preprocessor_config)."""
     image_processor: str | None = None
@@ -54,6 +56,7 @@ class DataConfig:
     ranks, those since the stage began and the most recent ones, with a margin for chance: see
     megatron_dattn/data/skip_limit.py."""
     max_image_pixels: int = 40_000_000
+    """Images of more pixels (width times height) are unusable; read from the header."""
     """The largest image that is decoded; no side may have more than 16384 pixels. What else makes
     much work is refused too: see megatron_dattn/data/image_structure.py."""
     long_samples: Literal["skip", "truncate"] = "skip"

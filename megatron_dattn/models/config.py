@@ -54,14 +54,21 @@ class VisionConfig:
     family: Literal["siglip", "clip"] = "siglip"
     """CLIP has a class token, which attends but never leaves, and a norm before its first layer."""
     hidden_size: int = 1152
+    """Width of the encoder's layers."""
     num_hidden_layers: int = 27
+    """Layers of the published encoder; `feature_layer` says how many of them run."""
     num_attention_heads: int = 16
+    """Heads of each layer; they share hidden_size equally."""
     intermediate_size: int = 4304
+    """Width of the middle of each layer's MLP."""
     image_size: int = 384
     """Side of the square input in pixels; pixels beyond the last whole patch are ignored."""
     patch_size: int = 14
+    """Side of a patch in pixels."""
     layer_norm_eps: float = 1e-6
+    """Added to the variance in the LayerNorms."""
     hidden_act: Literal["gelu_pytorch_tanh", "quick_gelu", "gelu"] = "gelu_pytorch_tanh"
+    """Activation of the MLPs, in Hugging Face's words."""
     feature_layer: int = -2
     """Which hidden state feeds the adapter, as in LLaVA: -2 drops the last layer, -1 keeps all."""
 
@@ -122,8 +129,9 @@ class AdapterConfig:
     hidden_size: int | None = None
     """Width of the MLP's middle; the language model's hidden size where None."""
     norm_eps: float = 1e-5
+    """Added to the mean square in the adapter's RMSNorms."""
     visual_position: Literal["row_column", "per_patch"] = "row_column"
-    """What is learned in presets whose positions are learnable vectors: one per token and one per
+    """What is learned in presets whose positions are learnable vectors: one per row and one per
     column of patches, or one per patch, as in CLIP."""
     max_grid: int = 64
     """Rows (and columns) of the learnable position tables; larger grids are interpolated."""
@@ -175,16 +183,25 @@ class LanguageConfig:
     weights from one, multiplies embeddings by sqrt(hidden_size) and lets every other layer's
     attention slide; see `docs/language_models.md`."""
     hidden_size: int = 4096
+    """Width of the decoder's layers."""
     num_hidden_layers: int = 32
+    """Decoder layers."""
     num_attention_heads: int = 32
+    """Query heads of each layer."""
     num_key_value_heads: int = 8
+    """Key and value heads, each shared by an equal group of query heads."""
     head_dim: int = 128
+    """Width of a head."""
     intermediate_size: int = 14336
+    """Width of the middle of each layer's gated FFN."""
     vocab_size: int = 32768
+    """Entries of the vocabulary; embedding and head are padded to a multiple of 64."""
     rope_theta: float = 1_000_000.0
+    """Base of the rotary positions' wavelengths."""
     rope_scaling: RotaryScaling | None = None
     """Llama 3.1's, for texts longer than those of the first training; None where there is none."""
     rms_norm_eps: float = 1e-5
+    """Added to the mean square in the RMSNorms."""
     hidden_activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     """Of the gated FFN."""
     query_pre_attn_scalar: float | None = None
@@ -200,7 +217,9 @@ class LanguageConfig:
     """How many positions the pretrained model was made for; None where its source does not say.
     Nothing here depends on it: it is passed on to exports, whose users' tools read it."""
     tie_word_embeddings: bool = False
+    """Whether the head's weight is the embedding's."""
     initializer_range: float = 0.02
+    """Standard deviation of new weights, where a model is not imported."""
 
     def __post_init__(self) -> None:
         optional = (
@@ -263,7 +282,7 @@ class LanguageConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Tokens of the embedding and of the head: of the vocabulary and, behind it, of no token.
+        """Entries of embedding and head: the vocabulary's and, behind them, those of no token.
 
         A property of the model, not of its layout over ranks, so that checkpoints fit every layout.
         The vocabularies of all published models that are supported need no padding.

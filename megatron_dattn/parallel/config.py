@@ -10,7 +10,9 @@ class ParallelConfig:
     """Sizes of the parallel axes; data parallelism takes what is left of the world."""
 
     tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's weights, by heads and by FFN neurons."""
     pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers, a stage of neighbouring layers each."""
     num_layers_in_first_pipeline_stage: int | None = None
     """Decoder layers of the first stage, which also has encoder and embedding; the other stages
     share the rest. None for an equal share."""
@@ -19,7 +21,9 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Shard norms and residuals along the tokens inside the tensor-parallel group."""
     use_distributed_optimizer: bool = False
+    """Split the optimizer's state over the data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
+    """Sum gradients over the data-parallel ranks while the backward pass goes on."""
     distributed_timeout_minutes: float = 10.0
     """After this long without an answer a collective fails instead of waiting on."""
     rendezvous_timeout_minutes: float = 10.0
