@@ -31,6 +31,7 @@ class RotaryScaling:
     factor: float
     """How much slower pairs turn that turn less than `low_freq_factor` times."""
     low_freq_factor: float
+    """Up to so many turns over the trained length pairs are slowed down by the whole factor."""
     high_freq_factor: float
     """From so many turns on pairs stay as they are."""
     original_max_position_embeddings: int

@@ -191,21 +191,47 @@ class _ConfigFile(jsonargparse.ActionConfigFile):
             raise TypeError(f"'{value:.100}': {error}") from error
 
 
+_HELP = """\
+usage: {prog} [--config FILE]... [--dry-run [here | elsewhere]] [--SECTION.SETTING VALUE]...
+
+Pretrain a vision-language model with Decomposed Attention.
+
+  --config FILE
+      A YAML file of the settings below; may be given repeatedly, and what is written later wins.
+  --dry-run [here | elsewhere]
+      Print the plan of the run and what would end its start, and stop. `elsewhere` plans for
+      another machine: packages and files that are missing here are only mentioned.
+
+A setting's last part alone will do where only one section has it: --seed is --training.seed."""
+
+
+class _Help(argparse.Action):
+    """Explains every setting, in the words that stand beside its field."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        # Only here: reading the docstrings takes longer than reading the settings.
+        from megatron_dattn.config.settings import help_text
+
+        print(_HELP.format(prog=parser.prog))
+        print(help_text())
+        parser.exit()
+
+
 def _build_parser(prog: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         parser_mode="json",
         description="Pretrain a vision-language model with Decomposed Attention.",
         exit_on_error=False,
+        add_help=False,
     )
-    parser.add_argument("--config", action=_ConfigFile, help="a YAML file; may be given repeatedly")
+    parser.add_argument("-h", "--help", action=_Help, nargs=0)
+    parser.add_argument("--config", action=_ConfigFile)
     parser.add_argument(
         "--dry-run",
         nargs="?",
         choices=["here", "elsewhere"],
         const="here",
-        help="print the plan of the run and what would end its start, and stop; 'elsewhere' plans "
-        "for another machine: packages and files that are missing here are only mentioned",
     )
     parser.add_class_arguments(PretrainConfig, None)
     return parser
