@@ -23,7 +23,7 @@ from megatron_dattn.training.build import build_training_model, state_of
 from megatron_dattn.training.config import (
     LoggingConfig,
     ModuleLearningRates,
-    OptimizerSettings,
+    OptimizerConfig,
     TrainingConfig,
 )
 from megatron_dattn.training.metrics import Metrics, StepReport
@@ -69,7 +69,7 @@ def pretrain_config(attention: str, batch: PackedBatch, settings: EngineSettings
         model=demo_model(attention),
         parallel=ParallelConfig(),
         data=DataConfig(visual_budget=layout.visual_budget, text_budget=layout.text_budget),
-        optimizer=OptimizerSettings(learning_rates=rates, warmup_ratio=0.0),
+        optimizer=OptimizerConfig(learning_rates=rates, warmup_ratio=0.0),
         training=TrainingConfig(
             train_iters=TRAIN_ITERS,
             micro_batch_size=layout.num_samples,
@@ -95,7 +95,7 @@ class EngineVariant:
             state=state_of(config, chunks),
             stream=BatchStream(itertools.repeat(batch), get_device()),
             num_microbatches=1,
-            num_rows=batch.layout.num_tokens,
+            seq_length=batch.layout.num_tokens,
             metrics=Metrics(
                 LoggingConfig(),
                 stage="",

@@ -43,7 +43,7 @@ class CommandLine:
 
     config: PretrainConfig
     dry_run: Literal["here", "elsewhere"] | None
-    """Print the plan of the run (parameters, rows, FLOPs, memory per rank) and stop: of a run on
+    """Print the plan of the run (parameters, tokens, FLOPs, memory per rank) and stop: of a run on
     this machine, or of one on another whose packages and files are not here."""
 
 

@@ -11,7 +11,7 @@ from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.training.config import (
     CheckpointConfig,
     LoggingConfig,
-    OptimizerSettings,
+    OptimizerConfig,
     TrainingConfig,
 )
 
@@ -23,7 +23,7 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

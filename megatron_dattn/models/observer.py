@@ -32,7 +32,7 @@ class AttentionObserver(Protocol):
         """
 
 
-class VisualWeightMeter:
+class AlphaMeter:
     """Mean alpha_V (equation 9) of this rank's heads over the text tokens that see an image.
 
     Sums on the device, without waiting for it. A layer that is shown the same tokens twice, as in

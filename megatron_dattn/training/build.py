@@ -182,7 +182,7 @@ def build_state(config: PretrainConfig) -> TrainState:
     state = state_of(config, build_training_model(config))
     for line in describe_optimizer(state.optimizer):
         logger.info(line)
-    state.loader = agreed(lambda: make_loader(config, config.data.train, training=True))
+    state.loader = run_on_all_ranks(lambda: make_loader(config, config.data.train, training=True))
     return state
 
 
@@ -218,7 +218,7 @@ def make_loader(
     )
 
 
-def agreed(work: Callable[[], T]) -> T:
+def run_on_all_ranks(work: Callable[[], T]) -> T:
     """Do work that can fail on one rank alone; its UserError is raised on all of them.
 
     What the file system refuses counts as a UserError: its words name the path.

@@ -191,7 +191,7 @@ class Checkpointer:
             for name in sorted(absent):
                 logger.warning("NO %s IN %s: IT STARTS FROM RANDOM VALUES", name, found.path)
             if scale is not None:
-                logger.info("visual rows start at the scale of the token embeddings, %.4g", scale)
+                logger.info("visual tokens start at the scale of the token embeddings, %.4g", scale)
             added = added_parameters(state.model, absent) if plain else {}
             if added:
                 logger.warning(

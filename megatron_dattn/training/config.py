@@ -18,8 +18,11 @@ class ModuleLearningRates:
     """
 
     vision_model: float = 0.0
+    """Peak rate of the encoder; 0.0 freezes it."""
     adapter: float = 1e-3
+    """Peak rate of the adapter; 0.0 freezes it."""
     language_model: float = 0.0
+    """Peak rate of the language model; 0.0 freezes it."""
 
     def __post_init__(self) -> None:
         rates = (self.vision_model, self.adapter, self.language_model)
@@ -30,7 +33,7 @@ class ModuleLearningRates:
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerConfig:
     """AdamW with a cosine schedule (paper, Table 7)."""
 
     learning_rates: ModuleLearningRates = field(default_factory=ModuleLearningRates)
@@ -39,9 +42,13 @@ class OptimizerSettings:
     warmup_ratio: float = 0.03
     """Share of train_iters over which the rates rise linearly from 0."""
     weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; norms and biases have none."""
     adam_beta1: float = 0.9
+    """Decay of the mean of the gradients, per step."""
     adam_beta2: float = 0.999
+    """Decay of the mean of their squares, per step."""
     adam_eps: float = 1e-8
+    """Added to the root of the squares' mean."""
     clip_grad: float = 1.0
     """Clip the global gradient norm to this; 0.0 does not clip."""
     max_skipped_steps: int = 10
@@ -72,18 +79,24 @@ class TrainingConfig:
     stage: str = "stage1"
     """Name of the stage; recorded in checkpoints, which resume only under the same name."""
     train_iters: int = 1000
+    """Steps of this stage."""
     micro_batch_size: int = 8
     """The most samples in one pack."""
     global_batch_size: int = 256
     """Samples per step: micro_batch_size * data-parallel size * accumulated micro-batches."""
     seed: int = 1234
+    """Of new weights, dropout and the order of the samples."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Of weights and activations; the optimizer keeps fp32 in either case."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: the attention core alone, or whole layers."""
     attention_backend: str = "auto"
     """A backend of megatron_dattn/attention/backends, or the best one that fits the device."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose linear layers and norms: Transformer Engine's, or megatron-core's and ours; auto
+    takes Transformer Engine where it is installed and there is a GPU."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """FP8 format of the language model's linear layers (Transformer Engine only)."""
     savings: ExactSavings = field(default_factory=ExactSavings)
     """Work that no result depends on and that is left out, each with its switch."""
     eval_interval: int = 0
@@ -152,10 +165,13 @@ class LoggingConfig:
     """What is written while training."""
 
     log_interval: int = 10
+    """Write a line every so many steps."""
     tensorboard_dir: str | None = None
+    """Folder of TensorBoard's event files; null writes none."""
     sample_ledger: str | None = None
     """Folder for one JSON line per step and data-parallel rank with the consumed sample keys."""
     progress_bar: Literal["auto", "on", "off"] = "auto"
+    """A bar on standard error; auto shows it where that is a terminal."""
     alpha_interval: int = 0
     """Report every so many steps how much text attends to images, by layer and head; 0 never
     does."""

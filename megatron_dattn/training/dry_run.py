@@ -1,6 +1,6 @@
 """`--dry-run`: what a run would be, computed from its configuration without building anything.
 
-It prints parameters, rows, steps, FLOPs, memory and communication, and refuses what a start here
+It prints parameters, tokens, steps, FLOPs, memory and communication, and refuses what a start here
 would refuse: sizes that do not divide, and all that `checks.py` knows of packages, data, folders.
 It needs no GPU and no weights. A laptop plans a big run by the environment, and by the word that
 what is missing on the laptop does not matter:
@@ -116,15 +116,15 @@ def _layout_section(plan: Plan) -> list[str]:
         for name in ("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce")
         if getattr(parallel, name)
     ]
-    rows, per_pack = config.model.tokens_per_image, training.micro_batch_size
+    tokens, per_pack = config.model.tokens_per_image, training.micro_batch_size
     return [
         "Layout",
         f"  ranks       tensor {parallel.tensor_model_parallel_size} x pipeline "
         f"{parallel.pipeline_model_parallel_size} x data {plan.data_parallel_size}"
         + "".join(f", {extra}" for extra in extras),
         f"  pack        {layout.visual_budget} visual + {layout.text_budget} text = "
-        f"{layout.num_tokens} rows; at most {per_pack} samples",
-        f"  image       {rows} rows; {layout.visual_budget // rows} fit a pack",
+        f"{layout.num_tokens} tokens; at most {per_pack} samples",
+        f"  image       {tokens} tokens; {layout.visual_budget // tokens} fit a pack",
         f"  step        {training.global_batch_size} samples = {per_pack} per pack x "
         f"{plan.data_parallel_size} replicas x {plan.num_microbatches} micro-batches",
         f"  precision   {training.precision}, recomputation {training.recompute}",
@@ -186,7 +186,7 @@ def _flops_section(plan: Plan) -> list[str]:
     own = counted[config.model.attention]
     lines = [
         f"FLOPs of one step: {packs} packs of {layout.num_samples} samples, each "
-        f"{config.model.tokens_per_image} visual and {layout.text_lengths[0]} text rows",
+        f"{config.model.tokens_per_image} visual and {layout.text_lengths[0]} text tokens",
         f"  {'':<16}" + "".join(f"{name:>14}" for name in presets),
     ]
     for part in own.parts:

@@ -34,7 +34,7 @@ class LossSum:
         return self.loss / self.num_tokens if self.num_tokens else self.loss
 
 
-def speaks_for_its_replica() -> bool:
+def is_loss_rank() -> bool:
     """Whether this rank is the one of its data-parallel replica that contributes to global sums.
 
     It is tensor-parallel rank 0 of the last pipeline stage: the one that has both loss and data.
@@ -63,7 +63,7 @@ def forward_step(
 
 
 def sum_losses(losses: Tensor) -> LossOutput:
-    """Losses of labelled rows -> (sum, count, both detached for reports)."""
+    """Losses of labelled tokens -> (sum, count, both detached for reports)."""
     total = losses.sum()
     count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
     return total, count, {"loss": total.detach(), "num_tokens": count}
@@ -74,29 +74,29 @@ def run_micro_batches(
     batches: Iterator[PackedBatch],
     *,
     num_microbatches: int,
-    num_rows: int,
+    seq_length: int,
     forward_only: bool,
     observer: AttentionObserver | None = None,
 ) -> LossSum:
     """Run the pipeline schedule; gradients end up reduced and divided by the global token count.
 
     Args:
-        num_rows: S, the rows of one pack.
+        seq_length: S, the tokens of one pack.
         observer: is shown the queries and keys of this rank's layers.
 
     Returns:
-        This data-parallel replica's sums on the ranks that speak for it, zeros elsewhere.
+        This data-parallel replica's sums on its loss rank, zeros elsewhere.
     """
     outputs = get_forward_backward_func()(
         forward_step_func=partial(forward_step, observer=observer),
         data_iterator=batches,
         model=model_chunks,
         num_microbatches=num_microbatches,
-        seq_length=num_rows,
+        seq_length=seq_length,
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    if not (outputs and speaks_for_its_replica()):
+    if not (outputs and is_loss_rank()):
         return LossSum(0.0, 0.0)
     sums = torch.stack(
         [torch.stack([out["loss"].double(), out["num_tokens"].double()]) for out in outputs]

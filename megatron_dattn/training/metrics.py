@@ -36,15 +36,15 @@ class StepReport:
     """The rates this step used, by trained module."""
     samples: int
     text_tokens: int
-    """Valid text rows, padding not counted."""
+    """Valid text tokens, padding not counted."""
     visual_tokens: int
-    """Valid visual rows."""
+    """Valid visual tokens."""
     flops: float
     """Model FLOPs, padding and recomputation not counted."""
     seconds: float
     data_wait_seconds: float
     """Of these, spent waiting for the loader (mean over data-parallel ranks)."""
-    visual_weights: list[list[float]] | None = None
+    alpha: list[list[float]] | None = None
     """Mean alpha_V by layer and head, NaN where no text sees an image; None in most steps."""
 
 
@@ -83,8 +83,8 @@ class Metrics:
         self._reports.append(report)
         if report.step % self._interval == 0 or report.step == self._train_iters:
             self._write(totals)
-        if report.visual_weights is not None and not report.skipped:
-            self._write_visual_weights(report.step, report.visual_weights)
+        if report.alpha is not None and not report.skipped:
+            self._write_alpha(report.step, report.alpha)
 
     def record_validation(self, step: int, loss: float) -> None:
         """Write a validation loss at once."""
@@ -109,7 +109,7 @@ class Metrics:
         if self._writer is not None:
             self._writer.add_scalars(self._scalars(interval, totals), interval.last.step)
 
-    def _write_visual_weights(self, step: int, weights: list[list[float]]) -> None:
+    def _write_alpha(self, step: int, weights: list[list[float]]) -> None:
         layers = [_describe_layer(number, heads) for number, heads in enumerate(weights, 1)]
         logger.info("iteration %d | alpha_V: %s", step, " | ".join(layers))
         if self._writer is not None:

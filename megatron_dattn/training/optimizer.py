@@ -14,18 +14,20 @@ from typing import cast
 import torch
 from megatron.core.optimizer import (
     MegatronOptimizer,
-    OptimizerConfig,
     ParamGroupOverride,
     ParamKey,
     get_megatron_optimizer,
     get_standard_config_overrides,
+)
+from megatron.core.optimizer import (
+    OptimizerConfig as MegatronOptimizerConfig,
 )
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.training.config import OptimizerSettings
+from megatron_dattn.training.config import OptimizerConfig
 from megatron_dattn.training.stages import (
     MODULES,
     learning_rate_of,
@@ -51,7 +53,7 @@ class ParameterGroup:
 
 
 def build_optimizer(
-    settings: OptimizerSettings,
+    settings: OptimizerConfig,
     model_chunks: list[nn.Module],
     *,
     bf16: bool,
@@ -59,7 +61,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """megatron-core's optimizer over DDP-wrapped chunks; frozen parameters get no state."""
     peak = max(learning_rate_of(settings.learning_rates, name) for name in MODULES)
-    config = OptimizerConfig(
+    config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=peak,
         min_lr=peak * settings.min_lr_ratio,
@@ -80,7 +82,7 @@ def build_optimizer(
 
 
 def build_scheduler(
-    settings: OptimizerSettings, optimizer: MegatronOptimizer, train_iters: int
+    settings: OptimizerConfig, optimizer: MegatronOptimizer, train_iters: int
 ) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then a cosine to `min_lr_ratio` of each module's peak.
 
@@ -104,7 +106,7 @@ def build_scheduler(
     )
 
 
-def num_warmup_steps(settings: OptimizerSettings, train_iters: int) -> int:
+def num_warmup_steps(settings: OptimizerConfig, train_iters: int) -> int:
     """Steps of linear warm-up: the ratio rounded up, but at least one step is left to decay."""
     return min(math.ceil(settings.warmup_ratio * train_iters), train_iters - 1)
 
@@ -123,7 +125,7 @@ def parameter_groups(optimizer: MegatronOptimizer) -> list[ParameterGroup]:
     ]
 
 
-def check_peak_rates(settings: OptimizerSettings, optimizer: MegatronOptimizer) -> None:
+def check_peak_rates(settings: OptimizerConfig, optimizer: MegatronOptimizer) -> None:
     """After a resume: the checkpoint's optimizer groups must have the configured peaks.
 
     megatron-core takes the groups as they were saved, rates included, without a word.
@@ -155,7 +157,7 @@ def describe_optimizer(optimizer: MegatronOptimizer) -> list[str]:
     ]
 
 
-def _module_overrides(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
+def _module_overrides(settings: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
     overrides = {}
     for module in trained_modules(settings.learning_rates):
         rate = learning_rate_of(settings.learning_rates, module)

@@ -25,7 +25,7 @@ class Plan:
     data_parallel_size: int
     num_microbatches: int
     layout: TokenLayout
-    """A full pack: as many one-image samples as fit, the text rows shared out among them."""
+    """A full pack: as many one-image samples as fit, the text tokens shared out among them."""
     trained: frozenset[str]
     execution: ExecutionConfig
 
@@ -45,7 +45,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
     )
     check_model_sizes(config.model, parallel)
     num_microbatches = config.training.num_microbatches(data_parallel)
-    check_rows(config)
+    check_budgets(config)
     check_validation(config)
     return Plan(
         config=config,
@@ -58,16 +58,16 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
     )
 
 
-def check_rows(config: PretrainConfig) -> None:
-    """Sequence parallelism cuts a pack's visual and text rows into equal shares each."""
+def check_budgets(config: PretrainConfig) -> None:
+    """Sequence parallelism cuts a pack's visual and text tokens into equal shares each."""
     tp = config.parallel.tensor_model_parallel_size
     if not config.parallel.sequence_parallel:
         return
     for name in ("visual_budget", "text_budget"):
-        rows = getattr(config.data, name)
-        if rows % tp:
+        tokens = getattr(config.data, name)
+        if tokens % tp:
             raise ConfigError(
-                f"data.{name} {rows} is not a multiple of parallel.tensor_model_parallel_size "
+                f"data.{name} {tokens} is not a multiple of parallel.tensor_model_parallel_size "
                 f"{tp}, which parallel.sequence_parallel needs"
             )
 
@@ -82,19 +82,19 @@ def check_validation(config: PretrainConfig) -> None:
 
 
 def _full_pack(config: PretrainConfig) -> TokenLayout:
-    rows, grid = config.model.tokens_per_image, config.model.image_grid
+    tokens, grid = config.model.tokens_per_image, config.model.image_grid
     visual, text = config.data.visual_budget, config.data.text_budget
-    if visual < rows:
+    if visual < tokens:
         raise ConfigError(
             f"data.visual_budget {visual} is smaller than one image of {grid[0]} x {grid[1]} = "
-            f"{rows} rows; no sample with an image would fit"
+            f"{tokens} tokens; no sample with an image would fit"
         )
-    samples = min(config.training.micro_batch_size, visual // rows, text)
+    samples = min(config.training.micro_batch_size, visual // tokens, text)
     text_lengths = (text // samples,) * samples
     return TokenLayout(
         text_lengths=text_lengths,
         images=tuple(ImageSpan(sample, 0, grid) for sample in range(samples)),
         visual_budget=visual,
         text_budget=text,
-        prompt_lengths=text_lengths,  # the most that visual rows can see of it
+        prompt_lengths=text_lengths,  # the most that visual tokens can see of it
     )

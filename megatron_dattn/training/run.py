@@ -23,8 +23,8 @@ class Run:
     """Everything a checkpoint holds: weights, optimizer, schedule, loader, counters."""
     stream: BatchStream
     num_microbatches: int
-    num_rows: int
-    """Rows of one pack, padding included."""
+    seq_length: int
+    """Tokens of one pack, padding included."""
     metrics: Metrics
     checkpointer: Checkpointer | None
     """None where nothing is saved."""

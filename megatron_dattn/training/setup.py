@@ -13,7 +13,12 @@ from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.planner.hardware import device_peak
 from megatron_dattn.runtime.distributed import get_device, is_rank_0
 from megatron_dattn.runtime.lost_ranks import LostRankError
-from megatron_dattn.training.build import agreed, build_state, make_checkpointer, make_loader
+from megatron_dattn.training.build import (
+    build_state,
+    make_checkpointer,
+    make_loader,
+    run_on_all_ranks,
+)
 from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.checks import StartChecks, raise_first
 from megatron_dattn.training.exits import FILE_NAME, clear_exit_reason, ending_of, record_exit
@@ -45,7 +50,7 @@ def prepare_run(config: PretrainConfig) -> int | None:
     steps = on_first_rank("looking into the save folder", checks.steps_if_finished)
     if steps is not None:
         return steps
-    agreed(lambda: raise_first(checks.on_every_host()))
+    run_on_all_ranks(lambda: raise_first(checks.on_every_host()))
     raise_first(on_first_rank("looking into the folders", checks.in_shared_folders))
     return None
 
@@ -87,7 +92,7 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
     Raises:
         UserError: on all ranks: settings, data or checkpoints that do not fit.
     """
-    checkpointer = agreed(lambda: make_checkpointer(config))
+    checkpointer = run_on_all_ranks(lambda: make_checkpointer(config))
     state = build_state(config)
     restore(config, checkpointer, state)
     run = Run(
@@ -97,11 +102,11 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
         num_microbatches=config.training.num_microbatches(
             parallel_state.get_data_parallel_world_size()
         ),
-        num_rows=config.data.visual_budget + config.data.text_budget,
-        metrics=agreed(lambda: make_metrics(config, state)),
+        seq_length=config.data.visual_budget + config.data.text_budget,
+        metrics=run_on_all_ranks(lambda: make_metrics(config, state)),
         checkpointer=checkpointer if config.checkpoint.save else None,
         validation=make_validation(config),
-        ledger=agreed(lambda: make_ledger(config, state)),
+        ledger=run_on_all_ranks(lambda: make_ledger(config, state)),
     )
     try:
         if run.validation is not None:
@@ -146,9 +151,11 @@ def make_validation(config: PretrainConfig) -> Validation | None:
     if config.training.eval_interval == 0:
         return None
     return Validation(
-        lambda: agreed(lambda: make_loader(config, config.data.validation, training=False)),
+        lambda: run_on_all_ranks(
+            lambda: make_loader(config, config.data.validation, training=False)
+        ),
         max_microbatches=config.training.eval_iters,
-        num_rows=config.data.visual_budget + config.data.text_budget,
+        seq_length=config.data.visual_budget + config.data.text_budget,
         max_skipped_fraction=config.data.max_skipped_fraction,
     )
 
@@ -180,7 +187,7 @@ def describe_start(run: Run) -> None:
     )
     logger.info(
         "iterations %d to %d, global batch of up to %d samples in %d packs of %d visual + %d text "
-        "rows per data-parallel rank",
+        "tokens per data-parallel rank",
         run.state.progress.step + 1,
         training.train_iters,
         training.global_batch_size,

@@ -12,6 +12,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_dattn.data.counters import LoaderCounters
 from megatron_dattn.errors import CheckpointError
 
+_OLDER_NAMES = {"visual_rows": "visual_tokens"}  # in checkpoints
+
 
 @dataclass
 class Progress:
@@ -22,7 +24,7 @@ class Progress:
     consumed_samples: int = 0
     consumed_packs: int = 0
     text_tokens: int = 0
-    visual_rows: int = 0
+    visual_tokens: int = 0
     skipped_samples: int = 0
     """Samples that the loader could not use."""
     skipped_steps: int = 0
@@ -39,6 +41,7 @@ class Progress:
         Raises:
             CheckpointError: for a counter that this version does not know or that is no integer.
         """
+        values = {_OLDER_NAMES.get(name, name): value for name, value in values.items()}
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown or not all(type(value) is int for value in values.values()):
             raise CheckpointError(

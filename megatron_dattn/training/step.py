@@ -17,10 +17,11 @@ from megatron_dattn.data.counters import LoaderCounters, as_counts, from_counts
 from megatron_dattn.data.skip_limit import check_share
 from megatron_dattn.errors import shortened
 from megatron_dattn.planner.flops import model_flops
+from megatron_dattn.training.alpha import mean_alpha, meter_if_due
 from megatron_dattn.training.losses import (
     LossSum,
+    is_loss_rank,
     run_micro_batches,
-    speaks_for_its_replica,
     sum_over_world,
 )
 from megatron_dattn.training.metrics import StepReport
@@ -28,7 +29,6 @@ from megatron_dattn.training.optimizer import current_learning_rates
 from megatron_dattn.training.run import Run
 from megatron_dattn.training.stages import trained_modules
 from megatron_dattn.training.stream import Consumed
-from megatron_dattn.training.visual_weights import mean_visual_weights, meter_if_due
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def train_step(run: Run) -> StepReport:
         state.model,
         run.stream,
         num_microbatches=run.num_microbatches,
-        num_rows=run.num_rows,
+        seq_length=run.seq_length,
         forward_only=False,
         observer=meter,
     )
@@ -105,7 +105,7 @@ def train_step(run: Run) -> StepReport:
         flops=totals.flops,
         seconds=time.perf_counter() - started,
         data_wait_seconds=totals.wait_seconds / parallel_state.get_data_parallel_world_size(),
-        visual_weights=None if meter is None else mean_visual_weights(meter),
+        alpha=None if meter is None else mean_alpha(meter),
     )
 
 
@@ -142,7 +142,7 @@ def _sum_over_replicas(run: Run, sums: LossSum, consumed: Consumed, finite: bool
         consumed.wait_seconds,
         *_loader_counts(run),
     ]
-    if not speaks_for_its_replica():
+    if not is_loss_rank():
         mine = [0.0] * len(mine)
     # Any rank may have met a non-finite gradient, so this flag is summed over all of them.
     totals = sum_over_world(*mine, 0.0 if finite else 1.0)
@@ -183,7 +183,7 @@ def _account(run: Run, totals: _Totals, consumed: Consumed) -> None:
     progress.consumed_samples += totals.samples
     progress.consumed_packs += run.num_microbatches * parallel_state.get_data_parallel_world_size()
     progress.text_tokens += totals.text_tokens
-    progress.visual_rows += totals.visual_tokens
+    progress.visual_tokens += totals.visual_tokens
     progress.skipped_samples = sum(totals.rejected.values())
     progress.skipped_steps += totals.skip
     progress.skipped_steps_in_a_row = progress.skipped_steps_in_a_row + 1 if totals.skip else 0

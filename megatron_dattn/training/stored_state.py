@@ -148,7 +148,7 @@ def added_parameters(model: Sequence[torch.nn.Module], absent: set[str]) -> dict
 
 
 def start_at_text_scale(model: Sequence[torch.nn.Module]) -> float | None:
-    """Let visual rows that leave a new adapter begin as large as text; the scale of text where an
+    """Let visual tokens that leave a new adapter begin as large as text; the scale of text where an
     adapter of this rank was changed. Collective over tensor-parallel ranks."""
     scales = [
         chunk.start_at_text_scale()

@@ -16,8 +16,8 @@ from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.distributed import get_device, is_rank_0
 from megatron_dattn.training.losses import (
     LossSum,
+    is_loss_rank,
     run_micro_batches,
-    speaks_for_its_replica,
     sum_over_world,
 )
 from megatron_dattn.training.random_states import untouched_random_states
@@ -44,19 +44,19 @@ class Validation:
         make_loader: Callable[[], CountingLoader | None],
         *,
         max_microbatches: int,
-        num_rows: int,
+        seq_length: int,
         max_skipped_fraction: float,
     ) -> None:
         """
         Args:
             make_loader: a fresh loader from the data's beginning; None on ranks that do not load.
             max_microbatches: packs per data-parallel rank at most; fewer if the data has no more.
-            num_rows: rows of one pack.
+            seq_length: tokens of one pack.
             max_skipped_fraction: of the validation samples.
         """
         self._make_loader = make_loader
         self._max_microbatches = max_microbatches
-        self._num_rows = num_rows
+        self._seq_length = seq_length
         self._max_skipped_fraction = max_skipped_fraction
 
     def require_packs(self) -> None:
@@ -106,7 +106,7 @@ class Validation:
                     model_chunks,
                     stream,
                     num_microbatches=num_microbatches,
-                    num_rows=self._num_rows,
+                    seq_length=self._seq_length,
                     forward_only=True,
                 )
         loss, num_tokens, *counts = _sum_over_replicas(
@@ -124,7 +124,7 @@ def _counters(loader: CountingLoader | None) -> LoaderCounters:
 
 
 def _sum_over_replicas(*values: float) -> list[float]:
-    return sum_over_world(*(values if speaks_for_its_replica() else [0.0] * len(values)))
+    return sum_over_world(*(values if is_loss_rank() else [0.0] * len(values)))
 
 
 @contextlib.contextmanager

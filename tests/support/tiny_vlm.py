@@ -33,7 +33,7 @@ from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.config import (
     CheckpointConfig,
     ModuleLearningRates,
-    OptimizerSettings,
+    OptimizerConfig,
 )
 from megatron_dattn.training.optimizer import build_optimizer, build_scheduler
 from megatron_dattn.training.stages import freeze_modules
@@ -165,7 +165,7 @@ class Run:
         self.state = self._build_state()
 
     def _build_state(self) -> TrainState:
-        settings = OptimizerSettings(
+        settings = OptimizerConfig(
             learning_rates=ModuleLearningRates(*self.setup.rates),
             weight_decay=0.1,
             warmup_ratio=0.1,

@@ -22,7 +22,7 @@ from megatron_dattn.training.build import build_training_model, start, state_of
 from megatron_dattn.training.config import (
     LoggingConfig,
     ModuleLearningRates,
-    OptimizerSettings,
+    OptimizerConfig,
     TrainingConfig,
 )
 from megatron_dattn.training.metrics import Metrics
@@ -79,7 +79,7 @@ def training_config(
             distributed_timeout_minutes=1.0,
         ),
         data=DataConfig(visual_budget=36, text_budget=32),
-        optimizer=OptimizerSettings(learning_rates=rates, warmup_ratio=0.0),
+        optimizer=OptimizerConfig(learning_rates=rates, warmup_ratio=0.0),
         training=TrainingConfig(
             train_iters=train_iters,
             micro_batch_size=1,
@@ -124,7 +124,7 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
         state=state,
         stream=BatchStream(loader, get_device()),
         num_microbatches=config.training.num_microbatches(replicas),
-        num_rows=config.data.visual_budget + config.data.text_budget,
+        seq_length=config.data.visual_budget + config.data.text_budget,
         metrics=Metrics(
             config.logging,
             stage=config.training.stage,

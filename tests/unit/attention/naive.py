@@ -79,7 +79,7 @@ def constant_alpha_gradients(
             do = (part.query_tokens.take(grad_out) * alpha).to(query.dtype)
             dq, dk, _ = backend.backward(do, *tokens, out, lse, part, scale)
             if part.rotary:
-                back = [part.query_rows.take(table) for table in (tables[0], -tables[1])]
+                back = [part.query_tokens.take(table) for table in (tables[0], -tables[1])]
                 dq = apply_rotary(dq, (back[0], back[1]))
                 dk = apply_rotary(dk, (part.key_tokens.take(cos), part.key_tokens.take(-sin)))
             part.query_tokens.add(grad_query[layout.visual_budget :], dq)

@@ -87,8 +87,8 @@ def test_a_mixture_read_by_several_workers_goes_on_where_it_was_left(
     processor: Path, tmp_path: Path
 ) -> None:
     """On every rank, in the middle of an epoch of files with weights, and after the next resume."""
-    big = make_dataset(tmp_path, make_rows(tmp_path, 40), name="big")
-    small = make_dataset(tmp_path, make_rows(tmp_path, 7), name="small")
+    big = make_dataset(tmp_path, make_records(tmp_path, 40), name="big")
+    small = make_dataset(tmp_path, make_records(tmp_path, 7), name="small")
     datasets = [DatasetConfig(big.path, weight=0.7), DatasetConfig(small.path, weight=2.5)]
     config = data_config(processor, num_workers=3)
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dattn.attention import Scoring, alpha_v
 from megatron_dattn.models.decomposed_attention import DecomposedCore
-from megatron_dattn.models.observer import VisualWeightMeter
+from megatron_dattn.models.observer import AlphaMeter
 from tests.support.vlm import LANGUAGE, make_batch, tiny_model, tiny_model_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -98,7 +98,7 @@ def _syncs(model, observer, monkeypatch) -> list[str]:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_meter_never_waits_for_the_device(preset: str, recompute: str, monkeypatch) -> None:
     model = tiny_model(tiny_model_config(preset), recompute=recompute)
-    meter = VisualWeightMeter(2, LANGUAGE.num_attention_heads, "cpu")
+    meter = AlphaMeter(2, LANGUAGE.num_attention_heads, "cpu")
     # The one place where the engine does: which tokens have a label.
     assert _syncs(model, None, monkeypatch) == ["nonzero"]
     assert _syncs(model, meter, monkeypatch) == ["nonzero"]
@@ -129,7 +129,7 @@ def test_under_a_cascade_it_is_shown_the_cross_attention() -> None:
 
 def test_the_meter_means_over_the_tokens_that_see_an_image() -> None:
     model = tiny_model(tiny_model_config("s_attn"))
-    recorder, meter = Recorder(), VisualWeightMeter(2, LANGUAGE.num_attention_heads, "cpu")
+    recorder, meter = Recorder(), AlphaMeter(2, LANGUAGE.num_attention_heads, "cpu")
     for batch in (BATCH, make_batch([7], [(2,)], seed=1)):
         model(batch, observer=recorder)
         model(batch, observer=meter)

@@ -60,7 +60,7 @@ def start(stage: str, first: int, total: int = STEPS) -> str:
     return (
         f"stage {stage}: 2 ranks = tensor 1 x pipeline 1 x data 2, fp32, attention dattn\n"
         f"iterations {first + 1} to {total}, global batch of up to 8 samples in 1 packs of 5 "
-        "visual + 6 text rows per data-parallel rank\n"
+        "visual + 6 text tokens per data-parallel rank\n"
     )
 
 

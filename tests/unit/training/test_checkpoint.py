@@ -426,9 +426,11 @@ def test_weights_are_not_taken_from_a_folder_of_another_kind(
 
 
 def test_progress_reads_back_and_refuses_what_it_does_not_know() -> None:
-    progress = Progress(step=3, consumed_samples=12, visual_rows=99)
+    progress = Progress(step=3, consumed_samples=12, visual_tokens=99)
     assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
     assert Progress.from_json({"step": 3}) == Progress(step=3)
+    older = {"step": 3, "visual_rows": 99}
+    assert Progress.from_json(older) == Progress(step=3, visual_tokens=99)
     for wrong in ({"steps": 3}, {"step": "3"}, {"step": 1.5}, {"step": True}):
         with pytest.raises(CheckpointError, match="not understood"):
             Progress.from_json(wrong)

@@ -15,7 +15,7 @@ from megatron_dattn.planner.flops import model_flops
 from megatron_dattn.planner.parameters import count_parameters
 from megatron_dattn.training.config import (
     ModuleLearningRates,
-    OptimizerSettings,
+    OptimizerConfig,
     TrainingConfig,
 )
 from megatron_dattn.training.dry_run import dry_run, print_plan
@@ -61,7 +61,7 @@ def line_of(report: str, start: str) -> str:
 
 
 def test_full_pack_holds_what_fits() -> None:
-    """40 visual rows hold two images of 16; 24 text rows give them 12 each."""
+    """40 visual tokens hold two images of 16; 24 text tokens give them 12 each."""
     plan = make_plan(TINY, world_size=2)
     assert plan.layout.text_lengths == (12, 12)
     assert plan.layout.num_visual_tokens == 32
@@ -69,14 +69,14 @@ def test_full_pack_holds_what_fits() -> None:
 
 
 def test_an_image_has_the_rows_that_the_preset_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of 16 patches: 40 rows would hold ten images, four samples hold four."""
+    """A quarter of 16 patches: 40 tokens would hold ten images, four samples hold four."""
     config = changed(model={"attention": "fastervlm"}, data={"visual_budget": 40})
     plan = make_plan(config, world_size=2)
     assert [image.grid for image in plan.layout.images] == [(1, 4)] * 4
     report = dry_run(config, world_size=2)
-    assert "4 rows; 10 fit a pack" in line_of(report, "image")
-    assert "each 4 visual and 6 text rows" in report
-    with pytest.raises(ConfigError, match="smaller than one image of 1 x 4 = 4 rows"):
+    assert "4 tokens; 10 fit a pack" in line_of(report, "image")
+    assert "each 4 visual and 6 text tokens" in report
+    with pytest.raises(ConfigError, match="smaller than one image of 1 x 4 = 4 tokens"):
         make_plan(changed(model={"attention": "fastervlm"}, data={"visual_budget": 3}), 2)
 
 
@@ -121,7 +121,7 @@ def test_memory_verdicts_follow_the_total() -> None:
         TINY,
         model=ModelConfig(),
         data=DataConfig(),
-        optimizer=OptimizerSettings(ModuleLearningRates(1e-6, 1e-6, 1e-6)),
+        optimizer=OptimizerConfig(ModuleLearningRates(1e-6, 1e-6, 1e-6)),
     )
     verdicts = line_of(dry_run(big, world_size=1), "fits, with")
     assert "80 GB NO" in verdicts
@@ -144,7 +144,7 @@ def test_communication_follows_the_layout() -> None:
         ({"parallel": {"tensor_model_parallel_size": 4}}, 4, "num_key_value_heads 2"),
         ({"parallel": {"pipeline_model_parallel_size": 3}}, 3, "4 layers"),
         ({"training": {"global_batch_size": 10}}, 1, "global_batch_size 10"),
-        ({"data": {"visual_budget": 15}}, 1, "4 x 4 = 16 rows"),
+        ({"data": {"visual_budget": 15}}, 1, "4 x 4 = 16 tokens"),
         (
             {
                 "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},

@@ -99,11 +99,11 @@ WEIGHTS = [[0.1, 0.625, 0.2], [math.nan] * 3]
 def test_attention_to_images_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     metrics = _metrics(2)
-    metrics.record(replace(_report(1), visual_weights=WEIGHTS), Progress(1))
+    metrics.record(replace(_report(1), alpha=WEIGHTS), Progress(1))
     assert caplog.messages == [
         "iteration 1 | alpha_V: layer 1 mean 0.31 (heads 0.10 to 0.62) | layer 2 sees no image"
     ]
-    metrics.record(replace(_report(2, skipped=True), visual_weights=WEIGHTS), Progress(2))
+    metrics.record(replace(_report(2, skipped=True), alpha=WEIGHTS), Progress(2))
     assert len(caplog.messages) == 2, "a skipped step gives its own line alone"
 
 
@@ -116,7 +116,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = _metrics(1, tensorboard_dir=str(tmp_path))
-    metrics.record(replace(_report(1), visual_weights=WEIGHTS), Progress(1))
+    metrics.record(replace(_report(1), alpha=WEIGHTS), Progress(1))
     metrics.record_validation(1, 0.5)
     metrics.close()
     events = EventAccumulator(str(tmp_path))

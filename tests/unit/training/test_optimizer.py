@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.training.config import ModuleLearningRates, OptimizerSettings
+from megatron_dattn.training.config import ModuleLearningRates, OptimizerConfig
 from megatron_dattn.training.optimizer import num_warmup_steps
 from tests.support.distributed import run_distributed
 
@@ -15,7 +15,7 @@ from tests.support.distributed import run_distributed
     [(0.0, 10, 0), (0.03, 100, 3), (0.03, 101, 4), (0.5, 1, 0), (1.0, 10, 9)],
 )
 def test_warmup_steps(ratio: float, iters: int, steps: int) -> None:
-    assert num_warmup_steps(OptimizerSettings(warmup_ratio=ratio), iters) == steps
+    assert num_warmup_steps(OptimizerConfig(warmup_ratio=ratio), iters) == steps
 
 
 def _groups_and_schedule() -> tuple:

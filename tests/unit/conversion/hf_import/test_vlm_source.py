@@ -81,7 +81,7 @@ def both_logits(loaded, model, prompt):
     """Ours and Hugging Face's at every text row, [text tokens, vocabulary]."""
     batch = pack_prompts(loaded, [(prompt, [])])
     batch.pixel_values = batch.pixel_values.to(next(loaded.model.parameters()).dtype)
-    rows = torch.arange(batch.layout.visual_budget, batch.layout.num_rows)
+    rows = torch.arange(batch.layout.visual_budget, batch.layout.num_tokens)
     ids, text = [], prompt.tokens.input_ids
     for place in range(len(text) + 1):
         ids += [IMAGE_ID] * PATCHES * prompt.tokens.image_offsets.count(place)

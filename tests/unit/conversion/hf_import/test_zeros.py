@@ -18,9 +18,9 @@ from tests.unit.conversion.hf_models import save_language, save_vision
 )  # fmt: skip
 def test_a_matrix_whose_second_half_is_zero_is_noted(rows: tuple[int, ...], is_noted: bool) -> None:
     zeros = ZeroTensors()
-    zeros.attention_maps("weight", torch.tensor(rows)[:, None].expand(-1, 3).bfloat16())
-    zeros.attention_maps("bias", torch.zeros(4))
-    zeros.attention_maps("empty", torch.zeros(0, 3))
+    zeros.add("weight", torch.tensor(rows)[:, None].expand(-1, 3).bfloat16())
+    zeros.add("bias", torch.zeros(4))
+    zeros.add("empty", torch.zeros(0, 3))
     assert zeros.names == (["weight"] if is_noted else [])
 
 
@@ -29,7 +29,7 @@ def test_many_are_cut(caplog: pytest.LogCaptureFixture) -> None:
     zeros.warn("folder")
     assert not caplog.records
     for number in range(8):
-        zeros.attention_maps(f"w{number}", torch.zeros(2, 2))
+        zeros.add(f"w{number}", torch.zeros(2, 2))
     zeros.warn("folder")
     assert "folder: w0, w1, w2, w3, w4 and 3 more are zero" in caplog.text
 

@@ -65,7 +65,7 @@ def test_answers_from_another_column_are_noticed(base, monkeypatch, capsys):
     def shifted(self):
         return torch.tensor([max(end - 2, 0) for end in self._layout.text_cu_seqlens[1:]])
 
-    monkeypatch.setattr(Decoding, "_last_text_rows", shifted)
+    monkeypatch.setattr(Decoding, "_last_text_tokens", shifted)
     assert verify(base, "dattn", "dattn-hf") == 1
     lines = capsys.readouterr().out.splitlines()
     assert all(line.endswith(": agree") for line in lines[:3])

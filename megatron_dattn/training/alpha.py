@@ -7,25 +7,25 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dattn.models.observer import VisualWeightMeter
+from megatron_dattn.models.observer import AlphaMeter
 from megatron_dattn.runtime.distributed import get_device
 from megatron_dattn.training.run import Run
 
 
-def meter_if_due(run: Run) -> VisualWeightMeter | None:
+def meter_if_due(run: Run) -> AlphaMeter | None:
     """An observer for the step that is about to begin, if it is one of those that are reported."""
     interval = run.config.logging.alpha_interval
     if interval == 0 or (run.state.progress.step + 1) % interval:
         return None
     language = run.config.model.language
     heads = language.num_attention_heads // parallel_state.get_tensor_model_parallel_world_size()
-    return VisualWeightMeter(language.num_hidden_layers, heads, get_device())
+    return AlphaMeter(language.num_hidden_layers, heads, get_device())
 
 
-def mean_visual_weights(meter: VisualWeightMeter) -> list[list[float]]:
-    """Mean alpha_V by layer and head over the step's text rows that see an image, on every rank.
+def mean_alpha(meter: AlphaMeter) -> list[list[float]]:
+    """Mean alpha_V by layer and head over the step's text tokens that see an image, on every rank.
 
-    NaN where no row sees one. Collective over the world, in one exchange: data-parallel ranks add
+    NaN where no token sees one. Collective over the world, in one exchange: data-parallel ranks add
     up, tensor-parallel ranks bring their heads and pipeline stages their layers.
     """
     num_layers, num_heads = meter.alpha.shape
@@ -35,5 +35,5 @@ def mean_visual_weights(meter: VisualWeightMeter) -> list[list[float]]:
     sums[0, :, first : first + num_heads] = meter.alpha
     sums[1, :, first : first + num_heads] = meter.counts.unsqueeze(1)
     dist.all_reduce(sums)
-    weights, rows = sums
-    return (weights / rows).tolist()
+    weights, tokens = sums
+    return (weights / tokens).tolist()

@@ -31,7 +31,7 @@ def _train(settings: dict[str, Any]) -> Reports:
     reports = {}
     for preset in PRESETS:
         run = build_run(training_config(attention=preset, **settings), _packs())
-        first, second = (train_step(run).visual_weights for _ in range(2))
+        first, second = (train_step(run).alpha for _ in range(2))
         assert first is None, "not due"
         assert second is not None
         reports[preset] = second
@@ -81,7 +81,7 @@ def _text_only() -> list[list[float]] | None:
     from tests.support.vlm import make_batch
 
     run = build_run(training_config(alpha_interval=1), [make_batch([9])])
-    return train_step(run).visual_weights
+    return train_step(run).alpha
 
 
 def test_without_images_there_is_nothing_to_report() -> None:
