@@ -14,7 +14,7 @@ from tests.unit.data.builders import (
     data_config,
     make_dataset,
     make_loader,
-    make_rows,
+    make_records,
     save_processor,
 )
 
@@ -41,7 +41,7 @@ def _first_packs(folder: str, num_workers: int) -> str:
 
 
 def test_no_share_is_too_large_and_yet_one_rank_without_a_record_ends_all(tmp_path: Path) -> None:
-    rows = [row for row in make_rows(tmp_path, 40) if "image" in row]
+    rows = [row for row in make_records(tmp_path, 40) if "image" in row]
     make_dataset(tmp_path, rows)
     save_processor(tmp_path / "tokenizer")
     (tmp_path / "nothing").mkdir()

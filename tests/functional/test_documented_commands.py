@@ -16,7 +16,7 @@ from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.config.cli import load_config, parse_command_line
 from megatron_dattn.data.loader import build_loader
 from tests.unit.conversion.hf_models import save_language, save_vision
-from tests.unit.data.builders import row, save_image
+from tests.unit.data.builders import record, save_image
 from tools import convert_checkpoint, prepare_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,9 +75,9 @@ def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file, image_root, names in DATA:
         for index, name in enumerate(names):
             save_image(tmp_path / image_root / name, seed=index)
-        rows = [row("<image>\nwhat is it ?", f"number {name}", name) for name in names]
+        records = [record("<image>\nwhat is it ?", f"number {name}", name) for name in names]
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text(json.dumps(rows))
+        (tmp_path / file).write_text(json.dumps(records))
     return tmp_path
 
 
