@@ -27,8 +27,8 @@ class Outcome:
     def of(layer: LayerBench) -> "Outcome":
         """Run one step of the layer."""
         out = layer.step()
-        assert layer.rows.grad is not None
-        rows = {"output": out, "input gradient": layer.rows.grad}
+        assert layer.tokens.grad is not None
+        rows = {"output": out, "input gradient": layer.tokens.grad}
         weights = {
             local_name(name): parameter.grad.double()
             for name, parameter in layer.model.named_parameters()
@@ -39,7 +39,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Relative errors (Frobenius norms): the worse one of text and visual rows, of all weights."""
+    """Relative errors (Frobenius norms): the worse one of text and visual tokens; of weights."""
 
     against: str
     output: float

@@ -1,4 +1,4 @@
-"""Time and memory of one decoder layer over numbers of visual rows, preset against preset.
+"""Time and memory of one decoder layer over numbers of visual tokens, preset against preset.
 
     python -m benchmarks.bench_attention --visual 576 2304 4608 9216 \
         --variants dattn dattn:naive s_attn s_attn:eager --output benchmarks/attention_cpu.md
@@ -8,7 +8,7 @@ A variant is a preset with options: `dattn:naive` runs without exact savings, `s
 paper's setting, whose scores stand in memory, `dattn:recompute:chunk=4096` recomputes the layer and
 runs its FFN in chunks, `dattn:backend=math` names a backend. The first variant is the one that the
 others are compared with. Before anything is timed, outputs and gradients are compared with a
-float64 run of the preset's definition, which takes minutes at ten thousand rows.
+float64 run of the preset's definition, which takes minutes at ten thousand tokens.
 """
 
 import argparse

@@ -6,7 +6,8 @@ Ranks of one machine meet over gloo and then go through `prepare_run` in rounds,
 comparing what they were started with, and with the tokenizer read anew for every part that needs
 it. In every round all files are read again: the sum over the code and the tokenizer kept in memory
 are forgotten before. Importing torch and megatron-core, which takes seconds, and the meeting are no
-part of it. The tokenizer is a random one of --vocabulary entries, the data --records rows of text.
+part of it. The tokenizer is a random one of --vocabulary entries, the data --records records of
+text.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def startup_report(arguments: argparse.Namespace) -> str:
             "one process", f"{arguments.ranks} processes over gloo"
         ),
         f"tokenizer of {arguments.vocabulary} entries ({size / 1e6:.1f} MB), training and "
-        f"validation data of {arguments.records} rows each",
+        f"validation data of {arguments.records} records each",
         f"noise floor: {report.spread(timings.noise)}",
     ]
     head = report.header("The start of a run", arguments.command, torch.device("cpu"), notes)
@@ -112,8 +113,8 @@ def make_workspace(folder: Path, vocabulary: int, records: int) -> None:
     (folder / "tokenizer" / "preprocessor_config.json").write_text(json.dumps(processor))
     turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A square."}]
     for name in ("train", "validation"):
-        rows = ({"id": str(number), "conversations": turns} for number in range(records))
-        write_jsonl(rows, folder / f"{name}.jsonl")
+        records_of_text = ({"id": str(number), "conversations": turns} for number in range(records))
+        write_jsonl(records_of_text, folder / f"{name}.jsonl")
 
 
 def make_tokenizer(vocabulary: int, seed: int = 0) -> PreTrainedTokenizerFast:

@@ -129,7 +129,7 @@ def step_run(engine: EngineVariant, batch: PackedBatch, arguments: argparse.Name
 
 def step_table(timings: Timings, work: dict[str, StepReport]) -> str:
     """Time, ratio to the first variant, and what a second brings; `work` is that of one step."""
-    columns = ["variant", "visual rows", "text rows", "median ms (min to max)"]
+    columns = ["variant", "visual tokens", "text tokens", "median ms (min to max)"]
     columns += ["ratio to the first (min to max)"]
     columns += ["text tokens/s", "all tokens/s", "model GFLOP/step", "model TFLOP/s"]
     base = next(iter(timings.seconds))

@@ -189,20 +189,20 @@ class LayerBench:
         implementation = resolve_implementation("local" if double else "auto", "none")
         self.model = self._build(implementation).to(self.dtype)
         self.attention = self._attention_inputs(double)
-        self.rows, self.gradient = (rows.to(self.dtype) for rows in self._draw())
-        self.rows.requires_grad_()
+        self.tokens, self.gradient = (tensor.to(self.dtype) for tensor in self._draw())
+        self.tokens.requires_grad_()
 
     def step(self) -> Tensor:
         """Forward and backward; gradients of the step before are dropped. Returns the output."""
         self.drop_gradients()
-        self.model.set_input_tensor(self.rows)
+        self.model.set_input_tensor(self.tokens)
         out = self.model(None, self.attention)
         out.backward(self.gradient)
         return out.detach()
 
     def drop_gradients(self) -> None:
         """Free what the last step left."""
-        self.rows.grad = None
+        self.tokens.grad = None
         self.model.zero_grad(set_to_none=True)
 
     def _build(self, implementation: Implementation) -> DAttnLanguageModel:

@@ -3,7 +3,7 @@
 On a GPU the allocator knows its peak. On the host it is the largest resident set since the layer's
 input stood ready, and what one run leaves behind (arenas, caches of kernels) would hide what the
 next one needs: so every measurement is a process of its own, with an allocator that gives memory
-back at once. A layer of a few rows runs first, for what is needed once.
+back at once. A layer of a few tokens runs first, for what is needed once.
 """
 
 import contextlib
@@ -82,12 +82,12 @@ def peak_in_new_process(bench: Bench, variant: str, visual: int, text: int) -> i
     )
     if ended.returncode == -signal.SIGKILL:
         raise UserError(
-            f"the process of {variant} at {visual} rows was killed, most likely for want of "
-            "memory; leave it out, or measure fewer rows"
+            f"the process of {variant} at {visual} tokens was killed, most likely for want of "
+            "memory; leave it out, or measure fewer tokens"
         )
     if ended.returncode:
         raise RuntimeError(
-            f"{variant} at {visual} rows ended with {ended.returncode}: {ended.stderr[-2000:]}"
+            f"{variant} at {visual} tokens ended with {ended.returncode}: {ended.stderr[-2000:]}"
         )
     return int(ended.stdout.split()[-1])
 
@@ -108,23 +108,23 @@ def _measure(order: dict) -> int:
 
 @dataclass(frozen=True)
 class Line:
-    """The least-squares line through (rows, bytes)."""
+    """The least-squares line through (tokens, bytes)."""
 
-    per_row: float
+    per_token: float
     constant: float
     deviation: float
     """The largest distance of a point from the line, as a share of the point."""
 
 
 def fit_line(points: dict[int, int]) -> Line | None:
-    """The line through bytes over rows; None for fewer than three points, which prove nothing."""
+    """The line through bytes over tokens; None for fewer than three points, which prove nothing."""
     if len(points) < 3:
         return None
-    rows, sizes = list(points), list(points.values())
-    mean_rows, mean_size = sum(rows) / len(rows), sum(sizes) / len(sizes)
-    covariance = sum((r - mean_rows) * (s - mean_size) for r, s in points.items())
-    slope = covariance / sum((r - mean_rows) ** 2 for r in rows)
-    constant = mean_size - slope * mean_rows
+    tokens, sizes = list(points), list(points.values())
+    mean_tokens, mean_size = sum(tokens) / len(tokens), sum(sizes) / len(sizes)
+    covariance = sum((r - mean_tokens) * (s - mean_size) for r, s in points.items())
+    slope = covariance / sum((r - mean_tokens) ** 2 for r in tokens)
+    constant = mean_size - slope * mean_tokens
     deviation = max(abs(constant + slope * r - s) / s for r, s in points.items())
     return Line(slope, constant, deviation)
 
@@ -132,13 +132,13 @@ def fit_line(points: dict[int, int]) -> Line | None:
 def memory_report(
     bench: Bench, variants: list[Variant], visual: list[int], text: int, command: str
 ) -> str:
-    """Measure all variants at all numbers of visual rows; the whole Markdown file."""
+    """Measure all variants at all numbers of visual tokens; the whole Markdown file."""
     left_out: list[str] = []
     peaks = {
         variant.name: {
-            rows: peak_in_new_process(bench, variant.name, rows, text)
-            for rows in visual
-            if fits(bench, variant, rows + text, left_out)
+            tokens: peak_in_new_process(bench, variant.name, tokens, text)
+            for tokens in visual
+            if fits(bench, variant, tokens + text, left_out)
         }
         for variant in variants
     }
@@ -148,8 +148,8 @@ def memory_report(
 
 
 def peak_table(peaks: dict[str, dict[int, int]], visual: list[int]) -> str:
-    """Peaks in MB by variant and visual rows, bytes per row, distance from the line."""
-    columns = ("peak MB at visual rows", *map(str, visual), "kB per row", "largest deviation")
+    """Peaks in MB by variant and visual tokens, bytes per token, distance from the line."""
+    columns = ("peak MB at visual tokens", *map(str, visual), "kB per token", "largest deviation")
     rows = []
     for name, points in peaks.items():
         line = fit_line(points)
@@ -160,7 +160,7 @@ def peak_table(peaks: dict[str, dict[int, int]], visual: list[int]) -> str:
 
 
 def _fitted(line: Line) -> tuple[str, str]:
-    return f"{line.per_row / 1e3:.2f}", f"{100 * line.deviation:.1f} %"
+    return f"{line.per_token / 1e3:.2f}", f"{100 * line.deviation:.1f} %"
 
 
 def _reset_resident_peak() -> int:

@@ -1,4 +1,4 @@
-"""Time of one decoder layer's step by variant and visual rows, beside bound and correctness."""
+"""Time of one decoder layer's step by variant and visual tokens, beside bound and correctness."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from benchmarks.roofline import Machine, Work, bound_seconds, layer_operators, t
 
 @dataclass(frozen=True)
 class Result:
-    """One variant at one number of visual rows."""
+    """One variant at one number of visual tokens."""
 
     visual: int
     variant: str
@@ -36,11 +36,11 @@ class Sizing:
     text: int
     rounds: int
     seconds: float | None
-    """No new round after so long, at each number of visual rows."""
+    """No new round after so long, at each number of visual tokens."""
 
 
 def speed_report(bench: Bench, variants: list[Variant], sizing: Sizing, command: str) -> str:
-    """Measure all variants at all numbers of visual rows; the whole Markdown file."""
+    """Measure all variants at all numbers of visual tokens; the whole Markdown file."""
     machine = measure_machine(bench.device, bench.dtype, timer_of(bench.device))
     results: list[Result] = []
     notes = [bench.describe(sizing.text), describe(machine, bench.dtype)]
@@ -52,13 +52,13 @@ def speed_report(bench: Bench, variants: list[Variant], sizing: Sizing, command:
         results += found
         rounds = report.rounds_note(timings.num_rounds, sizing.rounds, WARM_UP)
         floor = f"{fitting[0].name} to itself {report.spread(timings.noise)}"
-        notes.append(f"{visual} visual rows: {rounds}; noise floor, ratio of {floor}")
+        notes.append(f"{visual} visual tokens: {rounds}; noise floor, ratio of {floor}")
     title = "One decoder layer, forward and backward"
     return "\n\n".join(
         (
             report.header(title, command, bench.device, notes),
             speed_table(results),
-            "Relative errors before timing, the worse of text and visual rows:",
+            "Relative errors before timing, the worse of text and visual tokens:",
             agreement_table(results),
         )
     )
@@ -67,7 +67,7 @@ def speed_report(bench: Bench, variants: list[Variant], sizing: Sizing, command:
 def measure(
     bench: Bench, variants: list[Variant], visual: int, sizing: Sizing, machine: Machine
 ) -> tuple[list[Result], Timings]:
-    """Check and time the variants side by side at one number of visual rows."""
+    """Check and time the variants side by side at one number of visual tokens."""
     layout = one_sample(visual, sizing.text)
     layers = {variant.name: LayerBench(bench, variant, layout) for variant in variants}
     agreements = agree(layers)
@@ -98,7 +98,7 @@ def _result(layer: LayerBench, timings: Timings, machine: Machine, agreement: Ag
 
 def speed_table(results: list[Result]) -> str:
     """Time beside its bound; the peak too where it is known."""
-    columns = ["variant", "visual rows", "median ms", "ratio to the first (min to max)"]
+    columns = ["variant", "visual tokens", "median ms", "ratio to the first (min to max)"]
     columns += ["GFLOP", "GB moved", "bound ms", "bound / time"]
     rows = [_speed_row(result) for result in results]
     if all(result.peak_bytes is not None for result in results):
@@ -124,7 +124,14 @@ def _speed_row(result: Result) -> list[str]:
 
 def agreement_table(results: list[Result]) -> str:
     """Errors beside what they are measured against."""
-    columns = ("variant", "visual rows", "against", "output", "input gradient", "weight gradients")
+    columns = (
+        "variant",
+        "visual tokens",
+        "against",
+        "output",
+        "input gradient",
+        "weight gradients",
+    )
     return report.table(columns, [_agreement_row(result) for result in results])
 
 

@@ -56,9 +56,8 @@ class DataConfig:
     ranks, those since the stage began and the most recent ones, with a margin for chance: see
     megatron_dattn/data/skip_limit.py."""
     max_image_pixels: int = 40_000_000
-    """Images of more pixels (width times height) are unusable; read from the header."""
-    """The largest image that is decoded; no side may have more than 16384 pixels. What else makes
-    much work is refused too: see megatron_dattn/data/image_structure.py."""
+    """The largest image that is decoded, width times height; no side may have more than 16384
+    pixels. What else makes much work is refused too: see megatron_dattn/data/image_structure.py."""
     long_samples: Literal["skip", "truncate"] = "skip"
     """A conversation beyond a budget is skipped and counted, or cut after the last answer up to
     which it fits."""

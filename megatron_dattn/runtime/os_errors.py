@@ -15,12 +15,17 @@ from pathlib import Path
 
 GIB = 2**30
 
+_SHORT_OF_DEVICE_MEMORY = (
+    "not enough memory on the GPU: raise training.recompute or the parallel sizes, lower the "
+    "budgets or training.micro_batch_size; --dry-run estimates what a layout needs"
+)
 _SHORT_OF_MEMORY = (
     "not enough memory: the process has met a limit (ulimit -v, the job's or the container's), or "
     "the machine has no more"
 )
 # How torch's C++ parts spell a shortage; their exception is a RuntimeError.
 _MEMORY_WORDS = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "unable to mmap")
+_DEVICE_WORDS = ("CUDA out of memory", "CUDA error: out of memory")
 _THREAD_WORDS = ("can't start new thread",)
 _HANDLE_WORDS = ("Too many open files",)
 
@@ -65,6 +70,7 @@ def shortage(error: BaseException) -> str | None:
         return None
     text = str(error)
     for words, reason in (
+        (_DEVICE_WORDS, _SHORT_OF_DEVICE_MEMORY),
         (_MEMORY_WORDS, _SHORT_OF_MEMORY),
         (_THREAD_WORDS, _of_threads()),
         (_HANDLE_WORDS, f"Too many open files ({_of_handles()})"),

@@ -85,7 +85,7 @@ class TrainingConfig:
     global_batch_size: int = 256
     """Samples per step: micro_batch_size * data-parallel size * accumulated micro-batches."""
     seed: int = 1234
-    """Of new weights, dropout and the order of the samples."""
+    """Of new weights and of the order of the samples."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of weights and activations; the optimizer keeps fp32 in either case."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_dattn.runtime import os_errors
 from megatron_dattn.runtime.os_errors import explain, named, room_in, shortage
@@ -96,6 +97,7 @@ def test_other_errors_say_what_they_always_said(tmp_path: Path) -> None:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough mem"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
         (RuntimeError("[enforce fail at device.cc:186] Too many open files"), "ulimit -n"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "memory on the GPU"),
         (RuntimeError("shapes differ"), None),
         (ValueError("can't start new thread"), None),
     ],
