@@ -328,7 +328,7 @@ def _with_and_without_validation() -> tuple:
         validation = Validation(
             lambda loads=loads: PackLoader(_packs(3)) if loads else None,
             max_microbatches=5,
-            num_tokens=run.num_tokens,
+            seq_length=run.seq_length,
             max_skipped_fraction=0.1,
         )
         validation.require_packs()
@@ -355,6 +355,7 @@ def test_validation_leaves_no_trace(ranks: int) -> None:
 def _outage_after_a_million_samples() -> tuple[int, str]:
     """Steps done, and the error: from the third step on half of 2000 samples per step are bad."""
     from megatron_dattn.data.counters import LoaderCounters
+    from megatron_dattn.runtime.signals import SignalWatcher
     from megatron_dattn.training.trainer import train
     from tests.support.training import build_run, training_config
 
@@ -363,7 +364,7 @@ def _outage_after_a_million_samples() -> tuple[int, str]:
     answers = iter(LoaderCounters(seen, {"missing_image": bad}) for seen, bad in counts)
     run.state.loader.counters = lambda: next(answers)  # type: ignore[method-assign,union-attr]
     try:
-        train(run)
+        train(run, SignalWatcher())
     except DataError as error:
         return run.state.progress.step, str(error)
     raise AssertionError("the outage was not noticed")
