@@ -124,7 +124,7 @@ def _expected(loaded: LoadedModel, folder: Path) -> dict[str, Any]:
             [np.asarray(read_image(loaded, folder / f"{index}.png")) for index in range(2)]
         ),
         "question": QUESTION,
-        "question_ids": _with_images(asked.rows),
+        "question_ids": _with_images(asked.tokens),
         "question_tokens": answer,
     }
 
@@ -133,13 +133,13 @@ def _prompt(loaded: LoadedModel, ids: list[int], pictures: Sequence[int], folder
     text = [i for i in ids if i != IMAGE]
     places = [number for number, i in enumerate(ids) if i == IMAGE]
     offsets = tuple(place - before for before, place in enumerate(places))
-    rows = TextTokens(text, [-100] * len(text), offsets)
-    return Prompt(rows, tuple(read_image(loaded, folder / f"{n}.png") for n in pictures))
+    tokens = TextTokens(text, [-100] * len(text), offsets)
+    return Prompt(tokens, tuple(read_image(loaded, folder / f"{n}.png") for n in pictures))
 
 
-def _with_images(rows: TextTokens) -> list[int]:
-    ids = list(rows.input_ids)
-    for before, offset in enumerate(rows.image_offsets):
+def _with_images(tokens: TextTokens) -> list[int]:
+    ids = list(tokens.input_ids)
+    for before, offset in enumerate(tokens.image_offsets):
         ids.insert(offset + before, IMAGE)
     return ids
 
@@ -148,5 +148,5 @@ def _with_images(rows: TextTokens) -> list[int]:
 def _logits(loaded: LoadedModel, prompt: Prompt) -> torch.Tensor:
     """Of what follows each text row, [text tokens, vocabulary]."""
     batch = pack_prompts(loaded, [(prompt, [])])
-    rows = output_tokens(batch.layout, loaded.model.attention)
-    return loaded.model.forward_logits(batch, rows).clone()
+    tokens = output_tokens(batch.layout, loaded.model.attention)
+    return loaded.model.forward_logits(batch, tokens).clone()
