@@ -14,12 +14,11 @@ from megatron_dattn.checkpoint.discovery import (
     steps_of,
 )
 from megatron_dattn.checkpoint.load import load_checkpoint
-from megatron_dattn.checkpoint.manifest import Manifest, compare_facts, read_manifest, verify
+from megatron_dattn.checkpoint.manifest import Manifest, read_manifest, verify
 
 __all__ = [
     "FoundCheckpoint",
     "Manifest",
-    "compare_facts",
     "find_checkpoint",
     "find_checkpoint_together",
     "find_step",

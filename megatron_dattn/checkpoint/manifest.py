@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -62,14 +62,6 @@ class Manifest:
     def modules(self) -> tuple[str, ...]:
         """Names of the modules whose weights it holds."""
         return tuple(self.facts.get("modules", ()))
-
-    @property
-    def has_added(self) -> bool:
-        """Whether it holds what the attention preset adds to a plain model.
-
-        A conversion from elsewhere does not; one without an adapter never does.
-        """
-        return "adapter" in self.modules and bool(self.facts.get("has_added", True))
 
 
 def current_versions() -> dict[str, str]:
@@ -226,33 +218,3 @@ def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
         return read_plain(folder / name, max_bytes=manifest.files[name].size, follow_links=False)
     except OSError as error:
         raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from error
-
-
-def compare_facts(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line per field in which a checkpoint differs from what the run expects.
-
-    Only the top-level keys of `expected` are compared. A line reads
-    `model.language.hidden_size: this run has 64, the checkpoint 32`.
-    """
-    wanted = _flatten(json.loads(json.dumps(expected)))
-    present = _flatten(
-        json.loads(json.dumps({key: found[key] for key in expected if key in found}))
-    )
-    return [
-        f"{key}: this run has {_show(wanted, key)}, the checkpoint {_show(present, key)}"
-        for key in sorted(wanted.keys() | present.keys())
-        if wanted.get(key, _ABSENT) != present.get(key, _ABSENT)
-    ]
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flatten(item, f"{prefix}.{key}" if prefix else key)
-    return flat
-
-
-def _show(flat: Mapping[str, Any], key: str) -> str:
-    return repr(flat[key]) if key in flat else "nothing"

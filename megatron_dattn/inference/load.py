@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dattn.checkpoint import FoundCheckpoint, find_checkpoint, find_step, load_checkpoint
 from megatron_dattn.checkpoint.files import step_of
-from megatron_dattn.checkpoint.manifest import compare_facts
 from megatron_dattn.checkpoint.tensors import open_tensors
 from megatron_dattn.config.cli import load_config
 from megatron_dattn.config.pretrain import PretrainConfig
@@ -24,24 +23,17 @@ from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import template_tokens
 from megatron_dattn.data.tokenizer import generation_ends, load_tokenizer, token_id
 from megatron_dattn.errors import CheckpointError, ConfigError
-from megatron_dattn.models.added_parameters import comes_with_preset
+from megatron_dattn.models.added_parameters import comes_with_preset, holds_preset
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, ModelConfig, with_later_fields
+from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
+from megatron_dattn.models.identity import require_same
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything
 from megatron_dattn.runtime.progress import Progress, unseen
 
 logger = logging.getLogger(__name__)
-
-# What may be chosen where a checkpoint holds nothing of what an attention preset adds.
-_OF_PRESET = (
-    "attention",
-    "adapter.max_grid",
-    "adapter.num_places",
-    "adapter.visual_position",
-)
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,7 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
     seed_everything(config.training.seed)
     execution = ExecutionConfig(precision=config.training.precision, transformer_impl="local")
     model = build_model(config.model, ParallelConfig(), execution)
-    plain = not found.manifest.has_added
+    plain = not holds_preset(found.manifest.facts)
     loaded = load_checkpoint(
         found.path,
         {"model": model.sharded_state_dict()},
@@ -206,21 +198,14 @@ def _check_model(found: FoundCheckpoint, model: ModelConfig) -> None:
     """Raise CheckpointError unless a checkpoint is of the model that the configuration describes.
 
     An edited configuration, or another run's, may fit all shapes and compute something else.
-    Weights that come from elsewhere hold nothing of a preset's: any preset may start from them.
     """
-    free = (*FIELDS_WITHOUT_EFFECT, *(() if found.manifest.has_added else _OF_PRESET))
-    differences = [
-        line
-        for line in compare_facts(
-            with_later_fields({"model": asdict(model)}), with_later_fields(found.manifest.facts)
-        )
-        if line.partition(":")[0] not in {f"model.{name}" for name in free}
-    ]
-    if differences:
-        raise CheckpointError(
-            f"config.yaml does not describe the model of {found.path}: {'; '.join(differences)}; "
-            "restore the configuration that the checkpoint was written with"
-        )
+    require_same(
+        {"model": asdict(model)},
+        found.manifest.facts,
+        "answer with",
+        complaint=f"config.yaml does not describe the model of {found.path}",
+        remedy="restore the configuration that the checkpoint was written with",
+    )
 
 
 def _warn_of_rounding(found: FoundCheckpoint, model: DAttnVLM) -> None:

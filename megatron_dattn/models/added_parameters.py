@@ -6,14 +6,14 @@ as the adapter's: learning rates, freezing, parameter counts, and whether a chec
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 # Checkpoints stack the layers into one tensor, whose key has no layer number.
 _ADDED = re.compile(
     r"language_model\.decoder\.layers\.(\d+\.)?"
     r"(self_attention\.gate$|cross_attention\.|visual_projector\.)"
 )
-
-
 _POSITIONS = "adapter.positions."
 
 
@@ -33,3 +33,11 @@ def comes_with_preset(name: str) -> bool:
         name: as for `is_added`.
     """
     return is_added(name) or name.startswith(_POSITIONS)
+
+
+def holds_preset(facts: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of these facts holds what the attention preset adds to a plain model.
+
+    A conversion from elsewhere does not; one without an adapter never does.
+    """
+    return "adapter" in facts.get("modules", ()) and bool(facts.get("has_added", True))

@@ -4,9 +4,8 @@ Field names follow Hugging Face's configs (`SiglipVisionConfig`, `MistralConfig`
 converted checkpoint's model file can be read beside the original's config.json.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,13 +23,6 @@ _FOREIGN_FIELDS = {
     "mistral": _GEMMA2_FIELDS,
     "llama": (*_GEMMA2_FIELDS, "sliding_window"),
     "gemma2": (),
-}
-# What nothing depends on once there are weights; older checkpoints lack it or have another.
-FIELDS_WITHOUT_EFFECT = ("language.max_position_embeddings", "adapter.text_scale")
-# What models had before they could have something else; checkpoints of then do not say it.
-_BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
-    "language": {"rope_scaling": None},
-    "adapter": {"norm": None, "num_places": None, "visual_position": "row_column"},
 }
 # Tensor-parallel sizes that divide this divide every vocabulary, once padded.
 _VOCAB_MULTIPLE = 64
@@ -361,23 +353,3 @@ def _check_sizes_for_preset(model: ModelConfig) -> None:
         f"model.attention '{model.attention}' places patches by sines and cosines in equal number, "
         f"but language.hidden_size {hidden} is odd",
     )
-
-
-def with_later_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of a model, in which it also has the fields that were made after a checkpoint, and says
-    by its own name what it had left to its preset: so two such facts can be compared."""
-    model = dict(facts.get("model", {}))
-    known = {part: later for part, later in _BEFORE_THE_FIELD.items() if part in model}
-    model |= {part: known[part] | model[part] for part in known}
-    if "adapter" in model:
-        model["adapter"] = _with_norm(model["adapter"], model.get("attention"))
-    return {**facts, "model": model}
-
-
-def _with_norm(adapter: Mapping[str, Any], attention: str | None) -> dict[str, Any]:
-    norm = adapter["norm"]
-    if adapter.get("input_norm") is not None:
-        norm = norm_of_older_name(adapter["input_norm"])
-    if norm is None and attention in PRESETS:
-        norm = default_norm(attention)
-    return {name: value for name, value in adapter.items() if name != "input_norm"} | {"norm": norm}

@@ -20,10 +20,10 @@ from megatron_dattn.checkpoint.commit import parallel_layout, save_checkpoint
 from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint_together, prune
 from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.checkpoint.load import load_checkpoint
-from megatron_dattn.checkpoint.manifest import compare_facts, read_listed
+from megatron_dattn.checkpoint.manifest import read_listed
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.models.added_parameters import comes_with_preset
-from megatron_dattn.models.config import FIELDS_WITHOUT_EFFECT, with_later_fields
+from megatron_dattn.models.added_parameters import comes_with_preset, holds_preset
+from megatron_dattn.models.identity import Purpose, require_same
 from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.training.config import CheckpointConfig
 from megatron_dattn.training.stages import MODULES
@@ -47,8 +47,6 @@ REPORT_FILE = "resume_report.json"
 # A conversion of Hugging Face models has no adapter (nor what a preset adds to the decoder layers,
 # which counts as the adapter's): stage 1 trains it from its initial values.
 _MAY_BE_ABSENT = {"adapter"}
-# Settings of the adapter that only its positions depend on.
-_OF_POSITIONS = ("adapter.max_grid", "adapter.num_places", "adapter.visual_position")
 # What a stage remembers of the checkpoint that it started from, and so of all that came before.
 _OF_A_PARENT = ("stage", "data_sets", "sources", "parent")
 
@@ -168,7 +166,7 @@ class Checkpointer:
         if found is None:
             raise nothing_to_load(path)
         absent = self.require_parent(found)
-        plain = not found.manifest.has_added
+        plain = not holds_preset(found.manifest.facts)
         present = [name for name in self._modules if name not in absent]
         loaded = load_checkpoint(
             found.path,
@@ -209,14 +207,16 @@ class Checkpointer:
             CheckpointError: naming the settings that differ.
         """
         identity = {"model": self._model, "tokenizer": self._tokenizer}
-        self._compare(found, identity | {"stage": self._stage, "recipe": self._recipe})
-        saved = found.manifest.facts.get("schedule")  # older checkpoints do not tell
-        differences = compare_facts({"schedule": self._schedule}, {"schedule": saved})
-        if saved and differences:
-            raise CheckpointError(
-                f"{found.path} was trained with another learning-rate schedule: "
-                f"{'; '.join(differences)}; resume with the same settings, or start a new stage "
-                "from its weights (checkpoint.load)"
+        identity |= {"stage": self._stage, "recipe": self._recipe}
+        _require_same_run(found, identity, "resume")
+        if found.manifest.facts.get("schedule"):  # older checkpoints do not tell
+            require_same(
+                {"schedule": self._schedule},
+                found.manifest.facts,
+                "resume",
+                complaint=f"{found.path} was trained with another learning-rate schedule",
+                remedy="resume with the same settings, or start a new stage from its weights "
+                "(checkpoint.load)",
             )
 
     def require_parent(self, found: FoundCheckpoint) -> set[str]:
@@ -233,11 +233,8 @@ class Checkpointer:
             raise CheckpointError(
                 f"{found.path} holds no weights of {', '.join(sorted(absent - _MAY_BE_ABSENT))}"
             )
-        ignored: tuple[str, ...] = ()
-        if not found.manifest.has_added:
-            # Weights without what a preset adds come from elsewhere: no preset has shaped them.
-            ignored = ("attention", *(("adapter",) if absent else _OF_POSITIONS))
-        self._compare(found, {"model": self._model, "tokenizer": self._tokenizer}, ignored)
+        identity = {"model": self._model, "tokenizer": self._tokenizer}
+        _require_same_run(found, identity, "start from")
         return absent
 
     def require_split(self, found: FoundCheckpoint, data_parallel_size: int) -> None:
@@ -246,17 +243,16 @@ class Checkpointer:
         Raises:
             CheckpointError: naming the sizes that differ.
         """
-        saved = found.manifest.facts.get("loader")
-        if saved is None:
+        if found.manifest.facts.get("loader") is None:
             raise CheckpointError(f"{found.path} does not hold the loader's place in the data")
-        now = self._loader_facts(data_parallel_size)
-        differences = compare_facts({"loader": now}, {"loader": saved})
-        if differences:
-            raise CheckpointError(
-                f"{found.path}: the data would be split differently: {'; '.join(differences)}; "
-                "resume with the same data-parallel size and data.num_workers, or start a stage "
-                "from its weights (checkpoint.load)"
-            )
+        require_same(
+            {"loader": self._loader_facts(data_parallel_size)},
+            found.manifest.facts,
+            "resume",
+            complaint=f"{found.path}: the data would be split differently",
+            remedy="resume with the same data-parallel size and data.num_workers, or start a stage "
+            "from its weights (checkpoint.load)",
+        )
 
     def _facts(self, state: TrainState) -> dict[str, Any]:
         loader = None
@@ -282,23 +278,6 @@ class Checkpointer:
             "data_parallel_size": data_parallel_size,
             "num_workers": self._num_loader_workers,
         }
-
-    def _compare(
-        self, found: FoundCheckpoint, expected: dict[str, Any], ignored: Sequence[str] = ()
-    ) -> None:
-        """Refuse a checkpoint whose facts differ, but for some fields of the model."""
-        ignored = (*ignored, *FIELDS_WITHOUT_EFFECT)
-        wanted, present = map(with_later_fields, (expected, found.manifest.facts))
-        differences = [
-            line
-            for line in compare_facts(wanted, present)
-            if not line.startswith(tuple(f"model.{name}{end}" for name in ignored for end in ".:"))
-        ]
-        if differences:
-            raise CheckpointError(
-                f"{found.path} belongs to another run: {'; '.join(differences)}; correct the "
-                "configuration, or give another checkpoint folder"
-            )
 
     def _progress_of(self, found: FoundCheckpoint) -> Progress:
         progress = Progress.from_json(found.manifest.facts.get("progress", {}))
@@ -364,6 +343,18 @@ def nothing_to_load(path: str | Path) -> CheckpointError:
     return CheckpointError(
         f"there is no checkpoint in {path}; convert the models or train the earlier stage first, "
         "or correct checkpoint.load"
+    )
+
+
+def _require_same_run(
+    found: FoundCheckpoint, identity: Mapping[str, Any], purpose: Purpose
+) -> None:
+    require_same(
+        identity,
+        found.manifest.facts,
+        purpose,
+        complaint=f"{found.path} belongs to another run",
+        remedy="correct the configuration, or give another checkpoint folder",
     )
 
 

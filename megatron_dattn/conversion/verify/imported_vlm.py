@@ -118,10 +118,9 @@ def check_same_whole_model(folder: Path, original: dict[str, Any], config: Model
         original: the folder's config.json.
     """
     if original["model_type"] == llava.MODEL_TYPE:
-        theirs = llava.model_from_config(original, config.attention)
+        check_same_model(folder, llava.model_from_config(original), config, holds_preset=False)
     else:
-        theirs = dattn.model_from_config(original)
-    check_same_model(folder, theirs, config)
+        check_same_model(folder, dattn.model_from_config(original), config)
 
 
 def _text_ids(tokens: Sequence[int] | None, vocab_size: int, image_id: int) -> Tensor:

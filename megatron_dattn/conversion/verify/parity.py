@@ -8,14 +8,13 @@ is compared is the conversion and the computation, not the rounding that the use
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_dattn.attention import ImageSpan, TokenLayout, get_preset
+from megatron_dattn.attention import ImageSpan, TokenLayout
 from megatron_dattn.checkpoint.tensors import StoredTensor
 from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.sample import PackedBatch
@@ -23,6 +22,7 @@ from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
+from megatron_dattn.models.identity import described, require_same
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, one_process
@@ -30,8 +30,6 @@ from megatron_dattn.runtime.progress import Progress, unseen
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 _NUM_TOKENS = 64
-# Layers above the one that feeds the adapter change nothing, nor do initial values.
-_NOT_COMPUTED = {"vision.num_hidden_layers", "vision.feature_layer", "language.initializer_range"}
 
 
 def rounding(tensors: Mapping[str, StoredTensor], dtype: str) -> torch.dtype | None:
@@ -155,43 +153,21 @@ def random_pixels(side: int) -> Tensor:
     return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def check_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
+def check_same_model(
+    folder: Path, theirs: ModelConfig, ours: ModelConfig, *, holds_preset: bool = True
+) -> None:
     """Raise CheckpointError, naming all fields, unless two models compute the same.
 
     Args:
         theirs: what the folder's config.json describes.
         ours: what the checkpoint's manifest, or the run's configuration, describes.
+        holds_preset: whether the folder has what an attention preset adds to a plain model.
     """
-    wanted, found = _computed(ours), _computed(theirs)
-    lines = [
-        f"{name}: the checkpoint has {value!r}, the folder {found[name]!r}"
-        for name, value in wanted.items()
-        if found[name] != value
-    ]
-    if get_preset(theirs.attention) != get_preset(ours.attention):
-        lines.append(
-            f"attention: the checkpoint has '{ours.attention}', the folder '{theirs.attention}'"
-        )
-    if lines:
-        raise CheckpointError(
-            f"{folder} holds another model than the checkpoint: {'; '.join(lines)}; give the "
-            "folder that belongs to it"
-        )
-
-
-def _computed(model: ModelConfig) -> dict[str, object]:
-    """The fields of encoder, adapter and language model that their outputs depend on."""
-    fields = {
-        f"{part}.{name}": value
-        for part, config in (("vision", model.vision), ("language", model.language))
-        for name, value in asdict(config).items()
-    }
-    return {name: value for name, value in fields.items() if name not in _NOT_COMPUTED} | {
-        "vision.num_used_layers": model.vision.num_used_layers,
-        "adapter.norm": model.adapter_norm,
-        "adapter.visual_position": model.visual_embedding,
-        "adapter.num_places": (
-            model.num_places if model.visual_embedding in ("per_patch", "fractional") else None
-        ),
-        "adapter.hidden_size": model.adapter.hidden_size or model.language.hidden_size,
-    }
+    held = {"modules": ["adapter"], "has_added": holds_preset}
+    require_same(
+        described(ours),
+        described(theirs) | held,
+        "compare with",
+        complaint=f"{folder} holds another model than the checkpoint",
+        remedy="give the folder that belongs to it",
+    )

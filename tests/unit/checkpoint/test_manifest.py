@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dattn.checkpoint import compare_facts, read_manifest, verify
+from megatron_dattn.checkpoint import read_manifest, verify
 from megatron_dattn.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, write_manifest
 from megatron_dattn.errors import CheckpointError
 
@@ -117,22 +117,6 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
         read_manifest(tmp_path)
     with pytest.raises(CheckpointError, match=r"no checkpoint of this program"):
         read_manifest(tmp_path / "nowhere")
-
-
-def test_differing_facts_are_listed_by_field() -> None:
-    expected = {"model": {"width": 64, "depth": 2, "new": None}, "tokenizer": "aa"}
-    found = {"model": {"width": 32, "depth": 2, "old": 1}, "tokenizer": "bb", "stage": "s"}
-    assert compare_facts(expected, found) == [
-        "model.new: this run has None, the checkpoint nothing",
-        "model.old: this run has nothing, the checkpoint 1",
-        "model.width: this run has 64, the checkpoint 32",
-        "tokenizer: this run has 'aa', the checkpoint 'bb'",
-    ]
-
-
-def test_facts_are_compared_as_json() -> None:
-    assert compare_facts({"grid": (2, 2)}, {"grid": [2, 2]}) == []
-    assert compare_facts({"rate": 1e-3}, {"rate": 0.001}) == []
 
 
 def test_the_manifest_is_immutable() -> None:

@@ -1,19 +1,11 @@
-"""Model configurations that are refused, and facts of older checkpoints."""
+"""Model configurations that are refused."""
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.models.config import (
-    FIELDS_WITHOUT_EFFECT,
-    AdapterConfig,
-    AdapterNorm,
-    LanguageConfig,
-    ModelConfig,
-    with_later_fields,
-)
+from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig
 
 
 def test_features_wider_than_the_decoder_cannot_be_carried_through_it() -> None:
@@ -55,36 +47,6 @@ def test_published_vocabularies_need_no_padding(vocab_size: int, tokens: int) ->
 def test_an_unknown_preset_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'dattention' is unknown; choose one of s_attn, "):
         ModelConfig(attention="dattention")
-
-
-def _facts(attention: str, **adapter: Any) -> dict[str, Any]:
-    return {"model": asdict(ModelConfig(adapter=AdapterConfig(**adapter), attention=attention))}
-
-
-@pytest.mark.parametrize(
-    ("attention", "older", "norm"),
-    [("dattn", True, "before"), ("s_attn", False, "none"), ("vidi", True, "before")],
-)
-def test_facts_from_before_the_norms_place_say_what_they_meant(
-    attention: str, older: bool, norm: AdapterNorm
-) -> None:
-    """Facts as they were written then: no place, no kind of positions, another text_scale."""
-    then = _facts(attention)
-    adapter = {"input_norm": older, "hidden_size": None, "norm_eps": 1e-5, "max_grid": 64}
-    then["model"]["adapter"] = {**adapter, "text_scale": 0.02}
-    found, wanted = with_later_fields(then), with_later_fields(_facts(attention, norm=norm))
-    differing = {name for name, value in wanted["model"]["adapter"].items()
-                 if found["model"]["adapter"][name] != value}  # fmt: skip
-    assert differing == {"text_scale"}, "which decides nothing once there are weights"
-    assert "adapter.text_scale" in FIELDS_WITHOUT_EFFECT
-    assert found["model"]["adapter"].keys() == wanted["model"]["adapter"].keys()
-
-
-def test_a_norm_left_to_the_preset_is_the_norm_by_name() -> None:
-    for attention, norm in (("vidi", "behind"), ("dattn", "before"), ("s_attn", "before")):
-        left, named = (_facts(attention), _facts(attention, norm=norm))
-        assert with_later_fields(left) == with_later_fields(named)
-        assert with_later_fields(with_later_fields(left)) == with_later_fields(left)
 
 
 @pytest.mark.parametrize("attention", ["vidi", "s_attn", "saisa"])
