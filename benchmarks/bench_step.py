@@ -37,8 +37,7 @@ from benchmarks.step_variants import (  # noqa: E402
     pretrain_config,
     reference_of,
 )
-from megatron_dattn.data.labels import IGNORED_LABEL  # noqa: E402
-from megatron_dattn.data.sample import PackedBatch  # noqa: E402
+from megatron_dattn.batch import IGNORED_LABEL, PackedBatch  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
 from megatron_dattn.training.build import start  # noqa: E402
 from megatron_dattn.training.metrics import StepReport  # noqa: E402

@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from examples.quickstart.language_backbone import language_config
 from examples.quickstart.vision_backbone import vision_config
 from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.conversion.families import mistral, siglip
-from megatron_dattn.data.labels import IGNORED_LABEL
-from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.config import ModelConfig
 
 VOCAB_SIZE = 448

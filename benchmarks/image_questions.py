@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_checkpoint import mistral_json, siglip_json
+from megatron_dattn.batch import IGNORED_LABEL
 from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.template import TextTokens
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dattn.attention import apply_rotary
-from megatron_dattn.data.labels import IGNORED_LABEL
+from megatron_dattn.batch import IGNORED_LABEL
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 
 

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from benchmarks.agreement import copy_weights as copy_layers
 from benchmarks.demo_model import demo_model
 from benchmarks.plain_vlm import PlainVLM
+from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.conversion.families.weight_map import GroupedQKV
 from megatron_dattn.data.config import DataConfig
-from megatron_dattn.data.labels import IGNORED_LABEL
-from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig

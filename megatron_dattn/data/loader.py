@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data.config import DataConfig, DatasetConfig
 from megatron_dattn.data.counters import LoaderCounters, count_pack
 from megatron_dattn.data.dataset import PreparedDataset, open_dataset
@@ -22,7 +23,7 @@ from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.packing import buffer_size
 from megatron_dattn.data.record_source import TrainingRecords, ValidationRecords
 from megatron_dattn.data.rejection import Rejection
-from megatron_dattn.data.sample import LoadedPack, PackedBatch
+from megatron_dattn.data.sample import LoadedPack
 from megatron_dattn.data.skip_limit import most_in_a_row
 from megatron_dattn.data.task_encoder import VLMTaskEncoder
 from megatron_dattn.data.template import ConversationTokenizer

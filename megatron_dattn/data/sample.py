@@ -1,7 +1,7 @@
 """What travels from the data workers to the model: encoded samples and the packs made of them.
 
 Energon tracks every object by two attributes, `__key__` and `__restore_key__`; the classes that
-pass through it carry them. `PackedBatch` is what the rest of the package sees.
+pass through it carry them.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import Rejection
 from megatron_dattn.errors import UserError
 
@@ -50,41 +50,6 @@ class RejectedSample:
     __key__: str
     __restore_key__: tuple[Any, ...]
     rejection: Rejection
-
-
-@dataclass
-class PackedBatch:
-    """One micro-batch: several samples in one flat pack of tokens (see TokenLayout)."""
-
-    layout: TokenLayout
-    input_ids: Tensor  # int64 [text_budget], padded with the pad id
-    labels: Tensor  # int64 [text_budget]: the next text token if supervised, or IGNORED_LABEL
-    pixel_values: Tensor  # float32 [num_images, 3, image_size, image_size]; num_images may be 0
-    sample_keys: list[str]
-
-    @property
-    def num_samples(self) -> int:
-        return self.layout.num_samples
-
-    def to(self, device: torch.device | str) -> "PackedBatch":
-        """The batch with its tensors on a device; copies from pinned memory do not wait."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "PackedBatch":
-        """Called by torch's DataLoader where there is a CUDA device."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def without_pixels(self) -> "PackedBatch":
-        """For the pipeline stages behind the vision encoder; the layout still knows the images."""
-        return replace(self, pixel_values=self.pixel_values[:0])
-
-    def _map(self, function: Any) -> "PackedBatch":
-        return replace(
-            self,
-            input_ids=function(self.input_ids),
-            labels=function(self.labels),
-            pixel_values=function(self.pixel_values),
-        )
 
 
 @dataclass

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data.conversation import Conversation, parse_record
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.energon import MapDataset, PackingDataset, TaskEncoder, stateless
@@ -24,7 +25,6 @@ from megatron_dattn.data.rejection import Reason, Rejection, SampleError
 from megatron_dattn.data.sample import (
     EncodedSample,
     LoadedPack,
-    PackedBatch,
     RejectedSample,
     build_batch,
 )

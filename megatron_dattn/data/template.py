@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from megatron_dattn.batch import IGNORED_LABEL
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn
-from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.templates import read_template
 from megatron_dattn.data.tokenizer import longest_token, special_token_ids, token_id

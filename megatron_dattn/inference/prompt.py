@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn, require_unicode
-from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.rejection import SampleError
-from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.data.template import TextTokens
 from megatron_dattn.errors import DataError, quoted
 from megatron_dattn.inference.image_cache import EncodedImage, Image, read_image

@@ -7,8 +7,6 @@ derives the attention plan from the layout, so every stage needs the batch (only
 pixels).
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
@@ -22,7 +20,7 @@ from megatron_dattn.attention import (
     output_tokens,
     select_backend,
 )
-from megatron_dattn.data.labels import IGNORED_LABEL
+from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.models.adapter import Adapter, build_adapter
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import ModelConfig
@@ -39,9 +37,6 @@ from megatron_dattn.models.vision_encoder import VisionEncoder
 from megatron_dattn.models.visual_projector import features_as_tokens
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.parallel.sequence import SequenceLayout
-
-if TYPE_CHECKING:
-    from megatron_dattn.data.sample import PackedBatch
 
 
 class DAttnVLM(MegatronModule):
@@ -104,7 +99,7 @@ class DAttnVLM(MegatronModule):
             vp_stage=vp_stage,
         )
 
-    def forward(self, batch: "PackedBatch", observer: AttentionObserver | None = None) -> Tensor:
+    def forward(self, batch: PackedBatch, observer: AttentionObserver | None = None) -> Tensor:
         """One micro-batch through this stage.
 
         Args:
@@ -131,7 +126,7 @@ class DAttnVLM(MegatronModule):
         return self.language_model.losses(hidden_states, tokens, any_token, shards)[labelled]
 
     def forward_logits(
-        self, batch: "PackedBatch", tokens: Tensor, observer: AttentionObserver | None = None
+        self, batch: PackedBatch, tokens: Tensor, observer: AttentionObserver | None = None
     ) -> Tensor:
         """Next-token logits at chosen packed tokens, for generation and evaluation.
 
@@ -158,12 +153,12 @@ class DAttnVLM(MegatronModule):
         """The tied embedding's weight, for its gradient reduction between first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def _hidden_states(self, batch: "PackedBatch", observer: AttentionObserver | None) -> Tensor:
+    def _hidden_states(self, batch: PackedBatch, observer: AttentionObserver | None) -> Tensor:
         attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer)
         decoder_input = self._decoder_input(batch) if self.pre_process else None
         return self.language_model(decoder_input, attention)
 
-    def _decoder_input(self, batch: "PackedBatch") -> Tensor:
+    def _decoder_input(self, batch: PackedBatch) -> Tensor:
         """This rank's share of the tokens [visual, padded to the budget | text], [tokens, 1, H]."""
         text = self.language_model.embed(batch.input_ids)
         visual = self.visual_tokens(batch.pixel_values)

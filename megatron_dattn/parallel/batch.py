@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dattn.attention.layout import TokenLayout
-from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.errors import DataError
 
 _HEADER_FIELDS = 5

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
-from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.runtime.distributed import get_device
 

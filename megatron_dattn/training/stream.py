@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dattn.attention import TokenLayout
-from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.errors import DataError, UserError
 from megatron_dattn.parallel.batch import broadcast_batch
 from megatron_dattn.runtime.distributed import all_ranks_agree

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
-from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.errors import DataError
 from megatron_dattn.parallel.batch import broadcast_batch
 from tests.support.distributed import run_distributed

@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed

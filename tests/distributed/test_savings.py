@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig

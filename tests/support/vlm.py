@@ -11,9 +11,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.conversion.families.registry import language_rules, vision_rules
 from megatron_dattn.conversion.families.weight_map import Rule
-from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.models.execution import ExecutionConfig

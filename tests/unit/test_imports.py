@@ -11,16 +11,19 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 # What each room may import of ours, besides itself.
 LEAVES = {"errors", "runtime", "yaml_files"}
-BELOW_TRAINING = LEAVES | {"attention", "parallel", "data", "models", "planner", "checkpoint"}
+BELOW_TRAINING = LEAVES | {
+    *("attention", "batch", "parallel", "data", "models", "planner", "checkpoint"),
+}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "runtime": {"errors"},
     "yaml_files": {"errors"},
     "attention": {"errors"},
+    "batch": {"attention"},
     "checkpoint": LEAVES,
-    "data": LEAVES | {"attention"},
-    "parallel": LEAVES | {"attention"},
-    "models": LEAVES | {"attention", "parallel"},
+    "data": LEAVES | {"attention", "batch"},
+    "parallel": LEAVES | {"attention", "batch"},
+    "models": LEAVES | {"attention", "batch", "parallel"},
     "planner": LEAVES | {"attention", "parallel", "models"},
     # An export starts where generation does: at a run folder's checkpoint.
     "conversion": BELOW_TRAINING | {"inference", "hf"},
@@ -32,8 +35,6 @@ ALLOWED: dict[str, set[str]] = {
 # Single files of another room that only declare data, and that a room may take from above.
 DECLARATIONS = {
     "data": {"models.config"},
-    "parallel": {"data.sample"},
-    "models": {"data.sample", "data.labels"},
     "inference": {"config.pretrain", "config.cli"},
     "training": {"config.pretrain", "config.cli"},
 }

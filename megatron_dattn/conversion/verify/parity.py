@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.checkpoint.tensors import StoredTensor
-from megatron_dattn.data.labels import IGNORED_LABEL
-from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ModelConfig

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_dattn.batch import IGNORED_LABEL
 from megatron_dattn.data.conversation import IMAGE_TOKEN
-from megatron_dattn.data.labels import IGNORED_LABEL
 from megatron_dattn.data.template import TextTokens
 from megatron_dattn.data.tokenizer import token_id
 from megatron_dattn.inference.load import RunAssets

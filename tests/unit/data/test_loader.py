@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data import loader_state
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.rejection import Reason
-from megatron_dattn.data.sample import PackedBatch
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
 from tests.unit.data.builders import (
     data_config,

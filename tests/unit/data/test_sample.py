@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from megatron_dattn.attention.layout import ImageSpan
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.data.sample import EncodedSample, PackedBatch, build_batch
+from megatron_dattn.data.sample import EncodedSample, build_batch
 
 PREPROCESSOR = ImagePreprocessor(image_size=4)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from tests.support.vlm import load_hugging_face, make_batch, tiny_model, tiny_model_config

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.data.sample import PackedBatch
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.patch_selection import attention_received, most_attended, take_patches
 from megatron_dattn.models.vlm import DAttnVLM

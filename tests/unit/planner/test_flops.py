@@ -162,7 +162,7 @@ def _engine_products(
     config: ModelConfig, trained: frozenset[str], recompute: str, savings: ExactSavings
 ) -> int:
     """One rank: count a step of the real model on PACK, every text token labelled."""
-    from megatron_dattn.data.sample import PackedBatch
+    from megatron_dattn.batch import PackedBatch
     from megatron_dattn.models.build import build_model
     from megatron_dattn.parallel.config import ParallelConfig
     from tests.support.megatron import init_model_parallel

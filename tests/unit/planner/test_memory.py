@@ -72,7 +72,7 @@ def _saved_bytes(execution: ExecutionConfig) -> int:
 
 def _bytes_kept_by(config: ModelConfig, execution: ExecutionConfig) -> int:
     """Bytes that autograd keeps between forward and backward, parameters excluded."""
-    from megatron_dattn.data.sample import PackedBatch
+    from megatron_dattn.batch import PackedBatch
     from megatron_dattn.models.build import build_model
 
     model = build_model(config, ParallelConfig(), execution)

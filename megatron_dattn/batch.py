@@ -1,0 +1,48 @@
+"""One micro-batch, as all that handles it knows it: data loader, broadcast, model, loss."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dattn.attention.layout import TokenLayout
+
+IGNORED_LABEL = -100
+"""The label of text tokens that nothing is learned from; PyTorch's own `ignore_index`, and Hugging
+Face's."""
+
+
+@dataclass
+class PackedBatch:
+    """One micro-batch: several samples in one flat pack of tokens (see TokenLayout)."""
+
+    layout: TokenLayout
+    input_ids: Tensor  # int64 [text_budget], padded with the pad id
+    labels: Tensor  # int64 [text_budget]: the next text token if supervised, or IGNORED_LABEL
+    pixel_values: Tensor  # float32 [num_images, 3, image_size, image_size]; num_images may be 0
+    sample_keys: list[str]
+
+    @property
+    def num_samples(self) -> int:
+        return self.layout.num_samples
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The batch with its tensors on a device; copies from pinned memory do not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "PackedBatch":
+        """Called by torch's DataLoader where there is a CUDA device."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def without_pixels(self) -> "PackedBatch":
+        """For the pipeline stages behind the vision encoder; the layout still knows the images."""
+        return replace(self, pixel_values=self.pixel_values[:0])
+
+    def _map(self, function: Any) -> "PackedBatch":
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            pixel_values=function(self.pixel_values),
+        )
