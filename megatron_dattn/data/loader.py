@@ -30,18 +30,33 @@ from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.tokenizer import load_tokenizer, padding_id
 from megatron_dattn.data.workers import ResumableLoader, basic_loader, savable_loader
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
-from megatron_dattn.models.config import ModelConfig
 
 STATE_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ModelSizes:
+    """What of the model its data must fit."""
+
+    image_size: int
+    """Side of the encoder's square input in pixels."""
+    image_grid: tuple[int, int]
+    """Rows and columns of the visual tokens that the decoder gets of an image."""
+    vocab_size: int
+
+    @property
+    def tokens_per_image(self) -> int:
+        rows, columns = self.image_grid
+        return rows * columns
+
+
 def build_loader(
     config: DataConfig,
     *,
     datasets: Sequence[DatasetConfig],
-    model_config: ModelConfig,
+    sizes: ModelSizes,
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
@@ -52,7 +67,7 @@ def build_loader(
 
     Args:
         datasets: `config.train` or `config.validation`.
-        model_config: gives the image size, the patch grid and the size of the vocabulary.
+        sizes: the model's, whose inputs the samples become.
         micro_batch_size: the most samples in one pack.
         training: endless and shuffled; otherwise every sample once, in order.
 
@@ -71,7 +86,7 @@ def build_loader(
         seed_offset=seed,
         global_error_handler=reraise_exception,
     )
-    encoder, pad_id = _sample_encoder(config, model_config)
+    encoder, pad_id = _sample_encoder(config, sizes)
     task_encoder = VLMTaskEncoder(
         encoder, max_samples=micro_batch_size, pad_id=pad_id, keep_order=not training
     )
@@ -220,25 +235,25 @@ class _PackSource:
         return self.task_encoder.build_chain(records, packing_buffer_size=self.packing_buffer_size)
 
 
-def _sample_encoder(config: DataConfig, model: ModelConfig) -> tuple[SampleEncoder, int]:
+def _sample_encoder(config: DataConfig, sizes: ModelSizes) -> tuple[SampleEncoder, int]:
     tokenizer = load_tokenizer(
-        config.tokenizer, template=config.template, vocab_size=model.language.vocab_size
+        config.tokenizer, template=config.template, vocab_size=sizes.vocab_size
     )
     preprocessor = ImagePreprocessor.from_folder(
         config.image_processor or config.tokenizer or "",
-        image_size=model.vision.image_size,
+        image_size=sizes.image_size,
         image_fit=config.image_fit,
         max_pixels=config.max_image_pixels,
     )
-    if model.tokens_per_image > config.visual_budget:
+    if sizes.tokens_per_image > config.visual_budget:
         raise ConfigError(
             f"data.visual_budget {config.visual_budget} is smaller than one image, which has "
-            f"{model.tokens_per_image} visual tokens"
+            f"{sizes.tokens_per_image} visual tokens"
         )
     encoder = SampleEncoder(
         tokenizer=ConversationTokenizer(tokenizer, config.template),
         preprocessor=preprocessor,
-        grid=model.image_grid,
+        grid=sizes.image_grid,
         visual_budget=config.visual_budget,
         text_budget=config.text_budget,
         truncate=config.long_samples == "truncate",

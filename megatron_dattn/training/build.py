@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
-from megatron_dattn.data.loader import VLMLoader, build_loader
+from megatron_dattn.data.loader import ModelSizes, VLMLoader, build_loader
 from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.errors import UserError
 from megatron_dattn.models.build import build_model
@@ -206,13 +206,32 @@ def make_loader(
     """The loader of this rank's data-parallel replica; None on tensor-parallel ranks above 0."""
     if parallel_state.get_tensor_model_parallel_rank() > 0:
         return None
+    return loader_of_rank(
+        config,
+        datasets,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        training=training,
+    )
+
+
+def loader_of_rank(
+    config: PretrainConfig,
+    datasets: Sequence[DatasetConfig],
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    *,
+    training: bool,
+) -> VLMLoader:
+    """The loader of one data-parallel replica; errors as of `build_loader`. Local."""
+    model = config.model
     return build_loader(
         config.data,
         datasets=datasets,
-        model_config=config.model,
+        sizes=ModelSizes(model.vision.image_size, model.image_grid, model.language.vocab_size),
         micro_batch_size=config.training.micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
         seed=config.training.seed,
         training=training,
     )

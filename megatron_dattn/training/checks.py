@@ -20,12 +20,12 @@ from megatron_dattn.checkpoint.manifest import read_listed
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.dataset import open_dataset
-from megatron_dattn.data.loader import VLMLoader, build_loader
+from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.models.layer_specs import resolve_implementation
 from megatron_dattn.runtime.os_errors import explain
-from megatron_dattn.training.build import make_checkpointer
+from megatron_dattn.training.build import loader_of_rank, make_checkpointer
 from megatron_dattn.training.checkpoint import nothing_to_load
 from megatron_dattn.training.random_states import untouched_random_states
 from megatron_dattn.training.stored_state import loader_file
@@ -152,15 +152,8 @@ class StartChecks:
     def _build_loader(self, datasets: Sequence[DatasetConfig], *, training: bool) -> VLMLoader:
         """The first data-parallel rank's loader, which reads no sample."""
         with _level_of_data_logs(logging.ERROR if self._quiet else logging.NOTSET):
-            return build_loader(
-                self._config.data,
-                datasets=datasets,
-                model_config=self._config.model,
-                micro_batch_size=self._config.training.micro_batch_size,
-                data_parallel_rank=0,
-                data_parallel_size=self._data_parallel_size or 1,
-                seed=self._config.training.seed,
-                training=training,
+            return loader_of_rank(
+                self._config, datasets, 0, self._data_parallel_size or 1, training=training
             )
 
     def _check_checkpoints(self) -> None:

@@ -8,13 +8,14 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.config.cli import load_config, parse_command_line
-from megatron_dattn.data.loader import build_loader
+from megatron_dattn.training.build import loader_of_rank
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.data.builders import record, save_image
 from tools import convert_checkpoint, prepare_data
@@ -85,16 +86,8 @@ def samples_of(stage: str) -> list[str]:
     """Keys of all samples that a stage reads, with the recipe's files and the import's model."""
     recipe = load_config("examples/mistral_7b/model.yaml", f"examples/mistral_7b/{stage}.yaml")
     imported = load_config("checkpoints/mistral_7b/import/config.yaml")
-    loader = build_loader(
-        recipe.data,
-        datasets=recipe.data.train,
-        training=False,
-        model_config=imported.model,
-        micro_batch_size=recipe.training.micro_batch_size,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        seed=0,
-    )
+    config = replace(recipe, model=imported.model)
+    loader = loader_of_rank(config, recipe.data.train, 0, 1, training=False)
     return sorted(key.rpartition("-")[0] for batch in loader for key in batch.sample_keys)
 
 

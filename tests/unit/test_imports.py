@@ -34,7 +34,6 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Single files of another room that only declare data, and that a room may take from above.
 DECLARATIONS = {
-    "data": {"models.config"},
     "inference": {"config.pretrain", "config.cli"},
     "training": {"config.pretrain", "config.cli"},
 }

@@ -11,9 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dattn.data.config import DataConfig, DatasetConfig
-from megatron_dattn.data.loader import VLMLoader, build_loader
+from megatron_dattn.data.loader import ModelSizes, VLMLoader, build_loader
 from megatron_dattn.data.prepare import write_jsonl
-from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 
 IMAGE_SIZE = 16
 PATCH_SIZE = 8
@@ -107,11 +106,9 @@ def make_dataset(folder: Path, records: list[dict[str, Any]], name: str = "set")
     return DatasetConfig(path=str(folder / f"{name}.jsonl"))
 
 
-def model_config(*, vocab_size: int = 512, image_size: int = IMAGE_SIZE) -> ModelConfig:
-    return ModelConfig(
-        vision=VisionConfig(image_size=image_size, patch_size=PATCH_SIZE),
-        language=LanguageConfig(vocab_size=vocab_size),
-    )
+def model_sizes(*, vocab_size: int = 512, image_size: int = IMAGE_SIZE) -> ModelSizes:
+    side = image_size // PATCH_SIZE
+    return ModelSizes(image_size, (side, side), vocab_size)
 
 
 def data_config(processor: Path, **changes: Any) -> DataConfig:
@@ -129,7 +126,7 @@ def make_loader(
     config: DataConfig, datasets: list[DatasetConfig], *, training: bool = True, **changes: Any
 ) -> VLMLoader:
     settings: dict[str, Any] = {
-        "model_config": model_config(),
+        "sizes": model_sizes(),
         "micro_batch_size": 4,
         "data_parallel_rank": 0,
         "data_parallel_size": 1,

@@ -1,6 +1,5 @@
 """The loader end to end: order, resume, bad samples, and errors before anything starts."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ from tests.unit.data.builders import (
     make_dataset,
     make_loader,
     make_records,
-    model_config,
+    model_sizes,
     record,
     save_image,
 )
@@ -216,17 +215,6 @@ def test_packs_hold_what_the_budgets_allow(processor: Path, dataset: DatasetConf
     assert sum(batch.num_samples for batch in batches) > 3.3 * len(batches)
 
 
-def test_images_have_the_records_that_the_preset_keeps(
-    processor: Path, dataset: DatasetConfig
-) -> None:
-    model = dataclasses.replace(model_config(), attention="fastervlm")
-    loader = make_loader(data_config(processor, visual_budget=2), [dataset], model_config=model)
-    assert model.vision.num_patches == 4
-    batches = take(loader, 5)
-    assert {image.grid for batch in batches for image in batch.layout.images} == {(1, 1)}
-    assert max(len(batch.layout.images) for batch in batches) == 2
-
-
 def bad_records(folder: Path) -> dict[Reason, dict[str, Any]]:
     """One record for each way of going wrong."""
     save_image(folder / "images" / "good.png", seed=1)
@@ -385,9 +373,9 @@ def test_models_that_do_not_fit_the_processor_are_refused(
     processor: Path, dataset: DatasetConfig
 ) -> None:
     with pytest.raises(ConfigError, match="image_size is 32"):
-        make_loader(data_config(processor), [dataset], model_config=model_config(image_size=32))
+        make_loader(data_config(processor), [dataset], sizes=model_sizes(image_size=32))
     with pytest.raises(ConfigError, match="vocab_size is 100"):
-        make_loader(data_config(processor), [dataset], model_config=model_config(vocab_size=100))
+        make_loader(data_config(processor), [dataset], sizes=model_sizes(vocab_size=100))
 
 
 def test_no_data_set_is_refused(processor: Path) -> None:
