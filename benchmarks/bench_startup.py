@@ -37,13 +37,13 @@ from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 silence_import_warnings()  # before megatron-core is imported
 
 from megatron_dattn.config.pretrain import PretrainConfig  # noqa: E402
+from megatron_dattn.config.training import TrainingConfig  # noqa: E402
 from megatron_dattn.data import tokenizer as tokenizers_module  # noqa: E402
 from megatron_dattn.data.config import DataConfig, DatasetConfig  # noqa: E402
 from megatron_dattn.data.prepare import write_jsonl  # noqa: E402
 from megatron_dattn.models.config import LanguageConfig, ModelConfig  # noqa: E402
 from megatron_dattn.runtime.agreement import all_ranks_have_same  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed, join_world  # noqa: E402
-from megatron_dattn.training.config import TrainingConfig  # noqa: E402
 from megatron_dattn.training.setup import prepare_run  # noqa: E402
 from megatron_dattn.training.start_facts import code_sha256, start_facts  # noqa: E402
 

@@ -12,6 +12,12 @@ from benchmarks.demo_model import demo_model
 from benchmarks.plain_vlm import PlainVLM
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.config.training import (
+    LoggingConfig,
+    ModuleLearningRates,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from megatron_dattn.conversion.families.weight_map import GroupedQKV
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.models.config import ModelConfig
@@ -19,12 +25,6 @@ from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
 from megatron_dattn.training.build import build_training_model, state_of
-from megatron_dattn.training.config import (
-    LoggingConfig,
-    ModuleLearningRates,
-    OptimizerConfig,
-    TrainingConfig,
-)
 from megatron_dattn.training.metrics import Metrics, StepReport
 from megatron_dattn.training.run import Run
 from megatron_dattn.training.step import train_step

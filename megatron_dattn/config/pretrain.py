@@ -1,19 +1,20 @@
-"""The aggregate configuration of a pretraining run; each section stands beside its owner."""
+"""The aggregate configuration of a pretraining run; all sections but training's stand beside what
+they configure."""
 
 from dataclasses import dataclass, field
 
 from megatron_dattn.attention import get_preset
-from megatron_dattn.data.config import DataConfig
-from megatron_dattn.errors import ConfigError
-from megatron_dattn.models.config import ModelConfig
-from megatron_dattn.models.observer import NO_ALPHA
-from megatron_dattn.parallel.config import ParallelConfig
-from megatron_dattn.training.config import (
+from megatron_dattn.config.training import (
     CheckpointConfig,
     LoggingConfig,
     OptimizerConfig,
     TrainingConfig,
 )
+from megatron_dattn.data.config import DataConfig
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.observer import NO_ALPHA
+from megatron_dattn.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.config.training import TrainingConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import ModelSizes, VLMLoader, build_loader
 from megatron_dattn.data.tokenizer import tokenizer_sha256
@@ -32,7 +33,6 @@ from megatron_dattn.runtime.distributed import (
 )
 from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.training.checkpoint import Checkpointer
-from megatron_dattn.training.config import TrainingConfig
 from megatron_dattn.training.optimizer import (
     build_optimizer,
     build_scheduler,

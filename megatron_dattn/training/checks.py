@@ -18,6 +18,7 @@ from megatron_dattn.attention import select_backend
 from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint, steps_of
 from megatron_dattn.checkpoint.manifest import read_listed
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.config.written_folders import check_place
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.dataset import open_dataset
 from megatron_dattn.data.loader import VLMLoader
@@ -29,7 +30,6 @@ from megatron_dattn.training.build import loader_of_rank, make_checkpointer
 from megatron_dattn.training.checkpoint import nothing_to_load
 from megatron_dattn.training.random_states import untouched_random_states
 from megatron_dattn.training.stored_state import loader_file
-from megatron_dattn.training.written_folders import check_place
 
 
 class StartChecks:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from statistics import fmean
 
+from megatron_dattn.config.training import LoggingConfig
 from megatron_dattn.runtime.distributed import is_rank_0
-from megatron_dattn.training.config import LoggingConfig
 from megatron_dattn.training.event_file import EventFile
 from megatron_dattn.training.state import Progress
 

@@ -26,8 +26,8 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
+from megatron_dattn.config.training import OptimizerConfig
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.training.config import OptimizerConfig
 from megatron_dattn.training.stages import (
     MODULES,
     learning_rate_of,

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
+from megatron_dattn.config.training import ModuleLearningRates
 from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.runtime.distributed import get_device
-from megatron_dattn.training.config import ModuleLearningRates
 
 MODULES = ("vision_model", "adapter", "language_model")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_dattn.checkpoint import save_checkpoint
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.config.training import CheckpointConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.training.checkpoint import Checkpointer
-from megatron_dattn.training.config import CheckpointConfig
 from tests.support.distributed import run_distributed
 from tests.support.training import build_run, leave, training_config
 from tests.support.vlm import tiny_model_config

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dattn.config.training import ModuleLearningRates
 from megatron_dattn.errors import DataError
-from megatron_dattn.training.config import ModuleLearningRates
 from tests.support.distributed import run_distributed
 
 STEPS = 3

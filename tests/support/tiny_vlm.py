@@ -29,12 +29,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dattn.checkpoint.rng import capture_rng
-from megatron_dattn.training.checkpoint import Checkpointer
-from megatron_dattn.training.config import (
+from megatron_dattn.config.training import (
     CheckpointConfig,
     ModuleLearningRates,
     OptimizerConfig,
 )
+from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.optimizer import build_optimizer, build_scheduler
 from megatron_dattn.training.stages import freeze_modules
 from megatron_dattn.training.state import TrainState

@@ -14,17 +14,17 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.config.pretrain import PretrainConfig
-from megatron_dattn.data.config import DataConfig
-from megatron_dattn.data.counters import LoaderCounters
-from megatron_dattn.parallel.config import ParallelConfig
-from megatron_dattn.runtime.distributed import get_device, seed_everything
-from megatron_dattn.training.build import build_training_model, start, state_of
-from megatron_dattn.training.config import (
+from megatron_dattn.config.training import (
     LoggingConfig,
     ModuleLearningRates,
     OptimizerConfig,
     TrainingConfig,
 )
+from megatron_dattn.data.config import DataConfig
+from megatron_dattn.data.counters import LoaderCounters
+from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.distributed import get_device, seed_everything
+from megatron_dattn.training.build import build_training_model, start, state_of
 from megatron_dattn.training.metrics import Metrics
 from megatron_dattn.training.run import Run
 from megatron_dattn.training.stream import BatchStream

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_dattn.config.cli import load_config
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.config.training import ModuleLearningRates
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
-from megatron_dattn.training.config import ModuleLearningRates
 from megatron_dattn.training.dry_run import dry_run
 
 ROOT = Path(__file__).resolve().parents[2]

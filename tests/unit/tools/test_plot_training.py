@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from megatron_dattn.training.config import LoggingConfig
+from megatron_dattn.config.training import LoggingConfig
 from megatron_dattn.training.metrics import Metrics, StepReport
 from megatron_dattn.training.state import Progress
 from tools.plot_training import Curves, finite_points, main, read_run, smooth

@@ -17,11 +17,11 @@ enable_cpu_runtime()  # before anything imports megatron-core
 from megatron.core.utils import unwrap_model  # noqa: E402
 
 from megatron_dattn.checkpoint import find_checkpoint, save_checkpoint  # noqa: E402
+from megatron_dattn.config.training import CheckpointConfig  # noqa: E402
 from megatron_dattn.errors import CheckpointError  # noqa: E402
 from megatron_dattn.models.added_parameters import is_added  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
 from megatron_dattn.training.checkpoint import Checkpointer  # noqa: E402
-from megatron_dattn.training.config import CheckpointConfig  # noqa: E402
 from megatron_dattn.training.optimizer import current_learning_rates, parameter_groups  # noqa: E402
 from megatron_dattn.training.state import Progress  # noqa: E402
 from tests.support.megatron import init_model_parallel  # noqa: E402

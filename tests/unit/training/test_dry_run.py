@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.config.training import (
+    ModuleLearningRates,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from megatron_dattn.data.config import DataConfig, DatasetConfig
 from megatron_dattn.data.prepare import write_jsonl
 from megatron_dattn.errors import ConfigError
@@ -13,11 +18,6 @@ from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConf
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.planner.flops import model_flops
 from megatron_dattn.planner.parameters import count_parameters
-from megatron_dattn.training.config import (
-    ModuleLearningRates,
-    OptimizerConfig,
-    TrainingConfig,
-)
 from megatron_dattn.training.dry_run import dry_run, print_plan
 from megatron_dattn.training.plan import make_plan
 

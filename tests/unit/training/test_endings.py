@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.config.training import CheckpointConfig
 from megatron_dattn.runtime import open_files
 from megatron_dattn.runtime.launcher import Launch
 from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training import endings, setup
-from megatron_dattn.training.config import CheckpointConfig
 from megatron_dattn.training.endings import leave_word, run_to_its_end
 from megatron_dattn.training.exits import ExitReason
 from megatron_dattn.training.run_lock import RunLock

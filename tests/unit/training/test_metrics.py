@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dattn.config.training import LoggingConfig
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.planner.hardware import bf16_peak, device_peak
-from megatron_dattn.training.config import LoggingConfig
 from megatron_dattn.training.metrics import Interval, Metrics, StepReport
 from megatron_dattn.training.state import Progress
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from megatron_dattn.config.training import ModuleLearningRates, OptimizerConfig
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.training.config import ModuleLearningRates, OptimizerConfig
 from megatron_dattn.training.optimizer import num_warmup_steps
 from tests.support.distributed import run_distributed
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_dattn.config.training import ModuleLearningRates
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.training.config import ModuleLearningRates
 from megatron_dattn.training.stages import freeze_modules, module_of_parameter, trained_modules
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dattn.config.training import CheckpointConfig, LoggingConfig
+from megatron_dattn.config.written_folders import check_place
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.training.config import CheckpointConfig, LoggingConfig
-from megatron_dattn.training.written_folders import check_place
 
 BAD_NAMES = {
     "": "is empty",

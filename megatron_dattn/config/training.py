@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_dattn.attention.backends.select import BACKENDS
+from megatron_dattn.config.written_folders import check_name, check_run_folder
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.training.written_folders import check_name, check_run_folder
 
 
 @dataclass(frozen=True)
