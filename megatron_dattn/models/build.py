@@ -20,7 +20,6 @@ def build_model(
     *,
     pre_process: bool = True,
     post_process: bool = True,
-    vp_stage: int | None = None,
     device: torch.device | str | None = None,
 ) -> DAttnVLM:
     """This pipeline stage's share of the model, randomly initialized.
@@ -48,7 +47,6 @@ def build_model(
             execution,
             pre_process=pre_process,
             post_process=post_process,
-            vp_stage=vp_stage,
         )
 
 

@@ -34,7 +34,6 @@ class DAttnLanguageModel(GPTModel):
         feature_size: width of the vision encoder's features.
         pre_process: this pipeline stage has the embedding.
         post_process: this pipeline stage has the head.
-        vp_stage: index of this model chunk under interleaved pipelining.
     """
 
     def __init__(
@@ -48,9 +47,8 @@ class DAttnLanguageModel(GPTModel):
         feature_size: int,
         pre_process: bool = True,
         post_process: bool = True,
-        vp_stage: int | None = None,
     ) -> None:
-        num_layers = get_num_layers_to_build(config, vp_stage)
+        num_layers = get_num_layers_to_build(config)
         super().__init__(
             config=config,
             transformer_layer_spec=language_block_spec(
@@ -68,7 +66,6 @@ class DAttnLanguageModel(GPTModel):
             share_embeddings_and_output_weights=language.tie_word_embeddings,
             position_embedding_type="none",
             scatter_embedding_sequence_parallel=False,
-            vp_stage=vp_stage,
         )
         self.language = language
         if post_process:

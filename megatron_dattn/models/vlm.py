@@ -49,7 +49,6 @@ class DAttnVLM(MegatronModule):
         pre_process: this stage has the vision encoder, the embedding and, unless every layer
             projects the features anew, the adapter.
         post_process: this stage has the head.
-        vp_stage: index of this model chunk under interleaved pipelining.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class DAttnVLM(MegatronModule):
         *,
         pre_process: bool = True,
         post_process: bool = True,
-        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=language_transformer_config(model.language, parallel, execution))
         self.model_config = model
@@ -70,7 +68,6 @@ class DAttnVLM(MegatronModule):
         self.pre_process = pre_process
         self.post_process = post_process
         # What megatron-core's schedules and gradient finalization ask of a model.
-        self.vp_stage = vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
@@ -96,7 +93,6 @@ class DAttnVLM(MegatronModule):
             feature_size=model.vision.hidden_size,
             pre_process=pre_process,
             post_process=post_process,
-            vp_stage=vp_stage,
         )
 
     def forward(self, batch: PackedBatch, observer: AttentionObserver | None = None) -> Tensor:

@@ -24,8 +24,6 @@ def initialize_distributed(
     *,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
-    context_parallel_size: int = 1,
-    virtual_pipeline_model_parallel_size: int | None = None,
     timeout_seconds: float = 600.0,
     rendezvous_seconds: float = 600.0,
 ) -> None:
@@ -47,7 +45,6 @@ def initialize_distributed(
         dist.get_world_size() if dist.is_initialized() else read_launch().world_size,
         tensor_model_parallel_size,
         pipeline_model_parallel_size,
-        context_parallel_size,
     )
     enable_cpu_runtime()
     join_world(timeout_seconds=timeout_seconds, rendezvous_seconds=rendezvous_seconds)
@@ -57,8 +54,6 @@ def initialize_distributed(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
-        context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=timeout_seconds / 60,
     )
 
@@ -98,9 +93,7 @@ def share_refusal(error: UserError) -> UserError:
     raise AssertionError("an error was shared")
 
 
-def check_parallel_sizes(
-    world_size: int, tensor_parallel: int, pipeline_parallel: int, context_parallel: int
-) -> int:
+def check_parallel_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> int:
     """The data-parallel size that these sizes leave.
 
     Raises:
@@ -109,12 +102,11 @@ def check_parallel_sizes(
     sizes = {
         "tensor_model_parallel_size": tensor_parallel,
         "pipeline_model_parallel_size": pipeline_parallel,
-        "context_parallel_size": context_parallel,
     }
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name} is {size}; it must be at least 1")
-    product = tensor_parallel * pipeline_parallel * context_parallel
+    product = tensor_parallel * pipeline_parallel
     if world_size % product:
         spelled = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise ConfigError(

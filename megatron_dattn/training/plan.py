@@ -41,7 +41,6 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
         world_size,
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
-        context_parallel=1,
     )
     check_model_sizes(config.model, parallel)
     num_microbatches = config.training.num_microbatches(data_parallel)

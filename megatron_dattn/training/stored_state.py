@@ -53,7 +53,6 @@ def local_files(state: TrainState) -> dict[str, bytes]:
     first_of_its_data_rank = (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_pipeline_model_parallel_rank() == 0
-        and parallel_state.get_context_parallel_rank() == 0
     )
     if first_of_its_data_rank and state.loader is not None:
         local[loader_file()] = state.loader.save_state()

@@ -35,7 +35,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "data_parallel"), [((1, 1, 1, 1), 1), ((8, 2, 2, 1), 2), ((16, 2, 2, 2), 2)]
+    ("sizes", "data_parallel"), [((1, 1, 1), 1), ((8, 2, 2), 2), ((16, 4, 2), 2)]
 )
 def test_data_parallel_size(sizes: tuple[int, ...], data_parallel: int) -> None:
     assert check_parallel_sizes(*sizes) == data_parallel
@@ -44,11 +44,10 @@ def test_data_parallel_size(sizes: tuple[int, ...], data_parallel: int) -> None:
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ((6, 4, 1, 1), ["tensor_model_parallel_size 4", "= 4", "world size 6", "multiple of 4"]),
-        ((2, 2, 2, 1), ["= 4", "world size 2", "torchrun"]),
-        ((1, 1, 1, 2), ["context_parallel_size 2"]),
-        ((4, 0, 1, 1), ["tensor_model_parallel_size is 0"]),
-        ((4, 1, -2, 1), ["pipeline_model_parallel_size is -2"]),
+        ((6, 4, 1), ["tensor_model_parallel_size 4", "= 4", "world size 6", "multiple of 4"]),
+        ((2, 2, 2), ["= 4", "world size 2", "torchrun"]),
+        ((4, 0, 1), ["tensor_model_parallel_size is 0"]),
+        ((4, 1, -2), ["pipeline_model_parallel_size is -2"]),
     ],
 )
 def test_impossible_sizes_are_named(sizes: tuple[int, ...], words: list[str]) -> None:
