@@ -6,6 +6,7 @@ visual tokens give keys and values, but need no output, unless they predict toke
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import TokenLayout
@@ -30,6 +31,7 @@ class LayerRule:
         return layout if self.sees_images else replace(layout, images=(), visual_budget=0)
 
 
+@lru_cache(maxsize=64)  # every step asks for those of its model
 def layer_rules(
     config: AttentionConfig, num_layers: int, *, skip_unread: bool
 ) -> tuple[LayerRule, ...]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import TokenLayout
-from megatron_dattn.attention.plan.rings import image_rings
+from megatron_dattn.attention.plan.rings import last_of_centre
 
 
 def output_tokens(layout: TokenLayout, config: AttentionConfig) -> Tensor:
@@ -26,6 +26,6 @@ def output_tokens(layout: TokenLayout, config: AttentionConfig) -> Tensor:
         if image.text_offset == 0:
             continue
         if config.v2v == "ring":
-            _, end = image_rings(image, start)[-1][-1]
+            end = start + last_of_centre(image.grid) + 1
         tokens[layout.text_cu_seqlens[image.sample] + image.text_offset - 1] = end - 1
     return tokens

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import Run, TokenLayout
-from megatron_dattn.attention.plan.rings import image_rings
+from megatron_dattn.attention.plan.rings import num_rings, ring_of_patches
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, each [tokens, D]
 
@@ -64,11 +64,10 @@ def token_positions(layout: TokenLayout, config: AttentionConfig) -> Tensor:
 def _place_rings(positions: Tensor, run: Run, layout: TokenLayout, position: int) -> int:
     """Give every ring of the run's images the next id; the id that follows them all."""
     for index in run.images:
-        start, _ = layout.image_tokens[index]
-        for ring in image_rings(layout.images[index], start):
-            for first, end in ring:
-                positions[first:end] = position
-            position += 1
+        start, end = layout.image_tokens[index]
+        grid = layout.images[index].grid
+        positions[start:end] = ring_of_patches(grid) + position
+        position += num_rings(grid)
     return position
 
 

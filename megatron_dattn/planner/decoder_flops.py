@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import TokenLayout
-from megatron_dattn.attention.plan.rings import image_rings
+from megatron_dattn.attention.plan.rings import num_rings, ring_size
 from megatron_dattn.attention.visual_config import rounded_share
 
 
@@ -165,8 +165,8 @@ def _visual_pairs(layout: TokenLayout, config: AttentionConfig, window: int | No
     if config.v2v == "ring":
         for image, (start, _) in zip(layout.images, layout.image_tokens, strict=True):
             seen = start - layout.visual_tokens(image.sample)[0]
-            for ring in image_rings(image, start):
-                size = sum(end - first for first, end in ring)
+            for ring in range(num_rings(image.grid)):
+                size = ring_size(image.grid, ring)
                 seen += size
                 pairs += size * seen
     if config.v2v_window is not None:

@@ -26,6 +26,7 @@ from typing import Literal
 
 from megatron_dattn.attention import (
     AttentionConfig,
+    LayerRule,
     TokenLayout,
     get_preset,
     layer_rules,
@@ -90,11 +91,7 @@ def model_flops(
     preset = get_preset(attention or config.attention)
     rules = layer_rules(preset, config.language.num_hidden_layers, skip_unread=False)
     packs = tuple(layouts)
-    layers = [
-        layer_tokens(config, pack, rule, config.language.window(number))
-        for pack in packs
-        for number, rule in enumerate(rules)
-    ]
+    layers = _layers(config, packs, rules)
     images = sum(len(pack.images) for pack in packs)
     if labelled_tokens is None:
         labelled_tokens = sum(pack.num_text_tokens for pack in packs)
@@ -129,11 +126,7 @@ def executed_flops(
     num_layers = config.language.num_hidden_layers
     rules = layer_rules(preset, num_layers, skip_unread=savings.unread_tokens)
     packs = tuple(layouts)
-    layers = [
-        layer_tokens(config, pack, rule, config.language.window(number), savings)
-        for pack in packs
-        for number, rule in enumerate(rules)
-    ]
+    layers = _layers(config, packs, rules, savings)
     # A pack without images sends a blank one through modules that train.
     blank = int(bool(trained - {"language_model"}))
     images = sum(len(pack.images) or blank for pack in packs)
@@ -151,6 +144,24 @@ def executed_flops(
         vocabulary=config.language.padded_vocab_size,
         recomputed=recompute == "full",
     )
+
+
+def _layers(
+    config: ModelConfig,
+    packs: tuple[TokenLayout, ...],
+    rules: tuple[LayerRule, ...],
+    executed: ExactSavings | None = None,
+) -> list[LayerTokens]:
+    """Every layer for every pack. Layers with equal rules and windows are counted once."""
+    kinds = [(rule, config.language.window(number)) for number, rule in enumerate(rules)]
+    counted: list[LayerTokens] = []
+    for pack in packs:
+        of_kind = {
+            (rule, window): layer_tokens(config, pack, rule, window, executed)
+            for rule, window in dict.fromkeys(kinds)
+        }
+        counted += (of_kind[kind] for kind in kinds)
+    return counted
 
 
 def _count(

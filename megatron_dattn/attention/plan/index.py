@@ -7,10 +7,15 @@ is prepared once per micro-batch and shared by all layers.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_dattn.attention.layout import TokenRange
+
+# Token ranges, int64 [n, 2]. NumPy's, as torch would wake its threads for a few thousand numbers.
+RangeTable = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -21,27 +26,31 @@ class TokenIndex:
     length: int
     start: int = 0
     index: Tensor | None = None  # int64 [length]; tokens may repeat
-    indexed: tuple[TokenRange, ...] = ()  # what `index` holds, on the host
+    indexed: RangeTable | None = None  # what `index` holds, on the host
 
     @staticmethod
     def from_ranges(
-        ranges: Iterable[TokenRange], device: torch.device | str = "cpu"
+        ranges: Iterable[TokenRange] | RangeTable, device: torch.device | str = "cpu"
     ) -> "TokenIndex":
         """The tokens of all ranges, one range after the other."""
-        joined = _join_adjacent(ranges)
-        length = sum(end - start for start, end in joined)
+        table = ranges if isinstance(ranges, np.ndarray) else range_table(ranges)
+        joined = _join_adjacent(table)
         if len(joined) <= 1:
-            return TokenIndex(length, start=joined[0][0] if joined else 0)
-        starts, ends = torch.tensor(joined).unbind(1)
+            start, end = joined[0].tolist() if len(joined) else (0, 0)
+            return TokenIndex(end - start, start=start)
+        starts, ends = joined.T
         lengths = ends - starts
+        places = lengths.cumsum()
         # Token i of the result is i further than the tokens that all ranges before its own have.
-        index = torch.arange(length) + (ends - lengths.cumsum(0)).repeat_interleave(lengths)
-        return TokenIndex(length, index=index.to(device), indexed=tuple(joined))
+        index = np.arange(places[-1]) + (ends - places).repeat(lengths)
+        return TokenIndex(len(index), index=torch.from_numpy(index).to(device), indexed=joined)
 
     @property
-    def ranges(self) -> tuple[TokenRange, ...]:
+    def ranges(self) -> RangeTable:
         """The tokens again, as `from_ranges` takes them."""
-        return self.indexed if self.index is not None else ((self.start, self.start + self.length),)
+        if self.indexed is not None:
+            return self.indexed
+        return range_table([(self.start, self.start + self.length)])
 
     def take(self, tensor: Tensor) -> Tensor:
         """The tokens of `tensor`: a view where they are contiguous."""
@@ -64,13 +73,17 @@ class TokenIndex:
             tensor.index_add_(0, self.index, values.to(tensor.dtype))
 
 
-def _join_adjacent(ranges: Iterable[TokenRange]) -> list[TokenRange]:
-    joined: list[TokenRange] = []
-    for start, end in ranges:
-        if start == end:
-            continue
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    return joined
+def range_table(ranges: Iterable[TokenRange]) -> RangeTable:
+    """Ranges of tokens as an array."""
+    return np.array(list(ranges), dtype=np.int64).reshape(-1, 2)
+
+
+def _join_adjacent(ranges: RangeTable) -> RangeTable:
+    """The same tokens in fewer ranges, none of them empty."""
+    ranges = ranges[ranges[:, 0] < ranges[:, 1]]
+    if len(ranges) <= 1:
+        return ranges
+    apart = ranges[1:, 0] != ranges[:-1, 1]
+    starts = ranges[np.concatenate(((True,), apart)), 0]
+    ends = ranges[np.concatenate((apart, (True,))), 1]
+    return np.stack((starts, ends), axis=1)

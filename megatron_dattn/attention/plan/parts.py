@@ -9,16 +9,17 @@ a flash kernel does best and so a fair baseline.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig, Merge
 from megatron_dattn.attention.layout import TokenLayout, TokenRange
-from megatron_dattn.attention.plan.index import TokenIndex
+from megatron_dattn.attention.plan.index import TokenIndex, range_table
 from megatron_dattn.attention.plan.padding import PaddedBatch, padded_batches
-from megatron_dattn.attention.plan.segments import PartRule, attention_rules
+from megatron_dattn.attention.plan.patches import SegmentTable
+from megatron_dattn.attention.plan.segments import PartRule, Segment, attention_rules
 
 
 @dataclass(frozen=True)
@@ -140,15 +141,13 @@ def split_parts(
 def build_part(rule: PartRule, first_scored: int, device: torch.device) -> Part:
     """A part of those segments that are not empty; `first_scored` is query token 0's packed
     token."""
-    segments = [segment for segment in rule.segments if segment.num_queries and segment.num_keys]
-    queries = [(a - first_scored, b - first_scored) for s in segments for a, b in s.queries]
-    keys = [tokens for segment in segments for tokens in segment.keys]
+    table = rule.segments if isinstance(rule.segments, SegmentTable) else _table_of(rule.segments)
     return Part(
         name=rule.name,
-        query_tokens=TokenIndex.from_ranges(queries, device),
-        key_tokens=TokenIndex.from_ranges(keys, device),
-        query_lengths=tuple(segment.num_queries for segment in segments),
-        key_lengths=tuple(segment.num_keys for segment in segments),
+        query_tokens=TokenIndex.from_ranges(table.queries - first_scored, device),
+        key_tokens=TokenIndex.from_ranges(table.keys, device),
+        query_lengths=table.query_lengths,
+        key_lengths=table.key_lengths,
         causal=rule.causal,
         rotary=rule.rotary,
         device=device,
@@ -156,10 +155,24 @@ def build_part(rule: PartRule, first_scored: int, device: torch.device) -> Part:
     )
 
 
+def _table_of(segments: Iterable[Segment]) -> SegmentTable:
+    kept = [segment for segment in segments if segment.num_queries and segment.num_keys]
+    return SegmentTable(
+        range_table(tokens for segment in kept for tokens in segment.queries),
+        range_table(tokens for segment in kept for tokens in segment.keys),
+        tuple(segment.num_queries for segment in kept),
+        tuple(segment.num_keys for segment in kept),
+    )
+
+
 def _share_keys(parts: Iterable[Part]) -> bool:
-    ranges = sorted(tokens for part in parts for tokens in part.key_tokens.ranges)
-    return any(end > start for (_, end), (start, _) in pairwise(ranges))
+    if not (ranges := [part.key_tokens.ranges for part in parts]):
+        return False
+    starts, ends = np.concatenate(ranges).T
+    order = starts.argsort()
+    return bool((ends[order][:-1] > starts[order][1:]).any())
 
 
 def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+    boundaries = np.cumsum((0, *lengths), dtype=np.int32)
+    return torch.from_numpy(boundaries).to(device)

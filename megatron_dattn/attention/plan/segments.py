@@ -7,11 +7,15 @@ and not one per pair.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, pairwise
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import TokenLayout, TokenRange
-from megatron_dattn.attention.plan.rings import image_rings
+from megatron_dattn.attention.plan.patches import (
+    SegmentTable,
+    segments_within_rings,
+    segments_within_windows,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class PartRule:
     """Segments that follow one rule; some may be empty."""
 
     name: str
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...] | SegmentTable
     causal: bool = False
     rotary: bool = True
     window: int | None = None  # of a causal rule
@@ -60,9 +64,9 @@ def attention_rules(
     name = "V2V and T2T" if visual_too else "T2T"
     yield PartRule(name, tuple(_within_kind(layout, visual_too)), causal=True, window=window)
     if config.v2v == "ring":
-        yield PartRule("V2V", tuple(_within_rings(layout)))
+        yield PartRule("V2V", segments_within_rings(layout))
     if config.v2v_window is not None:
-        yield PartRule("V2V", tuple(_within_windows(layout, config.v2v_window // 2)))
+        yield PartRule("V2V", segments_within_windows(layout, config.v2v_window // 2))
     if config.v2t != "none":
         yield PartRule("V2T", tuple(_visual_to_text(layout, config)))
 
@@ -178,25 +182,6 @@ def _text_to_visual(
         for first, last in pairwise(sorted(cuts)):
             keys = seen_images(layout, config, sample, first, window)
             yield Segment(((start + first, start + last),), (keys,))
-
-
-def _within_rings(layout: TokenLayout) -> Iterator[Segment]:
-    for image, (start, _) in zip(layout.images, layout.image_tokens, strict=True):
-        seen = [(layout.visual_tokens(image.sample)[0], start)]
-        for ring in image_rings(image, start):
-            seen += ring
-            yield Segment(tuple(ring), tuple(seen))
-
-
-def _within_windows(layout: TokenLayout, reach: int) -> Iterator[Segment]:
-    for image, (start, _) in zip(layout.images, layout.image_tokens, strict=True):
-        height, width = image.grid
-        for i, j in product(range(height), range(width)):
-            left, right = max(0, j - reach), min(width, j + reach + 1)
-            lines = range(max(0, i - reach), min(height, i + reach + 1))
-            keys = tuple((start + k * width + left, start + k * width + right) for k in lines)
-            token = start + i * width + j
-            yield Segment(((token, token + 1),), keys)
 
 
 def _visual_to_text(layout: TokenLayout, config: AttentionConfig) -> Iterator[Segment]:

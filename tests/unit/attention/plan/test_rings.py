@@ -2,18 +2,28 @@
 
 import pytest
 
-from megatron_dattn.attention import ImageSpan
-from megatron_dattn.attention.plan.rings import image_rings
+from megatron_dattn.attention.plan.rings import (
+    last_of_centre,
+    num_rings,
+    ring_of_patches,
+    ring_ranges,
+    ring_size,
+)
 
 
 @pytest.mark.parametrize("height", range(1, 7))
 @pytest.mark.parametrize("width", range(1, 7))
 def test_a_ring_holds_the_patches_at_one_distance_to_the_border(height: int, width: int) -> None:
-    rings = image_rings(ImageSpan(0, 0, (height, width)), start=10)
-    actual = [[token for first, end in ring for token in range(first, end)] for ring in rings]
-    expected: list[list[int]] = [[] for _ in range((min(height, width) + 1) // 2)]
+    grid, expected = (height, width), []
     for i in range(height):
         for j in range(width):
-            distance = min(i, j, height - 1 - i, width - 1 - j)
-            expected[distance].append(10 + i * width + j)
-    assert actual == expected  # in reading order too
+            expected.append(min(i, j, height - 1 - i, width - 1 - j))
+    assert ring_of_patches(grid).tolist() == expected
+    assert num_rings(grid) == max(expected) + 1
+    for ring in range(num_rings(grid)):
+        places = [place for place, own in enumerate(expected) if own == ring]
+        ranges = ring_ranges(grid, ring)
+        # In reading order too.
+        assert [place for first, end in ranges for place in range(first, end)] == places
+        assert ring_size(grid, ring) == len(places)
+    assert last_of_centre(grid) == places[-1]
