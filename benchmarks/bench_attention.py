@@ -23,7 +23,7 @@ import torch
 from benchmarks import report
 from benchmarks.protocol import DEFAULT_ROUNDS
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
-from megatron_dattn.planner.decoder_flops import LayerSizes
+from megatron_dattn.planner.layer_sizes import LayerSizes
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
 silence_import_warnings()  # before megatron-core is imported

@@ -38,7 +38,7 @@ from megatron_dattn.models.layer_specs import Implementation, resolve_implementa
 from megatron_dattn.models.transformer_config import language_transformer_config
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.parallel.sequence import SequenceLayout
-from megatron_dattn.planner.decoder_flops import LayerSizes
+from megatron_dattn.planner.layer_sizes import LayerSizes
 from megatron_dattn.runtime.distributed import seed_everything
 
 GB = 1e9

@@ -23,7 +23,7 @@ import torch
 from benchmarks import report
 from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sample
 from megatron_dattn.errors import UserError
-from megatron_dattn.planner.decoder_flops import LayerSizes
+from megatron_dattn.planner.layer_sizes import LayerSizes
 from megatron_dattn.runtime.distributed import destroy_distributed, initialize_distributed
 
 NOTES = (

@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 
 from megatron_dattn.attention import LayerRule, TokenLayout, num_shared, plan_attention
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.planner.decoder_flops import LayerSizes, attended_pairs
+from megatron_dattn.planner.decoder_flops import attended_pairs
+from megatron_dattn.planner.layer_sizes import LayerSizes
 
 NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_tokens=False)
 """Nothing saved: the equations of the paper as they are written."""

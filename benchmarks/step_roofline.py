@@ -21,7 +21,7 @@ from benchmarks.roofline import LayerRun, Operator, Work, layer_operators, moved
 from megatron_dattn.attention import TokenLayout, get_preset, layer_rules
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.planner.decoder_flops import LayerSizes
+from megatron_dattn.planner.layer_sizes import LayerSizes
 from megatron_dattn.planner.parameters import count_parameters
 
 _FP32 = 4

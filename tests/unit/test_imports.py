@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "runtime": {"errors"},
     "yaml_files": {"errors"},
+    "preset_names": set(),
     "attention": {"errors"},
     "batch": {"attention"},
     "checkpoint": LEAVES,

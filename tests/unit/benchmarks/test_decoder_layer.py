@@ -15,7 +15,8 @@ from benchmarks.roofline import Work, layer_operators
 from megatron_dattn.attention import PRESETS, get_preset, plan_attention
 from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError, UserError
-from megatron_dattn.planner.decoder_flops import LayerSizes, layer_flops
+from megatron_dattn.planner.decoder_flops import layer_flops
+from megatron_dattn.planner.layer_sizes import LayerSizes
 
 SIZES = LayerSizes(32, 4, 4, 8, 48, 24)  # four key heads: yopo silences one of them
 BENCH = Bench(SIZES, torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp32")

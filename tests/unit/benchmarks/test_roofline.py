@@ -19,8 +19,9 @@ from benchmarks.roofline import (
 from megatron_dattn.attention import PRESETS, ImageSpan, LayerRule, TokenLayout, layer_rules
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.planner.decoder_flops import LayerSizes, decoder_flops, layer_flops
+from megatron_dattn.planner.decoder_flops import decoder_flops, layer_flops
 from megatron_dattn.planner.flops import model_flops
+from megatron_dattn.planner.layer_sizes import LayerSizes
 from tests.unit.attention.support import layouts
 
 # d 6, q 8, e 4, f 10; 4 visual tokens and 2 text tokens, 1 of them before the image.

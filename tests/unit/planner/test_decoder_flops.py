@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from megatron_dattn.attention import PRESETS, ImageSpan, LayerRule, TokenLayout, layer_rules
 from megatron_dattn.attention.reference import pair_masks
 from megatron_dattn.planner.decoder_flops import (
-    LayerSizes,
     attended_pairs,
     decoder_flops,
     layer_flops,
 )
+from megatron_dattn.planner.layer_sizes import LayerSizes
 from tests.unit.attention.support import CONFIGS, layouts
 
 

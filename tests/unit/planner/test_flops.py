@@ -21,13 +21,14 @@ from megatron_dattn.models.config import (
     VisionConfig,
 )
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
-from megatron_dattn.planner.decoder_flops import LayerSizes, decoder_flops
+from megatron_dattn.planner.decoder_flops import decoder_flops
 from megatron_dattn.planner.flops import (
     ALL_MODULES,
     StepFlops,
     executed_flops,
     model_flops,
 )
+from megatron_dattn.planner.layer_sizes import LayerSizes
 from tests.support.distributed import run_distributed
 
 SAVING = ExactSavings()
