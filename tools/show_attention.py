@@ -158,7 +158,7 @@ def show(options: argparse.Namespace) -> int:
         seen = attention_maps(loaded, prompt, answer)
         figure = draw(
             seen,
-            prompt.images,
+            prompt.pixels,
             patch_size=loaded.config.model.vision.patch_size,
             tokens=chosen_tokens(seen, options.token),
             layers=options.layers,

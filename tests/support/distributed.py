@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import connection
@@ -150,6 +151,8 @@ def _run_rank(
 ) -> None:
     os.setpgid(0, 0)
     _redirect_output(log)
+    # As pyproject.toml has it for the process of the tests.
+    warnings.filterwarnings("error", module=r"(megatron_dattn|tools|examples|benchmarks)\b")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     # Gloo would otherwise look up this machine's name, which not every sandbox can.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
