@@ -16,8 +16,8 @@ from megatron.core import dist_checkpointing
 
 from megatron_dattn.checkpoint import commit, files, find_checkpoint, writer
 from megatron_dattn.errors import CheckpointError
+from tests.support.checkpoint_run import Run, Setup
 from tests.support.distributed import run_distributed
-from tests.support.tiny_vlm import Run, Setup
 
 
 def train_and_resume(folder: str, setup: Setup) -> tuple[list, list, dict, dict]:
@@ -82,7 +82,6 @@ def change_layouts(folder: str, bf16: bool, distributed_optimizer: bool) -> list
                 pipeline_parallel=pipeline,
                 bf16=bf16,
                 distributed_optimizer=distributed_optimizer,
-                dropout=0.0,
                 with_loader=False,
             )
             run = Run(setup)

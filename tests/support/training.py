@@ -5,7 +5,7 @@ be compared between layouts. Collect them with `run_distributed`.
 """
 
 import dataclasses
-import pickle
+import json
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -37,9 +37,14 @@ ALL_RATES = ModuleLearningRates(vision_model=1e-3, adapter=2e-3, language_model=
 class PackLoader:
     """A loader over ready-made packs; each data-parallel rank takes its share of every step."""
 
-    def __init__(self, packs: Sequence[PackedBatch]) -> None:
+    def __init__(self, packs: Sequence[PackedBatch], replica: int = 0) -> None:
         self._packs = list(packs)
+        self._replica = replica
         self._next = 0
+
+    def go_to(self, place: int) -> None:
+        """Give the pack at that place next."""
+        self._next = place
 
     def __iter__(self) -> Iterator[PackedBatch]:
         while self._next < len(self._packs):
@@ -50,10 +55,12 @@ class PackLoader:
         return LoaderCounters(seen=self._next)
 
     def save_state(self) -> bytes:
-        return pickle.dumps(self._next)
+        return json.dumps({"replica": self._replica, "next": self._next}).encode()
 
     def restore_state(self, state: bytes) -> None:
-        self._next = pickle.loads(state)
+        saved = json.loads(state)
+        assert saved["replica"] == self._replica, "the state of another data-parallel rank"
+        self._next = saved["next"]
 
 
 def training_config(
@@ -116,7 +123,8 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     replicas = parallel_state.get_data_parallel_world_size()
     loader = None
     if parallel_state.get_tensor_model_parallel_rank() == 0:
-        loader = PackLoader(packs[parallel_state.get_data_parallel_rank() :: replicas])
+        replica = parallel_state.get_data_parallel_rank()
+        loader = PackLoader(packs[replica::replicas], replica)
     state = state_of(config, model, loader)
     state.optimizer.reload_model_params()
     return Run(

@@ -19,13 +19,13 @@ from megatron.core.utils import unwrap_model  # noqa: E402
 from megatron_dattn.checkpoint import find_checkpoint, save_checkpoint  # noqa: E402
 from megatron_dattn.config.training import CheckpointConfig  # noqa: E402
 from megatron_dattn.errors import CheckpointError  # noqa: E402
-from megatron_dattn.models.added_parameters import is_added  # noqa: E402
+from megatron_dattn.models.added_parameters import comes_with_preset, is_added  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
 from megatron_dattn.training.checkpoint import Checkpointer  # noqa: E402
 from megatron_dattn.training.optimizer import current_learning_rates, parameter_groups  # noqa: E402
 from megatron_dattn.training.state import Progress  # noqa: E402
+from tests.support.checkpoint_run import MODEL_FACTS, Run, Setup, changed_facts  # noqa: E402
 from tests.support.megatron import init_model_parallel  # noqa: E402
-from tests.support.tiny_vlm import MODEL_FACTS, Run, Setup  # noqa: E402
 
 ALL_MODULES = ("vision_model", "adapter", "language_model")
 
@@ -69,10 +69,11 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 def save_conversion(folder: Path, run: Run, modules: tuple[str, ...], **more: Any) -> Path:
     """What the converter writes: weights of some modules, nothing of a preset's, `more` facts."""
     (model,) = unwrap_model(run.state.model)
+    is_new = is_added if more.get("has_added", True) else comes_with_preset
     kept = {
         key: shard
         for key, shard in model.sharded_state_dict().items()
-        if shard.key.split(".")[0] in modules and not is_added(shard.key)
+        if shard.key.split(".")[0] in modules and not is_new(shard.key)
     }
     facts = {"model": MODEL_FACTS, "modules": list(modules), "tokenizer": "0" * 64,
              "stage": "conversion", "step": 0, "progress": {}, **more}  # fmt: skip
@@ -143,12 +144,12 @@ def test_saving_needs_a_folder() -> None:
     ("change", "line"),
     [
         (
-            {"model": MODEL_FACTS | {"attention": "s_attn"}},
+            {"model": changed_facts(attention="s_attn")},
             "model.attention: this run has 's_attn', the checkpoint 'dattn'",
         ),
         (
-            {"model": MODEL_FACTS | {"language": {"vocab_size": 31}}},
-            "model.language.vocab_size: this run has 31, the checkpoint 32",
+            {"model": changed_facts(language={"vocab_size": 31})},
+            "model.language.vocab_size: this run has 31, the checkpoint 64",
         ),
         ({"tokenizer": "1" * 64}, f"tokenizer: this run has '{'1' * 64}', the checkpoint '0"),
         ({"stage": "stage2"}, "stage: this run has 'stage2', the checkpoint 'stage1'"),
@@ -196,10 +197,9 @@ def test_what_has_no_effect_may_differ(tmp_path: Path) -> None:
 
 def test_a_field_that_is_newer_than_the_checkpoint_has_the_value_of_then(tmp_path: Path) -> None:
     run = trained(1)
-    run.checkpointer(tmp_path).save(run.state)
+    language = {name: v for name, v in MODEL_FACTS["language"].items() if name != "rope_scaling"}
+    run.checkpointer(tmp_path, model={**MODEL_FACTS, "language": language}).save(run.state)
     other = fresh()
-    language = MODEL_FACTS["language"]
-    assert "rope_scaling" not in language
     facts = {"model": {**MODEL_FACTS, "language": {**language, "rope_scaling": None}}}
     assert other.checkpointer(tmp_path, **facts).resume(other.state)
     facts["model"]["language"]["rope_scaling"] = {"factor": 8.0}
@@ -308,7 +308,7 @@ def test_a_conversion_without_adapter_starts_the_adapter_anew(
     other = fresh()
     adapter = weights(other, "adapter")
     checkpointer = other.checkpointer(
-        tmp_path / "run", model=MODEL_FACTS | {"attention": "s_attn", "adapter": {"size": 3}}
+        tmp_path / "run", model=changed_facts(attention="s_attn", adapter={"hidden_size": 3})
     )
     checkpointer.load_weights(other.state, tmp_path)
     for module in ("vision_model", "language_model"):
@@ -341,11 +341,12 @@ def test_a_whole_model_from_elsewhere_brings_its_adapter_and_no_preset(
     save_conversion(tmp_path, source, ALL_MODULES, has_added=False)
     other = trained(2, Setup(gates=True))  # the first step's rate is zero
     gates = {name: gate for name, gate in weights(other).items() if is_added(name)}
-    changed = MODEL_FACTS | {"attention": "dattn_tanh", "adapter": {"max_grid": 3}}
+    changed = changed_facts(attention="dattn_tanh", adapter={"max_grid": 3})
     other.checkpointer(tmp_path / "run", model=changed).load_weights(other.state, tmp_path)
     loaded = weights(other)
     assert_equal({name: loaded[name] for name in gates}, gates)
-    assert_equal({name: loaded[name] for name in weights(source)}, weights(source))
+    pretrained = {n: value for n, value in weights(source).items() if not comes_with_preset(n)}
+    assert_equal({name: loaded[name] for name in pretrained}, pretrained)
     assert "NO adapter IN" not in caplog.text
     assert "language_model.decoder.layers.*.self_attention.gate keep their init" in caplog.text
 
@@ -353,7 +354,7 @@ def test_a_whole_model_from_elsewhere_brings_its_adapter_and_no_preset(
 def test_an_adapter_from_elsewhere_must_be_the_configured_one(tmp_path: Path) -> None:
     save_conversion(tmp_path, trained(1), ALL_MODULES, has_added=False)
     other = fresh()
-    changed = MODEL_FACTS | {"adapter": {"hidden_size": 3}}
+    changed = changed_facts(adapter={"hidden_size": 3})
     with pytest.raises(CheckpointError, match=r"model\.adapter\.hidden_size"):
         other.checkpointer(tmp_path / "run", model=changed).load_weights(other.state, tmp_path)
 
@@ -398,7 +399,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     run.checkpointer(tmp_path).save(run.state)
     other = fresh()
     checkpointer = other.checkpointer(
-        tmp_path / "run", model=MODEL_FACTS | {"attention": "s_attn"}, tokenizer="1" * 64
+        tmp_path / "run", model=changed_facts(attention="s_attn"), tokenizer="1" * 64
     )
     with pytest.raises(CheckpointError) as error:
         checkpointer.load_weights(other.state, tmp_path)

@@ -16,9 +16,9 @@ enable_cpu_runtime()  # before anything imports megatron-core
 from megatron_dattn.checkpoint import find_checkpoint  # noqa: E402
 from megatron_dattn.errors import CheckpointError  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
+from tests.support.checkpoint_run import Run, Setup  # noqa: E402
 from tests.support.forged_checkpoints import RunsCode, forge_file, forge_manifest  # noqa: E402
 from tests.support.megatron import init_model_parallel  # noqa: E402
-from tests.support.tiny_vlm import Run, Setup  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,5 +1,6 @@
 """A converted checkpoint holds exactly the Hugging Face weights, and wrong input leaves nothing."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -30,7 +31,6 @@ from megatron_dattn.runtime.distributed import (
     seed_everything,
 )
 from tests.support.distributed import RankError, run_distributed
-from tests.support.tiny_vlm import add_gates
 from tests.unit.conversion.hf_models import save_language, save_vision
 
 
@@ -90,10 +90,8 @@ def test_run_folder_is_self_contained(converted):
 
 
 def test_what_a_preset_adds_is_no_part_of_a_conversion(folders, tmp_path, monkeypatch):
-    def build_with_gates(*sizes, **options):
-        model = build_model(*sizes, **options)
-        add_gates(model.language_model)
-        return model
+    def build_with_gates(model, *layout, **options):
+        return build_model(dataclasses.replace(model, attention="dattn_tanh"), *layout, **options)
 
     monkeypatch.setattr(import_plan, "build_model", build_with_gates)
     import_checkpoint(*folders, tmp_path / "run")
