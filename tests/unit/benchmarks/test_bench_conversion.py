@@ -1,5 +1,6 @@
 """The made-up checkpoint can be converted, and the table says what was measured."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -14,30 +15,21 @@ from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.checkpoint.tensors import open_tensors
 from megatron_dattn.conversion.hf_import.run import import_checkpoint
 from megatron_dattn.errors import UserError
-from megatron_dattn.models.config import LanguageConfig, VisionConfig
+from tests.support.vlm import LANGUAGE, VISION
 
-VISION = VisionConfig("siglip", 32, 3, 2, 48, image_size=28, patch_size=14, feature_layer=-1)
-LANGUAGE = LanguageConfig(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    vocab_size=64,
-)
+ENCODER = dataclasses.replace(VISION, feature_layer=-1)
 
 
 def test_a_random_checkpoint_has_shards_that_convert(tmp_path: Path) -> None:
     made = write_random_checkpoint(
-        tmp_path / "made", vision=VISION, language=LANGUAGE, shard_bytes=40_000
+        tmp_path / "made", vision=ENCODER, language=LANGUAGE, shard_bytes=40_000
     )
     assert len(made.files) >= 4, "several of each"
     assert max(file.stat().st_size for file in made.files) < 50_000  # headers and all
     first = next(made.language.glob("model-00001-of-*.safetensors"))
     with safe_open(first, framework="pt") as file:
         weight = file.get_tensor("model.embed_tokens.weight")
-    assert weight.shape == (64, 32)
+    assert weight.shape == (64, 40)
     assert 0.9 < weight.float().std() < 1.1  # 2,048 normal values
     model = import_checkpoint(made.vision, made.language, tmp_path / "run")
     assert model.language == LANGUAGE

@@ -1,5 +1,6 @@
 """The measurement runs for both generators, and compares answers before it does."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,15 @@ from benchmarks.image_questions import (
     random_loaded,
     sizes,
 )
-from megatron_dattn.models.config import ModelConfig, VisionConfig
+from megatron_dattn.models.config import ModelConfig
+from tests.support.vlm import VISION
 
 QUESTIONS = Questions(number=2, images=2, text_tokens=4, answer_tokens=3)
 
 
 def tiny() -> ModelConfig:
     model = sizes(hidden_size=64, layers=2)
-    vision = VisionConfig("siglip", 32, 2, 2, 48, image_size=28, patch_size=14)
-    return ModelConfig(vision, model.adapter, model.language, model.attention)
+    return dataclasses.replace(model, vision=VISION)
 
 
 @pytest.fixture(params=["exported model", "own generator"])

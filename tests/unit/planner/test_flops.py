@@ -5,7 +5,6 @@ Attention is counted by pairs, as kernels differ in the pairs they compute.
 """
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -13,13 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
-from megatron_dattn.models.config import (
-    AdapterConfig,
-    AdapterNorm,
-    LanguageConfig,
-    ModelConfig,
-    VisionConfig,
-)
+from megatron_dattn.models.config import AdapterNorm, ModelConfig
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.planner.decoder_flops import decoder_flops
 from megatron_dattn.planner.flops import (
@@ -30,34 +23,16 @@ from megatron_dattn.planner.flops import (
 )
 from megatron_dattn.planner.layer_sizes import LayerSizes
 from tests.support.distributed import run_distributed
+from tests.support.vlm import tiny_model_config
 
 SAVING = ExactSavings()
 NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_tokens=False)
-TINY = ModelConfig(
-    vision=VisionConfig(
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=16,
-        patch_size=8,
-    ),
-    adapter=AdapterConfig(hidden_size=20, max_grid=4),
-    language=LanguageConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=40,
-        vocab_size=48,
-    ),
-)
+TINY = tiny_model_config()
 # A text-only sample, one with an image before its text, one with two images inside it.
 PACK = TokenLayout(
     text_lengths=(5, 7, 6),
-    images=(ImageSpan(1, 0, (2, 2)), ImageSpan(2, 2, (2, 2)), ImageSpan(2, 4, (2, 2))),
-    visual_budget=16,
+    images=(ImageSpan(1, 0, (3, 3)), ImageSpan(2, 2, (3, 3)), ImageSpan(2, 4, (3, 3))),
+    visual_budget=30,
     text_budget=20,
     prompt_lengths=(2, 4, 6),
 )
@@ -71,20 +46,14 @@ def weight_products(counter: FlopCounterMode) -> int:
     return sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
-def without_scores(flops: StepFlops, images: int) -> int:
+def without_scores(flops: StepFlops, images: int, *, recomputed: bool = False) -> int:
     """Forward and backward without attention scores, the vision encoder's included."""
     vision = TINY.vision
     scores = 4 * images * vision.num_patches**2 * vision.hidden_size * vision.num_used_layers
     encoder = flops.parts["vision_encoder"]
-    share = 0 if encoder.forward == 0 else scores * (1 + _score_passes(encoder))
-    return flops.total - flops.parts["attention"].total - share
-
-
-def _score_passes(encoder: Any) -> int:
-    """How often scores repeat in the backward pass: 2, and once more when recomputed."""
-    if encoder.backward == 0:
-        return 0
-    return 3 if encoder.backward > 2 * encoder.forward else 2
+    # Scores repeat twice in a backward pass, and once more when they are recomputed.
+    passes = bool(encoder.forward) + (2 + recomputed) * bool(encoder.backward)
+    return flops.total - flops.parts["attention"].total - passes * scores
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -208,7 +177,7 @@ def test_engine_executes_what_is_counted(
     config = dataclasses.replace(TINY, attention=preset)
     (seen,) = run_distributed(_engine_products, 1, config, trained, recompute, savings)
     counted = executed_flops(config, [PACK], trained=trained, recompute=recompute, savings=savings)
-    assert seen == without_scores(counted, len(PACK.images))
+    assert seen == without_scores(counted, len(PACK.images), recomputed=recompute == "full")
 
 
 @pytest.mark.parametrize("norm", ["none", "behind"])
@@ -241,8 +210,8 @@ def test_dattn_needs_less_than_the_engine_and_than_self_attention() -> None:
     s_attn = model_flops(TINY, [PACK], attention="s_attn")
     tokens, layers = PACK.num_visual_tokens, TINY.language.num_hidden_layers
     queries = (
-        3 * 2 * tokens * 32 * (4 * 8) * layers
-    )  # forward and two gradients of a 32 x 32 product
+        3 * 2 * tokens * 40 * (4 * 16) * layers
+    )  # forward and two gradients of a 40 x 64 product
     assert s_attn.parts["projections"].total - dattn.parts["projections"].total == queries
     assert s_attn.parts["ffn"] == dattn.parts["ffn"]
     assert dattn.total < s_attn.total
@@ -253,7 +222,7 @@ def test_padding_and_unlabelled_tokens_are_free() -> None:
     wide = dataclasses.replace(PACK, visual_budget=64, text_budget=64)
     assert model_flops(TINY, [wide]) == model_flops(TINY, [PACK])
     some = model_flops(TINY, [PACK], labelled_tokens=3).parts["head"].forward
-    assert some == 3 * 2 * 32 * 48
+    assert some == 3 * 2 * 40 * 64
 
 
 def test_a_step_is_the_sum_of_its_packs() -> None:

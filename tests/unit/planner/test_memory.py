@@ -11,35 +11,17 @@ import torch
 
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
-from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.planner.memory import PackSize, RankMemory, rank_memory
 from megatron_dattn.planner.parameters import count_parameters
 from tests.support.distributed import run_distributed
 from tests.support.megatron import init_model_parallel
+from tests.support.vlm import even_model_config
 
 ALL = frozenset({"vision_model", "adapter", "language_model"})
-TINY = ModelConfig(
-    vision=VisionConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        image_size=28,
-        patch_size=7,
-    ),
-    adapter=AdapterConfig(max_grid=8),
-    language=LanguageConfig(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=96,
-        vocab_size=128,
-    ),
-)
+TINY = even_model_config()
 PACK = PackSize(visual_tokens=64, text_tokens=32, images=4)
 
 

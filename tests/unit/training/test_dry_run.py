@@ -14,33 +14,16 @@ from megatron_dattn.config.training import (
 from megatron_dattn.data.config import DataConfig, DatasetConfig
 from megatron_dattn.data.prepare import write_jsonl
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.planner.flops import model_flops
 from megatron_dattn.planner.parameters import count_parameters
 from megatron_dattn.training.dry_run import dry_run, print_plan
 from megatron_dattn.training.plan import make_plan
+from tests.support.vlm import even_model_config
 
 TINY = PretrainConfig(
-    model=ModelConfig(
-        vision=VisionConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            image_size=28,
-            patch_size=7,
-        ),
-        language=LanguageConfig(
-            hidden_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            intermediate_size=96,
-            vocab_size=128,
-        ),
-    ),
+    model=even_model_config(),
     data=DataConfig(visual_budget=40, text_budget=24),
     training=TrainingConfig(train_iters=30, micro_batch_size=4, global_batch_size=16),
 )
