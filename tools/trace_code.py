@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 
+from megatron_dattn.runtime.tool import run_tool
+
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGE = str(ROOT / "megatron_dattn")
 
@@ -56,13 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.command:
         parser.error("give a script, such as pretrain_vlm.py, and its arguments")
-    trace = Trace(options.within)
-    former, sys.argv = sys.argv, options.command
+    return run_tool(lambda: run_traced(options.command, options.within))
+
+
+def run_traced(command: list[str], within: str | None) -> int:
+    """Run a script with its arguments and print the report; the script's exit code."""
+    trace = Trace(within)
+    former, sys.argv = sys.argv, command
     sys.path.insert(0, str(ROOT))
     sys.setprofile(trace)
     code: object = 0
     try:
-        runpy.run_path(options.command[0], run_name="__main__")
+        runpy.run_path(command[0], run_name="__main__")
     except SystemExit as stop:
         code = stop.code
     finally:
