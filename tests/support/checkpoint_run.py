@@ -13,8 +13,8 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dattn.checkpoint.rng import capture_rng
+from megatron_dattn.config.training import CheckpointConfig, ModuleLearningRates
 from megatron_dattn.training.checkpoint import Checkpointer
-from megatron_dattn.training.config import CheckpointConfig, ModuleLearningRates
 from megatron_dattn.training.step import train_step
 from tests.support.training import PackLoader, build_run, training_config
 from tests.support.vlm import make_batch, tiny_model_config
