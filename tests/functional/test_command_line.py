@@ -13,7 +13,7 @@ import pytest
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.training.ledger import read_ledger
 from megatron_dattn.training.run_lock import LOCK_FILE, Owner, RunLock
-from tests.functional.workspace import Workspace, make_workspace, pretrain
+from tests.functional.workspace import Workspace, make_workspace, pretrain, run_mains
 from tests.functional.workspace import run_main as _main
 from tests.support.distributed import run_distributed
 from tests.unit.data.builders import make_dataset, make_records
@@ -128,7 +128,7 @@ def test_checkpoints_of_another_run_are_refused_and_stay(workspace: Workspace) -
     assert run_distributed(_main, 1, flags) == [(0, "")]
     folder = workspace.folder / "first"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for changes, words in (
+    refusals = (
         (["--model.language.intermediate_size", "48"], ["intermediate_size", "64", "48"]),
         (["--attention", "s_attn"], ["attention", "dattn", "s_attn"]),
         (["--stage", "stage9"], ["stage", "stage1", "stage9"]),
@@ -140,8 +140,11 @@ def test_checkpoints_of_another_run_are_refused_and_stay(workspace: Workspace) -
         (["--global-batch-size", "4"], ["global_batch_size", "8", "4"]),
         (["--adam-beta2", "0.95"], ["adam_beta2", "0.999", "0.95"]),
         (["--optimizer.learning_rates.language_model", "5e-4"], ["language_model", "0.0005"]),
-    ):
-        _assert_one_line(run_distributed(_main, 1, [*flags, *changes]), words)
+    )
+    lines = [[*flags, *changes] for changes, _ in refusals]
+    (answers,) = run_distributed(run_mains, 1, lines)
+    for answer, (_, words) in zip(answers, refusals, strict=True):
+        _assert_one_line([answer], words)
     note = folder / "exit_reason.json"
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     del before[note], after[note]

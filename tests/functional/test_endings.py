@@ -42,6 +42,10 @@ def _main_with_log(argv: list[str]) -> tuple[int, str, str]:
     return code, stderr, stdout.getvalue()
 
 
+def _mains_with_log(argvs: list[list[str]]) -> list[tuple[int, str, str]]:
+    return [_main_with_log(argv) for argv in argvs]
+
+
 def _contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -122,11 +126,12 @@ def test_the_dry_run_finds_what_ends_a_start(
 ) -> None:
     """Both refuse it, with the same words and before a model is built."""
     argv = [*workspace.flags("mistake"), *flags]
-    ((code, started, log),) = run_distributed(_main_with_log, 1, argv)
+    ((start, plan),) = run_distributed(_mains_with_log, 1, [argv, [*argv, "--dry-run"]])
+    code, started, log = start
     assert code == 2
     assert words in started
     assert "optimizer group" not in log
-    ((code, planned, _),) = run_distributed(_main_with_log, 1, [*argv, "--dry-run"])
+    code, planned, _ = plan
     assert code == 2
     assert planned.count("\n") == 1
     assert started.removeprefix("error: ").strip() in planned

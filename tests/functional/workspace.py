@@ -153,3 +153,8 @@ def run_main(argv: list[str]) -> tuple[int, str]:
             return script.main(argv), stderr.getvalue()
     finally:
         logging.getLogger().handlers[:] = handlers
+
+
+def run_mains(argvs: list[list[str]]) -> list[tuple[int, str]]:
+    """As `run_main` on one rank, once for each command line, one after the other."""
+    return [run_main(argv) for argv in argvs]
