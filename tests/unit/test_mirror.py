@@ -60,9 +60,8 @@ COVERED_BY = {
     "parallel/sequence": "distributed/test_model_parallel.py",
     "planner/part_flops": "unit/planner/test_flops.py",
     # Parts of a run, on one rank and on several.
-    "training/build": "distributed/test_training.py",
     "training/checks": "unit/training/test_dry_run.py",
-    "training/config": "unit/training/test_dry_run.py",
+    "config/training": "unit/training/test_dry_run.py",
     "training/losses": "distributed/test_training.py",
     "training/setup": "unit/training/test_endings.py",
     "training/step": "distributed/test_training.py",
