@@ -46,7 +46,7 @@ class EagerCore(torch.nn.Module):
     ) -> Tensor:
         """[S, heads, head_dim] each, key and value with fewer heads -> [S, heads * head_dim]."""
         assert gate is None, "s_attn has no gates"
-        assert head_mask is None, "s_attn silences no heads"
+        assert head_mask is None, "s_attn masks no heads"
         query, key = apply_rotary(query, inputs.rotary), apply_rotary(key, inputs.rotary)
         group = query.shape[1] // key.shape[1]
         q, k, v = (tokens[self.reading_order].transpose(0, 1) for tokens in (query, key, value))

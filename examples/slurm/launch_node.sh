@@ -6,7 +6,7 @@
 # It replaces itself by torchrun, so that signals of the step reach torchrun and not a shell.
 #
 # A SIGTERM of the step reaches the ranks as well, which then save and end with 0. torchrun need not
-# hand it on, and hearing it would end with a traceback and 1: it is started deaf to SIGTERM, and told
+# hand it on, and hearing it would end with a traceback and 1: it is started ignoring SIGTERM, and told
 # to leave it at that. It never starts ranks again by itself (--max-restarts): it would do so for a
 # mistake in the configuration, too. restarts.sh decides for the whole job.
 set -euo pipefail

@@ -86,7 +86,7 @@ def alpha_v(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
 
     It is the share of the attention that a text token gives to images, where the merge is "alpha".
     Under the other merges it is what alpha-weighting would give them for the same scores. Heads
-    that a preset makes deaf to images count like the others: their scores are those of the softmax.
+    whose images a preset masks count like the others: their scores are those of the softmax.
 
     Args:
         query: as projected, without rotation, of all tokens or of the text tokens alone, [.., Hq,

@@ -41,7 +41,7 @@ def decomposed_attention(
 
     `query` [S, Hq, D], `key` and `value` [S, Hk, D] are as projected, without rotation; Hq is a
     multiple of Hk. `rotary` holds the tables of all S tokens. `gate` [Hq] or [1] belongs to the
-    merges "tanh" and "sigmoid". `head_mask` [Hk] of ones and zeros silences visual tokens in key
+    merges "tanh" and "sigmoid". `head_mask` [Hk] of ones and zeros masks visual tokens in key
     heads: their values count as zero, and so does what they read. It saves nothing: the scores of
     those heads are computed, for the softmax is not renormalized. `softcap` c turns every score s
     into c * tanh(s / c). Tokens that see nothing (padding) give zero, or their own value where

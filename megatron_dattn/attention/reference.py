@@ -187,10 +187,10 @@ def reference_attention(
     seen, rotated = (mask.to(query.device) for mask in pair_masks(layout, config, window))
     group = query.shape[1] // key.shape[1]
     keys, values = (tokens.repeat_interleave(group, dim=1) for tokens in (key, value))
-    audible = torch.ones_like(query[..., :1])
+    head_is_read = torch.ones_like(query[..., :1])
     if head_mask is not None:
-        audible[: layout.visual_budget] = head_mask.repeat_interleave(group).unsqueeze(-1)
-    values = values * audible
+        head_is_read[: layout.visual_budget] = head_mask.repeat_interleave(group).unsqueeze(-1)
+    values = values * head_is_read
     plain_scores = torch.einsum("qhd,khd->hqk", query, keys)
     rotated_scores = torch.einsum(
         "qhd,khd->hqk", apply_rotary(query, rotary), apply_rotary(keys, rotary)
@@ -217,7 +217,7 @@ def reference_attention(
         out = _join(image, rest, config, gate, sees_image)
     if config.v2v == "diagonal":
         out = torch.cat((values[: layout.visual_budget], out[layout.visual_budget :]))
-    return out * audible
+    return out * head_is_read
 
 
 def _join(

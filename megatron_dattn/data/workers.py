@@ -103,7 +103,7 @@ def _require_semaphores(num_workers: int) -> None:
 
 
 class _WorkerStart:
-    """Energon's own start of a worker, then deafness to the signals meant for the trainer.
+    """Energon's own start of a worker, then ignoring the signals meant for the trainer.
 
     What the worker inherits is the trainer's, garbage too: collecting it here would run destructors
     of process groups whose threads were not inherited, which ends in a segmentation fault.

@@ -145,8 +145,8 @@ def run_and_step(folder: Path, step: int | None = None) -> tuple[Path, int | Non
     """
     # By the name that was given first: a link `step-0000500` to another step's folder is an error,
     # while `best` may lead anywhere.
-    spoken = Path(os.path.abspath(folder))
-    checkpoint = spoken if step_of(spoken.name) is not None else folder.resolve()
+    given = Path(os.path.abspath(folder))
+    checkpoint = given if step_of(given.name) is not None else folder.resolve()
     named = step_of(checkpoint.name)
     if named is None:
         return folder, step

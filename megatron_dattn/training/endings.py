@@ -62,7 +62,7 @@ def run_to_its_end(config: PretrainConfig, launch: Launch, signals: SignalWatche
             raise
         ending = foreseen
     if launch.rank > 0 and not ending.is_shared:
-        logger.error("%s", ending.detail)  # rank 0, who speaks for all, knows nothing of it
+        logger.error("%s", ending.detail)  # rank 0, whose line stands for all, knows nothing of it
     leave_word(config, launch, ending)
     if leaves_together:  # else the others are in the middle of something, and would be waited for
         destroy_distributed()

@@ -82,7 +82,7 @@ class ExitReason:
     """Steps done, over all runs of this stage; None if that is not known."""
     detail: str = ""
     is_shared: bool = True
-    """Whether all ranks end so, and rank 0 speaks for them; not in the file."""
+    """Whether all ranks end so, and rank 0 says it for them; not in the file."""
 
     @property
     def exit_code(self) -> int:

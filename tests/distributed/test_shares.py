@@ -120,5 +120,5 @@ def test_a_share_of_the_heads_is_the_first_key_heads(ranks: int) -> None:
     for rank, compared in enumerate(run_distributed(_first_layers_attention, ranks, ranks)):
         torch.testing.assert_close(*compared["masked"], rtol=0, atol=1e-12)
         out, unmasked = compared["unmasked"]
-        # The last rank has the deaf head; another one would not notice if there were no mask.
+        # The last rank has the masked head; another one would not notice if there were no mask.
         assert torch.allclose(out, unmasked, atol=1e-6) == (rank + 1 < ranks)

@@ -18,7 +18,7 @@ from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.planner.decoder_flops import layer_flops
 from megatron_dattn.planner.layer_sizes import LayerSizes
 
-SIZES = LayerSizes(32, 4, 4, 8, 48, 24)  # four key heads: yopo silences one of them
+SIZES = LayerSizes(32, 4, 4, 8, 48, 24)  # four key heads: yopo masks one of them
 BENCH = Bench(SIZES, torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp32")
 LAYOUT = one_sample(12, 40)
 OPTIONS = ("naive", "recompute", "chunk=8")

@@ -36,7 +36,7 @@ VISUAL = LAYOUT.visual_budget
 
 
 def _model(preset: str, family: str, savings: ExactSavings) -> DAttnVLM:
-    # Four key heads, of which YOPO silences one.
+    # Four key heads, of which YOPO masks one.
     sizes = {"num_hidden_layers": 5, "num_key_value_heads": 4, **FAMILIES[family]}
     return tiny_model(tiny_model_config(preset, **sizes), savings=savings).double()
 
