@@ -37,7 +37,7 @@ class ImageSpan:
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenRun:
     """Neighbouring tokens of one kind in a sample's true reading order."""
 
     start: int  # packed token
@@ -133,27 +133,27 @@ class TokenLayout:
         """Indices into `images` of a sample's images."""
         return self._images_by_sample[sample]
 
-    def runs(self, sample: int) -> tuple[Run, ...]:
+    def runs(self, sample: int) -> tuple[TokenRun, ...]:
         """The sample as it is read: text and images alternating in their true order.
 
         Images that follow each other without text between them are one run; no run is empty.
         """
         text_start, text_end = self.text_tokens(sample)
-        runs: list[Run] = []
+        runs: list[TokenRun] = []
         cursor = text_start
         for index in self.sample_images(sample):
             place = text_start + self.images[index].text_offset
             start, end = self.image_tokens[index]
             together: tuple[int, ...] = ()
             if place > cursor:
-                runs.append(Run(cursor, place))
+                runs.append(TokenRun(cursor, place))
                 cursor = place
             elif runs:
                 previous = runs.pop()
                 start, together = previous.start, previous.images
-            runs.append(Run(start, end, (*together, index)))
+            runs.append(TokenRun(start, end, (*together, index)))
         if text_end > cursor:
-            runs.append(Run(cursor, text_end))
+            runs.append(TokenRun(cursor, text_end))
         return tuple(runs)
 
     def encode(self) -> Tensor:

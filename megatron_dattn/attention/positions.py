@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig
-from megatron_dattn.attention.layout import Run, TokenLayout
+from megatron_dattn.attention.layout import TokenLayout, TokenRun
 from megatron_dattn.attention.plan.rings import num_rings, ring_of_patches
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, each [tokens, D]
@@ -61,7 +61,7 @@ def token_positions(layout: TokenLayout, config: AttentionConfig) -> Tensor:
     return positions
 
 
-def _place_rings(positions: Tensor, run: Run, layout: TokenLayout, position: int) -> int:
+def _place_rings(positions: Tensor, run: TokenRun, layout: TokenLayout, position: int) -> int:
     """Give every ring of the run's images the next id; the id that follows them all."""
     for index in run.images:
         start, end = layout.image_tokens[index]

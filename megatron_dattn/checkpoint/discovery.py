@@ -24,7 +24,7 @@ from megatron_dattn.checkpoint.manifest import (
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.json_fields import JsonFields, show
 from megatron_dattn.runtime.json_file import read_json_object
-from megatron_dattn.runtime.progress import Progress, unseen
+from megatron_dattn.runtime.progress import ByteProgress, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class FoundCheckpoint:
 
 
 def find_checkpoint(
-    directory: str | os.PathLike[str], verify: bool = True, progress: Progress = unseen
+    directory: str | os.PathLike[str], verify: bool = True, progress: ByteProgress = unseen
 ) -> FoundCheckpoint | None:
     """The newest sound checkpoint of a run folder. Local: nothing is communicated.
 
@@ -80,7 +80,7 @@ def find_checkpoint(
 
 
 def find_step(
-    directory: str | os.PathLike[str], step: int, progress: Progress = unseen
+    directory: str | os.PathLike[str], step: int, progress: ByteProgress = unseen
 ) -> FoundCheckpoint:
     """The checkpoint of one step of a run folder, and no other. Local: nothing is communicated.
 
@@ -135,7 +135,7 @@ def find_checkpoint_together(
     return _search(Path(directory), check, candidates)
 
 
-def _verify_whole(path: Path, sums: bool, progress: Progress) -> Manifest:
+def _verify_whole(path: Path, sums: bool, progress: ByteProgress) -> Manifest:
     return verify(path, sums=sums, progress=progress)
 
 

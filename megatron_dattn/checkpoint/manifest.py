@@ -24,7 +24,7 @@ from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.json_fields import show
 from megatron_dattn.runtime.json_file import MAX_BYTES, parse_json
 from megatron_dattn.runtime.plain_file import open_plain, read_plain
-from megatron_dattn.runtime.progress import Advance, Progress, unseen
+from megatron_dattn.runtime.progress import Advance, ByteProgress, unseen
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "megatron_dattn/1"
@@ -149,7 +149,7 @@ def _check_name(folder: Path, step: int) -> None:
 
 
 def verify(
-    path: str | os.PathLike[str], *, sums: bool = True, progress: Progress = unseen
+    path: str | os.PathLike[str], *, sums: bool = True, progress: ByteProgress = unseen
 ) -> Manifest:
     """Check a checkpoint against its manifest.
 
@@ -173,7 +173,7 @@ def verify_files(
     names: Collection[str],
     *,
     sums: bool,
-    progress: Progress = unseen,
+    progress: ByteProgress = unseen,
 ) -> None:
     """Like `verify`, for some of the files: ranks share the work of a large checkpoint."""
     num_bytes = sum(manifest.files[name].size for name in names)

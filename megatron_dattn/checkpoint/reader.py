@@ -115,7 +115,7 @@ class _Reader(dcp.FileSystemReader):
         return self._metadata
 
 
-class _Planner(MCoreLoadPlanner):
+class _LoadPlanner(MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         with torch.serialization.safe_globals([io.BytesIO]):
             loaded = torch.load(value, map_location="cpu", weights_only=True)
@@ -144,7 +144,7 @@ class SafeLoadStrategy(TorchDistLoadShardedStrategy):
             sharded_state_dict
         )
         request = mcore_to_pyt_state_dict(flat, is_loading=True)
-        planner = _Planner(
+        planner = _LoadPlanner(
             shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
             allow_shape_mismatch_sharded_tensors={
                 t.key: t for t in tensors if t.allow_shape_mismatch

@@ -161,7 +161,7 @@ class ShardWriter(dcp.FileSystemWriter):
         return as_checkpoint_error(_PURPOSE, self._watched.error or error)
 
 
-class _Planner(MCoreSavePlanner):
+class _SavePlanner(MCoreSavePlanner):
     """Asks for the values of tensors on the meta device one by one."""
 
     def __init__(self, values: Values | None) -> None:
@@ -203,7 +203,7 @@ def write_distributed_checkpoint(
     shards = ShardWriter(folder)
     try:
         with _without_crc():
-            dcp.save(tensors, storage_writer=shards, planner=_Planner(values))
+            dcp.save(tensors, storage_writer=shards, planner=_SavePlanner(values))
     except dcp.CheckpointException as error:
         raise first_failure(_PURPOSE, error) from error
     on_first_rank("writing the format marker", lambda: _write_marker(folder))

@@ -13,7 +13,7 @@ from megatron_dattn.data.template import ConversationTokenizer, TextTokens
 
 
 @dataclass(frozen=True)
-class EncodedSample:
+class EncodedConversation:
     """What becomes of a conversation: text tokens, labels, and images as bytes."""
 
     input_ids: np.ndarray  # int64 [text tokens]
@@ -35,7 +35,7 @@ class SampleEncoder:
     truncate: bool = False
     """Cut a conversation that is too long after an answer, instead of rejecting it."""
 
-    def __call__(self, conversation: Conversation, image_root: str) -> EncodedSample:
+    def __call__(self, conversation: Conversation, image_root: str) -> EncodedConversation:
         """Encode.
 
         Raises:
@@ -43,7 +43,7 @@ class SampleEncoder:
         """
         tokens, image_paths = self.text_tokens(conversation)
         images = [self.preprocessor.fit(read_image_file(image_root, p)) for p in image_paths]
-        return EncodedSample(
+        return EncodedConversation(
             input_ids=np.array(tokens.input_ids, dtype=np.int64),
             labels=np.array(tokens.labels, dtype=np.int64),
             image_offsets=tokens.image_offsets,

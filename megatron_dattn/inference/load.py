@@ -31,7 +31,7 @@ from megatron_dattn.models.identity import require_same
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything
-from megatron_dattn.runtime.progress import Progress, unseen
+from megatron_dattn.runtime.progress import ByteProgress, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def read_config(folder: Path) -> PretrainConfig:
 
 
 def find_run(
-    folder: Path, step: int | None = None, progress: Progress = unseen
+    folder: Path, step: int | None = None, progress: ByteProgress = unseen
 ) -> tuple[FoundCheckpoint, PretrainConfig]:
     """A checkpoint of a run folder, and its configuration; no weights are read.
 

@@ -1,6 +1,6 @@
 """How far a pass over gigabytes is: code that takes minutes tells, an entry point shows.
 
-Whoever reads or writes that much takes a `Progress`, begins a pass with it, and tells it of the
+Whoever reads or writes that much takes a `ByteProgress`, begins a pass with it, and tells it of the
 bytes of each part that is done.
 """
 
@@ -12,7 +12,7 @@ Advance = Callable[[int], object]
 """Is told the bytes of a part that is done."""
 
 
-class Progress(Protocol):
+class ByteProgress(Protocol):
     """Begins a pass over so many bytes, which ends with the context."""
 
     def __call__(self, what: str, num_bytes: int) -> AbstractContextManager[Advance]: ...

@@ -165,3 +165,14 @@ def test_training_loop_fits_on_a_screen() -> None:
     (loop,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"]
     assert loop.end_lineno is not None
     assert loop.end_lineno - loop.lineno + 1 < MAX_LOOP_LINES
+
+
+def test_no_class_name_has_two_meanings() -> None:
+    """But for hf/, whose classes are the exported twins of ours."""
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        if path.parent.name != "hf":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(_module_name(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}

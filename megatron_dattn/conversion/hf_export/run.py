@@ -47,7 +47,7 @@ from megatron_dattn.inference.load import (
     run_and_step,
 )
 from megatron_dattn.models.config import ModelConfig
-from megatron_dattn.runtime.progress import Progress, unseen
+from megatron_dattn.runtime.progress import ByteProgress, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def export_checkpoint(
     run_folder: Path,
     output: Path,
     options: ExportOptions | None = None,
-    progress: Progress = unseen,
+    progress: ByteProgress = unseen,
 ) -> None:
     """Export a checkpoint, whatever parallel layout it was saved under.
 

@@ -54,7 +54,7 @@ from megatron_dattn.inference.load import (
 )
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import get_device
-from megatron_dattn.runtime.progress import Progress, unseen
+from megatron_dattn.runtime.progress import ByteProgress, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def verify_export(
     images: Sequence[Path] = (),
     dtype: str = "fp32",
     tolerance: float = DEFAULT_TOLERANCE,
-    progress: Progress = unseen,
+    progress: ByteProgress = unseen,
 ) -> list[Comparison]:
     """Run both sides on the same inputs.
 
@@ -201,7 +201,7 @@ def _their_answer(model: Any, columns: dict[str, Tensor]) -> _Answer:
 
 @contextmanager
 def _our_loaded(
-    assets: RunAssets, tensors: dict[str, StoredTensor], dtype: str, progress: Progress
+    assets: RunAssets, tensors: dict[str, StoredTensor], dtype: str, progress: ByteProgress
 ) -> Iterator[LoadedModel]:
     with our_model(assets.config.model, tensors, dtype, progress) as model:
         absent = {name for name, _ in model.named_parameters()} - tensors.keys()

@@ -42,7 +42,7 @@ from megatron_dattn.conversion.verify.verdict import (
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.runtime.distributed import get_device
-from megatron_dattn.runtime.progress import Progress, unseen
+from megatron_dattn.runtime.progress import ByteProgress, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def verify_checkpoint(
     tokens: Sequence[int] | None = None,
     dtype: str = "fp32",
     tolerance: float = DEFAULT_TOLERANCE,
-    progress: Progress = unseen,
+    progress: ByteProgress = unseen,
 ) -> list[Comparison]:
     """Run both sides on the same inputs.
 
@@ -128,7 +128,7 @@ def _both_sides(
     language: Path,
     ids: Tensor,
     dtype: str,
-    progress: Progress,
+    progress: ByteProgress,
 ) -> list[Pair]:
     pixels = random_pixels(config.vision.image_size).to(DTYPES[dtype])
     rounded = rounding(tensors, dtype)
@@ -215,7 +215,7 @@ def _our_outputs(
     ids: Tensor,
     pixels: Tensor,
     dtype: str,
-    progress: Progress,
+    progress: ByteProgress,
 ) -> dict[str, Tensor]:
     with our_model(config, tensors, dtype, progress) as model, arithmetic(dtype):
         assert model.vision_model is not None

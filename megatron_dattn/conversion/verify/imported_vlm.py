@@ -40,7 +40,7 @@ from megatron_dattn.conversion.verify.verdict import (
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import get_device
-from megatron_dattn.runtime.progress import Progress, unseen
+from megatron_dattn.runtime.progress import ByteProgress, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def verify_whole_model(
     tokens: Sequence[int] | None,
     dtype: str,
     tolerance: float = DEFAULT_TOLERANCE,
-    progress: Progress = unseen,
+    progress: ByteProgress = unseen,
 ) -> list[Comparison]:
     """Run both sides on the same inputs.
 
@@ -94,7 +94,7 @@ def _both_sides(
     ids: Tensor,
     image_id: int,
     dtype: str,
-    progress: Progress,
+    progress: ByteProgress,
 ) -> list[Pair]:
     pixels = random_pixels(config.vision.image_size)[:1].to(DTYPES[dtype])
     rounded = rounding(tensors, dtype)
@@ -189,7 +189,7 @@ def _our_outputs(
     ids: Tensor,
     pixels: Tensor,
     dtype: str,
-    progress: Progress,
+    progress: ByteProgress,
 ) -> dict[str, Tensor]:
     with our_model(config, tensors, dtype, progress) as model, arithmetic(dtype):
         outputs = {

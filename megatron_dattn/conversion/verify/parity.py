@@ -25,7 +25,7 @@ from megatron_dattn.models.identity import described, require_same
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, one_process
-from megatron_dattn.runtime.progress import Progress, unseen
+from megatron_dattn.runtime.progress import ByteProgress, unseen
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 _NUM_TOKENS = 64
@@ -82,7 +82,7 @@ def our_model(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
     dtype: str,
-    progress: Progress = unseen,
+    progress: ByteProgress = unseen,
 ) -> Iterator[DAttnVLM]:
     """The training code's model with a checkpoint's parameters, in one process, on the device.
 

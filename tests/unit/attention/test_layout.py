@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from megatron_dattn.attention import ImageSpan, TokenLayout
-from megatron_dattn.attention.layout import Run
+from megatron_dattn.attention.layout import TokenRun
 from tests.unit.attention.support import RICH_LAYOUT, TEXT_ONLY_LAYOUT, layouts
 
 
@@ -27,13 +27,13 @@ def test_derived_numbers_of_a_rich_pack() -> None:
 
 def test_runs_follow_the_reading_order() -> None:
     assert RICH_LAYOUT.runs(0) == (
-        Run(15, 17),
-        Run(0, 5, images=(0, 1)),  # back to back
-        Run(17, 20),
-        Run(5, 8, images=(2,)),
+        TokenRun(15, 17),
+        TokenRun(0, 5, images=(0, 1)),  # back to back
+        TokenRun(17, 20),
+        TokenRun(5, 8, images=(2,)),
     )
-    assert RICH_LAYOUT.runs(1) == (Run(20, 23),)
-    assert RICH_LAYOUT.runs(2) == (Run(8, 10, images=(3,)), Run(23, 27))
+    assert RICH_LAYOUT.runs(1) == (TokenRun(20, 23),)
+    assert RICH_LAYOUT.runs(2) == (TokenRun(8, 10, images=(3,)), TokenRun(23, 27))
 
 
 @settings(deadline=None)
