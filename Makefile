@@ -19,7 +19,7 @@ export PYTHON TORCH_ARGS
 help:
 	@echo "make demo                    train and evaluate a small model here (about 15 minutes)"
 	@echo "make demo ATTENTION=s_attn   the same with conventional causal attention"
-	@echo "make test                    the test suite (about 13 minutes on two cores)"
+	@echo "make test                    the test suite (about 12 minutes on two cores)"
 	@echo "make test-pythons            saving, loading and resuming under every Python found"
 	@echo "make test-readers            exports under several versions of transformers (about 2 minutes)"
 	@echo "make lint                    ruff and mypy"

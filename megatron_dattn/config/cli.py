@@ -11,6 +11,7 @@ type wants them (yaml_files.py), not as YAML 1.1 does.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -27,6 +28,7 @@ import yaml
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.config.renamed_keys import with_current_keys
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.runtime.last_words import give_up_unwritable_output
 from megatron_dattn.yaml_files import (
     CONFIG_DIR,
     fields_of,
@@ -212,8 +214,10 @@ class _Help(argparse.Action):
         # Only here: reading the docstrings takes longer than reading the settings.
         from megatron_dattn.config.settings import help_text
 
-        print(_HELP.format(prog=parser.prog))
-        print(help_text())
+        # Whoever reads the first lines only, as `| head` does, has seen enough.
+        with contextlib.suppress(BrokenPipeError):
+            print(_HELP.format(prog=parser.prog), help_text(), sep="\n", flush=True)
+        give_up_unwritable_output()
         parser.exit()
 
 

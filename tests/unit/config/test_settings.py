@@ -1,5 +1,7 @@
 """Help and page explain every setting, in the words that stand beside its field."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,14 @@ def test_types_and_defaults_are_said_in_the_words_of_a_file() -> None:
     assert found["parallel.sequence_parallel"].default == "false"
     assert found["data.train[].path"].default == "required"
     assert found["data.train"].kind == "list of {path, image_root, weight}"
+
+
+def test_a_reader_of_the_first_line_only_causes_no_error() -> None:
+    command = [sys.executable, str(ROOT / "pretrain_vlm.py"), "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:
+        assert shown.stdout is not None
+        assert shown.stderr is not None
+        assert shown.stdout.read(6) == b"usage:"
+        shown.stdout.close()
+        assert shown.stderr.read() == b""
+    assert shown.returncode == 0
