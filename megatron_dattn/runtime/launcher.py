@@ -43,6 +43,8 @@ class Launch:
     address: str | None = None
     """Host on which all ranks meet; None where nobody has named one."""
     port: int | None = None
+    leaves_last: bool = False
+    """Whether this process's torchrun holds the store over which those of all nodes end together."""
     doubt: str | None = None
     """Why this process, which nobody has numbered, may be one of several all the same."""
 
@@ -129,6 +131,9 @@ def _by_rank(environment: Mapping[str, str]) -> Launch:
         _number(environment, "LOCAL_RANK", default=0),
         environment.get("MASTER_ADDR") or None,
         _port(environment, None),
+        leaves_last=launcher == "torchrun"
+        and environment.get("GROUP_RANK") == "0"
+        and environment.get("GROUP_WORLD_SIZE", "1") != "1",
     )
 
 
@@ -143,7 +148,7 @@ def _by_mpi(launcher: str, names: tuple[str, ...], environment: Mapping[str, str
         _number(environment, local_rank),
         environment.get("MASTER_ADDR") or ("127.0.0.1" if here == world_size else None),
         _port(environment, _DEFAULT_PORT),
-        _doubt_of_world_size(environment, world_size),
+        doubt=_doubt_of_world_size(environment, world_size),
     )
 
 

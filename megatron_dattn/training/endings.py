@@ -6,6 +6,7 @@ entry script. Only what nobody foresaw goes on as the exception that it is.
 
 import logging
 import signal
+import time
 import traceback
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from megatron_dattn.training.trainer import train
 
 logger = logging.getLogger(__name__)
 
+_LEAVES_LAST_SECONDS = 2.0
 _INTERRUPTED = "interrupted by a second SIGINT; nothing was saved since the last checkpoint"
 
 
@@ -66,6 +68,10 @@ def run_to_its_end(config: PretrainConfig, launch: Launch, signals: SignalWatche
     leave_word(config, launch, ending)
     if leaves_together:  # else the others are in the middle of something, and would be waited for
         destroy_distributed()
+        if launch.leaves_last:
+            # Every node's torchrun reports its end to a store inside the first node's torchrun, and
+            # asks it once more: were that one gone by then, a sound run would end in a traceback.
+            time.sleep(_LEAVES_LAST_SECONDS)
     return ending
 
 

@@ -154,6 +154,20 @@ def test_a_meeting_point_must_be_known(environment: dict[str, str], words: str) 
 
 
 @pytest.mark.parametrize(
+    ("environment", "last"),
+    [
+        (TORCHRUN, False),
+        (TORCHRUN | {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}, False),
+        (TORCHRUN | {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"}, False),
+        (TORCHRUN | {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2"}, True),
+        (SRUN, False),
+    ],
+)
+def test_who_leaves_last(environment: dict[str, str], last: bool) -> None:
+    assert read_launch(environment).leaves_last == last
+
+
+@pytest.mark.parametrize(
     ("launch", "belongs"),
     [
         (Launch(), False),
