@@ -28,14 +28,18 @@ class Trace:
         self.within = within
         self.functions: dict[CodeType, None] = {}
         self._depth = 0 if within else 1
+        self._imports = 0
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
         if event not in ("call", "return") or not code.co_filename.startswith(_PACKAGE):
             return
+        if code.co_name == "<module>":
+            self._imports += 1 if event == "call" else -1
         if code.co_name == self.within:
             self._depth += 1 if event == "call" else -1
-        if event == "call" and self._depth and code.co_name != "<module>":
+        # Importing a module runs class bodies and decorators, which the profiler sees as calls.
+        if event == "call" and self._depth and not self._imports:
             self.functions.setdefault(code)
 
     def report(self) -> str:
