@@ -44,7 +44,7 @@ class Launch:
     """Host on which all ranks meet; None where nobody has named one."""
     port: int | None = None
     leaves_last: bool = False
-    """Whether this process's torchrun holds the store over which those of all nodes end together."""
+    """Whether this process's torchrun holds the store over which the nodes' torchruns end."""
     doubt: str | None = None
     """Why this process, which nobody has numbered, may be one of several all the same."""
 

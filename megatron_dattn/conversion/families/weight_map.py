@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dattn.conversion.io.foreign_folders import some
+from megatron_dattn.conversion.io.hf_folder import some
 from megatron_dattn.errors import CheckpointError
 
 

@@ -11,7 +11,7 @@ from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.families.exportable import is_llava
 from megatron_dattn.conversion.families.llava import SELECT_STRATEGIES
 from megatron_dattn.conversion.families.registry import LANGUAGE, VISION
-from megatron_dattn.conversion.io.foreign_code import AUTO_MAP
+from megatron_dattn.conversion.io.hf_folder import AUTO_MAP
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.hf.versions_dattn import NEWEST_TESTED, TESTED_RANGE
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig

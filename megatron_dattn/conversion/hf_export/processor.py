@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dattn.conversion.families.llava import SELECT_STRATEGIES
-from megatron_dattn.conversion.io.foreign_code import AUTO_MAP
+from megatron_dattn.conversion.io.hf_folder import AUTO_MAP
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.models.config import VisionConfig

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from megatron_dattn.conversion.io.json_files import read_json
+from megatron_dattn.conversion.io.hf_folder import read_json
 from megatron_dattn.conversion.io.sentencepiece_model import SENTENCEPIECE_FILE, rename_piece
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.errors import CheckpointError

@@ -23,8 +23,7 @@ from megatron_dattn.conversion.hf_import.source import (
     repeated_head,
 )
 from megatron_dattn.conversion.hf_import.special_tokens import special_tokens
-from megatron_dattn.conversion.io.foreign_folders import read_model_config
-from megatron_dattn.conversion.io.json_files import read_json
+from megatron_dattn.conversion.io.hf_folder import read_json, read_model_config
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
 from megatron_dattn.data.image_settings import ImageFit
 from megatron_dattn.errors import CheckpointError, ConfigError

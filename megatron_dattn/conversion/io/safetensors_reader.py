@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dattn.checkpoint.files import forget_pages
-from megatron_dattn.conversion.io.foreign_folders import some, what_it_holds
-from megatron_dattn.conversion.io.json_files import read_json
+from megatron_dattn.conversion.io.hf_folder import read_json, some, what_it_holds
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.json_fields import show
 

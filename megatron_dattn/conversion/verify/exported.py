@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.families.exportable import check_exportable, is_llava
-from megatron_dattn.conversion.io.foreign_folders import read_model_config
+from megatron_dattn.conversion.io.hf_folder import read_model_config
 from megatron_dattn.conversion.verify.float64 import arithmetic
 from megatron_dattn.conversion.verify.imported_vlm import check_same_whole_model
 from megatron_dattn.conversion.verify.parity import (

@@ -19,7 +19,7 @@ from megatron_dattn.attention import RotaryScaling
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.families.registry import language_family, vision_family
-from megatron_dattn.conversion.io.foreign_folders import read_model_config
+from megatron_dattn.conversion.io.hf_folder import read_model_config
 from megatron_dattn.conversion.verify.float64 import arithmetic
 from megatron_dattn.conversion.verify.imported_vlm import verify_whole_model
 from megatron_dattn.conversion.verify.parity import (

@@ -18,7 +18,7 @@ from megatron_dattn.attention import get_preset
 from megatron_dattn.checkpoint.tensors import StoredTensor
 from megatron_dattn.conversion.families import dattn, llava
 from megatron_dattn.conversion.hf_import.vlm_source import image_token_id
-from megatron_dattn.conversion.io.foreign_folders import read_model_config
+from megatron_dattn.conversion.io.hf_folder import read_model_config
 from megatron_dattn.conversion.verify.float64 import arithmetic
 from megatron_dattn.conversion.verify.parity import (
     DTYPES,

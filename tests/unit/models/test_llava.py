@@ -18,7 +18,7 @@ from transformers import (
 from megatron_dattn.conversion.families import llava as conversion
 from megatron_dattn.conversion.families.key_names import key_names
 from megatron_dattn.conversion.families.weight_map import check_tensors
-from megatron_dattn.conversion.io.json_files import read_json
+from megatron_dattn.conversion.io.hf_folder import read_json
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
 from megatron_dattn.models.vlm import DAttnVLM
 from tests.support.vlm import LANGUAGE, VISION, make_batch, tiny_model

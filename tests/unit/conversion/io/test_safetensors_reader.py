@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_dattn.conversion.io.json_files import read_json
+from megatron_dattn.conversion.io.hf_folder import read_json
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
 from megatron_dattn.errors import CheckpointError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_dattn.conversion.io.foreign_folders import read_model_config
+from megatron_dattn.conversion.io.hf_folder import read_model_config
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
 from megatron_dattn.errors import CheckpointError
 from tools.convert_checkpoint import main
