@@ -30,9 +30,8 @@ from megatron_dattn.conversion.hf_import.plan import (
 )
 from megatron_dattn.conversion.hf_import.source import ModuleWeights
 from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
-from megatron_dattn.conversion.hf_import.zeros import ZeroTensors
-from megatron_dattn.conversion.io.finite import check_finite
 from megatron_dattn.conversion.io.output_folder import new_folder
+from megatron_dattn.conversion.io.weight_values import ZeroTensors, check_finite
 from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import ModelConfig

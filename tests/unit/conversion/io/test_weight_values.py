@@ -1,4 +1,6 @@
-"""NaN and infinite weights are refused by name, wherever they are read, and nothing is left."""
+"""NaN and infinite weights are refused by name, and nothing is left; zeros from somewhere on, which
+a preallocated file has that was not downloaded to its end, are warned of.
+"""
 
 import math
 from pathlib import Path
@@ -11,7 +13,8 @@ from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.conversion.hf_export import run as export_hf
 from megatron_dattn.conversion.hf_export.run import export_checkpoint
 from megatron_dattn.conversion.hf_import.run import import_checkpoint, import_whole_model
-from megatron_dattn.conversion.io.finite import check_finite, is_finite
+from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
+from megatron_dattn.conversion.io.weight_values import ZeroTensors, check_finite, is_finite
 from megatron_dattn.errors import CheckpointError
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.conversion.llava_models import save_llava
@@ -116,3 +119,50 @@ class _Loaded:
 
     def __init__(self, values):
         self.load = lambda: values
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_noted"),
+    [((1, 1, 1, 1), False), ((1, 1, 0, 0), True), ((0, 0, 0, 0), True), ((1, 0, 0, 1), False),
+     ((0, 0, 1, 0), False), ((1, 1, 1, 0), False), ((0,), True)],
+)  # fmt: skip
+def test_a_matrix_whose_second_half_is_zero_is_noted(rows: tuple[int, ...], is_noted: bool) -> None:
+    zeros = ZeroTensors()
+    zeros.add("weight", torch.tensor(rows)[:, None].expand(-1, 3).bfloat16())
+    zeros.add("bias", torch.zeros(4))
+    zeros.add("empty", torch.zeros(0, 3))
+    assert zeros.names == (["weight"] if is_noted else [])
+
+
+def test_many_are_cut(caplog: pytest.LogCaptureFixture) -> None:
+    zeros = ZeroTensors()
+    zeros.warn("folder")
+    assert not caplog.records
+    for number in range(8):
+        zeros.add(f"w{number}", torch.zeros(2, 2))
+    zeros.warn("folder")
+    assert "folder: w0, w1, w2, w3, w4 and 3 more are zero" in caplog.text
+
+
+def test_an_import_of_half_a_file_names_its_tensors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vision, language = tmp_path / "vision", tmp_path / "language"
+    save_vision(vision)
+    save_language(language)
+    import_checkpoint(vision, language, tmp_path / "sound")
+    assert "zero" not in caplog.text
+    path = language / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    tensors = SafetensorsFolder(language)
+    lost = [
+        n for n, shape in tensors.shapes.items() if len(shape) == 2 and not tensors.load(n).any()
+    ]
+    assert lost
+    import_checkpoint(vision, language, tmp_path / "half")
+    (record,) = [record for record in caplog.records if "zero" in record.message]
+    assert record.message.startswith(str(language))
+    named = record.message.partition(": ")[2].partition(" and ")[0].split(", ")
+    assert set(named) <= set(tensors.shapes)
+    assert "get it again" in record.message
