@@ -19,17 +19,17 @@ if __name__ == "__main__":
 
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError  # noqa: E402
 from megatron_dattn.runtime.launcher import Launch, read_launch  # noqa: E402
-from megatron_dattn.runtime.log import setup_logging, silence_import_warnings  # noqa: E402
+from megatron_dattn.runtime.log import (  # noqa: E402
+    give_up_unwritable_output,
+    setup_logging,
+    silence_import_warnings,
+)
 
 silence_import_warnings()
 
 from megatron_dattn.config.cli import parse_command_line  # noqa: E402
 from megatron_dattn.config.pretrain import PretrainConfig  # noqa: E402
-from megatron_dattn.runtime.last_words import (  # noqa: E402
-    give_up_unwritable_output,
-    refuse,
-    report_error,
-)
+from megatron_dattn.runtime.error_report import refuse, report_error  # noqa: E402
 from megatron_dattn.runtime.signals import EXIT_INTERRUPTED  # noqa: E402
 from megatron_dattn.runtime.tool import run_tool  # noqa: E402
 

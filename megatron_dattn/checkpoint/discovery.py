@@ -22,8 +22,7 @@ from megatron_dattn.checkpoint.manifest import (
     verify_files,
 )
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.json_fields import JsonFields, show
-from megatron_dattn.runtime.json_file import read_json_object
+from megatron_dattn.runtime.json_file import JsonFields, read_json_object, show
 from megatron_dattn.runtime.progress import ByteProgress, unseen
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ import yaml
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.config.renamed_keys import with_current_keys
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.runtime.last_words import give_up_unwritable_output
+from megatron_dattn.runtime.log import give_up_unwritable_output
 from megatron_dattn.yaml_files import (
     CONFIG_DIR,
     fields_of,

@@ -5,6 +5,7 @@ message above INFO, and `[rank 3]` for every rank but the first.
 """
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -12,7 +13,6 @@ import warnings
 from typing import TextIO
 
 from megatron_dattn.runtime.os_errors import explain
-from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
 
 # Their INFO lines (and transformers' warnings about generation) say nothing about the run.
 _NOISY_LOGGERS = ("megatron.core", "megatron.energon", "transformers", "torch", "PIL", "matplotlib")
@@ -120,3 +120,29 @@ def silence_import_warnings() -> None:
     if not torch.cuda.is_available():
         for message in _WITHOUT_GPU_PACKAGES:
             warnings.filterwarnings("ignore", message=message, module=r"megatron\.core")
+
+
+def escape_what_cannot_be_written(stream: TextIO) -> None:
+    """From now on write characters that a stream's encoding lacks as escapes, `\\udcff`.
+
+    A file's name may hold bytes that are no text; Python would end in the middle of a line.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def give_up_unwritable_output() -> None:
+    """Send what standard output and error cannot take to nowhere; the last thing before the end.
+
+    Python writes out both when it ends. Where that fails, on a full disk or behind a reader that is
+    gone, it would end with 120 in place of the exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)

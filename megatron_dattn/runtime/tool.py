@@ -11,9 +11,8 @@ from collections.abc import Callable
 from types import FrameType
 
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
-from megatron_dattn.runtime.last_words import give_up_unwritable_output
+from megatron_dattn.runtime.log import escape_what_cannot_be_written, give_up_unwritable_output
 from megatron_dattn.runtime.os_errors import explain, shortage
-from megatron_dattn.runtime.text_stream import escape_what_cannot_be_written
 
 EXIT_OF_A_SIGNAL = 128  # plus its number, as shells report it: 130 for Ctrl-C
 

@@ -1,4 +1,4 @@
-"""Runs one stage from its start to its end, whatever the end is, and leaves word of it.
+"""Runs one stage from its start to its end, whatever the end is, and writes down how it ended.
 
 Every ending is one `ExitReason`: written into the save folder, told to torchrun, returned to the
 entry script. Only what nobody foresaw goes on as the exception that it is.
@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.errors import UserError
 from megatron_dattn.runtime.distributed import destroy_distributed, share_refusal
-from megatron_dattn.runtime.error_file import write_error_file
+from megatron_dattn.runtime.error_report import write_error_file
 from megatron_dattn.runtime.launcher import Launch
 from megatron_dattn.runtime.lost_ranks import LostRankError, named_lost_ranks, tell_of_crash
 from megatron_dattn.runtime.open_files import open_files_needed, require_open_files
@@ -59,13 +59,13 @@ def run_to_its_end(config: PretrainConfig, launch: Launch, signals: SignalWatche
         tell_of_crash(f"{type(error).__name__}: {first_line(error)}")
         foreseen, leaves_together = ending_of_one_rank(error), False
         if foreseen is None:
-            leave_word(config, launch, ending_of(error))
+            write_ending(config, launch, ending_of(error))
             write_error_file(launch, traceback.format_exc(), 1, shared=False)
             raise
         ending = foreseen
     if launch.rank > 0 and not ending.is_shared:
         logger.error("%s", ending.detail)  # rank 0, whose line stands for all, knows nothing of it
-    leave_word(config, launch, ending)
+    write_ending(config, launch, ending)
     if leaves_together:  # else the others are in the middle of something, and would be waited for
         destroy_distributed()
         if launch.leaves_last:
@@ -118,7 +118,7 @@ def _stopped_before_the_start(stop: signal.Signals) -> ExitReason:
     return ExitReason("signal", detail=stop.name)
 
 
-def leave_word(config: PretrainConfig, launch: Launch, ending: ExitReason) -> None:
+def write_ending(config: PretrainConfig, launch: Launch, ending: ExitReason) -> None:
     """Write exit_reason.json on rank 0, or where rank 0 may be the one that is lost.
 
     Not into a folder that holds something else, or in which another run works: this run was

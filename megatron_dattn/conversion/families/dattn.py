@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual
-from megatron_dattn.conversion.families.config_values import ConfigValues
 from megatron_dattn.conversion.families.decoder import with_required
 from megatron_dattn.conversion.families.exportable import VISUAL_TOKENS
 from megatron_dattn.conversion.families.registry import language_family, vision_family
+from megatron_dattn.conversion.io.hf_folder import ConfigValues
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
 from megatron_dattn.models.config import (

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_dattn.conversion.families.config_values import ConfigValues
 from megatron_dattn.conversion.families.rope import read_rope, write_rope
 from megatron_dattn.conversion.families.weight_map import (
     GroupedQKV,
@@ -11,6 +10,7 @@ from megatron_dattn.conversion.families.weight_map import (
     Rule,
     Stacked,
 )
+from megatron_dattn.conversion.io.hf_folder import ConfigValues
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig
 

@@ -6,7 +6,6 @@ A CLIP or SigLIP encoder, a two-layer MLP and a Llama or Mistral decoder: our mo
 
 from typing import Any
 
-from megatron_dattn.conversion.families.config_values import ConfigValues
 from megatron_dattn.conversion.families.decoder import with_required
 from megatron_dattn.conversion.families.hf_names import projector_rules
 from megatron_dattn.conversion.families.key_names import KeyNames
@@ -19,6 +18,7 @@ from megatron_dattn.conversion.families.registry import (
     vision_rules,
 )
 from megatron_dattn.conversion.families.weight_map import Rule, renamed
+from megatron_dattn.conversion.io.hf_folder import ConfigValues
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
 

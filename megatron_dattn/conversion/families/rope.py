@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from megatron_dattn.attention import RotaryScaling
-from megatron_dattn.conversion.families.config_values import ConfigValues
+from megatron_dattn.conversion.io.hf_folder import ConfigValues
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig
 

@@ -6,8 +6,8 @@ config.json. Those of any resolution ("NaFlex", model type siglip2) are another 
 
 from typing import Any
 
-from megatron_dattn.conversion.families.config_values import ConfigValues
 from megatron_dattn.conversion.families.weight_map import GroupedQKV, Rule
+from megatron_dattn.conversion.io.hf_folder import ConfigValues
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import VisionConfig
 

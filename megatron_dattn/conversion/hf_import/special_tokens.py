@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dattn.conversion.families.config_values import ConfigValues
+from megatron_dattn.conversion.io.hf_folder import ConfigValues
 from megatron_dattn.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

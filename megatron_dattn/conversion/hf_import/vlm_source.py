@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.families import dattn, llava
-from megatron_dattn.conversion.families.config_values import ConfigValues
 from megatron_dattn.conversion.families.hf_names import rules_by_module
 from megatron_dattn.conversion.families.key_names import KeyNames, key_names
 from megatron_dattn.conversion.families.weight_map import Rule
@@ -23,7 +22,7 @@ from megatron_dattn.conversion.hf_import.source import (
     repeated_head,
 )
 from megatron_dattn.conversion.hf_import.special_tokens import special_tokens
-from megatron_dattn.conversion.io.hf_folder import read_json, read_model_config
+from megatron_dattn.conversion.io.hf_folder import ConfigValues, read_json, read_model_config
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
 from megatron_dattn.data.image_settings import ImageFit
 from megatron_dattn.errors import CheckpointError, ConfigError

@@ -11,11 +11,12 @@ needed to read weights, and a model that computes by such code may be another th
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dattn.errors import CheckpointError, quoted
-from megatron_dattn.runtime.json_file import read_json_object
+from megatron_dattn.errors import CheckpointError, UserError, quoted
+from megatron_dattn.runtime.json_file import JsonFields, read_json_object
 
 CONFIG_FILE = "config.json"
 _PICKLED = (
@@ -219,3 +220,33 @@ def _fields(config: object) -> Iterator[tuple[str, Any]]:
 def _method(value: object) -> str:
     method = value.get("quant_method") if isinstance(value, dict) else None
     return f"{method!s:.40}"
+
+
+@dataclass(frozen=True)
+class ConfigValues(JsonFields):
+    """A config.json, or a section of one; all methods raise CheckpointError."""
+
+    where: str = "config.json"
+    error: type[UserError] = CheckpointError
+
+    def whole_or_none(self, name: str) -> int | None:
+        """None where it is null or missing."""
+        return None if self.values.get(name) is None else self.whole(name)
+
+    def number_or_none(self, name: str) -> float | None:
+        """None where it is null or missing."""
+        return None if self.values.get(name) is None else self.number(name)
+
+    def flag(self, name: str) -> bool:
+        """True or false; false where it is null or missing."""
+        return False if self.values.get(name) is None else super().flag(name)
+
+    def section_or_none(self, name: str) -> dict[str, Any] | None:
+        """None where it is null or missing."""
+        return None if self.values.get(name) is None else self.section(name)
+
+    def check_present(self, names: tuple[str, ...]) -> None:
+        """Raise CheckpointError, with all their names, if some are null or missing."""
+        missing = [name for name in names if self.values.get(name) is None]
+        if missing:
+            raise self.error(f"{self.where} lacks {', '.join(missing)}")

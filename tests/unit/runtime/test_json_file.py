@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron_dattn.errors import CheckpointError, ConfigError, UserError
-from megatron_dattn.runtime.json_fields import JsonFields, show
-from megatron_dattn.runtime.json_file import MAX_DEPTH, parse_json, read_json_object
+from megatron_dattn.runtime.json_file import (
+    MAX_DEPTH,
+    JsonFields,
+    parse_json,
+    read_json_object,
+    show,
+)
 
 
 def test_sane_json_is_what_it_says() -> None:

@@ -15,7 +15,7 @@ from megatron_dattn.runtime.launcher import Launch
 from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training import endings, setup
-from megatron_dattn.training.endings import leave_word, run_to_its_end
+from megatron_dattn.training.endings import write_ending, run_to_its_end
 from megatron_dattn.training.exits import ExitReason
 from megatron_dattn.training.run_lock import RunLock
 
@@ -159,7 +159,7 @@ def test_a_frozen_rank_0_still_holds_the_lock(
     lock = RunLock.acquire(config.checkpoint.save)
     try:
         ending = ExitReason("lost_rank", detail="rank 0 does not answer")
-        leave_word(config, Launch("torchrun", 1, 2, 1), ending)
+        write_ending(config, Launch("torchrun", 1, 2, 1), ending)
         assert note_in(config) is None
         monkeypatch.setattr(setup, "on_first_rank", lambda purpose, work: None)  # of rank 1
         with pytest.raises(LostRankError), setup.own_run_folder(config.checkpoint.save):
@@ -173,10 +173,10 @@ def test_a_frozen_rank_0_still_holds_the_lock(
 
 def test_the_first_word_stays(config: PretrainConfig) -> None:
     others = Launch("torchrun", 1, 2, 1)
-    leave_word(config, others, ExitReason("user_error", detail="all ranks know"))
+    write_ending(config, others, ExitReason("user_error", detail="all ranks know"))
     assert note_in(config) is None
-    leave_word(config, Launch(), ExitReason("signal", 3))
-    leave_word(config, others, ExitReason("crash", detail="while leaving"))
+    write_ending(config, Launch(), ExitReason("signal", 3))
+    write_ending(config, others, ExitReason("crash", detail="while leaving"))
     assert note_in(config)["reason"] == "signal"
 
 
