@@ -47,6 +47,7 @@ def is_loss_rank() -> bool:
 
 def sum_over_world(*values: float) -> list[float]:
     """Sum over all ranks, the same numbers on every rank; NaN and inf survive."""
+    # float64: FP32 counts exactly to 2^24 only, and a stage sees more tokens than that.
     total = torch.tensor(values, dtype=torch.float64, device=get_device())
     dist.all_reduce(total)
     return total.tolist()
@@ -64,6 +65,9 @@ def forward_step(
 
 def sum_losses(losses: Tensor) -> LossOutput:
     """Losses of labelled tokens -> (sum, count, both detached for reports)."""
+    # Three values are megatron-core's sign that the loss is a sum: with `calculate_per_token_loss`
+    # it leaves the sum alone, adds up the counts (into an int32: the dtype must be that) and lets
+    # finalize_model_grads divide by their total over all replicas, after the reduction.
     total = losses.sum()
     count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
     return total, count, {"loss": total.detach(), "num_tokens": count}
@@ -92,6 +96,8 @@ def run_micro_batches(
         data_iterator=batches,
         model=model_chunks,
         num_microbatches=num_microbatches,
+        # Shape of what stages send each other: a pack is one sequence of S tokens, however many
+        # samples it holds. Under sequence parallelism the schedule divides S itself.
         seq_length=seq_length,
         micro_batch_size=1,
         forward_only=forward_only,

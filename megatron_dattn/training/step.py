@@ -70,10 +70,13 @@ def train_step(run: Run) -> StepReport:
     started = time.perf_counter()
     state = run.state
     rates = current_learning_rates(state.optimizer)
+    # Gradients live twice: autograd hangs them on `.grad`, DDP's hooks add them to one buffer
+    # (`main_grad`) that is reduced as a whole. Clear but one, and the last step's are added again.
     for chunk in state.model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     state.optimizer.zero_grad()
 
+    # All packs now: a loader that fails while stages wait for each other's activations would hang.
     run.stream.load(run.num_microbatches)
     meter = meter_if_due(run)
     sums = run_micro_batches(
@@ -89,6 +92,8 @@ def train_step(run: Run) -> StepReport:
     totals = _sum_over_replicas(run, sums, consumed, finite)
     check_share(totals.rejected, totals.seen, run.config.data.max_skipped_fraction)
     run.recent_samples.check(totals.rejected, totals.seen)
+    # A rank that skipped alone would part from the others without a sound: with the distributed
+    # optimizer its shard of every parameter would be a step old.
     if not totals.skip:
         update_weights(state.optimizer, grad_norm, run.config.optimizer.clip_grad)
     state.scheduler.step(increment=1)
@@ -142,6 +147,7 @@ def _sum_over_replicas(run: Run, sums: LossSum, consumed: Consumed, finite: bool
         consumed.wait_seconds,
         *_loader_counts(run),
     ]
+    # Tensor-parallel ranks hold the same loss and the same pack: each replica counts once.
     if not is_loss_rank():
         mine = [0.0] * len(mine)
     # Any rank may have met a non-finite gradient, so this flag is summed over all of them.

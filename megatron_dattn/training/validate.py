@@ -96,6 +96,8 @@ class Validation:
             UserError: on all ranks, if the validation data cannot be read, if too much of it cannot
                 be used, or if it has no label.
         """
+        # torch's DataLoader draws a seed from the process's random state for every iterator: were
+        # it not put back, dropout would differ between runs that validate and runs that do not.
         with untouched_random_states(), _evaluation_mode(model_chunks), torch.no_grad():
             loader = self._make_loader()
             stream = BatchStream(loader, get_device(), "validation")

@@ -15,7 +15,7 @@ from megatron_dattn.runtime.launcher import Launch
 from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training import endings, setup
-from megatron_dattn.training.endings import write_ending, run_to_its_end
+from megatron_dattn.training.endings import run_to_its_end, write_ending
 from megatron_dattn.training.exits import ExitReason
 from megatron_dattn.training.run_lock import RunLock
 
