@@ -76,7 +76,8 @@ def encode_images(
     if not images:
         return ()
     pixels = [_pixels(loaded, image) for image in images]
-    visual = model.visual_tokens(loaded.preprocessor.normalise(pixels).to(model_device(model)))
+    normalised = loaded.preprocessor.normalise(pixels).to(model_device(model))
+    visual = model.adapt(model.encode(normalised))
     assert visual is not None, "there are images"
     tokens = model.language_model.scale_tokens(visual.unsqueeze(1))
     encoded: list[list[KeyValue]] = [[] for _ in images]

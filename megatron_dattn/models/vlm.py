@@ -7,6 +7,8 @@ derives the attention plan from the layout, so every stage needs the batch (only
 pixels).
 """
 
+from typing import NamedTuple
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
@@ -37,6 +39,17 @@ from megatron_dattn.models.vision_encoder import VisionEncoder
 from megatron_dattn.models.visual_projector import features_as_tokens
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.parallel.sequence import SequenceLayout
+
+
+class ImageFeatures(NamedTuple):
+    """What `DAttnVLM.encode` hands to `DAttnVLM.adapt`."""
+
+    patches: Tensor
+    """[images, patches, F], of one blank image where the pack has none."""
+    kept: Tensor | None
+    """Which patches of each image these are, int64 [images, patches]; None if all."""
+    num_images: int
+    """Of the pack; 0 where `patches` are those of a blank image."""
 
 
 class DAttnVLM(MegatronModule):
@@ -108,18 +121,11 @@ class DAttnVLM(MegatronModule):
             order. A batch without labels gives an empty vector that is still connected to the
             graph.
         """
-        hidden_states = self._hidden_states(batch, observer)
-        if not self.post_process:
-            return hidden_states
-        labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
-        tokens = output_tokens(batch.layout, self.attention).to(labelled.device)
-        shards = self._shards(batch.layout)
-        if self.labelled_logits:
-            return self.language_model.losses(
-                hidden_states, tokens[labelled], batch.labels[labelled], shards
-            )
-        any_token = batch.labels.clamp(min=0)
-        return self.language_model.losses(hidden_states, tokens, any_token, shards)[labelled]
+        attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer)
+        features = self.encode(batch.pixel_values)
+        visual = self.adapt(features)
+        hidden_states = self.decode(visual, batch, attention)
+        return self.loss(hidden_states, batch) if self.post_process else hidden_states
 
     def forward_logits(
         self, batch: PackedBatch, tokens: Tensor, observer: AttentionObserver | None = None
@@ -135,11 +141,103 @@ class DAttnVLM(MegatronModule):
         Returns:
             [N, vocab_size] on the last stage, hidden states on the others.
         """
-        hidden_states = self._hidden_states(batch, observer)
+        attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer)
+        visual = self.adapt(self.encode(batch.pixel_values))
+        hidden_states = self.decode(visual, batch, attention)
         if not self.post_process:
             return hidden_states
+        return self.language_model.gathered_logits(hidden_states, tokens, attention.shards)
+
+    def encode(self, pixel_values: Tensor) -> ImageFeatures | None:
+        """Features of the patches that enter the decoder.
+
+        Args:
+            pixel_values: [images, 3, image_size, image_size], any floating dtype; maybe no images.
+
+        Returns:
+            None on stages after the first, and where there is neither an image nor a parameter
+            that it would train.
+        """
+        if self.vision_model is None:
+            return None
+        num_images, train_vision = pixel_values.shape[0], _is_trained(self.vision_model)
+        if num_images == 0:
+            if not (train_vision or (self.adapter is not None and _is_trained(self.adapter))):
+                return None
+            # Under overlap_grad_reduce megatron-core sends a bucket of gradients off when every
+            # parameter in it has had its backward hook. A parameter that is not in this rank's
+            # graph has none: `finish_grad_sync` stops here, and the other ranks wait for it. So a
+            # blank image stands in, whose tokens `adapt` drops: its gradients are zeros.
+            side = self.model_config.vision.image_size
+            pixel_values = pixel_values.new_zeros(1, 3, side, side)
+        with torch.set_grad_enabled(train_vision):
+            return ImageFeatures(*self._chosen_patches(pixel_values), num_images)
+
+    def adapt(self, features: ImageFeatures | None) -> Tensor | None:
+        """Visual tokens as wide as the language model's, [valid visual tokens, H]."""
+        if features is None:
+            return None
+        if self.adapter is None:
+            # The decoder layers have a projector each and want the features as they are.
+            tokens = features_as_tokens(features.patches, self.config.hidden_size)
+        else:
+            grid = self.model_config.vision.grid
+            tokens = self.adapter(features.patches, grid, features.kept)
+        return tokens[: features.num_images * self.model_config.tokens_per_image]
+
+    def decode(
+        self, visual: Tensor | None, batch: PackedBatch, attention: AttentionInputs
+    ) -> Tensor:
+        """This stage's decoder layers over the tokens of both kinds.
+
+        Args:
+            visual: from `adapt`.
+            batch: its layout and token ids are read.
+            attention: of that layout.
+
+        Returns:
+            Hidden states as of `DAttnLanguageModel.forward`.
+        """
+        tokens = self.join_tokens(visual, batch) if self.pre_process else None
+        return self.language_model(tokens, attention)
+
+    def join_tokens(self, visual: Tensor | None, batch: PackedBatch) -> Tensor:
+        """This rank's share of the tokens [visual, padded to the budget | text], [tokens, 1, H]."""
+        text = self.language_model.embed(batch.input_ids)
+        expected = batch.layout.num_visual_tokens
+        assert visual is None or visual.shape[0] == expected, (
+            f"{visual.shape[0]} visual tokens came out of the adapter, the layout has {expected}"
+        )
+        # Equal shapes on every rank and in every step: what pipeline stages exchange, and what
+        # sequence parallelism cuts into equal shares.
+        padding = text.new_zeros(batch.layout.visual_budget - expected, *text.shape[1:])
+        parts = (padding, text) if visual is None else (visual.unsqueeze(1), padding, text)
+        tokens = self.language_model.scale_tokens(torch.cat(parts))
+        tokens = self._shards(batch.layout).scatter(tokens)
+        if self.adapter is None and torch.is_grad_enabled() and not tokens.requires_grad:
+            # megatron-core recomputes a layer in an autograd.Function of its inputs, which does not
+            # see the parameters: without an input that wants a gradient it has no backward pass,
+            # and the layer is not trained. Here all of the input may come from frozen modules.
+            tokens.requires_grad_()
+        return tokens
+
+    def loss(self, hidden_states: Tensor, batch: PackedBatch) -> Tensor:
+        """Cross entropy of every labelled text token, fp32 [labelled].
+
+        Args:
+            hidden_states: of the last stage.
+            batch: its layout and labels are read.
+        """
+        labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
+        # A text token's label is predicted by the token before it, which may be visual.
+        tokens = output_tokens(batch.layout, self.attention).to(labelled.device)
         shards = self._shards(batch.layout)
-        return self.language_model.gathered_logits(hidden_states, tokens, shards)
+        if self.labelled_logits:
+            return self.language_model.losses(
+                hidden_states, tokens[labelled], batch.labels[labelled], shards
+            )
+        any_token = batch.labels.clamp(min=0)  # cross entropy has to look up some logit
+        return self.language_model.losses(hidden_states, tokens, any_token, shards)[labelled]
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the previous stage's hidden states (called by the pipeline schedules)."""
@@ -148,51 +246,6 @@ class DAttnVLM(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied embedding's weight, for its gradient reduction between first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
-
-    def _hidden_states(self, batch: PackedBatch, observer: AttentionObserver | None) -> Tensor:
-        attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer)
-        decoder_input = self._decoder_input(batch) if self.pre_process else None
-        return self.language_model(decoder_input, attention)
-
-    def _decoder_input(self, batch: PackedBatch) -> Tensor:
-        """This rank's share of the tokens [visual, padded to the budget | text], [tokens, 1, H]."""
-        text = self.language_model.embed(batch.input_ids)
-        visual = self.visual_tokens(batch.pixel_values)
-        expected = batch.layout.num_visual_tokens
-        assert visual is None or visual.shape[0] == expected, (
-            f"{visual.shape[0]} visual tokens came out of the adapter, the layout has {expected}"
-        )
-        padding = text.new_zeros(batch.layout.visual_budget - expected, *text.shape[1:])
-        parts = (padding, text) if visual is None else (visual.unsqueeze(1), padding, text)
-        tokens = self.language_model.scale_tokens(torch.cat(parts))
-        tokens = self._shards(batch.layout).scatter(tokens)
-        if self.adapter is None and torch.is_grad_enabled() and not tokens.requires_grad:
-            # Recomputed layers pass on gradients, also to their own parameters, only if their input
-            # wants one; here it may come from frozen modules alone.
-            tokens.requires_grad_()
-        return tokens
-
-    def visual_tokens(self, pixel_values: Tensor) -> Tensor | None:
-        """Encode and adapt the images, [valid visual tokens, H].
-
-        Without images: None if nothing here is trained, else no tokens of a blank image. Those hang
-        on the graph of every parameter, so that the data-parallel reduction of this micro-batch's
-        gradients finds the same parameters on every rank.
-        """
-        assert self.vision_model is not None, "images belong to the first pipeline stage"
-        train_vision, no_images = _is_trained(self.vision_model), pixel_values.shape[0] == 0
-        if no_images:
-            if not (train_vision or (self.adapter is not None and _is_trained(self.adapter))):
-                return None
-            side = self.model_config.vision.image_size
-            pixel_values = pixel_values.new_zeros(1, 3, side, side)
-        with torch.set_grad_enabled(train_vision):
-            features, kept = self._features(pixel_values)
-        if self.adapter is None:
-            tokens = features_as_tokens(features, self.config.hidden_size)
-        else:
-            tokens = self.adapter(features, self.model_config.vision.grid, kept)
-        return tokens[:0] if no_images else tokens
 
     @torch.no_grad()
     def start_at_text_scale(self) -> float | None:
@@ -216,9 +269,9 @@ class DAttnVLM(MegatronModule):
     @torch.no_grad()
     def kept_patches(self, pixel_values: Tensor) -> Tensor | None:
         """Which patches of each image enter the decoder, int64 [images, kept]; None if all do."""
-        return self._features(pixel_values)[1]
+        return self._chosen_patches(pixel_values)[1]
 
-    def _features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _chosen_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features of the patches that enter the decoder, and which they are if not all."""
         assert self.vision_model is not None, "images belong to the first pipeline stage"
         if self.attention.visual.keep == 1.0:

@@ -16,7 +16,7 @@ from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed
 from tests.support.megatron import init_model_parallel
-from tests.support.vlm import LANGUAGE, make_batch, tiny_model, tiny_model_config
+from tests.support.vlm import LANGUAGE, join_tokens, make_batch, tiny_model, tiny_model_config
 
 # Of 56 neurons; two ranks hold 28 each.
 SHARES = {0.25: 14, 0.5: 28, 0.8: 45}
@@ -80,7 +80,7 @@ def _first_layers_attention(ranks: int) -> Compared:
     core = model.language_model.decoder.layers[0].self_attention.core_attention
     core.register_forward_hook(lambda module, args, out: seen.append((args, out)))
     batch = make_batch([9, 5, 8], [(3,), (), (0, 5)], seed=1)
-    tokens = model._decoder_input(_double(batch))
+    tokens = join_tokens(model, _double(batch))
     model.language_model(tokens, model.attention_inputs(batch.layout, tokens.device))
     ((query, key, value, _, _, inputs), out), *_ = seen
     rank, here = parallel_state.get_tensor_model_parallel_rank(), len(HEADS_WITH_IMAGES) // ranks

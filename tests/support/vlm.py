@@ -106,6 +106,11 @@ def tiny_model(
     return model
 
 
+def join_tokens(model: DAttnVLM, batch: PackedBatch) -> Tensor:
+    """What enters the decoder on the first stage, [tokens, 1, H]."""
+    return model.join_tokens(model.adapt(model.encode(batch.pixel_values)), batch)
+
+
 @torch.no_grad()
 def fill_parameters(
     model: DAttnVLM, layer_offset: int = 0, *, zero_centred_norms: bool = False

@@ -16,6 +16,7 @@ from megatron_dattn.errors import ConfigError
 from megatron_dattn.inference import LoadedModel, Prompt, encode_images, generate_tokens
 from megatron_dattn.inference.decoding import Decoding
 from megatron_dattn.inference.prompt import pack_prompts
+from megatron_dattn.models.vlm import ImageFeatures
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.megatron import init_model_parallel
 from tests.support.vlm import VISION, tiny_model, tiny_model_config
@@ -149,13 +150,13 @@ def test_prompts_share_a_kept_image(preset: str) -> None:
 def count_encodings(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images each later call of the vision encoder gets."""
     sizes: list[int] = []
-    encode = loaded.model.visual_tokens
+    encode = loaded.model.encode
 
-    def counted(pixels: Tensor) -> Tensor | None:
+    def counted(pixels: Tensor) -> ImageFeatures | None:
         sizes.append(len(pixels))
         return encode(pixels)
 
-    monkeypatch.setattr(loaded.model, "visual_tokens", counted)
+    monkeypatch.setattr(loaded.model, "encode", counted)
     return sizes
 
 

@@ -11,7 +11,7 @@ from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.patch_selection import attention_received, most_attended, take_patches
 from megatron_dattn.models.vlm import DAttnVLM
-from tests.support.vlm import CLIP, VISION, make_batch, tiny_model, tiny_model_config
+from tests.support.vlm import CLIP, VISION, join_tokens, make_batch, tiny_model, tiny_model_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -101,7 +101,7 @@ def test_clip_s_class_token_chooses() -> None:
     core = encoder.encoder.layers[-1].self_attention.core_attention
     hook = core.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:2]))
     with torch.no_grad():
-        features, kept = model._features(pixels)
+        features, kept, _ = model.encode(pixels)
         every_feature = encoder(pixels)
     hook.remove()
     query, key = (tokens.permute(1, 2, 0, 3) for tokens in seen[:2])  # [images, heads, tokens, D]
@@ -128,7 +128,7 @@ def test_embedded_positions_are_those_of_the_kept_patches(
     features, kept = _features_and_kept(model, batch.pixel_values)
     with torch.no_grad():
         whole = model.adapter(features, VISION.grid).unflatten(0, (-1, 9))
-        tokens = model._decoder_input(batch)[: 3 * KEPT, 0]
+        tokens = join_tokens(model, batch)[: 3 * KEPT, 0]
     expected = torch.cat([whole[image, places] for image, places in enumerate(kept)])
     # Matrix products of other sizes sum in another order.
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)

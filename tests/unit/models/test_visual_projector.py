@@ -13,7 +13,14 @@ from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.transformer_config import language_transformer_config
 from megatron_dattn.models.visual_projector import VisualProjector, features_as_tokens
 from megatron_dattn.parallel.config import ParallelConfig
-from tests.support.vlm import LANGUAGE, VISION, make_batch, tiny_model, tiny_model_config
+from tests.support.vlm import (
+    LANGUAGE,
+    VISION,
+    join_tokens,
+    make_batch,
+    tiny_model,
+    tiny_model_config,
+)
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -55,7 +62,7 @@ def test_visual_tokens_are_the_features_and_there_is_no_adapter(saisa) -> None:
     model, batch = tiny_model(saisa), make_batch([9, 5], [(3, 6), ()])
     assert model.adapter is None
     with torch.no_grad():
-        tokens = model._decoder_input(batch)
+        tokens = join_tokens(model, batch)
         features = model.vision_model(batch.pixel_values).flatten(0, 1)
     assert torch.equal(tokens[:18, 0, : VISION.hidden_size], features)
     assert not tokens[:36, 0, VISION.hidden_size :].any()
@@ -69,7 +76,7 @@ def test_the_first_layer_gets_gradients_whatever_is_frozen(saisa, images, frozen
     model = tiny_model(saisa)
     for name in frozen:
         getattr(model, name).requires_grad_(False)
-    tokens = model._decoder_input(make_batch([9], images))
+    tokens = join_tokens(model, make_batch([9], images))
     assert tokens.requires_grad
     tokens.sum().backward()
     for parameter in model.vision_model.parameters():
@@ -78,7 +85,7 @@ def test_the_first_layer_gets_gradients_whatever_is_frozen(saisa, images, frozen
 
 def test_validation_needs_no_gradient(saisa) -> None:
     with torch.no_grad():
-        assert not tiny_model(saisa)._decoder_input(make_batch([9], [(3,)])).requires_grad
+        assert not join_tokens(tiny_model(saisa), make_batch([9], [(3,)])).requires_grad
 
 
 def test_features_wider_than_the_language_model_are_refused(saisa) -> None:

@@ -8,6 +8,7 @@ from megatron_dattn.attention import PRESETS
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.vlm import DAttnVLM
 from tests.support.vlm import (
+    join_tokens,
     make_batch,
     tiny_model,
     tiny_model_config,
@@ -26,7 +27,7 @@ def test_a_visual_token_never_changes_another_one(preset):
     for layer in model.language_model.decoder.layers:
         layer.register_forward_hook(lambda module, args, out: states.append(out[0]))
     with torch.no_grad():
-        tokens = model._decoder_input(batch)
+        tokens = join_tokens(model, batch)
         attention = model.attention_inputs(batch.layout, tokens.device)
         model.language_model(tokens, attention)
         changed = tokens.clone()
