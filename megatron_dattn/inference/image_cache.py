@@ -7,41 +7,16 @@ encoder, adapter and the layers' pass over visual tokens, and read by any number
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatron_dattn.data.image_files import read_image_file
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.inference.layers import KeyValue, pass_images
-from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
-from megatron_dattn.models.vlm import DAttnVLM
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedImage:
-    """What text reads of an image, in every layer that sees images.
-
-    The images of one `encode_images` call share their memory: it is free when all are dropped.
-    """
-
-    pixels: np.ndarray
-    """uint8 [image_size, image_size, 3]: the image as the vision encoder got it."""
-    layers: tuple[KeyValue, ...] = field(repr=False)
-    """Key and value of each layer, first to last, [tokens of the image, key heads, head_dim]."""
-    model: DAttnVLM = field(repr=False)
-    """Who made them; nobody else can read them."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of keys and values."""
-        return sum(tokens.nbytes for layer in self.layers for tokens in layer)
-
-
-Image = np.ndarray | EncodedImage
+from megatron_dattn.inference.load import LoadedModel, model_device
+from megatron_dattn.inference.prompt import EncodedImage, Image, read_image
 
 
 def can_keep_images(loaded: LoadedModel) -> bool:
@@ -107,14 +82,6 @@ def encode_once(loaded: LoadedModel, images: Iterable[Image]) -> list[EncodedIma
     if any(image.model is not loaded.model for image in encoded):
         raise ConfigError("an image was encoded by another model; encode it with the one asked")
     return encoded
-
-
-def read_image(loaded: RunAssets, path: Path) -> np.ndarray:
-    """An image file at the vision encoder's size. Raises SampleError if it cannot be used."""
-    try:
-        return loaded.preprocessor.fit(read_image_file(str(path.parent), path.name))
-    except MemoryError as error:
-        raise DataError(f"memory ran out while decoding image '{path}'") from error
 
 
 def _pixels(loaded: LoadedModel, image: str | Path | np.ndarray) -> np.ndarray:

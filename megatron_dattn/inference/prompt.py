@@ -1,7 +1,7 @@
 """What is asked: a question as text tokens, and its images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,36 @@ import torch
 from megatron_dattn.attention import ImageSpan, TokenLayout
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn, require_unicode
+from megatron_dattn.data.image_files import read_image_file
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.data.template import TextTokens
 from megatron_dattn.errors import DataError, quoted
-from megatron_dattn.inference.image_cache import EncodedImage, Image, read_image
+from megatron_dattn.inference.layers import KeyValue
 from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
+from megatron_dattn.models.vlm import DAttnVLM
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """What text reads of an image, in every layer that sees images.
+
+    The images of one `encode_images` call share their memory: it is free when all are dropped.
+    """
+
+    pixels: np.ndarray
+    """uint8 [image_size, image_size, 3]: the image as the vision encoder got it."""
+    layers: tuple[KeyValue, ...] = field(repr=False)
+    """Key and value of each layer, first to last, [tokens of the image, key heads, head_dim]."""
+    model: DAttnVLM = field(repr=False)
+    """Who made them; nobody else can read them."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of keys and values."""
+        return sum(tokens.nbytes for layer in self.layers for tokens in layer)
+
+
+Image = np.ndarray | EncodedImage
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,14 @@ class Prompt:
     def pixels(self) -> list[np.ndarray]:
         """Of all images, encoded or not."""
         return [i.pixels if isinstance(i, EncodedImage) else i for i in self.images]
+
+
+def read_image(loaded: RunAssets, path: Path) -> np.ndarray:
+    """An image file at the vision encoder's size. Raises SampleError if it cannot be used."""
+    try:
+        return loaded.preprocessor.fit(read_image_file(str(path.parent), path.name))
+    except MemoryError as error:
+        raise DataError(f"memory ran out while decoding image '{path}'") from error
 
 
 def pack_prompts(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> PackedBatch:

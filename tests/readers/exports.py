@@ -20,9 +20,8 @@ from megatron_dattn.conversion.hf_export.run import export_checkpoint
 from megatron_dattn.data.template import TextTokens
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.inference import Prompt, generate_tokens, load_model
-from megatron_dattn.inference.image_cache import read_image
 from megatron_dattn.inference.load import LoadedModel, read_config
-from megatron_dattn.inference.prompt import pack_prompts
+from megatron_dattn.inference.prompt import pack_prompts, read_image
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder

@@ -9,7 +9,7 @@ import torch
 
 from megatron_dattn.errors import CheckpointError, DataError
 from megatron_dattn.inference import Prompt, encode_images, generate, generate_tokens, load_model
-from megatron_dattn.inference.image_cache import read_image
+from megatron_dattn.inference.prompt import read_image
 from megatron_dattn.runtime.distributed import destroy_distributed
 
 ROOT = Path(__file__).parents[3]
