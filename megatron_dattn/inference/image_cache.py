@@ -2,8 +2,8 @@
 
 Where visual tokens attend to nothing but themselves (V2V diagonal or none), an image's keys and
 values in every layer depend on the image alone: not on the question, not on other images, not on
-its place in the text, since keys are kept without rotation. So they can be made once, by vision
-encoder, adapter and the layers' pass over visual tokens, and read by any number of prompts.
+its place in the text, since keys are kept without rotation. So they can be made once, by a pass of
+the whole model, and read by any number of prompts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_dattn.batch import IGNORED_LABEL
 from megatron_dattn.data.rejection import SampleError
+from megatron_dattn.data.template import TextTokens
 from megatron_dattn.errors import ConfigError, DataError
-from megatron_dattn.inference.layers import KeyValue, pass_images
 from megatron_dattn.inference.load import LoadedModel, model_device
-from megatron_dattn.inference.prompt import EncodedImage, Image, read_image
+from megatron_dattn.inference.prompt import EncodedImage, Image, Prompt, pack_prompts, read_image
+from megatron_dattn.models.kv_cache import KVCache
 
 
 def can_keep_images(loaded: LoadedModel) -> bool:
@@ -50,22 +52,20 @@ def encode_images(
         )
     if not images:
         return ()
-    pixels = [_pixels(loaded, image) for image in images]
-    normalised = loaded.preprocessor.normalise(pixels).to(model_device(model))
-    visual = model.adapt(model.encode(normalised))
-    assert visual is not None, "there are images"
-    tokens = model.language_model.scale_tokens(visual.unsqueeze(1))
-    encoded: list[list[KeyValue]] = [[] for _ in images]
-    for layer, rule in zip(model.language_model.decoder.layers, model.rules, strict=True):
-        if not rule.sees_images:
-            break
-        (keys, values), tokens = pass_images(layer, tokens, rule)
-        per_image = (kind.chunk(len(images)) for kind in (keys, values))
-        for image, key, value in zip(encoded, *per_image, strict=True):
-            image.append((key, value))
+    pixels = tuple(_pixels(loaded, image) for image in images)
+    # Text tokens see the images and not the other way round, so any will do to make it a pack.
+    pack = Prompt(TextTokens([0], [IGNORED_LABEL], (0,) * len(pixels)), pixels)
+    batch = pack_prompts(loaded, [(pack, [])])
+    caches = [KVCache() for _ in model.rules]
+    attention = model.attention_inputs(batch.layout, model_device(model)).with_caches(caches)
+    model.decode(model.adapt(model.encode(batch.pixel_values)), batch, attention)
+    visual, kept = batch.layout.num_visual_tokens, sum(rule.sees_images for rule in model.rules)
+    by_layer = [
+        [tokens[:visual].chunk(len(pixels)) for tokens in cache.tokens] for cache in caches[:kept]
+    ]
     return tuple(
-        EncodedImage(array, tuple(layers), model)
-        for array, layers in zip(pixels, encoded, strict=True)
+        EncodedImage(array, tuple((keys[i], values[i]) for keys, values in by_layer), model)
+        for i, array in enumerate(pixels)
     )
 
 

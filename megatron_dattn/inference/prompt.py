@@ -14,8 +14,8 @@ from megatron_dattn.data.image_files import read_image_file
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.data.template import TextTokens
 from megatron_dattn.errors import DataError, quoted
-from megatron_dattn.inference.layers import KeyValue
 from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
+from megatron_dattn.models.kv_cache import KeyValue
 from megatron_dattn.models.vlm import DAttnVLM
 
 

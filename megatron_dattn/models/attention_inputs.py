@@ -4,7 +4,8 @@ It reaches every layer through TransformerBlock's `attention_bias` argument: the
 handed on untouched, also inside recomputation, where it travels in a closure.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from megatron_dattn.attention import (
     token_positions,
 )
 from megatron_dattn.models.config import LanguageConfig
+from megatron_dattn.models.kv_cache import KVCache
 from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.parallel.sequence import SequenceLayout
 
@@ -32,14 +34,17 @@ class LayerInputs:
 
     rule: LayerRule
     plan: AttentionPlan
-    """Over all tokens, or over the text tokens alone in a layer that sees no images."""
+    """Over all tokens, or over the text tokens alone in a layer that sees no images. With a cache:
+    over its tokens and those of this pass."""
     rotary: tuple[Tensor, Tensor]
     """Cosine and sine of the plan's tokens, each [tokens, head_dim]."""
     shards: SequenceLayout
-    """Of the plan's tokens."""
+    """Of the tokens that pass the layer."""
     backend: Backend
     softcap: float | None = None
     """c turns every score s into c * tanh(s / c)."""
+    cache: KVCache | None = None
+    """Where keys and values stay for later passes (generation); the tokens are on one rank then."""
     observer: AttentionObserver | None = None
     """Who is shown the layer's queries and keys; None in nearly every step."""
     report: ReportPlan | None = None
@@ -67,6 +72,11 @@ class AttentionInputs:
     def layer(self, number: int) -> LayerInputs:
         """What the layer needs that megatron-core counts as `number`, from 1."""
         return self.by_layer[number - 1]
+
+    def with_caches(self, caches: Sequence[KVCache]) -> "AttentionInputs":
+        """The same for layers that keep their keys and values, each in its own cache."""
+        pairs = zip(self.by_layer, caches, strict=True)
+        return replace(self, by_layer=tuple(replace(layer, cache=cache) for layer, cache in pairs))
 
     def reads_images(self, number: int) -> bool:
         """Whether that layer exists and sees images."""

@@ -61,20 +61,9 @@ class ImageCrossAttention(MegatronModule):
             visual: normalized local visual tokens, [tokens, 1, H].
             text: normalized local text tokens, [tokens, 1, H].
         """
-        return self.read(text, *self.keys_values(visual), inputs)
-
-    def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """What text tokens read, [all visual tokens, key heads of this rank, head_dim] each.
-
-        Args:
-            visual: normalized local visual tokens, [tokens, 1, H].
-        """
-        key_value = self.linear_kv(visual)[0].unflatten(2, (-1, 2, self.head_dim)).squeeze(1)
-        key, value = key_value.unbind(2)
-        return key, value
-
-    def read(self, text: Tensor, key: Tensor, value: Tensor, inputs: LayerInputs) -> Tensor:
-        """`forward` from keys and values; tokens behind the visual ones are not read."""
+        key, value = self.keys_values(visual)
+        if inputs.cache is not None:
+            key, value = inputs.cache.extend(key, value)  # text that it holds is not read
         query = self.linear_q(text)[0].unflatten(2, (-1, self.head_dim)).squeeze(1)
         inputs.show(self.layer_number, query, key, self.scale)
         out = attend_images(
@@ -88,3 +77,15 @@ class ImageCrossAttention(MegatronModule):
             softcap=inputs.softcap,
         )
         return self.linear_proj(out.flatten(1).unsqueeze(1))[0]
+
+    def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """What text tokens read, [all visual tokens, key heads of this rank, head_dim] each.
+
+        Args:
+            visual: normalized local visual tokens, [tokens, 1, H].
+        """
+        # Under sequence parallelism linear_kv gathers the ranks' visual tokens alone, which gives
+        # them in packed order; of both kinds together it would interleave the ranks' shares.
+        key_value = self.linear_kv(visual)[0].unflatten(2, (-1, 2, self.head_dim)).squeeze(1)
+        key, value = key_value.unbind(2)
+        return key, value

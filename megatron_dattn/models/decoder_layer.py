@@ -87,14 +87,14 @@ class DecoderLayer(TransformerLayer):
 
         Args:
             hidden_states: local tokens [V_r | T_r], [tokens, 1, H]; text tokens alone where no
-                layer from here on sees images.
+                layer from here on sees images, or images are in the layers' caches.
 
         Returns:
             The same, without the visual tokens once nobody reads them any more; and None, where
             megatron-core's layers return a context.
         """
         inputs = attention_bias.layer(self.layer_number)
-        if inputs.rule.sees_images:
+        if inputs.shards.visual:
             states = self._attend(hidden_states, inputs)
             states = self._transform(states, inputs)
         else:
@@ -110,7 +110,8 @@ class DecoderLayer(TransformerLayer):
         if self.visual_projector is not None and visual.shape[0]:
             tokens = torch.cat((self.visual_projector(visual), text))
         normed = self.input_layernorm(tokens)
-        if self.cross_attention is not None and visual.shape[0]:
+        # By the plan, since images may be in the cache while text tokens pass alone.
+        if self.cross_attention is not None and inputs.plan.num_visual_tokens:
             normed_visual, normed_text = inputs.shards.split(normed)
             text = text + self.cross_attention(normed_visual, normed_text, inputs)
             normed = torch.cat((normed_visual, self.input_layernorm(text)))
@@ -132,8 +133,6 @@ class DecoderLayer(TransformerLayer):
         """Norm, the first `share` of the FFN's neurons, and residual; [tokens, 1, H] as given."""
         if share == 0.0:
             return visual
-        if share == 1.0:
-            return self.ffn(visual)
         return self._in_chunks(partial(self._part_of_ffn, share=share), visual)
 
     def ffn(self, tokens: Tensor) -> Tensor:

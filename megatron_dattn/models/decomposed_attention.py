@@ -103,9 +103,13 @@ class DecomposedSelfAttention(SelfAttention):
         query, key, value = self._project_in(hidden_states, inputs)
         if not self.images_are_apart:
             inputs.show(self.layer_number, query, key, self.core_attention.scale)
+        visual = value[: inputs.plan.num_diagonal_tokens]
+        if inputs.cache is not None:
+            # Of an image whose tokens a cross-attention has kept, nobody reads these.
+            first = inputs.shards.visual if self.images_are_apart else 0
+            key, value = inputs.cache.extend(key[first:], value[first:])
         head_mask = self.head_mask(value)
         text = self._attend(query, key, value, head_mask, inputs)
-        visual = value[: inputs.plan.num_diagonal_tokens]
         if head_mask is not None:
             visual = visual * head_mask.to(visual.dtype).unsqueeze(-1)
         return self._project_out(visual, text, inputs)
@@ -113,8 +117,9 @@ class DecomposedSelfAttention(SelfAttention):
     def _project_in(
         self, hidden_states: Tensor, inputs: LayerInputs
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query of the scored tokens, key and value of all tokens."""
-        first_scored, _ = inputs.plan.scored_tokens
+        """Query of the scored tokens, key and value of all that pass."""
+        # Not the plan's number of the first one, which counts the tokens of a cache, too.
+        first_scored = inputs.shards.num_tokens - inputs.plan.num_scored_tokens
         if self.savings.visual_queries and first_scored:
             return project_queries_keys_values(
                 hidden_states,

@@ -40,6 +40,10 @@ class SequenceLayout:
         return self.group.size() if self.sequence_parallel else 1
 
     @property
+    def num_tokens(self) -> int:
+        return self.visual + self.text
+
+    @property
     def local_visual(self) -> int:
         return self.visual // self.ranks
 

@@ -51,7 +51,7 @@ COVERED_BY = {
     "hf/decoder_dattn": "unit/hf/test_modeling_dattn.py",
     "hf/vision_dattn": "unit/hf/test_modeling_dattn.py",
     "inference/image_cache": "unit/inference/test_generate.py",
-    "inference/layers": "unit/inference/test_decoding.py",
+    "inference/prompt": "unit/inference/test_generate.py",
     # A decoder layer against a slow one, for every preset.
     "models/decomposed_attention": "unit/models/test_decoder_layer.py",
     "models/projections": "unit/models/test_decoder_layer.py",
