@@ -1,5 +1,10 @@
 """From vision features to tokens of the language model: a two-layer MLP with RMSNorm, positions.
 
+The MLP stands once in front of the decoder (`Adapter`). Where `visual.source` is "reproject"
+(SAISA), every decoder layer has one of its own instead (`VisualProjector`): visual tokens have no
+state then, but carry the encoder's features through all layers and pipeline stages, padded with
+zeros to the language model's width, and each layer makes its keys and values of them anew.
+
 The paper (section 3.1) names "a two-layer MLP adapter with RMSNorm" without its place. By default
 it stands before the MLP: features come from the middle of the encoder, unnormalized and with
 outlier channels, and the MLP's own output scale stays free to match the text embeddings'. Behind
@@ -8,20 +13,82 @@ the MLP, where the authors' later models have it, it would give visual tokens a 
 residual stream. So the last norm, whichever it is, starts at the scale of text.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_dattn.attention import get_preset
-from megatron_dattn.models.config import ModelConfig
-from megatron_dattn.models.feature_mlp import FeatureMLP
+from megatron_dattn.models.config import AdapterNorm, ModelConfig
 from megatron_dattn.models.fractional_positions import FractionalPositions
 from megatron_dattn.models.learned_positions import PerPatchPositions, RowColumnPositions
 from megatron_dattn.models.norm import RMSNorm
 
 VisualPositions = RowColumnPositions | PerPatchPositions | FractionalPositions
+
+
+class FeatureMLP(MegatronModule):
+    """Linear -> GELU -> linear, with norms around them; subclasses say which tokens pass.
+
+    The linear layers are cut over the tensor-parallel ranks. Under sequence parallelism, which the
+    config says, they gather the tokens of all ranks and hand each rank its own tokens back.
+
+    Args:
+        config: gives dtype, initialization and sequence parallelism.
+        input_size: width of the encoder's features.
+        hidden_size: width of the MLP's middle.
+        output_size: width of the language model.
+        norm_eps: of the RMSNorms.
+        norm: where they stand; `norm` is the one before the linear layers, `output_norm` behind.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        norm_eps: float,
+        norm: AdapterNorm = "before",
+    ) -> None:
+        super().__init__(config=config)
+        tp_group = get_tensor_model_parallel_group()
+        self.norm, self.output_norm = IdentityOp(), IdentityOp()
+        if norm in ("before", "both"):
+            self.norm = RMSNorm(config, input_size, eps=norm_eps)
+        if norm in ("behind", "both"):
+            self.output_norm = RMSNorm(config, output_size, eps=norm_eps)
+        self.linear_fc1 = ColumnParallelLinear(
+            input_size,
+            hidden_size,
+            config=config,
+            init_method=_init_for(input_size),
+            tp_group=tp_group,
+        )
+        self.linear_fc2 = RowParallelLinear(
+            hidden_size,
+            output_size,
+            config=config,
+            init_method=_init_for(hidden_size),
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=tp_group,
+        )
+
+    def project(self, features: Tensor) -> Tensor:
+        """[..., input_size] -> [..., output_size]."""
+        middle, _ = self.linear_fc1(self.norm(features))
+        tokens, _ = self.linear_fc2(F.gelu(middle))
+        return self.output_norm(tokens)
 
 
 class Adapter(FeatureMLP):
@@ -72,6 +139,50 @@ class Adapter(FeatureMLP):
             self.last_norm.weight.fill_(scale)
 
 
+class VisualProjector(FeatureMLP):
+    """The adapter's MLP for one decoder layer.
+
+    The released code of SAISA (section 3 of its paper: one projector per layer) has no norm; ours
+    is the adapter's, for the same reason: features leave the encoder unnormalized.
+
+    Args:
+        config: the language model's, see `language_transformer_config`.
+        feature_size: width of the encoder's features, at most `config.hidden_size`.
+        norm_eps: of the RMSNorm.
+    """
+
+    def __init__(self, config: TransformerConfig, *, feature_size: int, norm_eps: float) -> None:
+        super().__init__(
+            config,
+            input_size=feature_size,
+            hidden_size=config.hidden_size,
+            output_size=config.hidden_size,
+            norm_eps=norm_eps,
+        )
+        self.feature_size = feature_size
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """This layer's visual tokens.
+
+        Args:
+            tokens: [tokens, 1, hidden_size] as `features_as_tokens` makes them; under sequence
+                parallelism this rank's share, equally many on every rank.
+
+        Returns:
+            [tokens, 1, hidden_size], of the same tokens.
+        """
+        return self.project(tokens[..., : self.feature_size])
+
+
+def features_as_tokens(features: Tensor, hidden_size: int) -> Tensor:
+    """Features padded with zeros to the language model's width.
+
+    [images, patches, feature_size] -> [images * patches, hidden_size].
+    """
+    tokens = features.flatten(0, 1)
+    return F.pad(tokens, (0, hidden_size - tokens.shape[1]))
+
+
 def build_adapter(config: TransformerConfig, model: ModelConfig) -> Adapter | None:
     """The adapter that a model's preset asks for; None where the layers project features anew.
 
@@ -106,3 +217,8 @@ def _positions(config: TransformerConfig, model: ModelConfig) -> VisualPositions
             return FractionalPositions(config, size, model.num_places, settings.norm_eps)
         case _:
             return None
+
+
+def _init_for(fan_in: int) -> partial[Tensor]:
+    """Variance 1 / (3 fan_in), that of torch's own linear layers, at any width."""
+    return partial(torch.nn.init.normal_, std=(3 * fan_in) ** -0.5)

@@ -19,11 +19,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_dattn.attention import AttentionConfig
+from megatron_dattn.models.adapter import VisualProjector
 from megatron_dattn.models.attention_inputs import AttentionInputs, LayerInputs
 from megatron_dattn.models.cross_attention import ImageCrossAttention
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.partial_ffn import partial_ffn
-from megatron_dattn.models.visual_projector import VisualProjector
 
 # Local tokens: all of them in one tensor, or visual and text tokens apart.
 States = tuple[Tensor, ...]

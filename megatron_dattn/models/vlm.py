@@ -23,7 +23,7 @@ from megatron_dattn.attention import (
     select_backend,
 )
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
-from megatron_dattn.models.adapter import Adapter, build_adapter
+from megatron_dattn.models.adapter import Adapter, build_adapter, features_as_tokens
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
@@ -36,7 +36,6 @@ from megatron_dattn.models.transformer_config import (
     vision_transformer_config,
 )
 from megatron_dattn.models.vision_encoder import VisionEncoder
-from megatron_dattn.models.visual_projector import features_as_tokens
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.parallel.sequence import SequenceLayout
 

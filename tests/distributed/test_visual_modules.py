@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dattn.models.adapter import build_adapter
+from megatron_dattn.models.adapter import VisualProjector, build_adapter
 from megatron_dattn.models.config import AdapterConfig, VisionConfig
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.transformer_config import (
@@ -16,7 +16,6 @@ from megatron_dattn.models.transformer_config import (
     vision_transformer_config,
 )
 from megatron_dattn.models.vision_encoder import VisionEncoder
-from megatron_dattn.models.visual_projector import VisualProjector
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.distributed import run_distributed
 from tests.support.megatron import init_model_parallel

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.adapter import VisualProjector, features_as_tokens
 from megatron_dattn.models.build import check_model_sizes
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.transformer_config import language_transformer_config
-from megatron_dattn.models.visual_projector import VisualProjector, features_as_tokens
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.vlm import (
     LANGUAGE,
