@@ -27,9 +27,12 @@ from torch import Tensor
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.models.config import AdapterNorm, ModelConfig
-from megatron_dattn.models.fractional_positions import FractionalPositions
-from megatron_dattn.models.learned_positions import PerPatchPositions, RowColumnPositions
 from megatron_dattn.models.norm import RMSNorm
+from megatron_dattn.models.visual_positions import (
+    FractionalPositions,
+    PerPatchPositions,
+    RowColumnPositions,
+)
 
 VisualPositions = RowColumnPositions | PerPatchPositions | FractionalPositions
 

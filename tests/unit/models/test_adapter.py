@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_dattn.models.adapter import Adapter, build_adapter
 from megatron_dattn.models.config import AdapterConfig, AdapterNorm, ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
-from megatron_dattn.models.learned_positions import PerPatchPositions, RowColumnPositions
 from megatron_dattn.models.transformer_config import vision_transformer_config
+from megatron_dattn.models.visual_positions import PerPatchPositions, RowColumnPositions
 from megatron_dattn.parallel.config import ParallelConfig
 from tests.support.vlm import LANGUAGE, VISION, tiny_model_config
 
