@@ -13,17 +13,23 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_dattn.attention import AttentionConfig
+from megatron_dattn.attention import AttentionConfig, num_shared
 from megatron_dattn.models.adapter import VisualProjector
 from megatron_dattn.models.attention_inputs import AttentionInputs, LayerInputs
 from megatron_dattn.models.cross_attention import ImageCrossAttention
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.models.partial_ffn import partial_ffn
 
 # Local tokens: all of them in one tensor, or visual and text tokens apart.
 States = tuple[Tensor, ...]
@@ -153,7 +159,7 @@ class DecoderLayer(TransformerLayer):
         return tokens + self.post_feedforward_layernorm(added)
 
     def _part_of_ffn(self, tokens: Tensor, share: float) -> Tensor:
-        added = partial_ffn(self.mlp, self.pre_mlp_layernorm(tokens), share)
+        added = _partial_ffn(self.mlp, self.pre_mlp_layernorm(tokens), share)
         return tokens + self.post_feedforward_layernorm(added)
 
     def _post_norm(self, norm: type[torch.nn.Module] | None) -> torch.nn.Module:
@@ -192,3 +198,32 @@ class DecoderLayer(TransformerLayer):
 
 def _join(states: States) -> Tensor:
     return states[0] if len(states) == 1 else torch.cat(states)
+
+
+def _partial_ffn(mlp: MLP, normed: Tensor, share: float) -> Tensor:
+    """What the first `share` of the neurons adds to some tokens (YOPO).
+
+    Which neurons these are must not depend on how the weights are cut: under tensor parallelism the
+    low ranks hold the first ones and do the work, the others may have none.
+
+    Args:
+        mlp: the layer's gated FFN without biases; its first weight is `[gate; up]` on every rank.
+        normed: normalized local tokens, [tokens, 1, H], equally many on every rank.
+
+    Returns:
+        Shaped like `normed`.
+    """
+    config, group = mlp.config, mlp.tp_group
+    here = mlp.linear_fc2.weight.shape[1]
+    used = num_shared(config.ffn_hidden_size, share) - group.rank() * here
+    used = max(0, min(used, here))
+    gate, up = (half[:used] for half in mlp.linear_fc1.weight.chunk(2))
+    if config.sequence_parallel:
+        tokens = gather_from_sequence_parallel_region(normed, group=group)
+    else:
+        tokens = copy_to_tensor_model_parallel_region(normed, group=group)
+    middle = mlp.activation_func(tokens @ gate.T) * (tokens @ up.T)
+    partial = middle @ mlp.linear_fc2.weight[:, :used].T
+    if config.sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(partial, group=group)
+    return reduce_from_tensor_model_parallel_region(partial, group=group)
