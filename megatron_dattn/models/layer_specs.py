@@ -26,7 +26,7 @@ from megatron_dattn.models.decoder_layer import DecoderLayer
 from megatron_dattn.models.decomposed_attention import DecomposedCore, DecomposedSelfAttention
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
-from megatron_dattn.models.vision_attention import BidirectionalCore
+from megatron_dattn.models.vision_encoder import BidirectionalCore
 
 Implementation = Literal["local", "transformer_engine"]
 

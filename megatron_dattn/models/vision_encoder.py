@@ -6,6 +6,10 @@ layer exist, so there is no final norm either. Weights map one to one onto Huggi
 `SiglipVisionModel` and `CLIPVisionModel`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,12 +21,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
 from megatron_dattn.models.config import VisionConfig
-from megatron_dattn.models.layer_specs import Implementation, vision_block_spec
 from megatron_dattn.models.norm import LayerNorm
+from megatron_dattn.models.patch_selection import attention_received
 
 
 class PatchEmbedding(torch.nn.Conv2d):
@@ -54,6 +58,59 @@ class PatchEmbedding(torch.nn.Conv2d):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
+class BidirectionalCore(torch.nn.Module):
+    """Attention without a mask over `[patches, images, heads, head_dim]`.
+
+    A thin wrapper around torch's scaled_dot_product_attention, which picks a flash kernel on CPU
+    and GPU alike; megatron-core's unfused core would materialize the scores. What attention a patch
+    receives, which no kernel tells, is computed beside it where it is asked for.
+
+    Built and called as megatron-core builds and calls a `core_attention`; arguments that describe
+    masks, packing or context parallelism have no meaning here.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, **unused: Any
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self._received: list[Tensor] | None = None
+        self._asking: int | None = None
+
+    @contextmanager
+    def recording(self, asking: int | None = None) -> Iterator[list[Tensor]]:
+        """Takes note of the attention that patches receive from this rank's heads.
+
+        Every forward pass inside adds one [images, patches] to the list, see `attention_received`;
+        a recomputation after it adds none.
+
+        Args:
+            asking: only the attention of so many leading tokens counts; by default that of all.
+        """
+        self._received, self._asking = [], asking
+        try:
+            yield self._received
+        finally:
+            self._received = None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """The attended values, [patches, images, heads * head_dim]."""
+        # [patches, images, heads, head_dim] -> [images, heads, patches, head_dim]
+        query, key, value = (states.permute(1, 2, 0, 3) for states in (query, key, value))
+        if self._received is not None:
+            asking = query[:, :, : self._asking]
+            self._received.append(attention_received(asking, key, self.softmax_scale))
+        out = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
 class VisionEncoder(MegatronModule):
     """The encoder up to its feature layer.
 
@@ -63,11 +120,11 @@ class VisionEncoder(MegatronModule):
     Args:
         config: from `vision_transformer_config`.
         vision: sizes; `feature_layer` says where the features leave.
-        implementation: whose linear layers and norms to use.
+        layers: see `vision_block_spec`.
     """
 
     def __init__(
-        self, config: TransformerConfig, vision: VisionConfig, implementation: Implementation
+        self, config: TransformerConfig, vision: VisionConfig, layers: TransformerBlockSubmodules
     ) -> None:
         super().__init__(config=config)
         self.vision = vision
@@ -90,7 +147,7 @@ class VisionEncoder(MegatronModule):
                     torch.nn.init.normal_(embedding, std=vision.hidden_size**-0.5)
         self.encoder = TransformerBlock(
             config=config,
-            spec=vision_block_spec(implementation, config.num_layers),
+            spec=layers,
             post_layer_norm=False,
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )

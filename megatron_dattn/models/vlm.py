@@ -28,7 +28,7 @@ from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_atte
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.language_model import DAttnLanguageModel
-from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.models.layer_specs import resolve_implementation, vision_block_spec
 from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.models.patch_selection import most_attended, take_patches
 from megatron_dattn.models.transformer_config import (
@@ -89,7 +89,8 @@ class DAttnVLM(MegatronModule):
         self.adapter: Adapter | None = None
         if pre_process:
             vision_config = vision_transformer_config(model.vision, parallel, execution)
-            self.vision_model = VisionEncoder(vision_config, model.vision, implementation)
+            layers = vision_block_spec(implementation, vision_config.num_layers)
+            self.vision_model = VisionEncoder(vision_config, model.vision, layers)
             self.adapter = build_adapter(vision_config, model)
         self.rules = layer_rules(
             self.attention,

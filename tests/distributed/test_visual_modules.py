@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_dattn.models.adapter import VisualProjector, build_adapter
 from megatron_dattn.models.config import AdapterConfig, VisionConfig
 from megatron_dattn.models.execution import ExecutionConfig
+from megatron_dattn.models.layer_specs import vision_block_spec
 from megatron_dattn.models.transformer_config import (
     language_transformer_config,
     vision_transformer_config,
@@ -88,7 +89,7 @@ def _encode(tensor: int, vision: VisionConfig) -> tuple[Tensor, Tensor]:
     init_model_parallel(tensor)
     parallel = ParallelConfig(tensor_model_parallel_size=tensor)
     config = vision_transformer_config(vision, parallel, ExecutionConfig(precision="fp32"))
-    encoder = VisionEncoder(config, vision, "local")
+    encoder = VisionEncoder(config, vision, vision_block_spec("local", config.num_layers))
     encoder.share_embeddings_and_output_weights = False
     fill_parameters(encoder)
     generator = torch.Generator().manual_seed(4)

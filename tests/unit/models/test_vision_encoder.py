@@ -14,6 +14,7 @@ from transformers import (
 from megatron_dattn.conversion.families.registry import vision_rules
 from megatron_dattn.models.config import VisionConfig
 from megatron_dattn.models.execution import ExecutionConfig
+from megatron_dattn.models.layer_specs import vision_block_spec
 from megatron_dattn.models.transformer_config import vision_transformer_config
 from megatron_dattn.models.vision_encoder import PatchEmbedding, VisionEncoder
 from megatron_dattn.parallel.config import ParallelConfig
@@ -28,7 +29,7 @@ both_families = pytest.mark.parametrize("vision", [VISION, CLIP], ids=lambda v: 
 def _encoder(vision: VisionConfig = VISION, **execution) -> VisionEncoder:
     execution = ExecutionConfig(**{"precision": "fp32", **execution})
     config = vision_transformer_config(vision, ParallelConfig(), execution)
-    return VisionEncoder(config, vision, "local")
+    return VisionEncoder(config, vision, vision_block_spec("local", config.num_layers))
 
 
 def _hugging_face(vision: VisionConfig) -> SiglipVisionModel | CLIPVisionModel:
