@@ -117,6 +117,7 @@ class Decoding:
 
     def _next_inputs(self, num_new: int) -> list[LayerInputs]:
         """What the layers need to know about the newest tokens; equal layers share it."""
+        # By identity: `prepare_attention` gave layers with equal rules and windows the same object.
         made: dict[int, LayerInputs] = {}
         layers = self._prompt_inputs.by_layer
         for number, before in enumerate(layers):

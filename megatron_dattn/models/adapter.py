@@ -83,7 +83,7 @@ class FeatureMLP(MegatronModule):
             init_method=_init_for(hidden_size),
             bias=True,
             input_is_parallel=True,
-            skip_bias_add=False,
+            skip_bias_add=False,  # else the bias comes beside the product, for a fused kernel
             tp_group=tp_group,
         )
 
@@ -162,7 +162,7 @@ class VisualProjector(FeatureMLP):
             output_size=config.hidden_size,
             norm_eps=norm_eps,
         )
-        self.feature_size = feature_size
+        self.feature_size = feature_size  # the zeros behind would change the norm's mean square
 
     def forward(self, tokens: Tensor) -> Tensor:
         """This layer's visual tokens.

@@ -1,8 +1,4 @@
-"""What the decoder layers need to know about a micro-batch, prepared once for all of them.
-
-It reaches every layer through TransformerBlock's `attention_bias` argument: the only one that is
-handed on untouched, also inside recomputation, where it travels in a closure.
-"""
+"""What the decoder layers need to know about a micro-batch, prepared once for all of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,7 +48,14 @@ class LayerInputs:
 
     @torch.no_grad()
     def show(self, layer_number: int, query: Tensor, key: Tensor, scale: float) -> None:
-        """Show projections to the observer, if there is one; full recomputation does so twice."""
+        """Show projections to the observer, if there is one; full recomputation does so twice.
+
+        Args:
+            layer_number: from 1.
+            query: as projected, [scored tokens, query heads, head_dim].
+            key: as projected, [tokens, key heads, head_dim].
+            scale: of the scores.
+        """
         if self.observer is None:
             return
         assert self.report is not None, "an observer comes with a report's plan"
@@ -103,6 +106,7 @@ def prepare_attention(
     """
     positions = token_positions(layout, config)
     cos, sin = language.rotary_tables(positions, device)
+    # A plan is host work and index tensors on the device: one per kind of layer, not per layer.
     layers = [(rule, language.window(number)) for number, rule in enumerate(rules)]
     prepared: dict[tuple[LayerRule, int | None], LayerInputs] = {}
     for rule, window in dict.fromkeys(layers):
@@ -110,6 +114,7 @@ def prepare_attention(
         prepared[rule, window] = LayerInputs(
             rule=rule,
             plan=plan_attention(seen, rule.attention, device, window=window),
+            # Text tokens stand last, also where a layer sees nothing else.
             rotary=(cos[-seen.num_tokens :], sin[-seen.num_tokens :]),
             shards=shards if rule.sees_images else shards.text_alone(),
             backend=backend,

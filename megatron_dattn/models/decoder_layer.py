@@ -99,6 +99,7 @@ class DecoderLayer(TransformerLayer):
             The same, without the visual tokens once nobody reads them any more; and None, where
             megatron-core's layers return a context.
         """
+        # Under pipeline parallelism layer_number still counts from the decoder's first layer.
         inputs = attention_bias.layer(self.layer_number)
         if inputs.shards.visual:
             states = self._attend(hidden_states, inputs)
@@ -114,17 +115,20 @@ class DecoderLayer(TransformerLayer):
         tokens = hidden_states
         visual, text = inputs.shards.split(tokens)
         if self.visual_projector is not None and visual.shape[0]:
+            # For keys and values alone: the residual goes on carrying the encoder's features.
             tokens = torch.cat((self.visual_projector(visual), text))
         normed = self.input_layernorm(tokens)
         # By the plan, since images may be in the cache while text tokens pass alone.
         if self.cross_attention is not None and inputs.plan.num_visual_tokens:
             normed_visual, normed_text = inputs.shards.split(normed)
             text = text + self.cross_attention(normed_visual, normed_text, inputs)
+            # Text has changed, so it is normalized again; visual tokens have not.
             normed = torch.cat((normed_visual, self.input_layernorm(text)))
             hidden_states = torch.cat((visual, text))
         added = self.post_attention_layernorm(self.self_attention(normed, inputs))
         if added.shape[0] == hidden_states.shape[0]:
             return (hidden_states + added,)
+        # Kept apart: joined they would be copied here and split again for the FFN.
         return visual, text + added
 
     def _transform(self, states: States, inputs: LayerInputs) -> States:
@@ -136,17 +140,22 @@ class DecoderLayer(TransformerLayer):
         return self.visual_ffn(visual, share), self.ffn(text)
 
     def visual_ffn(self, visual: Tensor, share: float) -> Tensor:
-        """Norm, the first `share` of the FFN's neurons, and residual; [tokens, 1, H] as given."""
+        """Norm, the first `share` of the FFN's neurons, and residual.
+
+        [tokens, 1, H] -> the same shape.
+        """
         if share == 0.0:
             return visual
         return self._in_chunks(partial(self._part_of_ffn, share=share), visual)
 
     def ffn(self, tokens: Tensor) -> Tensor:
-        """Norm, FFN and residual, [tokens, 1, H]."""
+        """Norm, FFN and residual, [tokens, 1, H] -> the same shape."""
         return self._in_chunks(self._ffn_of, tokens)
 
     def _in_chunks(self, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """The function of all tokens at once, or of recomputed chunks if the savings say so."""
+        # The setting counts tokens of the pack; under sequence parallelism these are a rank's, and
+        # the layer's gather makes them the pack's again.
         limit = self.savings.ffn_chunk_tokens // self._token_ranks
         if not 0 < limit < tokens.shape[0]:
             return function(tokens)
@@ -173,6 +182,7 @@ class DecoderLayer(TransformerLayer):
 
     def _emit(self, states: States, attention: AttentionInputs) -> Tensor:
         """The tokens that the next layer, the next pipeline stage or the head wants."""
+        # Behind the last layer the head reads text tokens, or also visual ones where they predict.
         is_last = self.layer_number == len(attention.by_layer)
         unread = self.savings.unread_tokens and not self.preset.visual_tokens_predict
         if attention.reads_images(self.layer_number + 1) or (is_last and not unread):
@@ -189,6 +199,8 @@ class DecoderLayer(TransformerLayer):
 
     def _checkpoint(self, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         if self.config.fp8:
+            # Transformer Engine must know which forward pass is a repetition: FP8 tensors are
+            # scaled by what was seen before, and the repetition must use the first pass's scales.
             from megatron.core.extensions.transformer_engine import te_checkpoint
 
             tracker = tensor_parallel.random.get_cuda_rng_tracker
@@ -216,11 +228,15 @@ def _partial_ffn(mlp: MLP, normed: Tensor, share: float) -> Tensor:
     config, group = mlp.config, mlp.tp_group
     here = mlp.linear_fc2.weight.shape[1]
     used = num_shared(config.ffn_hidden_size, share) - group.rank() * here
+    # A rank that holds none of them goes on with empty matrices: it takes part in the collectives.
     used = max(0, min(used, here))
+    # The rank's rows are [its gate; its up], not a slice of [gate; up] (partition_stride 2).
     gate, up = (half[:used] for half in mlp.linear_fc1.weight.chunk(2))
     if config.sequence_parallel:
         tokens = gather_from_sequence_parallel_region(normed, group=group)
     else:
+        # The same tensor; in the backward pass the ranks' gradients are summed, because each has
+        # those of its own neurons.
         tokens = copy_to_tensor_model_parallel_region(normed, group=group)
     middle = mlp.activation_func(tokens @ gate.T) * (tokens @ up.T)
     partial = middle @ mlp.linear_fc2.weight[:, :used].T

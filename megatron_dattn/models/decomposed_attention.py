@@ -49,7 +49,7 @@ class DecomposedCore(torch.nn.Module):
         inputs: LayerInputs,
     ) -> Tensor:
         """[tokens, heads, head_dim] each, query of scored tokens alone -> [scored tokens, heads *
-        D]."""
+        D]; gate [query heads], head_mask fp32 [key heads]."""
         out = attend_scored_tokens(
             query,
             key,
@@ -128,6 +128,8 @@ class DecomposedSelfAttention(SelfAttention):
                 self.num_query_groups_per_partition,
                 self.hidden_size_per_attention_head,
             )
+        # megatron-core's linear_qkv gathers whole ranks, [V_0 | T_0 | V_1 | T_1 ..]; the plan
+        # counts in [V | T].
         query, key, value = (
             inputs.shards.from_rank_order(states.squeeze(1))
             for states in self.get_query_key_value_tensors(hidden_states)
@@ -145,6 +147,8 @@ class DecomposedSelfAttention(SelfAttention):
         def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return self.core_attention(query, key, value, self.gate, head_mask, inputs)
 
+        # The gate comes by the closure and gets its gradient all the same: it is a parameter, and
+        # the backward pass through the recomputed core adds to its .grad.
         if self.checkpoint_core_attention and self.training:
             return tensor_parallel.checkpoint(core, False, query, key, value)
         return core(query, key, value)
@@ -156,12 +160,16 @@ class DecomposedSelfAttention(SelfAttention):
             groups, head_dim = visual.shape[1:]
             weight = self.linear_proj.weight
             folded = fold_output_weight(weight, groups, head_dim)
+            # What linear_proj would do, with another weight for each kind: the products are sums
+            # over this rank's heads, which the ranks add up.
             out = shards.reduce_scatter(visual.flatten(1) @ folded.T, scored @ weight.T)
             return out.unsqueeze(1)
         if visual.shape[0]:
             heads = self.num_attention_heads_per_partition
             scored = torch.cat((diagonal_attention(visual, heads).flatten(1), scored))
         if scored.shape[0] == inputs.plan.num_tokens:
+            # linear_proj hands rank r the r-th equal piece, which must be [V_r | T_r]. Text tokens
+            # alone are in that order as they are.
             scored = shards.to_rank_order(scored)
         out, _ = self.linear_proj(scored.unsqueeze(1))
         return out
@@ -203,5 +211,7 @@ class DecomposedSelfAttention(SelfAttention):
 def _head_parameter(num_heads: int, dtype: torch.dtype) -> torch.nn.Parameter:
     """Zeros, one per query head of this rank, marked as a shard of a longer vector."""
     parameter = torch.nn.Parameter(torch.zeros(num_heads, dtype=dtype))
+    # An unmarked parameter counts as a copy of rank 0's, and megatron-core leaves copies out of the
+    # gradient norm (`param_is_not_tensor_parallel_duplicate`).
     tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     return parameter

@@ -33,6 +33,8 @@ class KVCache:
             key: of the new tokens, [N, key heads, head_dim]; maybe of none.
             value: shaped alike.
         """
+        # Copies the cache in every pass, as Hugging Face's DynamicCache does. Memory that is set
+        # aside for the longest answer would need as much from the start.
         keys, values = zip(*self._pieces, (key, value), strict=True)
         tokens = (key, value) if len(keys) == 1 else (torch.cat(keys), torch.cat(values))
         self._pieces = [tokens]

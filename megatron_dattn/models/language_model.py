@@ -64,13 +64,16 @@ class DAttnLanguageModel(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=language.tie_word_embeddings,
-            position_embedding_type="none",
+            position_embedding_type="none",  # GPTModel's rotary tables count one sequence of text
+            # Tokens are scattered after the visual ones have joined them.
             scatter_embedding_sequence_parallel=False,
         )
         self.language = language
         if post_process:
             # The head's input is not sharded by tokens: `SequenceLayout.take` has gathered it. So
-            # it must not gather again, and must all-reduce the gradient of its input.
+            # it must not gather again, and must all-reduce the gradient of its input, since every
+            # rank has that of its own slice of the vocabulary. ColumnParallelLinear decides both
+            # from `config.sequence_parallel` alone.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
 
@@ -85,6 +88,7 @@ class DAttnLanguageModel(GPTModel):
         table: Tensor = self.embedding.word_embeddings.weight
         first = self.pg_collection.tp.rank() * table.shape[0]
         rows = table[: max(0, self.language.vocab_size - first)]
+        # fp64: a variance as a difference of sums over millions of entries needs the digits.
         sums = torch.zeros(3, dtype=torch.float64, device=table.device)
         for block in rows.split(4096):  # not the whole table in another precision at once
             exact = block.double()
@@ -94,7 +98,7 @@ class DAttnLanguageModel(GPTModel):
         return float((squares / count - (total / count) ** 2) ** 0.5)
 
     def scale_tokens(self, tokens: Tensor) -> Tensor:
-        """What enters the first layer for these tokens, in the family's scale.
+        """What enters the first layer for these tokens, in the family's scale, [tokens, 1, H].
 
         Gemma-2 multiplies embeddings by sqrt(H), rounded to their dtype. Visual tokens are
         multiplied like text tokens, so the adapter's output stands beside the embedding table's
@@ -118,6 +122,9 @@ class DAttnLanguageModel(GPTModel):
             Hidden states shaped like the input; on the last stage after the final norm, and of the
             text tokens alone if nobody reads the visual ones.
         """
+        # In `attention_bias`, because TransformerBlock passes that on to its layers untouched:
+        # under full recomputation masks and rotary tables go through an autograd.Function that
+        # takes tensors alone, this one through a closure (`_checkpointed_forward`).
         return self.decoder(
             hidden_states=decoder_input, attention_mask=None, attention_bias=attention
         )
@@ -126,7 +133,8 @@ class DAttnLanguageModel(GPTModel):
         """This rank's share of the vocabulary's logits at the chosen tokens.
 
         Args:
-            hidden_states: of the last stage, local tokens of both kinds or text tokens alone.
+            hidden_states: of the last stage, local tokens of both kinds or text tokens alone,
+                [tokens, 1, H].
             tokens: packed tokens, int64 [N].
             shards: how the tokens are spread over the ranks.
 
@@ -155,7 +163,10 @@ class DAttnLanguageModel(GPTModel):
     def gathered_logits(
         self, hidden_states: Tensor, tokens: Tensor, shards: SequenceLayout
     ) -> Tensor:
-        """Logits over the whole vocabulary, [N, vocab_size], on every tensor-parallel rank."""
+        """Logits over the whole vocabulary, [N, vocab_size], on every tensor-parallel rank.
+
+        Arguments as of `logits`: hidden states [tokens, 1, H], tokens int64 [N].
+        """
         logits = gather_from_tensor_model_parallel_region(
             self.logits(hidden_states, tokens, shards), group=self.pg_collection.tp
         )
@@ -167,7 +178,7 @@ class DAttnLanguageModel(GPTModel):
         """Cross entropy of each label, fp32 [N].
 
         Args:
-            hidden_states: of the last stage.
+            hidden_states: of the last stage, [tokens, 1, H].
             tokens: packed token that predicts each label, int64 [N].
             labels: token ids, int64 [N].
             shards: how the tokens are spread over the ranks.
@@ -176,12 +187,14 @@ class DAttnLanguageModel(GPTModel):
         every parameter a zero gradient, so that data-parallel reductions stay in step.
         """
         num_labels = labels.shape[0]
-        if num_labels == 0:
+        if num_labels == 0:  # some text token with some label
             tokens, labels = tokens.new_full((1,), shards.visual), labels.new_zeros(1)
         logits = self.logits(hidden_states, tokens, shards)
         if self.config.tensor_model_parallel_size > 1:
+            # Computes in fp32, and in place where the logits are fp32 already: they are gone then.
             losses = vocab_parallel_cross_entropy(logits, labels)
         else:
+            # On one rank torch's own, which also takes fp64, as the tests use.
             dtype = torch.promote_types(logits.dtype, torch.float32)
             losses = F.cross_entropy(logits.to(dtype), labels, reduction="none")
         return losses if num_labels else losses[:0]

@@ -102,6 +102,8 @@ def language_block_spec(
                         linear_qkv=column, core_attention=DecomposedCore, linear_proj=row
                     ),
                 ),
+                # TransformerLayer builds both residual adds; our forward pass adds by itself, as
+                # it must know which tokens have one.
                 self_attn_bda=get_bias_dropout_add,
                 pre_mlp_layernorm=IdentityOp if fused_ffn else norm,
                 mlp=_mlp_spec(_te_norm_linear() if fused_ffn else column, row),

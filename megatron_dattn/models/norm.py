@@ -1,8 +1,6 @@
 """RMSNorms and LayerNorm for the local (not Transformer Engine) path.
 
-megatron-core's own wrapper around torch's norms refuses sequence parallelism. Under it every rank
-normalizes other tokens, so the weights' gradients are partial sums; the attribute
-`sequence_parallel` on a parameter tells megatron-core's `finalize_model_grads` to add them up.
+megatron-core's own wrapper around torch's norms refuses sequence parallelism.
 """
 
 import torch
@@ -28,6 +26,8 @@ class RMSNorm(torch.nn.Module):
         self.hidden_size = hidden_size
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Under sequence parallelism every rank normalizes other tokens, so each has a part of the
+        # weight's gradient. This mark makes megatron-core's `finalize_model_grads` add them up.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor) -> Tensor:

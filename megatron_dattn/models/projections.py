@@ -64,6 +64,7 @@ class _ProjectTokens(torch.autograd.Function):
         ctx.save_for_backward(local, weight)
         ctx.shards, ctx.heads = shards, (num_groups, head_dim)
         tokens = shards.all_gather(local)
+        # Rows of the two lie interleaved in the weight, so each is a copy.
         query_weight, key_value_weight = _parts(weight, num_groups, head_dim)
         return tokens[-shards.text :] @ query_weight.T, tokens @ key_value_weight.T
 
@@ -77,10 +78,11 @@ class _ProjectTokens(torch.autograd.Function):
         query_weight, key_value_weight = _parts(weight, *ctx.heads)
         grad_local, grad_weight = None, None
         if ctx.needs_input_grad[0]:
+            # Of this rank's heads; the sum over the ranks is the gradient.
             grad_tokens = grad_key_value @ key_value_weight
             grad_tokens[-shards.text :] += grad_query @ query_weight
             grad_local = shards.reduce_scatter(grad_tokens)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # not where the language model is frozen
             tokens = shards.all_gather(local)
             grad_weight = _join_parts(
                 grad_query.T @ tokens[-shards.text :], grad_key_value.T @ tokens, weight, *ctx.heads

@@ -54,6 +54,7 @@ def language_transformer_config(
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[language.hidden_activation],
+        # megatron-core's fused gated activations have no tanh-GELU, which Gemma has.
         bias_activation_fusion=is_swiglu and torch.cuda.is_available(),
         init_method_std=language.initializer_range,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -89,7 +90,7 @@ def _common(parallel: ParallelConfig, execution: ExecutionConfig) -> dict[str, A
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "params_dtype": dtype,
-        "pipeline_dtype": dtype,
+        "pipeline_dtype": dtype,  # of the hidden states that a stage allocates to receive
         "autocast_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         # Initialized on the host, a weight does not depend on how it is cut into shards.
@@ -99,9 +100,12 @@ def _common(parallel: ParallelConfig, execution: ExecutionConfig) -> dict[str, A
         "attention_dropout": 0.0,
         # Both are torch.compile'd: worth it on a GPU, a C++ compiler run on a CPU.
         "bias_dropout_fusion": on_gpu,
-        "masked_softmax_fusion": False,
+        "masked_softmax_fusion": False,  # of megatron-core's own attention core, not used here
         "cuda_graph_scope": [],  # its default is deprecated and warns
+        # Losses are sums; megatron-core divides by the labelled tokens of all ranks in
+        # `finalize_model_grads`. A mean per micro-batch would weigh packs of few labels more.
         "calculate_per_token_loss": True,
+        # Once sent, an output is but the root of its backward pass, which reads no values of it.
         "deallocate_pipeline_outputs": True,
         **_recompute(execution),
     }

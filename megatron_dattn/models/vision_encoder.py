@@ -101,7 +101,16 @@ class BidirectionalCore(torch.nn.Module):
         attention_mask: Tensor | None = None,
         **unused: Any,
     ) -> Tensor:
-        """The attended values, [patches, images, heads * head_dim]."""
+        """The attended values.
+
+        Args:
+            query: [patches, images, heads, head_dim], of this rank's heads.
+            key: shaped alike.
+            value: shaped alike.
+
+        Returns:
+            [patches, images, heads * head_dim].
+        """
         # [patches, images, heads, head_dim] -> [images, heads, patches, head_dim]
         query, key, value = (states.permute(1, 2, 0, 3) for states in (query, key, value))
         if self._received is not None:
@@ -148,7 +157,7 @@ class VisionEncoder(MegatronModule):
         self.encoder = TransformerBlock(
             config=config,
             spec=layers,
-            post_layer_norm=False,
+            post_layer_norm=False,  # features leave in mid-encoder, as Hugging Face's hidden_states
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
 
@@ -196,5 +205,6 @@ class VisionEncoder(MegatronModule):
 
 def _mean_over_heads(of_own_heads: Tensor) -> Tensor:
     """The mean over the tensor-parallel ranks, which hold equally many heads."""
+    # The tokens behind the encoder are replicated, so all ranks must keep the same patches.
     dist.all_reduce(of_own_heads, group=get_tensor_model_parallel_group())
     return of_own_heads / get_tensor_model_parallel_world_size()

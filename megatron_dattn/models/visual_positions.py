@@ -72,7 +72,8 @@ class PerPatchPositions(torch.nn.Module):
         self.patches = torch.nn.Parameter(torch.zeros(side * side, hidden_size, dtype=dtype))
 
     def forward(self, rows: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
-        """Place the rows; arguments and result as of `RowColumnPositions`."""
+        """Place the rows, [images, patches, hidden_size]; arguments and result as of
+        `RowColumnPositions`."""
         table = self.table(grid)
         return rows + (table if kept is None else table[kept])
 
@@ -119,7 +120,8 @@ class FractionalPositions(torch.nn.Module):
         self.last_norm = RMSNorm(config, hidden_size, eps=norm_eps)
 
     def forward(self, rows: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
-        """Place the rows; arguments and result as of `RowColumnPositions`."""
+        """Place the rows, [images, patches, hidden_size]; arguments and result as of
+        `RowColumnPositions`."""
         height, width = grid
         of_rows, of_columns = self.of_rows(height, rows.dtype), self.of_columns(width, rows.dtype)
         if kept is None:
@@ -134,7 +136,7 @@ class FractionalPositions(torch.nn.Module):
         return self._normed(self.rows(self._sinusoids(length)).to(dtype))
 
     def of_columns(self, length: int, dtype: torch.dtype) -> Tensor:
-        """The same of columns."""
+        """The same of columns, [length, hidden_size]."""
         return self._normed(self.columns(self._sinusoids(length)).to(dtype))
 
     def _normed(self, places: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class DAttnVLM(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
     ) -> None:
+        # The outermost module's config is what megatron-core's schedules and DDP read.
         super().__init__(config=language_transformer_config(model.language, parallel, execution))
         self.model_config = model
         self.attention = get_preset(model.attention)
@@ -191,12 +192,12 @@ class DAttnVLM(MegatronModule):
         """This stage's decoder layers over the tokens of both kinds.
 
         Args:
-            visual: from `adapt`.
+            visual: from `adapt`, [valid visual tokens, H]; read on the first stage only.
             batch: its layout and token ids are read.
             attention: of that layout.
 
         Returns:
-            Hidden states as of `DAttnLanguageModel.forward`.
+            Hidden states, [S, 1, H] as of `DAttnLanguageModel.forward`.
         """
         tokens = self.join_tokens(visual, batch) if self.pre_process else None
         return self.language_model(tokens, attention)
@@ -225,7 +226,7 @@ class DAttnVLM(MegatronModule):
         """Cross entropy of every labelled text token, fp32 [labelled].
 
         Args:
-            hidden_states: of the last stage.
+            hidden_states: of the last stage, [S, 1, H].
             batch: its layout and labels are read.
         """
         labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
@@ -240,11 +241,14 @@ class DAttnVLM(MegatronModule):
         return self.language_model.losses(hidden_states, tokens, any_token, shards)[labelled]
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take the previous stage's hidden states (called by the pipeline schedules)."""
+        """Take the previous stage's hidden states, [S, 1, H] (called by the schedules)."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied embedding's weight, for its gradient reduction between first and last stage."""
+        """The tied embedding's weight, [padded_vocab_size / tensor-parallel size, H].
+
+        megatron-core adds up its gradients on the first and the last stage, which have a copy each.
+        """
         return self.language_model.shared_embedding_or_output_weight()
 
     @torch.no_grad()
@@ -268,7 +272,11 @@ class DAttnVLM(MegatronModule):
 
     @torch.no_grad()
     def kept_patches(self, pixel_values: Tensor) -> Tensor | None:
-        """Which patches of each image enter the decoder, int64 [images, kept]; None if all do."""
+        """Which patches of each image enter the decoder, int64 [images, kept]; None if all do.
+
+        Args:
+            pixel_values: as for `encode`, [images, 3, image_size, image_size]; at least one image.
+        """
         return self._chosen_patches(pixel_values)[1]
 
     def _chosen_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -288,6 +296,8 @@ class DAttnVLM(MegatronModule):
         Raises ConfigError if no backend fits.
         """
         language = self.model_config.language
+        # The activations' dtype, also under FP8, which stays inside the linear layers. Not the
+        # configuration's: a model may have been cast (verification of imports runs in fp64).
         dtype = next(self.language_model.parameters()).dtype
         return prepare_attention(
             layout,

@@ -57,6 +57,7 @@ def broadcast_batch(
     if batch is None:
         batch = DataError("the data has ended")
     if isinstance(batch, Exception):
+        # Sent before it is raised: the others wait for a header, and would until the timeout.
         _send_failure(batch, group, device)
         raise batch
     return _send(batch if pixels else batch.without_pixels(), group, device)
@@ -65,6 +66,7 @@ def broadcast_batch(
 def _send(batch: PackedBatch, group: dist.ProcessGroup, device: torch.device) -> PackedBatch:
     if dist.get_world_size(group) == 1:
         return batch.to(device)
+    # Collectives need equal shapes on every rank, and packs differ: so sizes go first.
     layout = batch.layout.encode()
     num_images, _, image_size, _ = batch.pixel_values.shape
     sizes = (len(layout), batch.layout.text_budget, num_images, image_size)
@@ -86,6 +88,8 @@ def _receive(group: dist.ProcessGroup, device: torch.device) -> PackedBatch:
     layout, input_ids, labels = integers.split([layout_length, text_budget, text_budget])
     pixel_values = torch.empty((num_images, 3, image_size, image_size), device=device)
     return PackedBatch(
+        # Planning reads the layout's numbers one by one, on the host: this waits for the device
+        # once, instead of at each of them.
         layout=TokenLayout.decode(layout.cpu()),
         input_ids=input_ids,
         labels=labels,
@@ -108,6 +112,7 @@ def _header(status: _Status, *sizes: int) -> Tensor:
 def _broadcast(tensor: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
     """Broadcast from the group's first rank; the result lies on `device`."""
     tensor = tensor.to(device)
+    # The header told every rank that a tensor is empty, so all of them leave the broadcast out.
     if dist.get_world_size(group) > 1 and tensor.numel():
         dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
     return tensor

@@ -51,16 +51,26 @@ class SequenceLayout:
     def local_text(self) -> int:
         return self.text // self.ranks
 
+    # What cuts tokens or gathers them, below, does so with one kind at a time: megatron-core's
+    # mappings cut a tensor into equal consecutive pieces, and cut so, [V | T] would give the first
+    # ranks visual tokens and the last ones text.
+
     def text_alone(self) -> "SequenceLayout":
         """The same tokens without the visual ones."""
         return SequenceLayout(0, self.text, self.group, self.sequence_parallel)
 
     def split(self, local: Tensor) -> tuple[Tensor, Tensor]:
-        """Local tokens into visual and text tokens, as views; the visual ones may be missing."""
+        """Local tokens into visual and text tokens, as views.
+
+        [V_r + T_r, ...] -> [V_r, ...] and [T_r, ...]; V_r is 0 if there are no visual tokens.
+        """
         return local[: local.shape[0] - self.local_text], local[-self.local_text :]
 
     def scatter(self, tokens: Tensor) -> Tensor:
-        """All tokens, equal on every rank, into local tokens; gradients are gathered back."""
+        """All tokens, equal on every rank, into local tokens; gradients are gathered back.
+
+        [V + T, ...] -> [V_r + T_r, ...].
+        """
         if not self.sequence_parallel:
             return tokens
         kinds = (part for part in tokens.split((self.visual, self.text)) if part.shape[0])
@@ -69,16 +79,23 @@ class SequenceLayout:
     def all_gather(self, local: Tensor) -> Tensor:
         """Local tokens into all tokens, for a column-parallel product; gradients are summed.
 
-        Local tokens may be of both kinds or text alone.
+        [V_r + T_r, ...] -> [V + T, ...], or text alone, [T_r, ...] -> [T, ...].
         """
         if not self.sequence_parallel:
+            # All tokens are here already. What this adds is the all-reduce of their gradient: each
+            # rank's product has its own columns (heads, neurons) and sees their share of it only.
             return copy_to_tensor_model_parallel_region(local, group=self.group)
         return torch.cat([self._gather(part) for part in self.split(local) if part.shape[0]])
 
     def reduce_scatter(self, *partial: Tensor) -> Tensor:
         """Sum what the ranks computed of a row-parallel product, and keep the local tokens.
 
-        `partial` is all tokens, or text tokens alone, or visual and text tokens apart.
+        Args:
+            partial: this rank's terms: of all tokens, [V + T, ...], or of text tokens alone,
+                [T, ...], or of both kinds apart, [V, ...] and [T, ...].
+
+        Returns:
+            [V_r + T_r, ...], or [T_r, ...] of text tokens alone.
         """
         if not self.sequence_parallel:
             joined = partial[0] if len(partial) == 1 else torch.cat(partial)
@@ -94,7 +111,7 @@ class SequenceLayout:
 
     def from_rank_order(self, tokens: Tensor) -> Tensor:
         """All tokens as a plain gather lays them, `[V_0 | T_0 | V_1 | T_1 ...]`, in packed
-        order."""
+        order; [V + T, ...] -> the same shape."""
         if self.ranks == 1 or not self.visual:
             return tokens
         shards = tokens.unflatten(0, (self.ranks, -1))
@@ -106,7 +123,7 @@ class SequenceLayout:
         )
 
     def to_rank_order(self, tokens: Tensor) -> Tensor:
-        """The inverse of `from_rank_order`."""
+        """The inverse of `from_rank_order`, [V + T, ...] -> the same shape."""
         if self.ranks == 1 or not self.visual:
             return tokens
         visual, text = (
@@ -123,7 +140,7 @@ class SequenceLayout:
         that all-reduces its input gradient takes care of that); each rank keeps its tokens' share.
 
         Args:
-            local: this rank's tokens, of both kinds or text alone.
+            local: this rank's tokens, of both kinds or text alone, [V_r + T_r, ...] or [T_r, ...].
             tokens: packed token numbers, int64 [N], equal on every rank; text tokens if `local` has
                 no others.
         """
@@ -147,6 +164,8 @@ class SequenceLayout:
         return [self.visual, self.text] if len(tokens) == self.visual + self.text else [len(tokens)]
 
     def _gather(self, part: Tensor) -> Tensor:
+        # True: the backward pass reduce-scatters, because what follows differs by rank (its heads).
+        # False would take each rank's piece of its own gradient and drop the others' terms.
         return gather_from_sequence_parallel_region(
             part, tensor_parallel_output_grad=True, group=self.group
         )
