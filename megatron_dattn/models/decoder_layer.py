@@ -101,13 +101,10 @@ class DecoderLayer(TransformerLayer):
         """
         # Under pipeline parallelism layer_number still counts from the decoder's first layer.
         inputs = attention_bias.layer(self.layer_number)
-        if inputs.shards.visual:
-            states = self._attend(hidden_states, inputs)
-            states = self._transform(states, inputs)
-        else:
-            text = hidden_states[-inputs.shards.local_text :]
-            (text,) = self._attend(text, inputs)
-            states = text[:0], self.ffn(text)
+        if not inputs.shards.visual:
+            # The stage before may have sent visual tokens that nobody reads, for the shape's sake.
+            hidden_states = hidden_states[-inputs.shards.local_text :]
+        states = self._transform(self._attend(hidden_states, inputs), inputs)
         return self._emit(states, attention_bias), None
 
     def _attend(self, hidden_states: Tensor, inputs: LayerInputs) -> States:
@@ -134,7 +131,7 @@ class DecoderLayer(TransformerLayer):
     def _transform(self, states: States, inputs: LayerInputs) -> States:
         """The FFN block with its residual; visual tokens may pass a part of it or none."""
         share = inputs.rule.visual_ffn
-        if share == 1.0:
+        if share == 1.0 or not inputs.shards.visual:
             return (self.ffn(_join(states)),)
         visual, text = states if len(states) == 2 else inputs.shards.split(*states)
         return self.visual_ffn(visual, share), self.ffn(text)
