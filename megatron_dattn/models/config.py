@@ -105,6 +105,7 @@ class VisionConfig:
     @property
     def num_used_layers(self) -> int:
         """Layers that are built: those above the feature layer are never run."""
+        # It counts hidden states as Hugging Face does: one before the first layer, one behind each.
         return self.num_hidden_layers + 1 + self.feature_layer
 
 
@@ -253,7 +254,8 @@ class LanguageConfig:
         )
 
     def rotary_tables(self, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the angles at these positions, float32 [tokens, head_dim] each."""
+        """Cosine and sine of the angles at these positions, int64 [tokens] -> float32 [tokens,
+        head_dim] each."""
         scaling = self.rope_scaling
         return rotary_tables(positions, self.head_dim, self.rope_theta, device, scaling)
 

@@ -71,11 +71,8 @@ def language_block_spec(
     savings: ExactSavings,
     feature_size: int,
 ) -> TransformerBlockSubmodules:
-    """The decoder's layers of one pipeline stage, with decomposed attention, and its final norm.
-
-    The norm before the attention is a module of its own in both implementations, because its tokens
-    are multiplied with parts of the fused weight. Before the FFN it is fused where it can be.
-    """
+    """The decoder's layers of one pipeline stage, with decomposed attention, and its final norm."""
+    # A partial FFN multiplies normalized tokens with a part of the weight, out of the module.
     fused_ffn = implementation == "transformer_engine" and preset.visual.ffn in (0.0, 1.0)
     norm = _rms_norm(implementation, language)
     column, row = _linears(implementation)
@@ -90,6 +87,7 @@ def language_block_spec(
                 "post_norm": norm if language.has_post_norms else None,
             },
             submodules=TransformerLayerSubmodules(
+                # Never fused: `projections.py` multiplies its tokens with parts of linear_qkv.
                 input_layernorm=norm,
                 self_attention=ModuleSpec(
                     module=DecomposedSelfAttention,
