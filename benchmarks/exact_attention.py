@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dattn.attention.backends.base import ScoreFunction
 from megatron_dattn.attention.plan.parts import Part
 
 SCORES_AT_A_TIME = 2**24
@@ -47,14 +48,13 @@ class ExactBackend:
         key: Tensor,
         value: Tensor,
         part: Part,
-        scale: float,
-        softcap: float | None = None,
+        score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor]:
-        assert softcap is None
+        assert score_function.softcap is None
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
         for block in _blocks(part, query.shape[1]):
             q, k, v = query[block.queries], key[block.keys], value[block.keys]
-            scores = _scores(q, k, block, part) * scale
+            scores = _scores(q, k, block, part) * score_function.scale
             lse[block.queries] = scores.logsumexp(-1).T
             out[block.queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), _repeat(v, q))
         return out, lse
@@ -68,19 +68,18 @@ class ExactBackend:
         out: Tensor,
         lse: Tensor,
         part: Part,
-        scale: float,
-        softcap: float | None = None,
+        score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert softcap is None
+        assert score_function.softcap is None
         grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for block in _blocks(part, query.shape[1]):
             q, g, o = query[block.queries], grad_out[block.queries], out[block.queries]
             k, v = key[block.keys], value[block.keys]
-            scores = _scores(q, k, block, part) * scale
+            scores = _scores(q, k, block, part) * score_function.scale
             probabilities = torch.exp(scores - lse[block.queries].T.unsqueeze(-1))
             grad_probabilities = torch.einsum("qhd,khd->hqk", g, _repeat(v, q))
             centre = (g * o).sum(-1).T.unsqueeze(-1)
-            grad_scores = probabilities * (grad_probabilities - centre) * scale
+            grad_scores = probabilities * (grad_probabilities - centre) * score_function.scale
             grads[0][block.queries] += torch.einsum("hqk,khd->qhd", grad_scores, _repeat(k, q))
             of_keys = torch.einsum("hqk,qhd->khd", grad_scores, q)
             of_values = torch.einsum("hqk,qhd->khd", probabilities, g)

@@ -12,6 +12,7 @@ from megatron_dattn.attention.attention_maps import (
     plan_report,
 )
 from megatron_dattn.attention.backends import Backend, select_backend
+from megatron_dattn.attention.backends.base import ScoreFunction
 from megatron_dattn.attention.config import AttentionConfig, Positions, TextToVisual
 from megatron_dattn.attention.decomposed import (
     attend_images,
@@ -43,6 +44,7 @@ __all__ = [
     "LayerRule",
     "Positions",
     "ReportPlan",
+    "ScoreFunction",
     "Scoring",
     "TextToVisual",
     "TokenLayout",

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.backends.base import Backend, ScoreFunction
 from megatron_dattn.attention.config import AttentionConfig, Merge, Positions
 from megatron_dattn.attention.layout import TokenLayout, TokenRange
 from megatron_dattn.attention.merge import merge_dtype
@@ -52,9 +52,8 @@ class Scoring:
 
     plan: ReportPlan
     rotary: Rotary  # tables of all S tokens
-    scale: float
+    score_function: ScoreFunction
     backend: Backend
-    softcap: float | None = None
 
 
 def plan_report(
@@ -143,7 +142,7 @@ def _log_sum_exps(parts: tuple[Part, ...], query: Tensor, key: Tensor, scoring: 
         if part.rotary:
             q, k = _rotate(q, k, part.query_tokens, part.key_tokens, scoring)
         # Backends give an output too: keys stand in for the values, which it would need.
-        _, part_lse = scoring.backend.forward(q, k, k, part, scoring.scale, scoring.softcap)
+        _, part_lse = scoring.backend.forward(q, k, k, part, scoring.score_function)
         part.query_tokens.put(lse, torch.logaddexp(part.query_tokens.take(lse), part_lse))
     return lse
 
@@ -157,9 +156,9 @@ def _visual_scores(
         q, k = _rotate(q, k, TokenIndex(len(chosen), index=chosen), visual, scoring)
     dtype = merge_dtype(query.dtype)
     k = k.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(dtype)
-    scores = torch.einsum("qhd,khd->qhk", q.to(dtype), k) * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    scores = torch.einsum("qhd,khd->qhk", q.to(dtype), k) * scoring.score_function.scale
+    if (softcap := scoring.score_function.softcap) is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     return scores
 
 

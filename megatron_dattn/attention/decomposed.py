@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.backends.base import Backend, ScoreFunction
 from megatron_dattn.attention.merge import alpha_merge, merge_dtype, weighted_merge
 from megatron_dattn.attention.plan.parts import AttentionPlan, Part
 from megatron_dattn.attention.positions import Rotary, apply_rotary
@@ -31,11 +31,10 @@ def decomposed_attention(
     plan: AttentionPlan,
     rotary: Rotary,
     *,
-    scale: float,
+    score_function: ScoreFunction,
     backend: Backend,
     gate: Tensor | None = None,
     head_mask: Tensor | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """Attention output of every packed token, [S, Hq, D], before the output projection.
 
@@ -43,9 +42,8 @@ def decomposed_attention(
     multiple of Hk. `rotary` holds the tables of all S tokens. `gate` [Hq] or [1] belongs to the
     merges "tanh" and "sigmoid". `head_mask` [Hk] of ones and zeros masks visual tokens in key
     heads: their values count as zero, and so does what they read. It saves nothing: the scores of
-    those heads are computed, for the softmax is not renormalized. `softcap` c turns every score s
-    into c * tanh(s / c). Tokens that see nothing (padding) give zero, or their own value where
-    visual tokens do, and send no gradient to other tokens.
+    those heads are computed, for the softmax is not renormalized. Tokens that see nothing (padding)
+    give zero, or their own value where visual tokens do, and send no gradient to other tokens.
     """
     first_scored, _ = plan.scored_tokens
     scored = attend_scored_tokens(
@@ -54,11 +52,10 @@ def decomposed_attention(
         value,
         plan,
         rotary,
-        scale=scale,
+        score_function=score_function,
         backend=backend,
         gate=gate,
         head_mask=head_mask,
-        softcap=softcap,
     )
     if first_scored == 0:
         return scored
@@ -77,11 +74,10 @@ def attend_scored_tokens(
     plan: AttentionPlan,
     rotary: Rotary,
     *,
-    scale: float,
+    score_function: ScoreFunction,
     backend: Backend,
     gate: Tensor | None = None,
     head_mask: Tensor | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """Attention output of the tokens that have scores, [plan.num_scored_tokens, Hq, D].
 
@@ -94,7 +90,7 @@ def attend_scored_tokens(
         value = _silence(value, head_mask, plan.num_visual_tokens)
 
     def attend(parts: tuple[Part, ...]) -> Tensor:
-        return _attend(parts, query, key, value, plan, rotary, scale, softcap, backend)
+        return _attend(parts, query, key, value, plan, rotary, score_function, backend)
 
     if plan.merge in ("alpha", "cascade"):
         if gate is not None:
@@ -117,9 +113,8 @@ def attend_images(
     plan: AttentionPlan,
     rotary: Rotary,
     *,
-    scale: float,
+    score_function: ScoreFunction,
     backend: Backend,
-    softcap: float | None = None,
 ) -> Tensor:
     """T2V alone, of a plan whose merge leaves it a softmax of its own; shapes as in
     `attend_scored_tokens`. Tokens that see no image give zero.
@@ -127,7 +122,7 @@ def attend_images(
     For merge "cascade", where query, key and value have projections of their own. Of `key` and
     `value` only visual tokens are read: they may hold those alone.
     """
-    return _attend(plan.visual_parts, query, key, value, plan, rotary, scale, softcap, backend)
+    return _attend(plan.visual_parts, query, key, value, plan, rotary, score_function, backend)
 
 
 def diagonal_attention(value: Tensor, num_query_heads: int) -> Tensor:
@@ -150,13 +145,12 @@ def _attend(
     value: Tensor,
     plan: AttentionPlan,
     rotary: Rotary,
-    scale: float,
-    softcap: float | None,
+    score_function: ScoreFunction,
     backend: Backend,
 ) -> Tensor:
     shared = plan.parts_share_keys if parts is plan.parts else plan.visual_parts_share_keys
     joint = _JointSoftmax.apply(
-        query, key, value, *rotary, parts, shared, plan.scored_tokens[0], scale, softcap, backend
+        query, key, value, *rotary, parts, shared, plan.scored_tokens[0], score_function, backend
     )
     assert isinstance(joint, Tensor)
     return joint
@@ -176,15 +170,14 @@ class _JointSoftmax(torch.autograd.Function):
         parts: tuple[Part, ...],
         shared_keys: bool,
         first_scored: int,
-        scale: float,
-        softcap: float | None,
+        score_function: ScoreFunction,
         backend: Backend,
     ) -> Tensor:
         out = query.new_zeros(query.shape, dtype=_sum_dtype(query, len(parts) > 1))
         lse = query.new_full(query.shape[:2], -torch.inf, dtype=merge_dtype(query.dtype))
         for part in parts:
             q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
-            part_out, part_lse = backend.forward(q, k, v, part, scale, softcap)
+            part_out, part_lse = backend.forward(q, k, v, part, score_function)
             tokens = part.query_tokens
             if part is not parts[0]:
                 part_out, part_lse = alpha_merge(
@@ -194,8 +187,8 @@ class _JointSoftmax(torch.autograd.Function):
             tokens.put(lse, part_lse)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, cos, sin, out, lse)
-        ctx.parts, ctx.first_scored, ctx.backend = parts, first_scored, backend
-        ctx.scale, ctx.softcap, ctx.shared_keys = scale, softcap, shared_keys
+        ctx.parts, ctx.shared_keys, ctx.first_scored = parts, shared_keys, first_scored
+        ctx.score_function, ctx.backend = score_function, backend
         return out
 
     @staticmethod
@@ -214,7 +207,7 @@ class _JointSoftmax(torch.autograd.Function):
             tokens = part.query_tokens
             q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
             do, o, s = (tokens.take(tensor) for tensor in (grad_out, out, lse))
-            dq, dk, dv = ctx.backend.backward(do, q, k, v, o, s, part, ctx.scale, ctx.softcap)
+            dq, dk, dv = ctx.backend.backward(do, q, k, v, o, s, part, ctx.score_function)
             if part.rotary:
                 query_rotary, key_rotary = _rotary_of(part, (cos, -sin), first_scored)
                 dq, dk = apply_rotary(dq, query_rotary), apply_rotary(dk, key_rotary)
@@ -222,7 +215,7 @@ class _JointSoftmax(torch.autograd.Function):
             part.key_tokens.add(grad_key, dk)
             part.key_tokens.add(grad_value, dv)
         gradients = (grad.to(query.dtype) for grad in (grad_query, grad_key, grad_value))
-        return *gradients, *[None] * 8
+        return *gradients, *[None] * 7
 
 
 def _sum_dtype(tokens: Tensor, several: bool) -> torch.dtype:

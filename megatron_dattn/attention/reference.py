@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dattn.attention.backends.base import ScoreFunction
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.positions import Rotary, apply_rotary
@@ -171,10 +172,9 @@ def reference_attention(
     config: AttentionConfig,
     rotary: Rotary,
     *,
-    scale: float,
+    score_function: ScoreFunction,
     gate: Tensor | None = None,
     head_mask: Tensor | None = None,
-    softcap: float | None = None,
     window: int | None = None,
     images_alone: bool = False,
 ) -> Tensor:
@@ -195,8 +195,8 @@ def reference_attention(
     rotated_scores = torch.einsum(
         "qhd,khd->hqk", apply_rotary(query, rotary), apply_rotary(keys, rotary)
     )
-    scores = torch.where(rotated, rotated_scores, plain_scores) * scale
-    if softcap is not None:
+    scores = torch.where(rotated, rotated_scores, plain_scores) * score_function.scale
+    if (softcap := score_function.softcap) is not None:
         scores = softcap * torch.tanh(scores / softcap)
 
     def softmax_over(chosen: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from megatron_dattn.attention import (
     Backend,
     LayerRule,
     ReportPlan,
+    ScoreFunction,
     Scoring,
     TokenLayout,
     plan_attention,
@@ -37,8 +38,7 @@ class LayerInputs:
     shards: SequenceLayout
     """Of the tokens that pass the layer."""
     backend: Backend
-    softcap: float | None = None
-    """c turns every score s into c * tanh(s / c)."""
+    score_function: ScoreFunction
     cache: KVCache | None = None
     """Where keys and values stay for later passes (generation); the tokens are on one rank then."""
     observer: AttentionObserver | None = None
@@ -47,19 +47,18 @@ class LayerInputs:
     """For the observer: the same attention, taken apart."""
 
     @torch.no_grad()
-    def show(self, layer_number: int, query: Tensor, key: Tensor, scale: float) -> None:
+    def show(self, layer_number: int, query: Tensor, key: Tensor) -> None:
         """Show projections to the observer, if there is one; full recomputation does so twice.
 
         Args:
             layer_number: from 1.
             query: as projected, [scored tokens, query heads, head_dim].
             key: as projected, [tokens, key heads, head_dim].
-            scale: of the scores.
         """
         if self.observer is None:
             return
         assert self.report is not None, "an observer comes with a report's plan"
-        scoring = Scoring(self.report, self.rotary, scale, self.backend, self.softcap)
+        scoring = Scoring(self.report, self.rotary, self.score_function, self.backend)
         self.observer(layer_number, query.detach(), key.detach(), scoring)
 
 
@@ -102,7 +101,7 @@ def prepare_attention(
     Args:
         config: of the model; its positions hold in all layers.
         rules: one per layer, see `layer_rules`.
-        language: gives the layers' sliding windows, the softcap, the rotary angles.
+        language: gives the layers' sliding windows, the score function, the rotary angles.
     """
     positions = token_positions(layout, config)
     cos, sin = language.rotary_tables(positions, device)
@@ -118,7 +117,7 @@ def prepare_attention(
             rotary=(cos[-seen.num_tokens :], sin[-seen.num_tokens :]),
             shards=shards if rule.sees_images else shards.text_alone(),
             backend=backend,
-            softcap=language.attn_logit_softcapping,
+            score_function=language.score_function,
             observer=observer,
             report=None
             if observer is None

@@ -10,7 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import PRESETS, RotaryScaling, kept_grid, rotary_tables
+from megatron_dattn.attention import (
+    PRESETS,
+    RotaryScaling,
+    ScoreFunction,
+    kept_grid,
+    rotary_tables,
+)
 from megatron_dattn.errors import ConfigError
 
 _GEMMA2_FIELDS = (
@@ -258,6 +264,12 @@ class LanguageConfig:
         head_dim] each."""
         scaling = self.rope_scaling
         return rotary_tables(positions, self.head_dim, self.rope_theta, device, scaling)
+
+    @property
+    def score_function(self) -> ScoreFunction:
+        """Of every layer's attention."""
+        scale = (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        return ScoreFunction(scale, self.attn_logit_softcapping)
 
     @property
     def has_post_norms(self) -> bool:

@@ -37,7 +37,6 @@ class ImageCrossAttention(MegatronModule):
         assert config.kv_channels is not None, "TransformerConfig fills these two in"
         assert config.num_query_groups is not None
         self.head_dim = config.kv_channels
-        self.scale = config.softmax_scale or self.head_dim**-0.5
         query = config.num_attention_heads * self.head_dim
         key_value = 2 * config.num_query_groups * self.head_dim
         options = {"config": config, "bias": False, "tp_group": pg_collection.tp}
@@ -65,16 +64,15 @@ class ImageCrossAttention(MegatronModule):
         if inputs.cache is not None:
             key, value = inputs.cache.extend(key, value)  # text that it holds is not read
         query = self.linear_q(text)[0].unflatten(2, (-1, self.head_dim)).squeeze(1)
-        inputs.show(self.layer_number, query, key, self.scale)
+        inputs.show(self.layer_number, query, key)
         out = attend_images(
             query,
             key,
             value,
             inputs.plan,
             inputs.rotary,
-            scale=self.scale,
+            score_function=inputs.score_function,
             backend=inputs.backend,
-            softcap=inputs.softcap,
         )
         return self.linear_proj(out.flatten(1).unsqueeze(1))[0]
 

@@ -28,16 +28,12 @@ from megatron_dattn.models.projections import fold_output_weight, project_querie
 class DecomposedCore(torch.nn.Module):
     """The attention of this rank's heads, for the tokens that have scores.
 
-    Built as megatron-core builds a `core_attention`; arguments that describe masks or context
-    parallelism have no meaning here.
+    Built as megatron-core builds a `core_attention`; what that is told of scale, masks and context
+    parallelism comes with each micro-batch here.
     """
 
-    def __init__(
-        self, config: TransformerConfig, softmax_scale: float | None = None, **unused: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, **unused: Any) -> None:
         super().__init__()
-        assert config.kv_channels is not None, "TransformerConfig fills kv_channels in"
-        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
     def forward(
         self,
@@ -56,11 +52,10 @@ class DecomposedCore(torch.nn.Module):
             value,
             inputs.plan,
             inputs.rotary,
-            scale=self.scale,
+            score_function=inputs.score_function,
             backend=inputs.backend,
             gate=gate,
             head_mask=head_mask,
-            softcap=inputs.softcap,
         )
         return out.flatten(1)
 
@@ -102,7 +97,7 @@ class DecomposedSelfAttention(SelfAttention):
         """
         query, key, value = self._project_in(hidden_states, inputs)
         if not self.images_are_apart:
-            inputs.show(self.layer_number, query, key, self.core_attention.scale)
+            inputs.show(self.layer_number, query, key)
         visual = value[: inputs.plan.num_diagonal_tokens]
         if inputs.cache is not None:
             # Of an image whose tokens a cross-attention has kept, nobody reads these.

@@ -39,7 +39,6 @@ def language_transformer_config(
 ) -> TransformerConfig:
     """The decoder's config."""
     is_swiglu = language.hidden_activation == "silu"
-    scalar = language.query_pre_attn_scalar
     return TransformerConfig(
         num_layers=language.num_hidden_layers,
         hidden_size=language.hidden_size,
@@ -50,7 +49,6 @@ def language_transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=language.rms_norm_eps,
         layernorm_zero_centered_gamma=language.zero_centred_norms,
-        softmax_scale=None if scalar is None else scalar**-0.5,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[language.hidden_activation],

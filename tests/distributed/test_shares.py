@@ -93,7 +93,7 @@ def _first_layers_attention(ranks: int) -> Compared:
             batch.layout,
             PRESETS["yopo"],
             inputs.rotary,
-            scale=core.scale,
+            score_function=inputs.score_function,
             head_mask=head_mask,
         ).flatten(1)
         for name, head_mask in (("masked", mask), ("unmasked", torch.ones_like(mask)))

@@ -1,11 +1,24 @@
 """What every attention backend offers: the forward and the raw backward of one part."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_dattn.attention.plan.parts import Part
+
+
+@dataclass(frozen=True)
+class ScoreFunction:
+    """The score of a query q and a key k: s = scale * q.k, or, with a softcap c, c * tanh(s / c).
+
+    One for all parts of a layer. Which pairs have a score, a causal mask and a sliding window
+    included, differs between parts and is said by each `Part`.
+    """
+
+    scale: float
+    softcap: float | None = None
 
 
 class Backend(Protocol):
@@ -32,14 +45,10 @@ class Backend(Protocol):
         key: Tensor,
         value: Tensor,
         part: Part,
-        scale: float,
-        softcap: float | None = None,
+        score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor]:
         """Output [Nq, Hq, D], in the input's dtype or a wider one, and the natural-log
-        log-sum-exp of the scores [Nq, Hq], float32 (float64 for float64).
-
-        Scores are scaled, then, with a softcap c, become c * tanh(score / c).
-        """
+        log-sum-exp of the scores [Nq, Hq], float32 (float64 for float64)."""
         ...
 
     def backward(
@@ -51,8 +60,7 @@ class Backend(Protocol):
         out: Tensor,
         lse: Tensor,
         part: Part,
-        scale: float,
-        softcap: float | None = None,
+        score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value for probabilities exp(score - lse).
 

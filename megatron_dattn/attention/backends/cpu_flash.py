@@ -9,7 +9,7 @@ window carry a mask of width x width.
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.backends.dense import DenseBackend, ScoreRule, hidden_places
+from megatron_dattn.attention.backends.dense import DenseBackend, DenseScores
 from megatron_dattn.attention.plan.padding import PaddedBatch
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -42,15 +42,10 @@ class CpuFlashBackend(DenseBackend):
         return None if softcap is None else "its kernel has no softcap"
 
     def dense_forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        rule: ScoreRule,
+        self, query: Tensor, key: Tensor, value: Tensor, scores: DenseScores
     ) -> tuple[Tensor, Tensor]:
-        mask, causal = _mask(query, bias, rule)
-        return _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=rule.scale)
+        mask, causal = _mask(query, scores)
+        return _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scores.function.scale)
 
     def dense_backward(
         self,
@@ -60,19 +55,18 @@ class CpuFlashBackend(DenseBackend):
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        bias: Tensor | None,
-        rule: ScoreRule,
+        scores: DenseScores,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mask, causal = _mask(query, bias, rule)
-        group = _foldable_group(query, key, rule)
+        mask, causal = _mask(query, scores)
+        group = _foldable_group(query, key, scores.causal)
         do, q, o, s = (_fold(tokens, group) for tokens in (grad_out, query, out, lse))
         dq, dk, dv = _backward(
-            do, q, key, value, o, s, 0.0, causal, attn_mask=mask, scale=rule.scale
+            do, q, key, value, o, s, 0.0, causal, attn_mask=mask, scale=scores.function.scale
         )
         return _unfold(dq, group), dk, dv
 
 
-def _foldable_group(query: Tensor, key: Tensor, rule: ScoreRule) -> int:
+def _foldable_group(query: Tensor, key: Tensor, causal: bool) -> int:
     """How many query heads may be the rows of one for the backward pass; 1 for none.
 
     Where every query sees every key, the heads of a group differ in nothing but their row. One tall
@@ -80,7 +74,7 @@ def _foldable_group(query: Tensor, key: Tensor, rule: ScoreRule) -> int:
     float32. The kernel gives whole heads to its threads, so there must be one left for each.
     """
     heads = key.shape[0] * key.shape[1]
-    if rule.causal or query.dtype != torch.bfloat16 or heads < torch.get_num_threads():
+    if causal or query.dtype != torch.bfloat16 or heads < torch.get_num_threads():
         return 1
     return query.shape[1] // key.shape[1]
 
@@ -95,14 +89,14 @@ def _unfold(tokens: Tensor, group: int) -> Tensor:
     return tokens if group == 1 else tokens.unflatten(2, (group, -1)).flatten(1, 2)
 
 
-def _mask(query: Tensor, bias: Tensor | None, rule: ScoreRule) -> tuple[Tensor | None, bool]:
+def _mask(query: Tensor, scores: DenseScores) -> tuple[Tensor | None, bool]:
     """The mask to add to the scores, and whether the kernel's own causal mask is still needed."""
-    assert rule.softcap is None, "select_backend refuses a softcap by name"
+    assert scores.function.softcap is None, "select_backend refuses a softcap by name"
     width = query.shape[2]
-    if rule.window is None or rule.window >= width:
-        return bias, rule.causal
-    hidden = hidden_places(rule, width, query.device)
-    assert bias is None
+    if scores.window is None or scores.window >= width:
+        return scores.bias, scores.causal
+    hidden = scores.hidden(width, query.device)
+    assert scores.bias is None
     assert hidden is not None
     mask = query.new_zeros(width, width).masked_fill_(hidden, -torch.inf)
     return mask.expand(query.shape[0], 1, width, width), False

@@ -33,7 +33,7 @@ class CudaFlashBackend(VarlenBackend):
     def varlen_forward(
         self, query: Tensor, key: Tensor, value: Tensor, scores: RaggedScores
     ) -> tuple[Tensor, Tensor]:
-        assert scores.softcap is None, "select_backend refuses a softcap by name"
+        assert scores.function.softcap is None, "select_backend refuses a softcap by name"
         out, lse, *_ = _forward(
             query,
             key,
@@ -42,7 +42,7 @@ class CudaFlashBackend(VarlenBackend):
             0.0,
             scores.causal,
             False,
-            scale=scores.scale,
+            scale=scores.function.scale,
             **_window(scores),
         )
         return out, lse
@@ -57,7 +57,7 @@ class CudaFlashBackend(VarlenBackend):
         lse: Tensor,
         scores: RaggedScores,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert scores.softcap is None, "select_backend refuses a softcap by name"
+        assert scores.function.softcap is None, "select_backend refuses a softcap by name"
         random_state = torch.empty(2, dtype=torch.uint64, device=query.device)
         return _backward(
             grad_out,
@@ -71,7 +71,7 @@ class CudaFlashBackend(VarlenBackend):
             scores.causal,
             random_state,  # read only when there is dropout
             random_state,
-            scale=scores.scale,
+            scale=scores.function.scale,
             **_window(scores),
         )
 

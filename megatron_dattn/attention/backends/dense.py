@@ -10,19 +10,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dattn.attention.backends.base import ScoreFunction
 from megatron_dattn.attention.merge import merge_dtype
 from megatron_dattn.attention.plan.padding import PaddedBatch, PaddedTokens
 from megatron_dattn.attention.plan.parts import Part
 
 
 @dataclass(frozen=True)
-class ScoreRule:
-    """How a dense batch's scores come about, besides its key padding."""
+class DenseScores:
+    """How the scores of a dense batch come about, and which of them count."""
 
-    scale: float
-    softcap: float | None
+    function: ScoreFunction
+    bias: Tensor | None  # [batch, 1, 1, key width], added to the scores: -inf for padding, else 0
     causal: bool
     window: int | None  # in a causal batch: a query sees this many keys, itself included
+
+    def hidden(self, width: int, device: torch.device) -> Tensor | None:
+        """True where a causal batch's query (row) does not see a key (column), bool [width, width].
+
+        None where there is no causal mask.
+        """
+        if not self.causal:
+            return None
+        hidden = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
+        if self.window is not None and self.window < width:
+            hidden |= torch.ones_like(hidden).tril(-self.window)
+        return hidden
 
 
 class DenseBackend(ABC):
@@ -37,14 +50,9 @@ class DenseBackend(ABC):
 
     @abstractmethod
     def dense_forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        rule: ScoreRule,
+        self, query: Tensor, key: Tensor, value: Tensor, scores: DenseScores
     ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp; `bias` [batch, 1, 1, key width] is added to the scores."""
+        """Output and log-sum-exp."""
 
     @abstractmethod
     def dense_backward(
@@ -55,8 +63,7 @@ class DenseBackend(ABC):
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        bias: Tensor | None,
-        rule: ScoreRule,
+        scores: DenseScores,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value."""
 
@@ -66,16 +73,14 @@ class DenseBackend(ABC):
         key: Tensor,
         value: Tensor,
         part: Part,
-        scale: float,
-        softcap: float | None = None,
+        score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor]:
-        rule = ScoreRule(scale, softcap, part.causal, part.window)
         outs, lses = [], []
         for batch in part.batches:
             dtype = self.computing_dtype(query.dtype, batch)
             q = _pad(query, batch.queries, dtype)
             k, v = (_pad(tokens, batch.keys, dtype) for tokens in (key, value))
-            out, lse = self.dense_forward(q, k, v, _bias(batch, q.dtype), rule)
+            out, lse = self.dense_forward(q, k, v, _scores(part, batch, score_function, dtype))
             outs.append(batch.queries.unpad(out.transpose(1, 2)))
             lses.append(batch.queries.unpad(lse.transpose(1, 2)))
         starts = [batch.queries.start for batch in part.batches]
@@ -90,10 +95,8 @@ class DenseBackend(ABC):
         out: Tensor,
         lse: Tensor,
         part: Part,
-        scale: float,
-        softcap: float | None = None,
+        score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rule = ScoreRule(scale, softcap, part.causal, part.window)
         grads: tuple[list[Tensor], ...] = ([], [], [])
         for batch in part.batches:
             dtype = self.computing_dtype(query.dtype, batch)
@@ -102,8 +105,8 @@ class DenseBackend(ABC):
             q, o = (_pad(tokens, batch.queries, dtype) for tokens in (query, out))
             s = _pad(lse, batch.queries, merge_dtype(dtype))
             k, v = (_pad(tokens, batch.keys, dtype) for tokens in (key, value))
-            bias = _bias(batch, q.dtype)
-            dq, dk, dv = self.dense_backward(do, q, k, v, o, s, bias, rule)
+            scores = _scores(part, batch, score_function, dtype)
+            dq, dk, dv = self.dense_backward(do, q, k, v, o, s, scores)
             grads[0].append(batch.queries.unpad(dq.transpose(1, 2)))
             grads[1].append(batch.keys.unpad(dk.transpose(1, 2)))
             grads[2].append(batch.keys.unpad(dv.transpose(1, 2)))
@@ -121,8 +124,11 @@ def _pad(tokens: Tensor, padded_tokens: PaddedTokens, dtype: torch.dtype) -> Ten
     return padded_tokens.pad(tokens.to(dtype)).transpose(1, 2)
 
 
-def _bias(batch: PaddedBatch, dtype: torch.dtype) -> Tensor | None:
-    return None if batch.key_bias is None else batch.key_bias.to(dtype)
+def _scores(
+    part: Part, batch: PaddedBatch, function: ScoreFunction, dtype: torch.dtype
+) -> DenseScores:
+    bias = None if batch.key_bias is None else batch.key_bias.to(dtype)
+    return DenseScores(function, bias, part.causal, part.window)
 
 
 def _place(pieces: list[Tensor], starts: list[int], like: Tensor, fill: float) -> Tensor:
@@ -136,13 +142,3 @@ def _place(pieces: list[Tensor], starts: list[int], like: Tensor, fill: float) -
     for start, piece in zip(starts, pieces, strict=True):
         whole[start : start + len(piece)] = piece
     return whole
-
-
-def hidden_places(rule: ScoreRule, width: int, device: torch.device) -> Tensor | None:
-    """True where a causal batch's query (row) does not see a key (column), bool [width, width]."""
-    if not rule.causal:
-        return None
-    hidden = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
-    if rule.window is not None and rule.window < width:
-        hidden |= torch.ones_like(hidden).tril(-rule.window)
-    return hidden

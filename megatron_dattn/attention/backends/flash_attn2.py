@@ -118,10 +118,10 @@ def _arguments(scores: RaggedScores) -> dict[str, Any]:
         "max_seqlen_q": scores.longest_query,
         "max_seqlen_k": scores.longest_key,
         "dropout_p": 0.0,
-        "softmax_scale": scores.scale,
+        "softmax_scale": scores.function.scale,
         "causal": scores.causal,
         "window_size_left": left,
         "window_size_right": right,
-        "softcap": scores.softcap or 0.0,  # 0 means none
+        "softcap": scores.function.softcap or 0.0,  # 0 means none
         "alibi_slopes": None,
     }

@@ -104,9 +104,9 @@ def _arguments(operation: Callable[..., Any], scores: RaggedScores) -> dict[str,
         "cu_seqlens_k": scores.key_cu_seqlens,
         "max_seqlen_q": scores.longest_query,
         "max_seqlen_k": scores.longest_key,
-        "softmax_scale": scores.scale,
+        "softmax_scale": scores.function.scale,
         "is_causal" if "is_causal" in names else "causal": scores.causal,
-        "softcap": scores.softcap or 0.0,  # 0 means none
+        "softcap": scores.function.softcap or 0.0,  # 0 means none
     }
     if "window_size" in names:
         return {**arguments, "window_size": (left, right)}

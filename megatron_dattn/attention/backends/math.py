@@ -7,7 +7,7 @@ and for small problems.
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.backends.dense import DenseBackend, ScoreRule, hidden_places
+from megatron_dattn.attention.backends.dense import DenseBackend, DenseScores
 
 
 class MathBackend(DenseBackend):
@@ -23,16 +23,11 @@ class MathBackend(DenseBackend):
         return None
 
     def dense_forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        rule: ScoreRule,
+        self, query: Tensor, key: Tensor, value: Tensor, scores: DenseScores
     ) -> tuple[Tensor, Tensor]:
-        scores, _ = _scores(query, key, bias, rule)
-        lse = torch.logsumexp(scores, dim=-1)
-        out = torch.matmul(torch.exp(scores - lse.unsqueeze(-1)), value.unsqueeze(2))
+        values, _ = _scores(query, key, scores)
+        lse = torch.logsumexp(values, dim=-1)
+        out = torch.matmul(torch.exp(values - lse.unsqueeze(-1)), value.unsqueeze(2))
         return out.flatten(1, 2), lse.flatten(1, 2)
 
     def dense_backward(
@@ -43,14 +38,13 @@ class MathBackend(DenseBackend):
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        bias: Tensor | None,
-        rule: ScoreRule,
+        scores: DenseScores,
     ) -> tuple[Tensor, Tensor, Tensor]:
         def grouped(tokens: Tensor) -> Tensor:
             return tokens.unflatten(1, (key.shape[1], -1))
 
-        scores, slope = _scores(query, key, bias, rule)
-        probabilities = torch.exp(scores - grouped(lse).unsqueeze(-1))
+        values, slope = _scores(query, key, scores)
+        probabilities = torch.exp(values - grouped(lse).unsqueeze(-1))
         grad_out, out, query = grouped(grad_out), grouped(out), grouped(query)
         grad_value = torch.matmul(probabilities.mT, grad_out).sum(2)
         grad_probabilities = torch.matmul(grad_out, value.unsqueeze(2).mT)
@@ -62,20 +56,19 @@ class MathBackend(DenseBackend):
         return grad_query, grad_key, grad_value
 
 
-def _scores(
-    query: Tensor, key: Tensor, bias: Tensor | None, rule: ScoreRule
-) -> tuple[Tensor, Tensor | float]:
+def _scores(query: Tensor, key: Tensor, scores: DenseScores) -> tuple[Tensor, Tensor | float]:
     """Scaled, capped and masked scores, [batch, key heads, group, query width, key width], and
     their derivative by the products of query and key."""
+    scale, softcap = scores.function.scale, scores.function.softcap
     grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = torch.matmul(grouped, key.unsqueeze(2).mT) * rule.scale
-    slope: Tensor | float = rule.scale
-    if rule.softcap is not None:
-        share = torch.tanh(scores / rule.softcap)
-        scores, slope = rule.softcap * share, rule.scale * (1 - share**2)
-    if bias is not None:
-        scores = scores + bias.unsqueeze(2)
-    hidden = hidden_places(rule, scores.shape[-1], scores.device)
+    values = torch.matmul(grouped, key.unsqueeze(2).mT) * scale
+    slope: Tensor | float = scale
+    if softcap is not None:
+        share = torch.tanh(values / softcap)
+        values, slope = softcap * share, scale * (1 - share**2)
+    if scores.bias is not None:
+        values = values + scores.bias.unsqueeze(2)
+    hidden = scores.hidden(values.shape[-1], values.device)
     if hidden is not None:
-        scores = scores.masked_fill(hidden, -torch.inf)
-    return scores, slope
+        values = values.masked_fill(hidden, -torch.inf)
+    return values, slope

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dattn.attention.backends.base import ScoreFunction
 from megatron_dattn.attention.plan.parts import Part
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -30,8 +31,7 @@ class RaggedScores:
     key_cu_seqlens: Tensor
     longest_query: int
     longest_key: int
-    scale: float
-    softcap: float | None
+    function: ScoreFunction
     causal: bool
     window: int | None  # in a causal part: a query sees this many keys, itself included
 
@@ -72,11 +72,10 @@ class VarlenBackend(ABC):
         key: Tensor,
         value: Tensor,
         part: Part,
-        scale: float,
-        softcap: float | None = None,
+        score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor]:
         group = _foldable_group(query, key, part)
-        scores = _ragged_scores(part, group, scale, softcap)
+        scores = _ragged_scores(part, group, score_function)
         out, lse = self.varlen_forward(_fold(query, group), key, value, scores)
         lse = lse.masked_fill(lse == torch.inf, -torch.inf)
         return _unfold(out, group), _unfold(lse.T.unsqueeze(-1), group).squeeze(-1)
@@ -90,8 +89,7 @@ class VarlenBackend(ABC):
         out: Tensor,
         lse: Tensor,
         part: Part,
-        scale: float,
-        softcap: float | None = None,
+        score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor, Tensor]:
         group = _foldable_group(query, key, part)
         grad_query, grad_key, grad_value = self.varlen_backward(
@@ -101,7 +99,7 @@ class VarlenBackend(ABC):
             value,
             _fold(out, group),
             _fold(lse.unsqueeze(-1), group).squeeze(-1).T.contiguous(),
-            _ragged_scores(part, group, scale, softcap),
+            _ragged_scores(part, group, score_function),
         )
         return _unfold(grad_query, group), grad_key, grad_value
 
@@ -131,14 +129,13 @@ def empty_gradients(*inputs: Tensor) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
 
-def _ragged_scores(part: Part, group: int, scale: float, softcap: float | None) -> RaggedScores:
+def _ragged_scores(part: Part, group: int, function: ScoreFunction) -> RaggedScores:
     return RaggedScores(
         query_cu_seqlens=part.query_cu_seqlens * group,
         key_cu_seqlens=part.key_cu_seqlens,
         longest_query=max(part.query_lengths) * group,
         longest_key=max(part.key_lengths),
-        scale=scale,
-        softcap=softcap,
+        function=function,
         causal=part.causal,
         window=part.window,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_dattn.attention import (
     AttentionConfig,
     Backend,
+    ScoreFunction,
     TokenLayout,
     apply_rotary,
     plan_attention,
@@ -61,7 +62,7 @@ def constant_alpha_gradients(
     )
     cos, sin = problem.rotary
     tables = (cos[layout.visual_budget :], sin[layout.visual_budget :])
-    scale = query.shape[-1] ** -0.5
+    score_function = ScoreFunction(query.shape[-1] ** -0.5)
     grad_query, grad_key = torch.zeros_like(problem.query), torch.zeros_like(problem.key)
     with torch.no_grad():
         runs = []
@@ -70,14 +71,14 @@ def constant_alpha_gradients(
             k = apply_rotary(problem.key, problem.rotary) if part.rotary else problem.key
             tokens = (part.query_tokens.take(q), part.key_tokens.take(k))
             tokens = (*tokens, part.key_tokens.take(problem.value))
-            runs.append((part, tokens, *backend.forward(*tokens, part, scale)))
+            runs.append((part, tokens, *backend.forward(*tokens, part, score_function)))
         total = torch.full_like(query[..., 0], -torch.inf, dtype=runs[0][3].dtype)
         for part, _, _, lse in runs:
             part.query_tokens.put(total, torch.logaddexp(part.query_tokens.take(total), lse))
         for part, tokens, out, lse in runs:
             alpha = torch.exp(lse - part.query_tokens.take(total)).unsqueeze(-1)
             do = (part.query_tokens.take(grad_out) * alpha).to(query.dtype)
-            dq, dk, _ = backend.backward(do, *tokens, out, lse, part, scale)
+            dq, dk, _ = backend.backward(do, *tokens, out, lse, part, score_function)
             if part.rotary:
                 back = [part.query_tokens.take(table) for table in (tables[0], -tables[1])]
                 dq = apply_rotary(dq, (back[0], back[1]))

@@ -13,6 +13,7 @@ from megatron_dattn.attention import (
     Backend,
     ImageSpan,
     Positions,
+    ScoreFunction,
     TextToVisual,
     TokenLayout,
     VisualTokensConfig,
@@ -28,6 +29,7 @@ from megatron_dattn.attention.reference import described_positions, reference_at
 
 HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5
+SCORES = ScoreFunction(SCALE)
 BASE = 100.0  # of the rotary frequencies
 
 IN_SEQUENCE = Positions(text="gap", visual="sequence", embedding="none")
@@ -147,20 +149,18 @@ def fast_output(
 ) -> Tensor:
     """All of a plan's attention; where images are read apart ("cascade"), both results added."""
     arguments = (*problem.inputs, plan, problem.rotary)
-    scale = problem.query.shape[-1] ** -0.5
+    options = {
+        "score_function": ScoreFunction(problem.query.shape[-1] ** -0.5, softcap),
+        "backend": backend,
+    }
     out = decomposed_attention(
-        *arguments,
-        scale=scale,
-        backend=backend,
-        gate=problem.gate,
-        head_mask=problem.head_mask,
-        softcap=softcap,
+        *arguments, **options, gate=problem.gate, head_mask=problem.head_mask
     )
     if plan.merge != "cascade":
         return out
     first, _ = plan.scored_tokens
     query, *others = arguments
-    images = attend_images(query[first:], *others, scale=scale, backend=backend, softcap=softcap)
+    images = attend_images(query[first:], *others, **options)
     return out + torch.cat((out.new_zeros(first, *out.shape[1:]), images))
 
 
@@ -194,10 +194,9 @@ def run_oracle(
     rotary = rotary_tables(positions, head_dim, base=BASE, device=exact.query.device)
     arguments = (*exact.inputs, layout, config, rotary)
     options = {
-        "scale": exact.query.shape[-1] ** -0.5,
+        "score_function": ScoreFunction(exact.query.shape[-1] ** -0.5, softcap),
         "gate": exact.gate,
         "head_mask": exact.head_mask,
-        "softcap": softcap,
         "window": window,
     }
     out = reference_attention(*arguments, **options)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_dattn.attention import (
     PRESETS,
     AttentionConfig,
+    ScoreFunction,
     Scoring,
     TokenLayout,
     alpha_v,
@@ -48,7 +49,7 @@ def scoring_of(
     plan = plan_report(layout, config, window=window)
     dtype = problem.query.dtype
     chosen = select_backend(backend, "cpu", dtype, HEAD_DIM, softcap=softcap)
-    return Scoring(plan, problem.rotary, SCALE, chosen, softcap)
+    return Scoring(plan, problem.rotary, ScoreFunction(SCALE, softcap), chosen)
 
 
 def dense_masses(

@@ -26,7 +26,7 @@ from tests.unit.attention.support import (
     CONFIGS,
     HEAD_DIM,
     RICH_LAYOUT,
-    SCALE,
+    SCORES,
     TEXT_ONLY_LAYOUT,
     Problem,
     assert_close_norm,
@@ -236,7 +236,11 @@ def test_recomputation_gives_the_same_gradients(reentrant: bool) -> None:
 
     def attention(*inputs: Tensor) -> Tensor:
         return decomposed_attention(
-            *inputs, plan, problem.rotary, scale=SCALE, backend=backend_named("cpu_flash")
+            *inputs,
+            plan,
+            problem.rotary,
+            score_function=SCORES,
+            backend=backend_named("cpu_flash"),
         )
 
     def gradients(out: Tensor) -> list[Tensor]:
@@ -264,7 +268,7 @@ def test_one_plan_serves_several_layers() -> None:
             states,
             plan,
             problem.rotary,
-            scale=SCALE,
+            score_function=SCORES,
             backend=backend_named("cpu_flash"),
         )
     (gradient,) = torch.autograd.grad(states, problem.value, problem.grad_out)
@@ -278,8 +282,10 @@ def test_scored_tokens_can_be_computed_without_visual_queries() -> None:
     plan = plan_attention(RICH_LAYOUT, config)
     backend = backend_named("cpu_flash")
     arguments = (problem.key, problem.value, plan, problem.rotary)
-    whole = decomposed_attention(problem.query, *arguments, scale=SCALE, backend=backend)
-    text = attend_scored_tokens(problem.query[15:], *arguments, scale=SCALE, backend=backend)
+    whole = decomposed_attention(problem.query, *arguments, score_function=SCORES, backend=backend)
+    text = attend_scored_tokens(
+        problem.query[15:], *arguments, score_function=SCORES, backend=backend
+    )
     visual = diagonal_attention(problem.value[:15], num_query_heads=4)
     assert torch.equal(whole, torch.cat((visual, text)))
 
@@ -352,7 +358,11 @@ def test_tensors_of_another_pack_are_refused() -> None:
     plan = plan_attention(TEXT_ONLY_LAYOUT, config)
     with pytest.raises(ValueError, match=r"\(29, 31, 31\) tokens; the plan is for \(6, 8, 8\)"):
         decomposed_attention(
-            *problem.inputs, plan, problem.rotary, scale=1.0, backend=backend_named("math")
+            *problem.inputs,
+            plan,
+            problem.rotary,
+            score_function=SCORES,
+            backend=backend_named("math"),
         )
 
 
@@ -362,7 +372,13 @@ def test_heads_that_do_not_form_groups_are_refused() -> None:
     rotary = (torch.ones(8, 4), torch.zeros(8, 4))
     with pytest.raises(ValueError, match="do not form groups"):
         decomposed_attention(
-            query, key, key, plan, rotary, scale=1.0, backend=backend_named("math")
+            query,
+            key,
+            key,
+            plan,
+            rotary,
+            score_function=SCORES,
+            backend=backend_named("math"),
         )
 
 

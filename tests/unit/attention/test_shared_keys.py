@@ -18,7 +18,7 @@ from megatron_dattn.attention import (
     select_backend,
 )
 from megatron_dattn.attention.reference import reference_attention
-from tests.unit.attention.support import SCALE, Problem, make_problem
+from tests.unit.attention.support import SCORES, Problem, make_problem
 
 # One image with whole windows and rings, and many behind it, each between two words.
 LAYOUT = TokenLayout(
@@ -61,10 +61,14 @@ def test_gradients_of_shared_keys_are_rounded_once(preset: str) -> None:
     unrotated = torch.ones(LAYOUT.num_tokens, 8), torch.zeros(LAYOUT.num_tokens, 8)
     plan = plan_attention(LAYOUT, config)
     backend = select_backend("math", "cpu", torch.bfloat16, 8)
-    out = decomposed_attention(*problem.inputs, plan, unrotated, scale=SCALE, backend=backend)
+    out = decomposed_attention(
+        *problem.inputs, plan, unrotated, score_function=SCORES, backend=backend
+    )
     actual = torch.autograd.grad(out, problem.inputs, problem.grad_out)
     exact = problem.to(torch.float64)
-    expected_out = reference_attention(*exact.inputs, LAYOUT, config, unrotated, scale=SCALE)
+    expected_out = reference_attention(
+        *exact.inputs, LAYOUT, config, unrotated, score_function=SCORES
+    )
     expected = torch.autograd.grad(expected_out, exact.inputs, exact.grad_out)
     for got, right in zip(actual[1:], expected[1:], strict=True):
         assert got.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sampl
 from benchmarks.exact_attention import SCORES_AT_A_TIME, ExactBackend
 from benchmarks.layer_memory import fit_line, peak_in_new_process, peak_table
 from benchmarks.roofline import Work, layer_operators
-from megatron_dattn.attention import PRESETS, get_preset, plan_attention
+from megatron_dattn.attention import PRESETS, ScoreFunction, get_preset, plan_attention
 from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.planner.decoder_flops import layer_flops
@@ -127,11 +127,11 @@ def test_the_reference_is_the_math_backend_in_blocks(
         queries, keys = part.query_tokens.length, part.key_tokens.length
         q, g = torch.randn(2, queries, 4, 8, generator=generator, dtype=torch.float64)
         k, v = torch.randn(2, keys, 2, 8, generator=generator, dtype=torch.float64)
-        exact, known = ExactBackend(), BACKENDS["math"]
-        out, lse = known.forward(q, k, v, part, 0.3)
-        gradients = exact.backward(g, q, k, v, out, lse, part, 0.3)
-        actual = (*exact.forward(q, k, v, part, 0.3), *gradients)
-        expected = (out, lse, *known.backward(g, q, k, v, out, lse, part, 0.3))
+        exact, known, function = ExactBackend(), BACKENDS["math"], ScoreFunction(0.3)
+        out, lse = known.forward(q, k, v, part, function)
+        gradients = exact.backward(g, q, k, v, out, lse, part, function)
+        actual = (*exact.forward(q, k, v, part, function), *gradients)
+        expected = (out, lse, *known.backward(g, q, k, v, out, lse, part, function))
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 

@@ -121,7 +121,7 @@ def test_a_cross_attention_has_maps_and_no_alpha(base):
         key, _ = cross.keys_values(visual)
         query = cross.linear_q(text)[0].view(len(text), -1, cross.head_dim)[-1]
         keys = key.repeat_interleave(len(query) // key.shape[1], dim=1)
-        scores = torch.einsum("hd,khd->hk", query, keys) * cross.scale
+        scores = torch.einsum("hd,khd->hk", query, keys) * cross.head_dim**-0.5
     # fp32 sums of a few products.
     torch.testing.assert_close(seen.maps[0, -1], scores.softmax(-1).mean(0), atol=1e-6, rtol=0)
     destroy_distributed()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dattn.attention import PRESETS, layer_rules
+from megatron_dattn.attention import PRESETS, ScoreFunction, layer_rules
 from megatron_dattn.attention.reference import reference_attention
 from megatron_dattn.models.attention_inputs import AttentionInputs
 from megatron_dattn.models.vlm import DAttnVLM
@@ -75,8 +75,7 @@ def test_every_layer_attends_as_the_oracle_says(preset):
             layout,
             rules[number].attention,
             own.rotary,
-            scale=7**-0.5,
-            softcap=language.attn_logit_softcapping,
+            score_function=ScoreFunction(7**-0.5, language.attn_logit_softcapping),
             window=None if number % 2 else language.sliding_window,
         )
         # Float64: sums in another order.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import PRESETS, TokenLayout, rotary_tables
+from megatron_dattn.attention import PRESETS, ScoreFunction, TokenLayout, rotary_tables
 from megatron_dattn.attention.reference import described_positions, reference_attention
 from megatron_dattn.models.decoder_layer import DecoderLayer
 from megatron_dattn.models.execution import ExactSavings
@@ -62,6 +62,7 @@ def _attention(model: DAttnVLM, number: int, normed: Tensor, layout: TokenLayout
     query, key, value = (x.squeeze(1) for x in attention.get_query_key_value_tensors(normed))
     language, config = model.model_config.language, model.attention
     positions = torch.tensor(described_positions(LAYOUT, config))
+    scale = 7**-0.5 if language.family == "gemma2" else language.head_dim**-0.5
     rotary = rotary_tables(positions, language.head_dim, language.rope_theta)
     out = reference_attention(
         query,
@@ -70,9 +71,8 @@ def _attention(model: DAttnVLM, number: int, normed: Tensor, layout: TokenLayout
         layout,
         config,
         (rotary[0][-layout.num_tokens :], rotary[1][-layout.num_tokens :]),
-        scale=7**-0.5 if language.family == "gemma2" else language.head_dim**-0.5,
+        score_function=ScoreFunction(scale, language.attn_logit_softcapping),
         head_mask=torch.tensor([1.0, 1.0, 1.0, 0.0]) if config.visual.heads < 1.0 else None,
-        softcap=language.attn_logit_softcapping,
         window=_window(model, number),
     )
     return attention.linear_proj(out.flatten(1).unsqueeze(1))[0]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dattn.attention import Scoring, alpha_v
+from megatron_dattn.attention import ScoreFunction, Scoring, alpha_v
 from megatron_dattn.models.decomposed_attention import DecomposedCore
 from megatron_dattn.models.observer import AlphaMeter
 from tests.support.vlm import LANGUAGE, make_batch, tiny_model, tiny_model_config
@@ -45,7 +45,7 @@ def test_it_is_shown_the_queries_and_keys_of_every_layer(preset: str) -> None:
         assert torch.equal(key, used_key)
         assert not query.requires_grad
         assert not key.requires_grad
-        assert scoring.scale == LANGUAGE.head_dim**-0.5
+        assert scoring.score_function == ScoreFunction(LANGUAGE.head_dim**-0.5)
         assert alpha_v(query, key, scoring).shape == (text, LANGUAGE.num_attention_heads)
 
 

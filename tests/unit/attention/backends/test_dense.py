@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.backends.base import Backend, ScoreFunction
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
 from megatron_dattn.attention.backends.math import MathBackend
 from megatron_dattn.attention.plan.index import TokenIndex
 from megatron_dattn.attention.plan.parts import Part
 
 SCALE = 0.3
+SCORES = ScoreFunction(SCALE)
 KEY_HEADS, GROUP, DIM = 2, 3, 8
 
 # (query lengths, key lengths, causal): ragged, equal, without tokens of one kind, and too different
@@ -86,7 +87,7 @@ def test_output_and_log_sum_exp(backend: Backend, shape: str) -> None:
     part = make_part(shape)
     inputs = make_inputs(part)
     for actual, expected in zip(
-        backend.forward(*inputs, part, SCALE), plain_attention(inputs, part), strict=True
+        backend.forward(*inputs, part, SCORES), plain_attention(inputs, part), strict=True
     ):
         assert actual.dtype == torch.float64
         torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
@@ -101,7 +102,7 @@ def test_gradients(backend: Backend, shape: str) -> None:
     grad_out = torch.randn_like(out)
     expected = torch.autograd.grad(out, inputs, grad_out)
     detached = [x.detach() for x in (*inputs, out, lse)]
-    actual = backend.backward(grad_out, *detached, part, SCALE)
+    actual = backend.backward(grad_out, *detached, part, SCORES)
     for got, exact in zip(actual, expected, strict=True):
         # Sums over up to 400 keys.
         torch.testing.assert_close(got, exact, atol=1e-11, rtol=0)
@@ -143,7 +144,7 @@ def test_two_parts_share_the_gradient_of_their_joint_softmax(backend: Backend) -
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
     for part, index in halves:
         inputs = [x.detach() for x in (query, key[index], value[index], out, lse)]
-        dq, dk, dv = backend.backward(grad_out, *inputs, part, SCALE)
+        dq, dk, dv = backend.backward(grad_out, *inputs, part, SCORES)
         grad_query += dq
         grad_key[index] = dk
         grad_value[index] = dv
@@ -155,7 +156,7 @@ def test_two_parts_share_the_gradient_of_their_joint_softmax(backend: Backend) -
 def test_half_precision_is_computed_in_float32(backend: Backend) -> None:
     part = make_part("ragged keys")
     inputs = make_inputs(part, torch.bfloat16)
-    out, lse = backend.forward(*inputs, part, SCALE)
+    out, lse = backend.forward(*inputs, part, SCORES)
     expected_out, expected_lse = plain_attention([x.double() for x in inputs], part)
     assert out.dtype == lse.dtype == torch.float32
     # Float32 arithmetic on BF16 inputs, without one BF16 rounding (4e-3) on the way.
@@ -178,7 +179,7 @@ def test_wide_segments_are_computed_in_bfloat16(
     expected = torch.autograd.grad(out, exact, grad_out.double())
     detached = [x.detach() for x in inputs]
     given = out.detach().bfloat16(), lse.detach().float()
-    gradients = CpuFlashBackend().backward(grad_out, *detached, *given, part, SCALE)
+    gradients = CpuFlashBackend().backward(grad_out, *detached, *given, part, SCORES)
     for actual, wanted in zip(gradients, expected, strict=True):
         # Probabilities and gradients of the scores are rounded to BF16 (4e-3) before their sums.
         error = (actual.double() - wanted).norm() / wanted.norm()
@@ -191,7 +192,7 @@ def test_padding_stays_finite_whatever_the_scores(backend: Backend) -> None:
     part = make_part("ragged causal")
     query, key, value = (x.detach().float() for x in make_inputs(part))
     query = query * 5000
-    out, lse = backend.forward(query, key, value, part, SCALE)
-    gradients = backend.backward(torch.ones_like(out), query, key, value, out, lse, part, SCALE)
+    out, lse = backend.forward(query, key, value, part, SCORES)
+    gradients = backend.backward(torch.ones_like(out), query, key, value, out, lse, part, SCORES)
     for tensor in (out, lse, *gradients):
         assert torch.isfinite(tensor).all()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dattn.attention import PRESETS, Backend, select_backend
+from megatron_dattn.attention import PRESETS, Backend, ScoreFunction, select_backend
 from megatron_dattn.attention.backends import cuda_flash, flash_attn2, flash_attn3
 from megatron_dattn.attention.backends.cuda_flash import CudaFlashBackend
 from megatron_dattn.attention.backends.flash_attn2 import FlashAttn2Backend
@@ -131,7 +131,7 @@ def test_tokens_without_keys_report_minus_infinity(
         device=torch.device("cpu"),
     )  # fmt: skip
     query, key, value = (torch.randn(n, 4, 8) for n in (3, sum(key_lengths), sum(key_lengths)))
-    out, lse = backend.forward(query, key, value, part, 1.0)
+    out, lse = backend.forward(query, key, value, part, ScoreFunction(1.0))
     assert torch.isneginf(lse).all(dim=1).nonzero().flatten().tolist() == without
     assert torch.isfinite(lse).all(dim=1).sum() == 3 - len(without)
     assert not out[without].any()

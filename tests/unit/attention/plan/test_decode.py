@@ -20,7 +20,7 @@ from megatron_dattn.attention import (
 )
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
 from megatron_dattn.attention.reference import reference_attention
-from tests.unit.attention.support import CONFIGS, SCALE, layouts, make_problem
+from tests.unit.attention.support import CONFIGS, SCORES, layouts, make_problem
 
 
 def longer_by(layout: TokenLayout, tokens: list[int]) -> TokenLayout:
@@ -53,7 +53,11 @@ def test_each_new_token_is_as_in_the_longer_pack(
     window = data.draw(st.sampled_from([None, 1, 2, 4]))
     longer = longer_by(layout, steps)
     problem = make_problem(longer, config)
-    options = {"scale": SCALE, "gate": problem.gate, "head_mask": problem.head_mask}
+    options = {
+        "score_function": SCORES,
+        "gate": problem.gate,
+        "head_mask": problem.head_mask,
+    }
     everything = (*problem.inputs, longer, config, problem.rotary)
     expected = reference_attention(*everything, **options, window=window)
     if config.merge == "cascade":
@@ -74,7 +78,7 @@ def test_each_new_token_is_as_in_the_longer_pack(
         )
         out = attend_scored_tokens(*arguments, **options, backend=CpuFlashBackend())
         if config.merge == "cascade":
-            out = out + attend_images(*arguments, scale=SCALE, backend=CpuFlashBackend())
+            out = out + attend_images(*arguments, score_function=SCORES, backend=CpuFlashBackend())
         # Sums of float64 in another order, over at most some forty tokens.
         torch.testing.assert_close(out, expected[tokens[-len(new) :]], atol=1e-12, rtol=1e-12)
 
