@@ -5,8 +5,8 @@ choices, `reference.py` for their meaning, `decomposed.py` for the operation.
 """
 
 from megatron_dattn.attention.attention_maps import (
+    ReportInputs,
     ReportPlan,
-    Scoring,
     alpha_v,
     image_attention,
     plan_report,
@@ -45,7 +45,7 @@ __all__ = [
     "Positions",
     "ReportPlan",
     "ScoreFunction",
-    "Scoring",
+    "ReportInputs",
     "TextToVisual",
     "TokenLayout",
     "VisualTokensConfig",

@@ -47,8 +47,8 @@ class ReportPlan:
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """How a layer's scores come from its queries and keys."""
+class ReportInputs:
+    """What a report needs to know of a layer besides its queries and keys."""
 
     plan: ReportPlan
     rotary: Rotary  # tables of all S tokens
@@ -80,7 +80,7 @@ def plan_report(
 
 
 @torch.no_grad()
-def alpha_v(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
+def alpha_v(query: Tensor, key: Tensor, inputs: ReportInputs) -> Tensor:
     """Equation 9, alpha_V = sigmoid(S_V - S_T), of every text token and head, [text_budget, Hq].
 
     It is the share of the attention that a text token gives to images, where the merge is "alpha".
@@ -94,16 +94,18 @@ def alpha_v(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
 
     Returns:
         Float32 (float64 for float64). Tokens that see no image, padding among them, give 0: leave
-        them out of means by `scoring.plan.sees_images`.
+        them out of means by `inputs.plan.sees_images`.
     """
-    plan = scoring.plan
-    visual, text = (_log_sum_exps(p, query, key, scoring) for p in (plan.t2v, plan.t2t))
+    plan = inputs.plan
+    visual, text = (_log_sum_exps(p, query, key, inputs) for p in (plan.t2v, plan.t2t))
     # In padding both are -inf, and their difference is NaN.
     return torch.where(plan.sees_images.unsqueeze(-1), torch.sigmoid(visual - text), 0.0)
 
 
 @torch.no_grad()
-def image_attention(query: Tensor, key: Tensor, scoring: Scoring, tokens: Sequence[int]) -> Tensor:
+def image_attention(
+    query: Tensor, key: Tensor, inputs: ReportInputs, tokens: Sequence[int]
+) -> Tensor:
     """The probabilities with which chosen text tokens attend to their images, [tokens, Hq, n].
 
     They are those of the layer's own softmax: under merge "alpha" a token's sum over the n visual
@@ -118,46 +120,48 @@ def image_attention(query: Tensor, key: Tensor, scoring: Scoring, tokens: Sequen
         In the precision of `alpha_v`. Raises ValueError for tokens of several samples, and
         for padding.
     """
-    plan = scoring.plan
+    plan = inputs.plan
     first, end = plan.layout.visual_tokens(_sample_of(plan.layout, tokens))
     if not plan.t2v:
         shape = (len(tokens), query.shape[1], end - first)
         return query.new_zeros(shape, dtype=merge_dtype(query.dtype))
     chosen = torch.tensor(tokens, dtype=torch.int64, device=plan.device)
-    scores = _visual_scores(query, key, scoring, chosen, TokenIndex(end - first, start=first))
+    scores = _visual_scores(query, key, inputs, chosen, TokenIndex(end - first, start=first))
     seen = _seen_tokens(plan.t2v, chosen, (first, end))
-    total = _log_sum_exps(plan.t2v, query, key, scoring)
+    total = _log_sum_exps(plan.t2v, query, key, inputs)
     if plan.merge == "alpha":
-        total = torch.logaddexp(total, _log_sum_exps(plan.t2t, query, key, scoring))
+        total = torch.logaddexp(total, _log_sum_exps(plan.t2t, query, key, inputs))
     probabilities = torch.exp(scores - total[chosen].unsqueeze(-1))
     return torch.where(seen.unsqueeze(1), probabilities, 0.0)
 
 
-def _log_sum_exps(parts: tuple[Part, ...], query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
+def _log_sum_exps(
+    parts: tuple[Part, ...], query: Tensor, key: Tensor, inputs: ReportInputs
+) -> Tensor:
     """S of every text token over the keys of all parts, [text_budget, Hq]; -inf without keys."""
-    text = _text_tokens(query, scoring)
+    text = _text_tokens(query, inputs)
     lse = text.new_full(text.shape[:2], -torch.inf, dtype=merge_dtype(query.dtype))
     for part in parts:
         q, k = part.query_tokens.take(text), part.key_tokens.take(key)
         if part.rotary:
-            q, k = _rotate(q, k, part.query_tokens, part.key_tokens, scoring)
+            q, k = _rotate(q, k, part.query_tokens, part.key_tokens, inputs)
         # Backends give an output too: keys stand in for the values, which it would need.
-        _, part_lse = scoring.backend.forward(q, k, k, part, scoring.score_function)
+        _, part_lse = inputs.backend.forward(q, k, k, part, inputs.score_function)
         part.query_tokens.put(lse, torch.logaddexp(part.query_tokens.take(lse), part_lse))
     return lse
 
 
 def _visual_scores(
-    query: Tensor, key: Tensor, scoring: Scoring, chosen: Tensor, visual: TokenIndex
+    query: Tensor, key: Tensor, inputs: ReportInputs, chosen: Tensor, visual: TokenIndex
 ) -> Tensor:
     """Scores of chosen text tokens with visual tokens, seen or not, [tokens, Hq, n]."""
-    q, k = _text_tokens(query, scoring)[chosen], visual.take(key)
-    if scoring.plan.t2v[0].rotary:
-        q, k = _rotate(q, k, TokenIndex(len(chosen), index=chosen), visual, scoring)
+    q, k = _text_tokens(query, inputs)[chosen], visual.take(key)
+    if inputs.plan.t2v[0].rotary:
+        q, k = _rotate(q, k, TokenIndex(len(chosen), index=chosen), visual, inputs)
     dtype = merge_dtype(query.dtype)
     k = k.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(dtype)
-    scores = torch.einsum("qhd,khd->qhk", q.to(dtype), k) * scoring.score_function.scale
-    if (softcap := scoring.score_function.softcap) is not None:
+    scores = torch.einsum("qhd,khd->qhk", q.to(dtype), k) * inputs.score_function.scale
+    if (softcap := inputs.score_function.softcap) is not None:
         scores = softcap * torch.tanh(scores / softcap)
     return scores
 
@@ -177,16 +181,20 @@ def _seen_tokens(parts: tuple[Part, ...], chosen: Tensor, visual: TokenRange) ->
     return seen
 
 
-def _text_tokens(query: Tensor, scoring: Scoring) -> Tensor:
+def _text_tokens(query: Tensor, inputs: ReportInputs) -> Tensor:
     """The queries of text tokens: the last ones."""
-    return query[query.shape[0] - scoring.plan.layout.text_budget :]
+    return query[query.shape[0] - inputs.plan.layout.text_budget :]
 
 
 def _rotate(
-    query: Tensor, key: Tensor, query_tokens: TokenIndex, key_tokens: TokenIndex, scoring: Scoring
+    query: Tensor,
+    key: Tensor,
+    query_tokens: TokenIndex,
+    key_tokens: TokenIndex,
+    inputs: ReportInputs,
 ) -> tuple[Tensor, Tensor]:
-    cos, sin = scoring.rotary
-    first_text = scoring.plan.layout.visual_budget
+    cos, sin = inputs.rotary
+    first_text = inputs.plan.layout.visual_budget
     of_queries = query_tokens.take(cos[first_text:]), query_tokens.take(sin[first_text:])
     of_keys = key_tokens.take(cos), key_tokens.take(sin)
     return apply_rotary(query, of_queries), apply_rotary(key, of_keys)

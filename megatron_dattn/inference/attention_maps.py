@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import Scoring, alpha_v, image_attention
+from megatron_dattn.attention import ReportInputs, alpha_v, image_attention
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.inference.load import LoadedModel
 from megatron_dattn.inference.prompt import Prompt, pack_prompts
@@ -132,10 +132,10 @@ class _Recorder:
         self.alpha: list[Tensor] = []
         self.maps: list[Tensor] = []
 
-    def __call__(self, layer_number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
-        if scoring.plan.merge != "cascade":
-            self.alpha.append(alpha_v(query, key, scoring)[self._tokens].float().cpu())
-        maps = image_attention(query, key, scoring, self._tokens).mean(1).float().cpu()
+    def __call__(self, layer_number: int, query: Tensor, key: Tensor, inputs: ReportInputs) -> None:
+        if inputs.plan.merge != "cascade":
+            self.alpha.append(alpha_v(query, key, inputs)[self._tokens].float().cpu())
+        maps = image_attention(query, key, inputs, self._tokens).mean(1).float().cpu()
         if maps.shape[1] == 0:  # a layer after the visual tokens have left
             maps = maps.new_zeros(len(self._tokens), self._num_visual_tokens)
         self.maps.append(maps)

@@ -11,9 +11,9 @@ from megatron_dattn.attention import (
     AttentionPlan,
     Backend,
     LayerRule,
+    ReportInputs,
     ReportPlan,
     ScoreFunction,
-    Scoring,
     TokenLayout,
     plan_attention,
     plan_report,
@@ -58,8 +58,8 @@ class LayerInputs:
         if self.observer is None:
             return
         assert self.report is not None, "an observer comes with a report's plan"
-        scoring = Scoring(self.report, self.rotary, self.score_function, self.backend)
-        self.observer(layer_number, query.detach(), key.detach(), scoring)
+        inputs = ReportInputs(self.report, self.rotary, self.score_function, self.backend)
+        self.observer(layer_number, query.detach(), key.detach(), inputs)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import Scoring, alpha_v
+from megatron_dattn.attention import ReportInputs, alpha_v
 
 NO_ALPHA = "reads images by attention of its own, apart from the text's: there is no alpha_V"
 """Of a preset with merge "cascade"; the preset's name stands before it."""
@@ -21,14 +21,14 @@ class AttentionObserver(Protocol):
     no meaning; elsewhere it is the self-attention of all layers.
     """
 
-    def __call__(self, layer_number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
+    def __call__(self, layer_number: int, query: Tensor, key: Tensor, inputs: ReportInputs) -> None:
         """
         Args:
             layer_number: in the whole decoder, from 1.
             query: of this rank's heads, as projected, without rotation, of all tokens or of the
                 text tokens alone, [.., Hq, D].
             key: of all tokens, [S, Hk, D], or of the visual tokens that a cross-attention reads.
-            scoring: how scores come from them.
+            inputs: how scores come from them, and which of them count.
         """
 
 
@@ -48,8 +48,8 @@ class AlphaMeter:
         self.alpha = torch.zeros(num_layers, num_heads, dtype=torch.float32, device=device)
         self.counts = torch.zeros(num_layers, dtype=torch.float32, device=device)
 
-    def __call__(self, layer_number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
-        assert scoring.plan.merge != "cascade", "the configuration refuses it"
-        weights = alpha_v(query, key, scoring)
+    def __call__(self, layer_number: int, query: Tensor, key: Tensor, inputs: ReportInputs) -> None:
+        assert inputs.plan.merge != "cascade", "the configuration refuses it"
+        weights = alpha_v(query, key, inputs)
         self.alpha[layer_number - 1] += weights.sum(0)
-        self.counts[layer_number - 1] += scoring.plan.num_seeing
+        self.counts[layer_number - 1] += inputs.plan.num_seeing

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dattn.attention import ScoreFunction, Scoring, alpha_v
+from megatron_dattn.attention import ReportInputs, ScoreFunction, alpha_v
 from megatron_dattn.models.decomposed_attention import DecomposedCore
 from megatron_dattn.models.observer import AlphaMeter
 from tests.support.vlm import LANGUAGE, make_batch, tiny_model, tiny_model_config
@@ -22,10 +22,10 @@ class Recorder:
     """Keeps what it is shown."""
 
     def __init__(self) -> None:
-        self.shown: list[tuple[int, Tensor, Tensor, Scoring]] = []
+        self.shown: list[tuple[int, Tensor, Tensor, ReportInputs]] = []
 
-    def __call__(self, layer_number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
-        self.shown.append((layer_number, query, key, scoring))
+    def __call__(self, layer_number: int, query: Tensor, key: Tensor, inputs: ReportInputs) -> None:
+        self.shown.append((layer_number, query, key, inputs))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -37,7 +37,7 @@ def test_it_is_shown_the_queries_and_keys_of_every_layer(preset: str) -> None:
             module.register_forward_pre_hook(lambda _, args: attended.append(args[:2]))
     model(BATCH, observer=recorder)
     assert [number for number, *_ in recorder.shown] == [1, 2]
-    for (_, query, key, scoring), (used_query, used_key) in zip(
+    for (_, query, key, inputs), (used_query, used_key) in zip(
         recorder.shown, attended, strict=True
     ):
         text = BATCH.layout.text_budget
@@ -45,8 +45,8 @@ def test_it_is_shown_the_queries_and_keys_of_every_layer(preset: str) -> None:
         assert torch.equal(key, used_key)
         assert not query.requires_grad
         assert not key.requires_grad
-        assert scoring.score_function == ScoreFunction(LANGUAGE.head_dim**-0.5)
-        assert alpha_v(query, key, scoring).shape == (text, LANGUAGE.num_attention_heads)
+        assert inputs.score_function == ScoreFunction(LANGUAGE.head_dim**-0.5)
+        assert alpha_v(query, key, inputs).shape == (text, LANGUAGE.num_attention_heads)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -106,7 +106,7 @@ def test_the_meter_never_waits_for_the_device(preset: str, recompute: str, monke
 
 
 def test_the_instrument_notices_who_waits(monkeypatch) -> None:
-    def wait(number: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
+    def wait(number: int, query: Tensor, key: Tensor, inputs: ReportInputs) -> None:
         query.sum().item()
         key[key > 0].tolist()
 
@@ -121,10 +121,10 @@ def test_under_a_cascade_it_is_shown_the_cross_attention() -> None:
     recorder = Recorder()
     model(BATCH, observer=recorder)
     assert [number for number, *_ in recorder.shown] == [1, 2]
-    for _, query, key, scoring in recorder.shown:
+    for _, query, key, inputs in recorder.shown:
         assert query.shape[0] == BATCH.layout.text_budget
         assert key.shape[0] == BATCH.layout.visual_budget
-        assert scoring.plan.merge == "cascade"
+        assert inputs.plan.merge == "cascade"
 
 
 def test_the_meter_means_over_the_tokens_that_see_an_image() -> None:
@@ -135,8 +135,8 @@ def test_the_meter_means_over_the_tokens_that_see_an_image() -> None:
         model(batch, observer=meter)
     for layer in (1, 2):
         weights = [
-            alpha_v(query, key, scoring)[scoring.plan.sees_images]
-            for number, query, key, scoring in recorder.shown
+            alpha_v(query, key, inputs)[inputs.plan.sees_images]
+            for number, query, key, inputs in recorder.shown
             if number == layer
         ]
         # Text before its image sees none: 6 of 9 tokens, 8 of 8, 5 of 7 do.
