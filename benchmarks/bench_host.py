@@ -27,11 +27,11 @@ from megatron_dattn.attention import (
     AttentionConfig,
     ImageSpan,
     TokenLayout,
-    kept_grid,
-    layer_rules,
     plan_attention,
     token_positions,
 )
+from megatron_dattn.attention.layers import layer_rules
+from megatron_dattn.attention.visual_config import kept_grid
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
 from megatron_dattn.planner.flops import model_flops

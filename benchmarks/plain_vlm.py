@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_dattn.attention import apply_rotary
+from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.batch import IGNORED_LABEL
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import ReportInputs, alpha_v, image_attention
+from megatron_dattn.attention.attention_maps import ReportInputs, alpha_v, image_attention
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.inference.load import LoadedModel
 from megatron_dattn.inference.prompt import Prompt, pack_prompts

@@ -9,16 +9,14 @@ from torch import Tensor
 from megatron_dattn.attention import (
     AttentionConfig,
     AttentionPlan,
-    Backend,
-    LayerRule,
-    ReportInputs,
-    ReportPlan,
     ScoreFunction,
     TokenLayout,
     plan_attention,
-    plan_report,
     token_positions,
 )
+from megatron_dattn.attention.attention_maps import ReportInputs, ReportPlan, plan_report
+from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.layers import LayerRule
 from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.kv_cache import KVCache
 from megatron_dattn.models.observer import AttentionObserver

@@ -10,13 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import (
-    PRESETS,
-    RotaryScaling,
-    ScoreFunction,
-    kept_grid,
-    rotary_tables,
-)
+from megatron_dattn.attention import PRESETS, ScoreFunction, rotary_tables
+from megatron_dattn.attention.positions import RotaryScaling
+from megatron_dattn.attention.visual_config import kept_grid
 from megatron_dattn.errors import ConfigError
 
 _GEMMA2_FIELDS = (

@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_dattn.attention import attend_images
+from megatron_dattn.attention.decomposed import attend_images
 from megatron_dattn.models.attention_inputs import LayerInputs
 
 

@@ -25,7 +25,8 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_dattn.attention import AttentionConfig, num_shared
+from megatron_dattn.attention import AttentionConfig
+from megatron_dattn.attention.visual_config import num_shared
 from megatron_dattn.models.adapter import VisualProjector
 from megatron_dattn.models.attention_inputs import AttentionInputs, LayerInputs
 from megatron_dattn.models.cross_attention import ImageCrossAttention

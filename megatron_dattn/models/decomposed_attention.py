@@ -14,12 +14,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_dattn.attention import (
-    AttentionConfig,
-    attend_scored_tokens,
-    diagonal_attention,
-    num_shared,
-)
+from megatron_dattn.attention import AttentionConfig
+from megatron_dattn.attention.decomposed import attend_scored_tokens, diagonal_attention
+from megatron_dattn.attention.visual_config import num_shared
 from megatron_dattn.models.attention_inputs import LayerInputs
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.projections import fold_output_weight, project_queries_keys_values

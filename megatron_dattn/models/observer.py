@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import ReportInputs, alpha_v
+from megatron_dattn.attention.attention_maps import ReportInputs, alpha_v
 
 NO_ALPHA = "reads images by attention of its own, apart from the text's: there is no alpha_V"
 """Of a preset with merge "cascade"; the preset's name stands before it."""

@@ -8,14 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dattn.attention import (
-    PRESETS,
-    Backend,
-    ImageSpan,
-    TokenLayout,
-    plan_attention,
-    select_backend,
-)
+from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, plan_attention, select_backend
+from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.backends.select import BACKENDS
 from tests.unit.attention.naive import constant_alpha_gradients
 from tests.unit.attention.support import (

@@ -7,7 +7,8 @@ longer in `attention/presets.py` is therefore refused.
 from dataclasses import replace
 from typing import Any, Literal, cast
 
-from megatron_dattn.attention import PRESETS, AttentionConfig, Positions, TextToVisual
+from megatron_dattn.attention import PRESETS, AttentionConfig
+from megatron_dattn.attention.config import Positions, TextToVisual
 from megatron_dattn.conversion.families.decoder import with_required
 from megatron_dattn.conversion.families.exportable import VISUAL_TOKENS
 from megatron_dattn.conversion.families.registry import language_family, vision_family

@@ -4,7 +4,8 @@ Decomposed models are given code of ours, plain self-attention is Hugging Face's
 computes everything that can be trained; what it does not is refused with the reason.
 """
 
-from megatron_dattn.attention import AttentionConfig, VisualTokensConfig, get_preset
+from megatron_dattn.attention import AttentionConfig, get_preset
+from megatron_dattn.attention.visual_config import VisualTokensConfig
 from megatron_dattn.conversion.families.registry import LANGUAGE
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import LanguageConfig, ModelConfig

@@ -7,14 +7,9 @@ gradients of queries and keys are wrong. Tests use this to show that they would 
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import (
-    AttentionConfig,
-    Backend,
-    ScoreFunction,
-    TokenLayout,
-    apply_rotary,
-    plan_attention,
-)
+from megatron_dattn.attention import AttentionConfig, ScoreFunction, TokenLayout, plan_attention
+from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import Problem
 

@@ -10,22 +10,21 @@ from megatron_dattn.attention import (
     PRESETS,
     AttentionConfig,
     AttentionPlan,
-    Backend,
     ImageSpan,
-    Positions,
     ScoreFunction,
-    TextToVisual,
     TokenLayout,
-    VisualTokensConfig,
-    attend_images,
     decomposed_attention,
-    layer_rules,
     plan_attention,
     rotary_tables,
     token_positions,
 )
+from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.config import Positions, TextToVisual
+from megatron_dattn.attention.decomposed import attend_images
+from megatron_dattn.attention.layers import layer_rules
 from megatron_dattn.attention.positions import Rotary
 from megatron_dattn.attention.reference import described_positions, reference_attention
+from megatron_dattn.attention.visual_config import VisualTokensConfig
 
 HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5

@@ -11,15 +11,17 @@ from torch import Tensor
 from megatron_dattn.attention import (
     PRESETS,
     AttentionConfig,
-    ReportInputs,
     ScoreFunction,
     TokenLayout,
-    alpha_v,
-    apply_rotary,
-    image_attention,
-    plan_report,
     select_backend,
 )
+from megatron_dattn.attention.attention_maps import (
+    ReportInputs,
+    alpha_v,
+    image_attention,
+    plan_report,
+)
+from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import (
     CONFIGS,

@@ -5,14 +5,9 @@ from typing import Any
 
 import pytest
 
-from megatron_dattn.attention import (
-    PRESETS,
-    AttentionConfig,
-    Positions,
-    TextToVisual,
-    VisualTokensConfig,
-    get_preset,
-)
+from megatron_dattn.attention import PRESETS, AttentionConfig, get_preset
+from megatron_dattn.attention.config import Positions, TextToVisual
+from megatron_dattn.attention.visual_config import VisualTokensConfig
 from megatron_dattn.errors import ConfigError
 
 IN_SEQUENCE = Positions(text="gap", visual="sequence", embedding="none")

@@ -11,15 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_dattn.attention import (
     PRESETS,
-    Backend,
     ImageSpan,
     TokenLayout,
-    attend_scored_tokens,
     decomposed_attention,
-    diagonal_attention,
     plan_attention,
     select_backend,
 )
+from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.decomposed import attend_scored_tokens, diagonal_attention
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.naive import constant_alpha_gradients, naive_attention
 from tests.unit.attention.support import (

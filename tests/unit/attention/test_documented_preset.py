@@ -6,16 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dattn.attention import (
-    PRESETS,
-    AttentionConfig,
-    Positions,
-    TextToVisual,
-    get_preset,
-    layer_rules,
-    next_positions,
-    select_backend,
-)
+from megatron_dattn.attention import PRESETS, AttentionConfig, get_preset, select_backend
+from megatron_dattn.attention.config import Positions, TextToVisual
+from megatron_dattn.attention.layers import layer_rules
+from megatron_dattn.attention.plan.decode import next_positions
 from megatron_dattn.attention.reference import pair_masks
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.planner.decoder_flops import attended_pairs

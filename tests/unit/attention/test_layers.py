@@ -4,8 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, layer_rules, num_shared
-from megatron_dattn.attention.visual_config import VisualTokensConfig, kept_grid, rounded_share
+from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout
+from megatron_dattn.attention.layers import layer_rules
+from megatron_dattn.attention.visual_config import (
+    VisualTokensConfig,
+    kept_grid,
+    num_shared,
+    rounded_share,
+)
 from megatron_dattn.errors import ConfigError
 
 LAYOUT = TokenLayout((2, 1), (ImageSpan(0, 1, (2, 2)),), visual_budget=6, text_budget=4)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import alpha_merge, weighted_merge
 from megatron_dattn.attention.config import Merge
+from megatron_dattn.attention.merge import alpha_merge, weighted_merge
 
 TOKENS, HEADS, DIM = 5, 3, 4
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, output_tokens
+from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout
+from megatron_dattn.attention.outputs import output_tokens
 from tests.unit.attention.support import RICH_LAYOUT
 
 ITSELF = list(range(15, 31))

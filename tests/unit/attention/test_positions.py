@@ -10,14 +10,12 @@ from megatron_dattn.attention import (
     PRESETS,
     AttentionConfig,
     ImageSpan,
-    Positions,
-    RotaryScaling,
-    TextToVisual,
     TokenLayout,
-    apply_rotary,
     rotary_tables,
     token_positions,
 )
+from megatron_dattn.attention.config import Positions, TextToVisual
+from megatron_dattn.attention.positions import RotaryScaling, apply_rotary
 from megatron_dattn.attention.reference import described_positions
 from tests.unit.attention.support import CONFIGS, layouts
 

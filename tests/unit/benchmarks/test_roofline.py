@@ -16,7 +16,8 @@ from benchmarks.roofline import (
     layer_operators,
     total_work,
 )
-from megatron_dattn.attention import PRESETS, ImageSpan, LayerRule, TokenLayout, layer_rules
+from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout
+from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.planner.decoder_flops import decoder_flops, layer_flops

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_dattn.attention import alpha_v
+from megatron_dattn.attention.attention_maps import alpha_v
 from megatron_dattn.errors import ConfigError, DataError, UserError
 from megatron_dattn.inference import (
     AttentionMaps,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import PRESETS, output_tokens
+from megatron_dattn.attention import PRESETS
+from megatron_dattn.attention.outputs import output_tokens
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.template import TextTokens
 from megatron_dattn.errors import ConfigError

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
-from megatron_dattn.attention import PRESETS, AttentionConfig, TextToVisual, VisualTokensConfig
+from megatron_dattn.attention import PRESETS, AttentionConfig
+from megatron_dattn.attention.config import TextToVisual
+from megatron_dattn.attention.visual_config import VisualTokensConfig
 from megatron_dattn.planner.preset_drawing import drawn_tokens, panels
 
 # In reading order: T0, image V0..V11 of 3 x 4, T1 T2, image V12..V15 of 2 x 2, T3 T4 T5.

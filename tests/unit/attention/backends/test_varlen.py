@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dattn.attention import PRESETS, Backend, ScoreFunction, select_backend
+from megatron_dattn.attention import PRESETS, ScoreFunction, select_backend
 from megatron_dattn.attention.backends import cuda_flash, flash_attn2, flash_attn3
+from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.backends.cuda_flash import CudaFlashBackend
 from megatron_dattn.attention.backends.flash_attn2 import FlashAttn2Backend
 from megatron_dattn.attention.backends.flash_attn3 import FlashAttn3Backend

@@ -8,17 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dattn.attention import (
-    PRESETS,
-    ImageSpan,
-    TokenLayout,
-    attend_images,
-    attend_scored_tokens,
-    next_positions,
-    plan_decode_step,
-    token_positions,
-)
+from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, token_positions
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
+from megatron_dattn.attention.decomposed import attend_images, attend_scored_tokens
+from megatron_dattn.attention.plan.decode import next_positions, plan_decode_step
 from megatron_dattn.attention.reference import reference_attention
 from tests.unit.attention.support import CONFIGS, SCORES, layouts, make_problem
 

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dattn.attention import PRESETS, AttentionConfig, TextToVisual, VisualTokensConfig
+from megatron_dattn.attention import PRESETS, AttentionConfig
+from megatron_dattn.attention.config import TextToVisual
+from megatron_dattn.attention.visual_config import VisualTokensConfig
 from megatron_dattn.conversion.families.exportable import check_exportable
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig
