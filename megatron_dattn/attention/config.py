@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from megatron_dattn.attention.choices import unknown_values
-from megatron_dattn.attention.visual_config import VisualTokensConfig
+from megatron_dattn.attention.visual_config import VisualTokensConfig, unknown_values
 from megatron_dattn.errors import ConfigError
 
 TextScope = Literal["all", "following"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import TokenLayout, TokenRun
-from megatron_dattn.attention.plan.rings import num_rings, ring_of_patches
+from megatron_dattn.attention.plan.patches import num_rings, ring_of_patches
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, each [tokens, D]
 

@@ -8,9 +8,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from megatron_dattn.attention.choices import unknown_values
 from megatron_dattn.errors import ConfigError
 
 Grid = tuple[int, int]
@@ -90,3 +89,21 @@ def rounded_share(count: int, share: float) -> int:
     for 0.29 is a little less.
     """
     return math.floor(Fraction(str(share)) * count + Fraction(1, 2))
+
+
+def unknown_values(axes: Any, section: str = "") -> Iterator[str]:
+    """What is wrong with the values of a dataclass whose fields are choices or flags.
+
+    A misspelt value would be taken for one of the others.
+
+    Args:
+        section: what stands before the fields' names, "t2v." for instance.
+    """
+    for name, hint in get_type_hints(type(axes)).items():
+        value = getattr(axes, name)
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        if choices and value not in choices:
+            known = ", ".join(repr(choice) for choice in choices)
+            yield f"{section}{name} is one of {known}; it is {value!r}"
+        if hint is bool and not isinstance(value, bool):
+            yield f"{section}{name} is True or False; it is {value!r}"

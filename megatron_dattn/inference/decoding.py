@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.outputs import output_tokens
+from megatron_dattn.attention.layers import output_tokens
 from megatron_dattn.attention.plan.decode import next_positions, plan_decode_step
 from megatron_dattn.inference.image_cache import can_keep_images, encode_once
 from megatron_dattn.inference.load import LoadedModel, model_device

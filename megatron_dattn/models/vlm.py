@@ -16,8 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_dattn.attention import TokenLayout, get_preset, select_backend
-from megatron_dattn.attention.layers import layer_rules
-from megatron_dattn.attention.outputs import output_tokens
+from megatron_dattn.attention.layers import layer_rules, output_tokens
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.models.adapter import Adapter, build_adapter, features_as_tokens
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention

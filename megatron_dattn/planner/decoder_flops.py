@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import TokenLayout
-from megatron_dattn.attention.plan.rings import num_rings, ring_size
+from megatron_dattn.attention.plan.patches import num_rings, ring_size
 from megatron_dattn.attention.visual_config import rounded_share
 from megatron_dattn.planner.layer_sizes import LayerSizes
 

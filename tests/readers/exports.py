@@ -15,7 +15,7 @@ from PIL import Image
 
 from examples.quickstart.make_tokenizer import make_tokenizer
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.attention.outputs import output_tokens
+from megatron_dattn.attention.layers import output_tokens
 from megatron_dattn.conversion.families.exportable import check_exportable, is_llava
 from megatron_dattn.conversion.hf_export.run import export_checkpoint
 from megatron_dattn.data.template import TextTokens

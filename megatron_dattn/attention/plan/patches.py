@@ -1,8 +1,11 @@
-"""Segments between an image's patches: hundreds per image, and the same ones for every image.
+"""Patches of an image: its concentric rings, and the segments between patches.
 
-They are worked out once for every grid, for an image whose first patch is token 0, and moved to
-where the images of a pack stand. So a plan costs a few tensor operations per image, however many
-patches there are.
+Ring r of a grid of H x W patches holds those at distance r from the nearest border. A grid with an
+odd shorter side has a line of patches, or a single one, in its centre.
+
+Segments are hundreds per image, and the same ones for every image. They are worked out once for
+every grid, for an image whose first patch is token 0, and moved to where the images of a pack
+stand. So a plan costs a few tensor operations per image, however many patches there are.
 """
 
 from dataclasses import dataclass
@@ -10,12 +13,54 @@ from functools import lru_cache
 from itertools import chain, product
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.layout import TokenLayout, TokenRange
 from megatron_dattn.attention.plan.index import RangeTable, range_table
-from megatron_dattn.attention.plan.rings import num_rings, ring_ranges, ring_size
 from megatron_dattn.attention.visual_config import Grid
+
+
+def num_rings(grid: Grid) -> int:
+    """Rings of a grid; a single patch, or a line of them, is one."""
+    return (min(grid) + 1) // 2
+
+
+def ring_size(grid: Grid, ring: int) -> int:
+    """Patches of a ring: what it and all further inside have, less what those inside have."""
+    height, width = (side - 2 * ring for side in grid)
+    return height * width - max(height - 2, 0) * max(width - 2, 0)
+
+
+def last_of_centre(grid: Grid) -> int:
+    """Place of the last patch of the innermost ring, counted row by row from 0."""
+    height, width = grid
+    inset = num_rings(grid) - 1
+    return (height - 1 - inset) * width + width - 1 - inset
+
+
+@lru_cache(maxsize=64)
+def ring_of_patches(grid: Grid) -> Tensor:
+    """The ring of every patch, row by row, int64 [H * W]. Shared: not to be written to."""
+    row, column = (torch.arange(side) for side in grid)
+    from_row = torch.minimum(row, row.flip(0)).unsqueeze(1)
+    return torch.minimum(from_row, torch.minimum(column, column.flip(0))).flatten()
+
+
+def ring_ranges(grid: Grid, ring: int) -> list[TokenRange]:
+    """Places of a ring's patches, as ranges in reading order."""
+    height, width = grid
+    first, last = ring, width - 1 - ring
+    top, bottom = ring, height - 1 - ring
+    ranges = [(top * width + first, top * width + last + 1)]
+    for row in range(top + 1, bottom):
+        ranges.append((row * width + first, row * width + first + 1))
+        if last > first:
+            ranges.append((row * width + last, row * width + last + 1))
+    if bottom > top:
+        ranges.append((bottom * width + first, bottom * width + last + 1))
+    return ranges
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 
 from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout
-from megatron_dattn.attention.layers import layer_rules
+from megatron_dattn.attention.layers import layer_rules, output_tokens
 from megatron_dattn.attention.visual_config import (
     VisualTokensConfig,
-    kept_grid,
-    num_shared,
-    rounded_share,
 )
 from megatron_dattn.errors import ConfigError
+from tests.unit.attention.support import RICH_LAYOUT
+
+ITSELF = list(range(15, 31))
 
 LAYOUT = TokenLayout((2, 1), (ImageSpan(0, 1, (2, 2)),), visual_budget=6, text_budget=4)
 
@@ -60,22 +60,6 @@ def test_tokens_that_are_gone_leave_the_layout() -> None:
     assert last.layout(LAYOUT) == TokenLayout((2, 1), (), visual_budget=0, text_budget=4)
 
 
-def test_kept_patches_form_a_line() -> None:
-    assert kept_grid((4, 6), VisualTokensConfig()) == (4, 6)
-    assert kept_grid((4, 6), VisualTokensConfig(keep=0.25)) == (1, 6)
-    assert kept_grid((1, 2), VisualTokensConfig(keep=0.1)) == (1, 1)
-
-
-@pytest.mark.parametrize(
-    ("count", "share", "expected"),
-    # Halves go up, for even and odd numbers alike; the share is the decimal that was written.
-    [(3, 0.5, 2), (5, 0.5, 3), (7, 0.5, 4), (4, 0.5, 2), (50, 0.29, 15), (9, 0.25, 2), (3, 0.1, 0)],
-)
-def test_half_a_layer_is_rounded_up(count: int, share: float, expected: int) -> None:
-    assert rounded_share(count, share) == expected
-    assert num_shared(count, share) == max(1, expected)
-
-
 @pytest.mark.parametrize("num_layers", [4, 5, 32, 33])
 @pytest.mark.parametrize("end", [0.9, 0.99, 0.9999, 1.0])
 def test_who_predicts_is_computed(num_layers: int, end: float) -> None:
@@ -93,21 +77,27 @@ def test_a_range_without_a_layer_is_refused() -> None:
         layer_rules(config, 2, skip_unread=False)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        ({"keep": 0.0}, r"visual\.keep is a share above 0 and up to 1; it is 0\.0"),
-        ({"heads": 1.5}, r"visual\.heads is a share"),
-        ({"exit": -0.5}, r"visual\.exit is a share"),
-        ({"ffn": 1.5}, r"visual\.ffn is a share from 0 to 1"),
-        ({"keep": "half"}, r"visual\.keep is a share above 0 and up to 1; it is 'half'"),
-        ({"frozen": (0.5, 0.5)}, r"visual\.frozen is a range"),
-        ({"frozen": (0.5,)}, r"visual\.frozen is a range"),
-        ({"frozen": 0.5}, r"visual\.frozen is a range"),
-        ({"source": "reproject"}, "set ffn=0 with 'reproject'"),
-        ({"source": "reproject", "ffn": 0.0, "frozen": (0.0, 1.0)}, "frozen has no effect"),
-    ],
-)
-def test_impossible_shares_are_refused(tokens: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        VisualTokensConfig(**tokens)  # type: ignore[arg-type]
+@pytest.mark.parametrize("preset", ["dattn", "dattn_biased", "dattn_sum", "vidi"])
+def test_text_that_sees_all_images_predicts_for_itself(preset: str) -> None:
+    assert output_tokens(RICH_LAYOUT, PRESETS[preset]).tolist() == ITSELF
+
+
+@pytest.mark.parametrize("preset", ["ee_mllm", "naavit"])
+def test_images_that_read_no_text_predict_nothing(preset: str) -> None:
+    """Though text does not see the image that follows it."""
+    assert output_tokens(RICH_LAYOUT, PRESETS[preset]).tolist() == ITSELF
+
+
+@pytest.mark.parametrize("preset", ["s_attn", "s_attn_debias", "aki"])
+def test_text_before_an_image_hands_its_prediction_to_the_image(preset: str) -> None:
+    expected = ITSELF.copy()
+    expected[1] = 4  # two images follow text token 1 of sample 0: the second one's last token
+    expected[4] = 7  # the image after the last text token, where no label is left to predict
+    expected[12] = 11  # sample 3; the image of sample 2 stands before all text and takes nothing
+    assert output_tokens(RICH_LAYOUT, PRESETS[preset]).tolist() == expected
+
+
+def test_the_centre_of_a_concentric_image_predicts() -> None:
+    """The last token in reading order is a corner, which sees the border alone."""
+    layout = TokenLayout((2,), (ImageSpan(0, 1, (3, 5)),), visual_budget=15, text_budget=2)
+    assert output_tokens(layout, PRESETS["cca"]).tolist() == [1 * 5 + 3, 16]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, rotary_tables, token_positions
-from megatron_dattn.attention.outputs import output_tokens
+from megatron_dattn.attention.layers import output_tokens
 from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import (

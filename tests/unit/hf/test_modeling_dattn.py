@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dattn.attention.outputs import output_tokens
+from megatron_dattn.attention.layers import output_tokens
 from megatron_dattn.hf import attention_dattn
 from megatron_dattn.hf.caches_dattn import DAttnCache
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration

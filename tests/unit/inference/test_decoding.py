@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.attention.outputs import output_tokens
+from megatron_dattn.attention.layers import output_tokens
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.template import TextTokens
 from megatron_dattn.errors import ConfigError

@@ -1,10 +1,15 @@
-"""Segments between patches, against the definitions, wherever an image stands."""
+"""Rings of a patch grid and segments between patches, against their definitions."""
 
 import pytest
 
 from megatron_dattn.attention import ImageSpan, TokenLayout
 from megatron_dattn.attention.plan.patches import (
     SegmentTable,
+    last_of_centre,
+    num_rings,
+    ring_of_patches,
+    ring_ranges,
+    ring_size,
     segments_within_rings,
     segments_within_windows,
 )
@@ -66,3 +71,21 @@ def test_a_window_holds_the_patches_within_reach(reach: int) -> None:
 def test_what_is_kept_of_a_grid_stays_as_it_is() -> None:
     first = seen(segments_within_rings(LAYOUT))
     assert seen(segments_within_rings(LAYOUT)) == first
+
+
+@pytest.mark.parametrize("height", range(1, 7))
+@pytest.mark.parametrize("width", range(1, 7))
+def test_a_ring_holds_the_patches_at_one_distance_to_the_border(height: int, width: int) -> None:
+    grid, expected = (height, width), []
+    for i in range(height):
+        for j in range(width):
+            expected.append(min(i, j, height - 1 - i, width - 1 - j))
+    assert ring_of_patches(grid).tolist() == expected
+    assert num_rings(grid) == max(expected) + 1
+    for ring in range(num_rings(grid)):
+        places = [place for place, own in enumerate(expected) if own == ring]
+        ranges = ring_ranges(grid, ring)
+        # In reading order too.
+        assert [place for first, end in ranges for place in range(first, end)] == places
+        assert ring_size(grid, ring) == len(places)
+    assert last_of_centre(grid) == places[-1]
