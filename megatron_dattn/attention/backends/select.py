@@ -26,6 +26,7 @@ _PREFERENCE: tuple[Backend, ...] = (
 BACKENDS = {backend.name: backend for backend in _PREFERENCE}
 
 
+@cache  # every micro-batch asks for that of its model
 def select_backend(
     name: str,
     device: torch.device | str,

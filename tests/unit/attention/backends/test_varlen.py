@@ -240,6 +240,7 @@ def test_a_package_built_for_another_torch_is_passed_over(
 
 def test_the_newest_kernel_is_preferred(installed: pytest.MonkeyPatch) -> None:
     def chosen(softcap: float | None = None) -> str:
+        select_backend.cache_clear()
         return select_backend("auto", "cuda", torch.bfloat16, 64, softcap=softcap).name
 
     assert chosen() == chosen(50.0) == "flash_attn3"
