@@ -83,7 +83,7 @@ def parse_yaml(text: str, kind: Any, *, source: str, folder: Path | None = None)
 
 
 def plain_value(text: str, kind: Any) -> Any:
-    """What an unquoted word means to a field.
+    """The value that an unquoted word has for a field.
 
     Args:
         kind: the field's type, a union or Literal too; Any where nothing is known.
@@ -111,7 +111,7 @@ def plain_value(text: str, kind: Any) -> Any:
 
 
 def is_wordless(kind: Any) -> bool:
-    """Whether no text can be given to it: numbers, switches, lists, mappings."""
+    """True if no text can be given to it: numbers, switches, lists, mappings."""
     return all(
         part in (int, float, bool, types.NoneType) or _is_list(part) or fields_of(part)
         for part in _alternatives(kind)

@@ -34,12 +34,12 @@ class ReportPlan:
 
     @cached_property
     def num_seeing(self) -> Tensor:
-        """Text tokens that see an image, a number on the device: reading it would wait for it."""
+        """Text tokens that see an image, int64 [] on the device: reading it would wait for it."""
         return self.sees_images.sum()
 
     @cached_property
     def sees_images(self) -> Tensor:
-        """Whether a text token sees an image, bool [text_budget]."""
+        """True for text tokens that see an image, bool [text_budget]."""
         sees = torch.zeros(self.layout.text_budget, dtype=torch.bool, device=self.device)
         for part in self.t2v:
             part.query_tokens.put(sees, torch.ones_like(part.query_tokens.take(sees)))

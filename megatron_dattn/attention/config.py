@@ -101,35 +101,35 @@ class AttentionConfig:
 
     @property
     def scores_visual_tokens(self) -> bool:
-        """Whether visual tokens attend to anything but themselves, and so need queries."""
+        """True if visual tokens attend to anything but themselves, and so need queries."""
         return self.v2v in ("causal", "ring", "window")
 
     @property
     def outputs_visual_tokens(self) -> bool:
-        """Whether attention adds anything to visual tokens, and so needs their output
+        """True if attention adds anything to visual tokens, and so needs their output
         projection."""
         return self.v2v != "none"
 
     @property
     def rotates_visual_tokens(self) -> bool:
-        """Whether any score uses the rotary position of a visual token."""
+        """True if any score uses the rotary position of a visual token."""
         return self.scores_visual_tokens or self.t2v.rotary
 
     @property
     def has_gate(self) -> bool:
-        """Whether the merge takes a learnable gate."""
+        """True if the merge takes a learnable gate."""
         return self.merge in ("tanh", "sigmoid")
 
     @property
     def visual_tokens_predict(self) -> bool:
-        """Whether an image's token predicts the text after it: it has read the text before it, and
+        """True if an image's token predicts the text after it: it has read the text before it, and
         the last layer computes it, which only a range up to 1 freezes (`layer_rules`)."""
         frozen_last = self.visual.frozen is not None and self.visual.frozen[1] == 1.0
         return self.v2t != "none" and self.visual.exit == 1.0 and not frozen_last
 
     @property
     def attends_in_reading_order(self) -> bool:
-        """Whether attention is the language model's own: one causal softmax over tokens of both
+        """True if attention is the language model's own: one causal softmax over tokens of both
         kinds in reading order, whatever else becomes of visual tokens. A sliding window counts them
         all."""
         sees_all_before = self.v2v == "causal" and self.v2t == "preceding"
@@ -137,7 +137,7 @@ class AttentionConfig:
 
     @property
     def window_in_reading_order(self) -> bool:
-        """Whether a layer's sliding window counts the tokens of images, too, for every token."""
+        """True if a layer's sliding window counts the tokens of images, too, for every token."""
         return self.attends_in_reading_order or self.window == "reading_order"
 
 

@@ -116,8 +116,8 @@ def attend_images(
     score_function: ScoreFunction,
     backend: Backend,
 ) -> Tensor:
-    """T2V alone, of a plan whose merge leaves it a softmax of its own; shapes as in
-    `attend_scored_tokens`. Tokens that see no image give zero.
+    """T2V alone, [plan.num_scored_tokens, Hq, D], of a plan whose merge leaves it a softmax of its
+    own; arguments as of `attend_scored_tokens`. Tokens that see no image give zero.
 
     For merge "cascade", where query, key and value have projections of their own. Of `key` and
     `value` only visual tokens are read: they may hold those alone.

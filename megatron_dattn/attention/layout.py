@@ -157,7 +157,7 @@ class TokenLayout:
         return tuple(runs)
 
     def encode(self) -> Tensor:
-        """The layout as one int64 vector, for sending between ranks. `decode` inverts it."""
+        """The layout as one vector, int64 [n], for sending between ranks. `decode` inverts it."""
         prompts = self.prompt_lengths
         header = (self.num_samples, len(self.images), self.visual_budget, self.text_budget)
         spans = (n for image in self.images for n in (image.sample, image.text_offset, *image.grid))
@@ -168,7 +168,7 @@ class TokenLayout:
 
     @staticmethod
     def decode(encoded: Tensor) -> "TokenLayout":
-        """The layout that `encode` wrote; trailing numbers (a fixed-size buffer) are ignored."""
+        """The layout that `encode` wrote, int64 [n or more]: numbers behind it are ignored."""
         numbers = encoded.tolist()
         num_samples, num_images, visual_budget, text_budget, prompts = numbers[:_HEADER_FIELDS]
         spans_at = _HEADER_FIELDS + num_samples

@@ -92,7 +92,7 @@ def _position(
 def sees(
     query: DescribedToken, key: DescribedToken, config: AttentionConfig, window: int | None = None
 ) -> bool:
-    """Whether the score of this (query, key) pair takes part in the query's softmax."""
+    """True if the score of this (query, key) pair takes part in the query's softmax."""
     if window is not None and _distance(query, key, config) >= window:
         return False
     if "padding" in (query.kind, key.kind) or query.sample != key.sample:
@@ -150,7 +150,7 @@ def _patch_sees_patch(query: DescribedToken, key: DescribedToken, config: Attent
 
 
 def is_rotated(query: DescribedToken, key: DescribedToken, config: AttentionConfig) -> bool:
-    """Whether the score of this pair uses rotary positions."""
+    """True if the score of this pair uses rotary positions."""
     return config.t2v.rotary or (query.kind, key.kind) != ("text", "visual")
 
 
@@ -178,7 +178,7 @@ def reference_attention(
     window: int | None = None,
     images_alone: bool = False,
 ) -> Tensor:
-    """What `decomposed_attention` computes, [S, Hq, D]; arguments as there and in `plan_attention`.
+    """The result of `decomposed_attention`, [S, Hq, D]; arguments as there and in `plan_attention`.
 
     A token that sees nothing gives zero, except that under v2v="diagonal" every visual token,
     padding too, gives its own value: a softmax over one key is 1 whatever its score. With

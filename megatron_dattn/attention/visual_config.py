@@ -92,7 +92,7 @@ def rounded_share(count: int, share: float) -> int:
 
 
 def unknown_values(axes: Any, section: str = "") -> Iterator[str]:
-    """What is wrong with the values of a dataclass whose fields are choices or flags.
+    """Mistakes in the values of a dataclass whose fields are choices or flags.
 
     A misspelt value would be taken for one of the others.
 

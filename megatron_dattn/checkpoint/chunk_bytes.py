@@ -23,7 +23,7 @@ def read_chunk_into(target: Tensor, shard: Path, offset: int, length: int) -> bo
     """Read a whole chunk into a tensor of the host.
 
     Args:
-        target: of the chunk's shape and type, contiguous, not empty.
+        target: any shape and dtype, those of the chunk; contiguous, not empty.
         shard: the file.
         offset, length: of the chunk's archive in the file, in bytes.
 
@@ -69,6 +69,7 @@ def _read_fully(file: BinaryIO, position: int, target: Tensor) -> None:
 
 
 def empty_on_host(size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Like `torch.empty`, in large pages where the system has them: numpy asks for these."""
+    """Like `torch.empty`, any shape, in large pages where the system has them: numpy asks for
+    these."""
     num_bytes = size.numel() * dtype.itemsize
     return torch.from_numpy(np.empty(num_bytes, np.uint8)).view(dtype).reshape(size)

@@ -60,13 +60,13 @@ def _host() -> str:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether it is the name of a checkpoint that is being saved."""
+    """True if it is the name of a checkpoint that is being saved."""
     match = _TEMPORARY.fullmatch(name)
     return match is not None and step_of(match[1]) is not None
 
 
 def is_passing(name: str) -> bool:
-    """Whether it is the name of something half written, half deleted, or set aside as damaged."""
+    """True if it is the name of something half written, half deleted, or set aside as damaged."""
     aside = (TRASH_PREFIX in name, _TEMPORARY.fullmatch(name), DAMAGED in name)
     return any(aside)
 
@@ -77,7 +77,7 @@ def damaged_name(name: str) -> str:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether a temporary folder's writer is dead.
+    """True if a temporary folder's writer is dead.
 
     A writer of this process is (saves do not overlap), one of this host is if its process is gone,
     one of another host is believed dead when nothing in the folder changed for a day.

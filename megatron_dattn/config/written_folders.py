@@ -57,7 +57,7 @@ def check_run_folder(setting: str, name: str | None) -> None:
 
 
 def check_place(setting: str, folder: Path) -> None:
-    """Whether a folder, or the first one above it that exists, takes new files.
+    """Check that a folder, or the first one above it that exists, takes new files.
 
     Raises:
         ConfigError: naming the setting and what is in the way.

@@ -91,7 +91,7 @@ class Report:
                 examples.append(Rejection(key, problem.reason, str(problem)))
 
     def has_problems(self, *, ignore_missing: bool) -> bool:
-        """Whether anything is wrong, apart from missing images if those are expected."""
+        """True if anything is wrong, apart from missing images if those are expected."""
         ignored = {Reason.MISSING_IMAGE} if ignore_missing else set()
         return bool(set(self.problems) - ignored)
 

@@ -16,7 +16,7 @@ from megatron_dattn.data.permutation import shuffled
 
 
 def records_per_epoch(num_records: int, weight: float) -> int:
-    """How many records of a file an epoch shows: at least one."""
+    """Number of records of a file that an epoch shows: at least one."""
     return max(1, round(weight * num_records))
 
 

@@ -18,7 +18,7 @@ _ADDRESS = re.compile(r"(data|https?|ftp|file|s3|gs|hdfs):", re.IGNORECASE)
 
 
 def locate_image(root: str, path: str) -> str:
-    """Where an image below `root` is, whether it is there or not.
+    """The place of an image below `root`, whether it is there or not.
 
     The path may be absolute, but may not leave the root; links that the owner put below it are
     followed.
@@ -78,7 +78,7 @@ def read_image_file(root: str, path: str) -> bytes:
 
 
 def image_is_there(root: str, path: str) -> bool:
-    """Whether a path names a regular file below `root`.
+    """True if a path names a regular file below `root`.
 
     Raises:
         SampleError: the path is outside the root, or is no path.

@@ -28,7 +28,7 @@ _IMAGE_DESCRIPTOR, _EXTENSION = 0x2C, 0x21
 
 
 def excess(data: bytes) -> str | None:
-    """What an image file has too much of, if anything."""
+    """Name what an image file has too much of, if anything."""
     if data.startswith(_JPEG):
         return _jpeg_excess(data)
     parts = {_PNG: _png_chunks, _GIF: _gif_blocks}

@@ -145,7 +145,7 @@ class VLMLoader:
         return self._counters.copy()
 
     def save_state(self) -> bytes:
-        """Where the loader stands: the state after the batch that was given out last."""
+        """The place of the loader: its state after the batch that was given out last."""
         return dump_state(
             {
                 "version": STATE_VERSION,

@@ -14,7 +14,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def shuffled(places: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Which thing stands at each place of a shuffled order.
+    """The thing that stands at each place of a shuffled order.
 
     Args:
         places: int64 numbers from 0 to size - 1, of any shape.

@@ -33,7 +33,7 @@ WINDOWS = (1_000, 10_000, 100_000)
 
 
 def exceeds(num_bad: int, num_seen: int, limit: float, chance: float = _CHANCE_OF_ALL) -> bool:
-    """Whether more than the share `limit` of the data must be bad.
+    """True if more than the share `limit` of the data must be bad.
 
     The samples are looked at after every step, so a bound that holds at one time only would be
     crossed by chance some day. This one holds at all times together: it is Ville's inequality for

@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 
 def is_of_the_file(error: OSError) -> bool:
-    """Whether an error says something about the file alone; false: the system is broken."""
+    """True if an error says something about the file alone; false: the system is broken."""
     return error.errno in _OF_THE_FILE
 
 

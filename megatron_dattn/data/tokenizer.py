@@ -115,7 +115,7 @@ def check_tokenizer(
 
 
 def tokenizer_sha256(folder: str | None) -> str:
-    """What a checkpoint remembers its tokenizer by: the sha256 of tokenizer.json.
+    """The sha256 of tokenizer.json, by which a checkpoint remembers its tokenizer.
 
     Raises:
         ConfigError: the folder or the file is missing.

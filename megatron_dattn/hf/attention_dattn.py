@@ -151,7 +151,7 @@ class CrossAttention(Projections):
     """T2V with projections of its own and without positions: merge "cascade"."""
 
     def forward(self, tokens: Tensor, images: KeyValue, seen: Seen) -> Tensor:
-        """What images add to text tokens; arguments and result as of `Attention`."""
+        """The images' share of tokens, [batch, tokens, hidden]; arguments as of `Attention`."""
         query = self._heads(self.q_proj(tokens))
         out = [
             self._attend(query[:, :, block], *images, seen_here.images)
@@ -172,8 +172,8 @@ class Attention(Projections):
             self.gate = nn.Parameter(torch.zeros(config.text_config.num_attention_heads))
 
     def own_values(self, value: Tensor) -> Tensor:
-        """Equation 2: the softmax over oneself is 1, so a visual token's output is its own
-        value."""
+        """Equation 2: the softmax over oneself is 1, so a visual token's output is its own value.
+        [images, key heads, tokens, head_dim] -> [images, tokens, hidden]."""
         heads = value.repeat_interleave(self.group, dim=1)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 

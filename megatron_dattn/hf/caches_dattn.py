@@ -113,7 +113,7 @@ class VisualKVCache:
         )
 
     def samples(self, index: Tensor) -> "VisualKVCache":
-        """The tokens of chosen samples of the batch."""
+        """The tokens of chosen samples of the batch, int64 [samples]."""
         return VisualKVCache(
             [key[index] for key in self.keys],
             [value[index] for value in self.values],
@@ -140,6 +140,7 @@ class DAttnCache(DynamicCache):
         self._keep_samples(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep chosen samples, int64 [samples], of text and images."""
         super().batch_select_indices(indices)
         self._keep_samples(indices)
 

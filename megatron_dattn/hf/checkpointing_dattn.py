@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def is_checkpointing(layer: nn.Module) -> bool:
-    """Whether a layer's next forward pass keeps its inputs only."""
+    """True if a layer's next forward pass keeps its inputs only."""
     wanted = bool(getattr(layer, "gradient_checkpointing", False))
     return wanted and layer.training and torch.is_grad_enabled()
 
@@ -24,8 +24,8 @@ def checkpointed(layer: nn.Module, function: Callable[..., Any], *tensors: Tenso
     """`function(*tensors)`, a part of a layer, checkpointed where the model was told to.
 
     Args:
-        tensors: all that a gradient may flow to but parameters. The reentrant kind finds none in
-            nested arguments or in what `function` closes over.
+        tensors: any shape; all that a gradient may flow to but parameters. The reentrant kind finds
+            none in nested arguments or in what `function` closes over.
     """
     if not is_checkpointing(layer):
         return function(*tensors)
@@ -34,7 +34,7 @@ def checkpointed(layer: nn.Module, function: Callable[..., Any], *tensors: Tenso
 
 
 def with_gradient(layer: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, at least one of which requires a gradient if something in the layer is trained.
+    """The tensors, any shape; one requires a gradient if something in the layer is trained.
 
     Reentrant checkpointing gives the parameters of a layer no gradient, without a word, where no
     input requires one: adapters in the first layers of a frozen model.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def token_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Which columns are no padding, bool [batch, columns].
+    """True for columns that are no padding, bool [batch, columns].
 
     Args:
         attention_mask: [batch, columns], or longer by the columns that are already remembered.
@@ -41,6 +41,9 @@ def answering_columns(is_text: Tensor) -> Tensor:
 
 def check_has_text(is_text: Tensor, is_image: Tensor) -> None:
     """Refuse a prompt of images alone: there is no token that could say what follows.
+
+    Args:
+        is_text, is_image: bool [batch, columns].
 
     Raises:
         ValueError: naming the sample.

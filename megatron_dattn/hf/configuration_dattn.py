@@ -158,13 +158,13 @@ class DAttnConfig(PreTrainedConfig):
 
     @property
     def is_clip(self) -> bool:
-        """Whether the encoder has a class token, which is no feature, and a norm before its layers.
+        """True if the encoder has a class token, which is no feature, and a norm before its layers.
         SigLIP has neither."""
         return self.vision_config.model_type == "clip_vision_model"
 
     @property
     def is_gemma2(self) -> bool:
-        """Whether the language model has Gemma-2's norms and scales its embeddings."""
+        """True if the language model has Gemma-2's norms and scales its embeddings."""
         return self.text_config.model_type == "gemma2"
 
     @property
@@ -175,13 +175,13 @@ class DAttnConfig(PreTrainedConfig):
 
     @property
     def sliding_window(self) -> int | None:
-        """How many text tokens, itself included, a text token sees at most in layers that slide;
-        None for all. Images are seen whatever it is."""
+        """Number of text tokens, itself included, that a text token sees at most in layers that
+        slide; None for all. Images are seen whatever it is."""
         window: int | None = getattr(self.text_config, "sliding_window", None)
         return window
 
     def slides(self, layer: int) -> bool:
-        """Whether a layer's attention to text has a window; in Gemma-2 every other layer's has."""
+        """True if a layer's attention to text has a window; in Gemma-2 every other layer's has."""
         kinds = getattr(self.text_config, "layer_types", None)
         return self.sliding_window is not None and (
             kinds is None or kinds[layer] == "sliding_attention"

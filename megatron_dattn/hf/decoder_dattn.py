@@ -23,6 +23,8 @@ from .vision_dattn import FeatureMLP
 
 
 class GatedMLP(nn.Module):
+    """The FFN: [..., hidden] -> [..., hidden]."""
+
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
         text = config.text_config
@@ -83,7 +85,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, tokens: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache | None
     ) -> Tensor:
-        """New state of text tokens; arguments as of `Attention.forward`."""
+        """New state of text tokens, [batch, tokens, hidden]; arguments as of `Attention`."""
         if self.cross_attn is not None:
             tokens = tokens + self.cross_attn(self.input_layernorm(tokens), images, seen)
         normed = self.input_layernorm(tokens)
@@ -118,8 +120,9 @@ class LanguageModel(nn.Module):
         self.scale = text.hidden_size**0.5 if config.is_gemma2 else None
 
     def scaled(self, tokens: Tensor) -> Tensor:
-        """What enters the first layer: Gemma-2 multiplies by sqrt(hidden_size), rounded to the
-        tokens' dtype. It was trained so with visual tokens as with embeddings."""
+        """Tokens [..., hidden] as they enter the first layer: Gemma-2 multiplies by
+        sqrt(hidden_size), rounded to the tokens' dtype. It was trained so with visual tokens as
+        with embeddings."""
         if self.scale is None:
             return tokens
         return tokens * torch.tensor(self.scale, dtype=torch.float32).to(tokens)

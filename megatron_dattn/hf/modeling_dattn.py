@@ -307,7 +307,8 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> ImageCache:
-        """Keys and values of images in every layer, for `generate(..., image_cache=...)`.
+        """Keys and values of images [n, 3, side, side] in every layer, for `generate(...,
+        image_cache=...)`.
 
         The cache's i-th entry belongs to the batch's i-th `<image>`; `ImageCache.select` repeats
         entries where several prompts ask about one image. Not for training: no gradient flows.

@@ -17,7 +17,10 @@ from .norms_dattn import RMSNorm
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches as tokens, with the encoder's own positions; CLIP puts a class token in front."""
+    """Patches as tokens, with the encoder's own positions; CLIP puts a class token in front.
+
+    [images, 3, side, side] -> [images, tokens, width].
+    """
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
@@ -36,7 +39,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The layers up to the feature layer."""
+    """The layers up to the feature layer, [images, tokens, width] -> the same."""
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
@@ -92,12 +95,15 @@ class FeatureMLP(nn.Module):
         self.linear_2 = nn.Linear(middle, hidden)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[images, patches, encoder's width] -> [images, patches, language model's width]."""
+        """[images, patches, encoder width] -> [images, patches, hidden]."""
         return self.output_norm(self.linear_2(F.gelu(self.linear_1(self.norm(features)))))
 
 
 class Adapter(FeatureMLP):
-    """The MLP, and positions of the patches in their image."""
+    """The MLP, and positions of the patches in their image.
+
+    [images, patches, encoder width] -> [images, patches, hidden].
+    """
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__(
@@ -128,7 +134,8 @@ def _positions(config: DAttnConfig) -> nn.Module | None:
 class RowColumnPositions(nn.Module):
     """A learned vector for every row of patches and one for every column.
 
-    A side longer than the table stretches the table by linear interpolation.
+    A side longer than the table stretches the table by linear interpolation. Added to tokens
+    [images, patches, hidden].
     """
 
     def __init__(self, config: DAttnConfig) -> None:
@@ -150,7 +157,10 @@ def _entries(table: Tensor, count: int) -> Tensor:
 
 
 class PerPatchPositions(nn.Module):
-    """A learned vector for every patch of a square grid; another grid resizes it bicubically."""
+    """A learned vector for every patch of a square grid; another grid resizes it bicubically.
+
+    Added to tokens [images, patches, hidden].
+    """
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
@@ -171,7 +181,7 @@ class FractionalPositions(nn.Module):
     have no weights.
 
     A place is the share of the side in front of the patch, times `adapter_num_places` - 1. The MLPs
-    compute in fp32.
+    compute in fp32. Tokens are [images, patches, hidden].
     """
 
     def __init__(self, config: DAttnConfig) -> None:

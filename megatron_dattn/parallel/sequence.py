@@ -36,7 +36,7 @@ class SequenceLayout:
 
     @property
     def ranks(self) -> int:
-        """Over how many ranks the tokens are spread."""
+        """Number of ranks over which the tokens are spread."""
         return self.group.size() if self.sequence_parallel else 1
 
     @property

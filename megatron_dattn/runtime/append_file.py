@@ -51,7 +51,7 @@ class AppendFile:
             os.fsync(self._file.fileno())
 
     def is_in_place(self) -> bool:
-        """Whether the file still stands under its name: it may have been deleted or replaced."""
+        """True if the file still stands under its name: it may have been deleted or replaced."""
         try:
             return os.path.samestat(os.lstat(self.path), os.fstat(self._file.fileno()))
         except (FileNotFoundError, NotADirectoryError):

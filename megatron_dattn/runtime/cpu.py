@@ -44,7 +44,7 @@ _active = False
 
 
 def cpu_runtime_active() -> bool:
-    """Whether `enable_cpu_runtime` has redirected megatron-core to the host."""
+    """True if `enable_cpu_runtime` has redirected megatron-core to the host."""
     return _active
 
 

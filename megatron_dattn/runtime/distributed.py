@@ -208,7 +208,7 @@ def get_device() -> torch.device:
 
 
 def is_rank_0() -> bool:
-    """Whether this is the first rank of the world (also true before the world exists)."""
+    """True if this is the first rank of the world (also true before the world exists)."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

@@ -59,7 +59,7 @@ class Launch:
 
     @property
     def belongs_to_parent(self) -> bool:
-        """Whether the process that started this one is a launcher, with which it is to end.
+        """True if the process that started this one is a launcher, with which it is to end.
 
         A lone task of srun or mpirun may have been started by hand in an interactive step; who sets
         the variables of an unknown launcher may be a shell that goes away.
@@ -87,7 +87,7 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """What the launcher's variables say; a run of one process where there are none.
+    """Read what the launcher's variables say; a run of one process where there are none.
 
     torchrun's come first: it may itself have been started by srun or mpirun.
 

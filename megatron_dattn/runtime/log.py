@@ -111,7 +111,7 @@ def quiet_libraries() -> None:
 
 
 def silence_import_warnings() -> None:
-    """Where there is no GPU, hide megatron-core's notices that GPU packages are missing.
+    """Hide megatron-core's notices that GPU packages are missing, where there is no GPU.
 
     Most are given when megatron-core is imported, so call it before that.
     """

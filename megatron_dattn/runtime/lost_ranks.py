@@ -45,7 +45,7 @@ class LostRankError(UserError):
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether this is gloo's, NCCL's or the store's way to say that a peer does not answer."""
+    """True if this is gloo's, NCCL's or the store's way to say that a peer does not answer."""
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return True
     text = str(error)

@@ -57,7 +57,7 @@ def named(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def shortage(error: BaseException) -> str | None:
-    """What the machine is short of, in words, if that is what an exception says.
+    """Say what the machine is short of, if that is what an exception says.
 
     A full disk, a limit of the shell, too little memory: no bug of ours, and a traceback would only
     hide it. None for any other exception, other errors of the file system among them.
@@ -81,7 +81,7 @@ def shortage(error: BaseException) -> str | None:
 
 
 def room_in(folder: str | os.PathLike[str]) -> str:
-    """How much a folder's disk can still take, as the predicate of a sentence."""
+    """Say how much a folder's disk can still take, as the predicate of a sentence."""
     status = _file_system_of(folder)
     if status is None:
         return "has an unknown amount free now"

@@ -37,7 +37,7 @@ class Backend(Protocol):
         head_dim: int,
         softcap: float | None = None,
     ) -> str | None:
-        """Why this backend cannot run such tensors; None if it can."""
+        """The reason why this backend cannot run such tensors; None if it can."""
 
     def forward(
         self,
@@ -62,7 +62,8 @@ class Backend(Protocol):
         part: Part,
         score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value for probabilities exp(score - lse).
+        """Gradients of query [Nq, Hq, D], key and value [Nk, Hk, D] for probabilities
+        exp(score - lse), in the inputs' dtype or a wider one.
 
         `out` and `lse` may belong to a softmax over more keys than this part's: the result is then
         the part's share of that softmax's gradient.

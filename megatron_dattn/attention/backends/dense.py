@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.backends.base import ScoreFunction
+from megatron_dattn.attention.backends.base import Backend, ScoreFunction
 from megatron_dattn.attention.merge import merge_dtype
 from megatron_dattn.attention.plan.padding import PaddedBatch, PaddedTokens
 from megatron_dattn.attention.plan.parts import Part
@@ -38,7 +38,7 @@ class DenseScores:
         return hidden
 
 
-class DenseBackend(ABC):
+class DenseBackend(Backend, ABC):
     """Runs `dense_forward` and `dense_backward` over a part's padded batches.
 
     Dense tensors are [batch, heads, width, D], log-sum-exps [batch, heads, width].
@@ -52,7 +52,8 @@ class DenseBackend(ABC):
     def dense_forward(
         self, query: Tensor, key: Tensor, value: Tensor, scores: DenseScores
     ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp."""
+        """Output [batch, query heads, query width, D] and log-sum-exp [batch, query heads, query
+        width]; key and value have key heads and key width. All of one dtype."""
 
     @abstractmethod
     def dense_backward(
@@ -65,7 +66,7 @@ class DenseBackend(ABC):
         lse: Tensor,
         scores: DenseScores,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value."""
+        """Gradients of query, key and value, shaped like them: [batch, heads, width, D]."""
 
     def forward(
         self,

@@ -35,7 +35,7 @@ def flash_attn_version() -> str | None:
 
 
 def has_flash_attn() -> bool:
-    """Whether the package flash-attn is installed, in whatever version."""
+    """True if the package flash-attn is installed, in whatever version."""
     return flash_attn_version() is not None
 
 

@@ -26,7 +26,7 @@ _MODULE = "flash_attn_interface"
 
 @cache
 def has_flash_attn3() -> bool:
-    """Whether flash-attn 3 is installed."""
+    """True if flash-attn 3 is installed."""
     return find_spec(_MODULE) is not None
 
 

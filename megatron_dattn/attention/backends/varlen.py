@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.backends.base import ScoreFunction
+from megatron_dattn.attention.backends.base import Backend, ScoreFunction
 from megatron_dattn.attention.plan.parts import Part
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -41,7 +41,7 @@ class RaggedScores:
         return (-1, -1) if self.window is None else (self.window - 1, 0)
 
 
-class VarlenBackend(ABC):
+class VarlenBackend(Backend, ABC):
     """Runs `varlen_forward` and `varlen_backward` over a part's tokens.
 
     Tokens are [N, heads, D], log-sum-exps [heads, N] in float32.
@@ -51,7 +51,7 @@ class VarlenBackend(ABC):
     def varlen_forward(
         self, query: Tensor, key: Tensor, value: Tensor, scores: RaggedScores
     ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp, as the kernel gives them."""
+        """Output [Nq, heads, D] and log-sum-exp [heads, Nq], float32, as the kernel gives them."""
 
     @abstractmethod
     def varlen_backward(
@@ -64,7 +64,7 @@ class VarlenBackend(ABC):
         lse: Tensor,
         scores: RaggedScores,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value."""
+        """Gradients of query, key and value, shaped like them: [N, heads, D]; `lse` [heads, Nq]."""
 
     def forward(
         self,
@@ -107,7 +107,7 @@ class VarlenBackend(ABC):
 def unsupported_tensors(
     device: torch.device, dtype: torch.dtype, head_dim: int, capability: int
 ) -> str | None:
-    """Why kernels of this family cannot run such tensors; None if they can.
+    """The reason why kernels of this family cannot run such tensors; None if they can.
 
     Args:
         capability: the oldest major compute capability that has the kernel.
@@ -125,7 +125,8 @@ def unsupported_tensors(
 
 
 def empty_gradients(*inputs: Tensor) -> list[Tensor]:
-    """Contiguous room for a kernel that writes the gradients of its inputs in place."""
+    """Contiguous room for a kernel that writes the gradients of its inputs, of any shape, in
+    place."""
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
 

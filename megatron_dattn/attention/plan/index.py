@@ -53,20 +53,22 @@ class TokenIndex:
         return range_table([(self.start, self.start + self.length)])
 
     def take(self, tensor: Tensor) -> Tensor:
-        """The tokens of `tensor`: a view where they are contiguous."""
+        """The tokens of `tensor` [N, ...], [length, ...]: a view where they are contiguous."""
         if self.index is None:
             return tensor.narrow(0, self.start, self.length)
         return tensor.index_select(0, self.index)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Overwrite the tokens of `tensor` with `values`; no token may be listed twice."""
+        """Overwrite the tokens of `tensor` [N, ...] with `values` [length, ...], which take on its
+        dtype; no token may be listed twice."""
         if self.index is None:
             tensor.narrow(0, self.start, self.length).copy_(values)
         else:
             tensor.index_copy_(0, self.index, values.to(tensor.dtype))
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
-        """Add `values` to the tokens of `tensor`; a token listed twice receives both."""
+        """Add `values` [length, ...] to the tokens of `tensor` [N, ...], in its dtype; a token
+        listed twice receives both."""
         if self.index is None:
             tensor.narrow(0, self.start, self.length).add_(values)
         else:

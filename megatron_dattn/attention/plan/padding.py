@@ -61,7 +61,7 @@ class PaddedTokens:
         return tokens.unflatten(0, (len(self.lengths), self.width))
 
     def pad_with_zeros(self, ragged: Tensor) -> Tensor:
-        """Like `pad`, but padding is zero."""
+        """`[tokens, ...]` to `[batch, width, ...]` like `pad`, but padding is zero."""
         tokens = ragged.narrow(0, self.start, self.num_tokens)
         if self.places is not None:
             flat = tokens.new_zeros(len(self.lengths) * self.width, *tokens.shape[1:])

@@ -43,6 +43,7 @@ class Part:
 
     @cached_property
     def key_cu_seqlens(self) -> Tensor:
+        """The same of the keys, int32 [segments + 1]."""
         return _cu_seqlens(self.key_lengths, self.device)
 
     @cached_property
@@ -74,7 +75,7 @@ class AttentionPlan:
 
     @cached_property
     def parts_share_keys(self) -> bool:
-        """Whether a key of the joint softmax belongs to several segments of its parts."""
+        """True if a key of the joint softmax belongs to several segments of its parts."""
         return _share_keys(self.parts)
 
     @cached_property
@@ -84,7 +85,7 @@ class AttentionPlan:
 
     @cached_property
     def sees_images(self) -> Tensor:
-        """Whether a scored token stands in one of `visual_parts`, bool [num_scored_tokens]."""
+        """True for scored tokens that stand in `visual_parts`, bool [num_scored_tokens]."""
         sees = torch.zeros(self.num_scored_tokens, dtype=torch.bool, device=self.device)
         for part in self.visual_parts:
             part.query_tokens.put(sees, torch.ones_like(part.query_tokens.take(sees)))

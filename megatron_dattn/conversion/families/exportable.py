@@ -19,7 +19,7 @@ VISUAL_TOKENS = {
 
 
 def is_llava(model: ModelConfig) -> bool:
-    """Whether the model's attention is that of Hugging Face's LLaVA, whose code it is given."""
+    """True if the model's attention is that of Hugging Face's LLaVA, whose code it is given."""
     preset = get_preset(model.attention)
     return preset.attends_in_reading_order and preset.visual == VisualTokensConfig()
 

@@ -40,7 +40,7 @@ class KeyNames:
 
 
 def key_names(names: Iterable[str]) -> KeyNames:
-    """Which names a checkpoint uses, from all of them."""
+    """The names that a checkpoint uses, from all of them."""
     found = tuple(names)
     nested = not any(name.startswith("language_model.") for name in found)
     is_deeper = any(name.removeprefix("model.").startswith(DEEPER_ENCODER) for name in found)

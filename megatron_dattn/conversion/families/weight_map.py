@@ -20,13 +20,17 @@ from megatron_dattn.errors import CheckpointError
 class Layout(Protocol):
     """How several Hugging Face tensors lie inside one Megatron parameter."""
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor: ...
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The parameter [rows, ...] of these tensors [rows of each, ...], of their dtype."""
+        ...
 
-    def split(self, whole: Tensor) -> list[Tensor]: ...
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """The tensors [rows of each, ...] that `join` made the parameter [rows, ...] of."""
+        ...
 
 
 @dataclass(frozen=True)
-class Same:
+class Same(Layout):
     """One tensor, unchanged."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
@@ -38,7 +42,7 @@ class Same:
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(Layout):
     """Equal blocks below each other: gate and up projection of a gated MLP."""
 
     count: int
@@ -51,7 +55,7 @@ class Stacked:
 
 
 @dataclass(frozen=True)
-class PaddedVocabulary:
+class PaddedVocabulary(Layout):
     """One matrix with rows of zeros behind its own: a vocabulary that is padded."""
 
     rows: int
@@ -67,7 +71,7 @@ class PaddedVocabulary:
 
 
 @dataclass(frozen=True)
-class GroupedQKV:
+class GroupedQKV(Layout):
     """Megatron's linear_qkv: per key/value group its query heads, then its key, then its value.
 
     Source: megatron/core/transformer/attention.py, SelfAttention.get_query_key_value_tensors.
@@ -89,7 +93,7 @@ class GroupedQKV:
 
 
 @dataclass(frozen=True)
-class GroupedKV:
+class GroupedKV(Layout):
     """The key and value projection of a cross-attention: per group its key, then its value."""
 
     num_groups: int

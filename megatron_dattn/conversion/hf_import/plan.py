@@ -73,7 +73,7 @@ class ImportPlan:
 
     @property
     def num_rounded(self) -> dict[str, int]:
-        """How many of the source's tensors lose digits, by their dtype in safetensors' words."""
+        """Number of the source's tensors that lose digits, by their dtype in safetensors' words."""
         counts: Counter[str] = Counter()
         for module in self.source.modules:
             for rule in module.rules:
@@ -86,7 +86,7 @@ class ImportPlan:
         return dict(counts)
 
     def summary(self) -> str:
-        """What will be written, for people."""
+        """Describe for people what will be written."""
         lines = [f"{name}: {count:,} parameters" for name, count in self.num_parameters.items()]
         if self.initial:
             lines.append(f"not there, keep their initial values: {', '.join(self.initial)}")

@@ -67,7 +67,7 @@ class SafetensorsFolder:
             self._scan(path, index)
 
     def load(self, name: str) -> Tensor:
-        """Read a floating-point tensor into new memory.
+        """Read a floating-point tensor, any shape, into new memory.
 
         Mapping the file instead would cost a page fault every 4 KiB, which is several times slower.
 
@@ -89,7 +89,7 @@ class SafetensorsFolder:
         return _DTYPES[self.dtypes[name]]
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Whether two tensors have the same type, shape and bytes; read block by block.
+        """True if two tensors have the same type, shape and bytes; read block by block.
 
         Raises:
             OSError: they cannot be read.

@@ -29,7 +29,7 @@ def check_finite(converted: Tensor, originals: Iterable[tuple[str, Tensor]], whe
     """Refuse a parameter that holds NaN or infinite values.
 
     Args:
-        converted: the parameter in the dtype in which it is stored.
+        converted: the parameter, any shape, in the dtype in which it is stored.
         originals: what it was made of, by name; read only if it is refused.
         where: the folder or checkpoint that holds those.
 
@@ -55,7 +55,7 @@ def check_finite(converted: Tensor, originals: Iterable[tuple[str, Tensor]], whe
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in one pass and without a mask of the tensor's size."""
+    """True if no value is NaN or infinite, any shape; one pass, no mask of the tensor's size."""
     if tensor.numel() == 0:
         return True
     return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
@@ -68,7 +68,8 @@ class ZeroTensors:
     names: list[str] = field(default_factory=list)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Note a matrix that ends in zeros; biases and the weights of norms may be zero."""
+        """Note a matrix [rows, ...] that ends in zeros; biases and the weights of norms [rows]
+        may be zero."""
         if tensor.ndim < 2 or tensor.numel() == 0 or tensor[-1].any():
             return  # nearly always: the last row alone is read
         if not tensor[len(tensor) // 2 :].any():

@@ -32,7 +32,7 @@ _NUM_TOKENS = 64
 
 
 def rounding(tensors: Mapping[str, StoredTensor], dtype: str) -> torch.dtype | None:
-    """What Hugging Face's parameters must be rounded to before they are computed with in `dtype`.
+    """The dtype to which Hugging Face's parameters are rounded before they compute in `dtype`.
 
     Returns:
         None where the checkpoint stores its parameters in at least that precision.
@@ -135,7 +135,7 @@ def text_logits(model: DAttnVLM, batch: PackedBatch) -> Tensor:
 
 
 def token_ids(tokens: Sequence[int] | None, vocab_size: int) -> Tensor:
-    """The ids of one text; random ones where None."""
+    """The ids of one text, int64 [tokens]; random ones where None."""
     if tokens is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (_NUM_TOKENS,), generator=generator)

@@ -41,7 +41,7 @@ TEMPLATES: dict[TemplateName, TemplateTokens] = {
 
 
 def template_tokens(name: str) -> TemplateTokens:
-    """What a template needs of the tokenizer.
+    """Tokens that a template needs of the tokenizer.
 
     Raises:
         ConfigError: there is no template of that name.
