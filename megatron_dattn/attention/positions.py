@@ -38,7 +38,7 @@ class RotaryScaling:
     """The length that was trained on, in tokens."""
 
     def scale(self, frequencies: Tensor) -> Tensor:
-        """The frequencies that are used instead of these, in radians per token, [D / 2]."""
+        """The frequencies that are used instead of these, in radians per token, float32 [D / 2]."""
         turns = self.original_max_position_embeddings / (2 * math.pi / frequencies)
         low, high = self.low_freq_factor, self.high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)

@@ -59,7 +59,9 @@ class StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def load(self) -> Tensor:
-        """Read it into new host memory, any shape; only chunks that overlap with it are read.
+        """Read it into new host memory: any shape, of `dtype`.
+
+        Only chunks that overlap with it are read.
 
         Raises:
             CheckpointError: a file is missing or damaged, or there are not all chunks.

@@ -40,9 +40,9 @@ class ImageCache:
         return len(self.entries)
 
     def select(self, numbers: Sequence[int] | Tensor) -> "ImageCache":
-        """The entries of that number, in that order; numbers may repeat. Nothing is copied.
+        """The entries of these numbers, int64 [n], in that order; nothing is copied.
 
-        `cache.select([0, 0, 0])` lets three prompts ask about the first image.
+        Numbers may repeat: `cache.select([0, 0, 0])` lets three prompts ask about the first image.
         """
         index = torch.as_tensor(numbers, device=self.entries.device)
         return ImageCache(self.keys, self.values, self.entries[index])
@@ -81,7 +81,7 @@ class ImagePlaces:
         )
 
     def token_positions(self, tokens_per_image: int) -> Tensor:
-        """Rotary positions of all visual tokens, [batch, slots * tokens_per_image]."""
+        """Rotary positions of all visual tokens, int64 [batch, slots * tokens_per_image]."""
         within = torch.arange(tokens_per_image, device=self.position.device)
         return (self.position.unsqueeze(-1) + within).flatten(1)
 

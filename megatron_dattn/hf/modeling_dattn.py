@@ -71,7 +71,7 @@ class DAttnModel(DAttnPreTrainedModel):
         self.language_model.embed_tokens = value
 
     def encode_images(self, pixel_values: Tensor) -> ImageCache:
-        """Keys and values of images in every layer, [images, 3, side, side]; no text is needed."""
+        """Keys and values of images [n, 3, side, side] in every layer; no text is needed."""
         tokens = self.multi_modal_projector(self.vision_tower(pixel_values))
         tokens = self.language_model.scaled(tokens)
         keys, values = [], []

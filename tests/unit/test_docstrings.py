@@ -24,8 +24,8 @@ PACKAGE = ROOT / "megatron_dattn"
 ROOMS = sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")})
 _NOT_YET = {"inference", "models", "training"}
 
-# A bracket behind a name or another bracket is an index or a type, `list[int]`, and no shape.
-_SHAPE = re.compile(r"(?<![\w\])])\[[^\[\]\"':=]*\]")
+# A bracket behind a name or another bracket is an index, a type, `list[int]`, or an argument.
+_SHAPE = re.compile(r"(?<![\w\])(])\[[^\[\]\"':=]*\]")
 _QUESTION = re.compile(r"(What|Which|How|Whether|Why|Who|Whose|Where|When)\b")
 
 
@@ -136,7 +136,7 @@ def test_docstrings_do_not_begin_with_a_question_word(room: str) -> None:
         ("Their number, int64 [].", True),
         ("Of the shape [..., hidden].", True),
         ("Tensors of any shape.", True),
-        ("A list[Tensor] of `shards[0]`.", False),
+        ("A list[Tensor] of `shards[0]`, see `select([1, 2])`.", False),
         ("What the layer adds.", False),
     ],
 )

@@ -66,7 +66,8 @@ class DenseBackend(Backend, ABC):
         lse: Tensor,
         scores: DenseScores,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, shaped like them: [batch, heads, width, D]."""
+        """Gradients of query, key and value, shaped like them: [batch, heads, width, D];
+        `lse` [batch, query heads, query width]. All of one dtype."""
 
     def forward(
         self,

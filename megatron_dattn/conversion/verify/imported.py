@@ -187,7 +187,10 @@ def _folder(source: str | None) -> Path | None:
 def hugging_face_logits(
     folder: Path, ids: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None
 ) -> Tensor:
-    """Logits [tokens, vocabulary] of one text by `AutoModelForCausalLM`, on the CPU."""
+    """Logits [tokens, vocabulary] of one text, int64 [tokens], by `AutoModelForCausalLM`.
+
+    They are of `dtype`, on the CPU.
+    """
     from transformers import AutoModelForCausalLM
 
     model = load_pretrained(AutoModelForCausalLM, folder, dtype, rounded_to=rounded_to)
@@ -198,7 +201,8 @@ def hugging_face_logits(
 def hugging_face_features(
     folder: Path, pixels: Tensor, config: ModelConfig, rounded_to: torch.dtype | None
 ) -> Tensor:
-    """Features [images, patches, width] of the layer that feeds the adapter, on the CPU."""
+    """Features [images, patches, width] of the layer that feeds the adapter, on the CPU, in the
+    dtype of `pixels` [images, 3, side, side]."""
     from transformers import AutoModel
 
     model = load_pretrained(AutoModel, folder, pixels.dtype, rounded_to=rounded_to)

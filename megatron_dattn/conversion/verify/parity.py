@@ -108,7 +108,7 @@ def one_text(
     """A batch of one text, on the device.
 
     Args:
-        ids: [text tokens], without `<image>`.
+        ids: int64 [text tokens], without `<image>`.
         pixels: [at least as many images as are seen, 3, side, side].
         image_offsets: how many text tokens stand in front of each image.
     """
@@ -148,7 +148,7 @@ def token_ids(tokens: Sequence[int] | None, vocab_size: int) -> Tensor:
 
 
 def random_pixels(side: int) -> Tensor:
-    """Two images [2, 3, side, side] of values between -1 and 1."""
+    """Two images, float32 [2, 3, side, side], of values between -1 and 1."""
     return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 

@@ -42,7 +42,7 @@ class Asked:
     """[images, 3, side, side], float32."""
 
     def input_ids(self, image_id: int, places_per_image: int) -> Tensor:
-        """The text with so many `<image>` for each image, [columns]."""
+        """The text with so many `<image>` for each image, int64 [columns]."""
         ids, pieces, before = torch.tensor(self.prompt.tokens.input_ids), [], 0
         for offset in self.prompt.tokens.image_offsets:
             pieces += [ids[before:offset], torch.full((places_per_image,), image_id)]
