@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -30,7 +31,6 @@ from benchmarks.demo_model import demo_model, make_batch  # noqa: E402
 from benchmarks.roofline import Machine, Operator, bound_seconds, total_work  # noqa: E402
 from benchmarks.step_roofline import StepRun, step_operators  # noqa: E402
 from benchmarks.step_variants import (  # noqa: E402
-    EngineSettings,
     EngineVariant,
     PlainVariant,
     distance,
@@ -38,6 +38,7 @@ from benchmarks.step_variants import (  # noqa: E402
     reference_of,
 )
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch  # noqa: E402
+from megatron_dattn.models.execution import ExecutionConfig  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
 from megatron_dattn.training.build import start  # noqa: E402
 from megatron_dattn.training.metrics import StepReport  # noqa: E402
@@ -49,13 +50,15 @@ def step_report(arguments: argparse.Namespace) -> str:
     """Measure all variants; the whole Markdown file."""
     device = report.choose_device(arguments.device)
     with_plain = arguments.precision == "fp32" and "dattn" in arguments.attention
-    implementation = "local" if with_plain else "auto"
-    settings = EngineSettings(arguments.precision, arguments.recompute, implementation)
+    implementation: Literal["local", "auto"] = "local" if with_plain else "auto"
+    execution = ExecutionConfig(
+        arguments.precision, arguments.recompute, transformer_impl=implementation
+    )
     # Presets may keep a part of the patches: the samples are the same, the packs are not.
     batches = {
         name: make_batch(demo_model(name), arguments.samples) for name in arguments.attention
     }
-    configs = {name: pretrain_config(name, batches[name], settings) for name in batches}
+    configs = {name: pretrain_config(name, batches[name], execution) for name in batches}
     start(configs[arguments.attention[0]])
     engines = {name: EngineVariant(config, batches[name]) for name, config in configs.items()}
     plain = PlainVariant(engines["dattn"], batches["dattn"]) if with_plain else None

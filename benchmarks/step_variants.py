@@ -1,7 +1,6 @@
 """Whole training steps of the demo's model: the engine's own, and one written without it."""
 
 import itertools
-from dataclasses import dataclass, field
 
 import torch
 from megatron.core.utils import unwrap_model
@@ -21,7 +20,7 @@ from megatron_dattn.config.training import (
 from megatron_dattn.conversion.families.weight_map import GroupedQKV
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.models.config import ModelConfig
-from megatron_dattn.models.execution import ExactSavings
+from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
 from megatron_dattn.training.build import build_training_model, state_of
@@ -37,22 +36,11 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 COMPARED_STEPS = 3
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """How the engine runs, besides the preset."""
-
-    precision: str
-    recompute: str
-    transformer_impl: str
-    backend: str = "auto"
-    savings: ExactSavings = field(default_factory=ExactSavings)
-
-
-REFERENCE = EngineSettings(
+REFERENCE = ExecutionConfig(
     precision="fp32",
     recompute="none",
     transformer_impl="local",
-    backend="math",
+    attention_backend="math",
     savings=ExactSavings(
         visual_queries=False, folded_output=False, unread_tokens=False, labelled_logits=False
     ),
@@ -60,7 +48,9 @@ REFERENCE = EngineSettings(
 """Nothing left out, nothing repeated, scores in memory: what losses are compared with."""
 
 
-def pretrain_config(attention: str, batch: PackedBatch, settings: EngineSettings) -> PretrainConfig:
+def pretrain_config(
+    attention: str, batch: PackedBatch, execution: ExecutionConfig
+) -> PretrainConfig:
     """A run of the demo's model in which every module trains."""
     layout = batch.layout
     rates = ModuleLearningRates(vision_model=RATE, adapter=RATE, language_model=RATE)
@@ -73,12 +63,8 @@ def pretrain_config(attention: str, batch: PackedBatch, settings: EngineSettings
             train_iters=TRAIN_ITERS,
             micro_batch_size=layout.num_samples,
             global_batch_size=layout.num_samples,
-            precision="bf16" if settings.precision == "bf16" else "fp32",
-            recompute=settings.recompute,  # type: ignore[arg-type]
-            transformer_impl=settings.transformer_impl,  # type: ignore[arg-type]
-            attention_backend=settings.backend,
-            savings=settings.savings,
         ),
+        execution=execution,
     )
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,12 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as its base declares it
 
 
-def read_yaml(path: Path, kind: Any) -> Any:
+def read_yaml(path: Path, kind: Any, other_fields: Mapping[str, Any] | None = None) -> Any:
     """Read a file whose content has the form of a type.
 
     Args:
         kind: a dataclass, TypedDict, list of one, or a plain type; Any where nothing is known.
+        other_fields: types of keys that `kind` does not have, by full name (`section.key`).
 
     Returns:
         Dictionaries, lists and plain values; None for an empty file. They are not checked: what
@@ -63,19 +64,34 @@ def read_yaml(path: Path, kind: Any) -> Any:
         raise ConfigError(f"'{path}' does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' cannot be read: {error}") from error
-    return parse_yaml(text, kind, source=f"'{path}'", folder=path.absolute().parent)
+    return parse_yaml(
+        text,
+        kind,
+        source=f"'{path}'",
+        folder=path.absolute().parent,
+        other_fields=other_fields,
+    )
 
 
-def parse_yaml(text: str, kind: Any, *, source: str, folder: Path | None = None) -> Any:
+def parse_yaml(
+    text: str,
+    kind: Any,
+    *,
+    source: str,
+    folder: Path | None = None,
+    other_fields: Mapping[str, Any] | None = None,
+) -> Any:
     """Read text as `read_yaml` does.
 
     Args:
         source: what the text is, for messages.
         folder: what `CONFIG_DIR` stands for.
+        other_fields: as for `read_yaml`.
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
-        return None if node is None else _TypedReader(source, folder).read(node, kind)
+        reader = _TypedReader(source, folder, other_fields or {})
+        return None if node is None else reader.read(node, kind)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
@@ -163,14 +179,17 @@ def fields_of(kind: Any) -> dict[str, Any]:
 class _TypedReader:
     source: str
     folder: Path | None
+    other_fields: Mapping[str, Any]
 
     def read(self, node: Node, kind: Any, name: str = "") -> Any:
         if isinstance(node, MappingNode):
             fields = next(filter(None, map(fields_of, _alternatives(kind))), {})
-            return {
-                key: self.read(value, fields.get(key, Any), f"{name}.{key}" if name else key)
-                for key, value in self._pairs(node).items()
-            }
+            content = {}
+            for key, value in self._pairs(node).items():
+                full = f"{name}.{key}" if name else key
+                field = fields.get(key, self.other_fields.get(full, Any))
+                content[key] = self.read(value, field, full)
+            return content
         if isinstance(node, SequenceNode):
             items = [typing.get_args(part)[0] for part in _alternatives(kind) if _is_list(part)]
             return [self.read(item, items[0] if items else Any, name) for item in node.value]

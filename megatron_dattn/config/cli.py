@@ -26,7 +26,7 @@ import jsonargparse
 import yaml
 
 from megatron_dattn.config.pretrain import PretrainConfig
-from megatron_dattn.config.renamed_keys import with_current_keys
+from megatron_dattn.config.renamed_keys import RENAMED, current_name, with_current_keys
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime.log import give_up_unwritable_output
 from megatron_dattn.yaml_files import (
@@ -81,7 +81,7 @@ def render_config(config: PretrainConfig) -> str:
 
 
 def expand_short_flags(argv: Sequence[str]) -> list[str]:
-    """Rewrite Megatron's spelling of a field into its full name.
+    """Rewrite Megatron's spelling of a field, and its old full name, into its full name.
 
     A flag of a boolean field may stand alone (`--sequence-parallel`), as in Megatron.
 
@@ -95,12 +95,12 @@ def expand_short_flags(argv: Sequence[str]) -> list[str]:
             expanded.append(token)
             continue
         flag, equals, value = token[2:].partition("=")
-        paths = fields.get(flag.replace("-", "_"), {}) if "." not in flag else {}
+        paths = fields.get(flag.replace("-", "_"), {})
         if len(paths) > 1:
             choices = ", ".join(f"--{path}" for path in paths)
             raise ConfigError(f"--{flag} is ambiguous; write one of {choices}")
         if not paths:
-            expanded.append(token)
+            expanded.append(f"--{current_name(flag)}{equals}{value}")
             continue
         ((path, kind),) = paths.items()
         expanded.append(f"--{path}{equals}{value}")
@@ -152,7 +152,11 @@ def _as_meant(value: str, flag: str) -> str:
         (kind,) = typing.get_args(kind) or (kind,)  # `--data.train+` adds one
     try:
         if in_brackets and is_wordless(kind):
-            return json.dumps(_parse_inline(value, kind))
+            parsed = _parse_inline(value, kind)
+            for old in (f"{name}.{key}" for key in parsed if isinstance(parsed, dict)):
+                if old != current_name(old):
+                    raise ConfigError(f"{old} is the old name of {current_name(old)}")
+            return json.dumps(parsed)
         if value.startswith(CONFIG_DIR):
             raise ConfigError(f"{CONFIG_DIR} has a meaning in files only")
         meant = plain_value(value, kind)
@@ -170,7 +174,12 @@ def _kind_at(name: str) -> Any:
 
 
 def _parse_inline(text: str, kind: Any) -> Any:
-    return parse_yaml(text, kind, source=f"'{text:.100}'")
+    return parse_yaml(text, kind, source=f"'{text:.100}'", other_fields=_old_fields())
+
+
+def _old_fields() -> dict[str, Any]:
+    """The type of every renamed key, so that its words in a file are read as ever."""
+    return {old: _kind_at(current_name(old)) for old in RENAMED}
 
 
 class _ConfigFile(jsonargparse.ActionConfigFile):
@@ -182,7 +191,7 @@ class _ConfigFile(jsonargparse.ActionConfigFile):
         content = (
             _parse_inline(value, PretrainConfig)
             if inline
-            else read_yaml(Path(value), PretrainConfig)
+            else read_yaml(Path(value), PretrainConfig, other_fields=_old_fields())
         )
         if not isinstance(content, dict | None):
             raise ConfigError(f"'{value:.100}' must hold sections such as `training:`")

@@ -13,6 +13,7 @@ from megatron_dattn.config.training import (
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import ModelConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.observer import NO_ALPHA
 from megatron_dattn.parallel.config import ParallelConfig
 
@@ -23,6 +24,7 @@ class PretrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -3,10 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.config.written_folders import check_name, check_run_folder
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.models.execution import ExactSavings
 
 
 @dataclass(frozen=True)
@@ -86,19 +84,6 @@ class TrainingConfig:
     """Samples per step: micro_batch_size * data-parallel size * accumulated micro-batches."""
     seed: int = 1234
     """Of new weights and of the order of the samples."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of weights and activations; the optimizer keeps fp32 in either case."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: the attention core alone, or whole layers."""
-    attention_backend: str = "auto"
-    """A backend of megatron_dattn/attention/backends, or the best one that fits the device."""
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Whose linear layers and norms: Transformer Engine's, or megatron-core's and ours; auto
-    takes Transformer Engine where it is installed and there is a GPU."""
-    fp8: Literal["none", "hybrid", "e4m3"] = "none"
-    """FP8 format of the language model's linear layers (Transformer Engine only)."""
-    savings: ExactSavings = field(default_factory=ExactSavings)
-    """Work that no result depends on and that is left out, each with its switch."""
     eval_interval: int = 0
     """Validate every so many steps; 0 does not validate."""
     eval_iters: int = 10
@@ -108,11 +93,6 @@ class TrainingConfig:
         for name in ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} must be positive, got {getattr(self, name)}")
-        if self.attention_backend not in ("auto", *BACKENDS):
-            raise ConfigError(
-                f"training.attention_backend '{self.attention_backend}' is unknown; choose auto or "
-                f"one of {', '.join(BACKENDS)}"
-            )
         if self.eval_interval < 0:
             raise ConfigError(
                 f"training.eval_interval must not be negative, got {self.eval_interval}; 0 does "

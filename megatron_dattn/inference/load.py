@@ -86,7 +86,7 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
     assets = load_assets(folder, config, template=template)
     initialize_distributed()
     seed_everything(config.training.seed)
-    execution = ExecutionConfig(precision=config.training.precision, transformer_impl="local")
+    execution = ExecutionConfig(precision=config.execution.precision, transformer_impl="local")
     model = build_model(config.model, ParallelConfig(), execution)
     plain = not holds_preset(found.manifest.facts)
     loaded = load_checkpoint(
@@ -220,7 +220,7 @@ def _warn_of_rounding(found: FoundCheckpoint, model: DAttnVLM) -> None:
     if rounded:
         logger.warning(
             "%d parameters of %s are rounded to bf16, as its config.yaml says or leaves open; "
-            "training.precision: fp32 in there keeps all their digits",
+            "execution.precision: fp32 in there keeps all their digits",
             len(rounded),
             found.path,
         )

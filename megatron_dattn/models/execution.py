@@ -1,8 +1,12 @@
-"""How the model is computed, apart from its layout over ranks: weights depend on none of it."""
+"""The section `execution`: how the model is computed, apart from its layout over ranks.
+
+Weights depend on none of it, so a checkpoint may be trained on under other settings.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError
 
 
@@ -32,7 +36,7 @@ class ExactSavings:
     def __post_init__(self) -> None:
         if self.ffn_chunk_tokens < 0:
             raise ConfigError(
-                "training.savings.ffn_chunk_tokens must not be negative, got "
+                "execution.savings.ffn_chunk_tokens must not be negative, got "
                 f"{self.ffn_chunk_tokens}"
             )
 
@@ -42,12 +46,22 @@ class ExecutionConfig:
     """How the model is computed, apart from its layout over ranks; weights do not depend on it."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Of weights and activations; the optimizer keeps fp32 in either case."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: the attention core alone, or whole layers."""
     attention_backend: str = "auto"
     """A backend of megatron_dattn/attention/backends, or the best one that fits the device."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Whose linear layers and norms: Transformer Engine's, or megatron-core's and ours."""
+    """Whose linear layers and norms: Transformer Engine's, or megatron-core's and ours; auto
+    takes Transformer Engine where it is installed and there is a GPU."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """FP8 format of the language model's linear layers (Transformer Engine only)."""
     savings: ExactSavings = field(default_factory=ExactSavings)
+    """Work that no result depends on and that is left out, each with its switch."""
+
+    def __post_init__(self) -> None:
+        if self.attention_backend not in ("auto", *BACKENDS):
+            raise ConfigError(
+                f"execution.attention_backend '{self.attention_backend}' is unknown; choose auto "
+                f"or one of {', '.join(BACKENDS)}"
+            )

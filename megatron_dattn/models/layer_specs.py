@@ -37,26 +37,26 @@ def has_te() -> bool:
 
 
 def resolve_implementation(requested: str, fp8: str) -> Implementation:
-    """The implementation to build for `training.transformer_impl` and `training.fp8`.
+    """The implementation to build for `execution.transformer_impl` and `execution.fp8`.
 
     Raises:
         ConfigError: Transformer Engine is needed but not installed, or unknown names.
     """
     if requested not in ("auto", "local", "transformer_engine"):
         raise ConfigError(
-            f"training.transformer_impl '{requested}' is unknown; choose auto, local or "
+            f"execution.transformer_impl '{requested}' is unknown; choose auto, local or "
             "transformer_engine"
         )
     if requested == "transformer_engine" and not has_te():
         raise ConfigError(
-            "training.transformer_impl is 'transformer_engine', but the package "
+            "execution.transformer_impl is 'transformer_engine', but the package "
             "transformer_engine is not installed; install megatron_dattn[gpu] or choose 'local'"
         )
     use_te = requested == "transformer_engine" or (requested == "auto" and has_te())
     if fp8 != "none" and not use_te:
         raise ConfigError(
-            f"training.fp8 '{fp8}' needs Transformer Engine; install megatron_dattn[gpu] and set "
-            "training.transformer_impl to 'auto' or 'transformer_engine', or set training.fp8 to "
+            f"execution.fp8 '{fp8}' needs Transformer Engine; install megatron_dattn[gpu] and set "
+            "execution.transformer_impl to 'auto' or 'transformer_engine', or set execution.fp8 to "
             "'none'"
         )
     return "transformer_engine" if use_te else "local"

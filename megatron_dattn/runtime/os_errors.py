@@ -16,7 +16,7 @@ from pathlib import Path
 GIB = 2**30
 
 _SHORT_OF_DEVICE_MEMORY = (
-    "not enough memory on the GPU: raise training.recompute or the parallel sizes, lower the "
+    "not enough memory on the GPU: raise execution.recompute or the parallel sizes, lower the "
     "budgets or training.micro_batch_size; --dry-run estimates what a layout needs"
 )
 _SHORT_OF_MEMORY = (

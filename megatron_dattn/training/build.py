@@ -16,13 +16,11 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from megatron_dattn.config.pretrain import PretrainConfig
-from megatron_dattn.config.training import TrainingConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import ModelSizes, VLMLoader, build_loader
 from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.errors import UserError
 from megatron_dattn.models.build import build_model
-from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.runtime.agreement import all_ranks_have_same
 from megatron_dattn.runtime.distributed import (
     all_ranks_agree,
@@ -101,12 +99,6 @@ def schedule_settings(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def execution_config(training: TrainingConfig) -> ExecutionConfig:
-    """How the model is computed: the fields of that name."""
-    fields = dataclasses.fields(ExecutionConfig)
-    return ExecutionConfig(**{field.name: getattr(training, field.name) for field in fields})
-
-
 def start(config: PretrainConfig) -> None:
     """Join the process group, compare the ranks, build the model-parallel groups, seed. Collective.
 
@@ -138,7 +130,7 @@ def build_training_model(config: PretrainConfig) -> list[DistributedDataParallel
     model = build_model(
         config.model,
         config.parallel,
-        execution_config(config.training),
+        config.execution,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
@@ -152,7 +144,7 @@ def build_training_model(config: PretrainConfig) -> list[DistributedDataParallel
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         use_distributed_optimizer=uses_distributed_optimizer(config, model),
     )
-    inner = model if config.training.precision == "fp32" else Float16Module(model.config, model)
+    inner = model if config.execution.precision == "fp32" else Float16Module(model.config, model)
     wrapped = DistributedDataParallel(transformer_config, ddp_config, inner)
     transformer_config.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:
@@ -193,7 +185,7 @@ def state_of(
     optimizer = build_optimizer(
         config.optimizer,
         model,
-        bf16=config.training.precision == "bf16",
+        bf16=config.execution.precision == "bf16",
         use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
     )
     scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)

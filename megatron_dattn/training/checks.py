@@ -120,8 +120,8 @@ class StartChecks:
         return found
 
     def _check_packages(self) -> None:
-        training = self._config.training
-        resolve_implementation(training.transformer_impl, training.fp8)
+        execution = self._config.execution
+        resolve_implementation(execution.transformer_impl, execution.fp8)
         if self._config.logging.tensorboard_dir and not importlib.util.find_spec("tensorboard"):
             raise ConfigError(
                 "logging.tensorboard_dir is set, but the package tensorboard is not installed; "
@@ -129,11 +129,11 @@ class StartChecks:
             )
 
     def _check_backend(self) -> None:
-        training, language = self._config.training, self._config.model.language
+        execution, language = self._config.execution, self._config.model.language
         select_backend(
-            training.attention_backend,
+            execution.attention_backend,
             torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            torch.float32 if training.precision == "fp32" else torch.bfloat16,
+            torch.float32 if execution.precision == "fp32" else torch.bfloat16,
             language.head_dim,
             softcap=language.attn_logit_softcapping,
         )

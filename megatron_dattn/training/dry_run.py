@@ -110,7 +110,7 @@ def _model_section(plan: Plan) -> list[str]:
 
 def _layout_section(plan: Plan) -> list[str]:
     config, layout = plan.config, plan.layout
-    parallel, training = config.parallel, config.training
+    parallel, training, execution = config.parallel, config.training, config.execution
     extras = [
         name.removeprefix("use_").replace("_", " ")
         for name in ("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce")
@@ -127,7 +127,7 @@ def _layout_section(plan: Plan) -> list[str]:
         f"  image       {tokens} tokens; {layout.visual_budget // tokens} fit a pack",
         f"  step        {training.global_batch_size} samples = {per_pack} per pack x "
         f"{plan.data_parallel_size} replicas x {plan.num_microbatches} micro-batches",
-        f"  precision   {training.precision}, recomputation {training.recompute}",
+        f"  precision   {execution.precision}, recomputation {execution.recompute}",
     ]
 
 
@@ -180,8 +180,8 @@ def _flops_section(plan: Plan) -> list[str]:
         config.model,
         [layout],
         trained=plan.trained,
-        recompute=plan.execution.recompute,
-        savings=plan.execution.savings,
+        recompute=plan.config.execution.recompute,
+        savings=plan.config.execution.savings,
     )
     own = counted[config.model.attention]
     lines = [
@@ -233,7 +233,7 @@ def _stage_memory(plan: Plan, stage: int) -> RankMemory:
     return rank_memory(
         plan.config.model,
         plan.config.parallel,
-        plan.execution,
+        plan.config.execution,
         PackSize(layout.visual_budget, layout.text_budget, len(layout.images)),
         data_parallel_size=plan.data_parallel_size,
         num_microbatches=plan.num_microbatches,
@@ -247,7 +247,7 @@ def _communication_section(plan: Plan) -> list[str]:
     lines = ["Communication, bytes sent per rank"]
     parallel = plan.config.parallel
     hidden = plan.layout.num_tokens * plan.config.model.language.hidden_size
-    hidden *= _VALUE_BYTES[plan.execution.precision]
+    hidden *= _VALUE_BYTES[plan.config.execution.precision]
     tensor = parallel.tensor_model_parallel_size
     if tensor > 1:
         # An all-reduce is a reduce-scatter and an all-gather. Two of them forward and two backward;
@@ -281,7 +281,7 @@ def _data_parallel_bytes(plan: Plan) -> int:
         for stage in range(parallel.pipeline_model_parallel_size)
     )
     if parallel.use_distributed_optimizer:
-        per_parameter = _GRADIENT_BYTES + _VALUE_BYTES[plan.execution.precision]
+        per_parameter = _GRADIENT_BYTES + _VALUE_BYTES[plan.config.execution.precision]
     else:
         per_parameter = 2 * _GRADIENT_BYTES
     return trained * per_parameter * (size - 1) // size

@@ -10,9 +10,7 @@ from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.build import check_model_sizes
-from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.runtime.distributed import check_parallel_sizes
-from megatron_dattn.training.build import execution_config
 from megatron_dattn.training.stages import trained_modules
 
 
@@ -27,7 +25,6 @@ class Plan:
     layout: TokenLayout
     """A full pack: as many one-image samples as fit, the text tokens shared out among them."""
     trained: frozenset[str]
-    execution: ExecutionConfig
 
 
 def make_plan(config: PretrainConfig, world_size: int) -> Plan:
@@ -53,7 +50,6 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
         num_microbatches=num_microbatches,
         layout=_full_pack(config),
         trained=frozenset(trained_modules(config.optimizer.learning_rates)),
-        execution=execution_config(config.training),
     )
 
 

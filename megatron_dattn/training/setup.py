@@ -142,7 +142,7 @@ def make_metrics(config: PretrainConfig, state: TrainState) -> Metrics:
         train_iters=config.training.train_iters,
         first_step=state.progress.step,
         world_size=dist.get_world_size(),
-        peak_flops=device_peak(config.training.precision),
+        peak_flops=device_peak(config.execution.precision),
     )
 
 
@@ -182,7 +182,7 @@ def describe_start(run: Run) -> None:
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel_state.get_data_parallel_world_size(),
-        training.precision,
+        run.config.execution.precision,
         run.config.model.attention,
     )
     logger.info(

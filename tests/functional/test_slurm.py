@@ -221,8 +221,8 @@ def write_recipe(folder: Path) -> None:
             "train_iters": TRAIN_ITERS,
             "micro_batch_size": 2,
             "global_batch_size": 2,
-            "precision": "fp32",
         },
+        "execution": {"precision": "fp32"},
         "checkpoint": {"save_interval": 0},
         "logging": {"log_interval": 1},
     }

@@ -60,7 +60,7 @@ class Workspace:
         return line
 
 
-def make_workspace(folder: Path, **training: Any) -> Workspace:
+def make_workspace(folder: Path, *, precision: str = "fp32", **training: Any) -> Workspace:
     """Data, tokenizer and configuration of a run of 8 steps of 8 samples."""
     processor = save_processor(folder / "tokenizer")
     train = make_dataset(folder / "data", make_records(folder / "data", 40), "train")
@@ -84,9 +84,9 @@ def make_workspace(folder: Path, **training: Any) -> Workspace:
             "train_iters": 8,
             "micro_batch_size": 2,
             "global_batch_size": 8,
-            "precision": "fp32",
             **training,
         },
+        "execution": {"precision": precision},
         "checkpoint": {"save_interval": 2},
         "logging": {"log_interval": 1},
     }

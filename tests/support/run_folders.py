@@ -55,7 +55,7 @@ def make_run_folder(base: Path, folder: Path, attention: str, **adapter: Any) ->
     settings = yaml.safe_load((imported / "config.yaml").read_text())
     settings["model"]["adapter"] |= adapter
     settings["data"]["template"] = "mistral_v3"  # of the tiny tokenizer, whatever the family
-    settings["training"] = {"precision": "fp32"}
+    settings["execution"] = {"precision": "fp32"}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     modules = ["vision_model", "adapter", "language_model"]
     imported_facts = found.manifest.facts

@@ -22,6 +22,7 @@ from megatron_dattn.config.training import (
 )
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.counters import LoaderCounters
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
 from megatron_dattn.training.build import build_training_model, start, state_of
@@ -91,9 +92,8 @@ def training_config(
             train_iters=train_iters,
             micro_batch_size=1,
             global_batch_size=num_packs,
-            precision="fp32",
-            attention_backend="math",
         ),
+        execution=ExecutionConfig(precision="fp32", attention_backend="math"),
         logging=LoggingConfig(log_interval=1, progress_bar="off"),
     )
     for name, value in changes.items():
@@ -102,7 +102,15 @@ def training_config(
 
 
 def _with(config: PretrainConfig, name: str, value: object) -> PretrainConfig:
-    for section in ("parallel", "data", "optimizer", "training", "checkpoint", "logging"):
+    for section in (
+        "parallel",
+        "execution",
+        "data",
+        "optimizer",
+        "training",
+        "checkpoint",
+        "logging",
+    ):
         settings = getattr(config, section)
         if hasattr(settings, name):
             changed = dataclasses.replace(settings, **{name: value})

@@ -54,7 +54,7 @@ def test_hyper_parameters_are_those_of_table_7(
     assert optimizer.warmup_ratio == 0.03
     assert optimizer.min_lr_ratio == 0.0
     assert training.global_batch_size == batch
-    assert training.precision == "bf16"
+    assert config.execution.precision == "bf16"
     assert training.stage == stage
     # One epoch, the incomplete last step left out.
     assert training.train_iters == SAMPLES[stage] // batch

@@ -97,7 +97,9 @@ class ImportPlan:
         lines.append(f"conversations are written as {self.choice.name}: {self.choice.reason}")
         size = f"{self.num_bytes / 1e9:.2f} GB as {self.dtype}"
         lines.append(f"{self.output}: {len(self.shards)} tensors, {size}")
-        lines.append(f"generates and trains in {self.dtype} unless told another training.precision")
+        lines.append(
+            f"generates and trains in {self.dtype} unless told another execution.precision"
+        )
         return "\n".join(lines)
 
 

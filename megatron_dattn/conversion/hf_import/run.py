@@ -121,7 +121,7 @@ def _write_assets(plan: ImportPlan, folder: Path) -> None:
         "model": dataclasses.asdict(source.model),
         "data": data,
         # Without it FP32 weights would be computed with in BF16, the default.
-        "training": {"precision": plan.dtype},
+        "execution": {"precision": plan.dtype},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     logger.info("token <image> has id %d; conversations are written as %s", image_id, plan.template)

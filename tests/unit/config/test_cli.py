@@ -80,12 +80,11 @@ def test_boolean_flags_take_a_value_too() -> None:
 
 
 def test_every_unique_leaf_field_has_a_short_spelling() -> None:
-    fields = dataclasses.fields(PretrainConfig().training)
-    for name in (f.name for f in fields if f.name != "savings"):
+    for name in (field.name for field in dataclasses.fields(PretrainConfig().training)):
         (flag,) = expand_short_flags([f"--{name.replace('_', '-')}=x"])
         assert flag == f"--training.{name}=x"
     (flag,) = expand_short_flags(["--ffn-chunk-tokens=8"])
-    assert flag == "--training.savings.ffn_chunk_tokens=8"
+    assert flag == "--execution.savings.ffn_chunk_tokens=8"
 
 
 def test_dry_run_flag() -> None:
@@ -142,7 +141,7 @@ def test_a_file_with_the_older_name_of_the_adapters_norm(tmp_path: Path) -> None
         (["--hidden-size", "8"], ["ambiguous", "--model.vision.hidden_size"]),
         (["--train-iters", "many"], ["training.train_iters", "int", "many"]),
         (["--train-iters", "0"], ["training.train_iters", "positive", "0"]),
-        (["--precision", "fp64"], ["training.precision", "bf16", "fp64"]),
+        (["--precision", "fp64"], ["execution.precision", "bf16", "fp64"]),
         (["--attention", "nope"], ["model.attention", "nope", "dattn"]),
         (["--sequence-parallel"], ["sequence_parallel", "tensor_model_parallel_size"]),
         (["--tensor-model-parallel-size", "0"], ["tensor_model_parallel_size", "0"]),
@@ -155,7 +154,7 @@ def test_a_file_with_the_older_name_of_the_adapters_norm(tmp_path: Path) -> None
         (["--model.vision.patch_size", "0"], ["vision.patch_size", "positive", "0"]),
         (["--model.language.num_key_value_heads", "0"], ["language.num_key_value_heads", "0"]),
         (["--max-grid", "0"], ["adapter.max_grid", "0"]),
-        (["--attention-backend", "nope"], ["training.attention_backend", "nope", "cpu_flash"]),
+        (["--attention-backend", "nope"], ["execution.attention_backend", "nope", "cpu_flash"]),
         (["--adam-beta2", "1.5"], ["optimizer.adam_beta2", "1.5"]),
         (
             ["--attention", "dattn_cascade", "--alpha-interval", "5"],

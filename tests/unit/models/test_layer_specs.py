@@ -24,8 +24,8 @@ def test_auto_takes_transformer_engine_where_it_is(monkeypatch, installed):
     ("requested", "fp8", "installed", "words"),
     [
         ("transformer_engine", "none", False, "transformer_engine is not installed"),
-        ("auto", "hybrid", False, "training.fp8 'hybrid' needs Transformer Engine"),
-        ("local", "e4m3", True, "training.fp8 'e4m3' needs Transformer Engine"),
+        ("auto", "hybrid", False, "execution.fp8 'hybrid' needs Transformer Engine"),
+        ("local", "e4m3", True, "execution.fp8 'e4m3' needs Transformer Engine"),
         ("apex", "none", True, "'apex' is unknown"),
     ],
 )

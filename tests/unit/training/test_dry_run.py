@@ -188,7 +188,8 @@ def test_all_that_a_start_here_would_meet_is_listed(
             "train": [DatasetConfig(path="no-train.jsonl")],
             "validation": [DatasetConfig(path="no-validation.jsonl")],
         },
-        training={"eval_interval": 5, "fp8": "hybrid", "attention_backend": "flash_attn2"},
+        training={"eval_interval": 5},
+        execution={"fp8": "hybrid", "attention_backend": "flash_attn2"},
         checkpoint={"load": "no-weights", "save": f"{__file__}/run"},
         logging={"tensorboard_dir": f"{__file__}/tb", "sample_ledger": f"{__file__}/ledger"},
     )

@@ -47,7 +47,7 @@ def test_a_model_generates_in_it(imported, dtype, caplog):
 def test_a_run_folder_that_does_not_say_it_warns(imported, tmp_path, caplog):
     """As imports from before have it: FP32 weights, and BF16 by default."""
     settings = yaml.safe_load((imported / "fp32" / "config.yaml").read_text())
-    del settings["training"]
+    del settings["execution"]
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("tokenizer", "step-0000000", "latest.json"):
@@ -62,12 +62,12 @@ def test_a_run_folder_that_does_not_say_it_warns(imported, tmp_path, caplog):
 def test_a_stage_trains_in_it_unless_told_otherwise(imported, tmp_path, dtype):
     base, other = imported / dtype / "config.yaml", "bf16" if dtype == "fp32" else "fp32"
     stage, silent = tmp_path / "stage.yaml", tmp_path / "silent.yaml"
-    stage.write_text(f"training: {{precision: {other}}}")
+    stage.write_text(f"execution: {{precision: {other}}}")
     silent.write_text("training: {train_iters: 3}")
-    assert load_config(base, silent).training.precision == dtype
-    assert load_config(base, stage).training.precision == other
-    flag = ["--config", str(base), "--training.precision", other]
-    assert parse_command_line(flag).config.training.precision == other
+    assert load_config(base, silent).execution.precision == dtype
+    assert load_config(base, stage).execution.precision == other
+    flag = ["--config", str(base), "--execution.precision", other]
+    assert parse_command_line(flag).config.execution.precision == other
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
