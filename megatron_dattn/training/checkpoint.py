@@ -1,7 +1,7 @@
 """Saves a training run, resumes it exactly, and starts a stage from another one's weights.
 
 `Checkpointer` decides when a checkpoint fits; what of a run it holds is the business of
-`stored_state`, how it reaches the disk whole that of megatron_dattn/checkpoint. Resuming restores
+`state.py`, how it reaches the disk whole that of megatron_dattn/checkpoint. Resuming restores
 everything (weights, optimizer, schedule, random states, the loader's place, counters) and is
 refused if the model, the tokenizer, the stage or the way the data is split differs. All methods are
 collective over the world.
@@ -27,8 +27,9 @@ from megatron_dattn.models.added_parameters import comes_with_preset, holds_pres
 from megatron_dattn.models.identity import Purpose, require_same
 from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.training.stages import MODULES
-from megatron_dattn.training.state import Progress, TrainState
-from megatron_dattn.training.stored_state import (
+from megatron_dattn.training.state import (
+    Progress,
+    TrainState,
     added_parameters,
     check_finite,
     load_modules,

@@ -29,7 +29,7 @@ from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.training.build import loader_of_rank, make_checkpointer
 from megatron_dattn.training.checkpoint import nothing_to_load
 from megatron_dattn.training.random_states import untouched_random_states
-from megatron_dattn.training.stored_state import loader_file
+from megatron_dattn.training.state import loader_file
 
 
 class StartChecks:

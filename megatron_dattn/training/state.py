@@ -1,18 +1,44 @@
-"""The state of a training run: what a checkpoint saves and a resumed run restores."""
+"""The state of a training run, what of it a checkpoint holds, and how it gets back into a run.
 
+Weights, optimizer and schedule are sharded as megatron-core does it; random states and the loader's
+place are files of their own, one per rank that has them; counters are plain JSON.
+"""
+
+import contextlib
+import copy
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
 
+from megatron_dattn.checkpoint.collective import rank
+from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.data.counters import LoaderCounters
-from megatron_dattn.errors import CheckpointError
+from megatron_dattn.errors import CheckpointError, UserError
+from megatron_dattn.models.added_parameters import comes_with_preset
+from megatron_dattn.models.vlm import DAttnVLM
+from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
+from megatron_dattn.training.stages import module_of_parameter
 
 _OLDER_NAMES = {"visual_rows": "visual_tokens"}  # in checkpoints
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+# Stores the distributed optimizer's state as if it were not distributed: it then loads under any
+# tensor-, pipeline- and data-parallel size. It is gathered in host memory, on the first rank of the
+# data-parallel group: gathered on the device it might not fit in the middle of a run.
+_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
 
 
 @dataclass
@@ -76,3 +102,158 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     validation: dict[str, float] | None = None
     """The last validation: its `step` and its `loss`."""
+
+
+def rng_file() -> str:
+    """Name of this rank's random states."""
+    return f"rng-{rank():05d}.pt"
+
+
+def loader_file(data_parallel_rank: int | None = None) -> str:
+    """Name of the loader's place, of this data-parallel rank where none is given."""
+    if data_parallel_rank is None:
+        data_parallel_rank = parallel_state.get_data_parallel_rank()
+    return f"loader-dp-{data_parallel_rank:05d}.bin"
+
+
+def local_files(state: TrainState) -> dict[str, bytes]:
+    """What this rank adds to the shards: its random states, and one loader per data rank."""
+    local = {rng_file(): capture_rng()}
+    first_of_its_data_rank = (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_pipeline_model_parallel_rank() == 0
+    )
+    if first_of_its_data_rank and state.loader is not None:
+        local[loader_file()] = state.loader.save_state()
+    return local
+
+
+def check_finite(model: Sequence[torch.nn.Module]) -> None:
+    """Raises CheckpointError for a parameter with an infinite value or none."""
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise CheckpointError(f"parameter {name} is not finite: the state is not saved")
+
+
+def model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
+    """The weights alone, as megatron-core shards them."""
+    chunks = unwrap_model(list(model))
+    keys = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return {
+        key: chunk.sharded_state_dict(metadata=dict(_SHARDING))
+        for key, chunk in zip(keys, chunks, strict=True)
+    }
+
+
+def sharded_state(state: TrainState, *, is_loading: bool) -> ShardedStateDict:
+    """Weights and optimizer; to be saved, the schedule too, which is plain."""
+    sharded = model_state(state.model)
+    sharded["optimizer"] = sharded_optimizer_state(
+        state.optimizer, copy.copy(sharded), is_loading=is_loading, metadata=dict(_SHARDING)
+    )
+    if not is_loading:
+        sharded["scheduler"] = state.scheduler.state_dict()
+        sharded["content_metadata"] = dict(_SHARDING)
+    return sharded
+
+
+def restore_state(
+    state: TrainState, loaded: StateDict, local: Mapping[str, bytes], path: Path
+) -> None:
+    """Hand what was loaded from `path`, and this rank's own files, to the run.
+
+    Raises:
+        CheckpointError: the weights or the schedule do not fit the run's, or a part is missing or
+            damaged.
+    """
+    missing = [name for name in ("optimizer", "scheduler") if name not in loaded]
+    if missing:
+        raise CheckpointError(f"{path} does not hold the state of {' and '.join(missing)}")
+    load_modules(state.model, loaded, None)
+    with _one_error(f"{path} does not hold this optimizer's state"):
+        restore_optimizer(state.optimizer, loaded["optimizer"])
+    state.scheduler.num_steps = 0  # loading adds the saved steps to those already made
+    try:
+        with _one_error(f"{path} does not hold this schedule's state"):
+            state.scheduler.load_state_dict(loaded["scheduler"])
+    except AssertionError as error:  # megatron-core's way to refuse another schedule
+        raise CheckpointError(
+            f"{path} was trained with another learning-rate schedule: {error}; resume with the "
+            "same optimizer settings and training.train_iters"
+        ) from error
+    if "rng" in local:
+        with _one_error(f"{path / rng_file()} is none of ours"):
+            restore_rng(local["rng"])
+    if state.loader is not None:
+        with _one_error(f"{path / loader_file()} does not hold this loader's place"):
+            state.loader.restore_state(local["loader"])
+
+
+@contextlib.contextmanager
+def _one_error(meaning: str) -> Iterator[None]:
+    """Say what it means that a stored state has other parts, or parts of other types, than ours.
+
+    Sums have proved that a file is as it was written, not that this program wrote it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{meaning}: {type(error).__name__}: {error}") from error
+
+
+def added_parameters(model: Sequence[torch.nn.Module], absent: set[str]) -> dict[str, int]:
+    """Sizes of what the preset adds to the modules that are there, by name; layers together."""
+    sizes: dict[str, int] = {}
+    for chunk in unwrap_model(list(model)):
+        for name, parameter in chunk.named_parameters():
+            if comes_with_preset(name) and name.partition(".")[0] not in absent:
+                every = _LAYER_NUMBER.sub("*", name)
+                sizes[every] = sizes.get(every, 0) + parameter.numel()
+    return sizes
+
+
+def start_at_text_scale(model: Sequence[torch.nn.Module]) -> float | None:
+    """Let visual tokens that leave a new adapter begin as large as text; the scale of text where an
+    adapter of this rank was changed. Collective over tensor-parallel ranks."""
+    scales = [
+        chunk.start_at_text_scale()
+        for chunk in unwrap_model(list(model))
+        if isinstance(chunk, DAttnVLM)
+    ]
+    return next((scale for scale in scales if scale is not None), None)
+
+
+def load_modules(
+    model: Sequence[torch.nn.Module],
+    loaded: StateDict,
+    modules: Sequence[str] | None,
+    plain: bool = False,
+) -> None:
+    """Hand loaded values to the modules.
+
+    Args:
+        modules: whose values must all be there; of every module where None.
+        plain: but for what the attention preset adds.
+
+    Raises:
+        CheckpointError: some are missing, or there are others.
+    """
+    chunks = unwrap_model(list(model))
+    for index, chunk in enumerate(chunks):
+        values = loaded.get("model" if len(chunks) == 1 else f"model{index}", {})
+        result = chunk.load_state_dict(values, strict=False)
+        missing = [
+            key
+            for key in result.missing_keys
+            if not key.endswith("_extra_state")
+            and (modules is None or module_of_parameter(key) in modules)
+            and not (plain and comes_with_preset(key))
+        ]
+        if missing or result.unexpected_keys:
+            raise CheckpointError(
+                f"the weights do not fit the model: missing {missing}, unexpected "
+                f"{result.unexpected_keys}"
+            )

@@ -65,7 +65,7 @@ COVERED_BY = {
     "training/losses": "distributed/test_training.py",
     "training/setup": "unit/training/test_endings.py",
     "training/step": "distributed/test_training.py",
-    "training/stored_state": "unit/training/test_checkpoint.py",
+    "training/state": "unit/training/test_checkpoint.py",
     "training/validate": "distributed/test_training.py",
 }
 MODULES = sorted(
