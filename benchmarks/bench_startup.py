@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_startup --output benchmarks/startup_cpu.md
 
-Ranks of one machine meet over gloo and then go through `prepare_run` in rounds, with and without
+Ranks of one machine meet over gloo and then go through `check_start` in rounds, with and without
 comparing what they were started with, and with the tokenizer read anew for every part that needs
 it. In every round all files are read again: the sum over the code and the tokenizer kept in memory
 are forgotten before. Importing torch and megatron-core, which takes seconds, and the meeting are no
@@ -44,7 +44,7 @@ from megatron_dattn.data.prepare import write_jsonl  # noqa: E402
 from megatron_dattn.models.config import LanguageConfig, ModelConfig  # noqa: E402
 from megatron_dattn.runtime.agreement import all_ranks_have_same  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed, join_world  # noqa: E402
-from megatron_dattn.training.setup import prepare_run  # noqa: E402
+from megatron_dattn.training.checks import check_start  # noqa: E402
 from megatron_dattn.training.start_facts import code_sha256, start_facts  # noqa: E402
 
 _READ_TOKENIZER = tokenizers_module._read_tokenizer
@@ -162,7 +162,7 @@ def variants(config: PretrainConfig) -> dict[str, Step]:
         _forget()
         if compared:
             all_ranks_have_same(start_facts(config))
-        prepare_run(config)
+        check_start(config)
 
     def compare() -> None:
         _forget()

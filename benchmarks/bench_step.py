@@ -40,8 +40,8 @@ from benchmarks.step_variants import (  # noqa: E402
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch  # noqa: E402
 from megatron_dattn.models.execution import ExecutionConfig  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
-from megatron_dattn.training.build import start  # noqa: E402
 from megatron_dattn.training.metrics import StepReport  # noqa: E402
+from megatron_dattn.training.run import join_ranks  # noqa: E402
 
 PLAIN = "plain PyTorch"
 
@@ -59,7 +59,7 @@ def step_report(arguments: argparse.Namespace) -> str:
         name: make_batch(demo_model(name), arguments.samples) for name in arguments.attention
     }
     configs = {name: pretrain_config(name, batches[name], execution) for name in batches}
-    start(configs[arguments.attention[0]])
+    join_ranks(configs[arguments.attention[0]])
     engines = {name: EngineVariant(config, batches[name]) for name, config in configs.items()}
     plain = PlainVariant(engines["dattn"], batches["dattn"]) if with_plain else None
     timer, dtype = timer_of(device), DTYPES[arguments.precision]

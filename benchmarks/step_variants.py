@@ -23,9 +23,9 @@ from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
-from megatron_dattn.training.build import build_training_model, state_of
 from megatron_dattn.training.metrics import Metrics, StepReport
-from megatron_dattn.training.run import Run
+from megatron_dattn.training.run import Run, build_state
+from megatron_dattn.training.stages import build_training_model
 from megatron_dattn.training.step import train_step
 from megatron_dattn.training.stream import BatchStream
 
@@ -77,10 +77,8 @@ class EngineVariant:
         (self.model,) = unwrap_model(chunks)
         self.run = Run(
             config=config,
-            state=state_of(config, chunks),
+            state=build_state(config, chunks),
             stream=BatchStream(itertools.repeat(batch), get_device()),
-            num_microbatches=1,
-            seq_length=batch.layout.num_tokens,
             metrics=Metrics(
                 LoggingConfig(),
                 stage="",
@@ -89,9 +87,6 @@ class EngineVariant:
                 world_size=1,
                 peak_flops=None,
             ),
-            checkpointer=None,
-            validation=None,
-            ledger=None,
         )
 
     def step(self) -> StepReport:

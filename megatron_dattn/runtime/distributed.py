@@ -6,8 +6,9 @@ on CUDA, gloo with the CPU runtime otherwise.
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,7 +18,10 @@ from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.runtime.cpu import enable_cpu_runtime
 from megatron_dattn.runtime.launcher import Launch, read_launch
 from megatron_dattn.runtime.lost_ranks import introduce_rank
+from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.rendezvous import RendezvousError, meet
+
+T = TypeVar("T")
 
 
 def initialize_distributed(
@@ -247,3 +251,20 @@ def all_ranks_agree(error: UserError | str | None, group: dist.ProcessGroup | No
         raise error_class(str(first))
     others = f" (and {len(failures) - 1} more failed)" if len(failures) > 1 else ""
     raise error_class(f"rank {rank}: {first}{others}")
+
+
+def run_on_all_ranks(work: Callable[[], T]) -> T:
+    """Do work that can fail on one rank alone; its UserError is raised on all of them.
+
+    What the file system refuses counts as a UserError: its words name the path.
+    """
+    result: T | None = None
+    error: UserError | None = None
+    try:
+        result = work()
+    except UserError as caught:
+        error = caught
+    except OSError as caught:
+        error = UserError(explain(caught))
+    all_ranks_agree(error)
+    return cast(T, result)

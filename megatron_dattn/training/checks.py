@@ -2,7 +2,7 @@
 
 One list for the real start and the dry run, so that the dry run finds whatever would end a run in
 its first minutes: packages, backends, tokenizer, data sets, checkpoints, folders to write into.
-What follows from the configuration alone is in `plan.py`. Nothing here communicates or writes.
+What follows from the configuration alone is in `plan.py`. Nothing here writes.
 """
 
 import contextlib
@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_dattn.attention import select_backend
+from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint, steps_of
 from megatron_dattn.checkpoint.manifest import read_listed
 from megatron_dattn.config.pretrain import PretrainConfig
@@ -25,11 +27,14 @@ from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.runtime.distributed import run_on_all_ranks
 from megatron_dattn.runtime.os_errors import explain
-from megatron_dattn.training.build import loader_of_rank, make_checkpointer
 from megatron_dattn.training.checkpoint import nothing_to_load
+from megatron_dattn.training.plan import make_plan
 from megatron_dattn.training.random_states import untouched_random_states
+from megatron_dattn.training.run import make_checkpointer
 from megatron_dattn.training.state import loader_file
+from megatron_dattn.training.stream import loader_of_rank
 
 
 class StartChecks:
@@ -184,6 +189,25 @@ def _level_of_data_logs(level: int) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(former)
+
+
+def check_start(config: PretrainConfig) -> int | None:
+    """Check all that can be checked before something is built. Collective, after `join_ranks`.
+
+    Returns:
+        The stage's last step if it is done already, else None.
+
+    Raises:
+        UserError: on all ranks: settings, data, folders or packages that would end the run later.
+    """
+    plan = make_plan(config, dist.get_world_size())
+    checks = StartChecks(config, plan.data_parallel_size, quiet=True)
+    steps = on_first_rank("looking into the save folder", checks.steps_if_finished)
+    if steps is not None:
+        return steps
+    run_on_all_ranks(lambda: raise_first(checks.on_every_host()))
+    raise_first(on_first_rank("looking into the folders", checks.in_shared_folders))
+    return None
 
 
 def raise_first(problems: Sequence[UserError]) -> None:

@@ -18,8 +18,7 @@ from megatron_dattn.runtime.launcher import Launch
 from megatron_dattn.runtime.lost_ranks import LostRankError, named_lost_ranks, tell_of_crash
 from megatron_dattn.runtime.open_files import open_files_needed, require_open_files
 from megatron_dattn.runtime.signals import SignalWatcher
-from megatron_dattn.training.build import start
-from megatron_dattn.training.checks import StartChecks
+from megatron_dattn.training.checks import StartChecks, check_start
 from megatron_dattn.training.exits import (
     FILE_NAME,
     ExitReason,
@@ -29,8 +28,9 @@ from megatron_dattn.training.exits import (
     first_line,
     record_exit,
 )
+from megatron_dattn.training.run import join_ranks, open_run
+from megatron_dattn.training.run_folder import own_run_folder
 from megatron_dattn.training.run_lock import is_in_use
-from megatron_dattn.training.setup import open_run, own_run_folder, prepare_run
 from megatron_dattn.training.trainer import train
 
 logger = logging.getLogger(__name__)
@@ -81,12 +81,12 @@ def _run(config: PretrainConfig, launch: Launch, signals: SignalWatcher) -> Exit
     if launch.world_size == 1 and signals.received is not None:
         return _stopped_before_the_start(signals.received)
     with named_lost_ranks(lambda: "the start of the run"):
-        start(config)
+        join_ranks(config)
         return _train_stage(config, signals)
 
 
 def _train_stage(config: PretrainConfig, signals: SignalWatcher) -> ExitReason:
-    steps = prepare_run(config)
+    steps = check_start(config)
     stop = signals.requested_anywhere()
     if stop is not None:
         return _stopped_before_the_start(stop)

@@ -1,14 +1,17 @@
-"""What lies beside the checkpoints of a run: its resolved configuration and its tokenizer.
+"""The folder of a run: kept from other runs, with what lies beside its checkpoints.
 
-With both, the folder is all that a later stage, an export or a generation needs, wherever it
-is moved.
+With its resolved configuration and its tokenizer, the folder is all that a later stage, an export
+or a generation needs, wherever it is moved.
 """
 
+import contextlib
 import dataclasses
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.checkpoint.discovery import steps_of
 from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.config.cli import render_config
@@ -16,7 +19,9 @@ from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.image_settings import PROCESSOR_FILES
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.training.exits import clear_exit_reason
+from megatron_dattn.runtime.lost_ranks import LostRankError
+from megatron_dattn.training.exits import FILE_NAME, clear_exit_reason, ending_of, record_exit
+from megatron_dattn.training.run_lock import RunLock
 from megatron_dattn.yaml_files import CONFIG_DIR
 
 logger = logging.getLogger(__name__)
@@ -90,3 +95,31 @@ def _copy_tokenizer(config: DataConfig, target: Path) -> None:
         processor = Path(config.image_processor or source) / name
         if processor.is_file():
             shutil.copyfile(processor, target / name)
+
+
+@contextlib.contextmanager
+def own_run_folder(folder: str | None) -> Iterator[None]:
+    """Keep other runs out of the save folder, if there is one. Collective.
+
+    Raises:
+        UserError: on all ranks: another run is at work there.
+    """
+    locks: list[RunLock] = []
+
+    def take(folder: str) -> None:
+        locks.append(RunLock.acquire(folder))
+        # A former run's note must not outlive a sudden end of this one.
+        clear_exit_reason(folder)
+
+    try:
+        if folder is not None:
+            on_first_rank(f"writing into {folder}", lambda: take(folder))
+        yield
+    except LostRankError as error:
+        # Rank 0, frozen, may still hold the lock: afterwards its folder would look like another's.
+        if folder is not None and not locks and not (Path(folder) / FILE_NAME).exists():
+            record_exit(folder, ending_of(error))
+        raise
+    finally:
+        for lock in locks:
+            lock.release()

@@ -1,17 +1,29 @@
-"""What a stage of training trains: a module whose learning rate is 0.0 is frozen.
+"""The model of a stage of training: a module whose learning rate is 0.0 is frozen.
 
 The paper's three stages (adapter; everything on captions; everything on instructions) differ in
 nothing but data, horizon and these rates, so a stage is a recipe and not code.
 """
 
+import logging
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.transformer.module import Float16Module
 from torch import nn
 
+from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.config.training import ModuleLearningRates
 from megatron_dattn.models.added_parameters import is_added
-from megatron_dattn.runtime.distributed import get_device
+from megatron_dattn.models.build import build_model
+from megatron_dattn.runtime.distributed import get_device, is_rank_0
+
+logger = logging.getLogger(__name__)
 
 MODULES = ("vision_model", "adapter", "language_model")
 
@@ -79,3 +91,51 @@ def every_pipeline_stage_trains(model: nn.Module) -> bool:
     flag = torch.tensor([int(trains)], device=get_device())
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def build_training_model(config: PretrainConfig) -> list[DistributedDataParallel]:
+    """This rank's share of the model, frozen where it is not trained and wrapped for training.
+
+    Returns:
+        One chunk per virtual pipeline stage: today one.
+    """
+    model = build_model(
+        config.model,
+        config.parallel,
+        config.execution,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    freeze_modules(model, config.optimizer.learning_rates)
+    counts = count_parameters(model)
+    for line in describe_modules(config.optimizer.learning_rates, counts):
+        logger.info(line)
+    transformer_config = model.config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        use_distributed_optimizer=uses_distributed_optimizer(config, model),
+    )
+    inner = model if config.execution.precision == "fp32" else Float16Module(model.config, model)
+    wrapped = DistributedDataParallel(transformer_config, ddp_config, inner)
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        transformer_config.no_sync_func = wrapped.no_sync
+    return [wrapped]
+
+
+def uses_distributed_optimizer(config: PretrainConfig, model: nn.Module) -> bool:
+    """Whether the optimizer's state is spread over data-parallel ranks. Collective.
+
+    Not if a whole pipeline stage is frozen: megatron-core's distributed optimizer cannot save the
+    state of a rank that has none. Little is lost, as then only a small part of the model trains.
+    """
+    wanted = config.parallel.use_distributed_optimizer
+    if not wanted or every_pipeline_stage_trains(model):
+        return wanted
+    if is_rank_0():
+        logger.warning(
+            "a pipeline stage is frozen as a whole: parallel.use_distributed_optimizer is off for "
+            "this stage of training"
+        )
+    return False

@@ -9,7 +9,7 @@ noticed, and where all ranks can still agree to stop.
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,9 @@ from megatron.core import parallel_state
 
 from megatron_dattn.attention import TokenLayout
 from megatron_dattn.batch import PackedBatch
+from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.data.config import DatasetConfig
+from megatron_dattn.data.loader import ModelSizes, VLMLoader, build_loader
 from megatron_dattn.errors import DataError, UserError
 from megatron_dattn.parallel.batch import broadcast_batch
 from megatron_dattn.runtime.distributed import all_ranks_agree
@@ -125,3 +128,40 @@ class BatchStream(Iterator[PackedBatch]):
         """What was consumed since the last call."""
         consumed, self._consumed = self._consumed, Consumed()
         return consumed
+
+
+def make_loader(
+    config: PretrainConfig, datasets: list[DatasetConfig], *, training: bool
+) -> VLMLoader | None:
+    """The loader of this rank's data-parallel replica; None on tensor-parallel ranks above 0."""
+    if parallel_state.get_tensor_model_parallel_rank() > 0:
+        return None
+    return loader_of_rank(
+        config,
+        datasets,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        training=training,
+    )
+
+
+def loader_of_rank(
+    config: PretrainConfig,
+    datasets: Sequence[DatasetConfig],
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    *,
+    training: bool,
+) -> VLMLoader:
+    """The loader of one data-parallel replica; errors as of `build_loader`. Local."""
+    model = config.model
+    return build_loader(
+        config.data,
+        datasets=datasets,
+        sizes=ModelSizes(model.vision.image_size, model.image_grid, model.language.vocab_size),
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+        seed=config.training.seed,
+        training=training,
+    )

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.config.cli import load_config, parse_command_line
-from megatron_dattn.training.build import loader_of_rank
+from megatron_dattn.training.stream import loader_of_rank
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.data.builders import record, save_image
 from tools import convert_checkpoint, prepare_data

@@ -25,9 +25,9 @@ from megatron_dattn.data.counters import LoaderCounters
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
-from megatron_dattn.training.build import build_training_model, start, state_of
 from megatron_dattn.training.metrics import Metrics
-from megatron_dattn.training.run import Run
+from megatron_dattn.training.run import Run, build_state, join_ranks
+from megatron_dattn.training.stages import build_training_model
 from megatron_dattn.training.stream import BatchStream
 from tests.support.megatron import global_parameters
 from tests.support.vlm import fill_parameters, join_shards, partition_of, tiny_model_config
@@ -120,7 +120,7 @@ def _with(config: PretrainConfig, name: str, value: object) -> PretrainConfig:
 
 def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     """A run on this rank over the global list of packs, step after step."""
-    start(config)
+    join_ranks(config)
     seed_everything(config.training.seed)
     model = build_training_model(config)
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -133,14 +133,12 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         replica = parallel_state.get_data_parallel_rank()
         loader = PackLoader(packs[replica::replicas], replica)
-    state = state_of(config, model, loader)
+    state = build_state(config, model, loader)
     state.optimizer.reload_model_params()
     return Run(
         config=config,
         state=state,
         stream=BatchStream(loader, get_device()),
-        num_microbatches=config.training.num_microbatches(replicas),
-        seq_length=config.data.visual_budget + config.data.text_budget,
         metrics=Metrics(
             config.logging,
             stage=config.training.stage,
@@ -149,9 +147,6 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
             world_size=torch.distributed.get_world_size(),
             peak_flops=None,
         ),
-        checkpointer=None,
-        validation=None,
-        ledger=None,
     )
 
 

@@ -56,7 +56,7 @@ def write_run(
 
 
 def start(stage: str, first: int, total: int = STEPS) -> str:
-    """What a run of a stage says when it starts (training/setup.py)."""
+    """What a run of a stage says when it starts (training/run.py)."""
     return (
         f"stage {stage}: 2 ranks = tensor 1 x pipeline 1 x data 2, fp32, attention dattn\n"
         f"iterations {first + 1} to {total}, global batch of up to 8 samples in 1 packs of 5 "

@@ -14,7 +14,7 @@ from megatron_dattn.runtime import open_files
 from megatron_dattn.runtime.launcher import Launch
 from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.runtime.signals import SignalWatcher
-from megatron_dattn.training import endings, setup
+from megatron_dattn.training import endings, run_folder
 from megatron_dattn.training.endings import run_to_its_end, write_ending
 from megatron_dattn.training.exits import ExitReason
 from megatron_dattn.training.run_lock import RunLock
@@ -108,7 +108,7 @@ def test_a_signal_before_the_start_is_an_orderly_end(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One process need not even be connected; a folder of somebody else's is left alone."""
-    monkeypatch.setattr(endings, "start", lambda config: pytest.fail("it was started"))
+    monkeypatch.setattr(endings, "join_ranks", lambda config: pytest.fail("it was started"))
     with SignalWatcher() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         ending = run_to_its_end(config, Launch(), signals)
@@ -127,7 +127,7 @@ def test_a_signal_before_the_start_is_an_orderly_end(
 def test_too_few_open_files_are_refused_before_the_start(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endings, "start", lambda config: pytest.fail("it was started"))
+    monkeypatch.setattr(endings, "join_ranks", lambda config: pytest.fail("it was started"))
     monkeypatch.setattr(open_files.resource, "getrlimit", lambda kind: (20, 64))
     ending = run_to_its_end(config, Launch(), SignalWatcher())
     assert (ending.reason, ending.exit_code) == ("user_error", 2)
@@ -161,8 +161,8 @@ def test_a_frozen_rank_0_still_holds_the_lock(
         ending = ExitReason("lost_rank", detail="rank 0 does not answer")
         write_ending(config, Launch("torchrun", 1, 2, 1), ending)
         assert note_in(config) is None
-        monkeypatch.setattr(setup, "on_first_rank", lambda purpose, work: None)  # of rank 1
-        with pytest.raises(LostRankError), setup.own_run_folder(config.checkpoint.save):
+        monkeypatch.setattr(run_folder, "on_first_rank", lambda purpose, work: None)  # of rank 1
+        with pytest.raises(LostRankError), run_folder.own_run_folder(config.checkpoint.save):
             raise LostRankError("rank 0 does not answer")
         note = note_in(config)
     finally:

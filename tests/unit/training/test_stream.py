@@ -1,14 +1,17 @@
-"""A rank that finds no usable record ends the run on all ranks; nobody waits for it."""
+"""A run's packs are those that its configuration wants; a rank without any ends the run on all."""
 
 import logging
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.errors import DataError
-from megatron_dattn.training.stream import BatchStream
+from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.training.stream import BatchStream, loader_of_rank
 from tests.support.distributed import run_distributed
 from tests.unit.data.builders import (
     data_config,
@@ -50,3 +53,18 @@ def test_no_share_is_too_large_and_yet_one_rank_without_a_record_ends_all(tmp_pa
     assert first.startswith("rank 1: data-parallel rank 1 met 10000 samples in a row")
     assert "missing_image" in first
     assert "\n" not in first
+
+
+def test_images_have_the_tokens_that_the_preset_keeps(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, make_records(tmp_path, 50))
+    model = ModelConfig(
+        vision=VisionConfig(image_size=16, patch_size=8),
+        language=LanguageConfig(vocab_size=512),
+        attention="fastervlm",
+    )
+    processor = save_processor(tmp_path / "processor")
+    config = PretrainConfig(model=model, data=data_config(processor, visual_budget=2))
+    assert model.vision.num_patches == 4
+    batches = list(islice(loader_of_rank(config, [dataset], 0, 1, training=True), 5))
+    assert {image.grid for batch in batches for image in batch.layout.images} == {(1, 1)}
+    assert max(len(batch.layout.images) for batch in batches) == 2
