@@ -73,11 +73,11 @@ class EngineVariant:
 
     def __init__(self, config: PretrainConfig, batch: PackedBatch) -> None:
         seed_everything(config.training.seed)
-        chunks = build_training_model(config)
-        (self.model,) = unwrap_model(chunks)
+        model = build_training_model(config)
+        self.model = unwrap_model(model)
         self.run = Run(
             config=config,
-            state=build_state(config, chunks),
+            state=build_state(config, model),
             stream=BatchStream(itertools.repeat(batch), get_device()),
             metrics=Metrics(
                 LoggingConfig(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
 
 from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank, rank
 from megatron_dattn.checkpoint.commit import parallel_layout, save_checkpoint
@@ -39,7 +40,6 @@ from megatron_dattn.training.state import (
     restore_state,
     rng_file,
     sharded_state,
-    start_at_text_scale,
 )
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class Checkpointer:
         on_every_rank(
             "loading the weights", lambda: load_modules(state.model, loaded, present, plain)
         )
-        scale = start_at_text_scale(state.model) if plain else None
+        scale = unwrap_model(state.model).start_at_text_scale() if plain else None
         state.optimizer.reload_model_params()
         self._parent = {
             "path": str(found.path),

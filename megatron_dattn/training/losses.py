@@ -74,7 +74,7 @@ def sum_losses(losses: Tensor) -> LossOutput:
 
 
 def run_micro_batches(
-    model_chunks: list[nn.Module],
+    model: nn.Module,
     batches: Iterator[PackedBatch],
     *,
     num_microbatches: int,
@@ -94,7 +94,7 @@ def run_micro_batches(
     outputs = get_forward_backward_func()(
         forward_step_func=partial(forward_step, observer=observer),
         data_iterator=batches,
-        model=model_chunks,
+        model=model,
         num_microbatches=num_microbatches,
         # Shape of what stages send each other: a pack is one sequence of S tokens, however many
         # samples it holds. Under sequence parallelism the schedule divides S itself.

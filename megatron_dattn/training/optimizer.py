@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
     ParamGroupOverride,
@@ -54,12 +55,12 @@ class ParameterGroup:
 
 def build_optimizer(
     settings: OptimizerConfig,
-    model_chunks: list[nn.Module],
+    model: DistributedDataParallel,
     *,
     bf16: bool,
     use_distributed_optimizer: bool,
 ) -> MegatronOptimizer:
-    """megatron-core's optimizer over DDP-wrapped chunks; frozen parameters get no state."""
+    """megatron-core's optimizer over the wrapped model; frozen parameters get no state."""
     peak = max(learning_rate_of(settings.learning_rates, name) for name in MODULES)
     config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -78,7 +79,7 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(config)
     overrides.update(_module_overrides(settings))
-    return get_megatron_optimizer(config, model_chunks, config_overrides=overrides)
+    return get_megatron_optimizer(config, [model], config_overrides=overrides)
 
 
 def build_scheduler(

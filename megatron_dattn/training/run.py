@@ -182,14 +182,14 @@ def make_checkpointer(config: PretrainConfig, tokenizer: str | None = None) -> C
 
 
 def build_state(
-    config: PretrainConfig, model: list[DistributedDataParallel], loader: VLMLoader | None = None
+    config: PretrainConfig, model: DistributedDataParallel, loader: VLMLoader | None = None
 ) -> TrainState:
     """A model that is there, with a new optimizer and schedule. Collective."""
     optimizer = build_optimizer(
         config.optimizer,
         model,
         bf16=config.execution.precision == "bf16",
-        use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
+        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
     )
     scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)
     return TrainState(model, optimizer, scheduler, loader)

@@ -93,11 +93,10 @@ def every_pipeline_stage_trains(model: nn.Module) -> bool:
     return bool(flag.item())
 
 
-def build_training_model(config: PretrainConfig) -> list[DistributedDataParallel]:
+def build_training_model(config: PretrainConfig) -> DistributedDataParallel:
     """This rank's share of the model, frozen where it is not trained and wrapped for training.
 
-    Returns:
-        One chunk per virtual pipeline stage: today one.
+    Collective.
     """
     model = build_model(
         config.model,
@@ -121,7 +120,7 @@ def build_training_model(config: PretrainConfig) -> list[DistributedDataParallel
     transformer_config.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:
         transformer_config.no_sync_func = wrapped.no_sync
-    return [wrapped]
+    return wrapped
 
 
 def uses_distributed_optimizer(config: PretrainConfig, model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
@@ -25,7 +26,6 @@ from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.data.counters import LoaderCounters
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.added_parameters import comes_with_preset
-from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
 from megatron_dattn.training.stages import module_of_parameter
 
@@ -93,8 +93,8 @@ class StatefulLoader(Protocol):
 class TrainState:
     """Everything that changes while training, on this rank."""
 
-    model: list[torch.nn.Module]
-    """Model chunks of this pipeline rank, wrapped in megatron-core's DistributedDataParallel."""
+    model: DistributedDataParallel
+    """This rank's share of the model, wrapped for training."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     loader: StatefulLoader | None = None
@@ -128,22 +128,16 @@ def local_files(state: TrainState) -> dict[str, bytes]:
     return local
 
 
-def check_finite(model: Sequence[torch.nn.Module]) -> None:
+def check_finite(model: DistributedDataParallel) -> None:
     """Raises CheckpointError for a parameter with an infinite value or none."""
-    for chunk in model:
-        for name, parameter in chunk.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise CheckpointError(f"parameter {name} is not finite: the state is not saved")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(f"parameter {name} is not finite: the state is not saved")
 
 
-def model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
+def model_state(model: DistributedDataParallel) -> ShardedStateDict:
     """The weights alone, as megatron-core shards them."""
-    chunks = unwrap_model(list(model))
-    keys = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return {
-        key: chunk.sharded_state_dict(metadata=dict(_SHARDING))
-        for key, chunk in zip(keys, chunks, strict=True)
-    }
+    return {"model": unwrap_model(model).sharded_state_dict(metadata=dict(_SHARDING))}
 
 
 def sharded_state(state: TrainState, *, is_loading: bool) -> ShardedStateDict:
@@ -204,30 +198,18 @@ def _one_error(meaning: str) -> Iterator[None]:
         raise CheckpointError(f"{meaning}: {type(error).__name__}: {error}") from error
 
 
-def added_parameters(model: Sequence[torch.nn.Module], absent: set[str]) -> dict[str, int]:
+def added_parameters(model: DistributedDataParallel, absent: set[str]) -> dict[str, int]:
     """Sizes of what the preset adds to the modules that are there, by name; layers together."""
     sizes: dict[str, int] = {}
-    for chunk in unwrap_model(list(model)):
-        for name, parameter in chunk.named_parameters():
-            if comes_with_preset(name) and name.partition(".")[0] not in absent:
-                every = _LAYER_NUMBER.sub("*", name)
-                sizes[every] = sizes.get(every, 0) + parameter.numel()
+    for name, parameter in unwrap_model(model).named_parameters():
+        if comes_with_preset(name) and name.partition(".")[0] not in absent:
+            every = _LAYER_NUMBER.sub("*", name)
+            sizes[every] = sizes.get(every, 0) + parameter.numel()
     return sizes
 
 
-def start_at_text_scale(model: Sequence[torch.nn.Module]) -> float | None:
-    """Let visual tokens that leave a new adapter begin as large as text; the scale of text where an
-    adapter of this rank was changed. Collective over tensor-parallel ranks."""
-    scales = [
-        chunk.start_at_text_scale()
-        for chunk in unwrap_model(list(model))
-        if isinstance(chunk, DAttnVLM)
-    ]
-    return next((scale for scale in scales if scale is not None), None)
-
-
 def load_modules(
-    model: Sequence[torch.nn.Module],
+    model: DistributedDataParallel,
     loaded: StateDict,
     modules: Sequence[str] | None,
     plain: bool = False,
@@ -241,19 +223,16 @@ def load_modules(
     Raises:
         CheckpointError: some are missing, or there are others.
     """
-    chunks = unwrap_model(list(model))
-    for index, chunk in enumerate(chunks):
-        values = loaded.get("model" if len(chunks) == 1 else f"model{index}", {})
-        result = chunk.load_state_dict(values, strict=False)
-        missing = [
-            key
-            for key in result.missing_keys
-            if not key.endswith("_extra_state")
-            and (modules is None or module_of_parameter(key) in modules)
-            and not (plain and comes_with_preset(key))
-        ]
-        if missing or result.unexpected_keys:
-            raise CheckpointError(
-                f"the weights do not fit the model: missing {missing}, unexpected "
-                f"{result.unexpected_keys}"
-            )
+    result = unwrap_model(model).load_state_dict(loaded.get("model", {}), strict=False)
+    missing = [
+        key
+        for key in result.missing_keys
+        if not key.endswith("_extra_state")
+        and (modules is None or module_of_parameter(key) in modules)
+        and not (plain and comes_with_preset(key))
+    ]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(
+            f"the weights do not fit the model: missing {missing}, unexpected "
+            f"{result.unexpected_keys}"
+        )

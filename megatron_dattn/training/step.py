@@ -72,8 +72,7 @@ def train_step(run: Run) -> StepReport:
     rates = current_learning_rates(state.optimizer)
     # Gradients live twice: autograd hangs them on `.grad`, DDP's hooks add them to one buffer
     # (`main_grad`) that is reduced as a whole. Clear but one, and the last step's are added again.
-    for chunk in state.model:
-        chunk.zero_grad_buffer()  # type: ignore[operator]
+    state.model.zero_grad_buffer()
     state.optimizer.zero_grad()
 
     # All packs now: a loader that fails while stages wait for each other's activations would hang.

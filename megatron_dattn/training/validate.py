@@ -87,7 +87,7 @@ class Validation:
                 replicas,
             )
 
-    def loss(self, model_chunks: list[nn.Module]) -> float:
+    def loss(self, model: nn.Module) -> float:
         """Loss per labelled token over all ranks, the same number on every rank.
 
         Collective over the world.
@@ -98,14 +98,14 @@ class Validation:
         """
         # torch's DataLoader draws a seed from the process's random state for every iterator: were
         # it not put back, dropout would differ between runs that validate and runs that do not.
-        with untouched_random_states(), _evaluation_mode(model_chunks), torch.no_grad():
+        with untouched_random_states(), _evaluation_mode(model), torch.no_grad():
             loader = self._make_loader()
             stream = BatchStream(loader, get_device(), "validation")
             num_microbatches = stream.load_at_most(self._max_microbatches)
             sums = LossSum(0.0, 0.0)
             if num_microbatches:  # megatron-core's schedules begin with a first micro-batch
                 sums = run_micro_batches(
-                    model_chunks,
+                    model,
                     stream,
                     num_microbatches=num_microbatches,
                     seq_length=self._seq_length,
@@ -130,11 +130,9 @@ def _sum_over_replicas(*values: float) -> list[float]:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model_chunks: list[nn.Module]) -> Iterator[None]:
-    for chunk in model_chunks:
-        chunk.eval()
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    model.eval()
     try:
         yield
     finally:
-        for chunk in model_chunks:
-            chunk.train()
+        model.train()

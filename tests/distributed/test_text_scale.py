@@ -35,7 +35,7 @@ def _starts_at(folder: str, tensor: int, attention: str, adapter: dict) -> tuple
     """The deviation of the tokens' embeddings in a conversion, and the last norm's weight in a
     stage that starts from it."""
     source = build_run(_config(tensor, "dattn"), [])
-    (model,) = unwrap_model(source.state.model)
+    model = unwrap_model(source.state.model)
     table = model.language_model.embedding.word_embeddings.weight
     with torch.no_grad():
         table.mul_(SCALE / 0.1)
@@ -57,7 +57,7 @@ def _starts_at(folder: str, tensor: int, attention: str, adapter: dict) -> tuple
         CheckpointConfig(), model=asdict(config.model), tokenizer=TOKENIZER, stage="stage1"
     )
     checkpointer.load_weights(run.state, folder)
-    (model,) = unwrap_model(run.state.model)
+    model = unwrap_model(run.state.model)
     assert isinstance(model, DAttnVLM)
     assert model.adapter is not None
     assert model.adapter.last_norm is not None

@@ -121,7 +121,7 @@ def _stage_one(settings: dict[str, Any]) -> tuple:
     for _ in range(2):
         train_step(run)
     trained = {group.module for group in parameter_groups(run.state.optimizer)}
-    sharded = run.state.model[0].ddp_config.use_distributed_optimizer
+    sharded = run.state.model.ddp_config.use_distributed_optimizer
     return before, whole_weights(run), trained, sharded
 
 
@@ -187,7 +187,7 @@ def _with_bad_numbers(settings: dict[str, Any], kind: str, bad_steps: set[int], 
         output.register_hook(lambda gradient: gradient * math.inf)  # the loss stays finite
         return output
 
-    run.state.model[0].register_forward_hook(poison)
+    run.state.model.register_forward_hook(poison)
     record = run.metrics.record
 
     def remember(report: Any, totals: Any) -> None:

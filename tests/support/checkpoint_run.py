@@ -104,7 +104,7 @@ class Run:
             for group in optimizer.param_groups
         ]
         return {
-            "weights": _digest(*state.model[0].state_dict().values()),
+            "weights": _digest(*state.model.state_dict().values()),
             "moments": _digest(*moments),
             "groups": repr(groups),
             "schedule": repr(state.scheduler.state_dict()),

@@ -125,9 +125,7 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     model = build_training_model(config)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     stages = config.parallel.pipeline_model_parallel_size
-    fill_parameters(
-        unwrap_model(model)[0], stage * config.model.language.num_hidden_layers // stages
-    )
+    fill_parameters(unwrap_model(model), stage * config.model.language.num_hidden_layers // stages)
     replicas = parallel_state.get_data_parallel_world_size()
     loader = None
     if parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -152,7 +150,7 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
 
 def local_weights(run: Run) -> dict[str, tuple[torch.Tensor, int | None, int]]:
     """This rank's weights under names of the whole model: (shard, partition axis, stride)."""
-    (model,) = unwrap_model(run.state.model)
+    model = unwrap_model(run.state.model)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     stages = run.config.parallel.pipeline_model_parallel_size
     offset = stage * run.config.model.language.num_hidden_layers // stages

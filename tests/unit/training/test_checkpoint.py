@@ -45,14 +45,14 @@ def trained(steps: int = 2, setup: Setup | None = None) -> Run:
 
 def fresh(setup: Setup | None = None) -> Run:
     run = Run(setup or Setup(), seed=99)
-    for parameter in run.state.model[0].parameters():
+    for parameter in run.state.model.parameters():
         parameter.data.mul_(0.5)
     run.state.optimizer.reload_model_params()
     return run
 
 
 def weights(run: Run, module: str = "") -> dict[str, torch.Tensor]:
-    (model,) = unwrap_model(run.state.model)
+    model = unwrap_model(run.state.model)
     return {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()
@@ -68,7 +68,7 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 
 def save_conversion(folder: Path, run: Run, modules: tuple[str, ...], **more: Any) -> Path:
     """What the converter writes: weights of some modules, nothing of a preset's, `more` facts."""
-    (model,) = unwrap_model(run.state.model)
+    model = unwrap_model(run.state.model)
     is_new = is_added if more.get("has_added", True) else comes_with_preset
     kept = {
         key: shard
@@ -232,7 +232,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     checkpointer = run.checkpointer(tmp_path)
     checkpointer.save(run.state)
     run.train(1)
-    next(run.state.model[0].parameters()).data.view(-1)[0] = float("nan")
+    next(run.state.model.parameters()).data.view(-1)[0] = float("nan")
     with pytest.raises(CheckpointError, match=r"parameter \S+ is not finite"):
         checkpointer.save(run.state)
     assert find_checkpoint(tmp_path).step == 1

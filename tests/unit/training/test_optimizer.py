@@ -33,7 +33,7 @@ def _groups_and_schedule() -> tuple:
     sizes = {
         (module, decays): sum(
             p.numel()
-            for name, p in run.state.model[0].named_parameters()
+            for name, p in run.state.model.named_parameters()
             if f"{module}." in name and (p.dim() > 1 and not name.endswith("bias")) == decays
         )
         for module in ("vision_model", "adapter", "language_model")
