@@ -5,8 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_dattn.data.epochs import EpochOrder
-from megatron_dattn.data.permutation import shuffled
+from megatron_dattn.data.epochs import EpochOrder, shuffled
 
 GOLDEN_OF_EIGHT = [0, 7, 3, 5, 4, 1, 2, 6]
 GOLDEN_OF_A_MIXTURE = [(0, 2), (1, 1), (0, 0), (1, 0), (0, 1)]
