@@ -16,9 +16,8 @@ from PIL import Image, ImageFile
 
 from megatron_dattn.data.image_files import locate_image as locate_image
 from megatron_dattn.data.image_files import read_image_file as read_image_file
-from megatron_dattn.data.image_metadata import without_metadata
 from megatron_dattn.data.image_settings import ImageFit, read_image_settings
-from megatron_dattn.data.image_structure import excess
+from megatron_dattn.data.image_structure import excess, without_metadata
 from megatron_dattn.data.padded_square import padded_square
 from megatron_dattn.data.rejection import Reason, SampleError
 

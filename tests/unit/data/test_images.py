@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from transformers import AutoImageProcessor
 
-from megatron_dattn.data.image_metadata import without_metadata
+from megatron_dattn.data.image_structure import without_metadata
 from megatron_dattn.data.images import (
     FORMATS,
     MAX_SIDE,
