@@ -18,11 +18,11 @@ from megatron_dattn.data.image_files import locate_image as locate_image
 from megatron_dattn.data.image_files import read_image_file as read_image_file
 from megatron_dattn.data.image_settings import ImageFit, read_image_settings
 from megatron_dattn.data.image_structure import excess, without_metadata
-from megatron_dattn.data.padded_square import padded_square
 from megatron_dattn.data.rejection import Reason, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_SIDE = 16_384
+_PIXELS_AT_A_TIME = 2**20  # of a band that is made a square
 _ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -198,3 +198,35 @@ class ImagePreprocessor:
         scale = (self.rescale_factor / np.array(self.std)).astype(np.float32)
         shift = (np.array(self.mean) / np.array(self.std)).astype(np.float32)
         return torch.from_numpy(pixels * scale - shift).permute(0, 3, 1, 2).contiguous()
+
+
+def padded_square(
+    image: Image.Image, size: int, fill: tuple[int, int, int], resample: int
+) -> Image.Image:
+    """An RGB image, filled up to a square and resized to [size, size], as LLaVA-1.5 does it.
+
+    The square is never made at its own size: a line of 16384 pixels would become one of 1 GB.
+    Pillow resizes rows first and then the columns of the result, in bytes. Done apart, the pixels
+    are the same to the bit, and the padding above and below is only ever `size` wide.
+    """
+    side = max(image.size)
+    narrow = _resized_rows(image, side, size, fill, resample)
+    column = Image.new("RGB", (size, side), fill)
+    column.paste(narrow, (0, (side - image.height) // 2))
+    return column.resize((size, size), resample)
+
+
+def _resized_rows(
+    image: Image.Image, side: int, size: int, fill: tuple[int, int, int], resample: int
+) -> Image.Image:
+    """Each row, filled up to `side` pixels, with `size` pixels; some rows at a time."""
+    if image.width == side:
+        return image.resize((size, image.height), resample)
+    narrow = Image.new("RGB", (size, image.height))
+    count = max(1, _PIXELS_AT_A_TIME // side)
+    for top in range(0, image.height, count):
+        bottom = min(top + count, image.height)
+        rows = Image.new("RGB", (side, bottom - top), fill)
+        rows.paste(image.crop((0, top, image.width, bottom)), ((side - image.width) // 2, 0))
+        narrow.paste(rows.resize((size, bottom - top), resample), (0, top))
+    return narrow

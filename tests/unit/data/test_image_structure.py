@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_dattn.data.image_structure import MAX_PARTS, MAX_SCANS, MAX_SEGMENTS, excess
-from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.data.padded_square import padded_square
+from megatron_dattn.data.images import ImagePreprocessor, padded_square
 from tests.unit.data.test_images import assert_refused, chunk, decode, encoded, noise
 
 PNG_HEAD = 33  # signature and size
@@ -127,7 +126,7 @@ def test_padding_in_parts_is_padding_to_the_bit(
 ) -> None:
     image = noise(width, height)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_dattn.data.padded_square._PIXELS_AT_A_TIME", at_a_time)
+        patch.setattr("megatron_dattn.data.images._PIXELS_AT_A_TIME", at_a_time)
         parts = padded_square(image, size, fill, resample)
     assert np.array_equal(parts, padded_at_full_size(image, size, fill, resample))
 
