@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data.config import DataConfig, DatasetConfig
-from megatron_dattn.data.counters import LoaderCounters, count_pack
 from megatron_dattn.data.dataset import PreparedDataset, open_dataset
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.energon import PackingDataset, WorkerConfig, reraise_exception
@@ -22,7 +21,7 @@ from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.packing import buffer_size
 from megatron_dattn.data.record_source import TrainingRecords, ValidationRecords
-from megatron_dattn.data.rejection import Rejection
+from megatron_dattn.data.rejection import LoaderCounters, Rejection, count_pack
 from megatron_dattn.data.sample import LoadedPack
 from megatron_dattn.data.skip_limit import most_in_a_row
 from megatron_dattn.data.task_encoder import VLMTaskEncoder

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from megatron_dattn.data.counters import LoaderCounters, as_counts, from_counts
+from megatron_dattn.data.rejection import LoaderCounters, as_counts, from_counts
 from megatron_dattn.data.skip_limit import check_share
 from megatron_dattn.errors import shortened
 from megatron_dattn.planner.flops import model_flops

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_dattn.batch import PackedBatch
-from megatron_dattn.data.counters import LoaderCounters, as_counts, from_counts
+from megatron_dattn.data.rejection import LoaderCounters, as_counts, from_counts
 from megatron_dattn.data.skip_limit import check_share, describe
 from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.distributed import get_device, is_rank_0

@@ -13,10 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_dattn.data.check import RecordChecker, Report
-from megatron_dattn.data.counters import LoaderCounters, count_pack
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.data.rejection import Rejection
+from megatron_dattn.data.rejection import LoaderCounters, Rejection, count_pack
 from megatron_dattn.data.task_encoder import RejectedSample, VLMTaskEncoder, cook_record
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.errors import MAX_MESSAGE, DataError, UserError, quoted, shortened
@@ -78,7 +77,7 @@ def collected() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("megatron_dattn.data.counters")
+    logger = logging.getLogger("megatron_dattn.data.rejection")
     logger.addHandler(handler)
     try:
         yield lines

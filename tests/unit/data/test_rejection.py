@@ -4,14 +4,15 @@ import logging
 
 import pytest
 
-from megatron_dattn.data.counters import (
+from megatron_dattn.data.rejection import (
     VERBOSE_SKIPS,
     LoaderCounters,
+    Reason,
+    Rejection,
     as_counts,
     count_pack,
     from_counts,
 )
-from megatron_dattn.data.rejection import Reason, Rejection
 from megatron_dattn.errors import DataError
 
 
