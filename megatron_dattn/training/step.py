@@ -1,7 +1,8 @@
 """One training step: forward and backward over the micro-batches, then the update or none.
 
 A step whose loss or gradient is not finite anywhere updates nothing anywhere: every rank decides
-by the same sums.
+by the same sums. One step in `logging.alpha_interval` carries an observer that measures how much
+text attends to images; the others do nothing for it.
 """
 
 import logging
@@ -9,6 +10,8 @@ import math
 import time
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -16,8 +19,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron_dattn.data.rejection import LoaderCounters, as_counts, from_counts
 from megatron_dattn.data.skip_limit import check_share
 from megatron_dattn.errors import shortened
+from megatron_dattn.models.observer import AlphaMeter
 from megatron_dattn.planner.flops import model_flops
-from megatron_dattn.training.alpha import mean_alpha, meter_if_due
+from megatron_dattn.runtime.distributed import get_device
 from megatron_dattn.training.losses import (
     LossSum,
     is_loss_rank,
@@ -194,3 +198,30 @@ def _account(run: Run, totals: _Totals, consumed: Consumed) -> None:
     progress.skipped_steps_in_a_row = progress.skipped_steps_in_a_row + 1 if totals.skip else 0
     if run.ledger is not None:
         run.ledger.write(progress.step, consumed.sample_keys)
+
+
+def meter_if_due(run: Run) -> AlphaMeter | None:
+    """An observer of alpha_V for the step that is about to begin, if it is one to be reported."""
+    interval = run.config.logging.alpha_interval
+    if interval == 0 or (run.state.progress.step + 1) % interval:
+        return None
+    language = run.config.model.language
+    heads = language.num_attention_heads // parallel_state.get_tensor_model_parallel_world_size()
+    return AlphaMeter(language.num_hidden_layers, heads, get_device())
+
+
+def mean_alpha(meter: AlphaMeter) -> list[list[float]]:
+    """Mean alpha_V by layer and head over the step's text tokens that see an image, on every rank.
+
+    NaN where no token sees one. Collective over the world, in one exchange: data-parallel ranks add
+    up, tensor-parallel ranks bring their heads and pipeline stages their layers.
+    """
+    num_layers, num_heads = meter.alpha.shape
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    first = parallel_state.get_tensor_model_parallel_rank() * num_heads
+    sums = torch.zeros(2, num_layers, ranks * num_heads, device=meter.alpha.device)
+    sums[0, :, first : first + num_heads] = meter.alpha
+    sums[1, :, first : first + num_heads] = meter.counts.unsqueeze(1)
+    dist.all_reduce(sums)
+    weights, tokens = sums
+    return (weights / tokens).tolist()
