@@ -26,7 +26,7 @@ from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.data.rejection import LoaderCounters
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.added_parameters import comes_with_preset
-from megatron_dattn.training.optimizer_shards import restore_optimizer, sharded_optimizer_state
+from megatron_dattn.training.optimizer import restore_optimizer, sharded_optimizer_state
 from megatron_dattn.training.stages import module_of_parameter
 
 _OLDER_NAMES = {"visual_rows": "visual_tokens"}  # in checkpoints
