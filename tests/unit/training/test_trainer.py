@@ -1,4 +1,4 @@
-"""What the training loop keeps of a validation, and in which order it saves."""
+"""What the training loop keeps of a validation, in which order it saves, what its bar shows."""
 
 import errno
 import os
@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from megatron_dattn.errors import CheckpointError, UserError
-from megatron_dattn.training.trainer import ledger_failure, save_if_due, validate_if_due
+from megatron_dattn.training.trainer import (
+    ProgressBar,
+    ledger_failure,
+    save_if_due,
+    validate_if_due,
+)
 
 
 def run_at(step: int, recorded: list[Any]) -> Any:
@@ -101,3 +106,20 @@ def test_a_ledger_without_checkpoints_ends_the_run_too() -> None:
     run.checkpointer = None
     with pytest.raises(UserError, match="writing the sample ledger failed: No space left"):
         save_if_due(run, lost=ledger_failure(run))
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_silent_without_a_terminal(mode, capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(mode, first_step=0, last_step=3) as bar:
+        bar.advance(1.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_counts_from_the_resumed_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar("on", first_step=2, last_step=4) as bar:
+        bar.advance(1.25)
+        bar.advance(0.5)
+    shown = capsys.readouterr().err
+    assert "2/4" in shown
+    assert "4/4" in shown
+    assert "loss 0.5000" in shown
