@@ -27,8 +27,7 @@ import numpy as np
 import torch
 
 from megatron_dattn.data.energon import BasicDataLoader, SavableDataLoader, SavableDataset
-from megatron_dattn.data.worker_health import Patience
-from megatron_dattn.data.worker_iterator import WatchedIterator
+from megatron_dattn.data.worker_iterator import Patience, WatchedIterator
 from megatron_dattn.errors import DataError
 
 PREFETCHED_PACKS = 2  # per worker

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from megatron_dattn.data import worker_health, worker_iterator
+from megatron_dattn.data import worker_iterator
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import VLMLoader
-from megatron_dattn.data.worker_health import describe_end
+from megatron_dattn.data.worker_iterator import describe_end
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.runtime.signals import SignalWatcher, noted_stop_signal
 from tests.support.time_limit import time_limit
@@ -54,7 +54,7 @@ def started(
 
 def freeze(worker: Any) -> None:
     os.kill(worker.pid, signal.SIGSTOP)
-    while worker_health.describe_state(worker.pid) != "stopped by a signal":
+    while worker_iterator.describe_state(worker.pid) != "stopped by a signal":
         time.sleep(0.01)
 
 
@@ -130,7 +130,7 @@ def test_a_frozen_worker_ends_the_wait_for_its_state(
 def test_a_stop_signal_ends_a_wait_that_has_no_limit(
     processor: Path, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch, saving: bool
 ) -> None:
-    monkeypatch.setattr(worker_health, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(worker_iterator, "STOP_SECONDS", 0.3)
     loader, workers = started(processor, dataset, timeout=0)
     freeze(workers[1])
     with SignalWatcher():
