@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tests=(
     tests/unit/checkpoint
     tests/unit/training/test_checkpoint.py
-    tests/unit/training/test_random_states.py
+    tests/unit/runtime/test_random_states.py
     tests/unit/data/test_loader.py
     tests/unit/data/test_loader_state.py
     tests/unit/inference/test_load.py

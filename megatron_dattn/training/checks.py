@@ -29,9 +29,9 @@ from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.models.layer_specs import resolve_implementation
 from megatron_dattn.runtime.distributed import run_on_all_ranks
 from megatron_dattn.runtime.os_errors import explain
+from megatron_dattn.runtime.random_states import untouched_random_states
 from megatron_dattn.training.checkpoint import nothing_to_load
 from megatron_dattn.training.plan import make_plan
-from megatron_dattn.training.random_states import untouched_random_states
 from megatron_dattn.training.run import make_checkpointer
 from megatron_dattn.training.state import loader_file
 from megatron_dattn.training.stream import loader_of_rank

@@ -14,13 +14,13 @@ from megatron_dattn.data.rejection import LoaderCounters, as_counts, from_counts
 from megatron_dattn.data.skip_limit import check_share, describe
 from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.distributed import get_device, is_rank_0
+from megatron_dattn.runtime.random_states import untouched_random_states
 from megatron_dattn.training.losses import (
     LossSum,
     is_loss_rank,
     run_micro_batches,
     sum_over_world,
 )
-from megatron_dattn.training.random_states import untouched_random_states
 from megatron_dattn.training.stream import BatchStream
 
 logger = logging.getLogger(__name__)

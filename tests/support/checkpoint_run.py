@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_dattn.checkpoint.rng import capture_rng
 from megatron_dattn.config.training import CheckpointConfig, ModuleLearningRates
+from megatron_dattn.runtime.random_states import capture_rng
 from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.step import train_step
 from tests.support.training import PackLoader, build_run, training_config

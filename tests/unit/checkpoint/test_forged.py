@@ -14,9 +14,9 @@ import torch
 
 from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, verify
 from megatron_dattn.checkpoint.manifest import read_listed, read_manifest
-from megatron_dattn.checkpoint.rng import capture_rng, restore_rng
 from megatron_dattn.checkpoint.tensors import open_tensors
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.random_states import capture_rng, restore_rng
 from tests.support.forged_checkpoints import RunsCode, forge_file, forge_index, forge_manifest
 from tests.unit.checkpoint.conftest import small_state
 
