@@ -67,7 +67,6 @@ class Checkpointer:
         data_sets: names of the training data; they are recorded, for those who ask later what a
             model has seen.
         num_loader_workers: loader processes per data-parallel rank; part of the loader's state.
-        modules: names of the model's modules, the first parts of its state-dict keys.
     """
 
     def __init__(
@@ -81,7 +80,6 @@ class Checkpointer:
         schedule: Mapping[str, Any] | None = None,
         data_sets: Sequence[str] = (),
         num_loader_workers: int = 0,
-        modules: Sequence[str] = MODULES,
     ) -> None:
         self._config = config
         self._folder = Path(config.save) if config.save else None
@@ -92,7 +90,6 @@ class Checkpointer:
         self._schedule = dict(schedule or {})
         self._data_sets = list(data_sets)
         self._num_loader_workers = num_loader_workers
-        self._modules = tuple(modules)
         self._parent: dict[str, Any] | None = None
 
     def save(self, state: TrainState) -> Path:
@@ -168,7 +165,7 @@ class Checkpointer:
             raise nothing_to_load(path)
         absent = self.require_parent(found)
         plain = not holds_preset(found.manifest.facts)
-        present = [name for name in self._modules if name not in absent]
+        present = [name for name in MODULES if name not in absent]
         loaded = load_checkpoint(
             found.path,
             model_state(state.model),
@@ -229,7 +226,7 @@ class Checkpointer:
         Raises:
             CheckpointError: naming the modules that are missing or the settings that differ.
         """
-        absent = set(self._modules) - set(found.manifest.modules)
+        absent = set(MODULES) - set(found.manifest.modules)
         if absent - _MAY_BE_ABSENT:
             raise CheckpointError(
                 f"{found.path} holds no weights of {', '.join(sorted(absent - _MAY_BE_ABSENT))}"
@@ -261,7 +258,7 @@ class Checkpointer:
             loader = self._loader_facts(parallel_state.get_data_parallel_world_size())
         return {
             "model": self._model,
-            "modules": list(self._modules),
+            "modules": list(MODULES),
             "tokenizer": self._tokenizer,
             "stage": self._stage,
             "recipe": self._recipe,
