@@ -99,7 +99,7 @@ class EpochOrder:
 
 
 def shuffled(places: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Which thing stands at each place of a shuffled order.
+    """The thing that stands at each place of a shuffled order.
 
     It is the swap-or-not shuffle (Hoang, Morris and Rogaway 2012): in each round the numbers are
     paired by a random reflection, and a random bit of each pair says whether its two members change

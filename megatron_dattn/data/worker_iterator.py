@@ -46,7 +46,7 @@ _ENDS = {
 
 
 def describe_end(exitcode: int | None) -> str:
-    """How a process ended, from its exit code as multiprocessing has it: -9 is SIGKILL."""
+    """Say how a process ended, from its exit code as multiprocessing has it: -9 is SIGKILL."""
     if exitcode is None or exitcode >= 0:
         return f"ended by itself with exit code {exitcode}"
     try:
@@ -58,7 +58,7 @@ def describe_end(exitcode: int | None) -> str:
 
 
 def describe_state(pid: int) -> str | None:
-    """What keeps a living process from working, if that is to be seen from outside."""
+    """Say what keeps a living process from working, if that is to be seen from outside."""
     try:
         # After the name, which may hold anything.
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -80,7 +80,8 @@ class Patience:
         self._asked_to_stop: float | None = None
 
     def end(self) -> str | None:
-        """Why the wait is over, as the end of "did not answer ..."; None while it is not."""
+        """The reason why the wait is over, as the end of "did not answer ..."; None while it is
+        not."""
         now = time.monotonic()
         if self._seconds is not None and now - self._started >= self._seconds:
             return f"within {self._seconds:g} s (data.worker_timeout_seconds)"

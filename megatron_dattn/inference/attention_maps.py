@@ -33,7 +33,7 @@ class AttentionMaps:
     """Patch rows and columns of each image, in the order of the patches."""
 
     def image_maps(self, token: int, layers: list[int] | None = None) -> list[Tensor]:
-        """Where one token looked, [patch rows, patch columns] for each image, mean over layers.
+        """The maps of one token, [patch rows, patch columns] for each image, mean over layers.
 
         Args:
             token: place in the answer, from 0.

@@ -22,7 +22,7 @@ from megatron_dattn.models.kv_cache import KVCache
 
 
 def can_keep_images(loaded: LoadedModel) -> bool:
-    """Whether an image's keys and values depend on the image alone."""
+    """True if an image's keys and values depend on the image alone."""
     return not loaded.model.attention.scores_visual_tokens
 
 

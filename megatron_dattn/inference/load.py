@@ -131,7 +131,7 @@ def load_assets(folder: Path, config: PretrainConfig, *, template: str | None = 
 
 
 def run_and_step(folder: Path, step: int | None = None) -> tuple[Path, int | None]:
-    """What a user means who names a run's folder, or one of its checkpoints as a folder.
+    """The run and step of a user who names a run's folder, or one of its checkpoints as a folder.
 
     Args:
         folder: `run/` or `run/step-0000400`.
@@ -235,5 +235,5 @@ def _check_modules(path: Path, modules: tuple[str, ...]) -> None:
 
 
 def model_device(model: torch.nn.Module) -> torch.device:
-    """Where the model's parameters are."""
+    """The device of the model's parameters."""
     return next(model.parameters()).device

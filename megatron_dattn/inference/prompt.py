@@ -110,7 +110,7 @@ def pack_prompts(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]
 
 
 def prompt_layout(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> TokenLayout:
-    """Which token is what in such a pack."""
+    """The layout of such a pack."""
     grid = loaded.model.model_config.image_grid
     spans = tuple(
         ImageSpan(sample=index, text_offset=offset, grid=grid)

@@ -18,7 +18,7 @@ _POSITIONS = "adapter.positions."
 
 
 def is_added(name: str) -> bool:
-    """Whether a parameter, or a key of a checkpoint, is such an addition.
+    """True if a parameter, or a key of a checkpoint, is such an addition.
 
     Args:
         name: with the whole model's prefix, but none of the wrappers' (`module.`).
@@ -27,7 +27,7 @@ def is_added(name: str) -> bool:
 
 
 def comes_with_preset(name: str) -> bool:
-    """Whether a plain model lacks a parameter: such an addition, or the adapter's positions.
+    """True if a plain model lacks a parameter: such an addition, or the adapter's positions.
 
     Args:
         name: as for `is_added`.
@@ -36,7 +36,7 @@ def comes_with_preset(name: str) -> bool:
 
 
 def holds_preset(facts: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint of these facts holds what the attention preset adds to a plain model.
+    """True if a checkpoint of these facts holds what the attention preset adds to a plain model.
 
     A conversion from elsewhere does not; one without an adapter never does.
     """

@@ -70,7 +70,7 @@ class AttentionInputs:
     """Of the tokens that enter the decoder."""
 
     def layer(self, number: int) -> LayerInputs:
-        """What the layer needs that megatron-core counts as `number`, from 1."""
+        """Inputs of the layer that megatron-core counts as `number`, from 1."""
         return self.by_layer[number - 1]
 
     def with_caches(self, caches: Sequence[KVCache]) -> "AttentionInputs":
@@ -79,7 +79,7 @@ class AttentionInputs:
         return replace(self, by_layer=tuple(replace(layer, cache=cache) for layer, cache in pairs))
 
     def reads_images(self, number: int) -> bool:
-        """Whether that layer exists and sees images."""
+        """True if that layer exists and sees images."""
         return number <= len(self.by_layer) and self.layer(number).rule.sees_images
 
 

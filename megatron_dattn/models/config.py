@@ -160,12 +160,12 @@ class AdapterConfig:
 
 
 def norm_of_older_name(input_norm: bool) -> AdapterNorm:
-    """What `adapter.input_norm` and the exports' `adapter_input_norm` meant."""
+    """The value of `adapter.input_norm` and the exports' `adapter_input_norm` in today's words."""
     return "before" if input_norm else "none"
 
 
 def default_norm(attention: str) -> AdapterNorm:
-    """Where the adapter of a preset's source has its norm; ours where the source does not say."""
+    """The place of the norm in the adapter of a preset's source; ours where that does not say."""
     return "behind" if PRESETS[attention].positions.embedding == "fractional" else "before"
 
 
@@ -269,17 +269,17 @@ class LanguageConfig:
 
     @property
     def has_post_norms(self) -> bool:
-        """Whether what attention and FFN add is normalized before it is added."""
+        """True if what attention and FFN add is normalized before it is added."""
         return self.family == "gemma2"
 
     @property
     def zero_centred_norms(self) -> bool:
-        """Whether norms multiply with 1 + weight."""
+        """True if norms multiply with 1 + weight."""
         return self.family == "gemma2"
 
     @property
     def embedding_scale(self) -> float:
-        """What tokens are multiplied with before the first layer."""
+        """The factor of all tokens before the first layer."""
         return self.hidden_size**0.5 if self.family == "gemma2" else 1.0
 
     @property
@@ -316,7 +316,7 @@ class ModelConfig:
 
     @property
     def adapter_norm(self) -> AdapterNorm:
-        """Where the adapter's RMSNorms stand."""
+        """The places of the adapter's RMSNorms."""
         return self.adapter.norm or default_norm(self.attention)
 
     @property

@@ -54,7 +54,7 @@ class ImageCrossAttention(MegatronModule):
         )
 
     def forward(self, visual: Tensor, text: Tensor, inputs: LayerInputs) -> Tensor:
-        """What images add to the text tokens, shaped like `text`.
+        """The images' share of the text tokens, shaped like `text`.
 
         Args:
             visual: normalized local visual tokens, [tokens, 1, H].
@@ -77,7 +77,7 @@ class ImageCrossAttention(MegatronModule):
         return self.linear_proj(out.flatten(1).unsqueeze(1))[0]
 
     def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """What text tokens read, [all visual tokens, key heads of this rank, head_dim] each.
+        """Key and value of all visual tokens, [tokens, key heads of this rank, head_dim] each.
 
         Args:
             visual: normalized local visual tokens, [tokens, 1, H].

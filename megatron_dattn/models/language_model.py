@@ -98,7 +98,7 @@ class DAttnLanguageModel(GPTModel):
         return float((squares / count - (total / count) ** 2) ** 0.5)
 
     def scale_tokens(self, tokens: Tensor) -> Tensor:
-        """What enters the first layer for these tokens, in the family's scale, [tokens, 1, H].
+        """These tokens in the family's scale, [tokens, 1, H], as they enter the first layer.
 
         Gemma-2 multiplies embeddings by sqrt(H), rounded to their dtype. Visual tokens are
         multiplied like text tokens, so the adapter's output stands beside the embedding table's

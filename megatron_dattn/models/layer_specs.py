@@ -32,7 +32,7 @@ Implementation = Literal["local", "transformer_engine"]
 
 
 def has_te() -> bool:
-    """Whether Transformer Engine is installed."""
+    """True if Transformer Engine is installed."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 

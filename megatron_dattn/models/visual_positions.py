@@ -132,7 +132,7 @@ class FractionalPositions(torch.nn.Module):
         return self.last_norm(rows + of_rows + of_columns)
 
     def of_rows(self, length: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the patches of each of `length` rows, [length, hidden_size]."""
+        """Positions of the patches of each of `length` rows, [length, hidden_size] in `dtype`."""
         return self._normed(self.rows(self._sinusoids(length)).to(dtype))
 
     def of_columns(self, length: int, dtype: torch.dtype) -> Tensor:

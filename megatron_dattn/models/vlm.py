@@ -267,7 +267,7 @@ class DAttnVLM(MegatronModule):
 
     @torch.no_grad()
     def kept_patches(self, pixel_values: Tensor) -> Tensor | None:
-        """Which patches of each image enter the decoder, int64 [images, kept]; None if all do.
+        """Patches of each image that enter the decoder, int64 [images, kept]; None if all do.
 
         Args:
             pixel_values: as for `encode`, [images, 3, image_size, image_size]; at least one image.
@@ -286,7 +286,7 @@ class DAttnVLM(MegatronModule):
     def attention_inputs(
         self, layout: TokenLayout, device: torch.device, observer: AttentionObserver | None = None
     ) -> AttentionInputs:
-        """What the layers need to know about a pack, on that device.
+        """Prepare what the layers need to know about a pack, on that device.
 
         Raises ConfigError if no backend fits.
         """

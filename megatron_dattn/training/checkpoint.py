@@ -337,7 +337,7 @@ class Checkpointer:
 
 
 def nothing_to_load(path: str | Path) -> CheckpointError:
-    """What to say where `checkpoint.load` holds no checkpoint."""
+    """The error to raise where `checkpoint.load` holds no checkpoint."""
     return CheckpointError(
         f"there is no checkpoint in {path}; convert the models or train the earlier stage first, "
         "or correct checkpoint.load"

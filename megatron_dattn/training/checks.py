@@ -54,7 +54,7 @@ class StartChecks:
         self._data_parallel_size = data_parallel_size
 
     def on_every_host(self) -> list[UserError]:
-        """What is wrong with packages and data: each host has its own."""
+        """Mistakes in packages and data: each host has its own."""
         data = self._config.data
         validation = data.validation if self._config.training.eval_interval else []
         return _problems(
@@ -68,7 +68,7 @@ class StartChecks:
         )
 
     def in_shared_folders(self) -> list[UserError]:
-        """What is wrong with checkpoints and the folders to write into."""
+        """Mistakes in checkpoints and the folders to write into."""
         config = self._config
         written = {
             "checkpoint.save": config.checkpoint.save,
@@ -102,7 +102,7 @@ class StartChecks:
         return last_step
 
     def save_folder_is_own(self) -> bool:
-        """Whether the save folder is free or holds this run; a tokenizer may be missing."""
+        """True if the save folder is free or holds this run; a tokenizer may be missing."""
         try:
             self._own_checkpoint(tokenizer_may_be_missing=True)
         except (UserError, OSError):

@@ -60,7 +60,7 @@ def print_plan(config: PretrainConfig, where: Literal["here", "elsewhere"] = "he
 
 
 def start_problems(config: PretrainConfig, world_size: int | None) -> list[UserError]:
-    """What a start on this machine would meet, in the order in which it would.
+    """Problems that a start on this machine would meet, in the order in which it would.
 
     Args:
         world_size: None if it is not known.

@@ -105,7 +105,7 @@ def ending_of(error: Exception) -> ExitReason:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first, of reasonable length: torch's go on with C++ frames."""
+    """The first line of an error, of reasonable length: torch's go on with C++ frames."""
     lines = str(error).strip().splitlines() or [""]
     return shortened(lines[0], MAX_MESSAGE)
 

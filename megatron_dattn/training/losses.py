@@ -35,7 +35,7 @@ class LossSum:
 
 
 def is_loss_rank() -> bool:
-    """Whether this rank is the one of its data-parallel replica that contributes to global sums.
+    """True if this rank is the one of its data-parallel replica that contributes to global sums.
 
     It is tensor-parallel rank 0 of the last pipeline stage: the one that has both loss and data.
     """
@@ -59,12 +59,18 @@ def forward_step(
     *,
     observer: AttentionObserver | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
-    """One micro-batch through this rank's stage, as megatron-core's schedules want it."""
+    """Pass one micro-batch through this rank's stage, as megatron-core's schedules want it.
+
+    Returns:
+        Losses of the labelled tokens, float32 [labelled], on the last stage, before it hidden
+        states [tokens, 1, H]; and `sum_losses`.
+    """
     return model(next(batches), observer=observer), sum_losses
 
 
 def sum_losses(losses: Tensor) -> LossOutput:
-    """Losses of labelled tokens -> (sum, count, both detached for reports)."""
+    """Sum losses of labelled tokens: float32 [labelled] -> (sum [], count int32 [], both for
+    reports)."""
     # Three values are megatron-core's sign that the loss is a sum: with `calculate_per_token_loss`
     # it leaves the sum alone, adds up the counts (into an int32: the dtype must be that) and lets
     # finalize_model_grads divide by their total over all replicas, after the reduction.

@@ -68,7 +68,7 @@ def check_budgets(config: PretrainConfig) -> None:
 
 
 def check_validation(config: PretrainConfig) -> None:
-    """Who validates needs data for it."""
+    """Require data for validation where there is to be some."""
     if config.training.eval_interval and not config.data.validation:
         raise ConfigError(
             f"training.eval_interval is {config.training.eval_interval}, but data.validation names "

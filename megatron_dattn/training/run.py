@@ -149,7 +149,7 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
 
 
 def make_checkpointer(config: PretrainConfig, tokenizer: str | None = None) -> Checkpointer:
-    """What saves and resumes this run, and knows what it must not be mixed up with.
+    """Make what saves and resumes this run, and knows what it must not be mixed up with.
 
     Args:
         tokenizer: sha256 of the tokenizer; read where None.

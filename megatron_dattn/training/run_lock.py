@@ -57,7 +57,7 @@ class Owner:
 
     @property
     def is_gone(self) -> bool | None:
-        """Whether the process has ended; None if it cannot be seen from here."""
+        """True if the process has ended; None if it cannot be seen from here."""
         if self.machine != _machine():
             return None
         try:
@@ -135,7 +135,7 @@ class RunLock:
 
 
 def is_in_use(folder: str | Path) -> bool:
-    """Whether a run works in a folder, as far as that can be told without waiting.
+    """True if a run works in a folder, as far as that can be told without waiting.
 
     An owner that cannot be seen from here, on another host, counts as alive as long as its lock has
     been touched lately.

@@ -39,7 +39,7 @@ def trained_modules(rates: ModuleLearningRates) -> tuple[str, ...]:
 
 
 def module_of_parameter(name: str) -> str:
-    """Which module a parameter belongs to, whatever wrappers prefix its name with `module.`.
+    """The module a parameter belongs to, whatever wrappers prefix its name with `module.`.
 
     What a preset adds to the decoder layers belongs to the adapter: it is as new, so it learns with
     the adapter's rate, and from the first stage on. (A gate that starts closed would otherwise keep
@@ -86,7 +86,7 @@ def describe_modules(rates: ModuleLearningRates, counts: dict[str, int]) -> list
 
 
 def every_pipeline_stage_trains(model: nn.Module) -> bool:
-    """Whether every rank holds at least one trainable parameter; the same answer everywhere."""
+    """True if every rank holds at least one trainable parameter; the same answer everywhere."""
     trains = any(parameter.requires_grad for parameter in model.parameters())
     flag = torch.tensor([int(trains)], device=get_device())
     dist.all_reduce(flag, dist.ReduceOp.MIN)
@@ -124,7 +124,7 @@ def build_training_model(config: PretrainConfig) -> DistributedDataParallel:
 
 
 def uses_distributed_optimizer(config: PretrainConfig, model: nn.Module) -> bool:
-    """Whether the optimizer's state is spread over data-parallel ranks. Collective.
+    """True if the optimizer's state is spread over data-parallel ranks. Collective.
 
     Not if a whole pipeline stage is frozen: megatron-core's distributed optimizer cannot save the
     state of a rank that has none. Little is lost, as then only a small part of the model trains.

@@ -117,7 +117,7 @@ def loader_file(data_parallel_rank: int | None = None) -> str:
 
 
 def local_files(state: TrainState) -> dict[str, bytes]:
-    """What this rank adds to the shards: its random states, and one loader per data rank."""
+    """Files that this rank adds to the shards: its random states, and one loader per data rank."""
     local = {rng_file(): capture_rng()}
     first_of_its_data_rank = (
         parallel_state.get_tensor_model_parallel_rank() == 0

@@ -125,7 +125,7 @@ class BatchStream(Iterator[PackedBatch]):
         return batch
 
     def take(self) -> Consumed:
-        """What was consumed since the last call."""
+        """Take out what was consumed since the last call."""
         consumed, self._consumed = self._consumed, Consumed()
         return consumed
 

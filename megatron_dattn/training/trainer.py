@@ -92,7 +92,7 @@ def validate_if_due(run: Run) -> None:
 
 
 def ledger_failure(run: Run) -> UserError | None:
-    """Why some rank's ledger cannot be written, the same on every rank. Collective."""
+    """The reason why some rank's ledger cannot be written, the same on all ranks. Collective."""
     if run.config.logging.sample_ledger is None:
         return None
     reason = None if run.ledger is None else run.ledger.failure

@@ -22,7 +22,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_dattn"
 ROOMS = sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")})
-_NOT_YET = {"inference", "models", "training"}
 
 # A bracket behind a name or another bracket is an index, a type, `list[int]`, or an argument.
 _SHAPE = re.compile(r"(?<![\w\])(])\[[^\[\]\"':=]*\]")
@@ -116,15 +115,12 @@ def _functions_of(room: str) -> list[Function]:
     ]
 
 
-_HELD = [room for room in ROOMS if room not in _NOT_YET]
-
-
-@pytest.mark.parametrize("room", _HELD)
+@pytest.mark.parametrize("room", ROOMS)
 def test_tensors_have_shapes(room: str) -> None:
     assert not [f.place for f in _functions_of(room) if lacks_shapes(f)]
 
 
-@pytest.mark.parametrize("room", _HELD)
+@pytest.mark.parametrize("room", ROOMS)
 def test_docstrings_do_not_begin_with_a_question_word(room: str) -> None:
     assert not [f.place for f in _functions_of(room) if _QUESTION.match(f.doc)]
 
