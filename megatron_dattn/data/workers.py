@@ -18,9 +18,9 @@ import gc
 import os
 import queue
 import signal
-import weakref
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -147,10 +147,9 @@ class ResumableLoader(SavableDataLoader):
         gc.collect()  # before the workers inherit it, see _WorkerStart
         with _one_error():
             iterator = WatchedIterator(self, self.worker_timeout_seconds)
-        end = weakref.finalize(self, iterator._shutdown_workers)
-        # Earlier than multiprocessing's own handler, where finalizers would come too late.
-        end.atexit = False
-        atexit.register(end)
+        # A process that multiprocessing started (torchrun --run-path) calls its finalizers alone;
+        # in any other they come after torch's own handler, which waits in vain: hence atexit.
+        atexit.register(Finalize(self, iterator._shutdown_workers, exitpriority=0))
         return iterator
 
     def _worker_command(self, *command: Any) -> list[Any]:
