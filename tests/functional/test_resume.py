@@ -1,8 +1,12 @@
-"""Runs that are stopped or killed and started again equal the one that nobody touched, bitwise."""
+"""Runs that are stopped or killed and started again equal the one that nobody touched, bitwise.
 
+On four ranks, with all that shares or reorders work: two tensor-parallel ranks with sequence
+parallelism, two data-parallel ones with the distributed optimizer and overlapped gradients, BF16,
+and two processes per loader.
+"""
+
+import itertools
 import json
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +18,17 @@ import torch
 
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.checkpoint.load import read_common
+from megatron_dattn.config.cli import parse_command_line
 from megatron_dattn.training.ledger import read_ledger
-from tests.functional.workspace import Workspace, make_workspace, pretrain, start_pretraining
+from megatron_dattn.training.stream import loader_of_rank
+from tests.functional.workspace import Workspace, make_workspace, run_main
+from tests.support.distributed import run_distributed
+from tests.support.torchrun import ranks_of, torchrun
+from tests.unit.training.test_event_file import points
 
 TRAIN_ITERS = 12
-RANKS = 2
+RANKS = 4
+REPLICAS = 2
 TIMEOUT = 240.0
 
 
@@ -26,41 +36,57 @@ TIMEOUT = 240.0
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """With a short stage 1, from whose weights every run of these tests starts stage 2."""
     workspace = make_workspace(tmp_path_factory.mktemp("workspace"), train_iters=TRAIN_ITERS)
-    done = pretrain(workspace.flags("stage1", train_iters=1))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert run_distributed(run_main, 1, workspace.flags("stage1", train_iters=1)) == [(0, "")]
     return workspace
 
 
 def _stage_two(workspace: Workspace, run: str, save_interval: int) -> list[str]:
-    load = workspace.folder / "stage1"
-    return workspace.flags(run, stage="stage2", load=load, save_interval=save_interval)
+    load, folder = workspace.folder / "stage1", workspace.folder / run
+    return workspace.flags(
+        run,
+        stage="stage2",
+        load=load,
+        save_interval=save_interval,
+        tensorboard_dir=folder / "tensorboard",
+        tensor_model_parallel_size=RANKS // REPLICAS,
+        sequence_parallel="true",
+        use_distributed_optimizer="true",
+        overlap_grad_reduce="true",
+        precision="bf16",
+        num_workers=2,
+    )
+
+
+def _run_to_the_end(flags: list[str], log: Path) -> None:
+    with torchrun(flags, ranks=RANKS, log=log) as launcher:
+        launcher.join(TIMEOUT)
+        assert launcher.exitcode == 0, log.read_text()
 
 
 @pytest.fixture(scope="module")
 def untouched(workspace: Workspace) -> Path:
     """The run folder of an uninterrupted run."""
-    done = pretrain(_stage_two(workspace, "untouched", 3), ranks=RANKS)
-    assert done.returncode == 0, done.stdout + done.stderr
+    _run_to_the_end(_stage_two(workspace, "untouched", 3), workspace.folder / "untouched.log")
     return workspace.folder / "untouched"
 
 
 def _final_state(folder: Path) -> dict[str, Any]:
-    """Everything that the checkpoint of the last step holds.
+    """Everything that the checkpoint of the last step holds, but for the loaders' places.
 
-    Weights, moments and the loaders' places as hashes of their files; what is pickled by value, as
-    equal values need not give equal bytes there.
+    Weights and moments as hashes of their files; what is pickled by value, as equal values need not
+    give equal bytes there.
     """
     found = find_checkpoint(folder)
     assert found is not None
     assert found.step == TRAIN_ITERS
     state: dict[str, Any] = {"common": read_common(found.path)}
     for name, record in found.manifest.files.items():
-        if name.endswith(".distcp") or name.startswith("loader-"):
+        if name.endswith(".distcp"):
             state[name] = record.sha256
         elif name.startswith("rng-"):
             state[name] = torch.load(found.path / name, weights_only=True)
-    per_rank = {f"{kind}-{rank:05d}" for kind in ("loader-dp", "rng") for rank in range(RANKS)}
-    assert {name.split(".")[0] for name in state} == {"common", "__0_0", *per_rank}
+    random = {f"rng-{rank:05d}.pt" for rank in range(RANKS)}
+    assert state.keys() == {"common", "__0_0.distcp", "__1_0.distcp", *random}
     return state
 
 
@@ -96,25 +122,36 @@ def _steps_done(folder: Path) -> int:
     return max(read_ledger(path), default=0) if path.exists() else 0
 
 
-def _rank_processes(launcher: int) -> dict[int, psutil.Process]:
-    """Processes of the training script below a launcher, by rank."""
-    found = {}
-    for process in psutil.Process(launcher).children(recursive=True):
-        if any("pretrain_vlm.py" in word for word in process.cmdline()):
-            found[int(process.environ()["RANK"])] = process
-    return found
+def _next_packs(workspace: Workspace, folder: Path) -> list[Any]:
+    """What the loaders give next when they are put where the last checkpoint left them.
+
+    Not the bytes of their states: a worker keeps one every ten seconds, and counts from there.
+    """
+    found = find_checkpoint(folder)
+    assert found is not None
+    config = parse_command_line(_stage_two(workspace, folder.name, 3)).config
+    packs = []
+    for replica in range(REPLICAS):
+        loader = loader_of_rank(config, config.data.train, replica, REPLICAS, training=True)
+        loader.restore_state((found.path / f"loader-dp-{replica:05d}.bin").read_bytes())
+        packs.append([loader.counters(), *(vars(pack) for pack in itertools.islice(loader, 4))])
+    return packs
 
 
-def _assert_equal_runs(folder: Path, untouched: Path) -> None:
+def _assert_equal_runs(workspace: Workspace, folder: Path, untouched: Path) -> None:
+    losses = points(folder / "tensorboard")["lm loss"]
+    assert [step for step, _ in losses] == [*range(1, TRAIN_ITERS + 1)]
+    assert losses == points(untouched / "tensorboard")["lm loss"]
     assert _ledgers(folder) == _ledgers(untouched)
     _assert_same(_final_state(folder), _final_state(untouched))
+    _assert_same(_next_packs(workspace, folder), _next_packs(workspace, untouched))
 
 
 def test_an_untouched_run(untouched: Path) -> None:
     note = json.loads((untouched / "exit_reason.json").read_text())
     assert note == {"reason": "finished", "step": TRAIN_ITERS, "detail": "", "exit_code": 0}
     ledgers = _ledgers(untouched)
-    assert [len(ledger) for ledger in ledgers] == [TRAIN_ITERS] * RANKS
+    assert [len(ledger) for ledger in ledgers] == [TRAIN_ITERS] * REPLICAS
     found = find_checkpoint(untouched)
     assert found is not None
     assert found.manifest.facts["data_sets"] != []
@@ -130,29 +167,30 @@ def test_an_untouched_run(untouched: Path) -> None:
 def test_killed_in_the_middle(workspace: Workspace, untouched: Path, tmp_path: Path) -> None:
     flags, folder = _stage_two(workspace, "killed", 3), workspace.folder / "killed"
     log = tmp_path / "log"
-    launcher = start_pretraining(flags, ranks=RANKS, log=log)
-    _wait_for(lambda: _steps_done(folder) >= 5 or launcher.poll() is not None)
-    ranks = _rank_processes(launcher.pid)
-    assert len(ranks) == RANKS, log.read_text()
-    for process in [psutil.Process(launcher.pid), *ranks.values()]:
-        os.kill(process.pid, signal.SIGKILL)
-    launcher.wait()
+    with torchrun(flags, ranks=RANKS, log=log) as launcher:
+        _wait_for(lambda: _steps_done(folder) >= 5 or launcher.exitcode is not None)
+        ranks = ranks_of(launcher)
+        assert len(ranks) == RANKS, log.read_text()
+        launcher.kill()
+        for process in ranks:
+            process.kill()
+        psutil.wait_procs(ranks, TIMEOUT)  # a rank that still runs owns its folder
     assert not (folder / "exit_reason.json").exists(), "the run was over before it was killed"
-    done = pretrain(flags, ranks=RANKS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed from" in done.stdout
-    _assert_equal_runs(folder, untouched)
+    _run_to_the_end(flags, log)
+    assert "resumed from" in log.read_text()
+    _assert_equal_runs(workspace, folder, untouched)
 
 
 def test_sigterm_to_one_rank(workspace: Workspace, untouched: Path, tmp_path: Path) -> None:
     flags, folder = _stage_two(workspace, "stopped", 100), workspace.folder / "stopped"
     log = tmp_path / "log"
-    launcher = start_pretraining(flags, ranks=RANKS, log=log)
-    _wait_for(lambda: _steps_done(folder) >= 2 or launcher.poll() is not None)
-    ranks = _rank_processes(launcher.pid)
-    assert len(ranks) == RANKS, log.read_text()
-    os.kill(ranks[1].pid, signal.SIGTERM)
-    assert launcher.wait(TIMEOUT) == 0, log.read_text()
+    with torchrun(flags, ranks=RANKS, log=log) as launcher:
+        _wait_for(lambda: _steps_done(folder) >= 2 or launcher.exitcode is not None)
+        ranks = ranks_of(launcher)
+        assert len(ranks) == RANKS, log.read_text()
+        ranks[1].terminate()
+        launcher.join(TIMEOUT)
+        assert launcher.exitcode == 0, log.read_text()
     note = json.loads((folder / "exit_reason.json").read_text())
     assert note["reason"] == "signal"
     assert note["detail"] == "SIGTERM"
@@ -160,6 +198,5 @@ def test_sigterm_to_one_rank(workspace: Workspace, untouched: Path, tmp_path: Pa
     found = find_checkpoint(folder)
     assert found is not None
     assert found.step == note["step"]
-    done = pretrain(flags, ranks=RANKS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    _assert_equal_runs(folder, untouched)
+    _run_to_the_end(flags, log)
+    _assert_equal_runs(workspace, folder, untouched)

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def run_distributed(
                 print(rank.output(), end="")
 
 
+def fork_server_process(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """Start a process that calls `target(*args)` with everything heavy in memory already."""
+    process = _context.Process(target=target, args=args)
+    with _fork_server_environment():
+        process.start()
+    return process
+
+
 class _Rank:
     """One rank as its parent sees it."""
 
@@ -68,12 +77,9 @@ class _Rank:
         self.rank = rank
         self._log = folder / f"rank-{rank}.log"
         self.results, theirs = _context.Pipe()
-        self.process = _context.Process(
-            target=_run_rank,
-            args=(rank, world_size, payload, str(folder), str(self._log), timeout, theirs),
+        self.process = fork_server_process(
+            _run_rank, rank, world_size, payload, str(folder), str(self._log), timeout, theirs
         )
-        with _fork_server_environment():
-            self.process.start()
         theirs.close()
 
     def output(self) -> str:
@@ -150,7 +156,7 @@ def _run_rank(
     results: connection.Connection,
 ) -> None:
     os.setpgid(0, 0)
-    _redirect_output(log)
+    redirect_output(log)
     # As pyproject.toml has it for the process of the tests.
     warnings.filterwarnings("error", module=r"(megatron_dattn|tools|examples|benchmarks)\b")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
@@ -186,8 +192,8 @@ def _call(rank: int, world_size: int, payload: bytes, folder: str, timeout: floa
     return fn(*args)
 
 
-def _redirect_output(log: str) -> None:
-    """The fork server's streams belong to whichever test started it: use a file of our own."""
+def redirect_output(log: str) -> None:
+    """Append to a file: the fork server's streams belong to whichever test started it."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
