@@ -23,7 +23,7 @@ from tests.unit.data.builders import make_dataset, make_records, save_processor
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "examples" / "slurm"
-TRAIN_ITERS = 150
+TRAIN_ITERS = 60
 
 STANDINS = {
     "srun": """
@@ -223,7 +223,7 @@ def write_recipe(folder: Path) -> None:
             "global_batch_size": 2,
         },
         "execution": {"precision": "fp32"},
-        "checkpoint": {"save_interval": 0},
+        "checkpoint": {"save_interval": 20},
         "logging": {"log_interval": 1},
     }
     (recipe / "stage1.yaml").write_text(yaml.safe_dump(stage))
@@ -239,13 +239,13 @@ def wait_for(condition: object, job: subprocess.Popen[bytes], seconds: float = 1
     return False
 
 
-def test_job_is_preempted_saves_requeues_and_resumes(training_cluster: Cluster) -> None:
-    """Two nodes of one rank each, tensor parallel across them: SIGTERM to the batch script."""
+def test_job_outlives_a_preemption_and_a_killed_rank(training_cluster: Cluster) -> None:
+    """Two nodes of one rank each, tensor parallel across them, in three attempts: SIGTERM to the
+    batch script, SIGKILL to one rank of the next, and one that is left alone."""
     cluster = training_cluster
-    recipe = {"RECIPE": str(cluster.folder / "recipe"), "MASTER_PORT": str(free_port())}
     stage = cluster.folder / "checkpoints" / "recipe" / "stage1"
 
-    job = cluster.start(**recipe)
+    job = start_attempt(cluster, 0)
     assert wait_for(lambda: "| lm loss:" in cluster.log(), job), cluster.log()
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=120) == 75, cluster.log()
@@ -262,12 +262,34 @@ def test_job_is_preempted_saves_requeues_and_resumes(training_cluster: Cluster) 
     assert len(list(logs.glob("node-1/*/attempt_0/0/stdout.log"))) == 1
 
     before = len(cluster.log())
-    assert cluster.run(SLURM_RESTART_COUNT="1", **recipe) == 0, cluster.log()
-    again = cluster.log()[before:]
+    job = start_attempt(cluster, 1, GRACE_SECONDS="5")
+    assert wait_for(lambda: newest_step(stage) > step, job), cluster.log()
+    ranks_of(job)[-1].kill()
+    assert job.wait(timeout=120) == 75, cluster.log()
+    assert cluster.noted("scontrol") == ["requeue 12345"] * 2
+    assert_goes_on_from(step, cluster.log()[before:])
+
+    before, step = len(cluster.log()), newest_step(stage)
+    assert step < TRAIN_ITERS
+    assert start_attempt(cluster, 2).wait(timeout=240) == 0, cluster.log()
     assert cluster.exit_reason(stage)["reason"] == "finished"
-    assert f"iteration {step + 1:3d}/{TRAIN_ITERS} |" in again
-    assert f"iteration {step:3d}/{TRAIN_ITERS} |" not in again
-    assert cluster.noted("scontrol") == ["requeue 12345"]
+    assert_goes_on_from(step, cluster.log()[before:])
+    assert cluster.noted("scontrol") == ["requeue 12345"] * 2
+
+
+def start_attempt(cluster: Cluster, number: int, **variables: str) -> subprocess.Popen[bytes]:
+    """Start the job for the first time, or as Slurm does when it was requeued."""
+    variables |= {"RECIPE": str(cluster.folder / "recipe"), "MASTER_PORT": str(free_port())}
+    return cluster.start(SLURM_RESTART_COUNT=str(number), **variables)
+
+
+def newest_step(stage: Path) -> int:
+    return max((int(path.name[5:]) for path in stage.glob("step-???????")), default=0)
+
+
+def assert_goes_on_from(step: int, log: str) -> None:
+    assert f"iteration {step + 1:2d}/{TRAIN_ITERS} |" in log
+    assert f"iteration {step:2d}/{TRAIN_ITERS} |" not in log
 
 
 def free_port() -> int:
@@ -380,28 +402,6 @@ def test_a_former_ending_is_not_believed(cluster: Cluster) -> None:
     reason = {"reason": "user_error", "step": 1}
     (stage_folder(cluster) / "exit_reason.json").write_text(json.dumps(reason))
     assert crash(cluster, 0) == 75
-
-
-def test_a_killed_rank_is_resumed_from_the_newest_checkpoint(training_cluster: Cluster) -> None:
-    """SIGKILL to one rank of a real run: the other one ends, the job returns and goes on."""
-    cluster = training_cluster
-    recipe = {"RECIPE": str(cluster.folder / "recipe"), "MASTER_PORT": str(free_port())}
-    recipe["GRACE_SECONDS"] = "5"
-    stage = cluster.folder / "checkpoints" / "recipe" / "stage1"
-    flags = ("--checkpoint.save_interval", "10")
-    job = cluster.start(*flags, **recipe)
-    assert wait_for(lambda: (stage / "step-0000010").exists(), job), cluster.log()
-    ranks_of(job)[-1].kill()
-    assert job.wait(timeout=120) == 75, cluster.log()
-    assert cluster.noted("scontrol") == ["requeue 12345"]
-    newest = max(int(path.name[5:]) for path in stage.glob("step-???????"))
-    before = len(cluster.log())
-    recipe["MASTER_PORT"] = str(free_port())
-    assert cluster.run(*flags, SLURM_RESTART_COUNT="1", **recipe) == 0, cluster.log()
-    again = cluster.log()[before:]
-    assert cluster.exit_reason(stage)["reason"] == "finished"
-    assert f"iteration {newest + 1:3d}/{TRAIN_ITERS} |" in again
-    assert f"iteration {newest:3d}/{TRAIN_ITERS} |" not in again
 
 
 def ranks_of(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
