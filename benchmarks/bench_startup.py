@@ -42,8 +42,8 @@ from megatron_dattn.data import tokenizer as tokenizers_module  # noqa: E402
 from megatron_dattn.data.config import DataConfig, DatasetConfig  # noqa: E402
 from megatron_dattn.data.prepare import write_jsonl  # noqa: E402
 from megatron_dattn.models.config import LanguageConfig, ModelConfig  # noqa: E402
-from megatron_dattn.runtime.agreement import all_ranks_have_same  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed, join_world  # noqa: E402
+from megatron_dattn.runtime.same_facts import all_ranks_have_same  # noqa: E402
 from megatron_dattn.training.checks import check_start  # noqa: E402
 from megatron_dattn.training.start_facts import code_sha256, start_facts  # noqa: E402
 

@@ -1,7 +1,7 @@
 """What must be the same on every rank when a run starts: settings, code, packages, tokenizer, data.
 
-Compared over all ranks before anything is built (runtime/agreement.py). Files that every host reads
-for itself may lie in different places: there the content is compared, not the path.
+Compared over all ranks before anything is built (runtime/same_facts.py). Files that every host
+reads for itself may lie in different places: there the content is compared, not the path.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_dattn.config.cli import parse_command_line
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.runtime.agreement import all_ranks_have_same
+from megatron_dattn.runtime.same_facts import all_ranks_have_same
 from megatron_dattn.training import start_facts as module
 from megatron_dattn.training.start_facts import start_facts
 from tests.functional.workspace import make_workspace

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.runtime.agreement import all_ranks_have_same, describe_differences
+from megatron_dattn.runtime.same_facts import all_ranks_have_same, describe_differences
 from tests.support.distributed import run_distributed
 
 COMMON = {"optimizer.learning_rates.adapter": 1e-3, "training.seed": 1234, "versions.torch": "2.13"}
