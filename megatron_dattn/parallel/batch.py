@@ -1,12 +1,10 @@
 """Handing one rank's batches to its whole tensor-parallel group.
 
 The group's first rank runs the data loader; the others receive each pack as three broadcasts: a
-header with the sizes, the integers (layout, token ids, labels), the pixels. The header can also say
-that there is no batch and why, so that no rank waits for a pack that will never come. Works on CPU
-tensors with gloo and on CUDA tensors with NCCL.
+header with the sizes, the integers (layout, token ids, labels), the pixels. A loader that fails is
+no matter of this file: the ranks agree on that before the step (training/stream.py), when its packs
+are there. Works on CPU tensors with gloo and on CUDA tensors with NCCL.
 """
-
-from enum import IntEnum
 
 import torch
 import torch.distributed as dist
@@ -15,18 +13,12 @@ from torch import Tensor
 
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.batch import PackedBatch
-from megatron_dattn.errors import DataError
 
-_HEADER_FIELDS = 5
-
-
-class _Status(IntEnum):
-    BATCH = 0
-    FAILURE = 1
+_HEADER_FIELDS = 4
 
 
 def broadcast_batch(
-    batch: PackedBatch | Exception | None,
+    batch: PackedBatch | None,
     device: torch.device | str,
     *,
     group: dist.ProcessGroup | None = None,
@@ -35,18 +27,13 @@ def broadcast_batch(
     """Send a batch from the first rank of a tensor-parallel group to the others.
 
     Args:
-        batch: on the first rank the batch, None if the data has ended, or the error that came
-            instead; ignored on the others.
+        batch: on the first rank; ignored on the others.
         device: where the tensors shall be; must suit the group's backend.
         group: this rank's tensor-parallel group where None.
         pixels: whether to keep the pixels; where None, the first pipeline stage alone keeps them.
 
     Returns:
         The batch, on `device`. Only the first rank has the sample keys.
-
-    Raises:
-        DataError: on every rank, if the first rank had an error instead of a batch; there, the
-            error itself is raised.
     """
     group = group if group is not None else parallel_state.get_tensor_model_parallel_group()
     if pixels is None:
@@ -54,12 +41,7 @@ def broadcast_batch(
     device = torch.device(device)
     if dist.get_rank(group) != 0:
         return _receive(group, device)
-    if batch is None:
-        batch = DataError("the data has ended")
-    if isinstance(batch, Exception):
-        # Sent before it is raised: the others wait for a header, and would until the timeout.
-        _send_failure(batch, group, device)
-        raise batch
+    assert batch is not None, "the first rank loads"
     return _send(batch if pixels else batch.without_pixels(), group, device)
 
 
@@ -70,7 +52,7 @@ def _send(batch: PackedBatch, group: dist.ProcessGroup, device: torch.device) ->
     layout = batch.layout.encode()
     num_images, _, image_size, _ = batch.pixel_values.shape
     sizes = (len(layout), batch.layout.text_budget, num_images, image_size)
-    _broadcast(_header(_Status.BATCH, *sizes), group, device)
+    _broadcast(torch.tensor(sizes), group, device)
     batch = batch.to(device)
     _broadcast(torch.cat([layout.to(device), batch.input_ids, batch.labels]), group, device)
     _broadcast(batch.pixel_values, group, device)
@@ -78,11 +60,8 @@ def _send(batch: PackedBatch, group: dist.ProcessGroup, device: torch.device) ->
 
 
 def _receive(group: dist.ProcessGroup, device: torch.device) -> PackedBatch:
-    status, *sizes = _broadcast(_header(_Status.BATCH), group, device).tolist()
-    if status == _Status.FAILURE:
-        message = _broadcast(torch.empty(sizes[0], dtype=torch.int64), group, device)
-        raise DataError(bytes(message.tolist()).decode(errors="replace"))
-    layout_length, text_budget, num_images, image_size = sizes
+    header = _broadcast(torch.empty(_HEADER_FIELDS, dtype=torch.int64), group, device)
+    layout_length, text_budget, num_images, image_size = header.tolist()
     num_integers = layout_length + 2 * text_budget
     integers = _broadcast(torch.empty(num_integers, dtype=torch.int64), group, device)
     layout, input_ids, labels = integers.split([layout_length, text_budget, text_budget])
@@ -96,17 +75,6 @@ def _receive(group: dist.ProcessGroup, device: torch.device) -> PackedBatch:
         pixel_values=_broadcast(pixel_values, group, device),
         sample_keys=[],
     )
-
-
-def _send_failure(error: Exception, group: dist.ProcessGroup, device: torch.device) -> None:
-    message = torch.tensor(list(f"the data loader failed: {error}".encode()), dtype=torch.int64)
-    _broadcast(_header(_Status.FAILURE, len(message)), group, device)
-    _broadcast(message, group, device)
-
-
-def _header(status: _Status, *sizes: int) -> Tensor:
-    padded = (*sizes, *(0,) * (_HEADER_FIELDS - 1 - len(sizes)))
-    return torch.tensor([status, *padded], dtype=torch.int64)
 
 
 def _broadcast(tensor: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
