@@ -1,19 +1,19 @@
-"""Rank-local work whose failure every rank must learn of before the next collective.
+"""Work of one rank on a checkpoint, whose failure is one CheckpointError on all ranks.
 
-A rank that meets a full disk and leaves would let the others wait in a collective until the
-timeout. These helpers run the work, exchange the outcome, and raise one CheckpointError on all
-ranks if it failed on any. Without a process group they run the work and translate its errors.
+runtime/agreement.py has the exchange; here are the words, and any error counts: of a bug, too, the
+others must hear, as the folder that they write into together has to be cleaned up.
 """
 
 import errno
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch.distributed as dist
 
 from megatron_dattn.errors import CheckpointError, OutageError, UserError
-from megatron_dattn.runtime.distributed import all_ranks_agree
+from megatron_dattn.runtime.agreement import run_on_all_ranks, run_on_first_rank
 from megatron_dattn.runtime.lost_ranks import is_loss
 from megatron_dattn.runtime.os_errors import explain, shortage
 
@@ -54,46 +54,20 @@ def on_every_rank(purpose: str, work: Callable[[], T]) -> T:
         CheckpointError: on all ranks, if the work raised on any of them.
         OutageError: in its place, if that is what the work raised.
     """
-    error, result = _attempt(purpose, work)
-    _share_failure(error)
-    return result  # type: ignore[return-value]
+    return run_on_all_ranks(work, partial(_refusal, purpose))
 
 
 def on_first_rank(purpose: str, work: Callable[[], T]) -> T:
-    """Do the work on rank 0 alone and hand its result to every rank.
-
-    Raises:
-        CheckpointError: on all ranks, if the work raised.
-    """
-    error, result = _attempt(purpose, work) if rank() == 0 else (None, None)
-    _share_failure(error)
-    if world_size() > 1:
-        results = [result]
-        dist.broadcast_object_list(results, src=0)
-        result = results[0]
-    return result  # type: ignore[return-value]
+    """Do the work on rank 0 alone and hand its result to every rank; errors as above."""
+    return run_on_first_rank(work, partial(_refusal, purpose))
 
 
-def _attempt(purpose: str, work: Callable[[], T]) -> tuple[UserError | None, T | None]:
-    try:
-        return None, work()
-    except OutageError as error:
-        return error, None  # of a data loader whose state could not be had: another try may help
-    except Exception as error:
-        if is_loss(error):
-            raise  # the others cannot be told: it is they, or one of them, who do not answer
-        return as_checkpoint_error(purpose, error), None
-
-
-def _share_failure(error: UserError | None) -> None:
-    if world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    try:
-        all_ranks_agree(error)
-    except CheckpointError as shared:
-        raise shared from error
+def _refusal(purpose: str, error: Exception) -> UserError | None:
+    if isinstance(error, OutageError):
+        return error  # of a data loader whose state could not be had: another try may help
+    if is_loss(error):
+        return None  # the others cannot be told: it is they, or one of them, who do not answer
+    return as_checkpoint_error(purpose, error)
 
 
 def as_checkpoint_error(purpose: str, error: Exception) -> CheckpointError:

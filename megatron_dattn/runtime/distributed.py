@@ -1,4 +1,4 @@
-"""Start and end of a distributed run: process group, model-parallel groups, seeds, agreement.
+"""Start and end of a distributed run: process group, model-parallel groups, seeds.
 
 Works under the launchers that `launcher.py` knows and, without one, as a world of one process. NCCL
 on CUDA, gloo with the CPU runtime otherwise.
@@ -6,22 +6,18 @@ on CUDA, gloo with the CPU runtime otherwise.
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dattn.errors import ConfigError, UserError
+from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime.cpu import enable_cpu_runtime
 from megatron_dattn.runtime.launcher import Launch, read_launch
 from megatron_dattn.runtime.lost_ranks import introduce_rank
-from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.rendezvous import RendezvousError, meet
-
-T = TypeVar("T")
 
 
 def initialize_distributed(
@@ -74,27 +70,6 @@ def join_world(*, timeout_seconds: float = 600.0, rendezvous_seconds: float = 60
         _select_cuda_device(launch)
     if not dist.is_initialized():
         _join_process_group(launch, timeout_seconds, rendezvous_seconds)
-
-
-def share_refusal(error: UserError) -> UserError:
-    """Tell the other ranks of a mistake that this one met before it joined them.
-
-    They wait in `join_world`, or have met the same mistake: without this call they would wait for
-    this rank until the timeout.
-
-    Returns:
-        What all ranks report: the given error if the ranks cannot be told.
-    """
-    joins = not dist.is_initialized()
-    try:
-        join_world()
-        all_ranks_agree(error)
-    except UserError as shared:
-        return error if isinstance(shared, RendezvousError) else shared
-    finally:
-        if joins and dist.is_initialized():
-            dist.destroy_process_group()
-    raise AssertionError("an error was shared")
 
 
 def check_parallel_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> int:
@@ -214,57 +189,3 @@ def get_device() -> torch.device:
 def is_rank_0() -> bool:
     """True if this is the first rank of the world (also true before the world exists)."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def all_ranks_agree(error: UserError | str | None, group: dist.ProcessGroup | None = None) -> None:
-    """Turn a failure of any rank of the group into the same failure of all of them.
-
-    Call it on every rank after work that can fail on one of them alone (reading a file, writing a
-    checkpoint), before the next collective: otherwise the healthy ranks wait for the failed one
-    until the timeout. The group defaults to the world.
-
-    Args:
-        error: what went wrong on this rank, or None.
-
-    Raises:
-        UserError: of the class given on the first failing rank, if any rank gave an error. It names
-            that rank, unless all ranks failed alike.
-    """
-    num_ranks = 1
-    if not dist.is_initialized():
-        failures = [] if error is None else [(0, error)]
-    else:
-        failed = torch.tensor([int(error is not None)], device=get_device())
-        dist.all_reduce(failed, dist.ReduceOp.SUM, group=group)
-        if not failed.item():
-            return
-        num_ranks = dist.get_world_size(group)
-        errors: list[UserError | str | None] = [None] * num_ranks
-        dist.all_gather_object(errors, error, group=group)
-        ranks = dist.get_process_group_ranks(group)
-        failures = [(rank, e) for rank, e in zip(ranks, errors, strict=True) if e is not None]
-    if not failures:
-        return
-    rank, first = failures[0]
-    error_class = type(first) if isinstance(first, UserError) else UserError
-    if len(failures) == num_ranks and len({str(failure) for _, failure in failures}) == 1:
-        raise error_class(str(first))
-    others = f" (and {len(failures) - 1} more failed)" if len(failures) > 1 else ""
-    raise error_class(f"rank {rank}: {first}{others}")
-
-
-def run_on_all_ranks(work: Callable[[], T]) -> T:
-    """Do work that can fail on one rank alone; its UserError is raised on all of them.
-
-    What the file system refuses counts as a UserError: its words name the path.
-    """
-    result: T | None = None
-    error: UserError | None = None
-    try:
-        result = work()
-    except UserError as caught:
-        error = caught
-    except OSError as caught:
-        error = UserError(explain(caught))
-    all_ranks_agree(error)
-    return cast(T, result)

@@ -27,7 +27,7 @@ from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.models.layer_specs import resolve_implementation
-from megatron_dattn.runtime.distributed import run_on_all_ranks
+from megatron_dattn.runtime.agreement import run_on_all_ranks
 from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.random_states import untouched_random_states
 from megatron_dattn.training.checkpoint import nothing_to_load

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.errors import UserError
-from megatron_dattn.runtime.distributed import destroy_distributed, share_refusal
+from megatron_dattn.runtime.agreement import share_refusal
+from megatron_dattn.runtime.distributed import destroy_distributed
 from megatron_dattn.runtime.error_report import write_error_file
 from megatron_dattn.runtime.launcher import Launch
 from megatron_dattn.runtime.lost_ranks import LostRankError, named_lost_ranks, tell_of_crash

@@ -20,13 +20,12 @@ from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.skip_limit import RecentSamples
 from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.planner.hardware import device_peak
+from megatron_dattn.runtime.agreement import all_ranks_agree, run_on_all_ranks
 from megatron_dattn.runtime.distributed import (
-    all_ranks_agree,
     get_device,
     initialize_distributed,
     is_rank_0,
     join_world,
-    run_on_all_ranks,
     seed_everything,
 )
 from megatron_dattn.runtime.same_facts import all_ranks_have_same

@@ -1,4 +1,4 @@
-"""Start-up, its errors, seeds, and failures shared between ranks."""
+"""Start-up, its errors, and seeds."""
 
 import random
 
@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_dattn.errors import CheckpointError, ConfigError, UserError
+from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime import distributed
 from megatron_dattn.runtime.distributed import (
-    all_ranks_agree,
     check_parallel_sizes,
     destroy_distributed,
     get_device,
@@ -137,31 +136,6 @@ def test_seeds_every_generator() -> None:
     assert draw() == first
     seed_everything(6)
     assert all(a != b for a, b in zip(draw(), first, strict=True))
-
-
-def fail_on(*errors: UserError | str | None) -> tuple[type, str] | None:
-    try:
-        all_ranks_agree(errors[dist.get_rank()])
-    except UserError as error:
-        return type(error), str(error)
-    return None
-
-
-def test_a_failure_of_one_rank_is_everybodys() -> None:
-    assert run_distributed(fail_on, 2, None, None) == [None, None]
-    one = run_distributed(fail_on, 2, None, CheckpointError("disk full"))
-    assert one == [(CheckpointError, "rank 1: disk full")] * 2
-    both = run_distributed(fail_on, 2, "no file", ConfigError("no flag"))
-    assert both == [(UserError, "rank 0: no file (and 1 more failed)")] * 2
-    alike = run_distributed(fail_on, 2, ConfigError("no flag"), ConfigError("no flag"))
-    assert alike == [(ConfigError, "no flag")] * 2
-
-
-@pytest.mark.usefixtures("alone")
-def test_a_failure_before_the_process_group_exists() -> None:
-    all_ranks_agree(None)
-    with pytest.raises(ConfigError, match=r"^no file"):
-        all_ranks_agree(ConfigError("no file"))
 
 
 def test_work_of_one_process_cleans_up_what_it_set_up(alone: None) -> None:
