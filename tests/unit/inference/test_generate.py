@@ -11,6 +11,7 @@ from megatron_dattn.errors import CheckpointError, DataError
 from megatron_dattn.inference import Prompt, encode_images, generate, generate_tokens, load_model
 from megatron_dattn.inference.prompt import read_image
 from megatron_dattn.runtime.distributed import destroy_distributed
+from tools.generate import main
 
 ROOT = Path(__file__).parents[3]
 QUESTIONS = ["what is this?", "a longer question about it.", "why?"]
@@ -125,34 +126,34 @@ def test_kept_images_and_files_answer_alike(base):
     destroy_distributed()
 
 
-def test_command_line_asks_several_questions(base):
-    tool = [sys.executable, "tools/generate.py", "--max-new-tokens", "4", "--checkpoint"]
-    call = [*tool, base[0] / "dattn", "--image", base[0] / "0.png"]
+def test_command_line_asks_several_questions(base, capsys):
+    call = ["--max-new-tokens", "4", "--checkpoint", f"{base[0]}/dattn"]
+    call += ["--image", f"{base[0]}/0.png"]
 
     def lines(*questions):
         asked = [word for question in questions for word in ("--question", question)]
-        done = subprocess.run([*call, *asked], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        assert main([*call, *asked]) == 0
+        return capsys.readouterr().out.splitlines()
 
     (first,), (second,) = lines("why?"), lines("what is this?")
     both = lines("why?", "what is this?")
     assert both == ["> why?", first, "> what is this?", second]
 
 
-def test_command_line(base, tmp_path):
-    tool = [sys.executable, "tools/generate.py", "--max-new-tokens", "4"]
-    call = [*tool, "--checkpoint", base[0] / "dattn", "--question", "why?"]
+def test_command_line(base, tmp_path, capsys):
+    """As a program of its own where it answers: only there is nothing imported yet."""
+    call = ["--max-new-tokens", "4", "--checkpoint", f"{base[0]}/dattn", "--question", "why?"]
     done = subprocess.run(
-        [*call, "--image", base[0] / "0.png"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tools/generate.py", *call, "--image", f"{base[0]}/0.png"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    missing = subprocess.run(
-        [*call, "--image", tmp_path / "none.png"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert missing.returncode == 2
-    assert "none.png" in missing.stderr.splitlines()[-1]
-    assert "Traceback" not in missing.stderr
+    assert main([*call, "--image", f"{tmp_path}/none.png"]) == 2
+    error = capsys.readouterr().err
+    assert "none.png" in error.splitlines()[-1]
+    assert "Traceback" not in error
 
 
 def test_lack_of_memory_is_one_error_that_names_the_image(base, loaded, monkeypatch):

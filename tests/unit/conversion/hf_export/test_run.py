@@ -27,6 +27,7 @@ from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
+from tools.convert_checkpoint import main
 
 ROOT = Path(__file__).parents[4]
 IMAGE_ID = 5
@@ -281,15 +282,16 @@ def test_an_interrupted_export_leaves_nothing(base, tmp_path, monkeypatch, error
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line(base, tmp_path):
-    tool = [sys.executable, "tools/convert_checkpoint.py", "export", "--output", tmp_path / "out"]
-    missing = subprocess.run(
-        [*tool, "--checkpoint", tmp_path], cwd=ROOT, capture_output=True, text=True
-    )
-    assert missing.returncode == 2
-    assert "holds no config.yaml" in missing.stderr.splitlines()[-1]
+def test_command_line(base, tmp_path, capsys):
+    """As a program of its own where it exports: only there is nothing imported yet."""
+    call = ["export", "--output", f"{tmp_path}/out", "--checkpoint"]
+    assert main([*call, str(tmp_path)]) == 2
+    assert "holds no config.yaml" in capsys.readouterr().err.splitlines()[-1]
     done = subprocess.run(
-        [*tool, "--checkpoint", base / "dattn"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tools/convert_checkpoint.py", *call, f"{base}/dattn"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
