@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from megatron_dattn.errors import OutageError
+from megatron_dattn.runtime.os_errors import background
 
 WAITS = (0.1, 0.3, 0.9, 2.2)  # seconds between tries
 
@@ -32,12 +33,7 @@ _OF_THE_FILE = frozenset(
         errno.EFBIG,
     )
 )
-_REMEDIES = {
-    errno.EMFILE: "this process has too many open files: raise its limit (ulimit -n)",
-    errno.ENFILE: "this host has too many open files: raise fs.file-max or end what holds them",
-    errno.ENOMEM: "this host has no memory left: end other programs, or set fewer data.num_workers",
-}
-_OUTAGE = "the file system or the network below it is out of order; mend that"
+_OUTAGE = "the file system or the network below it is out of order"
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +81,8 @@ def out_of_memory(work: str) -> OutageError:
 
 def _system_failure(what: str, error: OSError) -> OutageError:
     name = errno.errorcode.get(error.errno or 0, "OSError")
-    remedy = _REMEDIES.get(error.errno or 0, _OUTAGE)
     return OutageError(
         f"{what} cannot be read: {error.strerror or error} ({name}), still after "
-        f"{sum(WAITS):.1f} s. That is no fault of the data: {remedy}, then start again; a run goes "
-        "on from its last checkpoint"
+        f"{sum(WAITS):.1f} s. That is no fault of the data: {background(error) or _OUTAGE}; mend "
+        "that, then start again; a run goes on from its last checkpoint"
     )

@@ -40,7 +40,7 @@ def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
     given = error.filename if error.filename2 is None else error.filename2
     place = path if given is None else given
     reason = error.strerror or str(error) or type(error).__name__
-    words = _background(error, place)
+    words = background(error, place)
     where = "" if place is None else f": {os.fspath(place)!r}"
     return f"{reason}{where}{words and f' ({words})'}"
 
@@ -65,7 +65,7 @@ def shortage(error: BaseException) -> str | None:
     if isinstance(error, MemoryError):
         return _SHORT_OF_MEMORY
     if isinstance(error, OSError):
-        return explain(error) if _background(error, None) else None
+        return explain(error) if background(error) else None
     if not isinstance(error, RuntimeError):
         return None
     text = str(error)
@@ -89,8 +89,12 @@ def room_in(folder: str | os.PathLike[str]) -> str:
     return f"{free}, but no inode for another file" if _has_no_inodes(status) else free
 
 
-def _background(error: OSError, place: str | os.PathLike[str] | None) -> str:
-    """What an error number means on this machine; empty if its own words say enough."""
+def background(error: OSError, place: str | os.PathLike[str] | None = None) -> str:
+    """Say what an error number means on this machine; empty if its own words say enough.
+
+    Args:
+        place: the file or folder that was to be written, for a disk that is full.
+    """
     number = error.errno
     if number is None or error.strerror != os.strerror(number):
         return ""  # one of ours, which explains itself

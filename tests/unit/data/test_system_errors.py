@@ -86,9 +86,12 @@ def test_a_short_outage_is_not_noticed(naps: list[float]) -> None:
     assert naps == list(system_errors.WAITS)
 
 
-def test_the_remedy_for_too_many_files_is_their_limit(naps: list[float]) -> None:
-    with pytest.raises(DataError, match="ulimit -n"):
-        patiently("image 'a.png'", failing("EMFILE"))
+@pytest.mark.parametrize(
+    ("code", "words"), [("EMFILE", "ulimit -n"), ("EIO", "dmesg"), ("ETIMEDOUT", "out of order")]
+)
+def test_the_error_says_what_to_mend(naps: list[float], code: str, words: str) -> None:
+    with pytest.raises(DataError, match=rf"{words}.*; mend that, then start again"):
+        patiently("image 'a.png'", failing(code))
 
 
 def break_opening(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
