@@ -156,8 +156,8 @@ def _train_step(case: Case) -> Result:
         output = model(batch if first else batch.without_pixels())
         return output, partial(loss_function, batch)
 
-    # DDP learns in its first step which gradients come, and in the second relies on it.
-    for batches in (mine[::-1], mine):
+    # Overlapped, DDP learns in its first step which gradients come, and in the second relies on it.
+    for batches in (mine[::-1], mine) if case.data > 1 else (mine,):
         ddp.zero_grad_buffer()
         get_forward_backward_func()(
             forward_step_func=forward_step,
