@@ -35,7 +35,7 @@ from megatron_dattn.runtime.tool import run_tool  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; the exit code says how it ended (see training/exits.py)."""
+    """Run the command line; the exit code says how it ended (see training/exit_reason.py)."""
     launch = Launch()  # where its variables make no sense, every process is the first that says so
     with SIGNALS.interruptible():
         try:
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 def pretrain(config: PretrainConfig, launch: Launch) -> int:
     """Train one stage to its end, or until it has to stop."""
     # Imported late: mistakes in the command line need no megatron-core to be seen.
-    from megatron_dattn.training.endings import run_to_its_end
+    from megatron_dattn.training.pretrain import run_to_its_end
 
     ending = run_to_its_end(config, launch, SIGNALS)
     if ending.exit_code:

@@ -1,7 +1,7 @@
 """Work of one rank on a checkpoint, whose failure is one CheckpointError on all ranks.
 
-runtime/agreement.py has the exchange; here are the words, and any error counts: of a bug, too, the
-others must hear, as the folder that they write into together has to be cleaned up.
+runtime/rank_errors.py has the exchange; here are the words, and any error counts: of a bug, too,
+the others must hear, as the folder that they write into together has to be cleaned up.
 """
 
 import errno
@@ -13,9 +13,9 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_dattn.errors import CheckpointError, OutageError, UserError
-from megatron_dattn.runtime.agreement import run_on_all_ranks, run_on_first_rank
 from megatron_dattn.runtime.lost_ranks import is_loss
 from megatron_dattn.runtime.os_errors import explain, shortage
+from megatron_dattn.runtime.rank_errors import run_on_all_ranks, run_on_first_rank
 
 logger = logging.getLogger(__name__)
 

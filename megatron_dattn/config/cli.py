@@ -221,7 +221,7 @@ class _Help(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         # Only here: reading the docstrings takes longer than reading the settings.
-        from megatron_dattn.config.settings import help_text
+        from megatron_dattn.config.documentation import help_text
 
         # Whoever reads the first lines only, as `| head` does, has seen enough.
         with contextlib.suppress(BrokenPipeError):

@@ -27,7 +27,7 @@ from megatron_dattn.models.added_parameters import comes_with_preset, holds_pres
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
-from megatron_dattn.models.identity import require_same
+from megatron_dattn.models.model_identity import require_same
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import initialize_distributed, seed_everything

@@ -55,7 +55,7 @@ def report_error(launch: Launch, message: str, exit_code: int, *, shared: bool =
 def refuse(launch: Launch, error: UserError) -> int:
     """End with a mistake that was met before the ranks have met."""
     if launch.world_size > 1:
-        from megatron_dattn.runtime.agreement import share_refusal
+        from megatron_dattn.runtime.rank_errors import share_refusal
 
         error = share_refusal(error)
     return report_error(launch, str(error), EXIT_USER_ERROR)

@@ -25,7 +25,7 @@ from megatron_dattn.checkpoint.manifest import read_listed
 from megatron_dattn.config.training import CheckpointConfig
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset, holds_preset
-from megatron_dattn.models.identity import Purpose, require_same
+from megatron_dattn.models.model_identity import Purpose, require_same
 from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.training.stages import MODULES
 from megatron_dattn.training.state import (

@@ -2,7 +2,7 @@
 
 One list for the real start and the dry run, so that the dry run finds whatever would end a run in
 its first minutes: packages, backends, tokenizer, data sets, checkpoints, folders to write into.
-What follows from the configuration alone is in `plan.py`. Nothing here writes.
+What follows from the configuration alone is in `run_plan.py`. Nothing here writes.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.models.layer_specs import resolve_implementation
-from megatron_dattn.runtime.agreement import run_on_all_ranks
 from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.random_states import untouched_random_states
+from megatron_dattn.runtime.rank_errors import run_on_all_ranks
 from megatron_dattn.training.checkpoint import nothing_to_load
-from megatron_dattn.training.plan import make_plan
 from megatron_dattn.training.run import make_checkpointer
+from megatron_dattn.training.run_plan import make_plan
 from megatron_dattn.training.state import loader_file
 from megatron_dattn.training.stream import loader_of_rank
 

@@ -21,7 +21,7 @@ from megatron_dattn.planner.memory import RESERVE_BYTES, PackSize, RankMemory, r
 from megatron_dattn.planner.parameters import count_parameters, rank_parameters
 from megatron_dattn.runtime.launcher import read_launch
 from megatron_dattn.training.checks import StartChecks
-from megatron_dattn.training.plan import Plan, make_plan
+from megatron_dattn.training.run_plan import Plan, make_plan
 from megatron_dattn.training.stages import learning_rate_of
 
 GPU_SIZES_GB = (24, 40, 48, 80, 141)

@@ -20,7 +20,6 @@ from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.skip_limit import RecentSamples
 from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.planner.hardware import device_peak
-from megatron_dattn.runtime.agreement import all_ranks_agree, run_on_all_ranks
 from megatron_dattn.runtime.distributed import (
     get_device,
     initialize_distributed,
@@ -28,6 +27,7 @@ from megatron_dattn.runtime.distributed import (
     join_world,
     seed_everything,
 )
+from megatron_dattn.runtime.rank_errors import all_ranks_agree, run_on_all_ranks
 from megatron_dattn.runtime.same_facts import all_ranks_have_same
 from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.ledger import SampleLedger

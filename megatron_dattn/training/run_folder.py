@@ -20,7 +20,7 @@ from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.image_settings import PROCESSOR_FILES
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.lost_ranks import LostRankError
-from megatron_dattn.training.exits import FILE_NAME, clear_exit_reason, ending_of, record_exit
+from megatron_dattn.training.exit_reason import FILE_NAME, clear_exit_reason, ending_of, record_exit
 from megatron_dattn.training.run_lock import RunLock
 from megatron_dattn.yaml_files import CONFIG_DIR
 

@@ -23,8 +23,8 @@ from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import ModelSizes, VLMLoader, build_loader
 from megatron_dattn.errors import DataError, UserError
 from megatron_dattn.parallel.batch import broadcast_batch
-from megatron_dattn.runtime.agreement import all_ranks_agree
 from megatron_dattn.runtime.random_states import untouched_random_states
+from megatron_dattn.runtime.rank_errors import all_ranks_agree
 
 
 @dataclass

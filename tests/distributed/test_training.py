@@ -170,7 +170,7 @@ def _with_bad_numbers(settings: dict[str, Any], kind: str, bad_steps: set[int], 
     import torch.distributed as dist
 
     from megatron_dattn.runtime.signals import SignalWatcher
-    from megatron_dattn.training.exits import NumericsError
+    from megatron_dattn.training.exit_reason import NumericsError
     from megatron_dattn.training.trainer import train
     from tests.support.training import build_run, training_config, whole_weights
 

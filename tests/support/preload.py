@@ -15,4 +15,4 @@ import megatron.core.optimizer  # noqa: E402
 import megatron.core.pipeline_parallel  # noqa: E402, F401
 
 import megatron_dattn.config.cli  # noqa: E402
-import megatron_dattn.training.endings  # noqa: E402, F401  (the loader, transformers: a second)
+import megatron_dattn.training.pretrain  # noqa: E402, F401  (the loader, transformers: a second)

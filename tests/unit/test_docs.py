@@ -9,9 +9,9 @@ from typing import get_args
 import pytest
 
 from megatron_dattn.config.cli import expand_short_flags
-from megatron_dattn.config.settings import sections
+from megatron_dattn.config.documentation import sections
 from megatron_dattn.data.rejection import Reason
-from megatron_dattn.training import exits
+from megatron_dattn.training import exit_reason
 from tests.unit.test_imports import ALLOWED, INNER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ def test_every_reason_of_a_rejected_record_has_a_remedy() -> None:
 def test_every_ending_of_a_run_has_its_exit_code() -> None:
     rows = table("debugging.md", "## How a run ends")
     written = {row[0].strip("`"): int(row[1]) for row in rows}
-    endings = [exits.ExitReason(reason) for reason in get_args(exits.Reason)]
+    endings = [exit_reason.ExitReason(reason) for reason in get_args(exit_reason.Reason)]
     assert written == {ending.reason: ending.exit_code for ending in endings}
 
 

@@ -63,7 +63,7 @@ COVERED_BY = {
     "training/checks": "unit/training/test_dry_run.py",
     "config/training": "unit/training/test_dry_run.py",
     "training/losses": "distributed/test_training.py",
-    "training/run": "unit/training/test_endings.py",
+    "training/run": "unit/training/test_pretrain.py",
     "training/step": "distributed/test_training.py",
     "training/state": "unit/training/test_checkpoint.py",
     "training/validate": "distributed/test_training.py",

@@ -21,7 +21,7 @@ from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
-from megatron_dattn.models.identity import described, require_same
+from megatron_dattn.models.model_identity import described, require_same
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, one_process

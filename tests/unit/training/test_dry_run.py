@@ -19,7 +19,7 @@ from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.planner.flops import model_flops
 from megatron_dattn.planner.parameters import count_parameters
 from megatron_dattn.training.dry_run import dry_run, print_plan
-from megatron_dattn.training.plan import make_plan
+from megatron_dattn.training.run_plan import make_plan
 from tests.support.vlm import even_model_config
 
 TINY = PretrainConfig(

@@ -13,7 +13,7 @@ from megatron_dattn.models.config import (
     ModelConfig,
     VisionConfig,
 )
-from megatron_dattn.models.identity import (
+from megatron_dattn.models.model_identity import (
     Difference,
     Purpose,
     described,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dattn.config.cli import parse_command_line
-from megatron_dattn.config.settings import page, sections
+from megatron_dattn.config.documentation import page, sections
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -20,7 +20,9 @@ def test_every_setting_is_explained() -> None:
 
 def test_the_page_is_what_the_fields_say() -> None:
     written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert written == page(), "run `python -m megatron_dattn.config.settings > docs/settings.md`"
+    assert written == page(), (
+        "run `python -m megatron_dattn.config.documentation > docs/settings.md`"
+    )
 
 
 def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

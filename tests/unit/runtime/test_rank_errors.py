@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError, UserError
-from megatron_dattn.runtime.agreement import (
+from megatron_dattn.runtime.rank_errors import (
     all_ranks_agree,
     run_on_all_ranks,
     run_on_first_rank,

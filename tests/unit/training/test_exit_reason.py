@@ -8,7 +8,7 @@ import pytest
 from megatron_dattn.errors import DataError, OutageError
 from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.runtime.rendezvous import RendezvousError
-from megatron_dattn.training.exits import (
+from megatron_dattn.training.exit_reason import (
     ExitReason,
     NumericsError,
     clear_exit_reason,

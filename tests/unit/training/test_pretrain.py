@@ -14,9 +14,9 @@ from megatron_dattn.runtime import open_files
 from megatron_dattn.runtime.launcher import Launch
 from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.runtime.signals import SignalWatcher
-from megatron_dattn.training import endings, run_folder
-from megatron_dattn.training.endings import run_to_its_end, write_ending
-from megatron_dattn.training.exits import ExitReason
+from megatron_dattn.training import pretrain, run_folder
+from megatron_dattn.training.exit_reason import ExitReason
+from megatron_dattn.training.pretrain import run_to_its_end, write_ending
 from megatron_dattn.training.run_lock import RunLock
 
 
@@ -40,7 +40,7 @@ def test_a_crash(
     def lost(*_: object) -> ExitReason:
         raise RuntimeError("Connection closed by peer\nframe #0")
 
-    monkeypatch.setattr(endings, "_run", lost)
+    monkeypatch.setattr(pretrain, "_run", lost)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(RuntimeError, match="Connection closed"):
         run_to_its_end(config, Launch("torchrun", rank, 2, rank), SignalWatcher())
@@ -74,7 +74,7 @@ def test_a_foreseeable_failure_of_one_rank_is_one_line(
     def fail(*_: object) -> ExitReason:
         raise error
 
-    monkeypatch.setattr(endings, "_run", fail)
+    monkeypatch.setattr(pretrain, "_run", fail)
     ending = run_to_its_end(config, Launch("torchrun", rank, 2, rank), SignalWatcher())
     assert (ending.reason, ending.exit_code, ending.is_shared) == ("user_error", 2, False)
     assert words in ending.detail
@@ -95,7 +95,7 @@ def test_a_second_interrupt_is_an_ending(
     def interrupted(*_: object) -> ExitReason:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(endings, "_run", interrupted)
+    monkeypatch.setattr(pretrain, "_run", interrupted)
     ending = run_to_its_end(config, Launch(), SignalWatcher())
     assert (ending.reason, ending.exit_code) == ("interrupted", 130)
     assert "second SIGINT" in ending.detail
@@ -108,7 +108,7 @@ def test_a_signal_before_the_start_is_an_orderly_end(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One process need not even be connected; a folder of somebody else's is left alone."""
-    monkeypatch.setattr(endings, "join_ranks", lambda config: pytest.fail("it was started"))
+    monkeypatch.setattr(pretrain, "join_ranks", lambda config: pytest.fail("it was started"))
     with SignalWatcher() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         ending = run_to_its_end(config, Launch(), signals)
@@ -127,7 +127,7 @@ def test_a_signal_before_the_start_is_an_orderly_end(
 def test_too_few_open_files_are_refused_before_the_start(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endings, "join_ranks", lambda config: pytest.fail("it was started"))
+    monkeypatch.setattr(pretrain, "join_ranks", lambda config: pytest.fail("it was started"))
     monkeypatch.setattr(open_files.resource, "getrlimit", lambda kind: (20, 64))
     ending = run_to_its_end(config, Launch(), SignalWatcher())
     assert (ending.reason, ending.exit_code) == ("user_error", 2)
@@ -142,7 +142,7 @@ def test_a_lost_rank(
     def lost(*_: object) -> ExitReason:
         raise LostRankError("rank 0 does not answer")
 
-    monkeypatch.setattr(endings, "_run", lost)
+    monkeypatch.setattr(pretrain, "_run", lost)
     ending = run_to_its_end(config, Launch("torchrun", 1, 2, 1), SignalWatcher())
     assert ending == ExitReason("lost_rank", detail="rank 0 does not answer", is_shared=False)
     assert caplog.messages == ["rank 0 does not answer"]

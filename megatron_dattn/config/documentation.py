@@ -2,7 +2,7 @@
 
 `--help` prints this, and `docs/settings.md` is made of it:
 
-    python -m megatron_dattn.config.settings > docs/settings.md
+    python -m megatron_dattn.config.documentation > docs/settings.md
 
 The text is the docstring beside each field, so that code, help and page cannot say different
 things.
@@ -30,7 +30,8 @@ that only one section has may stand alone, in Megatron's spelling (`--seed 1`). 
 merge in the order in which they are written; an unknown name is an error. `data.train[]` is one
 item of the list.
 
-This page is made from the docstrings beside the fields: `python -m megatron_dattn.config.settings`.
+This page is made from the docstrings beside the fields by
+`python -m megatron_dattn.config.documentation`.
 """
 
 

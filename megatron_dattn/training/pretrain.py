@@ -12,15 +12,15 @@ from pathlib import Path
 
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.errors import UserError
-from megatron_dattn.runtime.agreement import share_refusal
 from megatron_dattn.runtime.distributed import destroy_distributed
 from megatron_dattn.runtime.error_report import write_error_file
 from megatron_dattn.runtime.launcher import Launch
 from megatron_dattn.runtime.lost_ranks import LostRankError, named_lost_ranks, tell_of_crash
 from megatron_dattn.runtime.open_files import open_files_needed, require_open_files
+from megatron_dattn.runtime.rank_errors import share_refusal
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training.checks import StartChecks, check_start
-from megatron_dattn.training.exits import (
+from megatron_dattn.training.exit_reason import (
     FILE_NAME,
     ExitReason,
     NumericsError,
