@@ -52,8 +52,8 @@ class Positions:
     # "sequence": visual tokens count like text in reading order. "ring": the patches of one ring of
     # the image share an id, counted from the border inwards. "none": they have no rotary id.
     visual: Literal["sequence", "ring", "none"] = "none"
-    # Added to visual rows before the first layer. "row_column": a learnable vector for each row of
-    # patches and for each column. "per_patch": one for each patch. "fractional": an MLP of the
+    # Added to visual tokens before the first layer. "row_column": a learnable vector for each row
+    # of patches and for each column. "per_patch": one for each patch. "fractional": an MLP of the
     # place as a share of the image's side.
     embedding: Literal["none", "row_column", "per_patch", "fractional"] = "row_column"
 

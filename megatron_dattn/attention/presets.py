@@ -106,10 +106,10 @@ PRESETS: dict[str, AttentionConfig] = {
         T2T without a gate. To attention this is `dattn_sum`. The adapter's norm stands behind its
         MLP.
         Positions: text is counted alone; those of a patch are an MLP of its place as a share of the
-        image's side, one for rows and one for columns, and visual rows pass a last norm that starts
-        at the scale of the text embeddings. T2V has no sliding window. The adapter is that of their
-        images without tiles, so that its weights would fit; the noise that they add to the places
-        in training is left out. Parameters: two MLPs and two norms, in front of the layers.
+        image's side, one for rows and one for columns, and visual tokens pass a last norm that
+        starts at the scale of the text embeddings. T2V has no sliding window. The adapter is that of
+        their images without tiles, so that its weights would fit; the noise that they add to the
+        places in training is left out. Parameters: two MLPs and two norms, in front of the layers.
         Cost: as `dattn`.
         """,
         merge="sum",

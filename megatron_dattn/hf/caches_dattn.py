@@ -92,7 +92,7 @@ class VisualKVCache:
 
     keys: list[Tensor]  # one per layer, [batch, key heads, tokens, head_dim]
     values: list[Tensor]
-    column: Tensor  # [batch, rows]: column of the row's `<image>`
+    column: Tensor  # [batch, tokens]: column of the token's `<image>`
     is_filled: Tensor  # bool [batch, tokens]
 
     @staticmethod

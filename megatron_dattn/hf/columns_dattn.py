@@ -1,4 +1,4 @@
-"""The columns of `input_ids`: text, `<image>` or padding, and whose row answers for each.
+"""The columns of `input_ids`: text, `<image>` or padding, and which token answers for each.
 
 This file travels with the exported weights.
 """
@@ -31,7 +31,7 @@ def token_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 def answering_columns(is_text: Tensor) -> Tensor:
     """For every column the last one of text up to it, int64 [batch, columns].
 
-    An image's column, or one of padding, has no row of its own whose logits mean anything: what
+    An image's column, or one of padding, has no token of its own whose logits mean anything: what
     comes after it is what comes after the text before it. Columns before all text are their own.
     """
     column = torch.arange(is_text.shape[1], device=is_text.device).expand_as(is_text)

@@ -192,7 +192,7 @@ class DAttnModel(DAttnPreTrainedModel):
         return [*states, language.norm(tokens)]
 
     def _positions(self, is_token: Tensor, is_image: Tensor, start: Tensor | int) -> Tensor:
-        """Rotary position of every column: a text row's own, an image's first row's.
+        """Rotary position of every column: a text token's own, an image's first token's.
 
         Columns of padding have a meaningless one.
         """
@@ -236,7 +236,7 @@ class DAttnModel(DAttnPreTrainedModel):
         return VisualKVCache([none] * layers, [none] * layers, column, column.bool())
 
     def _seen(self, is_text: Tensor, num_new: int, visual: VisualKVCache) -> Seen:
-        """Which keys the newest columns see, of all text columns and of the visual rows."""
+        """Which keys the newest columns see, of all text columns and of the visual tokens."""
         column = torch.arange(is_text.shape[1], device=is_text.device)
         new = column[-num_new:].unsqueeze(1)
         text = is_text.unsqueeze(1) & (column <= new)

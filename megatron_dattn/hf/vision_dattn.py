@@ -177,7 +177,7 @@ class PerPatchPositions(nn.Module):
 
 
 class FractionalPositions(nn.Module):
-    """last_norm(rows + norm(MLP(row's place)) + norm(MLP(column's place))); but for the last, norms
+    """last_norm(tokens + norm(MLP(row's place)) + norm(MLP(column's place))); but for the last, norms
     have no weights.
 
     A place is the share of the side in front of the patch, times `adapter_num_places` - 1. The MLPs

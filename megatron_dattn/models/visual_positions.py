@@ -1,6 +1,6 @@
-"""Learnable positions of patches in their image, as vectors that are added to visual rows.
+"""Learnable positions of patches in their image, as vectors that are added to visual tokens.
 
-They stand in for the rotary positions that debiased attention does not give to visual rows. The
+They stand in for the rotary positions that debiased attention does not give to visual tokens. The
 paper (section 2.3) calls them "similar to those used in CLIP", which learns one vector per patch
 (`PerPatchPositions`). One vector per row plus one per column (`RowColumnPositions`) says the same
 of where a patch is with far fewer numbers, of which each is trained by every image's whole row or
@@ -32,20 +32,20 @@ class RowColumnPositions(torch.nn.Module):
         self.rows = torch.nn.Parameter(torch.zeros(max_grid, hidden_size, dtype=dtype))
         self.columns = torch.nn.Parameter(torch.zeros(max_grid, hidden_size, dtype=dtype))
 
-    def forward(self, rows: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
-        """Place the rows.
+    def forward(self, tokens: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
+        """Place the tokens.
 
         Args:
-            rows: [images, patches, hidden_size], all images of the same patch grid.
+            tokens: [images, patches, hidden_size], all images of the same patch grid.
             grid: patch rows and patch columns.
-            kept: which of the grid's patches, counted row by row, an image's rows are, int64
+            kept: which of the grid's patches, counted row by row, an image's tokens are, int64
                 [images, patches]; None if they are all of them, in this order.
 
         Returns:
-            The rows with their positions, of the same shape.
+            The tokens with their positions, of the same shape.
         """
         table = self.table(grid)
-        return rows + (table if kept is None else table[kept])
+        return tokens + (table if kept is None else table[kept])
 
     def table(self, grid: tuple[int, int]) -> Tensor:
         """Positions of a grid's patches, row-major, [rows * columns, hidden_size]."""
@@ -71,11 +71,11 @@ class PerPatchPositions(torch.nn.Module):
         self.side = side
         self.patches = torch.nn.Parameter(torch.zeros(side * side, hidden_size, dtype=dtype))
 
-    def forward(self, rows: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
-        """Place the rows, [images, patches, hidden_size]; arguments and result as of
+    def forward(self, tokens: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
+        """Place the tokens, [images, patches, hidden_size]; arguments and result as of
         `RowColumnPositions`."""
         table = self.table(grid)
-        return rows + (table if kept is None else table[kept])
+        return tokens + (table if kept is None else table[kept])
 
     def table(self, grid: tuple[int, int]) -> Tensor:
         """Positions of a grid's patches, row-major, [rows * columns, hidden_size]."""
@@ -88,18 +88,18 @@ class PerPatchPositions(torch.nn.Module):
 
 
 class FractionalPositions(torch.nn.Module):
-    """last_norm(rows + norm(MLP(row's place)) + norm(MLP(column's place))).
+    """last_norm(tokens + norm(MLP(row's place)) + norm(MLP(column's place))).
 
     Vidi, the later video models of the paper's authors, realizes the learnable positions of section
-    2.3 by an MLP over a sinusoid, and normalizes what it adds to the rows. Names, order of
+    2.3 by an MLP over a sinusoid, and normalizes what it adds to the tokens. Names, order of
     operations and precisions are such that its weights fit. Left out: the noise that its authors
     add to the places in training, the positions of tiles and of a video's frames.
 
     A side of l patches is stretched to `num_places` places: patch p stands at p / (l - 1) *
     (num_places - 1), the only patch of a side at 0. So grids of any size share the same range, and
-    no table limits them. The MLPs (linear, GELU, linear, as wide as the rows) compute in fp32; what
-    they give is rounded to the rows' dtype and normalized there, by RMSNorms without weights. The
-    last norm has weights; `Adapter.start_at` says what they start at.
+    no table limits them. The MLPs (linear, GELU, linear, as wide as the tokens) compute in fp32;
+    what they give is rounded to the tokens' dtype and normalized there, by RMSNorms without
+    weights. The last norm has weights; `Adapter.start_at` says what they start at.
 
     Args:
         config: gives the parameters' dtype.
@@ -119,17 +119,18 @@ class FractionalPositions(torch.nn.Module):
         self.columns = _place_mlp(hidden_size, config.params_dtype)
         self.last_norm = RMSNorm(config, hidden_size, eps=norm_eps)
 
-    def forward(self, rows: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
-        """Place the rows, [images, patches, hidden_size]; arguments and result as of
+    def forward(self, tokens: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
+        """Place the tokens, [images, patches, hidden_size]; arguments and result as of
         `RowColumnPositions`."""
         height, width = grid
-        of_rows, of_columns = self.of_rows(height, rows.dtype), self.of_columns(width, rows.dtype)
+        dtype = tokens.dtype
+        of_rows, of_columns = self.of_rows(height, dtype), self.of_columns(width, dtype)
         if kept is None:
             of_rows, of_columns = of_rows.repeat_interleave(width, 0), of_columns.repeat(height, 1)
         else:
             of_rows, of_columns = of_rows[kept // width], of_columns[kept % width]
         # One after the other: in BF16 the sum of both positions would round differently.
-        return self.last_norm(rows + of_rows + of_columns)
+        return self.last_norm(tokens + of_rows + of_columns)
 
     def of_rows(self, length: int, dtype: torch.dtype) -> Tensor:
         """Positions of the patches of each of `length` rows, [length, hidden_size] in `dtype`."""

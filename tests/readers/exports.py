@@ -105,7 +105,7 @@ def _expected(loaded: LoadedModel, folder: Path) -> dict[str, Any]:
     return {
         "image_id": IMAGE,
         "is_stock": is_llava(model),
-        # LLaVA's processor writes a token for every visual row, ours one for an image.
+        # LLaVA's processor writes a token for every visual token, ours one for an image.
         "tokens_per_image": model.tokens_per_image if is_llava(model) else 1,
         "new_tokens": NEW_TOKENS,
         "prompts": [
@@ -146,7 +146,7 @@ def _with_images(tokens: TextTokens) -> list[int]:
 
 @torch.inference_mode()
 def _logits(loaded: LoadedModel, prompt: Prompt) -> torch.Tensor:
-    """Of what follows each text row, [text tokens, vocabulary]."""
+    """Of what follows each text token, [text tokens, vocabulary]."""
     batch = pack_prompts(loaded, [(prompt, [])])
     tokens = output_tokens(batch.layout, loaded.model.attention)
     return loaded.model.forward_logits(batch, tokens).clone()

@@ -61,7 +61,7 @@ def _chat(given: Given, image: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def logits(given: Given) -> None:
-    """What follows each text row, wherever the images stand, is what our own model says."""
+    """What follows each text token, wherever the images stand, is what our own model says."""
     image = given.expected["image_id"]
     for prompt in given.prompts:
         batch = given.batch([prompt])

@@ -38,7 +38,7 @@ def our_prompts(loaded, base):
 
 @torch.inference_mode()
 def our_logits(loaded, prompt):
-    """At every text row, [text tokens, vocabulary]."""
+    """At every text token, [text tokens, vocabulary]."""
     batch = pack_prompts(loaded, [(prompt, [])])
     dtype = next(loaded.model.parameters()).dtype
     batch.pixel_values = batch.pixel_values.to(dtype)

@@ -245,7 +245,7 @@ def test_s_attn_becomes_a_llava_model(tmp_path, name):
 
 @torch.inference_mode()
 def text_logits(loaded, prompt):
-    """At every text row, of an `s_attn` model."""
+    """At every text token, of an `s_attn` model."""
     batch = pack_prompts(loaded, [(prompt, [])])
     start, end = batch.layout.text_tokens(0)
     return loaded.model.forward_logits(batch, torch.arange(start, end))

@@ -78,7 +78,7 @@ def loaded(llava):
 
 
 def both_logits(loaded, model, prompt):
-    """Ours and Hugging Face's at every text row, [text tokens, vocabulary]."""
+    """Ours and Hugging Face's at every text token, [text tokens, vocabulary]."""
     batch = pack_prompts(loaded, [(prompt, [])])
     batch.pixel_values = batch.pixel_values.to(next(loaded.model.parameters()).dtype)
     rows = torch.arange(batch.layout.visual_budget, batch.layout.num_tokens)
