@@ -107,8 +107,8 @@ PRESETS: dict[str, AttentionConfig] = {
         MLP.
         Positions: text is counted alone; those of a patch are an MLP of its place as a share of the
         image's side, one for rows and one for columns, and visual tokens pass a last norm that
-        starts at the scale of the text embeddings. T2V has no sliding window. The adapter is that of
-        their images without tiles, so that its weights would fit; the noise that they add to the
+        starts at the scale of the text embeddings. T2V has no sliding window. The adapter is that
+        of their images without tiles, so that its weights would fit; the noise that they add to the
         places in training is left out. Parameters: two MLPs and two norms, in front of the layers.
         Cost: as `dattn`.
         """,

@@ -177,8 +177,9 @@ class PerPatchPositions(nn.Module):
 
 
 class FractionalPositions(nn.Module):
-    """last_norm(tokens + norm(MLP(row's place)) + norm(MLP(column's place))); but for the last, norms
-    have no weights.
+    """last_norm(tokens + norm(MLP(row's place)) + norm(MLP(column's place))).
+
+    But for the last, norms have no weights.
 
     A place is the share of the side in front of the patch, times `adapter_num_places` - 1. The MLPs
     compute in fp32. Tokens are [images, patches, hidden].
