@@ -38,7 +38,7 @@ _ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
 }
-_FEW_ROWS = 16
+_FEW_TOKENS = 16
 _ROOT = Path(__file__).resolve().parents[1]
 _KIB = 1024
 
@@ -100,7 +100,7 @@ def _measure(order: dict) -> int:
     variant = Variant.parse(order["variant"])
     initialize_distributed()
     try:
-        LayerBench(bench, variant, one_sample(_FEW_ROWS, order["text"])).step()
+        LayerBench(bench, variant, one_sample(_FEW_TOKENS, order["text"])).step()
         return peak_of_step(LayerBench(bench, variant, one_sample(order["visual"], order["text"])))
     finally:
         destroy_distributed()
