@@ -1,7 +1,8 @@
 """Attention by flash-attn 3, the kernels for Hopper GPUs, with softcap.
 
-The package installs one module, `flash_attn_interface`. It is built from source and its releases
-name some arguments of the raw operations differently, so the names are read off the signature.
+The package installs one module, `flash_attn_interface`. It is built from source, and its releases
+differ in names and defaults of the raw operations' arguments, so both are read off the signature.
+Before 2.7.3 there was no raw operation over segments.
 """
 
 import inspect
@@ -63,8 +64,8 @@ class FlashAttn3Backend(VarlenBackend):
     def varlen_forward(
         self, query: Tensor, key: Tensor, value: Tensor, scores: RaggedScores
     ) -> tuple[Tensor, Tensor]:
-        operation = _load()._flash_attn_forward
-        out, lse, *_ = operation(query, key, value, **_arguments(operation, scores))
+        tensors = {"q": query, "k": key, "v": value}
+        out, lse, *_ = _call(_load()._flash_attn_forward, tensors, scores)
         return out, lse
 
     def varlen_backward(
@@ -78,28 +79,31 @@ class FlashAttn3Backend(VarlenBackend):
         scores: RaggedScores,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_query, grad_key, grad_value = empty_gradients(query, key, value)
-        operation = _load()._flash_attn_backward
-        operation(
-            grad_out,
-            query,
-            key,
-            value,
-            out,
-            lse,
-            dq=grad_query,
-            dk=grad_key,
-            dv=grad_value,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **_arguments(operation, scores),
-        )
+        tensors = {
+            "dout": grad_out,
+            "q": query,
+            "k": key,
+            "v": value,
+            "out": out,
+            "softmax_lse": lse,
+            "dq": grad_query,
+            "dk": grad_key,
+            "dv": grad_value,
+        }
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        _call(_load()._flash_attn_backward, tensors, scores, deterministic=deterministic)
         return grad_query, grad_key, grad_value
 
 
-def _arguments(operation: Callable[..., Any], scores: RaggedScores) -> dict[str, Any]:
-    """What forward and backward are told alike, under the names that this release gives it."""
-    names = _argument_names(operation)
+def _call(
+    operation: Callable[..., Any], tensors: dict[str, Tensor], scores: RaggedScores, **options: bool
+) -> Any:
+    """Call a raw operation with what forward and backward are told alike, under this release's
+    names."""
+    names, required = _signature(operation)
     left, right = scores.window_sides
     arguments: dict[str, Any] = {
+        **tensors,
         "cu_seqlens_q": scores.query_cu_seqlens,
         "cu_seqlens_k": scores.key_cu_seqlens,
         "max_seqlen_q": scores.longest_query,
@@ -107,13 +111,22 @@ def _arguments(operation: Callable[..., Any], scores: RaggedScores) -> dict[str,
         "softmax_scale": scores.function.scale,
         "is_causal" if "is_causal" in names else "causal": scores.causal,
         "softcap": scores.function.softcap or 0.0,  # 0 means none
+        **options,
     }
     if "window_size" in names:
-        return {**arguments, "window_size": (left, right)}
-    return {**arguments, "window_size_left": left, "window_size_right": right}
+        arguments["window_size"] = (left, right)
+    else:
+        arguments |= {"window_size_left": left, "window_size_right": right}
+    # Releases give no defaults to what only inference wants (a cache, pages, rotary tables).
+    return operation(**dict.fromkeys(required) | arguments)
 
 
 @cache
-def _argument_names(operation: Callable[..., Any]) -> frozenset[str]:
-    """Of a plain function, or of one that torch has wrapped as a custom operator."""
-    return frozenset(inspect.signature(getattr(operation, "_init_fn", operation)).parameters)
+def _signature(operation: Callable[..., Any]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """All arguments' names, and of those without a default.
+
+    Of a plain function, or of one that torch has wrapped as a custom operator.
+    """
+    parameters = inspect.signature(getattr(operation, "_init_fn", operation)).parameters
+    required = tuple(name for name, p in parameters.items() if p.default is p.empty)
+    return frozenset(parameters), required

@@ -1,5 +1,6 @@
 """The bookkeeping of the ragged flash backends, on stand-ins that keep the kernels' conventions."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -40,26 +41,22 @@ def _wrapped(module: Any) -> Any:
     return type(module)(**{name: _Wrapped(function) for name, function in vars(module).items()})
 
 
-KERNELS = ["cuda_flash", "flash_attn2", "flash_attn3", "flash_attn3 wrapped", "flash_attn3 older"]
+KERNELS = ["cuda_flash", *varlen_kernels.MODULES, "flash_attn3 main, wrapped"]
 WITH_SOFTCAP = KERNELS[1:]
 
 
 def make_backend(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend over its stand-in."""
-    match kernel:
-        case "cuda_flash":
-            monkeypatch.setattr(cuda_flash, "_forward", varlen_kernels.aten_forward)
-            monkeypatch.setattr(cuda_flash, "_backward", varlen_kernels.aten_backward)
-            return CudaFlashBackend()
-        case "flash_attn2":
-            monkeypatch.setattr(flash_attn2, "_load", lambda: varlen_kernels.FLASH_ATTN2)
-            return FlashAttn2Backend()
-        case "flash_attn3 wrapped":
-            module = _wrapped(varlen_kernels.FLASH_ATTN3)
-        case "flash_attn3 older":
-            module = varlen_kernels.OLDER_FLASH_ATTN3
-        case _:
-            module = varlen_kernels.FLASH_ATTN3
+    if kernel == "cuda_flash":
+        monkeypatch.setattr(cuda_flash, "_forward", varlen_kernels.aten_forward)
+        monkeypatch.setattr(cuda_flash, "_backward", varlen_kernels.aten_backward)
+        return CudaFlashBackend()
+    module = varlen_kernels.MODULES[kernel.removesuffix(", wrapped")]
+    if kernel.endswith("wrapped"):
+        module = _wrapped(module)
+    if kernel.startswith("flash_attn2"):
+        monkeypatch.setattr(flash_attn2, "_load", lambda: module)
+        return FlashAttn2Backend()
     monkeypatch.setattr(flash_attn3, "_load", lambda: module)
     return FlashAttn3Backend()
 
@@ -138,6 +135,36 @@ def test_tokens_without_keys_report_minus_infinity(
     assert not out[without].any()
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("operation", ["_forward", "_backward"])
+def test_calls_fit_the_operators_of_this_torch(
+    operation: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their schemas are there without CUDA; torch's releases differ in what they end with."""
+    overload = getattr(cuda_flash, operation).default
+    arguments = [
+        inspect.Parameter(
+            a.name,
+            inspect.Parameter.KEYWORD_ONLY if a.kwarg_only else inspect.Parameter.POSITIONAL_ONLY,
+            default=a.default_value if a.has_default_value() else inspect.Parameter.empty,
+        )
+        for a in overload._schema.arguments
+    ]
+    signature, stand_in = inspect.Signature(arguments), getattr(varlen_kernels, "aten" + operation)
+    backend = make_backend("cuda_flash", monkeypatch)
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        signature.bind(*args, **kwargs)
+        bound_calls.append(operation)
+        return stand_in(*args, **kwargs)
+
+    bound_calls: list[str] = []
+    monkeypatch.setattr(cuda_flash, operation, bound)
+    problem = make_problem(RICH_LAYOUT, PRESETS["dattn"])
+    run_fast(problem, RICH_LAYOUT, PRESETS["dattn"], backend, window=window)
+    assert bound_calls
+
+
 BACKENDS = {backend.name: backend for backend in
             (CudaFlashBackend(), FlashAttn2Backend(), FlashAttn3Backend())}  # fmt: skip
 
@@ -146,9 +173,9 @@ BACKENDS = {backend.name: backend for backend in
 def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with everything."""
     monkeypatch.setattr(flash_attn2, "flash_attn_version", lambda: "2.8.3.post1")
-    monkeypatch.setattr(flash_attn2, "_load", lambda: varlen_kernels.FLASH_ATTN2)
+    monkeypatch.setattr(flash_attn2, "_load", lambda: varlen_kernels.MODULES["flash_attn2 main"])
     monkeypatch.setattr(flash_attn3, "has_flash_attn3", lambda: True)
-    monkeypatch.setattr(flash_attn3, "_load", lambda: varlen_kernels.FLASH_ATTN3)
+    monkeypatch.setattr(flash_attn3, "_load", lambda: varlen_kernels.MODULES["flash_attn3 main"])
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

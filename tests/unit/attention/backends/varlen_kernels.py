@@ -2,16 +2,20 @@
 
 In whatever precision they are given: segments by boundaries, causal masks aligned at the bottom
 right, windows, softcaps, log-sum-exps [heads, tokens] with +inf for tokens without keys, gradients
-from the (out, lse) they are given. Each family has its own signatures and its own way of returning
-gradients. The kernels themselves are tested in tests/gpu.
+from the (out, lse) they are given. Those of the flash-attn packages take the signatures of
+`flash_attn_releases.py`. The kernels themselves are tested in tests/gpu.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.unit.attention.backends.flash_attn_releases import FLASH_ATTN2, FLASH_ATTN3, Release
 
 
 @dataclass
@@ -126,112 +130,73 @@ def aten_backward(
     return grads
 
 
-def flash_attn2_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
-    window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None, return_softmax: bool = False,
-    block_table: Tensor | None = None, leftpad_k: Tensor | None = None,
-    seqused_k: Tensor | None = None, zero_tensors: bool = False,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """flash_attn.flash_attn_interface._flash_attn_varlen_forward of 2.7 and 2.8."""
-    assert (dropout_p, alibi_slopes, return_softmax) == (0.0, None, False)
-    call = Call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                window_size_left, window_size_right, softcap)  # fmt: skip
-    return *forward(q, k, v, call), None, None
+_COMMON = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale",
+           "softcap")  # fmt: skip
 
 
-def flash_attn2_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
-    window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
-    deterministic: bool, rng_state: Tensor | None = None, zero_tensors: bool = False,
-) -> Tensor:  # fmt: skip
-    """flash_attn.flash_attn_interface._flash_attn_varlen_backward of 2.7 and 2.8."""
-    assert (dropout_p, alibi_slopes, deterministic) == (0.0, None, False)
-    call = Call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                window_size_left, window_size_right, softcap)  # fmt: skip
-    backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), call)
-    return torch.zeros_like(softmax_lse)
+def _take_call(given: dict[str, Any]) -> Call:
+    """What all releases are told alike, in the order of `Call`; taken out of `given`."""
+    cu_q, cu_k, max_q, max_k, scale, softcap = (given.pop(name) for name in _COMMON)
+    causal = given.pop("causal") if "causal" in given else given.pop("is_causal")
+    if "window_size" in given:
+        left, right = given.pop("window_size")
+    else:
+        left, right = given.pop("window_size_left"), given.pop("window_size_right")
+    return Call(cu_q, cu_k, max_q, max_k, scale, causal, left, right, softcap)
 
 
-def flash_attn3_forward(
-    q: Tensor, k: Tensor, v: Tensor, k_new: Tensor | None = None, v_new: Tensor | None = None,
-    qv: Tensor | None = None, out_: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, cu_seqlens_k_new: Tensor | None = None,
-    seqused_q: Tensor | None = None, seqused_k: Tensor | None = None,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-    softmax_scale: float | None = None, causal: bool = False, window_size_left: int = -1,
-    window_size_right: int = -1, attention_chunk: int = 0, softcap: float = 0.0,
-    num_splits: int = 1, pack_gqa: bool | None = None, sm_margin: int = 0,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """flash_attn_interface._flash_attn_forward, its paged-cache arguments left out."""
-    assert cu_seqlens_q is not None
-    assert cu_seqlens_k is not None
-    assert max_seqlen_q is not None
-    assert max_seqlen_k is not None
-    assert softmax_scale is not None
-    call = Call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                window_size_left, window_size_right, softcap)  # fmt: skip
-    out, lse = forward(q, k, v, call)
-    return out, lse if len(k) == 0 else lse.nan_to_num(posinf=-torch.inf), None, None
+def _forward_of(given: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    call = _take_call(given)
+    out, lse = forward(*(given.pop(name) for name in "qkv"), call)
+    return out, lse, None, None
 
 
-def flash_attn3_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sequed_q: Tensor | None = None,
-    sequed_k: Tensor | None = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0,
-    dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
-    softmax_scale: float = 1.0, is_causal: bool = False, window_size_left: int = -1,
-    window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False,
-    sm_margin: int = 0,
-) -> Tensor:  # fmt: skip
-    """flash_attn_interface._flash_attn_backward."""
-    assert dq is not None
-    assert dk is not None
-    assert dv is not None
-    call = Call(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal,
-                window_size_left, window_size_right, softcap)  # fmt: skip
-    backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), call)
-    return torch.zeros_like(softmax_lse)
+def _flash_attn3_forward_of(given: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    no_keys = len(given["k"]) == 0
+    out, lse, *rest = _forward_of(given)
+    return out, lse if no_keys else lse.nan_to_num(posinf=-torch.inf), *rest
 
 
-def older_flash_attn3_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool,
-    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """With the window as one argument."""
-    return flash_attn3_forward(
-        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale, causal=causal, softcap=softcap,
-        window_size_left=window_size[0], window_size_right=window_size[1],
-    )  # fmt: skip
+def _backward_of(given: dict[str, Any]) -> Tensor:
+    call = _take_call(given)
+    tensors = [given.pop(name) for name in ("dout", "q", "k", "v", "out", "softmax_lse")]
+    backward(*tensors, tuple(given.pop(name) for name in ("dq", "dk", "dv")), call)
+    return torch.zeros_like(tensors[-1])
 
 
-def older_flash_attn3_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sequed_q: Tensor | None = None,
-    sequed_k: Tensor | None = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0,
-    dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
-    softmax_scale: float = 1.0, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0, deterministic: bool = False,
-) -> Tensor:  # fmt: skip
-    """With the window as one argument, and the causal mask under another name."""
-    return flash_attn3_backward(
-        dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, None, None, max_seqlen_q,
-        max_seqlen_k, dq, dk, dv, softmax_scale, causal, *window_size, softcap, deterministic,
-    )  # fmt: skip
+def _operation(signature: str, compute: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    """A function of that signature. What it is given beyond what `compute` takes must be off."""
+    bound = eval(f"lambda {signature}: locals()")
+    defaults = bound(*[None] * (bound.__code__.co_argcount - len(bound.__defaults__ or ())))
+
+    @wraps(bound)  # inspect.signature then answers with the lambda's
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        given = bound(*args, **kwargs)
+        result = compute(given)
+        for name, value in given.items():
+            assert value in (None, 0.0, defaults[name]), f"{name} is {value}"
+        return result
+
+    return operation
 
 
-FLASH_ATTN2 = SimpleNamespace(
-    _flash_attn_varlen_forward=flash_attn2_forward,
-    _flash_attn_varlen_backward=flash_attn2_backward,
-)
-FLASH_ATTN3 = SimpleNamespace(
-    _flash_attn_forward=flash_attn3_forward, _flash_attn_backward=flash_attn3_backward
-)
-OLDER_FLASH_ATTN3 = SimpleNamespace(
-    _flash_attn_forward=older_flash_attn3_forward, _flash_attn_backward=older_flash_attn3_backward
-)
+def flash_attn2(release: Release) -> SimpleNamespace:
+    """The module flash_attn.flash_attn_interface."""
+    return SimpleNamespace(
+        _flash_attn_varlen_forward=_operation(release.forward, _forward_of),
+        _flash_attn_varlen_backward=_operation(release.backward, _backward_of),
+    )
+
+
+def flash_attn3(release: Release) -> SimpleNamespace:
+    """The module flash_attn_interface."""
+    return SimpleNamespace(
+        _flash_attn_forward=_operation(release.forward, _flash_attn3_forward_of),
+        _flash_attn_backward=_operation(release.backward, _backward_of),
+    )
+
+
+MODULES = {
+    **{f"flash_attn2 {name}": flash_attn2(release) for name, release in FLASH_ATTN2.items()},
+    **{f"flash_attn3 {name}": flash_attn3(release) for name, release in FLASH_ATTN3.items()},
+}
