@@ -27,6 +27,7 @@ from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.runtime.distributed import get_device
 from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.random_states import untouched_random_states
 from megatron_dattn.runtime.rank_errors import run_on_all_ranks
@@ -137,7 +138,7 @@ class StartChecks:
         execution, language = self._config.execution, self._config.model.language
         select_backend(
             execution.attention_backend,
-            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            get_device(),
             torch.float32 if execution.precision == "fp32" else torch.bfloat16,
             language.head_dim,
             softcap=language.attn_logit_softcapping,

@@ -170,8 +170,10 @@ BACKENDS = {backend.name: backend for backend in
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def installed(trials_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with everything."""
+    monkeypatch.setattr(cuda_flash, "_forward", varlen_kernels.aten_forward)
+    monkeypatch.setattr(cuda_flash, "_backward", varlen_kernels.aten_backward)
     monkeypatch.setattr(flash_attn2, "flash_attn_version", lambda: "2.8.3.post1")
     monkeypatch.setattr(flash_attn2, "_load", lambda: varlen_kernels.MODULES["flash_attn2 main"])
     monkeypatch.setattr(flash_attn3, "has_flash_attn3", lambda: True)
