@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, plan_attention, select_backend
+from megatron_dattn.attention import (
+    PRESETS,
+    ImageSpan,
+    ScoreFunction,
+    TokenLayout,
+    plan_attention,
+    select_backend,
+)
 from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.backends.select import BACKENDS
 from tests.unit.attention.naive import constant_alpha_gradients
@@ -116,7 +123,7 @@ def test_tokens_without_keys_are_reported_as_minus_infinity(kernel: str) -> None
     query = t2v.query_tokens.take(problem.query[RICH_LAYOUT.visual_budget :])
     key, value = (t2v.key_tokens.take(x) for x in (problem.key, problem.value))
     with torch.no_grad():
-        out, lse = backend.forward(query, key, value, keyless_first, 1.0)
+        out, lse = backend.forward(query, key, value, keyless_first, ScoreFunction(1.0))
     assert torch.isneginf(lse[:5]).all()
     assert not out[:5].any()
     assert torch.isfinite(lse[5:]).all()
