@@ -6,9 +6,11 @@ ours either way. Checkpoints of the two are interchangeable: the local norms are
 names that Transformer Engine's fused norm-and-linear layers use.
 """
 
-import importlib.util
+import logging
+from functools import cache
 from typing import Literal
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -27,13 +29,11 @@ from megatron_dattn.models.decomposed_attention import DecomposedCore, Decompose
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from megatron_dattn.models.vision_encoder import BidirectionalCore
+from megatron_dattn.runtime.transformer_engine import te_failure
+
+logger = logging.getLogger(__name__)
 
 Implementation = Literal["local", "transformer_engine"]
-
-
-def has_te() -> bool:
-    """True if Transformer Engine is installed."""
-    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def resolve_implementation(requested: str, fp8: str) -> Implementation:
@@ -47,19 +47,28 @@ def resolve_implementation(requested: str, fp8: str) -> Implementation:
             f"execution.transformer_impl '{requested}' is unknown; choose auto, local or "
             "transformer_engine"
         )
-    if requested == "transformer_engine" and not has_te():
+    failure = te_failure()
+    if requested == "transformer_engine" and failure:
         raise ConfigError(
-            "execution.transformer_impl is 'transformer_engine', but the package "
-            "transformer_engine is not installed; install megatron_dattn[gpu] or choose 'local'"
+            "execution.transformer_impl is 'transformer_engine', but Transformer Engine cannot be "
+            f"used: {failure}; install megatron_dattn[gpu] or choose 'local'"
         )
-    use_te = requested == "transformer_engine" or (requested == "auto" and has_te())
+    use_te = requested != "local" and not failure
     if fp8 != "none" and not use_te:
+        because = f" ({failure})" if failure else ""
         raise ConfigError(
-            f"execution.fp8 '{fp8}' needs Transformer Engine; install megatron_dattn[gpu] and set "
-            "execution.transformer_impl to 'auto' or 'transformer_engine', or set execution.fp8 to "
-            "'none'"
+            f"execution.fp8 '{fp8}' needs Transformer Engine{because}; install megatron_dattn[gpu] "
+            "and set execution.transformer_impl to 'auto' or 'transformer_engine', or set "
+            "execution.fp8 to 'none'"
         )
+    if requested == "auto" and failure and torch.cuda.is_available():
+        _announce_local(failure)
     return "transformer_engine" if use_te else "local"
+
+
+@cache  # every model asks
+def _announce_local(failure: str) -> None:
+    logger.info("no Transformer Engine: %s; execution.transformer_impl auto is 'local'", failure)
 
 
 def language_block_spec(

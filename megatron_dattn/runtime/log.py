@@ -13,6 +13,7 @@ import warnings
 from typing import TextIO
 
 from megatron_dattn.runtime.os_errors import explain
+from megatron_dattn.runtime.transformer_engine import te_failure
 
 # Their INFO lines (and transformers' warnings about generation) say nothing about the run.
 _NOISY_LOGGERS = ("megatron.core", "megatron.energon", "transformers", "torch", "PIL", "matplotlib")
@@ -113,10 +114,12 @@ def quiet_libraries() -> None:
 def silence_import_warnings() -> None:
     """Hide megatron-core's notices that GPU packages are missing, where there is no GPU.
 
-    Most are given when megatron-core is imported, so call it before that.
+    And a Transformer Engine on which its imports would fail. Most notices are given when
+    megatron-core is imported, so call it before that.
     """
     import torch  # here, as it takes a second: `setup_logging` does without
 
+    te_failure()
     if not torch.cuda.is_available():
         for message in _WITHOUT_GPU_PACKAGES:
             warnings.filterwarnings("ignore", message=message, module=r"megatron\.core")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dattn.models.layer_specs import has_te
 from megatron_dattn.runtime.cpu import cpu_runtime_active
 from megatron_dattn.runtime.distributed import destroy_distributed
+from megatron_dattn.runtime.transformer_engine import te_failure
 from tests.functional.workspace import make_workspace, pretrain
 
 pytestmark = [
@@ -57,7 +57,7 @@ def test_recomputation_changes_nothing(attention: str, recompute: str) -> None:
     assert losses(**settings, recompute=recompute) == pytest.approx(plain, rel=1e-3)
 
 
-@pytest.mark.skipif(not has_te(), reason="needs Transformer Engine")
+@pytest.mark.skipif(te_failure() is not None, reason=f"Transformer Engine: {te_failure()}")
 def test_transformer_engine_follows_local_modules() -> None:
     local = losses(precision="bf16", transformer_impl="local")
     engine = losses(precision="bf16", transformer_impl="transformer_engine")

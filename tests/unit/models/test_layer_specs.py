@@ -14,7 +14,7 @@ from tests.support.vlm import tiny_model
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_auto_takes_transformer_engine_where_it_is(monkeypatch, installed):
-    monkeypatch.setattr(layer_specs, "has_te", lambda: installed)
+    monkeypatch.setattr(layer_specs, "te_failure", lambda: None if installed else "it is gone")
     expected = "transformer_engine" if installed else "local"
     assert resolve_implementation("auto", "none") == expected
     assert resolve_implementation("local", "none") == "local"
@@ -23,14 +23,14 @@ def test_auto_takes_transformer_engine_where_it_is(monkeypatch, installed):
 @pytest.mark.parametrize(
     ("requested", "fp8", "installed", "words"),
     [
-        ("transformer_engine", "none", False, "transformer_engine is not installed"),
+        ("transformer_engine", "none", False, "cannot be used: it is gone; install"),
         ("auto", "hybrid", False, "execution.fp8 'hybrid' needs Transformer Engine"),
         ("local", "e4m3", True, "execution.fp8 'e4m3' needs Transformer Engine"),
         ("apex", "none", True, "'apex' is unknown"),
     ],
 )
 def test_impossible_choices_are_refused_by_name(monkeypatch, requested, fp8, installed, words):
-    monkeypatch.setattr(layer_specs, "has_te", lambda: installed)
+    monkeypatch.setattr(layer_specs, "te_failure", lambda: None if installed else "it is gone")
     with pytest.raises(UserError, match=words):
         resolve_implementation(requested, fp8)
 
