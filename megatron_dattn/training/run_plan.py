@@ -4,6 +4,7 @@ A plan stands for the run in the dry run's sums; a configuration without one cou
 or elsewhere. What depends on this machine is checked in `checks.py`.
 """
 
+import math
 from dataclasses import dataclass
 
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
@@ -42,6 +43,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
     check_model_sizes(config.model, parallel)
     num_microbatches = config.training.num_microbatches(data_parallel)
     check_budgets(config)
+    check_fp8_tokens(config)
     check_validation(config)
     return Plan(
         config=config,
@@ -64,6 +66,35 @@ def check_budgets(config: PretrainConfig) -> None:
             raise ConfigError(
                 f"data.{name} {tokens} is not a multiple of parallel.tensor_model_parallel_size "
                 f"{tp}, which parallel.sequence_parallel needs"
+            )
+
+
+def check_fp8_tokens(config: PretrainConfig) -> None:
+    """Require numbers of tokens that Transformer Engine can multiply in FP8.
+
+    Its linear layers refuse a rank's tokens where they are no multiple of 8, and the weight's
+    gradient is a sum over the gathered tokens, which cublasLt wants in multiples of 16. Text tokens
+    pass alone (the output projection, the last layer), or all tokens together, or chunks of them.
+    """
+    execution, parallel, data = config.execution, config.parallel, config.data
+    if execution.fp8 == "none":
+        return
+    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    multiple = math.lcm(16, 8 * ranks)
+    text, both = data.text_budget, data.visual_budget + data.text_budget
+    chunk = execution.savings.ffn_chunk_tokens
+    calls = {"data.text_budget": (text, text), "data.visual_budget": (data.visual_budget, both)}
+    if 0 < chunk < both:
+        calls["execution.savings.ffn_chunk_tokens"] = (chunk, chunk)
+    for name, (value, tokens) in calls.items():
+        if tokens % multiple:
+            below = value // multiple * multiple
+            nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
+            raise ConfigError(
+                f"execution.fp8 '{execution.fp8}' needs multiples of 8 tokens per rank and of 16 "
+                f"in a tensor-parallel group for Transformer Engine's linear layers; {name} "
+                f"{value} makes {tokens} tokens, {tokens / ranks:g} per rank. The nearest values "
+                f"that fit are {nearest} (multiples of {multiple})"
             )
 
 

@@ -184,6 +184,8 @@ def test_all_that_a_start_here_would_meet_is_listed(
     """Nothing of it matters to a plan for another machine, but it is said."""
     hopeless = changed(
         data={
+            "text_budget": 32,  # such numbers of tokens as FP8 takes
+            "visual_budget": 48,
             "tokenizer": "no-tokenizer",
             "train": [DatasetConfig(path="no-train.jsonl")],
             "validation": [DatasetConfig(path="no-validation.jsonl")],
