@@ -89,6 +89,8 @@ def _common(parallel: ParallelConfig, execution: ExecutionConfig) -> dict[str, A
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,  # of the hidden states that a stage allocates to receive
+        # Its default waits for the whole device after each message, a remedy for older torch.
+        "batch_p2p_sync": False,
         "autocast_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         # Initialized on the host, a weight does not depend on how it is cut into shards.
