@@ -108,14 +108,21 @@ def _select_cuda_device(launch: Launch) -> None:
 
 
 def _join_process_group(launch: Launch, timeout_seconds: float, rendezvous_seconds: float) -> None:
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    on_cuda = torch.cuda.is_available()
+    backend = "nccl" if on_cuda else "gloo"
     # One process needs no port: a store in its own memory will do.
     store = meet(launch, rendezvous_seconds) if launch.world_size > 1 else dist.HashStore()
     timeout = timedelta(seconds=timeout_seconds)
     store.set_timeout(timeout)
     try:
         dist.init_process_group(
-            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+            backend,
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            # Named, NCCL connects here and not in the first collective, and barriers need no guess.
+            device_id=get_device() if on_cuda else None,
         )
         introduce_rank()
     except (dist.DistError, RuntimeError) as error:

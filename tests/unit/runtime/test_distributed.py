@@ -104,6 +104,22 @@ def test_srun_may_show_each_task_one_device(monkeypatch: pytest.MonkeyPatch) -> 
         distributed._select_cuda_device(Launch("torchrun", 2, 4, 2))
 
 
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch, on_cuda: bool) -> None:
+    joined: list[tuple[str, torch.device | None]] = []
+
+    def join(backend: str, *, device_id: torch.device | None, **_: object) -> None:
+        joined.append((backend, device_id))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setattr(distributed, "introduce_rank", lambda: None)
+    distributed._join_process_group(Launch("alone", 0, 1, 0), 10.0, 10.0)
+    assert joined == [("nccl", torch.device("cuda", 3)) if on_cuda else ("gloo", None)]
+
+
 def groups_of_this_rank() -> tuple[int, int, int, float]:
     initialize_distributed(
         tensor_model_parallel_size=2, pipeline_model_parallel_size=2, timeout_seconds=30
