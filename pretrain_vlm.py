@@ -3,8 +3,7 @@
     torchrun --nproc-per-node 2 pretrain_vlm.py --config model.yaml --config stage1.yaml
 
 `--section.field value` overrides any setting, `--dry-run` prints the plan of the run. It also runs
-under srun and mpirun and, without a launcher, as one process. docs/ explains the settings; `--help`
-lists them.
+under srun, mpirun and as one process. docs/ explains the settings; `--help` lists them.
 """
 
 import os
@@ -16,6 +15,7 @@ from megatron_dattn.runtime.signals import SignalWatcher
 SIGNALS = SignalWatcher()
 if __name__ == "__main__":
     SIGNALS.__enter__()  # noted from here on: the imports below take seconds
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # why, say the scripts in examples
 
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError  # noqa: E402
 from megatron_dattn.runtime.launcher import Launch, read_launch  # noqa: E402

@@ -26,6 +26,9 @@ cd "${WORK_DIR:-${repository}}"
 logs=${LOG_DIR:-${PWD}/logs/mistral_7b}
 export PYTHONPATH="${repository}${PYTHONPATH:+:${PYTHONPATH}}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+# One hardware queue: kernels start in the order of their calls. Tensor parallelism relies on it to
+# send gradients while weights' gradients are computed (megatron-core, tensor_parallel/layers.py).
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
 for stage in "${stages[@]}"; do
     node_logs=${logs}/${stage}/node-${NODE_RANK}
