@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 # Given on the command line or in the environment, for the scripts below.
 export PYTHON TORCH_ARGS
 
-.PHONY: demo test test-all test-pythons test-readers lint install clean help
+.PHONY: demo test test-all test-pythons test-readers gpu-check lint install clean help
 
 help:
 	@echo "make demo                    train and evaluate a small model here (about 15 minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test                    the test suite (about 12 minutes on two cores)"
 	@echo "make test-pythons            saving, loading and resuming under every Python found"
 	@echo "make test-readers            exports under several versions of transformers (about 2 minutes)"
+	@echo "make gpu-check               tests, errors, times and memory on a GPU (8 minutes)"
 	@echo "make lint                    ruff and mypy"
 
 install:
@@ -42,6 +43,10 @@ test-pythons:
 # Each version has an environment of its own below .venv-readers; READERS="5.24.0" takes some only.
 test-readers: install
 	$(RUN) -m tests.readers.run $(READERS)
+
+# Installs nothing: the machine may have no network. RUN=python3 takes what is there.
+gpu-check:
+	$(RUN) -m benchmarks.gpu_check
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -8,7 +8,8 @@ A variant is a preset with options: `dattn:naive` runs without exact savings, `s
 paper's setting, whose scores stand in memory, `dattn:recompute:chunk=4096` recomputes the layer and
 runs its FFN in chunks, `dattn:backend=math` names a backend. The first variant is the one that the
 others are compared with. Before anything is timed, outputs and gradients are compared with a
-float64 run of the preset's definition, which takes minutes at ten thousand tokens.
+float64 run of the preset's definition, which takes minutes at ten thousand tokens on a CPU;
+--compared-up-to leaves it out above a number of visual tokens.
 """
 
 import argparse
@@ -62,6 +63,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS)
     parser.add_argument("--seconds", type=float, help="no new round after so long, per --visual")
+    parser.add_argument(
+        "--compared-up-to", type=int, help="no comparison with float64 above so many visual tokens"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="Markdown file; printed in any case")
     parsed = parser.parse_args(arguments)
@@ -104,7 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.memory:
             text = memory_report(bench, variants, parsed.visual, parsed.text, parsed.command)
         else:
-            sizing = Sizing(parsed.visual, parsed.text, parsed.rounds, parsed.seconds)
+            sizing = Sizing(
+                parsed.visual, parsed.text, parsed.rounds, parsed.seconds, parsed.compared_up_to
+            )
             with one_process():
                 text = speed_report(bench, variants, sizing, parsed.command)
         report.write(text, parsed.output)

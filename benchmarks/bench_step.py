@@ -58,7 +58,9 @@ def step_report(arguments: argparse.Namespace) -> str:
     batches = {
         name: make_batch(demo_model(name), arguments.samples) for name in arguments.attention
     }
-    configs = {name: pretrain_config(name, batches[name], execution) for name in batches}
+    configs = {
+        name: pretrain_config(demo_model(name), batches[name], execution) for name in batches
+    }
     join_ranks(configs[arguments.attention[0]])
     engines = {name: EngineVariant(config, batches[name]) for name, config in configs.items()}
     plain = PlainVariant(engines["dattn"], batches["dattn"]) if with_plain else None

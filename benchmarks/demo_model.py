@@ -42,10 +42,16 @@ def demo_model(attention: str) -> ModelConfig:
     )
 
 
-def make_batch(model: ModelConfig, samples: int) -> PackedBatch:
-    """One pack of one-image samples; the image stands behind the first token."""
+def make_batch(
+    model: ModelConfig, samples: int, text_lengths: tuple[int, int] = TEXT_LENGTHS
+) -> PackedBatch:
+    """One pack of one-image samples; the image stands behind the first token.
+
+    Args:
+        text_lengths: the shortest text of a sample, and what all are shorter than.
+    """
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(*TEXT_LENGTHS, (samples,), generator=generator)
+    lengths = torch.randint(*text_lengths, (samples,), generator=generator)
     text_budget = -(-int(lengths.sum()) // 16) * 16
     ids = torch.randint(_FIRST_WORD, VOCAB_SIZE, (text_budget,), generator=generator)
     labels = ids.roll(-1)

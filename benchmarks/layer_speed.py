@@ -25,7 +25,8 @@ class Result:
     bound_seconds: float
     peak_bytes: int | None
     """None on the host, where a long-lived process cannot tell."""
-    agreement: Agreement
+    agreement: Agreement | None
+    """None beyond `Sizing.compared_up_to`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Sizing:
     rounds: int
     seconds: float | None
     """No new round after so long, at each number of visual tokens."""
+    compared_up_to: int | None = None
+    """Visual tokens above which nothing is compared with float64; None compares all."""
 
 
 def speed_report(bench: Bench, variants: list[Variant], sizing: Sizing, command: str) -> str:
@@ -70,18 +73,23 @@ def measure(
     """Check and time the variants side by side at one number of visual tokens."""
     layout = one_sample(visual, sizing.text)
     layers = {variant.name: LayerBench(bench, variant, layout) for variant in variants}
-    agreements = agree(layers)
+    compared = sizing.compared_up_to is None or visual <= sizing.compared_up_to
+    agreements = agree(layers) if compared else {}
     timings = time_rounds(
         {name: layer.step for name, layer in layers.items()},
         rounds=sizing.rounds,
         timer=timer_of(bench.device),
         budget_seconds=sizing.seconds,
     )
-    results = [_result(layer, timings, machine, agreements[name]) for name, layer in layers.items()]
+    results = [
+        _result(layer, timings, machine, agreements.get(name)) for name, layer in layers.items()
+    ]
     return results, timings
 
 
-def _result(layer: LayerBench, timings: Timings, machine: Machine, agreement: Agreement) -> Result:
+def _result(
+    layer: LayerBench, timings: Timings, machine: Machine, agreement: Agreement | None
+) -> Result:
     name, base = layer.variant.name, next(iter(timings.seconds))
     operators = layer_operators(layer.bench.run_of(layer.variant, layer.layout))
     return Result(
@@ -132,11 +140,11 @@ def agreement_table(results: list[Result]) -> str:
         "input gradient",
         "weight gradients",
     )
-    return report.table(columns, [_agreement_row(result) for result in results])
+    rows = [_agreement_row(r, r.agreement) for r in results if r.agreement is not None]
+    return report.table(columns, rows)
 
 
-def _agreement_row(result: Result) -> list[str]:
-    found = result.agreement
+def _agreement_row(result: Result, found: Agreement) -> list[str]:
     errors = (found.output, found.input_gradient, found.weight_gradient)
     figures = (f"{error:.1e}" for error in errors)
     return [result.variant, str(result.visual), found.against, *figures]

@@ -7,7 +7,6 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from benchmarks.agreement import copy_weights as copy_layers
-from benchmarks.demo_model import demo_model
 from benchmarks.plain_vlm import PlainVLM
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.config.pretrain import PretrainConfig
@@ -49,13 +48,13 @@ REFERENCE = ExecutionConfig(
 
 
 def pretrain_config(
-    attention: str, batch: PackedBatch, execution: ExecutionConfig
+    model: ModelConfig, batch: PackedBatch, execution: ExecutionConfig
 ) -> PretrainConfig:
-    """A run of the demo's model in which every module trains."""
+    """A run of the model in which every module trains, on that batch alone."""
     layout = batch.layout
     rates = ModuleLearningRates(vision_model=RATE, adapter=RATE, language_model=RATE)
     return PretrainConfig(
-        model=demo_model(attention),
+        model=model,
         parallel=ParallelConfig(),
         data=DataConfig(visual_budget=layout.visual_budget, text_budget=layout.text_budget),
         optimizer=OptimizerConfig(learning_rates=rates, warmup_ratio=0.0),
@@ -122,7 +121,7 @@ class PlainVariant:
 
 def reference_of(engine: EngineVariant, batch: PackedBatch) -> EngineVariant:
     """The same preset and weights, run as `REFERENCE` says."""
-    config = pretrain_config(engine.run.config.model.attention, batch, REFERENCE)
+    config = pretrain_config(engine.run.config.model, batch, REFERENCE)
     reference = EngineVariant(config, batch)
     copy_layers(engine.model, reference.model)
     return reference
