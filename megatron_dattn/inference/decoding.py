@@ -1,7 +1,8 @@
 """Prompts that grow by a token at a time: every new token costs the pass of one text token.
 
 The layers are those of training, with a cache of keys and values each, so nothing is computed
-twice. The prompts themselves are read in one of two ways, which give the same numbers:
+twice: a key is rotated once, when it is remembered. The prompts themselves are read in one of two
+ways, which give the same numbers:
 
 - where visual tokens attend to nothing but themselves, every distinct image is encoded once
   (`image_cache.py`), and only text tokens pass the layers;
@@ -15,13 +16,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_dattn.attention import TokenLayout
+from megatron_dattn.attention.backends.dense import DenseBackend
+from megatron_dattn.attention.backends.math import MathBackend
 from megatron_dattn.attention.layers import output_tokens
-from megatron_dattn.attention.plan.decode import next_positions, plan_decode_step
+from megatron_dattn.attention.plan.decode import GrowingText, SampleRows, next_positions
+from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.inference.image_cache import can_keep_images, encode_once
 from megatron_dattn.inference.load import LoadedModel, model_device
 from megatron_dattn.inference.prompt import Prompt, pack_prompts, prompt_layout
 from megatron_dattn.models.attention_inputs import AttentionInputs, LayerInputs
-from megatron_dattn.models.kv_cache import KVCache
+from megatron_dattn.models.kv_cache import DecodeCache, DecodeStep, KVCache
 from megatron_dattn.parallel.sequence import SequenceLayout
 
 
@@ -41,10 +46,9 @@ class Decoding:
         self._layout = prompt_layout(loaded, [(prompt, []) for prompt in prompts])
         self._caches = [KVCache() for _ in self._model.rules]
         self._prompt_inputs = self._model.attention_inputs(self._layout, self._device)
-        # The first layer sees images, so these are of all tokens.
-        self._rotary = self._prompt_inputs.layer(1).rotary
-        self._positions = next_positions(self._layout, self._model.attention)
-        self._added: list[int] = []  # the sample of every token that came after the prompts
+        self._positions = torch.tensor(next_positions(self._layout, self._model.attention))
+        self._samples = list(range(len(prompts)))  # that still go on
+        self._steps: list[_EqualLayers] | None = None
 
     def prefill(self) -> Tensor:
         """Logits of every prompt's next token, [prompts, vocab_size].
@@ -60,18 +64,24 @@ class Decoding:
         """Logits of the tokens that follow these, [samples, vocab_size].
 
         Args:
-            samples: numbers of the prompts that go on; the others wait.
+            samples: numbers of the prompts that go on, in ascending order; the others have ended.
             tokens: what was said last in each of them.
         """
-        positions = torch.tensor([self._positions[sample] for sample in samples])
-        for sample in samples:
-            self._positions[sample] += 1
-        self._added += samples
+        if self._steps is None:
+            self._steps = self._lay_out_samples()
+        if len(samples) < len(self._samples):
+            rows = [self._samples.index(sample) for sample in samples]
+            self._samples, self._positions = list(samples), self._positions[rows]
+            for layers in self._steps:
+                layers.keep(rows)
         language = self._model.model_config.language
-        new = language.rotary_tables(positions, self._device)
-        cos, sin = (torch.cat(tables) for tables in zip(self._rotary, new, strict=True))
-        self._rotary = cos, sin
-        return self._pass(tokens, self._next_inputs(len(samples)), torch.arange(len(samples)))
+        cos, sin = language.rotary_tables(self._positions, self._device)
+        self._positions = self._positions + 1
+        inputs: dict[int, LayerInputs] = {}
+        for layers in self._steps:
+            inputs |= layers.next_inputs((cos.unsqueeze(1), sin.unsqueeze(1)))
+        by_layer = [inputs[number] for number in range(len(inputs))]
+        return self._pass(tokens, by_layer, torch.arange(len(samples)))
 
     def _read_text(self) -> Tensor:
         """The prompts' text tokens, reading what images left."""
@@ -82,8 +92,8 @@ class Decoding:
         tokens = [token for prompt in self._prompts for token in prompt.tokens.input_ids]
         layers = [
             # No visual token passes, so none outputs its own value.
-            replace(layer, plan=replace(layer.plan, num_diagonal_tokens=0))
-            for layer in self._prompt_inputs.by_layer
+            replace(layer, plan=replace(layer.plan, num_diagonal_tokens=0), cache=cache)
+            for layer, cache in zip(self._prompt_inputs.by_layer, self._caches, strict=True)
         ]
         return self._pass(tokens, layers, self._last_text_tokens())
 
@@ -111,34 +121,80 @@ class Decoding:
         language = self._model.language_model
         shards = SequenceLayout(0, len(ids), self._model.pg_collection.tp, sequence_parallel=False)
         by_layer = tuple(replace(layer, shards=shards) for layer in layers)
-        attention = AttentionInputs(by_layer, shards).with_caches(self._caches)
+        attention = AttentionInputs(by_layer, shards)
         tokens = language.scale_tokens(language.embed(torch.tensor(ids, device=self._device)))
         hidden_states = language(tokens, attention)
         return language.gathered_logits(hidden_states, chosen.to(self._device), shards)
 
-    def _next_inputs(self, num_new: int) -> list[LayerInputs]:
-        """What the layers need to know about the newest tokens; equal layers share it."""
+    def _lay_out_samples(self) -> list["_EqualLayers"]:
+        """What was remembered of the prompts, sample by sample."""
+        language, model = self._model.model_config.language, self._model.language_model
         # By identity: `prepare_attention` gave layers with equal rules and windows the same object.
-        made: dict[int, LayerInputs] = {}
-        layers = self._prompt_inputs.by_layer
-        for number, before in enumerate(layers):
-            if id(before) not in made:
-                made[id(before)] = self._grow(number, before, num_new)
-        return [made[id(before)] for before in layers]
-
-    def _grow(self, number: int, before: LayerInputs, num_new: int) -> LayerInputs:
-        rule = before.rule
-        plan = plan_decode_step(
-            rule.layout(self._layout),
-            self._added,
-            num_new,
-            rule.attention,
-            self._device,
-            window=self._model.model_config.language.window(number),
-        )
-        cos, sin = (table[-plan.num_tokens :] for table in self._rotary)
-        return replace(before, plan=plan, rotary=(cos, sin))
+        made: dict[int, _EqualLayers] = {}
+        for number, inputs in enumerate(self._prompt_inputs.by_layer):
+            if id(inputs) not in made:
+                layout = inputs.rule.layout(self._layout)
+                made[id(inputs)] = _EqualLayers(inputs, layout, language.window(number))
+            attention = model.decoder.layers[number].self_attention
+            key, value = self._caches[number].tokens
+            made[id(inputs)].add(number, key, value, attention.head_mask(value))
+            self._caches[number] = KVCache()  # one layer at a time is in memory twice
+        return list(made.values())
 
     def _last_text_tokens(self) -> Tensor:
         """The last text token of every prompt, counted from the first text token."""
         return torch.tensor([end - 1 for end in self._layout.text_cu_seqlens[1:]])
+
+
+class _EqualLayers:
+    """Layers with equal rules and windows, which share a plan in every step.
+
+    Args:
+        inputs: of the prompts' pass.
+        layout: the prompts as these layers see them.
+    """
+
+    def __init__(self, inputs: LayerInputs, layout: TokenLayout, window: int | None) -> None:
+        self._inputs = inputs
+        # Kernels for packs know no rows of unequal length.
+        backend = inputs.backend
+        self._backend = backend if isinstance(backend, DenseBackend) else MathBackend()
+        self._num_visual = layout.visual_budget
+        self._visual, self._text = SampleRows.visual(layout), SampleRows.text(layout)
+        self._growth = GrowingText(layout, inputs.rule.attention, window=window)
+        self._caches: dict[int, DecodeCache] = {}
+
+    def add(self, number: int, key: Tensor, value: Tensor, head_mask: Tensor | None) -> None:
+        """Lay out a layer's keys and values, [visual | text], [tokens, key heads, head_dim]."""
+        visual = slice(self._num_visual)
+        rotated = apply_rotary(key, self._inputs.rotary)
+        images = None
+        if self._visual.num_columns:
+            keys = rotated if self._inputs.rule.attention.t2v.rotary else key
+            values = value[visual]
+            if head_mask is not None:
+                values = values * head_mask.to(value.dtype).unsqueeze(-1)
+            images = self._visual.take(keys[visual]), self._visual.take(values)
+        self._caches[number] = DecodeCache(
+            images, (self._text.take(rotated), self._text.take(value))
+        )
+        self._dtype = self._backend.decoding_dtype(key.dtype)
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these samples alone."""
+        self._growth.keep(rows)
+        for cache in self._caches.values():
+            cache.keep(rows)
+
+    def next_inputs(self, rotary: tuple[Tensor, Tensor]) -> dict[int, LayerInputs]:
+        """Of the layers by number, for one more token of each sample.
+
+        Args:
+            rotary: cosine and sine of those tokens, [samples, 1, head_dim] each.
+        """
+        self._growth.add_token()
+        plan = self._growth.plan(rotary[0].device, self._dtype)
+        return {
+            number: replace(self._inputs, step=DecodeStep(cache, plan, rotary, self._backend))
+            for number, cache in self._caches.items()
+        }

@@ -18,7 +18,7 @@ from megatron_dattn.attention.attention_maps import ReportInputs, ReportPlan, pl
 from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.layers import LayerRule
 from megatron_dattn.models.config import LanguageConfig
-from megatron_dattn.models.kv_cache import KVCache
+from megatron_dattn.models.kv_cache import DecodeStep, KVCache
 from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.parallel.sequence import SequenceLayout
 
@@ -30,7 +30,7 @@ class LayerInputs:
     rule: LayerRule
     plan: AttentionPlan
     """Over all tokens, or over the text tokens alone in a layer that sees no images. With a cache:
-    over its tokens and those of this pass."""
+    over its tokens and those of this pass. A decode step has a plan of its own instead."""
     rotary: tuple[Tensor, Tensor]
     """Cosine and sine of the plan's tokens, each [tokens, head_dim]."""
     shards: SequenceLayout
@@ -39,10 +39,19 @@ class LayerInputs:
     score_function: ScoreFunction
     cache: KVCache | None = None
     """Where keys and values stay for later passes (generation); the tokens are on one rank then."""
+    step: DecodeStep | None = None
+    """In generation after the first pass: text tokens alone, one of each sample."""
     observer: AttentionObserver | None = None
     """Who is shown the layer's queries and keys; None in nearly every step."""
     report: ReportPlan | None = None
     """For the observer: the same attention, taken apart."""
+
+    @property
+    def has_images(self) -> bool:
+        """True if there are visual tokens to be read, in this pass or in a cache."""
+        if self.step is not None:
+            return self.step.cache.images is not None
+        return self.plan.num_visual_tokens > 0
 
     @torch.no_grad()
     def show(self, layer_number: int, query: Tensor, key: Tensor) -> None:

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_dattn.attention.decomposed import attend_images
+from megatron_dattn.attention.newest import read_images
 from megatron_dattn.models.attention_inputs import LayerInputs
 
 
@@ -60,6 +61,8 @@ class ImageCrossAttention(MegatronModule):
             visual: normalized local visual tokens, [tokens, 1, H].
             text: normalized local text tokens, [tokens, 1, H].
         """
+        if inputs.step is not None:
+            return self._decode_step(text, inputs)
         key, value = self.keys_values(visual)
         if inputs.cache is not None:
             key, value = inputs.cache.extend(key, value)  # text that it holds is not read
@@ -73,6 +76,20 @@ class ImageCrossAttention(MegatronModule):
             inputs.rotary,
             score_function=inputs.score_function,
             backend=inputs.backend,
+        )
+        return self.linear_proj(out.flatten(1).unsqueeze(1))[0]
+
+    def _decode_step(self, text: Tensor, inputs: LayerInputs) -> Tensor:
+        step = inputs.step
+        assert step is not None
+        assert step.cache.images is not None
+        groups = step.cache.images[0].shape[2]
+        out = read_images(
+            self.linear_q(text)[0].view(len(text), groups, -1, self.head_dim),
+            step.cache.images,
+            step.plan,
+            score_function=inputs.score_function,
+            backend=step.backend,
         )
         return self.linear_proj(out.flatten(1).unsqueeze(1))[0]
 

@@ -116,8 +116,8 @@ class DecoderLayer(TransformerLayer):
             # For keys and values alone: the residual goes on carrying the encoder's features.
             tokens = torch.cat((self.visual_projector(visual), text))
         normed = self.input_layernorm(tokens)
-        # By the plan, since images may be in the cache while text tokens pass alone.
-        if self.cross_attention is not None and inputs.plan.num_visual_tokens:
+        # Images may be in the cache while text tokens pass alone.
+        if self.cross_attention is not None and inputs.has_images:
             normed_visual, normed_text = inputs.shards.split(normed)
             text = text + self.cross_attention(normed_visual, normed_text, inputs)
             # Text has changed, so it is normalized again; visual tokens have not.

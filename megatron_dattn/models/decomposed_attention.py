@@ -16,6 +16,8 @@ from torch import Tensor
 
 from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.attention.decomposed import attend_scored_tokens, diagonal_attention
+from megatron_dattn.attention.newest import attend_newest
+from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.attention.visual_config import num_shared
 from megatron_dattn.models.attention_inputs import LayerInputs
 from megatron_dattn.models.execution import ExactSavings
@@ -92,6 +94,8 @@ class DecomposedSelfAttention(SelfAttention):
             What attention adds to the local tokens: to both kinds, or, where visual tokens have no
             attention output, to the text tokens alone.
         """
+        if inputs.step is not None:
+            return self._decode_step(hidden_states, inputs)
         query, key, value = self._project_in(hidden_states, inputs)
         if not self.images_are_apart:
             inputs.show(self.layer_number, query, key)
@@ -105,6 +109,33 @@ class DecomposedSelfAttention(SelfAttention):
         if head_mask is not None:
             visual = visual * head_mask.to(visual.dtype).unsqueeze(-1)
         return self._project_out(visual, text, inputs)
+
+    def _decode_step(self, hidden_states: Tensor, inputs: LayerInputs) -> Tensor:
+        """As `forward`, of the newest text token of each sample, [samples, 1, H]."""
+        step = inputs.step
+        assert step is not None
+        mixed, _ = self.linear_qkv(hidden_states)
+        # In every group stand its query heads, then its key, then its value.
+        heads = mixed.view(
+            len(mixed),
+            self.num_query_groups_per_partition,
+            -1,
+            self.hidden_size_per_attention_head,
+        )
+        plain = heads[:, :, :-1]
+        rotated = apply_rotary(plain, step.rotary)
+        out = attend_newest(
+            (rotated if inputs.rule.attention.t2v.rotary else plain)[:, :, :-1],
+            rotated[:, :, :-1],
+            None if self.images_are_apart else step.cache.images,
+            step.cache.add(rotated[:, :, -1], heads[:, :, -1]),
+            step.plan,
+            merge=inputs.rule.attention.merge,
+            score_function=inputs.score_function,
+            backend=step.backend,
+            gate=self.gate,
+        )
+        return self.linear_proj(out.view(len(mixed), 1, -1))[0]
 
     def _project_in(
         self, hidden_states: Tensor, inputs: LayerInputs

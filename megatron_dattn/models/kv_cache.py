@@ -1,20 +1,27 @@
 """Keys and values that a decoder layer's attention keeps from one pass to the next.
 
-Training has none. In generation a pass brings new text tokens alone; what they attend to came
-before: images, which may have been encoded for another prompt, and earlier text.
+Training has none. In generation the first pass reads the prompts: a `KVCache` keeps what it
+projected, as a pack, and may bring images that were encoded for another prompt. Every later pass
+brings one text token per sample: a `DecodeCache` has the same keys and values sample by sample, as
+scores want them.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megatron_dattn.attention import newest
+from megatron_dattn.attention.backends.dense import DenseBackend
+from megatron_dattn.attention.plan.decode import DecodePlan
 
 KeyValue = tuple[Tensor, Tensor]
 """Of the same tokens, [tokens, key heads, head_dim] each, without rotation."""
 
 
 class KVCache:
-    """Keys and values of one layer's tokens, [visual | text so far].
+    """Keys and values of a pack's tokens in one layer, [visual | text].
 
     Visual tokens have those that text tokens read: under merge "cascade" the cross-attention's.
     Keys are kept without rotation, so that an image may stand at any place of any prompt.
@@ -33,8 +40,6 @@ class KVCache:
             key: of the new tokens, [N, key heads, head_dim]; maybe of none.
             value: shaped alike.
         """
-        # Copies the cache in every pass, as Hugging Face's DynamicCache does. Memory that is set
-        # aside for the longest answer would need as much from the start.
         keys, values = zip(*self._pieces, (key, value), strict=True)
         tokens = (key, value) if len(keys) == 1 else (torch.cat(keys), torch.cat(values))
         self._pieces = [tokens]
@@ -45,3 +50,59 @@ class KVCache:
         """Of all tokens so far, after the first pass."""
         (tokens,) = self._pieces
         return tokens
+
+
+class DecodeCache:
+    """Keys and values of samples as rows, keys rotated where their scores are.
+
+    Args:
+        images: of visual tokens; None if there are none. Never written to.
+        text: of the prompts' text tokens.
+    """
+
+    def __init__(self, images: newest.KeyValue | None, text: newest.KeyValue) -> None:
+        self.images = images
+        self._length = text[0].shape[1]
+        self._text = _longer(text)
+
+    def add(self, key: Tensor, value: Tensor) -> newest.KeyValue:
+        """Remember one text token per sample, [samples, key heads, head_dim]; returns all text
+        tokens' key and value."""
+        if self._length == self._text[0].shape[1]:
+            self._text = _longer(self._text)
+        memory_of_keys, memory_of_values = self._text
+        memory_of_keys[:, self._length] = key
+        memory_of_values[:, self._length] = value
+        self._length += 1
+        return memory_of_keys[:, : self._length], memory_of_values[:, : self._length]
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these samples alone; the memory of the others is free."""
+        if self.images is not None:
+            self.images = (self.images[0][rows], self.images[1][rows])
+        self._text = (self._text[0][rows], self._text[1][rows])
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """What one layer needs to know about the newest tokens, one per sample."""
+
+    cache: DecodeCache
+    plan: DecodePlan
+    rotary: tuple[Tensor, Tensor]
+    """Cosine and sine of the newest tokens, each [samples, 1, head_dim]."""
+    backend: DenseBackend
+
+
+def _longer(text: newest.KeyValue) -> newest.KeyValue:
+    """The same tokens with unused columns behind them.
+
+    As many as there are, at least 64: a copy per doubling, not per token. Images, which are most of
+    what is remembered, are not in here.
+    """
+    samples, length, *shape = text[0].shape
+    size = length + max(length, 64)
+    longer = tuple(tokens.new_empty(samples, size, *shape) for tokens in text)
+    for memory, tokens in zip(longer, text, strict=True):
+        memory[:, :length] = tokens
+    return longer[0], longer[1]

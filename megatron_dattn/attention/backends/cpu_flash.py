@@ -30,6 +30,9 @@ class CpuFlashBackend(DenseBackend):
             return dtype
         return super().computing_dtype(dtype, batch)
 
+    def decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype  # all keys in float32 would be copied for each token
+
     def unsupported(
         self,
         device: torch.device,

@@ -48,6 +48,10 @@ class DenseBackend(Backend, ABC):
         """The precision in which inputs of `dtype` reach the kernel."""
         return merge_dtype(dtype)
 
+    def decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The same for a forward pass of one query per head, over any number of keys."""
+        return merge_dtype(dtype)
+
     @abstractmethod
     def dense_forward(
         self, query: Tensor, key: Tensor, value: Tensor, scores: DenseScores

@@ -1,62 +1,127 @@
 """Text that grows behind a pack: what the newest token of each sample sees, as a plan.
 
-While answers are written, a sample gets one text token after the other. Nothing that was there
+While answers are written, every sample gets one text token after the other. Nothing that was there
 before sees them, so the keys and values of earlier tokens stay, and only the new tokens have
-queries. Tokens stand in the order in which they came: the pack as it was laid out, then the added
-tokens.
+queries. Samples are rows here: visual tokens in one table, text tokens in another, shorter rows
+padded behind their prompt, so that the added tokens of all samples share their columns.
 
 A new token comes after all images and all text of its sample. So it sees them all, whatever the
 preset's scope, except what a sliding window hides: text, and images where the window counts them
 or T2V inherits it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_dattn.attention.config import AttentionConfig
-from megatron_dattn.attention.layout import TokenLayout, TokenRange
-from megatron_dattn.attention.plan.parts import AttentionPlan, split_parts
-from megatron_dattn.attention.plan.segments import PartRule, Segment, seen_images
+from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.plan.index import TokenIndex
 from megatron_dattn.attention.positions import token_positions
 
+_PADDING = -1  # no packed token
 
-def plan_decode_step(
-    layout: TokenLayout,
-    added: Sequence[int],
-    num_new: int,
-    config: AttentionConfig,
-    device: torch.device | str = "cpu",
-    *,
-    window: int | None = None,
-) -> AttentionPlan:
-    """The attention of the newest tokens over all tokens.
+_NEVER = np.iinfo(np.int64).min
+_ALWAYS = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What the newest token of each sample sees of that sample's tokens."""
+
+    images_bias: Tensor | None
+    """Added to the scores: 0 for seen visual tokens, else -inf, [samples, 1, 1, columns]; 0 where a
+    sample sees none at all. None if all are seen."""
+    text_bias: Tensor | None
+    """The same of text tokens; a token sees at least itself."""
+    sees_images: Tensor | None
+    """Samples whose newest token sees a visual token, bool [samples]. None if all do."""
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """A pack's tokens as rows: for each sample (row) packed tokens, int64 [samples, columns]."""
+
+    table: NDArray[np.int64]  # _PADDING behind the tokens of short rows
+
+    @property
+    def num_columns(self) -> int:
+        return self.table.shape[1]
+
+    @staticmethod
+    def visual(layout: TokenLayout) -> "SampleRows":
+        """Of visual tokens, in packed order."""
+        return _rows([layout.visual_tokens(sample) for sample in range(layout.num_samples)])
+
+    @staticmethod
+    def text(layout: TokenLayout) -> "SampleRows":
+        """Of text tokens."""
+        return _rows([layout.text_tokens(sample) for sample in range(layout.num_samples)])
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """[packed tokens, ...] to [samples, columns, ...]; a view where all rows are equally long
+        and lie one behind the other. Padding repeats some token of the pack."""
+        places = np.maximum(self.table, 0).ravel()
+        if len(places) and (np.diff(places) == 1).all():
+            index = TokenIndex(len(places), start=int(places[0]))
+        else:
+            index = TokenIndex(len(places), index=torch.from_numpy(places).to(tokens.device))
+        return index.take(tokens).unflatten(0, self.table.shape)
+
+
+class GrowingText:
+    """The rows of a pack in one kind of layer, and what hides their tokens from the newest one.
+
+    Every token has a place, and a window shows the newest token the places behind its own minus the
+    window: text tokens count from 0 or, where the window counts all tokens, in reading order.
 
     Args:
-        layout: the pack, which may have padding.
-        added: the sample of each added token, oldest first.
-        num_new: how many of the last ones are new, each of another sample; they are the scored
-            tokens.
+        layout: the pack as the layer sees it (`LayerRule.layout`), which may have padding.
         window: as for `plan_attention`.
     """
-    device = torch.device(device)
-    first_scored = layout.num_tokens + len(added) - num_new
-    grown = _added_tokens(layout, added, added[len(added) - num_new :])
-    assert len(grown) == num_new, "two new tokens of one sample would see each other"
 
-    rules = _rules(layout, config, grown, first_scored, window)
-    joint, apart = split_parts(rules, config.merge, first_scored, device)
-    return AttentionPlan(
-        num_tokens=layout.num_tokens + len(added),
-        num_visual_tokens=layout.visual_budget,
-        scored_tokens=(first_scored, first_scored + num_new),
-        num_diagonal_tokens=0,
-        parts=joint,
-        visual_parts=apart,
-        merge=config.merge,
-        device=device,
-    )
+    def __init__(
+        self, layout: TokenLayout, config: AttentionConfig, *, window: int | None = None
+    ) -> None:
+        self._window = window
+        visual, text = SampleRows.visual(layout).table, SampleRows.text(layout).table
+        places = np.full(layout.num_tokens + 1, _NEVER)  # the last one is padding's
+        self._newest = np.zeros(layout.num_samples, dtype=np.int64)
+        for sample in range(layout.num_samples):
+            self._newest[sample] = _set_places(places, layout, config, sample) - 1
+        self._visual, self._text = places[visual], places[text]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these samples alone."""
+        self._visual, self._text = self._visual[rows], self._text[rows]
+        self._newest = self._newest[rows]
+
+    def add_token(self) -> None:
+        """Give each sample one more token, which is the newest from now on."""
+        self._newest = self._newest + 1
+        self._text = np.concatenate((self._text, self._newest[:, None]), axis=1)
+
+    def plan(self, device: torch.device | str, dtype: torch.dtype) -> DecodePlan:
+        """What the newest tokens see.
+
+        Args:
+            dtype: in which scores are computed.
+        """
+        first = np.full_like(self._newest, _NEVER)
+        if self._window is not None:
+            first = self._newest - self._window
+        images = np.greater(self._visual, first[:, None])
+        text = np.greater(self._text, first[:, None])
+        sees = images.any(axis=1)
+        return DecodePlan(
+            images_bias=_bias(images | ~sees[:, None], device, dtype),
+            text_bias=_bias(text, device, dtype),
+            sees_images=None if sees.all() else torch.from_numpy(sees).to(device),
+        )
 
 
 def next_positions(layout: TokenLayout, config: AttentionConfig) -> list[int]:
@@ -72,74 +137,36 @@ def next_positions(layout: TokenLayout, config: AttentionConfig) -> list[int]:
     return positions[last].tolist()
 
 
-def _added_tokens(
-    layout: TokenLayout, added: Sequence[int], samples: Sequence[int]
-) -> dict[int, list[TokenRange]]:
-    """Packed tokens that those samples have got, in the order of the samples."""
-    tokens: dict[int, list[TokenRange]] = {sample: [] for sample in samples}
-    for token, sample in enumerate(added, layout.num_tokens):
-        if sample in tokens:
-            tokens[sample].append((token, token + 1))
-    return tokens
-
-
-def _rules(
-    layout: TokenLayout,
-    config: AttentionConfig,
-    grown: dict[int, list[TokenRange]],
-    first_scored: int,
-    window: int | None,
-) -> Iterator[PartRule]:
-    """T2V and T2T of the new tokens, or both as one where they are one softmax in reading order."""
-    read = {
-        sample: _read(layout, config, sample, tokens, window) for sample, tokens in grown.items()
-    }
-
-    def rule(name: str, keys: Iterable[list[TokenRange]], **axes: bool) -> PartRule:
-        segments = (
-            Segment(((token, token + 1),), tuple(seen))
-            for token, seen in enumerate(keys, first_scored)
-        )
-        return PartRule(name, tuple(segments), **axes)
-
-    if config.attends_in_reading_order:
-        yield rule("self-attention", ([*images, *text] for images, text in read.values()))
-        return
-    images, text = zip(*read.values(), strict=True) if read else ((), ())
-    yield rule("T2V", images, rotary=config.t2v.rotary, is_t2v=True)
-    yield rule("T2T", text)
-
-
-def _read(
-    layout: TokenLayout,
-    config: AttentionConfig,
-    sample: int,
-    added: list[TokenRange],
-    window: int | None,
-) -> tuple[list[TokenRange], list[TokenRange]]:
-    """Visual and text tokens that a sample's newest token sees; `added` ends with that token
-    itself."""
+def _set_places(
+    places: NDArray[np.int64], layout: TokenLayout, config: AttentionConfig, sample: int
+) -> int:
+    """Write the places of a sample's packed tokens; returns the place of its next token."""
     if config.window_in_reading_order:
-        runs = [(run.start, run.end) for run in layout.runs(sample)]
-        seen = _last_tokens([*runs, *added], window)
-        return (
-            [tokens for tokens in seen if tokens[0] < layout.visual_budget],
-            [tokens for tokens in seen if tokens[0] >= layout.visual_budget],
-        )
-    newest = layout.text_lengths[sample] + len(added) - 1
-    images = seen_images(layout, config, sample, newest, window)
-    return [images], _last_tokens([layout.text_tokens(sample), *added], window)
+        place = 0
+        for run in layout.runs(sample):
+            places[run.start : run.end] = np.arange(run.end - run.start) + place
+            place += run.end - run.start
+        return place
+    start, end = layout.text_tokens(sample)
+    places[start:end] = np.arange(end - start)
+    for image in layout.sample_images(sample):
+        first, last = layout.image_tokens[image]
+        # An image leaves an inherited window together with the text token before it.
+        inherits = config.t2v.window == "inherit"
+        places[first:last] = layout.images[image].text_offset - 1 if inherits else _ALWAYS
+    return end - start
 
 
-def _last_tokens(ranges: list[TokenRange], window: int | None) -> list[TokenRange]:
-    """The last `window` tokens of some ranges."""
-    if window is None:
-        return ranges
-    kept: list[TokenRange] = []
-    for start, end in reversed(ranges):
-        start = max(start, end - window)
-        window -= end - start
-        kept.append((start, end))
-        if window == 0:
-            break
-    return kept[::-1]
+def _rows(ranges: Sequence[tuple[int, int]]) -> SampleRows:
+    columns = np.arange(max((end - start for start, end in ranges), default=0))
+    starts, ends = np.array(ranges, dtype=np.int64).reshape(-1, 2, 1).transpose(1, 0, 2)
+    tokens = starts + columns
+    return SampleRows(np.where(tokens < ends, tokens, _PADDING))
+
+
+def _bias(seen: NDArray[np.bool_], device: torch.device | str, dtype: torch.dtype) -> Tensor | None:
+    if seen.all():
+        return None
+    hidden = ~torch.from_numpy(seen)
+    bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return bias[:, None, None].to(device)
