@@ -12,6 +12,12 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    SiglipVisionConfig,
+)
 
 from benchmarks.random_checkpoint import mistral_json, siglip_json
 from megatron_dattn.batch import IGNORED_LABEL
@@ -27,7 +33,7 @@ from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConf
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 
-_IMAGE_TOKEN = 10
+IMAGE_TOKEN = 10
 _FIRST_WORD = 16  # ids before it are control tokens'
 
 
@@ -97,7 +103,7 @@ class ExportedModel:
             min_new_tokens=tokens,
             do_sample=False,
             pad_token_id=0,
-            suppress_tokens=[_IMAGE_TOKEN],
+            suppress_tokens=[IMAGE_TOKEN],
             **self._images(kept),
         )
         return said[0, prompt.shape[1] :].tolist()
@@ -174,10 +180,25 @@ def random_export(model: ModelConfig) -> Any:
     config = DAttnConfig(
         vision_config=siglip_json(model.vision),
         text_config=mistral_json(model.language),
-        image_token_id=_IMAGE_TOKEN,
+        image_token_id=IMAGE_TOKEN,
         adapter_hidden_size=model.language.hidden_size,
     )
     return DAttnForConditionalGeneration(config).eval()
+
+
+def random_llava(model: ModelConfig) -> Any:
+    """The same sizes as a stock LLaVA, which counts a token for each patch."""
+    vision: dict[str, Any] = siglip_json(model.vision)
+    language: dict[str, Any] = mistral_json(model.language)
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**vision),
+        text_config=MistralConfig(**language),
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=model.tokens_per_image,
+        vision_feature_layer=model.vision.feature_layer,
+        vision_feature_select_strategy="full",
+    )
+    return LlavaForConditionalGeneration(config).eval()
 
 
 def random_loaded(model: ModelConfig) -> LoadedModel:
@@ -186,7 +207,7 @@ def random_loaded(model: ModelConfig) -> LoadedModel:
         model, ParallelConfig(), ExecutionConfig(precision="fp32", transformer_impl="local")
     )
     tokenizer: Any = SimpleNamespace(
-        eos_token_id=-1, convert_tokens_to_ids=lambda token: _IMAGE_TOKEN
+        eos_token_id=-1, convert_tokens_to_ids=lambda token: IMAGE_TOKEN
     )
     conversations: Any = SimpleNamespace(template="mistral_v3")
     preprocessor = ImagePreprocessor(model.vision.image_size)
