@@ -62,13 +62,13 @@ def read_images(
     query: Tensor,
     images: KeyValue,
     plan: DecodePlan,
-    *,
     score_function: ScoreFunction,
     backend: DenseBackend,
 ) -> Tensor:
-    """T2V alone, of merge "cascade"; arguments and result as of `attend_newest`. Samples that see
-    no image give zero."""
-    out, _ = _softmax(query, images, plan.images_bias, score_function, backend)
+    """T2V alone, of merge "cascade", [samples, query heads, head_dim], shaped like `query`, which
+    is not rotated. Samples that see no image give zero."""
+    grouped = query.unflatten(1, (images[0].shape[2], -1))
+    out, _ = _softmax(grouped, images, plan.images_bias, score_function, backend)
     if plan.sees_images is not None:
         out = out * plan.sees_images[:, None, None, None]
     return out.flatten(1, 2).to(query.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_dattn.attention.decomposed import attend_images
 from megatron_dattn.attention.newest import read_images
 from megatron_dattn.models.attention_inputs import LayerInputs
+from megatron_dattn.models.projections import project
 
 
 class ImageCrossAttention(MegatronModule):
@@ -61,37 +62,28 @@ class ImageCrossAttention(MegatronModule):
             visual: normalized local visual tokens, [tokens, 1, H].
             text: normalized local text tokens, [tokens, 1, H].
         """
-        if inputs.step is not None:
-            return self._decode_step(text, inputs)
-        key, value = self.keys_values(visual)
-        if inputs.cache is not None:
-            key, value = inputs.cache.extend(key, value)  # text that it holds is not read
-        query = self.linear_q(text)[0].unflatten(2, (-1, self.head_dim)).squeeze(1)
-        inputs.show(self.layer_number, query, key)
-        out = attend_images(
-            query,
-            key,
-            value,
-            inputs.plan,
-            inputs.rotary,
-            score_function=inputs.score_function,
-            backend=inputs.backend,
-        )
-        return self.linear_proj(out.flatten(1).unsqueeze(1))[0]
-
-    def _decode_step(self, text: Tensor, inputs: LayerInputs) -> Tensor:
-        step = inputs.step
-        assert step is not None
-        assert step.cache.images is not None
-        groups = step.cache.images[0].shape[2]
-        out = read_images(
-            self.linear_q(text)[0].view(len(text), groups, -1, self.head_dim),
-            step.cache.images,
-            step.plan,
-            score_function=inputs.score_function,
-            backend=step.backend,
-        )
-        return self.linear_proj(out.flatten(1).unsqueeze(1))[0]
+        query = project(self.linear_q, text).unflatten(2, (-1, self.head_dim)).squeeze(1)
+        scores = inputs.score_function
+        if inputs.step is None:
+            key, value = self.keys_values(visual)
+            if inputs.cache is not None:
+                key, value = inputs.cache.extend(key, value)  # text that it holds is not read
+            inputs.show(self.layer_number, query, key)
+            out = attend_images(
+                query,
+                key,
+                value,
+                inputs.plan,
+                inputs.rotary,
+                score_function=scores,
+                backend=inputs.backend,
+            )
+        else:
+            step = inputs.step
+            images = step.cache.images
+            assert images is not None, "see LayerInputs.has_images"
+            out = read_images(query, images, step.plan, scores, step.backend)
+        return project(self.linear_proj, out.flatten(1).unsqueeze(1))
 
     def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of all visual tokens, [tokens, key heads of this rank, head_dim] each.

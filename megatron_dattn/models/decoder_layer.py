@@ -31,6 +31,7 @@ from megatron_dattn.models.adapter import VisualProjector
 from megatron_dattn.models.attention_inputs import AttentionInputs, LayerInputs
 from megatron_dattn.models.cross_attention import ImageCrossAttention
 from megatron_dattn.models.execution import ExactSavings
+from megatron_dattn.models.projections import gated_ffn
 
 # Local tokens: all of them in one tensor, or visual and text tokens apart.
 States = tuple[Tensor, ...]
@@ -162,7 +163,12 @@ class DecoderLayer(TransformerLayer):
         return torch.cat([self._checkpoint(function, chunk) for chunk in tokens.split(limit)])
 
     def _ffn_of(self, tokens: Tensor) -> Tensor:
-        added, _ = self.mlp(self.pre_mlp_layernorm(tokens))
+        normed = self.pre_mlp_layernorm(tokens)
+        added = (
+            gated_ffn(self.mlp, normed)
+            if torch.is_inference_mode_enabled()
+            else self.mlp(normed)[0]
+        )
         return tokens + self.post_feedforward_layernorm(added)
 
     def _part_of_ffn(self, tokens: Tensor, share: float) -> Tensor:

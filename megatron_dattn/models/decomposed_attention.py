@@ -21,7 +21,11 @@ from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.attention.visual_config import num_shared
 from megatron_dattn.models.attention_inputs import LayerInputs
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.models.projections import fold_output_weight, project_queries_keys_values
+from megatron_dattn.models.projections import (
+    fold_output_weight,
+    project,
+    project_queries_keys_values,
+)
 
 
 class DecomposedCore(torch.nn.Module):
@@ -114,7 +118,7 @@ class DecomposedSelfAttention(SelfAttention):
         """As `forward`, of the newest text token of each sample, [samples, 1, H]."""
         step = inputs.step
         assert step is not None
-        mixed, _ = self.linear_qkv(hidden_states)
+        mixed = project(self.linear_qkv, hidden_states)
         # In every group stand its query heads, then its key, then its value.
         heads = mixed.view(
             len(mixed),
@@ -135,7 +139,7 @@ class DecomposedSelfAttention(SelfAttention):
             backend=step.backend,
             gate=self.gate,
         )
-        return self.linear_proj(out.view(len(mixed), 1, -1))[0]
+        return project(self.linear_proj, out.view(len(mixed), 1, -1))
 
     def _project_in(
         self, hidden_states: Tensor, inputs: LayerInputs

@@ -106,7 +106,7 @@ class GrowingText:
         self._text = np.concatenate((self._text, self._newest[:, None]), axis=1)
 
     def plan(self, device: torch.device | str, dtype: torch.dtype) -> DecodePlan:
-        """What the newest tokens see.
+        """Say which tokens the newest ones see.
 
         Args:
             dtype: in which scores are computed.

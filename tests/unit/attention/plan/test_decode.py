@@ -91,7 +91,7 @@ class Rows:
             **options,
         )
         if apart and self.images is not None:
-            out = out + read_images(plain, self.images, plan, **options)
+            out = out + read_images(plain.flatten(1, 2), self.images, plan, **options)
         return out
 
 
