@@ -71,7 +71,9 @@ def fold_output_weight(weight: Tensor, num_groups: int, head_dim: int) -> Tensor
 class _ProjectTokens(torch.autograd.Function):
     """Gathers the tokens, multiplies, and gathers them again in the backward pass.
 
-    Keeping the gathered tokens for it would undo the memory that sequence parallelism saves.
+    Keeping the gathered tokens for it would undo the memory that sequence parallelism saves. Text
+    tokens meet the whole weight as it lies; only for visual tokens are the key and value rows, a
+    small part of it, copied together.
     """
 
     @staticmethod
@@ -86,9 +88,15 @@ class _ProjectTokens(torch.autograd.Function):
         ctx.save_for_backward(local, weight)
         ctx.shards, ctx.heads = shards, (num_groups, head_dim)
         tokens = shards.all_gather(local)
-        # Rows of the two lie interleaved in the weight, so each is a copy.
-        query_weight, key_value_weight = _parts(weight, num_groups, head_dim)
-        return tokens[-shards.text :] @ query_weight.T, tokens @ key_value_weight.T
+        visual, text = tokens[: -shards.text], tokens[-shards.text :]
+        mixed = (text @ weight.T).unflatten(1, (num_groups, -1, head_dim))
+        query = mixed[:, :, :-2].flatten(1)
+        key_value = query.new_empty(len(tokens), 2 * num_groups * head_dim)
+        if len(visual):
+            torch.mm(visual, _key_value_rows(weight, *ctx.heads).T, out=key_value[: len(visual)])
+        of_text = key_value[-shards.text :].unflatten(1, (2, num_groups, head_dim))
+        of_text.copy_(mixed[:, :, -2:].transpose(1, 2))
+        return query, key_value
 
     @staticmethod
     @once_differentiable
@@ -97,33 +105,32 @@ class _ProjectTokens(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         local, weight = ctx.saved_tensors
         shards: SequenceLayout = ctx.shards
-        query_weight, key_value_weight = _parts(weight, *ctx.heads)
         grad_local, grad_weight = None, None
         if ctx.needs_input_grad[0]:
             # Of this rank's heads; the sum over the ranks is the gradient.
-            grad_tokens = grad_key_value @ key_value_weight
-            grad_tokens[-shards.text :] += grad_query @ query_weight
-            grad_local = shards.reduce_scatter(grad_tokens)
+            grad_visual = grad_key_value[: -shards.text] @ _key_value_rows(weight, *ctx.heads)
+            grad_text = grad_query.T, grad_key_value[-shards.text :].T
+            grad_mixed = _join_rows(*grad_text, *ctx.heads).T
+            grad_local = shards.reduce_scatter(grad_visual, grad_mixed @ weight)
         if ctx.needs_input_grad[1]:  # not where the language model is frozen
+            # Not by kinds of tokens: a sum of two products would be rounded twice.
             tokens = shards.all_gather(local)
-            grad_weight = _join_parts(
-                grad_query.T @ tokens[-shards.text :], grad_key_value.T @ tokens, weight, *ctx.heads
+            grad_weight = _join_rows(
+                grad_query.T @ tokens[-shards.text :], grad_key_value.T @ tokens, *ctx.heads
             )
         return grad_local, grad_weight, None, None, None
 
 
-def _parts(weight: Tensor, num_groups: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Rows of the fused weight that make queries, and those that make keys and then values."""
+def _key_value_rows(weight: Tensor, num_groups: int, head_dim: int) -> Tensor:
+    """Rows of the fused weight that make keys and then values, [2 * groups * head_dim, H]: a
+    copy."""
     heads = weight.unflatten(0, (num_groups, -1, head_dim))
-    key_value = heads[:, -2:].transpose(0, 1)
-    return heads[:, :-2].flatten(0, 2), key_value.flatten(0, 2)
+    return heads[:, -2:].transpose(0, 1).flatten(0, 2)
 
 
-def _join_parts(
-    query: Tensor, key_value: Tensor, weight: Tensor, num_groups: int, head_dim: int
-) -> Tensor:
-    """The inverse of `_parts`, shaped like `weight`."""
-    joined = torch.empty_like(weight).unflatten(0, (num_groups, -1, head_dim))
-    joined[:, :-2] = query.view(num_groups, -1, head_dim, weight.shape[1])
-    joined[:, -2:] = key_value.view(2, num_groups, head_dim, weight.shape[1]).transpose(0, 1)
-    return joined.flatten(0, 2)
+def _join_rows(query: Tensor, key_value: Tensor, num_groups: int, head_dim: int) -> Tensor:
+    """Rows for queries and rows for keys and then values, [rows, N] each, in the order of the fused
+    weight's, [groups * (queries + 2) * head_dim, N]."""
+    queries = query.unflatten(0, (num_groups, -1, head_dim))
+    keys_values = key_value.unflatten(0, (2, num_groups, head_dim)).transpose(0, 1)
+    return torch.cat((queries, keys_values), dim=1).flatten(0, 2)
