@@ -14,16 +14,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import maybe_load_config
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.common import (
-    COMMON_STATE_FNAME,
-    TorchCommonLoadStrategy,
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    StateDict,
+    apply_factory_merges,
 )
-from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.utils import (
+    extract_sharded_base,
+    force_all_tensors_to_non_fp8,
+)
 from megatron.core.dist_checkpointing.validation import (
     determine_global_metadata,
     validate_sharding_integrity,
@@ -82,29 +86,29 @@ def load_checkpoint(
         stored = {key: shape for key, shape in stored.items() if wanted(key)}
     request = on_every_rank("comparing the keys", lambda: _fit(folder, request, stored))
 
-    def load() -> StateDict:
-        try:
-            return dist_checkpointing.load(
-                request,
-                str(folder),
-                sharded_strategy=reader.SafeLoadStrategy(metadata),
-                common_strategy=_AlreadyRead(common),
-                validate_access_integrity=False,  # done in _fit, in step with the other ranks
-            )
-        except dcp.CheckpointException as error:
-            raise first_failure(f"loading {folder}", error) from error
-
-    return on_every_rank(f"loading {folder}", load)
+    return on_every_rank(f"loading {folder}", lambda: _read_into(request, folder, metadata, common))
 
 
-class _AlreadyRead(TorchCommonLoadStrategy):
-    """Hands over common state that was read before, when a failure could still be agreed on."""
+def _read_into(
+    request: ShardedStateDict, folder: Path, metadata: dcp.Metadata, common: StateDict
+) -> StateDict:
+    """What megatron-core's `dist_checkpointing.load` does, with the restricted readers.
 
-    def __init__(self, common: StateDict) -> None:
-        self._common = common
-
-    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
-        return self._common
+    Its own reads the common state by itself: each rank alone, where a failure is nobody else's.
+    """
+    # FP8 tensors of Transformer Engine would be read into as they are: their scales, which follow
+    # from the values, would be those from before.
+    force_all_tensors_to_non_fp8(request)
+    # Factories ask for the parts of a fused parameter (gate and up projection), joined below.
+    request, local, factories = load_preprocess(request)
+    state = dict(common)
+    merge(state, local)
+    shards, _ = extract_sharded_base(request)
+    try:
+        merge(state, reader.read_shards(shards, folder, metadata))
+    except dcp.CheckpointException as error:
+        raise first_failure(f"loading {folder}", error) from error
+    return apply_factory_merges(state, factories)
 
 
 def _check_folder(folder: Path) -> Manifest:

@@ -25,7 +25,6 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
-    TorchDistLoadShardedStrategy,
     _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
     _restore_dict_types,
@@ -122,42 +121,35 @@ class _LoadPlanner(MCoreLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = loaded
 
 
-class SafeLoadStrategy(TorchDistLoadShardedStrategy):
-    """megatron-core's `torch_dist` loading on top of the restricted readers.
+def read_shards(
+    sharded_state_dict: ShardedStateDict, folder: Path, metadata: dcp.Metadata
+) -> StateDict:
+    """Read what the state dict asks for, in place where it holds tensors. Collective.
+
+    Source: TorchDistLoadShardedStrategy.load in megatron-core's strategies/torch.py.
 
     Args:
         metadata: the checkpoint's index, from `read_metadata`.
+
+    Raises:
+        torch.distributed.checkpoint.CheckpointException: on all ranks, if one failed.
     """
-
-    def __init__(self, metadata: dcp.Metadata) -> None:
-        super().__init__()
-        self._metadata = metadata
-
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
-        """Read what the state dict asks for, in place where it holds tensors.
-
-        Raises:
-            torch.distributed.checkpoint.CheckpointException: on all ranks, if one failed.
-        """
-        tensors = [t for t in nested_values(sharded_state_dict) if isinstance(t, ShardedTensor)]
-        flat, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict
-        )
-        request = mcore_to_pyt_state_dict(flat, is_loading=True)
-        planner = _LoadPlanner(
-            shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors={
-                t.key: t for t in tensors if t.allow_shape_mismatch
-            },
-            flatten_state_dict=False,
-            flatten_sharded_tensors=False,
-        )
-        reader = _Reader(checkpoint_dir, self._metadata)
-        dcp.load(request, storage_reader=reader, planner=planner)
-        loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in request.items()}
-        state = _replace_sharded_keys_with_state_dict_keys(loaded, flat_mapping, rename_mapping)
-        _restore_dict_types(state, sharded_state_dict)
-        return state
+    tensors = [t for t in nested_values(sharded_state_dict) if isinstance(t, ShardedTensor)]
+    flat, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(
+        sharded_state_dict
+    )
+    request = mcore_to_pyt_state_dict(flat, is_loading=True)
+    planner = _LoadPlanner(
+        shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,
+    )
+    dcp.load(request, storage_reader=_Reader(folder, metadata), planner=planner)
+    loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in request.items()}
+    state = _replace_sharded_keys_with_state_dict_keys(loaded, flat_mapping, rename_mapping)
+    _restore_dict_types(state, sharded_state_dict)
+    return state
 
 
 def stored_shapes(metadata: dcp.Metadata) -> dict[str, tuple[int, ...] | None]:
