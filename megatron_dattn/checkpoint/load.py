@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.core import maybe_load_config
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import (
     ShardedStateDict,
@@ -39,11 +38,15 @@ from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank
 from megatron_dattn.checkpoint.manifest import Manifest, read_manifest, require_listed
 from megatron_dattn.checkpoint.writer import first_failure
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.json_file import JsonFields, read_json_object
+from megatron_dattn.runtime.json_file import read_json_object
 from megatron_dattn.runtime.plain_file import open_plain
 
 _SHOWN = 8
 _FORMAT_FILE = "metadata.json"
+# megatron-core 0.19 has none of the common state any more; it reads common.pt all the same.
+_FORMAT_FIELDS = {
+    f"{part}_backend{version}" for part in ("sharded", "common") for version in ("", "_version")
+}
 
 Shapes = dict[str, tuple[int, ...] | None]
 
@@ -126,18 +129,18 @@ def _read_small_files(folder: Path, manifest: Manifest) -> tuple[dcp.Metadata, S
 def _check_format(folder: Path) -> None:
     """Raise CheckpointError unless megatron-core's marker says what we can read.
 
-    Its own reader waits for a pipe and breaks at nested lists, so the file is read here first.
+    Its own reader waits for a pipe, breaks at nested lists, and passes over what it does not know
+    or fails at it, depending on its version.
     """
     path = folder / _FORMAT_FILE
     try:
         content = read_json_object(path, CheckpointError, follow_links=False)
-        JsonFields(content, str(path), CheckpointError).text("sharded_backend")
-        config = maybe_load_config(str(folder))
     except FileNotFoundError:
-        config = None
-    except TypeError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if config is None or config.sharded_backend != "torch_dist":
+        content = {}
+    unknown = content.keys() - _FORMAT_FIELDS
+    if unknown:
+        raise CheckpointError(f"{path} has {', '.join(sorted(unknown))}: of a newer format")
+    if content.get("sharded_backend") != "torch_dist":
         raise CheckpointError(f"{folder} is no distributed checkpoint of format torch_dist")
 
 
