@@ -26,7 +26,10 @@ class HostAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        # Newer megatron-core always says whether the update goes into a CUDA graph.
+        assert not capturable, "there are no CUDA graphs on the host"
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         self._update = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
