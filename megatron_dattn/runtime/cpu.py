@@ -81,6 +81,9 @@ def _redirect_cuda_module() -> None:
         # Every buffer is made on it: param_and_grad_buffer.py:775-806, layers.py:251, 899, 1197,
         # p2p_communication.py:190-321, rotary_pos_embedding.py:78, and 160 more places.
         "current_device": lambda: CPU,
+        # Asked for before every reduction since 0.19 (param_and_grad_buffer.py:632), for events of
+        # CUDA graphs to wait for; the host has neither.
+        "current_stream": lambda device=None: None,
         # p2p_communication.py:242, 398, timers.py:152, 165, fully_parallel.py:272: the host is
         # always in step with itself.
         "synchronize": lambda device=None: None,
