@@ -2,8 +2,8 @@
 
 megatron-core groups parameters by overrides. Two of its habits shape this file: passing overrides
 replaces its rule that biases and norms do not decay (so ours are added to the standard ones), and
-on load it tells groups apart by `lr_mult` and a few flags but not by their rate (so every module
-has its own `lr_mult`, which 0.16.1 compares and saves but never multiplies by).
+on load 0.16 tells groups apart by `lr_mult` and a few flags but not by their rate (so every module
+has its own `lr_mult`, which is compared and saved but never multiplied by).
 
 A third one shapes its part of a checkpoint. With one group per module, a pipeline stage without
 vision encoder has empty groups. megatron-core's state-dict helpers drop empty containers, so a list
@@ -135,24 +135,6 @@ def parameter_groups(optimizer: MegatronOptimizer) -> list[ParameterGroup]:
     ]
 
 
-def check_peak_rates(settings: OptimizerConfig, optimizer: MegatronOptimizer) -> None:
-    """After a resume: the checkpoint's optimizer groups must have the configured peaks.
-
-    megatron-core takes the groups as they were saved, rates included, without a word.
-
-    Raises:
-        ConfigError: naming the module and both rates.
-    """
-    for group in parameter_groups(optimizer):
-        wanted = learning_rate_of(settings.learning_rates, group.module)
-        if group.peak_rate != wanted:
-            raise ConfigError(
-                f"optimizer.learning_rates.{group.module} is {wanted:g}, but the checkpoint was "
-                f"trained with {group.peak_rate:g}; resume with the same rates, or start a new "
-                "stage from its weights (checkpoint.load)"
-            )
-
-
 def current_learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
     """Learning rate of each trained module at this moment."""
     return {group.module: group.learning_rate for group in parameter_groups(optimizer)}
@@ -215,8 +197,13 @@ def sharded_optimizer_state(
 
 
 def restore_optimizer(optimizer: MegatronOptimizer, loaded: StateDict) -> None:
-    """Hand a loaded state to the optimizer; the inverse of `sharded_optimizer_state`."""
+    """Hand a loaded state to the optimizer; the inverse of `sharded_optimizer_state`.
+
+    Raises:
+        ConfigError: it was trained with other peak rates, naming the module and both.
+    """
     part = single_optimizer(optimizer)
+    _check_peak_rates(optimizer, loaded)
     if isinstance(part, Float16OptimizerWithFloat16Params):
         loaded["optimizer"].setdefault("state", {})
         by_place = loaded.get(_MASTER_WEIGHTS, {})
@@ -227,6 +214,24 @@ def restore_optimizer(optimizer: MegatronOptimizer, loaded: StateDict) -> None:
     elif isinstance(part, FP32Optimizer):
         loaded.setdefault("state", {})
     optimizer.load_state_dict(loaded)
+
+
+def _check_peak_rates(optimizer: MegatronOptimizer, loaded: StateDict) -> None:
+    """Compare the groups as configured with those to be loaded.
+
+    megatron-core 0.16 takes them as they were saved, rates included, without a word; 0.19 looks
+    for groups of the same rates, and says of others that there are none.
+    """
+    groups = loaded.get("optimizer", loaded)["param_groups"]
+    saved = {group["lr_mult"]: group["max_lr"] for group in groups}
+    for group in parameter_groups(optimizer):
+        rate = saved.get(_GROUP_MARK[group.module], group.peak_rate)
+        if rate != group.peak_rate:
+            raise ConfigError(
+                f"optimizer.learning_rates.{group.module} is {group.peak_rate:g}, but the "
+                f"checkpoint was trained with {rate:g}; resume with the same rates, or start a new "
+                "stage from its weights (checkpoint.load)"
+            )
 
 
 def single_optimizer(optimizer: Any) -> Any:

@@ -32,12 +32,7 @@ from megatron_dattn.runtime.same_facts import all_ranks_have_same
 from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.ledger import SampleLedger
 from megatron_dattn.training.metrics import Metrics
-from megatron_dattn.training.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    check_peak_rates,
-    describe_optimizer,
-)
+from megatron_dattn.training.optimizer import build_optimizer, build_scheduler, describe_optimizer
 from megatron_dattn.training.run_folder import describe_again, describe_run
 from megatron_dattn.training.stages import build_training_model
 from megatron_dattn.training.start_facts import start_facts
@@ -200,12 +195,11 @@ def restore(config: PretrainConfig, checkpointer: Checkpointer, state: TrainStat
     Afterwards the run folder describes this run: not before, so that a configuration that does not
     fit its checkpoints leaves no trace.
     """
-    if checkpointer.resume(state):
-        check_peak_rates(config.optimizer, state.optimizer)
-    elif config.checkpoint.load:
-        checkpointer.load_weights(state, config.checkpoint.load)
-    elif is_rank_0():
-        logger.warning("checkpoint.load is not set: the model starts from random weights")
+    if not checkpointer.resume(state):
+        if config.checkpoint.load:
+            checkpointer.load_weights(state, config.checkpoint.load)
+        elif is_rank_0():
+            logger.warning("checkpoint.load is not set: the model starts from random weights")
     folder = config.checkpoint.save
     if folder is not None:
         on_first_rank(f"writing into {folder}", lambda: describe_run(config, Path(folder)))
