@@ -31,7 +31,14 @@ _HARMLESS_WARNINGS = (
         r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is depr",
         r"torch\.distributed",
     ),
+    # Of 0.19, whose optimizer looks at every model for this one's sake.
+    ("MimoModelConfig is experimental", r"megatron\.core\.models\.mimo"),
 )
+# What 0.19 logs as warnings to those who build models from it: by logger, its beginning.
+_HARMLESS_RECORDS = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+}
 _WITHOUT_GPU_PACKAGES = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed\. Falling back to Torch Norm",
@@ -109,6 +116,12 @@ def quiet_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for message, module in _HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=module)
+    for name in _HARMLESS_RECORDS:
+        logging.getLogger(name).addFilter(_says_something)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_HARMLESS_RECORDS[record.name])
 
 
 def silence_import_warnings() -> None:

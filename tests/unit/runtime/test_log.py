@@ -83,6 +83,17 @@ def test_filters_are_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown("`torch.distributed.send` is deprecated", "torch.distributed.c10d_logger")
 
 
+def test_notices_to_engine_developers_are_dropped_and_other_records_kept() -> None:
+    stream = io.StringIO()
+    setup_logging(3, stream=stream)
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
+    logger.warning("the embedding is too small")
+    assert re.fullmatch(
+        TIME + r" \[rank 3\] WARNING the embedding is too small\n", stream.getvalue()
+    )
+
+
 def test_missing_gpu_packages_are_mentioned_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     warnings.resetwarnings()
