@@ -195,7 +195,12 @@ class WatchedIterator(_MultiProcessingDataLoaderIter):
         if self._pin_memory:
             self._pin_memory_thread_done_event.set()
         self._worker_result_queue.cancel_join_thread()
-        self._worker_result_queue.put((None, None))  # wakes it
+        try:
+            self._worker_result_queue.put((None, None))  # wakes it
+        except RuntimeError:
+            # The queue sends from a thread of its own, which Python 3.12 no longer starts when the
+            # interpreter is at its end; then the receiver, a daemon, ends with it.
+            return
         self._receiver.join(timeout=1.0)
 
 

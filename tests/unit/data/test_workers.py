@@ -64,6 +64,22 @@ def drain(loader: VLMLoader) -> None:
         pass
 
 
+def test_workers_are_ended_where_no_thread_can_be_started_any_more(
+    processor: Path, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the end of a Python 3.12, which would then wait for its workers for ever."""
+    loader, workers = started(processor, dataset)
+    assert loader._loader is not None
+    results = loader._loader._iterator._worker_result_queue
+
+    def refuse() -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(results, "_start_thread", refuse)
+    loader._loader._iterator._shutdown_workers()
+    assert not any(worker.is_alive() for worker in workers)
+
+
 def test_a_dead_worker_is_one_error_for_who_waits_for_a_pack(
     processor: Path, dataset: DatasetConfig
 ) -> None:
