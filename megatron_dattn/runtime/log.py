@@ -125,7 +125,7 @@ def _says_something(record: logging.LogRecord) -> bool:
 
 
 def silence_import_warnings() -> None:
-    """Hide megatron-core's notices that GPU packages are missing, where there is no GPU.
+    """Hide megatron-core's and torch's notices that what GPUs need is missing, where there is none.
 
     And a Transformer Engine on which its imports would fail. Most notices are given when
     megatron-core is imported, so call it before that.
@@ -136,6 +136,8 @@ def silence_import_warnings() -> None:
     if not torch.cuda.is_available():
         for message in _WITHOUT_GPU_PACKAGES:
             warnings.filterwarnings("ignore", message=message, module=r"megatron\.core")
+        # Says so, too, for builds of torch with CUDA on a machine that has a CUDA compiler.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def escape_what_cannot_be_written(stream: TextIO) -> None:
