@@ -14,12 +14,13 @@ export TOKENIZERS_PARALLELISM := false
 # Given on the command line or in the environment, for the scripts below.
 export PYTHON TORCH_ARGS
 
-.PHONY: demo test test-all test-pythons test-readers gpu-check lint install clean help
+.PHONY: demo test test-all test-newest test-pythons test-readers gpu-check lint install clean help
 
 help:
 	@echo "make demo                    train and evaluate a small model here (about 15 minutes)"
 	@echo "make demo ATTENTION=s_attn   the same with conventional causal attention"
 	@echo "make test                    the test suite (about 12 minutes on two cores)"
+	@echo "make test-newest             the test suite with the newest megatron-core, on Python 3.12 up"
 	@echo "make test-pythons            saving, loading and resuming under every Python found"
 	@echo "make test-readers            exports under several versions of transformers (about 2 minutes)"
 	@echo "make gpu-check               tests, errors, times and memory on a GPU (8 minutes)"
@@ -36,6 +37,11 @@ test: install
 
 test-all: install
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not gpu" $(PYTEST_ARGS)
+
+# megatron-core 0.19 needs Python 3.12, and has an environment of its own.
+test-newest:
+	@ADMITTED=">=3.12,<3.14" tools/make_environment.sh .venv-newest requirements-newest.lock
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-pythons:
 	tools/test_pythons.sh $(PYTEST_ARGS)
@@ -54,4 +60,4 @@ lint: install
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) .venv-pythons .venv-readers runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-pythons .venv-readers runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

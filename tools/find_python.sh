@@ -5,6 +5,7 @@
 #   tools/find_python.sh --all   one line per version that is found
 #
 # PYTHON       takes this interpreter and no other
+# ADMITTED     the versions that are suitable, in place of pyproject.toml's requires-python
 # PYENV_ROOT   where pyenv keeps its interpreters (~/.pyenv)
 #
 # Each candidate is really started: a name on PATH may be a pyenv shim without a version behind it, a
@@ -12,9 +13,9 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-admitted=$(sed -n 's/^requires-python *= *"\(.*\)"/\1/p' "${root}/pyproject.toml")
+admitted=${ADMITTED:-$(sed -n 's/^requires-python *= *"\(.*\)"/\1/p' "${root}/pyproject.toml")}
 if [[ ! ${admitted} =~ ^">=3."([0-9]+)",<3."([0-9]+)$ ]]; then
-    echo "error: requires-python in pyproject.toml is '${admitted}', not '>=3.A,<3.B'" >&2
+    echo "error: requires-python (or ADMITTED) is '${admitted}', not '>=3.A,<3.B'" >&2
     exit 1
 fi
 oldest=${BASH_REMATCH[1]} beyond=${BASH_REMATCH[2]}

@@ -220,6 +220,18 @@ def test_an_environment_keeps_its_interpreter_until_another_is_named(machine: Ma
     assert machine.installed()[0] == "python3.12 -m venv --clear"
 
 
+def test_another_lock_and_the_interpreters_that_it_needs(machine: Machine) -> None:
+    machine.add("python3.11", (3, 11, 2))
+    machine.add("python3.12", (3, 12, 1))
+    (machine.root / "newest.lock").write_text("numpy==3\ntorch==2.14.0\n")
+    newest = ("make_environment.sh", "venv", "newest.lock")
+    machine.run(*newest, ADMITTED=">=3.12,<3.14")
+    assert machine.installed() == ["python3.12 -m venv --clear", *["python3.12 -m pip install"] * 3]
+    (machine.root / "requirements.lock").write_text("numpy==2\ntorch==2.13.0\n")
+    machine.run(*newest, ADMITTED=">=3.12,<3.14")
+    assert machine.installed() == []
+
+
 def test_a_folder_with_other_things_is_not_cleared(machine: Machine) -> None:
     machine.add("python3.11", (3, 11, 2))
     precious = machine.folder / "work" / "results"
