@@ -1,4 +1,4 @@
-"""Lets megatron-core 0.16.1 train where there is no CUDA device, over gloo.
+"""Lets megatron-core train where there is no CUDA device, over gloo.
 
 megatron-core names CUDA in the middle of its engine: devices of buffers, random states, type
 strings. `enable_cpu_runtime` redirects exactly those places to the host, so that the very same
