@@ -4,7 +4,7 @@ The loss is the sum over labelled tokens divided by their number in the whole gl
 is the same however samples are packed, accumulated or spread over ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,24 +14,31 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_dattn.attention.transfer import to_device
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.observer import AttentionObserver
 from megatron_dattn.runtime.distributed import get_device
 
-LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
+LossOutput = tuple[Tensor, Tensor, tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """Summed loss and number of labelled tokens."""
+    """Summed loss and number of labelled tokens, of this data-parallel replica."""
 
-    loss: float
-    num_tokens: float
+    loss: Tensor
+    """float64 [], on the device: to read it is to wait for the step."""
+    num_tokens: int
 
-    @property
-    def mean(self) -> float:
-        """Loss per labelled token; 0 if there was none (its gradient is 0 too)."""
-        return self.loss / self.num_tokens if self.num_tokens else self.loss
+    @staticmethod
+    def nothing() -> "LossSum":
+        """What a rank has that saw no loss."""
+        return LossSum(torch.zeros((), dtype=torch.float64, device=get_device()), 0)
+
+
+def mean_loss(loss: float, num_tokens: float) -> float:
+    """Loss per labelled token; 0 if there was none (its gradient is 0 too)."""
+    return loss / num_tokens if num_tokens else loss
 
 
 def is_loss_rank() -> bool:
@@ -45,12 +52,22 @@ def is_loss_rank() -> bool:
     )
 
 
-def sum_over_world(*values: float) -> list[float]:
-    """Sum over all ranks, the same numbers on every rank; NaN and inf survive."""
+def sum_over_world(*values: float | Tensor, own: Sequence[Tensor] = ()) -> list[float]:
+    """Sum over all ranks, the same numbers on every rank; NaN and inf survive.
+
+    Args:
+        values: numbers, and tensors [] on the device.
+        own: tensors [] on the device that come to the host as they are, behind the sums: reading
+            them apart would be another wait.
+    """
     # float64: FP32 counts exactly to 2^24 only, and a stage sees more tokens than that.
-    total = torch.tensor(values, dtype=torch.float64, device=get_device())
+    known = [0.0 if isinstance(value, Tensor) else value for value in values]
+    total = to_device(torch.tensor(known, dtype=torch.float64), get_device())
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            total[place] = value
     dist.all_reduce(total)
-    return total.tolist()
+    return torch.cat([total, *(value.double().view(1) for value in own)]).tolist()
 
 
 def forward_step(
@@ -70,13 +87,13 @@ def forward_step(
 
 def sum_losses(losses: Tensor) -> LossOutput:
     """Sum losses of labelled tokens: float32 [labelled] -> (sum [], count int32 [], both for
-    reports)."""
+    the report: there the count is a number)."""
     # Three values are megatron-core's sign that the loss is a sum: with `calculate_per_token_loss`
     # it leaves the sum alone, adds up the counts (into an int32: the dtype must be that) and lets
     # finalize_model_grads divide by their total over all replicas, after the reduction.
     total = losses.sum()
-    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
-    return total, count, {"loss": total.detach(), "num_tokens": count}
+    count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
+    return total, count, (total.detach(), losses.numel())
 
 
 def run_micro_batches(
@@ -109,9 +126,6 @@ def run_micro_batches(
         forward_only=forward_only,
     )
     if not (outputs and is_loss_rank()):
-        return LossSum(0.0, 0.0)
-    sums = torch.stack(
-        [torch.stack([out["loss"].double(), out["num_tokens"].double()]) for out in outputs]
-    )
-    loss, num_tokens = sums.sum(0).tolist()
-    return LossSum(loss, num_tokens)
+        return LossSum.nothing()
+    losses, counts = zip(*outputs, strict=True)
+    return LossSum(torch.stack(losses).double().sum(), sum(counts))

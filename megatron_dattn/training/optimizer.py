@@ -83,8 +83,6 @@ def build_optimizer(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=use_distributed_optimizer,
-        # A constant scale of one makes the mixed-precision optimizers look for inf and NaN.
-        loss_scale=1.0,
     )
     overrides = get_standard_config_overrides(config)
     overrides.update(_module_overrides(settings))
@@ -204,6 +202,7 @@ def restore_optimizer(optimizer: MegatronOptimizer, loaded: StateDict) -> None:
     """
     part = single_optimizer(optimizer)
     _check_peak_rates(optimizer, loaded)
+    loaded.pop("grad_scaler", None)  # a constant 1.0 in older checkpoints
     if isinstance(part, Float16OptimizerWithFloat16Params):
         loaded["optimizer"].setdefault("state", {})
         by_place = loaded.get(_MASTER_WEIGHTS, {})

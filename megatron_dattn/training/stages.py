@@ -9,11 +9,7 @@ import logging
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
@@ -22,6 +18,7 @@ from megatron_dattn.config.training import ModuleLearningRates
 from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.build import build_model
 from megatron_dattn.runtime.distributed import get_device, is_rank_0
+from megatron_dattn.training.gradients import finalize_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +114,7 @@ def build_training_model(config: PretrainConfig) -> DistributedDataParallel:
     )
     inner = model if config.execution.precision == "fp32" else Float16Module(model.config, model)
     wrapped = DistributedDataParallel(transformer_config, ddp_config, inner)
-    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.finalize_model_grads_func = finalize_gradients
     if config.parallel.overlap_grad_reduce:
         transformer_config.no_sync_func = wrapped.no_sync
     return wrapped

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
 
 from megatron_dattn.data.rejection import LoaderCounters, as_counts, from_counts
 from megatron_dattn.data.skip_limit import check_share
@@ -22,9 +21,11 @@ from megatron_dattn.errors import shortened
 from megatron_dattn.models.observer import AlphaMeter
 from megatron_dattn.planner.flops import model_flops
 from megatron_dattn.runtime.distributed import get_device
+from megatron_dattn.training.gradients import measure_gradients, update_weights
 from megatron_dattn.training.losses import (
     LossSum,
     is_loss_rank,
+    mean_loss,
     run_micro_batches,
     sum_over_world,
 )
@@ -35,30 +36,6 @@ from megatron_dattn.training.stages import trained_modules
 from megatron_dattn.training.stream import Consumed
 
 logger = logging.getLogger(__name__)
-
-
-def measure_gradients(optimizer: MegatronOptimizer) -> tuple[float, bool]:
-    """Hand the reduced gradients to the optimizer; their global norm and whether all are finite.
-
-    The mixed-precision optimizers look at every gradient; the FP32 optimizer does not look, but
-    its norm shows any inf or NaN as well.
-    """
-    found_non_finite = optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    return norm, math.isfinite(norm) and not found_non_finite
-
-
-def update_weights(optimizer: MegatronOptimizer, grad_norm: float, clip_grad: float) -> None:
-    """Clip by the global norm (0.0 does not clip) and update, after `measure_gradients`.
-
-    `optimizer.step()` would do both without a chance to ask the other ranks in between.
-    """
-    if clip_grad > 0:
-        for inner in optimizer.chained_optimizers:
-            parameters = inner.get_parameters()
-            if parameters:
-                clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
-    optimizer.step_with_ready_grads()
 
 
 def train_step(run: Run) -> StepReport:
@@ -90,21 +67,21 @@ def train_step(run: Run) -> StepReport:
         forward_only=False,
         observer=meter,
     )
-    grad_norm, finite = measure_gradients(state.optimizer)
+    squared_norm = measure_gradients(state.optimizer)
     consumed = run.stream.take()
-    totals = _sum_over_replicas(run, sums, consumed, finite)
+    totals = _sum_over_replicas(run, sums, consumed, squared_norm)
     check_share(totals.rejected, totals.seen, run.config.data.max_skipped_fraction)
     run.recent_samples.check(totals.rejected, totals.seen)
     # A rank that skipped alone would part from the others without a sound: with the distributed
     # optimizer its shard of every parameter would be a step old.
     if not totals.skip:
-        update_weights(state.optimizer, grad_norm, run.config.optimizer.clip_grad)
+        update_weights(state.optimizer, totals.grad_norm, run.config.optimizer.clip_grad)
     state.scheduler.step(increment=1)
     _account(run, totals, consumed)
     return StepReport(
         step=state.progress.step,
         loss=totals.loss,
-        grad_norm=grad_norm,
+        grad_norm=totals.grad_norm,
         skipped=totals.skip,
         learning_rates=rates,
         samples=totals.samples,
@@ -122,6 +99,7 @@ class _Totals:
     """One step's sums over all data-parallel replicas, the same on every rank."""
 
     loss: float
+    grad_norm: float
     samples: int
     text_tokens: int
     visual_tokens: int
@@ -134,14 +112,14 @@ class _Totals:
     skip: bool
 
 
-def _sum_over_replicas(run: Run, sums: LossSum, consumed: Consumed, finite: bool) -> _Totals:
-    """The loop's one exchange of figures; by it all ranks decide alike about the update."""
-    if not math.isfinite(sums.loss):
-        step = run.state.progress.step + 1
-        keys = shortened(str(consumed.sample_keys), 300)  # logging.sample_ledger has them all
-        logger.warning("loss %s in step %d, samples %s", sums.loss, step, keys)
+def _sum_over_replicas(
+    run: Run, sums: LossSum, consumed: Consumed, squared_norm: Tensor
+) -> _Totals:
+    """The loop's one exchange of figures; by it all ranks decide alike about the update.
+
+    What is known on the device alone comes along: here the host waits for it, once in a step.
+    """
     mine: list[float] = [
-        sums.loss,
         sums.num_tokens,
         consumed.num_samples,
         consumed.text_tokens,
@@ -154,12 +132,18 @@ def _sum_over_replicas(run: Run, sums: LossSum, consumed: Consumed, finite: bool
     if not is_loss_rank():
         mine = [0.0] * len(mine)
     # Any rank may have met a non-finite gradient, so this flag is summed over all of them.
-    totals = sum_over_world(*mine, 0.0 if finite else 1.0)
-    loss, num_tokens, samples, text, visual, flops, wait, *counts, bad = totals
-    mean = LossSum(loss, num_tokens).mean
+    bad_here = ~squared_norm.isfinite()
+    totals = sum_over_world(sums.loss, *mine, bad_here, own=(squared_norm, sums.loss))
+    loss, num_tokens, samples, text, visual, flops, wait, *counts, bad, squared, own_loss = totals
+    if not math.isfinite(own_loss):
+        step = run.state.progress.step + 1
+        keys = shortened(str(consumed.sample_keys), 300)  # logging.sample_ledger has them all
+        logger.warning("loss %s in step %d, samples %s", own_loss, step, keys)
+    mean = mean_loss(loss, num_tokens)
     seen, rejected = from_counts(counts)
     return _Totals(
         loss=mean,
+        grad_norm=math.sqrt(squared),
         samples=int(samples),
         text_tokens=int(text),
         visual_tokens=int(visual),
@@ -176,7 +160,7 @@ def _flops(run: Run, sums: LossSum, consumed: Consumed) -> float:
         run.config.model,
         consumed.layouts,
         trained=frozenset(trained_modules(run.config.optimizer.learning_rates)),
-        labelled_tokens=int(sums.num_tokens),
+        labelled_tokens=sums.num_tokens,
     ).total
 
 

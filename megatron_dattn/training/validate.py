@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data.rejection import LoaderCounters, as_counts, from_counts
@@ -18,6 +18,7 @@ from megatron_dattn.runtime.random_states import untouched_random_states
 from megatron_dattn.training.losses import (
     LossSum,
     is_loss_rank,
+    mean_loss,
     run_micro_batches,
     sum_over_world,
 )
@@ -102,7 +103,7 @@ class Validation:
             loader = self._make_loader()
             stream = BatchStream(loader, get_device(), "validation")
             num_microbatches = stream.load_at_most(self._max_microbatches)
-            sums = LossSum(0.0, 0.0)
+            sums = LossSum.nothing()
             if num_microbatches:  # megatron-core's schedules begin with a first micro-batch
                 sums = run_micro_batches(
                     model,
@@ -118,14 +119,14 @@ class Validation:
         check_share(skipped, seen, self._max_skipped_fraction)
         if num_tokens == 0:
             raise DataError("the validation packs hold no labelled token; give other samples")
-        return LossSum(loss, num_tokens).mean
+        return mean_loss(loss, num_tokens)
 
 
 def _counters(loader: CountingLoader | None) -> LoaderCounters:
     return LoaderCounters() if loader is None else loader.counters()
 
 
-def _sum_over_replicas(*values: float) -> list[float]:
+def _sum_over_replicas(*values: float | Tensor) -> list[float]:
     return sum_over_world(*(values if is_loss_rank() else [0.0] * len(values)))
 
 
