@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.transfer import to_device
 
 IGNORED_LABEL = -100
 """The label of text tokens that nothing is learned from; PyTorch's own `ignore_index`, and Hugging
@@ -22,18 +23,27 @@ class PackedBatch:
     labels: Tensor  # int64 [text_budget]: the next text token if supervised, or IGNORED_LABEL
     pixel_values: Tensor  # float32 [num_images, 3, image_size, image_size]; num_images may be 0
     sample_keys: list[str]
+    labelled: Tensor | None = None  # int64 [labelled]: of `labelled_tokens`, kept by `to`
 
     @property
     def num_samples(self) -> int:
         return self.layout.num_samples
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The batch with its tensors on a device; copies from pinned memory do not wait."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch with its tensors on a device, without waiting for it."""
+        # How many labels there are is known on the host alone: a device would have to be asked.
+        known = replace(self, labelled=self.labelled_tokens())
+        return known._map(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> "PackedBatch":
         """Called by torch's DataLoader where there is a CUDA device."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def labelled_tokens(self) -> Tensor:
+        """Text tokens that have a label, int64 [labelled], counted from the first text token."""
+        if self.labelled is not None:
+            return self.labelled
+        return (self.labels != IGNORED_LABEL).nonzero().squeeze(1)
 
     def without_pixels(self) -> "PackedBatch":
         """For the pipeline stages behind the vision encoder; the layout still knows the images."""
@@ -45,4 +55,5 @@ class PackedBatch:
             input_ids=function(self.input_ids),
             labels=function(self.labels),
             pixel_values=function(self.pixel_values),
+            labelled=None if self.labelled is None else function(self.labelled),
         )

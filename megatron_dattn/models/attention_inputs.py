@@ -17,6 +17,7 @@ from megatron_dattn.attention import (
 from megatron_dattn.attention.attention_maps import ReportInputs, ReportPlan, plan_report
 from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.layers import LayerRule
+from megatron_dattn.attention.transfer import to_device
 from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.kv_cache import DecodeStep, KVCache
 from megatron_dattn.models.observer import AttentionObserver
@@ -110,7 +111,7 @@ def prepare_attention(
         rules: one per layer, see `layer_rules`.
         language: gives the layers' sliding windows, the score function, the rotary angles.
     """
-    positions = token_positions(layout, config)
+    positions = to_device(token_positions(layout, config), device)
     cos, sin = language.rotary_tables(positions, device)
     # A plan is host work and index tensors on the device: one per kind of layer, not per layer.
     layers = [(rule, language.window(number)) for number, rule in enumerate(rules)]

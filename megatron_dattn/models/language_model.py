@@ -107,8 +107,8 @@ class DAttnLanguageModel(GPTModel):
         if self.language.embedding_scale == 1.0:
             return tokens
         # Through float32, as Hugging Face keeps the factor.
-        scale = torch.tensor(self.language.embedding_scale, dtype=torch.float32)
-        return tokens * scale.to(tokens)
+        factor, device = self.language.embedding_scale, tokens.device
+        return tokens * torch.full((), factor, dtype=torch.float32, device=device).to(tokens)
 
     def forward(self, decoder_input: Tensor | None, attention: AttentionInputs) -> Tensor:
         """Run this stage's layers.

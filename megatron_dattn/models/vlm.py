@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_dattn.attention import TokenLayout, get_preset, select_backend
 from megatron_dattn.attention.layers import layer_rules, output_tokens
-from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
+from megatron_dattn.attention.transfer import to_device
+from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.adapter import Adapter, build_adapter, features_as_tokens
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import ModelConfig
@@ -224,9 +225,9 @@ class DAttnVLM(MegatronModule):
             hidden_states: of the last stage, [S, 1, H].
             batch: its layout and labels are read.
         """
-        labelled = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
+        labelled = batch.labelled_tokens()
         # A text token's label is predicted by the token before it, which may be visual.
-        tokens = output_tokens(batch.layout, self.attention).to(labelled.device)
+        tokens = to_device(output_tokens(batch.layout, self.attention), labelled.device)
         shards = self._shards(batch.layout)
         if self.labelled_logits:
             return self.language_model.losses(

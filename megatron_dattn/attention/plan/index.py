@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_dattn.attention.layout import TokenRange
+from megatron_dattn.attention.transfer import to_device
 
 # Token ranges, int64 [n, 2]. NumPy's, as torch would wake its threads for a few thousand numbers.
 RangeTable = NDArray[np.int64]
@@ -43,7 +44,8 @@ class TokenIndex:
         places = lengths.cumsum()
         # Token i of the result is i further than the tokens that all ranges before its own have.
         index = np.arange(places[-1]) + (ends - places).repeat(lengths)
-        return TokenIndex(len(index), index=torch.from_numpy(index).to(device), indexed=joined)
+        on_device = to_device(torch.from_numpy(index), device)
+        return TokenIndex(len(index), index=on_device, indexed=joined)
 
     @property
     def ranges(self) -> RangeTable:

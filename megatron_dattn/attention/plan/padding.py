@@ -14,6 +14,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_dattn.attention.transfer import to_device
+
 # A batch may compute this many times the scores its segments need...
 _MAX_WASTE = 1.5
 # ...plus this many scores: about what one more kernel call costs.
@@ -47,7 +49,8 @@ class PaddedTokens:
         firsts = ends - torch.tensor(lengths).unsqueeze(1)
         sources = torch.minimum(firsts + steps, ends - 1).flatten()
         places = (firsts + steps < ends).flatten().nonzero().flatten()
-        return PaddedTokens(start, tuple(lengths), width, sources.to(device), places.to(device))
+        sources, places = to_device(sources, device), to_device(places, device)
+        return PaddedTokens(start, tuple(lengths), width, sources, places)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -77,8 +80,8 @@ class PaddedTokens:
         """True where a place is padding, bool `[batch, width]`; None when there is none."""
         if self.places is None:
             return None
-        steps = torch.arange(self.width, device=self.places.device)
-        return steps >= torch.tensor(self.lengths, device=self.places.device).unsqueeze(1)
+        padding = torch.arange(self.width) >= torch.tensor(self.lengths).unsqueeze(1)
+        return to_device(padding, self.places.device)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from megatron_dattn.attention.plan.index import TokenIndex, range_table
 from megatron_dattn.attention.plan.padding import PaddedBatch, padded_batches
 from megatron_dattn.attention.plan.patches import SegmentTable
 from megatron_dattn.attention.plan.segments import PartRule, Segment, attention_rules
+from megatron_dattn.attention.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -176,4 +177,4 @@ def _share_keys(parts: Iterable[Part]) -> bool:
 
 def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     boundaries = np.cumsum((0, *lengths), dtype=np.int32)
-    return torch.from_numpy(boundaries).to(device)
+    return to_device(torch.from_numpy(boundaries), device)
