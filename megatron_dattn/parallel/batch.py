@@ -1,9 +1,10 @@
 """Handing one rank's batches to its whole tensor-parallel group.
 
 The group's first rank runs the data loader; the others receive each pack as three broadcasts: a
-header with the sizes, the integers (layout, token ids, labels), the pixels. A loader that fails is
-no matter of this file: the ranks agree on that before the step (training/stream.py), when its packs
-are there. Works on CPU tensors with gloo and on CUDA tensors with NCCL.
+header with the sizes, the integers (layout, token ids, labels), the pixels. Only the pixels go from
+device to device: what the host plans by is exchanged on the host, which else had to wait until the
+device has it. A loader that fails is no matter of this file: the ranks agree on that before the
+step (training/stream.py), when its packs are there.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.batch import PackedBatch
+from megatron_dattn.runtime.host_group import host_group
 
 _HEADER_FIELDS = 4
 
@@ -27,8 +29,8 @@ def broadcast_batch(
     """Send a batch from the first rank of a tensor-parallel group to the others.
 
     Args:
-        batch: on the first rank; ignored on the others.
-        device: where the tensors shall be; must suit the group's backend.
+        batch: on the first rank, in host memory; ignored on the others.
+        device: where the tensors shall be; the group's backend must know it.
         group: this rank's tensor-parallel group where None.
         pixels: whether to keep the pixels; where None, the first pipeline stage alone keeps them.
 
@@ -52,35 +54,32 @@ def _send(batch: PackedBatch, group: dist.ProcessGroup, device: torch.device) ->
     layout = batch.layout.encode()
     num_images, _, image_size, _ = batch.pixel_values.shape
     sizes = (len(layout), batch.layout.text_budget, num_images, image_size)
-    _broadcast(torch.tensor(sizes), group, device)
+    _broadcast(torch.tensor(sizes), host_group(group))
+    _broadcast(torch.cat([layout, batch.input_ids, batch.labels]), host_group(group))
     batch = batch.to(device)
-    _broadcast(torch.cat([layout.to(device), batch.input_ids, batch.labels]), group, device)
-    _broadcast(batch.pixel_values, group, device)
+    _broadcast(batch.pixel_values, group)
     return batch
 
 
 def _receive(group: dist.ProcessGroup, device: torch.device) -> PackedBatch:
-    header = _broadcast(torch.empty(_HEADER_FIELDS, dtype=torch.int64), group, device)
+    header = _broadcast(torch.empty(_HEADER_FIELDS, dtype=torch.int64), host_group(group))
     layout_length, text_budget, num_images, image_size = header.tolist()
     num_integers = layout_length + 2 * text_budget
-    integers = _broadcast(torch.empty(num_integers, dtype=torch.int64), group, device)
+    integers = _broadcast(torch.empty(num_integers, dtype=torch.int64), host_group(group))
     layout, input_ids, labels = integers.split([layout_length, text_budget, text_budget])
     pixel_values = torch.empty((num_images, 3, image_size, image_size), device=device)
     return PackedBatch(
-        # Planning reads the layout's numbers one by one, on the host: this waits for the device
-        # once, instead of at each of them.
-        layout=TokenLayout.decode(layout.cpu()),
+        layout=TokenLayout.decode(layout),
         input_ids=input_ids,
         labels=labels,
-        pixel_values=_broadcast(pixel_values, group, device),
+        pixel_values=_broadcast(pixel_values, group),
         sample_keys=[],
-    )
+    ).to(device)
 
 
-def _broadcast(tensor: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-    """Broadcast from the group's first rank; the result lies on `device`."""
-    tensor = tensor.to(device)
+def _broadcast(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Broadcast from the group's first rank, in place."""
     # The header told every rank that a tensor is empty, so all of them leave the broadcast out.
-    if dist.get_world_size(group) > 1 and tensor.numel():
+    if tensor.numel():
         dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
     return tensor

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime.cpu import enable_cpu_runtime
+from megatron_dattn.runtime.host_group import set_host_timeout
 from megatron_dattn.runtime.launcher import Launch, read_launch
 from megatron_dattn.runtime.lost_ranks import introduce_rank
 from megatron_dattn.runtime.rendezvous import RendezvousError, meet
@@ -114,6 +115,7 @@ def _join_process_group(launch: Launch, timeout_seconds: float, rendezvous_secon
     store = meet(launch, rendezvous_seconds) if launch.world_size > 1 else dist.HashStore()
     timeout = timedelta(seconds=timeout_seconds)
     store.set_timeout(timeout)
+    set_host_timeout(timeout)
     try:
         dist.init_process_group(
             backend,

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dattn.errors import UserError
-from megatron_dattn.runtime.distributed import get_device, is_rank_0, join_world
+from megatron_dattn.runtime.distributed import is_rank_0, join_world
+from megatron_dattn.runtime.host_group import host_group
 from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.rendezvous import RendezvousError
 
@@ -55,7 +56,8 @@ def run_on_first_rank(work: Callable[[], T], refusal: Refusal = as_user_error) -
 def all_ranks_agree(error: UserError | str | None) -> None:
     """Turn a failure of any rank into the same failure of all of them. Collective.
 
-    One all-reduce of one integer; only where that is not zero are the errors gathered.
+    One all-reduce of one integer between the hosts; only where that is not zero are the errors
+    gathered.
 
     Args:
         error: what went wrong on this rank, or None.
@@ -69,8 +71,8 @@ def all_ranks_agree(error: UserError | str | None) -> None:
         if own is not None:
             raise own
         return
-    failed = torch.tensor([int(own is not None)], device=get_device())
-    dist.all_reduce(failed, dist.ReduceOp.SUM)
+    failed = torch.tensor([int(own is not None)])
+    dist.all_reduce(failed, dist.ReduceOp.SUM, group=host_group())
     if not failed.item():
         return
     errors: list[UserError | None] = [None] * _num_ranks()

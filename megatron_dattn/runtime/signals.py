@@ -118,15 +118,15 @@ class SignalWatcher:
     def requested_anywhere(self, group: "dist.ProcessGroup | None" = None) -> signal.Signals | None:
         """A stop signal that some rank of the group got, the same answer on every rank.
 
-        Collective over the group (the world by default): one all-reduce of one integer.
+        Collective over the group (the world by default): one all-reduce between the hosts.
         """
         import torch
         import torch.distributed as dist
 
-        from megatron_dattn.runtime.distributed import get_device
+        from megatron_dattn.runtime.host_group import host_group
 
         if not dist.is_initialized():
             return self.received
-        flag = torch.tensor([self.flag], dtype=torch.int32, device=get_device())
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+        flag = torch.tensor([self.flag], dtype=torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=host_group(group))
         return self.from_flag(int(flag.item()))

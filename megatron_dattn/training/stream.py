@@ -23,6 +23,7 @@ from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import ModelSizes, VLMLoader, build_loader
 from megatron_dattn.errors import DataError, UserError
 from megatron_dattn.parallel.batch import broadcast_batch
+from megatron_dattn.runtime.host_group import host_group
 from megatron_dattn.runtime.random_states import untouched_random_states
 from megatron_dattn.runtime.rank_errors import all_ranks_agree
 
@@ -92,8 +93,8 @@ class BatchStream(Iterator[PackedBatch]):
         all_ranks_agree(self._fetch(num_packs))
         # Ranks above tensor-parallel rank 0 do not load; those that do have the same packs.
         available = num_packs if self._loader is None else len(self._waiting)
-        fewest = torch.tensor([available], device=self._device)
-        group = parallel_state.get_model_parallel_group()
+        fewest = torch.tensor([available])
+        group = host_group(parallel_state.get_model_parallel_group())
         dist.all_reduce(fewest, dist.ReduceOp.MIN, group=group)
         return int(fewest.item())
 
