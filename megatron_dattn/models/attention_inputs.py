@@ -17,7 +17,7 @@ from megatron_dattn.attention import (
 from megatron_dattn.attention.attention_maps import ReportInputs, ReportPlan, plan_report
 from megatron_dattn.attention.backends.base import Backend
 from megatron_dattn.attention.layers import LayerRule
-from megatron_dattn.attention.transfer import to_device
+from megatron_dattn.attention.plan.parts import plans_to_device
 from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.kv_cache import DecodeStep, KVCache
 from megatron_dattn.models.observer import AttentionObserver
@@ -111,16 +111,21 @@ def prepare_attention(
         rules: one per layer, see `layer_rules`.
         language: gives the layers' sliding windows, the score function, the rotary angles.
     """
-    positions = to_device(token_positions(layout, config), device)
-    cos, sin = language.rotary_tables(positions, device)
     # A plan is host work and index tensors on the device: one per kind of layer, not per layer.
     layers = [(rule, language.window(number)) for number, rule in enumerate(rules)]
+    kinds = list(dict.fromkeys(layers))
+    plans, (positions,) = plans_to_device(
+        [plan_attention(r.layout(layout), r.attention, window=window) for r, window in kinds],
+        [token_positions(layout, config)],
+        device,
+    )
+    cos, sin = language.rotary_tables(positions, device)
     prepared: dict[tuple[LayerRule, int | None], LayerInputs] = {}
-    for rule, window in dict.fromkeys(layers):
+    for (rule, window), plan in zip(kinds, plans, strict=True):
         seen = rule.layout(layout)
         prepared[rule, window] = LayerInputs(
             rule=rule,
-            plan=plan_attention(seen, rule.attention, device, window=window),
+            plan=plan,
             # Text tokens stand last, also where a layer sees nothing else.
             rotary=(cos[-seen.num_tokens :], sin[-seen.num_tokens :]),
             shards=shards if rule.sees_images else shards.text_alone(),

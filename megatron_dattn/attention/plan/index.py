@@ -4,8 +4,8 @@ Most token lists of a plan are contiguous, and a slice reads them without copyin
 is prepared once per micro-batch and shared by all layers.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_dattn.attention.layout import TokenRange
-from megatron_dattn.attention.transfer import to_device
 
 # Token ranges, int64 [n, 2]. NumPy's, as torch would wake its threads for a few thousand numbers.
 RangeTable = NDArray[np.int64]
@@ -30,10 +29,8 @@ class TokenIndex:
     indexed: RangeTable | None = None  # what `index` holds, on the host
 
     @staticmethod
-    def from_ranges(
-        ranges: Iterable[TokenRange] | RangeTable, device: torch.device | str = "cpu"
-    ) -> "TokenIndex":
-        """The tokens of all ranges, one range after the other."""
+    def from_ranges(ranges: Iterable[TokenRange] | RangeTable) -> "TokenIndex":
+        """The tokens of all ranges, one range after the other, for tensors of the host."""
         table = ranges if isinstance(ranges, np.ndarray) else range_table(ranges)
         joined = _join_adjacent(table)
         if len(joined) <= 1:
@@ -44,8 +41,11 @@ class TokenIndex:
         places = lengths.cumsum()
         # Token i of the result is i further than the tokens that all ranges before its own have.
         index = np.arange(places[-1]) + (ends - places).repeat(lengths)
-        on_device = to_device(torch.from_numpy(index), device)
-        return TokenIndex(len(index), index=on_device, indexed=joined)
+        return TokenIndex(len(index), index=torch.from_numpy(index), indexed=joined)
+
+    def with_tensors(self, function: Callable[[Tensor], Tensor]) -> "TokenIndex":
+        """The same tokens, named by what the function makes of the index."""
+        return self if self.index is None else replace(self, index=function(self.index))
 
     @property
     def ranges(self) -> RangeTable:

@@ -6,8 +6,8 @@ Conventional self-attention is a single causal part over the tokens in reading o
 a flash kernel does best and so a fair baseline.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +20,9 @@ from megatron_dattn.attention.plan.index import TokenIndex, range_table
 from megatron_dattn.attention.plan.padding import PaddedBatch, padded_batches
 from megatron_dattn.attention.plan.patches import SegmentTable
 from megatron_dattn.attention.plan.segments import PartRule, Segment, attention_rules
-from megatron_dattn.attention.transfer import to_device
+from megatron_dattn.attention.transfer import all_to_device
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,24 @@ class Part:
     key_lengths: tuple[int, ...]
     causal: bool  # the i-th query of a segment sees its first i + 1 keys; lengths are equal
     rotary: bool
-    device: torch.device
+    query_cu_seqlens: Tensor  # segment boundaries for variable-length kernels, int32 [segments + 1]
+    key_cu_seqlens: Tensor  # the same of the keys
     window: int | None = None  # in a causal part: a query sees this many keys at most, the last
 
-    @cached_property
-    def query_cu_seqlens(self) -> Tensor:
-        """Segment boundaries for variable-length kernels, int32 [segments + 1]."""
-        return _cu_seqlens(self.query_lengths, self.device)
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.query_cu_seqlens.device
 
-    @cached_property
-    def key_cu_seqlens(self) -> Tensor:
-        """The same of the keys, int32 [segments + 1]."""
-        return _cu_seqlens(self.key_lengths, self.device)
+    def with_tensors(self, function: Callable[[Tensor], Tensor]) -> "Part":
+        """The same part with what the function makes of each tensor."""
+        return replace(
+            self,
+            query_tokens=self.query_tokens.with_tensors(function),
+            key_tokens=self.key_tokens.with_tensors(function),
+            query_cu_seqlens=function(self.query_cu_seqlens),
+            key_cu_seqlens=function(self.key_cu_seqlens),
+        )
 
     @cached_property
     def batches(self) -> tuple[PaddedBatch, ...]:
@@ -69,6 +77,16 @@ class AttentionPlan:
     visual_parts: tuple[Part, ...]  # T2V, where the merge leaves it a softmax of its own
     merge: Merge
     device: torch.device
+
+    def with_tensors(
+        self, function: Callable[[Tensor], Tensor], device: torch.device
+    ) -> "AttentionPlan":
+        """The same plan with what the function makes of each tensor, on that device."""
+        parts, visual_parts = (
+            tuple(part.with_tensors(function) for part in parts)
+            for parts in (self.parts, self.visual_parts)
+        )
+        return replace(self, parts=parts, visual_parts=visual_parts, device=device)
 
     @property
     def num_scored_tokens(self) -> int:
@@ -110,12 +128,9 @@ def plan_attention(
     """
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} tokens hides a token from itself")
-    device = torch.device(device)
     first_scored = 0 if config.scores_visual_tokens else layout.visual_budget
-    joint, apart = split_parts(
-        attention_rules(layout, config, window), config.merge, first_scored, device
-    )
-    return AttentionPlan(
+    joint, apart = split_parts(attention_rules(layout, config, window), config.merge, first_scored)
+    plan = AttentionPlan(
         num_tokens=layout.num_tokens,
         num_visual_tokens=layout.visual_budget,
         scored_tokens=(first_scored, layout.num_tokens),
@@ -123,36 +138,62 @@ def plan_attention(
         parts=joint,
         visual_parts=apart,
         merge=config.merge,
-        device=device,
+        device=HOST,
     )
+    return plan_to_device(plan, device)
+
+
+def plan_to_device(plan: AttentionPlan, device: torch.device | str) -> AttentionPlan:
+    """A plan of the host on the device, in one copy."""
+    ((moved,), _) = plans_to_device([plan], (), device)
+    return moved
+
+
+def plans_to_device(
+    plans: Sequence[AttentionPlan], others: Sequence[Tensor], device: torch.device | str
+) -> tuple[list[AttentionPlan], list[Tensor]]:
+    """Plans and other tensors of the host on the device, all in one copy."""
+    host = list(others)
+
+    def collect(tensor: Tensor) -> Tensor:
+        host.append(tensor)
+        return tensor
+
+    for plan in plans:
+        plan.with_tensors(collect, plan.device)
+    moved = iter(all_to_device(host, device))
+    there = [next(moved) for _ in others]
+    device = torch.device(device)
+    return [plan.with_tensors(lambda _: next(moved), device) for plan in plans], there
 
 
 def split_parts(
-    rules: Iterable[PartRule], merge: Merge, first_scored: int, device: torch.device
+    rules: Iterable[PartRule], merge: Merge, first_scored: int
 ) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """The parts of one joint softmax, and T2V where the merge keeps it apart; none is empty."""
     joint: list[Part] = []
     apart: list[Part] = []
     for rule in rules:
-        part = build_part(rule, first_scored, device)
+        part = build_part(rule, first_scored)
         if part.query_lengths:
             (apart if rule.is_t2v and merge != "alpha" else joint).append(part)
     return tuple(joint), tuple(apart)
 
 
-def build_part(rule: PartRule, first_scored: int, device: torch.device) -> Part:
-    """A part of those segments that are not empty; `first_scored` is query token 0's packed
-    token."""
+def build_part(rule: PartRule, first_scored: int) -> Part:
+    """A part, on the host, of those segments that are not empty; `first_scored` is query token 0's
+    packed token."""
     table = rule.segments if isinstance(rule.segments, SegmentTable) else _table_of(rule.segments)
     return Part(
         name=rule.name,
-        query_tokens=TokenIndex.from_ranges(table.queries - first_scored, device),
-        key_tokens=TokenIndex.from_ranges(table.keys, device),
+        query_tokens=TokenIndex.from_ranges(table.queries - first_scored),
+        key_tokens=TokenIndex.from_ranges(table.keys),
         query_lengths=table.query_lengths,
         key_lengths=table.key_lengths,
         causal=rule.causal,
         rotary=rule.rotary,
-        device=device,
+        query_cu_seqlens=cu_seqlens(table.query_lengths),
+        key_cu_seqlens=cu_seqlens(table.key_lengths),
         window=rule.window,
     )
 
@@ -175,6 +216,6 @@ def _share_keys(parts: Iterable[Part]) -> bool:
     return bool((ends[order][:-1] > starts[order][1:]).any())
 
 
-def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    boundaries = np.cumsum((0, *lengths), dtype=np.int32)
-    return to_device(torch.from_numpy(boundaries), device)
+def cu_seqlens(lengths: Sequence[int]) -> Tensor:
+    """Boundaries of segments of those lengths, int32 [segments + 1], on the host."""
+    return torch.from_numpy(np.cumsum((0, *lengths), dtype=np.int32))

@@ -8,7 +8,7 @@ from megatron_dattn.attention.backends.base import Backend, ScoreFunction
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
 from megatron_dattn.attention.backends.math import MathBackend
 from megatron_dattn.attention.plan.index import TokenIndex
-from megatron_dattn.attention.plan.parts import Part
+from megatron_dattn.attention.plan.parts import Part, cu_seqlens
 
 SCALE = 0.3
 SCORES = ScoreFunction(SCALE)
@@ -45,7 +45,8 @@ def make_part(shape: str) -> Part:
         key_lengths=key_lengths,
         causal=causal,
         rotary=False,
-        device=torch.device("cpu"),
+        query_cu_seqlens=cu_seqlens(query_lengths),
+        key_cu_seqlens=cu_seqlens(key_lengths),
     )
 
 
@@ -137,7 +138,8 @@ def test_two_parts_share_the_gradient_of_their_joint_softmax(backend: Backend) -
             tuple(sizes),
             causal=False,
             rotary=False,
-            device=part.device,
+            query_cu_seqlens=part.query_cu_seqlens,
+            key_cu_seqlens=cu_seqlens(sizes),
         )
         halves.append((part, torch.tensor(tokens)))
 

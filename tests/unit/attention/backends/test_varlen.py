@@ -13,7 +13,7 @@ from megatron_dattn.attention.backends.cuda_flash import CudaFlashBackend
 from megatron_dattn.attention.backends.flash_attn2 import FlashAttn2Backend
 from megatron_dattn.attention.backends.flash_attn3 import FlashAttn3Backend
 from megatron_dattn.attention.plan.index import TokenIndex
-from megatron_dattn.attention.plan.parts import Part
+from megatron_dattn.attention.plan.parts import Part, cu_seqlens
 from megatron_dattn.errors import UserError
 from tests.unit.attention.backends import varlen_kernels
 from tests.unit.attention.support import (
@@ -125,8 +125,7 @@ def test_tokens_without_keys_report_minus_infinity(
 ) -> None:
     part = Part(
         "T2V", TokenIndex(3), TokenIndex(sum(key_lengths)), (2, 1), key_lengths, causal=False,
-        rotary=False,
-        device=torch.device("cpu"),
+        rotary=False, query_cu_seqlens=cu_seqlens((2, 1)), key_cu_seqlens=cu_seqlens(key_lengths),
     )  # fmt: skip
     query, key, value = (torch.randn(n, 4, 8) for n in (3, sum(key_lengths), sum(key_lengths)))
     out, lse = backend.forward(query, key, value, part, ScoreFunction(1.0))
