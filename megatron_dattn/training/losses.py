@@ -32,7 +32,7 @@ class LossSum:
 
     @staticmethod
     def nothing() -> "LossSum":
-        """What a rank has that saw no loss."""
+        """The sums of a rank that saw no loss."""
         return LossSum(torch.zeros((), dtype=torch.float64, device=get_device()), 0)
 
 

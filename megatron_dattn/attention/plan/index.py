@@ -44,7 +44,7 @@ class TokenIndex:
         return TokenIndex(len(index), index=torch.from_numpy(index), indexed=joined)
 
     def with_tensors(self, function: Callable[[Tensor], Tensor]) -> "TokenIndex":
-        """The same tokens, named by what the function makes of the index."""
+        """The same tokens, named by what the function makes of the index, int64 [length]."""
         return self if self.index is None else replace(self, index=function(self.index))
 
     @property

@@ -42,11 +42,11 @@ class Part:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of its tensors."""
         return self.query_cu_seqlens.device
 
     def with_tensors(self, function: Callable[[Tensor], Tensor]) -> "Part":
-        """The same part with what the function makes of each tensor."""
+        """The same part with what the function makes of each tensor, [n] of its dtype."""
         return replace(
             self,
             query_tokens=self.query_tokens.with_tensors(function),
@@ -81,7 +81,7 @@ class AttentionPlan:
     def with_tensors(
         self, function: Callable[[Tensor], Tensor], device: torch.device
     ) -> "AttentionPlan":
-        """The same plan with what the function makes of each tensor, on that device."""
+        """The same plan with what the function makes of each tensor, [n], on that device."""
         parts, visual_parts = (
             tuple(part.with_tensors(function) for part in parts)
             for parts in (self.parts, self.visual_parts)
@@ -152,7 +152,7 @@ def plan_to_device(plan: AttentionPlan, device: torch.device | str) -> Attention
 def plans_to_device(
     plans: Sequence[AttentionPlan], others: Sequence[Tensor], device: torch.device | str
 ) -> tuple[list[AttentionPlan], list[Tensor]]:
-    """Plans and other tensors of the host on the device, all in one copy."""
+    """Plans and other tensors of the host, of any shape and dtype, on the device in one copy."""
     host = list(others)
 
     def collect(tensor: Tensor) -> Tensor:
