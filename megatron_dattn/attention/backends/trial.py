@@ -8,7 +8,7 @@ import torch
 
 from megatron_dattn.attention.backends.base import Backend, ScoreFunction
 from megatron_dattn.attention.plan.index import TokenIndex
-from megatron_dattn.attention.plan.parts import Part
+from megatron_dattn.attention.plan.parts import Part, cu_seqlens
 from megatron_dattn.errors import shortened
 
 
@@ -35,11 +35,19 @@ def trial_failure(
 
 
 def _part(name: str, key_lengths: tuple[int, ...], device: torch.device) -> Part:
-    causal = name == "T2T"
-    return Part(
-        name, TokenIndex(8), TokenIndex(sum(key_lengths)), (3, 5), key_lengths, causal=causal,
-        rotary=causal, device=device,
-    )  # fmt: skip
+    query_lengths, causal = (3, 5), name == "T2T"
+    part = Part(
+        name,
+        TokenIndex(sum(query_lengths)),
+        TokenIndex(sum(key_lengths)),
+        query_lengths,
+        key_lengths,
+        causal=causal,
+        rotary=causal,
+        query_cu_seqlens=cu_seqlens(query_lengths),
+        key_cu_seqlens=cu_seqlens(key_lengths),
+    )
+    return part.with_tensors(lambda tensor: tensor.to(device))
 
 
 def _pass_through(
