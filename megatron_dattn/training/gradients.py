@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from megatron_dattn.runtime.distributed import get_device
+from megatron_dattn.runtime.engine import gradients_for_norm
 
 
 def finalize_gradients(
@@ -58,8 +59,7 @@ def measure_gradients(optimizer: MegatronOptimizer) -> Tensor:
     """
     (part,) = optimizer.chained_optimizers  # several only for experts
     part.prepare_grads()
-    # A parameter that several ranks hold (tied embedding, norms) counts on one of them.
-    gradients = part.get_main_grads_for_grad_norm()
+    gradients = gradients_for_norm(part)
     norm = get_total_norm(gradients) if gradients else torch.zeros((), device=get_device())
     squared = norm.square()
     dist.all_reduce(squared, group=part.get_grad_stats_parallel_group())
