@@ -99,7 +99,11 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 
 def test_other_caches_are_refused(model: Callable[[str], Any]) -> None:
     inputs = batch_of([[1, IMAGE, 7]])
-    for implementation in ("static", "offloaded"):
+    implementations = ["static"]
+    if torch.version.cuda is None or torch.cuda.is_available():
+        # With a CUDA build and no device transformers fails at its own stream, before our code.
+        implementations.append("offloaded")
+    for implementation in implementations:
         with pytest.raises(ValueError, match="DAttnCache"):
             model("dattn").generate(**inputs, cache_implementation=implementation)
 
