@@ -13,19 +13,16 @@ float64 run of the preset's definition, which takes minutes at ten thousand toke
 """
 
 import argparse
-import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks import report
 from benchmarks.protocol import DEFAULT_ROUNDS
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 from megatron_dattn.planner.layer_sizes import LayerSizes
-from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+from megatron_dattn.runtime.log import silence_import_warnings
 
 silence_import_warnings()  # before megatron-core is imported
 
@@ -33,7 +30,6 @@ from benchmarks.decoder_layer import Bench, Variant  # noqa: E402
 from benchmarks.layer_memory import memory_report  # noqa: E402
 from benchmarks.layer_speed import Sizing, speed_report  # noqa: E402
 from megatron_dattn.runtime.distributed import (  # noqa: E402
-    destroy_distributed,
     initialize_distributed,
 )
 
@@ -87,37 +83,26 @@ def bench_of(arguments: argparse.Namespace) -> Bench:
     return Bench(sizes, device, arguments.dtype, arguments.backend)
 
 
-@contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """megatron-core's groups of one rank."""
-    initialize_distributed()
-    try:
-        yield
-    finally:
-        destroy_distributed()
+def layer_report(arguments: argparse.Namespace) -> str:
+    """Measure times or memory; the whole Markdown file."""
+    bench = bench_of(arguments)
+    variants = [Variant.parse(text) for text in arguments.variants]
+    bench.check(variants)
+    if arguments.memory:
+        return memory_report(bench, variants, arguments.visual, arguments.text, arguments.command)
+    sizing = Sizing(
+        arguments.visual,
+        arguments.text,
+        arguments.rounds,
+        arguments.seconds,
+        arguments.compared_up_to,
+    )
+    initialize_distributed()  # megatron-core's groups of one rank
+    return speed_report(bench, variants, sizing, arguments.command)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    setup_logging(stream=sys.stderr, level="WARNING")
-    try:
-        report.set_threads(parsed.threads)
-        bench = bench_of(parsed)
-        variants = [Variant.parse(text) for text in parsed.variants]
-        bench.check(variants)
-        if parsed.memory:
-            text = memory_report(bench, variants, parsed.visual, parsed.text, parsed.command)
-        else:
-            sizing = Sizing(
-                parsed.visual, parsed.text, parsed.rounds, parsed.seconds, parsed.compared_up_to
-            )
-            with one_process():
-                text = speed_report(bench, variants, sizing, parsed.command)
-        report.write(text, parsed.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return report.run(layer_report, parse(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ import torch
 from benchmarks import report
 from benchmarks.protocol import Spread
 from megatron_dattn.checkpoint.files import PAGES_KEPT, forget_pages
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
-from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+from megatron_dattn.errors import UserError
+from megatron_dattn.runtime.log import silence_import_warnings
 
 silence_import_warnings()  # before megatron-core is imported
 
@@ -216,14 +216,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    setup_logging(stream=sys.stderr, level="WARNING")
-    try:
-        report.write(conversion_report(parsed), parsed.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return report.run(conversion_report, parse(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import torch
 
 from benchmarks import report
 from benchmarks.protocol import Spread
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
-from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+from megatron_dattn.errors import UserError
+from megatron_dattn.runtime.log import silence_import_warnings
 
 silence_import_warnings()  # before megatron-core is imported
 
@@ -43,7 +43,6 @@ from megatron_dattn.inference import LoadedModel, Prompt, encode_images  # noqa:
 from megatron_dattn.inference.decoding import Decoding  # noqa: E402
 from megatron_dattn.models.config import ModelConfig  # noqa: E402
 from megatron_dattn.runtime.distributed import (  # noqa: E402
-    destroy_distributed,
     initialize_distributed,
     seed_everything,
 )
@@ -93,6 +92,9 @@ def variants(model: ModelConfig, questions: Questions) -> dict[str, Answer]:
 
 def generation_report(arguments: argparse.Namespace) -> str:
     """Measure everything; the whole Markdown file."""
+    report.choose_device("cpu")
+    initialize_distributed()
+    seed_everything(0)
     model = sizes(arguments.hidden_size, arguments.layers)
     notes = [
         f"random weights, {arguments.layers} layers {arguments.hidden_size} wide, fp32; questions "
@@ -232,20 +234,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    setup_logging(stream=sys.stderr, level="WARNING")
-    try:
-        report.set_threads(parsed.threads)
-        report.choose_device("cpu")
-        initialize_distributed()
-        seed_everything(0)
-        report.write(generation_report(parsed), parsed.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    finally:
-        destroy_distributed()
-    return 0
+    return report.run(generation_report, parse(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from megatron_dattn.attention import (
 )
 from megatron_dattn.attention.layers import layer_rules
 from megatron_dattn.attention.visual_config import kept_grid
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
 from megatron_dattn.planner.flops import model_flops
 
@@ -136,14 +135,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    try:
-        report.set_threads(parsed.threads)
-        report.write(host_report(parsed), parsed.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return report.run(host_report, parse(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.protocol import DEFAULT_ROUNDS, Timings, time_rounds, timer_of
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
-from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+from megatron_dattn.runtime.log import silence_import_warnings
 
 silence_import_warnings()  # before megatron-core is imported
 
@@ -37,7 +36,6 @@ from benchmarks.image_questions import (  # noqa: E402
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration  # noqa: E402
 from megatron_dattn.inference import load_model  # noqa: E402
 from megatron_dattn.runtime.distributed import (  # noqa: E402
-    destroy_distributed,
     initialize_distributed,
     seed_everything,
 )
@@ -184,17 +182,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    setup_logging(stream=sys.stderr, level="WARNING")
-    try:
-        report.set_threads(parsed.threads)
-        report.write(cache_report(parsed), parsed.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    finally:
-        destroy_distributed()
-    return 0
+    return report.run(cache_report, parse(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

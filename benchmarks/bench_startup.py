@@ -31,7 +31,6 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks import report
 from benchmarks.protocol import Spread, Step, Timings, time_on_host, time_rounds
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 
 silence_import_warnings()  # before megatron-core is imported
@@ -237,15 +236,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    setup_logging(stream=sys.stderr, level="WARNING")
-    try:
-        report.set_threads(parsed.threads)
-        report.write(startup_report(parsed), parsed.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return report.run(startup_report, parse(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.protocol import DEFAULT_ROUNDS, WARM_UP, Step, Timings, time_rounds, timer_of
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
-from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
+from megatron_dattn.runtime.log import silence_import_warnings
 
 silence_import_warnings()  # before megatron-core is imported
 
@@ -39,7 +38,6 @@ from benchmarks.step_variants import (  # noqa: E402
 )
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch  # noqa: E402
 from megatron_dattn.models.execution import ExecutionConfig  # noqa: E402
-from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
 from megatron_dattn.training.metrics import StepReport  # noqa: E402
 from megatron_dattn.training.run import join_ranks  # noqa: E402
 
@@ -190,17 +188,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    setup_logging(stream=sys.stderr, level="WARNING")
-    try:
-        report.set_threads(parsed.threads)
-        report.write(step_report(parsed), parsed.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    finally:
-        destroy_distributed()
-    return 0
+    return report.run(step_report, parse(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

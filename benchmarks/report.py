@@ -3,7 +3,9 @@
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Sequence
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import torch
 
 from benchmarks.protocol import FEWEST_ROUNDS, Spread
 from megatron_dattn.errors import UserError
+from megatron_dattn.runtime.distributed import destroy_distributed
+from megatron_dattn.runtime.log import setup_logging
+from megatron_dattn.runtime.tool import run_tool
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +57,26 @@ def spread(figure: Spread, digits: int = 2) -> str:
         f"{value:.{digits}f}" for value in (figure.median, figure.low, figure.high)
     )
     return f"{median} ({low} to {high})"
+
+
+def run(make: Callable[[Namespace], str], parsed: Namespace) -> int:
+    """Make a report and keep it: what all benchmarks do; returns the exit code.
+
+    Args:
+        parsed: the command line, with `output` and, where the benchmark has them, `threads`.
+    """
+
+    def work() -> int:
+        try:
+            if "threads" in parsed:
+                set_threads(parsed.threads)
+            write(make(parsed), parsed.output)
+            return 0
+        finally:
+            destroy_distributed()
+
+    setup_logging(stream=sys.stderr, level="WARNING")
+    return run_tool(work)
 
 
 def write(text: str, output: Path | None) -> None:

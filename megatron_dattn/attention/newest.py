@@ -15,15 +15,15 @@ from megatron_dattn.attention.config import Merge
 from megatron_dattn.attention.merge import alpha_merge, weighted_merge
 from megatron_dattn.attention.plan.decode import DecodePlan
 
-KeyValue = tuple[Tensor, Tensor]
-"""Of samples as rows, [samples, columns, key heads, head_dim] each."""
+SampleKeyValue = tuple[Tensor, Tensor]
+"""Of tokens by sample, [samples, columns, key heads, head_dim] each."""
 
 
 def attend_newest(
     query_to_images: Tensor,
     query_to_text: Tensor,
-    images: KeyValue | None,
-    text: KeyValue,
+    images: SampleKeyValue | None,
+    text: SampleKeyValue,
     plan: DecodePlan,
     *,
     merge: Merge,
@@ -60,7 +60,7 @@ def attend_newest(
 
 def read_images(
     query: Tensor,
-    images: KeyValue,
+    images: SampleKeyValue,
     plan: DecodePlan,
     score_function: ScoreFunction,
     backend: DenseBackend,
@@ -76,7 +76,7 @@ def read_images(
 
 def _softmax(
     query: Tensor,
-    tokens: KeyValue,
+    tokens: SampleKeyValue,
     bias: Tensor | None,
     function: ScoreFunction,
     backend: DenseBackend,

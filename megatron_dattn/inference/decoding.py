@@ -20,7 +20,7 @@ from megatron_dattn.attention import TokenLayout
 from megatron_dattn.attention.backends.dense import DenseBackend
 from megatron_dattn.attention.backends.math import MathBackend
 from megatron_dattn.attention.layers import output_tokens
-from megatron_dattn.attention.plan.decode import GrowingText, SampleRows, next_positions
+from megatron_dattn.attention.plan.decode import GrowingText, SampleTable, next_positions
 from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.inference.image_cache import can_keep_images, encode_once
 from megatron_dattn.inference.load import LoadedModel, model_device
@@ -70,10 +70,10 @@ class Decoding:
         if self._steps is None:
             self._steps = self._lay_out_samples()
         if len(samples) < len(self._samples):
-            rows = [self._samples.index(sample) for sample in samples]
-            self._samples, self._positions = list(samples), self._positions[rows]
+            kept = [self._samples.index(sample) for sample in samples]
+            self._samples, self._positions = list(samples), self._positions[kept]
             for layers in self._steps:
-                layers.keep(rows)
+                layers.keep(kept)
         language = self._model.model_config.language
         cos, sin = language.rotary_tables(self._positions, self._device)
         self._positions = self._positions + 1
@@ -156,11 +156,11 @@ class _EqualLayers:
 
     def __init__(self, inputs: LayerInputs, layout: TokenLayout, window: int | None) -> None:
         self._inputs = inputs
-        # Kernels for packs know no rows of unequal length.
+        # Kernels for packs know no tables with padding.
         backend = inputs.backend
         self._backend = backend if isinstance(backend, DenseBackend) else MathBackend()
         self._num_visual = layout.visual_budget
-        self._visual, self._text = SampleRows.visual(layout), SampleRows.text(layout)
+        self._visual, self._text = SampleTable.visual(layout), SampleTable.text(layout)
         self._growth = GrowingText(layout, inputs.rule.attention, window=window)
         self._caches: dict[int, DecodeCache] = {}
 
@@ -180,11 +180,11 @@ class _EqualLayers:
         )
         self._dtype = self._backend.decoding_dtype(key.dtype)
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, samples: list[int]) -> None:
         """Go on with these samples alone."""
-        self._growth.keep(rows)
+        self._growth.keep(samples)
         for cache in self._caches.values():
-            cache.keep(rows)
+            cache.keep(samples)
 
     def next_inputs(self, rotary: tuple[Tensor, Tensor]) -> dict[int, LayerInputs]:
         """Of the layers by number, for one more token of each sample.

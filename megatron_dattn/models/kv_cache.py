@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import newest
 from megatron_dattn.attention.backends.dense import DenseBackend
+from megatron_dattn.attention.newest import SampleKeyValue
 from megatron_dattn.attention.plan.decode import DecodePlan
 
 KeyValue = tuple[Tensor, Tensor]
@@ -53,19 +53,19 @@ class KVCache:
 
 
 class DecodeCache:
-    """Keys and values of samples as rows, keys rotated where their scores are.
+    """Keys and values by sample, keys rotated where their scores are.
 
     Args:
         images: of visual tokens; None if there are none. Never written to.
         text: of the prompts' text tokens.
     """
 
-    def __init__(self, images: newest.KeyValue | None, text: newest.KeyValue) -> None:
+    def __init__(self, images: SampleKeyValue | None, text: SampleKeyValue) -> None:
         self.images = images
         self._length = text[0].shape[1]
         self._text = _longer(text)
 
-    def add(self, key: Tensor, value: Tensor) -> newest.KeyValue:
+    def add(self, key: Tensor, value: Tensor) -> SampleKeyValue:
         """Remember one text token per sample, [samples, key heads, head_dim]; returns all text
         tokens' key and value."""
         if self._length == self._text[0].shape[1]:
@@ -76,11 +76,11 @@ class DecodeCache:
         self._length += 1
         return memory_of_keys[:, : self._length], memory_of_values[:, : self._length]
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, samples: list[int]) -> None:
         """Go on with these samples alone; the memory of the others is free."""
         if self.images is not None:
-            self.images = (self.images[0][rows], self.images[1][rows])
-        self._text = (self._text[0][rows], self._text[1][rows])
+            self.images = (self.images[0][samples], self.images[1][samples])
+        self._text = (self._text[0][samples], self._text[1][samples])
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class DecodeStep:
     backend: DenseBackend
 
 
-def _longer(text: newest.KeyValue) -> newest.KeyValue:
+def _longer(text: SampleKeyValue) -> SampleKeyValue:
     """The same tokens with unused columns behind them.
 
     As many as there are, at least 64: a copy per doubling, not per token. Images, which are most of

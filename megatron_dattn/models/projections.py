@@ -52,6 +52,7 @@ def project(layer: Any, tokens: Tensor) -> Tensor:
     """
     megatron = isinstance(layer, ColumnParallelLinear | RowParallelLinear)
     if megatron and torch.is_inference_mode_enabled() and layer.tp_group.size() == 1:
+        assert layer.bias is None, "decoder layers have no biases"
         return F.linear(tokens, layer.weight)
     out, _ = layer(tokens)
     return out

@@ -2,7 +2,7 @@
 
 While answers are written, every sample gets one text token after the other. Nothing that was there
 before sees them, so the keys and values of earlier tokens stay, and only the new tokens have
-queries. Samples are rows here: visual tokens in one table, text tokens in another, shorter rows
+queries. Tokens stand in two tables, visual ones and text, with a line per sample; shorter lines are
 padded behind their prompt, so that the added tokens of all samples share their columns.
 
 A new token comes after all images and all text of its sample. So it sees them all, whatever the
@@ -43,28 +43,28 @@ class DecodePlan:
 
 
 @dataclass(frozen=True)
-class SampleRows:
-    """A pack's tokens as rows: for each sample (row) packed tokens, int64 [samples, columns]."""
+class SampleTable:
+    """A pack's tokens by sample: numbers of packed tokens, int64 [samples, columns]."""
 
-    table: NDArray[np.int64]  # _PADDING behind the tokens of short rows
+    table: NDArray[np.int64]  # _PADDING behind the tokens of shorter samples
 
     @property
     def num_columns(self) -> int:
         return self.table.shape[1]
 
     @staticmethod
-    def visual(layout: TokenLayout) -> "SampleRows":
+    def visual(layout: TokenLayout) -> "SampleTable":
         """Of visual tokens, in packed order."""
-        return _rows([layout.visual_tokens(sample) for sample in range(layout.num_samples)])
+        return _table_of([layout.visual_tokens(sample) for sample in range(layout.num_samples)])
 
     @staticmethod
-    def text(layout: TokenLayout) -> "SampleRows":
+    def text(layout: TokenLayout) -> "SampleTable":
         """Of text tokens."""
-        return _rows([layout.text_tokens(sample) for sample in range(layout.num_samples)])
+        return _table_of([layout.text_tokens(sample) for sample in range(layout.num_samples)])
 
     def take(self, tokens: Tensor) -> Tensor:
-        """[packed tokens, ...] to [samples, columns, ...]; a view where all rows are equally long
-        and lie one behind the other. Padding repeats some token of the pack."""
+        """[packed tokens, ...] to [samples, columns, ...]; a view where all samples are equally
+        long and lie one behind the other. Padding repeats some token of the pack."""
         places = np.maximum(self.table, 0).ravel()
         if len(places) and (np.diff(places) == 1).all():
             index = TokenIndex(len(places), start=int(places[0]))
@@ -74,7 +74,7 @@ class SampleRows:
 
 
 class GrowingText:
-    """The rows of a pack in one kind of layer, and what hides their tokens from the newest one.
+    """The samples of a pack in one kind of layer, and what hides their tokens from the newest one.
 
     Every token has a place, and a window shows the newest token the places behind its own minus the
     window: text tokens count from 0 or, where the window counts all tokens, in reading order.
@@ -88,17 +88,17 @@ class GrowingText:
         self, layout: TokenLayout, config: AttentionConfig, *, window: int | None = None
     ) -> None:
         self._window = window
-        visual, text = SampleRows.visual(layout).table, SampleRows.text(layout).table
+        visual, text = SampleTable.visual(layout).table, SampleTable.text(layout).table
         places = np.full(layout.num_tokens + 1, _NEVER)  # the last one is padding's
         self._newest = np.zeros(layout.num_samples, dtype=np.int64)
         for sample in range(layout.num_samples):
             self._newest[sample] = _set_places(places, layout, config, sample) - 1
         self._visual, self._text = places[visual], places[text]
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep(self, samples: Sequence[int]) -> None:
         """Go on with these samples alone."""
-        self._visual, self._text = self._visual[rows], self._text[rows]
-        self._newest = self._newest[rows]
+        self._visual, self._text = self._visual[samples], self._text[samples]
+        self._newest = self._newest[samples]
 
     def add_token(self) -> None:
         """Give each sample one more token, which is the newest from now on."""
@@ -157,11 +157,11 @@ def _set_places(
     return end - start
 
 
-def _rows(ranges: Sequence[tuple[int, int]]) -> SampleRows:
+def _table_of(ranges: Sequence[tuple[int, int]]) -> SampleTable:
     columns = np.arange(max((end - start for start, end in ranges), default=0))
     starts, ends = np.array(ranges, dtype=np.int64).reshape(-1, 2, 1).transpose(1, 0, 2)
     tokens = starts + columns
-    return SampleRows(np.where(tokens < ends, tokens, _PADDING))
+    return SampleTable(np.where(tokens < ends, tokens, _PADDING))
 
 
 def _bias(seen: NDArray[np.bool_], device: torch.device | str, dtype: torch.dtype) -> Tensor | None:

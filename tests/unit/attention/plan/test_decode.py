@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, token_positions
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
 from megatron_dattn.attention.config import AttentionConfig
-from megatron_dattn.attention.newest import KeyValue, attend_newest, read_images
-from megatron_dattn.attention.plan.decode import GrowingText, SampleRows, next_positions
+from megatron_dattn.attention.newest import SampleKeyValue, attend_newest, read_images
+from megatron_dattn.attention.plan.decode import GrowingText, SampleTable, next_positions
 from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.attention.reference import reference_attention
 from tests.unit.attention.support import CONFIGS, SCORES, Problem, layouts, make_problem
@@ -53,8 +53,8 @@ class Rows:
         values = problem.value.detach().clone()
         if problem.head_mask is not None:
             values[: layout.visual_budget] *= problem.head_mask.unsqueeze(-1)
-        visual, text = SampleRows.visual(layout), SampleRows.text(layout)
-        self.images: KeyValue | None = None
+        visual, text = SampleTable.visual(layout), SampleTable.text(layout)
+        self.images: SampleKeyValue | None = None
         if visual.num_columns:
             self.images = (visual.take(keys[pack]), visual.take(values[pack]))
         self.text = [text.take(self.rotated[pack]), text.take(problem.value[pack])]
@@ -144,7 +144,7 @@ def test_equal_rows_are_views_and_short_ones_are_padded() -> None:
     images = (ImageSpan(0, 1, (1, 2)), ImageSpan(1, 0, (1, 2)))
     layout = TokenLayout((3, 1), images, visual_budget=4, text_budget=5)
     pack = torch.arange(9)
-    visual, text = SampleRows.visual(layout), SampleRows.text(layout)
+    visual, text = SampleTable.visual(layout), SampleTable.text(layout)
     assert visual.take(pack).tolist() == [[0, 1], [2, 3]]
     assert visual.take(pack).data_ptr() == pack.data_ptr()
     assert (text.num_columns, text.take(pack)[1, 0]) == (3, 7)
@@ -159,7 +159,7 @@ def test_equal_rows_are_views_and_short_ones_are_padded() -> None:
 
 def test_text_alone_has_no_visual_columns() -> None:
     layout = TokenLayout((2, 2), (), visual_budget=3, text_budget=4)
-    assert SampleRows.visual(layout).take(torch.zeros(3, 5)).shape == (2, 0, 5)
+    assert SampleTable.visual(layout).take(torch.zeros(3, 5)).shape == (2, 0, 5)
     growth = GrowingText(layout, PRESETS["dattn"])
     growth.add_token()
     assert growth.plan("cpu", torch.float32).text_bias is None
