@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from megatron_dattn.batch import IGNORED_LABEL
-from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.data.template import TextTokens
-from megatron_dattn.errors import ConfigError, DataError
+from megatron_dattn.errors import ConfigError
 from megatron_dattn.inference.load import LoadedModel, model_device
 from megatron_dattn.inference.prompt import EncodedImage, Image, Prompt, pack_prompts, read_image
 from megatron_dattn.models.kv_cache import KVCache
@@ -85,9 +84,4 @@ def encode_once(loaded: LoadedModel, images: Iterable[Image]) -> list[EncodedIma
 
 
 def _pixels(loaded: LoadedModel, image: str | Path | np.ndarray) -> np.ndarray:
-    if isinstance(image, np.ndarray):
-        return image
-    try:
-        return read_image(loaded, Path(image))
-    except SampleError as error:
-        raise DataError(str(error)) from error
+    return image if isinstance(image, np.ndarray) else read_image(loaded, Path(image))

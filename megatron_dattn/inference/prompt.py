@@ -86,9 +86,14 @@ class Prompt:
 
 
 def read_image(loaded: RunAssets, path: Path) -> np.ndarray:
-    """An image file at the vision encoder's size. Raises SampleError if it cannot be used."""
+    """An image file at the vision encoder's size. Raises DataError if it cannot be used."""
+    where = ""
     try:
-        return loaded.preprocessor.fit(read_image_file(str(path.parent), path.name))
+        data = read_image_file(str(path.parent), path.name)  # its errors name the file
+        where = f"image {quoted(str(path))}: "
+        return loaded.preprocessor.fit(data)
+    except SampleError as error:
+        raise DataError(f"{where}{error}") from error
     except MemoryError as error:
         raise DataError(f"memory ran out while decoding image '{path}'") from error
 

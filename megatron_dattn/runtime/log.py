@@ -26,6 +26,8 @@ _HARMLESS_WARNINGS = (
     ("full scope is deprecated", r"megatron\.core\.transformer"),
     # optimizer.py:66 asks a view of a parameter for its gradient, and means it.
     (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\.core\.optimizer"),
+    # torch's checkpoints ask each of their tensors whether it is of its own older kind.
+    (r"Please use DTensor instead", r"torch\.distributed"),
     # param_and_grad_buffer.py and mappings.py use the old names of two collectives.
     (
         r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is depr",

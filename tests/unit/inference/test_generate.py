@@ -156,6 +156,16 @@ def test_command_line(base, tmp_path, capsys):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("content", [b"xx", None])
+def test_an_image_that_cannot_be_used_is_named_once(loaded, tmp_path, content):
+    path = tmp_path / "broken.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        Prompt.from_question(loaded, "why?", [path])
+    assert str(raised.value).count("broken.png") == 1
+
+
 def test_lack_of_memory_is_one_error_that_names_the_image(base, loaded, monkeypatch):
     def no_memory(*args, **options):
         raise MemoryError
