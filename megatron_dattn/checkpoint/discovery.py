@@ -22,8 +22,8 @@ from megatron_dattn.checkpoint.manifest import (
     verify_files,
 )
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.json_file import JsonFields, read_json_object, show
 from megatron_dattn.runtime.progress import ByteProgress, unseen
+from megatron_dattn.runtime.untrusted_file import JsonFields, read_json_object, show
 
 logger = logging.getLogger(__name__)
 

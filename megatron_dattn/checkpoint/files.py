@@ -17,8 +17,8 @@ from pathlib import Path
 
 from megatron_dattn.checkpoint.hashing import HashBeside
 from megatron_dattn.runtime.os_errors import named
-from megatron_dattn.runtime.plain_file import open_plain
 from megatron_dattn.runtime.progress import Advance
+from megatron_dattn.runtime.untrusted_file import open_plain
 
 LATEST_FILE = "latest.json"
 TRASH_PREFIX = ".trash-"

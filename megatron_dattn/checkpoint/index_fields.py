@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_dattn.checkpoint.manifest import FileRecord
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.json_file import show
+from megatron_dattn.runtime.untrusted_file import show
 
 
 def check_index(metadata: dcp.Metadata, files: Mapping[str, FileRecord], where: str) -> None:

@@ -38,8 +38,7 @@ from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank
 from megatron_dattn.checkpoint.manifest import Manifest, read_manifest, require_listed
 from megatron_dattn.checkpoint.writer import first_failure
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.json_file import read_json_object
-from megatron_dattn.runtime.plain_file import open_plain
+from megatron_dattn.runtime.untrusted_file import open_plain, read_json_object
 
 _SHOWN = 8
 _FORMAT_FILE = "metadata.json"

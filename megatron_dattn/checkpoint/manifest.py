@@ -21,9 +21,14 @@ from typing import Any
 from megatron_dattn.checkpoint import files
 from megatron_dattn.checkpoint.manifest_fields import check_fields
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.json_file import MAX_BYTES, parse_json, show
-from megatron_dattn.runtime.plain_file import open_plain, read_plain
 from megatron_dattn.runtime.progress import Advance, ByteProgress, unseen
+from megatron_dattn.runtime.untrusted_file import (
+    MAX_BYTES,
+    open_plain,
+    parse_json,
+    read_plain,
+    show,
+)
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "megatron_dattn/1"

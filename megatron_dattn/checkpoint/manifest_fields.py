@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.json_file import JsonFields, is_number, show
+from megatron_dattn.runtime.untrusted_file import JsonFields, is_number, show
 
 FIELDS = ("step", "facts", "layout", "files", "versions", "created")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,255}")

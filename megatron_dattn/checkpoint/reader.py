@@ -38,7 +38,7 @@ from megatron_dattn.checkpoint.index_fields import check_index
 from megatron_dattn.checkpoint.manifest import Manifest, require_listed
 from megatron_dattn.checkpoint.metadata_unpickler import MetadataUnpickler
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.plain_file import open_plain
+from megatron_dattn.runtime.untrusted_file import open_plain
 
 logger = logging.getLogger(__name__)
 

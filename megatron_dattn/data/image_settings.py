@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.runtime.json_file import JsonFields, read_json_object
+from megatron_dattn.runtime.untrusted_file import JsonFields, read_json_object
 
 ImageFit = Literal["resize", "pad", "crop"]
 # Where Hugging Face keeps an image processor's settings: the file of its own that older exports

@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.templates import template_tokens
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.runtime.json_file import read_json_object
-from megatron_dattn.runtime.plain_file import open_plain
+from megatron_dattn.runtime.untrusted_file import open_plain, read_json_object
 
 # What transformers reads to make a tokenizer. (It takes the model's class from config.json.)
 _JSON_FILES = (

@@ -20,9 +20,8 @@ from typing import BinaryIO
 from megatron_dattn.checkpoint.files import damaged_name, replace_synced, sync_folder
 from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.append_file import AppendFile
-from megatron_dattn.runtime.json_file import parse_json
 from megatron_dattn.runtime.os_errors import explain, named
-from megatron_dattn.runtime.plain_file import open_plain
+from megatron_dattn.runtime.untrusted_file import open_plain, parse_json
 
 logger = logging.getLogger(__name__)
 

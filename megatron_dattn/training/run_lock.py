@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from megatron_dattn.errors import UserError
-from megatron_dattn.runtime.json_file import read_json_object
+from megatron_dattn.runtime.untrusted_file import read_json_object
 
 LOCK_FILE = "run.lock"
 BEAT_SECONDS = 5.0

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from megatron_dattn.errors import DataError
-from megatron_dattn.runtime.json_file import read_json_object
+from megatron_dattn.runtime.untrusted_file import read_json_object
 
 logger = logging.getLogger(__name__)
 

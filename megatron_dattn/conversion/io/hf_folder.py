@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dattn.errors import CheckpointError, UserError, quoted
-from megatron_dattn.runtime.json_file import JsonFields, read_json_object
+from megatron_dattn.runtime.untrusted_file import JsonFields, read_json_object
 
 CONFIG_FILE = "config.json"
 _PICKLED = (

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dattn.checkpoint.files import forget_pages
 from megatron_dattn.conversion.io.hf_folder import read_json, some, what_it_holds
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.json_file import show
+from megatron_dattn.runtime.untrusted_file import show
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

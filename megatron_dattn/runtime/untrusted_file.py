@@ -1,19 +1,81 @@
-"""Reads JSON that this program did not write, or that something has happened to since.
+"""Reads files that this program did not write, or that something has happened to since.
 
-Python's parser takes what no such file needs and what then breaks elsewhere: lists nested until the
-stack is full, integers of thousands of digits, keys that occur twice, half a surrogate pair. Here
-each is one error, and so is a value of another type than the reader needs (`JsonFields`).
+Plain files only, and none that makes us wait: a named pipe in the place of a file is waited for as
+long as nobody writes into it, a device such as /dev/zero has no end, and both have size 0. What a
+file is gets looked at before it is opened, and once more when it is open: it may have been
+exchanged in between.
+
+Python's JSON parser takes what no such file needs and what then breaks elsewhere: lists nested
+until the stack is full, integers of thousands of digits, keys that occur twice, half a surrogate
+pair. Here each is one error, and so is a value of another type than the reader needs
+(`JsonFields`).
 """
 
+import errno
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_dattn.errors import UserError
-from megatron_dattn.runtime.plain_file import read_plain
+
+_KINDS = (
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_plain(path: str | os.PathLike[str], *, follow_links: bool = True) -> BinaryIO:
+    """Open a plain file to be read.
+
+    Args:
+        follow_links: whether a link to a plain file counts as one, as in Hugging Face's cache.
+
+    Raises:
+        OSError: it is not there, cannot be read, or is something else; `strerror` says what.
+    """
+    _require_plain(os.stat(path, follow_symlinks=follow_links), path)
+    # A pipe that came in between is not waited for either.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    try:
+        _require_plain(os.fstat(descriptor), path)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_plain(path: str | os.PathLike[str], *, max_bytes: int, follow_links: bool = True) -> bytes:
+    """All of a plain file.
+
+    Raises:
+        OSError: as for `open_plain`; also if it has more bytes than that.
+    """
+    with open_plain(path, follow_links=follow_links) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1) if size <= max_bytes else b""
+        if len(data) > size:  # some plain files (those of /proc) have more than their size says
+            data += file.read(max_bytes + 1 - len(data))
+    if max(size, len(data)) > max_bytes:
+        reason = f"it has more than the {max_bytes:,} bytes that such a file may have"
+        raise OSError(errno.EFBIG, reason, os.fspath(path))
+    return data
+
+
+def _require_plain(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if stat.S_ISREG(status.st_mode):
+        return
+    kind = next((name for test, name in _KINDS if test(status.st_mode)), "of an unknown kind")
+    raise OSError(errno.EINVAL, f"it is {kind}, not a plain file", os.fspath(path))
+
 
 MAX_BYTES = 64 * 2**20
 """The largest that we know are tokenizers with 256k entries: 33 MB."""
