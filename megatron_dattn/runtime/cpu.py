@@ -10,11 +10,13 @@ Where CUDA is available nothing is touched. Line numbers refer to megatron-core 
 import functools
 import importlib
 import logging
+import resource
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_dattn.runtime.log import silence_import_warnings
@@ -75,8 +77,6 @@ def enable_cpu_runtime() -> None:
 
 def _redirect_cuda_module() -> None:
     """The functions of torch.cuda that the training path calls and that have a host meaning."""
-    from megatron_dattn.runtime import memory
-
     redirections: dict[str, Callable[..., Any]] = {
         # Every buffer is made on it: param_and_grad_buffer.py:775-806, layers.py:251, 899, 1197,
         # p2p_communication.py:190-321, rotary_pos_embedding.py:78, and 160 more places.
@@ -94,13 +94,25 @@ def _redirect_cuda_module() -> None:
         "get_rng_state": lambda device="cuda": torch.get_rng_state(),
         "set_rng_state": lambda new_state, device="cuda": torch.set_rng_state(new_state),
         # Whoever reports memory (ours and megatron-core's timers alike) gets the process's own.
-        "memory_allocated": lambda device=None: memory.resident_bytes(),
-        "max_memory_allocated": lambda device=None: memory.peak_resident_bytes(),
+        "memory_allocated": lambda device=None: _resident_bytes(),
+        "max_memory_allocated": lambda device=None: _peak_resident_bytes(),
     }
     for name, function in redirections.items():
         setattr(torch.cuda, name, function)
     # random.py:55 reaches it under its full name.
     torch.cuda.random.get_rng_state = redirections["get_rng_state"]
+
+
+def _resident_bytes() -> int:
+    """Resident set size of this process now."""
+    return psutil.Process().memory_info().rss
+
+
+def _peak_resident_bytes() -> int:
+    """Largest resident set size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return max(peak, _resident_bytes())  # the kernel updates the peak a little late
 
 
 def _redirect_tensor_methods() -> None:
