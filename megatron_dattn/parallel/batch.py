@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.batch import PackedBatch
-from megatron_dattn.runtime.host_group import host_group
+from megatron_dattn.runtime.distributed import host_group
 
 _HEADER_FIELDS = 4
 

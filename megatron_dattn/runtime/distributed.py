@@ -15,10 +15,13 @@ import torch.distributed as dist
 
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime.cpu import enable_cpu_runtime
-from megatron_dattn.runtime.host_group import set_host_timeout
 from megatron_dattn.runtime.launcher import Launch, read_launch
 from megatron_dattn.runtime.lost_ranks import introduce_rank
 from megatron_dattn.runtime.rendezvous import RendezvousError, meet
+
+# What `host_group` makes: a group's twin over gloo, and how long its collectives wait.
+_host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+_host_timeout: timedelta | None = None
 
 
 def initialize_distributed(
@@ -109,13 +112,14 @@ def _select_cuda_device(launch: Launch) -> None:
 
 
 def _join_process_group(launch: Launch, timeout_seconds: float, rendezvous_seconds: float) -> None:
+    global _host_timeout
     on_cuda = torch.cuda.is_available()
     backend = "nccl" if on_cuda else "gloo"
     # One process needs no port: a store in its own memory will do.
     store = meet(launch, rendezvous_seconds) if launch.world_size > 1 else dist.HashStore()
     timeout = timedelta(seconds=timeout_seconds)
     store.set_timeout(timeout)
-    set_host_timeout(timeout)
+    _host_timeout = timeout
     try:
         dist.init_process_group(
             backend,
@@ -198,3 +202,26 @@ def get_device() -> torch.device:
 def is_rank_0() -> bool:
     """True if this is the first rank of the world (also true before the world exists)."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
+    """The same ranks over gloo, for what only the host needs to know: flags, sizes, plans.
+
+    Through NCCL such numbers would go to the device and back, and the host would wait until the
+    device has done all work before them. Collective over the group at the first call.
+
+    Args:
+        group: the world where None; itself where its backend is gloo.
+    """
+    group = dist.group.WORLD if group is None else group
+    assert group is not None, "the ranks have met"
+    if dist.get_backend(group) == dist.Backend.GLOO:
+        return group
+    if group not in _host_groups:
+        _host_groups[group] = dist.new_group(
+            dist.get_process_group_ranks(group),
+            timeout=_host_timeout,
+            backend=dist.Backend.GLOO,
+            use_local_synchronization=True,  # the ranks of other groups are not there to join
+        )
+    return _host_groups[group]

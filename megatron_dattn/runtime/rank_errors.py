@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dattn.errors import UserError
-from megatron_dattn.runtime.distributed import is_rank_0, join_world
-from megatron_dattn.runtime.host_group import host_group
+from megatron_dattn.runtime.distributed import host_group, is_rank_0, join_world
 from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.rendezvous import RendezvousError
 

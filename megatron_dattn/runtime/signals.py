@@ -123,7 +123,7 @@ class SignalWatcher:
         import torch
         import torch.distributed as dist
 
-        from megatron_dattn.runtime.host_group import host_group
+        from megatron_dattn.runtime.distributed import host_group
 
         if not dist.is_initialized():
             return self.received

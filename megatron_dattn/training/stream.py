@@ -23,7 +23,7 @@ from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import ModelSizes, VLMLoader, build_loader
 from megatron_dattn.errors import DataError, UserError
 from megatron_dattn.parallel.batch import broadcast_batch
-from megatron_dattn.runtime.host_group import host_group
+from megatron_dattn.runtime.distributed import host_group
 from megatron_dattn.runtime.random_states import untouched_random_states
 from megatron_dattn.runtime.rank_errors import all_ranks_agree
 

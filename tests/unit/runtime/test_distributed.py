@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.testing._internal.distributed import fake_pg  # registers the backend "fake"
 
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime import distributed
@@ -14,6 +15,7 @@ from megatron_dattn.runtime.distributed import (
     check_parallel_sizes,
     destroy_distributed,
     get_device,
+    host_group,
     initialize_distributed,
     is_rank_0,
     one_process,
@@ -21,6 +23,8 @@ from megatron_dattn.runtime.distributed import (
 )
 from megatron_dattn.runtime.launcher import Launch
 from tests.support.distributed import run_distributed
+
+assert fake_pg
 
 
 @pytest.fixture
@@ -175,3 +179,18 @@ def test_work_of_one_process_is_not_for_a_launcher(
     monkeypatch.delenv("RANK")  # left over from an earlier command: nobody else is there
     with one_process():
         assert dist.get_world_size() == 1
+
+
+def exchange() -> tuple[bool, int, bool]:
+    """Over twins of two groups of two ranks, whose own backend moves nothing."""
+    pairs = [dist.new_group(ranks, backend="fake") for ranks in ([0, 1], [2, 3])]
+    mine = pairs[dist.get_rank() // 2]
+    number = torch.tensor([10 ** dist.get_rank()])
+    dist.all_reduce(number, group=host_group(mine))
+    return host_group() is dist.group.WORLD, int(number), host_group(mine) is host_group(mine)
+
+
+def test_each_group_has_one_twin_of_its_own_ranks() -> None:
+    first, second, third, fourth = run_distributed(exchange, 4)
+    assert first == second == (True, 11, True)
+    assert third == fourth == (True, 1100, True)
