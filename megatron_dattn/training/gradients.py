@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from megatron_dattn.runtime.distributed import get_device
-from megatron_dattn.runtime.engine import gradients_for_norm
 
 
 def finalize_gradients(
@@ -59,7 +58,7 @@ def measure_gradients(optimizer: MegatronOptimizer) -> Tensor:
     """
     (part,) = optimizer.chained_optimizers  # several only for experts
     part.prepare_grads()
-    gradients = gradients_for_norm(part)
+    gradients = _gradients_for_norm(part)
     norm = get_total_norm(gradients) if gradients else torch.zeros((), device=get_device())
     squared = norm.square()
     dist.all_reduce(squared, group=part.get_grad_stats_parallel_group())
@@ -77,3 +76,11 @@ def update_weights(optimizer: MegatronOptimizer, grad_norm: float, clip_grad: fl
         (part,) = optimizer.chained_optimizers
         clip_grads_with_norm_(part.get_parameters(), clip_grad, norm)
     optimizer.step_with_ready_grads()
+
+
+def _gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Those whose norm this rank adds to the global one: what several ranks hold (tied embedding,
+    norms) counts on one of them. The method's name depends on megatron-core's release."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):  # 0.19
+        return optimizer.get_grads_for_grad_norm()
+    return optimizer.get_main_grads_for_grad_norm()
