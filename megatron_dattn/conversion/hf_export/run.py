@@ -31,10 +31,10 @@ from megatron_dattn.conversion.hf_export.metrics import metrics_of_run, read_met
 from megatron_dattn.conversion.hf_export.model_card import model_card
 from megatron_dattn.conversion.hf_export.processor import write_processor
 from megatron_dattn.conversion.hf_export.tokenizer import write_tokenizer
-from megatron_dattn.conversion.io.chat_template import write_chat_template
 from megatron_dattn.conversion.io.hf_folder import some
 from megatron_dattn.conversion.io.output_folder import check_output, check_room, new_folder
 from megatron_dattn.conversion.io.safetensors_writer import PlannedTensors, write_shards
+from megatron_dattn.conversion.io.tokenizer_files import write_chat_template
 from megatron_dattn.conversion.io.weight_values import check_finite
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.data.tokenizer import padding_id, token_id

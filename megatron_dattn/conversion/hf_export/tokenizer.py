@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dattn.conversion.io.sentencepiece_model import (
+from megatron_dattn.conversion.io.tokenizer_files import (
     SENTENCEPIECE_FILE,
     remove_if_contradicting,
     rename_piece,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dattn.conversion.hf_import.tokenizer import TEKKEN_RESERVED
-from megatron_dattn.conversion.io.chat_template import CHAT_TEMPLATE_FILE, chat_template
+from megatron_dattn.conversion.io.tokenizer_files import CHAT_TEMPLATE_FILE, chat_template
 from megatron_dattn.data.templates import TEMPLATES, TemplateName
 from megatron_dattn.data.tokenizer import special_token_ids
 

@@ -17,8 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_dattn.conversion.hf_import.chat_template import TemplateChoice, choose_template
 from megatron_dattn.conversion.hf_import.source import ImportSource, two_model_source
-from megatron_dattn.conversion.hf_import.special_tokens import check_special_tokens
-from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
+from megatron_dattn.conversion.hf_import.tokenizer import check_special_tokens, copy_tokenizer
 from megatron_dattn.conversion.hf_import.vlm_source import vlm_source
 from megatron_dattn.conversion.io.output_folder import check_output, check_room
 from megatron_dattn.data.image_settings import PROCESSOR_FILES, read_image_settings

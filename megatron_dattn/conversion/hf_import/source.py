@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_dattn.conversion.families import registry
 from megatron_dattn.conversion.families.weight_map import Rule, check_tensors
-from megatron_dattn.conversion.hf_import.special_tokens import SpecialTokens, special_tokens
+from megatron_dattn.conversion.hf_import.tokenizer import SpecialTokens, special_tokens
 from megatron_dattn.conversion.io.hf_folder import read_model_config
 from megatron_dattn.conversion.io.safetensors_reader import (
     DTYPE_NAMES,

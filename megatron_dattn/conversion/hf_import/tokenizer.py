@@ -1,26 +1,41 @@
-"""The tokenizer's `<image>` entry, made without growing the vocabulary.
+"""The tokenizer: an `<image>` entry without a larger vocabulary, and whether it is the model's.
 
 A vision-language model needs one token that marks an image's place. Growing the vocabulary would
 change the embedding's shape, so a reserved entry that no text needs is renamed: Mistral v0.3 ships
 `[control_8]` and hundreds more, Nemo `<SPECIAL_n>`, Llama-3 `<|reserved_special_token_0|>`, Gemma
 `<unused0>`. Llama-2 and Vicuna reserve nothing; there an entry is added behind the others, if the
 embedding has a row for it, as the padded ones of LLaVA's checkpoints do.
+
+A tokenizer of another model is often smaller than the embedding and fits it, so that nothing but
+the ids that config.json names tells the two apart: which begin and end a text. Where only the
+tokens differ this is no error: transformers writes its classes' default ids into files, and chat
+models change the end token in one of the two places.
 """
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
 
-from megatron_dattn.conversion.io.hf_folder import read_json
-from megatron_dattn.conversion.io.sentencepiece_model import SENTENCEPIECE_FILE, rename_piece
+from megatron_dattn.conversion.io.hf_folder import ConfigValues, read_json
+from megatron_dattn.conversion.io.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    SENTENCEPIECE_FILE,
+    rename_piece,
+)
 from megatron_dattn.data.conversation import IMAGE_TOKEN
 from megatron_dattn.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
+SpecialTokens = Mapping[str, tuple[int, ...]]
+"""Ids by `bos` and `eos`, where config.json names them."""
 TEKKEN_RESERVED = re.compile(r"<SPECIAL_(\d+)>")
 """In Mistral's Tekken tokenizers: Nemo, Small 3."""
 RESERVED_NAMES = (
@@ -34,7 +49,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     SENTENCEPIECE_FILE,
-    "chat_template.jinja",
+    CHAT_TEMPLATE_FILE,
     "generation_config.json",  # it says which tokens end an answer
 )
 
@@ -150,3 +165,58 @@ def _renamed(node: Any, entry: str) -> Any:
     if isinstance(node, list):
         return [_renamed(item, entry) for item in node]
     return IMAGE_TOKEN if node == entry else node
+
+
+def special_tokens(*configs: Mapping[str, Any]) -> SpecialTokens:
+    """The ids in the first of these that has them.
+
+    Raises:
+        CheckpointError: one is no whole number.
+    """
+    named: dict[str, tuple[int, ...]] = {}
+    for kind in ("bos", "eos"):
+        for config in configs:
+            ids = _ids(config, f"{kind}_token_id")
+            if ids:
+                named.setdefault(kind, ids)
+    return named
+
+
+def _ids(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """One or several; negative ones say that there is none."""
+    value = config.get(name)
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    places = (ConfigValues({name: item}, "the model's config.json") for item in listed)
+    return tuple(index for index in (place.whole(name) for place in places) if index >= 0)
+
+
+def check_special_tokens(
+    named: SpecialTokens, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Compare them with a tokenizer; warn if it begins or ends texts otherwise.
+
+    Raises:
+        CheckpointError: it has no such token at all.
+    """
+    known = set(tokenizer.get_vocab().values())
+    own = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    for kind, ids in named.items():
+        absent = [index for index in ids if index not in known]
+        if absent:
+            raise CheckpointError(
+                f"{folder}: config.json has {kind}_token_id {_spell(ids)}, but the tokenizer has "
+                f"no token {_spell(absent)} (its {kind}_token is {own[kind]}); they belong to "
+                "different models"
+            )
+        if own[kind] not in ids:
+            spelled = ", ".join(str(tokenizer.convert_ids_to_tokens(index)) for index in ids)
+            logger.warning(
+                "%s: config.json has %s_token_id %s (%s), the tokenizer %s (%s): the tokenizer's "
+                "is used; if it is another model's, import again with the right one",
+                *(folder, kind, _spell(ids), spelled, own[kind]),
+                tokenizer.convert_ids_to_tokens(own[kind]),
+            )
+
+
+def _spell(ids: tuple[int, ...] | list[int]) -> str:
+    return ", ".join(map(str, ids))

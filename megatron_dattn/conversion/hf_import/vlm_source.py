@@ -21,7 +21,7 @@ from megatron_dattn.conversion.hf_import.source import (
     check_weights,
     repeated_head,
 )
-from megatron_dattn.conversion.hf_import.special_tokens import special_tokens
+from megatron_dattn.conversion.hf_import.tokenizer import special_tokens
 from megatron_dattn.conversion.io.hf_folder import ConfigValues, read_json, read_model_config
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
 from megatron_dattn.data.image_settings import ImageFit

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from megatron_dattn.conversion.io.chat_template import chat_template
+from megatron_dattn.conversion.io.tokenizer_files import chat_template
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, parse_record
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import TEMPLATES

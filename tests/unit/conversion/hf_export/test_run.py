@@ -16,8 +16,8 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from megatron_dattn.conversion.hf_export import config as hf_config
 from megatron_dattn.conversion.hf_export import run as export_hf
 from megatron_dattn.conversion.hf_export.run import ExportOptions, export_checkpoint
-from megatron_dattn.conversion.io.chat_template import chat_template
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
+from megatron_dattn.conversion.io.tokenizer_files import chat_template
 from megatron_dattn.data.conversation import Conversation, Turn
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.errors import CheckpointError

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_dattn.conversion.hf_export.tokenizer import write_tokenizer
 from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
-from megatron_dattn.conversion.io.chat_template import write_chat_template
+from megatron_dattn.conversion.io.tokenizer_files import write_chat_template
 from megatron_dattn.data.tokenizer import load_tokenizer
 from tests.unit.data.builders import SPECIAL_TOKENS, make_tokenizer
 

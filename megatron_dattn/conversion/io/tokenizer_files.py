@@ -1,9 +1,13 @@
-"""tokenizer.model, the sentencepiece file beside tokenizer.json, made to say the same.
+"""What a Hugging Face folder may hold beside tokenizer.json: chat template, sentencepiece model.
 
-transformers reads tokenizer.json, but older releases rebuild the tokenizer from tokenizer.model in
-some cases, and other programs read nothing else. An entry that is renamed in one of the two files
-alone is then another token, or none. Llama-3 calls a file of another format by the same name; it
-has no special tokens, so it contradicts nothing and is left as it is.
+chat_template.jinja makes prompts of chat messages. An export writes it; an import recognises its
+own and knows what it was trained in.
+
+tokenizer.model is made to say what tokenizer.json says, which is what transformers reads: older
+releases rebuild the tokenizer from tokenizer.model in some cases, and other programs read nothing
+else. An entry that is renamed in one of the two files alone is then another token, or none.
+Llama-3 calls a file of another format by the same name; it has no special tokens, so it contradicts
+nothing and is left as it is.
 """
 
 import logging
@@ -13,14 +17,33 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from megatron_dattn.data.templates import read_template
+
 logger = logging.getLogger(__name__)
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+def chat_template(template: str) -> str:
+    """The Jinja source that makes prompts of chat messages.
+
+    Training's template for captions takes an image and its caption; the exported one also makes a
+    prompt of an image alone.
+    """
+    if template == "plain":
+        return Path(__file__).with_name("plain.jinja").read_text(encoding="utf-8")
+    return read_template(template)
+
+
+def write_chat_template(target: Path, template: str) -> None:
+    """Write the one file of it: a second copy, in tokenizer_config.json, would only grow stale."""
+    (target / CHAT_TEMPLATE_FILE).write_text(chat_template(template), encoding="utf-8")
 
 
 def rename_piece(path: Path, index: int, name: str) -> None:
     """Call a piece by another name; nothing happens if there is no such file or piece."""
-    model = _read(path)
+    model = _read_pieces(path)
     if model is None or index >= len(model.pieces) or model.pieces[index].piece == name:
         return
     model.pieces[index].piece = name
@@ -33,7 +56,7 @@ def remove_if_contradicting(path: Path, vocabulary: dict[str, int]) -> None:
     Entries that the vocabulary has behind the last piece are no contradiction: every program adds
     those from tokenizer.json or tokenizer_config.json.
     """
-    model = _read(path)
+    model = _read_pieces(path)
     if model is None:
         return
     names = {index: token for token, index in vocabulary.items()}
@@ -47,7 +70,7 @@ def remove_if_contradicting(path: Path, vocabulary: dict[str, int]) -> None:
             return
 
 
-def _read(path: Path) -> Any:
+def _read_pieces(path: Path) -> Any:
     """The model, or None if the file is missing or of another format."""
     if not path.is_file():
         return None
