@@ -54,7 +54,7 @@ class DataConfig:
     max_skipped_fraction: float = 0.1
     """Stop when more than this share of the data cannot be used. Judged on the samples of all
     ranks, those since the stage began and the most recent ones, with a margin for chance: see
-    megatron_dattn/data/skip_limit.py."""
+    megatron_dattn/data/skipped_samples.py."""
     max_image_pixels: int = 40_000_000
     """The largest image that is decoded, width times height; no side may have more than 16384
     pixels. What else makes much work is refused too: see megatron_dattn/data/image_structure.py."""

@@ -4,7 +4,7 @@ Real data sets hold missing images, empty answers and records that do not fit. S
 never dropped in silence: it is rejected with one of these reasons, which are what the loader counts
 and what `tools/check_data.py` tabulates. The counters are kept in the trainer's process, fed by
 what the workers send, and saved with the loader's state. Whether the unusable samples are too many
-is judged over all ranks, see skip_limit.py.
+is judged over all ranks, see skipped_samples.py.
 """
 
 import logging

@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.loader import VLMLoader
-from megatron_dattn.data.skip_limit import RecentSamples
+from megatron_dattn.data.skipped_samples import RecentSamples
 from megatron_dattn.data.tokenizer import tokenizer_sha256
 from megatron_dattn.planner.hardware import device_peak
 from megatron_dattn.runtime.distributed import (

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_dattn.data.skip_limit import RecentSamples, check_share, exceeds, most_in_a_row
+from megatron_dattn.data.skipped_samples import RecentSamples, check_share, exceeds, most_in_a_row
 from megatron_dattn.errors import DataError
 
 LIMIT = 0.1
