@@ -21,9 +21,9 @@ from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.packing import buffer_size
 from megatron_dattn.data.record_source import TrainingRecords, ValidationRecords
-from megatron_dattn.data.rejection import LoaderCounters, Rejection, count_pack
+from megatron_dattn.data.rejection import Rejection
 from megatron_dattn.data.sample import LoadedPack
-from megatron_dattn.data.skipped_samples import most_in_a_row
+from megatron_dattn.data.skipped_samples import LoaderCounters, count_pack, most_in_a_row
 from megatron_dattn.data.task_encoder import VLMTaskEncoder
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.tokenizer import load_tokenizer, padding_id

@@ -1,6 +1,8 @@
-"""When unusable samples stop a run: `data.max_skipped_fraction`, read as a share of all the data.
+"""How many samples could not be used, and when they stop a run.
 
-Three rules; the first two judge the samples of all ranks together, however many ranks there are:
+The counters are kept in the trainer's process, fed by what the workers send, and saved with the
+loader's state. `data.max_skipped_fraction` is read as a share of all the data, by three rules; the
+first two judge the samples of all ranks together, however many ranks there are:
 
 - The share of the whole stage is judged with a margin: the run stops when the unusable ones are too
   many to be chance if no more than the limit were bad. At a limit of 0.1 that is 7 samples of which
@@ -15,11 +17,19 @@ Three rules; the first two judge the samples of all ranks together, however many
 The margins hold for samples that come in random order, as an epoch's do.
 """
 
+import logging
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from megatron_dattn.data.rejection import Reason, Rejection
 from megatron_dattn.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+VERBOSE_SKIPS = 20  # per reason; later ones are reported at powers of two
 
 # A run in which no more than the limit is bad is stopped, ever, with at most these probabilities.
 _CHANCE_OF_ALL = 1e-6
@@ -30,6 +40,71 @@ _FEWEST_IN_A_RECORD, _MOST_IN_A_RECORD = 100, 10_000
 
 WINDOWS = (1_000, 10_000, 100_000)
 """Samples after which a new window begins."""
+
+
+@dataclass
+class LoaderCounters:
+    """Samples since the start of training, on this data-parallel rank."""
+
+    seen: int = 0
+    """Used and skipped samples together."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Skipped samples by reason."""
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(self.skipped.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def copy(self) -> "LoaderCounters":
+        return LoaderCounters(self.seen, dict(self.skipped))
+
+
+def as_counts(counters: LoaderCounters) -> list[float]:
+    """Samples seen and those skipped for each reason, as numbers that can be summed over ranks."""
+    return [counters.seen, *(counters.skipped.get(reason, 0) for reason in Reason)]
+
+
+def from_counts(counts: Sequence[float]) -> tuple[int, dict[str, int]]:
+    """The inverse: samples seen, and those skipped by reason."""
+    seen, *skipped = map(int, counts)
+    return seen, dict(zip(map(str, Reason), skipped, strict=True))
+
+
+def count_pack(
+    counters: LoaderCounters, used: int, rejections: tuple[Rejection, ...], *, fail: bool
+) -> None:
+    """Add one pack's samples to the counters and report what was skipped.
+
+    Args:
+        fail: unusable samples are not allowed.
+
+    Raises:
+        DataError: there is one all the same.
+    """
+    counters.seen += used + len(rejections)
+    for rejection in rejections:
+        if fail:
+            raise DataError(
+                f"sample {rejection.key} cannot be used ({rejection.reason}): "
+                f"{rejection.message}; data.bad_samples=skip would go on without it"
+            )
+        _skip(counters, rejection)
+
+
+def _skip(counters: LoaderCounters, rejection: Rejection) -> None:
+    number = counters.skipped.get(rejection.reason, 0) + 1
+    counters.skipped[str(rejection.reason)] = number
+    if number <= VERBOSE_SKIPS or number & (number - 1) == 0:
+        logger.warning(
+            "skipped sample %s (%s, number %d of that kind): %s",
+            rejection.key,
+            rejection.reason,
+            number,
+            rejection.message,
+        )
 
 
 def exceeds(num_bad: int, num_seen: int, limit: float, chance: float = _CHANCE_OF_ALL) -> bool:

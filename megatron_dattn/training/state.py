@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 
 from megatron_dattn.checkpoint.collective import rank
-from megatron_dattn.data.rejection import LoaderCounters
+from megatron_dattn.data.skipped_samples import LoaderCounters
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.added_parameters import comes_with_preset
 from megatron_dattn.runtime.random_states import capture_rng, restore_rng

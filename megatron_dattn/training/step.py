@@ -15,8 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dattn.data.rejection import LoaderCounters, as_counts, from_counts
-from megatron_dattn.data.skipped_samples import check_share
+from megatron_dattn.data.skipped_samples import LoaderCounters, as_counts, check_share, from_counts
 from megatron_dattn.errors import shortened
 from megatron_dattn.models.observer import AlphaMeter
 from megatron_dattn.planner.flops import model_flops

@@ -10,8 +10,13 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_dattn.batch import PackedBatch
-from megatron_dattn.data.rejection import LoaderCounters, as_counts, from_counts
-from megatron_dattn.data.skipped_samples import check_share, describe
+from megatron_dattn.data.skipped_samples import (
+    LoaderCounters,
+    as_counts,
+    check_share,
+    describe,
+    from_counts,
+)
 from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.distributed import get_device, is_rank_0
 from megatron_dattn.runtime.random_states import untouched_random_states

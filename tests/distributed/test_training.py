@@ -354,7 +354,7 @@ def test_validation_leaves_no_trace(ranks: int) -> None:
 
 def _outage_after_a_million_samples() -> tuple[int, str]:
     """Steps done, and the error: from the third step on half of 2000 samples per step are bad."""
-    from megatron_dattn.data.rejection import LoaderCounters
+    from megatron_dattn.data.skipped_samples import LoaderCounters
     from megatron_dattn.runtime.signals import SignalWatcher
     from megatron_dattn.training.trainer import train
     from tests.support.training import build_run, training_config

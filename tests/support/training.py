@@ -21,7 +21,7 @@ from megatron_dattn.config.training import (
     TrainingConfig,
 )
 from megatron_dattn.data.config import DataConfig
-from megatron_dattn.data.rejection import LoaderCounters
+from megatron_dattn.data.skipped_samples import LoaderCounters
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from megatron_dattn.data.check import RecordChecker, Report
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.data.rejection import LoaderCounters, Rejection, count_pack
+from megatron_dattn.data.rejection import Rejection
+from megatron_dattn.data.skipped_samples import LoaderCounters, count_pack
 from megatron_dattn.data.task_encoder import RejectedSample, VLMTaskEncoder, cook_record
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.errors import MAX_MESSAGE, DataError, UserError, quoted, shortened
