@@ -34,7 +34,7 @@ from megatron_dattn.training.ledger import SampleLedger
 from megatron_dattn.training.metrics import Metrics
 from megatron_dattn.training.optimizer import build_optimizer, build_scheduler, describe_optimizer
 from megatron_dattn.training.run_folder import describe_again, describe_run
-from megatron_dattn.training.stages import build_training_model
+from megatron_dattn.training.stages import build_training_model, trained_modules
 from megatron_dattn.training.start_facts import start_facts
 from megatron_dattn.training.state import TrainState
 from megatron_dattn.training.stream import BatchStream, make_loader
@@ -60,6 +60,8 @@ class Run:
     num_microbatches: int = field(init=False)
     seq_length: int = field(init=False)
     """Tokens of one pack, padding included."""
+    trained: frozenset[str] = field(init=False)
+    """Modules that are not frozen."""
     recent_samples: RecentSamples = field(init=False)
     """Judges whether too many of them could not be used."""
 
@@ -68,6 +70,7 @@ class Run:
         replicas = parallel_state.get_data_parallel_world_size()
         self.num_microbatches = config.training.num_microbatches(replicas)
         self.seq_length = config.data.visual_budget + config.data.text_budget
+        self.trained = frozenset(trained_modules(config.optimizer.learning_rates))
         self.recent_samples = RecentSamples(config.data.max_skipped_fraction)
 
     def describe_again(self) -> None:

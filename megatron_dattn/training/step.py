@@ -31,7 +31,6 @@ from megatron_dattn.training.losses import (
 from megatron_dattn.training.metrics import StepReport
 from megatron_dattn.training.optimizer import current_learning_rates
 from megatron_dattn.training.run import Run
-from megatron_dattn.training.stages import trained_modules
 from megatron_dattn.training.stream import Consumed
 
 logger = logging.getLogger(__name__)
@@ -158,7 +157,7 @@ def _flops(run: Run, sums: LossSum, consumed: Consumed) -> float:
     return model_flops(
         run.config.model,
         consumed.layouts,
-        trained=frozenset(trained_modules(run.config.optimizer.learning_rates)),
+        trained=run.trained,
         labelled_tokens=sums.num_tokens,
     ).total
 
