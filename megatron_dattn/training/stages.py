@@ -18,7 +18,7 @@ from megatron_dattn.config.training import ModuleLearningRates
 from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.build import build_model
 from megatron_dattn.runtime.distributed import get_device, is_rank_0
-from megatron_dattn.training.gradients import finalize_gradients
+from megatron_dattn.training.forward_backward import finalize_gradients
 
 logger = logging.getLogger(__name__)
 

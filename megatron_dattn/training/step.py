@@ -20,13 +20,14 @@ from megatron_dattn.errors import shortened
 from megatron_dattn.models.observer import AlphaMeter
 from megatron_dattn.planner.flops import model_flops
 from megatron_dattn.runtime.distributed import get_device
-from megatron_dattn.training.gradients import measure_gradients, update_weights
-from megatron_dattn.training.losses import (
+from megatron_dattn.training.forward_backward import (
     LossSum,
     is_loss_rank,
     mean_loss,
+    measure_gradients,
     run_micro_batches,
     sum_over_world,
+    update_weights,
 )
 from megatron_dattn.training.metrics import StepReport
 from megatron_dattn.training.optimizer import current_learning_rates

@@ -20,7 +20,7 @@ from megatron_dattn.data.skipped_samples import (
 from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.distributed import get_device, is_rank_0
 from megatron_dattn.runtime.random_states import untouched_random_states
-from megatron_dattn.training.losses import (
+from megatron_dattn.training.forward_backward import (
     LossSum,
     is_loss_rank,
     mean_loss,

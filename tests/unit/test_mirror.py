@@ -62,7 +62,7 @@ COVERED_BY = {
     # Parts of a run, on one rank and on several.
     "training/checks": "unit/training/test_dry_run.py",
     "config/training": "unit/training/test_dry_run.py",
-    "training/losses": "distributed/test_training.py",
+    "training/forward_backward": "distributed/test_training.py",
     "training/run": "unit/training/test_pretrain.py",
     "training/step": "distributed/test_training.py",
     "training/state": "unit/training/test_checkpoint.py",
