@@ -19,15 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dattn.checkpoint import find_checkpoint, save_checkpoint
-from megatron_dattn.checkpoint.tensors import ParameterValues, open_tensors
+from megatron_dattn.checkpoint.tensors import open_tensors, parameter_shards, values_by_name
 from megatron_dattn.config.cli import load_config
+from megatron_dattn.conversion.families.hf_names import export_rules
 from megatron_dattn.conversion.families.mistral import language_rules
 from megatron_dattn.conversion.families.siglip import vision_rules
 from megatron_dattn.conversion.families.weight_map import Rule
-from megatron_dattn.models.build import build_model
 from megatron_dattn.models.config import LanguageConfig, VisionConfig
-from megatron_dattn.models.execution import ExecutionConfig
-from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import one_process
 
 SIGLIP = VisionConfig(feature_layer=-1)  # with the last layer, as the public files have it
@@ -88,19 +86,17 @@ def add_adapter(imported: Path, target: Path) -> None:
     assert found is not None, imported
     model_config = load_config(imported / "config.yaml").model
     stored = open_tensors(found.path)
-    execution = ExecutionConfig(precision="bf16", transformer_impl="local")
+    shapes = {rule.megatron: rule.shape for rule in export_rules(model_config)}
+    shards = parameter_shards(shapes, torch.bfloat16)
+
+    def load(name: str) -> Tensor:
+        if name in stored:
+            return stored[name].load()
+        return torch.full(shapes[name], 0.01, dtype=torch.bfloat16)
+
+    facts = {**found.manifest.facts, "modules": sorted({n.partition(".")[0] for n in shapes})}
     with one_process():
-        model = build_model(model_config, ParallelConfig(), execution, device="meta")
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        shards = {k: v for k, v in model.sharded_state_dict().items() if k in shapes}
-
-        def load(name: str) -> Tensor:
-            if name in stored:
-                return stored[name].load()
-            return torch.full(shapes[name], 0.01, dtype=torch.bfloat16)
-
-        values = ParameterValues(shards, load)
-        facts = {**found.manifest.facts, "modules": sorted({n.partition(".")[0] for n in shapes})}
+        values = values_by_name(shards, load)
         save_checkpoint(target, 1, dict(shards), facts=facts, values=values)
     shutil.copyfile(imported / "config.yaml", target / "config.yaml")
     shutil.copytree(imported / "tokenizer", target / "tokenizer")

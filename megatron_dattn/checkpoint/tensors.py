@@ -1,13 +1,14 @@
 """Single parameters out of, and into, checkpoints, without a model's worth of memory.
 
 `open_tensors` reads them from a checkpoint of any parallel layout: a key's chunks are joined, a
-layer is cut out of the tensor that stacks all layers. `ParameterValues` is the other direction: it
-cuts whole parameters, loaded one at a time, into the chunks that `save_checkpoint` asks for.
-Neither needs megatron-core's model or process groups.
+layer is cut out of the tensor that stacks all layers. `parameter_shards` is the other direction:
+what `save_checkpoint` takes of whole parameters, whose values are loaded one at a time. Neither
+needs megatron-core's model; that its names are those of here is tested with every preset.
 """
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.metadata import (
@@ -29,10 +30,12 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_dattn.checkpoint.chunk_bytes import empty_on_host, read_chunk_into
 from megatron_dattn.checkpoint.manifest import read_manifest
 from megatron_dattn.checkpoint.reader import check_trusted, read_index
+from megatron_dattn.checkpoint.writer import Values
 from megatron_dattn.errors import CheckpointError
 
 # megatron-core stacks the layers along a new first axis; the key then has no layer number.
 _STACKED = re.compile(r"(?<=\blayers\.)(?!\d)")
+_LAYER = re.compile(r"(?<=\blayers\.)(\d+)\.")
 # Keys name a norm as Transformer Engine does, which fuses it with the linear layer behind it.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -142,44 +145,39 @@ def _name_of(key: str) -> str:
     return key
 
 
-class ParameterValues:
-    """The values of chunks for `save_checkpoint`, cut out of whole parameters.
+def _key_of(name: str) -> str:
+    key = _LAYER.sub("", name)
+    for fused, apart in _FUSED_NORMS.items():
+        key = key.replace(apart, fused)
+    return key
 
-    The chunks of one parameter are asked for one after the other (gate and up projection of a gated
-    MLP, say), so one parameter is held at a time and each is loaded once.
+
+def parameter_shards(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, ShardedTensor]:
+    """The sharded state dict of whole parameters, as one rank without parallelism has it.
+
+    Under the same keys as the model's own, which need not be built for it; on the meta device.
 
     Args:
-        shards: the model's sharded state dict, flat, as one rank without parallelism has it.
-        load: a parameter by its name, on the CPU, of the shard's dtype.
+        shapes: by name, as `open_tensors` names them; of all layers or of none.
     """
-
-    def __init__(
-        self,
-        shards: Mapping[str, ShardedTensor | ShardedTensorFactory],
-        load: Callable[[str], Tensor],
-    ) -> None:
-        self._load = load
-        self._places: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[slice, ...]]] = {}
-        self._held: tuple[str, Tensor] | None = None
-        for name, shard in shards.items():
-            chunks = shard.build() if isinstance(shard, ShardedTensorFactory) else [shard]
-            starts = [_start(chunk) for chunk in chunks]
-            origin = [min(axis) for axis in zip(*starts, strict=True)]
-            for chunk, start in zip(chunks, starts, strict=True):
-                place = tuple(
-                    slice(first - least, first - least + length)
-                    for first, least, length in zip(start, origin, chunk.local_shape, strict=True)
-                )
-                self._places[chunk.key, tuple(chunk.global_offset)] = name, place
-
-    def __call__(self, key: str, offset: tuple[int, ...]) -> Tensor:
-        name, place = self._places[key, offset]
-        if self._held is None or self._held[0] != name:
-            self._held = None  # make room first
-            self._held = name, self._load(name)
-        return self._held[1][place]
+    num_layers = Counter(_key_of(name) for name in shapes)
+    shards: dict[str, ShardedTensor] = {}
+    for name, shape in shapes.items():
+        key, layer = _key_of(name), _LAYER.search(name)
+        place = () if layer is None else ((0, int(layer[1]), num_layers[key]),)
+        shards[name] = ShardedTensor.from_rank_offsets(
+            key, torch.empty(shape, dtype=dtype, device="meta"), *place, prepend_axis_num=len(place)
+        )
+    return shards
 
 
-def _start(chunk: ShardedTensor) -> tuple[int, ...]:
-    """Where a chunk begins in its parameter's own axes."""
-    return tuple(chunk.global_offset[chunk.prepend_axis_num :])
+def values_by_name(shards: Mapping[str, ShardedTensor], load: Callable[[str], Tensor]) -> Values:
+    """The values of such shards for `save_checkpoint`; each is loaded when its turn comes.
+
+    Args:
+        load: a parameter by its name, of the shard's shape and dtype, on the CPU.
+    """
+    names = {(shard.key, tuple(shard.global_offset)): name for name, shard in shards.items()}
+    return lambda key, offset: load(names[key, offset])

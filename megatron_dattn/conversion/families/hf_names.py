@@ -30,18 +30,29 @@ def rules_by_module(model: ModelConfig) -> dict[str, list[Rule]]:
     A preset may have no adapter; the module is then complete without a parameter.
     """
     keys = LLAVA_NAMES if is_llava(model) else KeyNames()
-    language = [*registry.language_rules(model.language), *_added_rules(model)]
+    added = added_rules(model)
+    # Where every layer has a projector of its own there is no adapter.
+    reprojects = get_preset(model.attention).visual.source == "reproject"
+    adapter = [] if reprojects else [*projector_rules(model), *added["adapter"]]
+    language = [*registry.language_rules(model.language), *added["language_model"]]
     return {
         "vision_model": renamed(registry.vision_rules(model.vision), keys.vision),
-        "adapter": renamed(adapter_rules(model), keys.projector),
+        "adapter": renamed(adapter, keys.projector),
         "language_model": renamed(language, keys.language),
     }
 
 
-def adapter_rules(model: ModelConfig) -> list[Rule]:
-    """Rules for every parameter of the adapter; none where every layer has a projector instead."""
-    preset, hidden = get_preset(model.attention), model.language.hidden_size
-    if preset.visual.source == "reproject":
+def added_rules(model: ModelConfig) -> dict[str, list[Rule]]:
+    """Rules for what the preset adds to a plain model, by module; models from elsewhere lack it.
+
+    Their names on both sides go without prefix, as the module's own rules.
+    """
+    return {"adapter": _position_rules(model), "language_model": _layer_rules(model)}
+
+
+def _position_rules(model: ModelConfig) -> list[Rule]:
+    hidden = model.language.hidden_size
+    if get_preset(model.attention).visual.source == "reproject":
         return []
     positions: dict[str, tuple[int, ...]] = {}
     match model.visual_embedding:
@@ -52,7 +63,7 @@ def adapter_rules(model: ModelConfig) -> list[Rule]:
             positions = {"positions.patches": (model.num_places**2, hidden)}
         case "fractional":
             positions = _fractional_shapes(hidden)
-    return projector_rules(model) + _renamed_linears(positions)
+    return _renamed_linears(positions)
 
 
 def projector_rules(model: ModelConfig) -> list[Rule]:
@@ -93,8 +104,7 @@ def _fractional_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
     return shapes | {"positions.last_norm.weight": (hidden,)}
 
 
-def _added_rules(model: ModelConfig) -> list[Rule]:
-    """Rules for what a preset adds to the decoder layers, named as the language model's own."""
+def _layer_rules(model: ModelConfig) -> list[Rule]:
     preset = get_preset(model.attention)
     rules: list[Rule] = []
     if preset.has_gate:

@@ -120,6 +120,12 @@ class Rule:
     sources: Mapping[str, tuple[int, ...]]
     layout: Layout = Same()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
+        parts = [torch.empty(shape, device="meta") for shape in self.sources.values()]
+        return tuple(self.layout.join(parts).shape)
+
 
 def renamed(
     rules: Iterable[Rule],

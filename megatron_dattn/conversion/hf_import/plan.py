@@ -1,20 +1,20 @@
 """Everything that can be known about an import before its first byte is written.
 
 The source's configurations and headers are read (`source.py`, `vlm_source.py`), tokenizer and
-image processor are tried, and the model is built on the meta device, where it has shapes but no
-memory. What comes back is what the import will do; what is refused leaves no trace.
+image processor are tried, and the families' maps say which parameters come out. What comes back is
+what the import will do; what is refused leaves no trace.
 """
 
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from megatron_dattn.conversion.families.hf_names import added_rules
 from megatron_dattn.conversion.hf_import.chat_template import TemplateChoice, choose_template
 from megatron_dattn.conversion.hf_import.source import ImportSource, two_model_source
 from megatron_dattn.conversion.hf_import.tokenizer import check_special_tokens, copy_tokenizer
@@ -23,14 +23,9 @@ from megatron_dattn.conversion.io.output_folder import check_output, check_room
 from megatron_dattn.data.image_settings import PROCESSOR_FILES, read_image_settings
 from megatron_dattn.data.tokenizer import generation_ends, load_tokenizer
 from megatron_dattn.errors import CheckpointError, ConfigError
-from megatron_dattn.models.added_parameters import comes_with_preset
-from megatron_dattn.models.build import build_model
-from megatron_dattn.models.config import ModelConfig
-from megatron_dattn.models.execution import ExecutionConfig
-from megatron_dattn.parallel.config import ParallelConfig
-from megatron_dattn.runtime.distributed import one_process
 
-Shards = Mapping[str, ShardedTensor | ShardedTensorFactory]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Of stored weights, by the names that `execution.precision` has for them."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +36,11 @@ class ImportPlan:
     output: Path
     """Absolute."""
     dtype: str
+    """One of `DTYPES`."""
     choice: TemplateChoice
     """In which the run folder's model is asked, unless the user says otherwise."""
-    shards: Shards
-    """The parameters to be written, by name, on the meta device."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the parameters to be written, by name."""
     initial: tuple[str, ...]
     """Parameters of the source's modules that it does not hold: they keep their initial values."""
 
@@ -57,31 +53,24 @@ class ImportPlan:
     def num_parameters(self) -> dict[str, int]:
         """Per module."""
         counts = {module.name: 0 for module in self.source.modules}
-        for name, shard in self.shards.items():
-            assert shard.data is not None
-            counts[name.partition(".")[0]] += shard.data.numel()
+        for name, shape in self.shapes.items():
+            counts[name.partition(".")[0]] += prod(shape)
         return counts
 
     @property
     def num_bytes(self) -> int:
         """Of all parameters in the dtype in which they are stored."""
-        tensors = [shard.data for shard in self.shards.values()]
-        return sum(
-            tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None
-        )
+        return sum(map(prod, self.shapes.values())) * DTYPES[self.dtype].itemsize
 
     @property
     def num_rounded(self) -> dict[str, int]:
         """Number of the source's tensors that lose digits, by their dtype in safetensors' words."""
         counts: Counter[str] = Counter()
+        stored = torch.finfo(DTYPES[self.dtype])
         for module in self.source.modules:
-            for rule in module.rules:
-                stored = self.shards[f"{module.name}.{rule.megatron}"].data
-                assert stored is not None
-                for name in rule.sources:
-                    theirs = module.weights.dtype(name)
-                    if torch.finfo(stored.dtype).eps > torch.finfo(theirs).eps:
-                        counts[module.weights.dtypes[name]] += 1
+            for name in (name for rule in module.rules for name in rule.sources):
+                if stored.eps > torch.finfo(module.weights.dtype(name)).eps:
+                    counts[module.weights.dtypes[name]] += 1
         return dict(counts)
 
     def summary(self) -> str:
@@ -95,7 +84,7 @@ class ImportPlan:
             lines.append(f"tensors that are rounded to {self.dtype}: {counts}{remedy}")
         lines.append(f"conversations are written as {self.choice.name}: {self.choice.reason}")
         size = f"{self.num_bytes / 1e9:.2f} GB as {self.dtype}"
-        lines.append(f"{self.output}: {len(self.shards)} tensors, {size}")
+        lines.append(f"{self.output}: {len(self.shapes)} tensors, {size}")
         lines.append(
             f"generates and trains in {self.dtype} unless told another execution.precision"
         )
@@ -130,8 +119,8 @@ def _plan(source: ImportSource, output: Path, dtype: str) -> ImportPlan:
     template = _check_tokenizer(source)
     processor_files(source.image_processor)
     read_image_settings(source.image_processor, source.model.vision.image_size)
-    shards, initial = _shards(source, dtype)
-    plan = ImportPlan(source, output, dtype, template, shards, initial)
+    shapes = {f"{m.name}.{rule.megatron}": rule.shape for m in source.modules for rule in m.rules}
+    plan = ImportPlan(source, output, dtype, template, shapes, _initial(source))
     check_room(output, plan.num_bytes, "checkpoint")
     return plan
 
@@ -165,24 +154,10 @@ def _check_tokenizer(source: ImportSource) -> TemplateChoice:
     return choose_template(source.tokenizer, tokenizer, language.family)
 
 
-def _shards(source: ImportSource, dtype: str) -> tuple[Shards, tuple[str, ...]]:
-    """What will be written, and which parameters of the source's modules will not."""
-    sharded = _parameters(source.model, dtype)
-    modules = tuple(f"{module.name}." for module in source.modules)
-    shards = {name: shard for name, shard in sharded.items() if name.startswith(modules)}
-    initial = {name for name in shards if comes_with_preset(name) and not source.has_added}
-    shards = {name: shard for name, shard in shards.items() if name not in initial}
-    filled = {f"{m.name}.{rule.megatron}" for m in source.modules for rule in m.rules}
-    assert shards.keys() == filled, f"no rule or no place for {sorted(shards.keys() ^ filled)}"
-    return shards, tuple(sorted(initial))
-
-
-def _parameters(model_config: ModelConfig, dtype: str) -> Shards:
-    execution = ExecutionConfig(
-        precision="fp32" if dtype == "fp32" else "bf16", transformer_impl="local"
-    )
-    with one_process():
-        model = build_model(model_config, ParallelConfig(), execution, device="meta")
-        sharded: dict[str, Any] = model.sharded_state_dict()
-    kinds = ShardedTensor | ShardedTensorFactory
-    return {name: shard for name, shard in sharded.items() if isinstance(shard, kinds)}
+def _initial(source: ImportSource) -> tuple[str, ...]:
+    """Parameters of the source's modules that only a preset of ours has."""
+    if source.has_added:
+        return ()
+    modules = {module.name for module in source.modules}
+    added = {name: rules for name, rules in added_rules(source.model).items() if name in modules}
+    return tuple(sorted(f"{name}.{rule.megatron}" for name in added for rule in added[name]))

@@ -15,14 +15,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
 from megatron_dattn.checkpoint import save_checkpoint
 from megatron_dattn.checkpoint.collective import DiskFullError
-from megatron_dattn.checkpoint.tensors import ParameterValues
+from megatron_dattn.checkpoint.tensors import parameter_shards, values_by_name
 from megatron_dattn.conversion.families.weight_map import Rule
 from megatron_dattn.conversion.hf_import.plan import (
+    DTYPES,
     ImportPlan,
     plan_import,
     plan_whole_import,
@@ -100,8 +102,9 @@ def write_import(plan: ImportPlan, written: Callable[[int], object] | None = Non
 
     Raises:
         CheckpointError: the output cannot be written, or is no longer free; nothing is left then.
+        ConfigError: a launcher has started several processes.
     """
-    with new_folder(plan.output) as folder:
+    with one_process(), new_folder(plan.output) as folder:
         _write_assets(plan, folder)
         _write_weights(plan, folder, written or (lambda num_bytes: None))
     logger.info("imported to %s", plan.output)
@@ -131,27 +134,24 @@ def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], obje
     rules = {
         f"{m.name}.{rule.megatron}": (m, rule) for m in plan.source.modules for rule in m.rules
     }
-    # Held apart from the shards: saving gives those an axis of layers.
-    targets = {name: shard.data for name, shard in plan.shards.items()}
     zeros = {module.name: ZeroTensors() for module in plan.source.modules}
+    dtype = DTYPES[plan.dtype]
+    shards = parameter_shards(plan.shapes, dtype)
 
     def load(name: str) -> Tensor:
-        target = targets[name]
-        assert target is not None
-        value = _convert(*rules[name], target, zeros)
+        value = _convert(*rules[name], dtype, zeros)
         written(value.nbytes)
         return value
 
     try:
-        with one_process():
-            save_checkpoint(
-                folder,
-                0,
-                dict(plan.shards),
-                facts=_facts(plan, folder),
-                values=ParameterValues(plan.shards, load),
-                quiet=True,  # the folder's name is a temporary one
-            )
+        save_checkpoint(
+            folder,
+            0,
+            dict(shards),
+            facts=_facts(plan, folder),
+            values=values_by_name(shards, load),
+            quiet=True,  # the folder's name is a temporary one
+        )
     except DiskFullError as error:
         raise CheckpointError(
             f"{plan.output} cannot be written: {error.__cause__}; it needs "
@@ -162,9 +162,9 @@ def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], obje
 
 
 def _convert(
-    module: ModuleWeights, rule: Rule, target: Tensor, zeros: Mapping[str, ZeroTensors]
+    module: ModuleWeights, rule: Rule, dtype: torch.dtype, zeros: Mapping[str, ZeroTensors]
 ) -> Tensor:
-    """One parameter in the shape and dtype of `target`, read from its Hugging Face tensors.
+    """One parameter in this dtype, read from its Hugging Face tensors.
 
     Args:
         zeros: where tensors of zeros are noted, by module.
@@ -175,7 +175,7 @@ def _convert(
     parts = {name: module.weights.load(name) for name in rule.sources}
     for name, part in parts.items():
         zeros[module.name].add(name, part)
-    whole = rule.layout.join(list(parts.values())).to(target.dtype).reshape(target.shape)
+    whole = rule.layout.join(list(parts.values())).to(dtype)
     check_finite(whole, parts.items(), str(module.weights.folder))
     return whole
 

@@ -1,16 +1,24 @@
 """Parameters one at a time: out of damaged checkpoints too, and into checkpoints without memory."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.checkpoint import load_checkpoint, save_checkpoint, verify
-from megatron_dattn.checkpoint.tensors import ParameterValues, open_tensors
+from megatron_dattn.checkpoint.tensors import open_tensors, parameter_shards, values_by_name
+from megatron_dattn.conversion.families.hf_names import export_rules
 from megatron_dattn.errors import CheckpointError
-from tests.support.vlm import tiny_model
+from megatron_dattn.models.build import build_model
+from megatron_dattn.models.config import VisionConfig
+from megatron_dattn.models.execution import ExecutionConfig
+from megatron_dattn.parallel.config import ParallelConfig
+from tests.support.vlm import CLIP, FAMILIES, VISION, tiny_model, tiny_model_config
 from tests.unit.checkpoint.conftest import FACTS, small_state
 
 
@@ -56,6 +64,36 @@ def test_a_checkpoint_without_some_chunks_is_refused(tmp_path: Path) -> None:
         tensor.load()
 
 
+def joined(shard: ShardedTensor | ShardedTensorFactory) -> tuple[object, ...]:
+    """Where a parameter lies in a checkpoint, though its model cuts it (gate and up projection)."""
+    chunks = shard.build() if isinstance(shard, ShardedTensorFactory) else [shard]
+    first = min(chunks, key=lambda chunk: chunk.global_offset)
+    layers = first.prepend_axis_num
+    return first.key, first.global_shape, first.global_offset, layers, first.dtype
+
+
+@pytest.mark.parametrize(
+    ("preset", "language"),
+    [
+        *((preset, {}) for preset in PRESETS),
+        *(("dattn", {"family": family}) for family in FAMILIES),
+        ("dattn", {"tie_word_embeddings": True}),
+    ],
+)
+@pytest.mark.parametrize("vision", [VISION, CLIP], ids=["siglip", "clip"])
+def test_parameters_have_the_keys_of_the_model(
+    preset: str, language: dict[str, Any], vision: VisionConfig
+) -> None:
+    """The families' maps and this module say together what megatron-core's model says."""
+    config = tiny_model_config(preset, vision=vision, **language)
+    model = build_model(config, ParallelConfig(), ExecutionConfig(), device="meta")
+    state = model.sharded_state_dict()
+    expected = {name: joined(state[name]) for name, _ in model.named_parameters()}
+    shapes = {rule.megatron: rule.shape for rule in export_rules(config)}
+    shards = parameter_shards(shapes, torch.bfloat16)
+    assert {name: joined(shard) for name, shard in shards.items()} == expected
+
+
 def test_a_model_without_memory_is_written_parameter_by_parameter(tmp_path: Path) -> None:
     """Gate and up projection, layers and all: what is loaded again is what was handed over."""
     model = tiny_model()
@@ -66,9 +104,9 @@ def test_a_model_without_memory_is_written_parameter_by_parameter(tmp_path: Path
         asked.append(name)
         return whole[name]
 
-    shards = tiny_model().to("meta").sharded_state_dict()
-    shards = {name: shard for name, shard in shards.items() if name in whole}
-    values = ParameterValues(shards, load)
+    shapes = {name: tuple(value.shape) for name, value in whole.items()}
+    shards = parameter_shards(shapes, torch.float32)
+    values = values_by_name(shards, load)
     facts = {"modules": ["vision_model", "adapter", "language_model"]}
     path = save_checkpoint(tmp_path, 1, {"model": dict(shards)}, facts=facts, values=values)
     assert sorted(asked) == sorted(whole), "each parameter once"
@@ -82,17 +120,14 @@ def test_a_model_without_memory_is_written_parameter_by_parameter(tmp_path: Path
 
 
 def test_a_failing_read_leaves_no_checkpoint(tmp_path: Path) -> None:
-    shards = {
-        name: ShardedTensor.from_rank_offsets(name, torch.empty(4, 2, device="meta"))
-        for name in ("body.a", "body.b")
-    }
+    shards = parameter_shards({"body.a": (4, 2), "body.b": (4, 2)}, torch.float32)
 
     def load(name: str) -> Tensor:
         if name == "body.b":
             raise OSError(5, "Input/output error")
         return torch.ones(4, 2)
 
-    values = ParameterValues(shards, load)
+    values = values_by_name(shards, load)
     with pytest.raises(CheckpointError, match="Input/output error"):
         save_checkpoint(tmp_path, 1, {"model": dict(shards)}, facts=FACTS, values=values)
     assert list(tmp_path.iterdir()) == []
