@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.decoder_layer import LayerBench, Variant
-from megatron_dattn.attention import TokenLayout
+from megatron_dattn.attention.layout import TokenLayout
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,11 @@ import torch
 
 from benchmarks import report
 from benchmarks.protocol import DEFAULT_ROUNDS, WARM_UP, Spread, time_on_host
-from megatron_dattn.attention import (
-    PRESETS,
-    AttentionConfig,
-    ImageSpan,
-    TokenLayout,
-    plan_attention,
-    token_positions,
-)
+from megatron_dattn.attention import PRESETS, AttentionConfig
 from megatron_dattn.attention.layers import layer_rules
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.attention.plan.parts import plan_attention
+from megatron_dattn.attention.positions import token_positions
 from megatron_dattn.attention.visual_config import kept_grid
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
 from megatron_dattn.planner.flops import model_flops

@@ -19,10 +19,11 @@ from torch import Tensor
 from benchmarks.eager import EagerCore
 from benchmarks.exact_attention import ExactBackend
 from benchmarks.roofline import MIDDLE_LAYER, NAIVE, LayerRun
-from megatron_dattn.attention import ImageSpan, TokenLayout, get_preset, select_backend
+from megatron_dattn.attention import get_preset
 from megatron_dattn.attention.backends.base import Backend
-from megatron_dattn.attention.backends.select import BACKENDS
+from megatron_dattn.attention.backends.select import BACKENDS, select_backend
 from megatron_dattn.attention.layers import LayerRule, layer_rules
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import LanguageConfig

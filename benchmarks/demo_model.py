@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from examples.quickstart.language_backbone import language_config
 from examples.quickstart.vision_backbone import vision_config
-from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.conversion.families import mistral, siglip
 from megatron_dattn.models.config import ModelConfig

@@ -9,7 +9,7 @@ measured, not because anybody should train with it.
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import TokenLayout
+from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.models.attention_inputs import LayerInputs
 

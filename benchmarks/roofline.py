@@ -22,8 +22,9 @@ A backward pass costs a product twice the forward (gradients of input and weight
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_dattn.attention import TokenLayout, plan_attention
 from megatron_dattn.attention.layers import LayerRule
+from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.plan.parts import plan_attention
 from megatron_dattn.attention.visual_config import num_shared
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.planner.decoder_flops import attended_pairs

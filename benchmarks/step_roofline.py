@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from benchmarks.roofline import LayerRun, Operator, Work, layer_operators, moved, norm, product
-from megatron_dattn.attention import TokenLayout, get_preset
+from megatron_dattn.attention import get_preset
 from megatron_dattn.attention.layers import layer_rules
+from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.planner.layer_sizes import LayerSizes

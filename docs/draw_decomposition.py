@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from megatron_dattn.attention import ImageSpan, TokenLayout, get_preset
+from megatron_dattn.attention import get_preset
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.reference import pair_masks
 
 NUM_VISUAL, NUM_TEXT = 9, 6

@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import TokenLayout
 from megatron_dattn.attention.backends.dense import DenseBackend
 from megatron_dattn.attention.backends.math import MathBackend
 from megatron_dattn.attention.layers import output_tokens
+from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.plan.decode import GrowingText, SampleTable, next_positions
 from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.inference.image_cache import can_keep_images, encode_once

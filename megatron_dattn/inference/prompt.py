@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn, require_unicode
 from megatron_dattn.data.image_files import read_image_file

@@ -6,18 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import (
-    AttentionConfig,
-    AttentionPlan,
-    ScoreFunction,
-    TokenLayout,
-    plan_attention,
-    token_positions,
-)
+from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.attention.attention_maps import ReportInputs, ReportPlan, plan_report
-from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.backends.base import Backend, ScoreFunction
 from megatron_dattn.attention.layers import LayerRule
-from megatron_dattn.attention.plan.parts import plans_to_device
+from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.plan.parts import AttentionPlan, plan_attention, plans_to_device
+from megatron_dattn.attention.positions import token_positions
 from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.kv_cache import DecodeStep, KVCache
 from megatron_dattn.models.observer import AttentionObserver

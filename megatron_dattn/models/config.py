@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import PRESETS, ScoreFunction, rotary_tables
-from megatron_dattn.attention.positions import RotaryScaling
+from megatron_dattn.attention import PRESETS
+from megatron_dattn.attention.backends.base import ScoreFunction
+from megatron_dattn.attention.positions import RotaryScaling, rotary_tables
 from megatron_dattn.attention.visual_config import kept_grid
 from megatron_dattn.errors import ConfigError
 

@@ -15,8 +15,10 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_dattn.attention import TokenLayout, get_preset, select_backend
+from megatron_dattn.attention import get_preset
+from megatron_dattn.attention.backends.select import select_backend
 from megatron_dattn.attention.layers import layer_rules, output_tokens
+from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.transfer import to_device
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.adapter import Adapter, build_adapter, features_as_tokens

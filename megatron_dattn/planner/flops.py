@@ -24,8 +24,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dattn.attention import AttentionConfig, TokenLayout, get_preset
+from megatron_dattn.attention import AttentionConfig, get_preset
 from megatron_dattn.attention.layers import LayerRule, layer_rules
+from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.planner.part_flops import (

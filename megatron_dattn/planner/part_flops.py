@@ -5,8 +5,9 @@ Which tokens pass which weights of a layer is decided here, once, for both of it
 
 from dataclasses import dataclass
 
-from megatron_dattn.attention import AttentionConfig, TokenLayout
+from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.attention.layers import LayerRule
+from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.visual_config import kept_grid
 from megatron_dattn.models.config import ModelConfig, VisionConfig
 from megatron_dattn.models.execution import ExactSavings

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_dattn.attention import select_backend
+from megatron_dattn.attention.backends.select import select_backend
 from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint, steps_of
 from megatron_dattn.checkpoint.manifest import read_listed

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dattn.attention import TokenLayout
+from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig

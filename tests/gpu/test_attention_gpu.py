@@ -8,16 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dattn.attention import (
-    PRESETS,
-    ImageSpan,
-    ScoreFunction,
-    TokenLayout,
-    plan_attention,
-    select_backend,
-)
-from megatron_dattn.attention.backends.base import Backend
-from megatron_dattn.attention.backends.select import BACKENDS
+from megatron_dattn.attention import PRESETS
+from megatron_dattn.attention.backends.base import Backend, ScoreFunction
+from megatron_dattn.attention.backends.select import BACKENDS, select_backend
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.attention.plan.parts import plan_attention
 from tests.unit.attention.naive import constant_alpha_gradients
 from tests.unit.attention.support import (
     RICH_LAYOUT,

@@ -10,7 +10,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout
+from megatron_dattn.attention import PRESETS
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.conversion.families.registry import language_rules, vision_rules
 from megatron_dattn.conversion.families.weight_map import Rule

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.checkpoint.tensors import StoredTensor
 from megatron_dattn.errors import CheckpointError

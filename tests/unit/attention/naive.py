@@ -7,8 +7,10 @@ gradients of queries and keys are wrong. Tests use this to show that they would 
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import AttentionConfig, ScoreFunction, TokenLayout, plan_attention
-from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention import AttentionConfig
+from megatron_dattn.attention.backends.base import Backend, ScoreFunction
+from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.plan.parts import plan_attention
 from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import Problem

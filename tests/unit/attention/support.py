@@ -6,23 +6,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dattn.attention import (
-    PRESETS,
-    AttentionConfig,
-    AttentionPlan,
-    ImageSpan,
-    ScoreFunction,
-    TokenLayout,
-    decomposed_attention,
-    plan_attention,
-    rotary_tables,
-    token_positions,
-)
-from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention import PRESETS, AttentionConfig
+from megatron_dattn.attention.backends.base import Backend, ScoreFunction
 from megatron_dattn.attention.config import Positions, TextToVisual
-from megatron_dattn.attention.decomposed import attend_images
+from megatron_dattn.attention.decomposed import attend_images, decomposed_attention
 from megatron_dattn.attention.layers import layer_rules
-from megatron_dattn.attention.positions import Rotary
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.attention.plan.parts import AttentionPlan, plan_attention
+from megatron_dattn.attention.positions import Rotary, rotary_tables, token_positions
 from megatron_dattn.attention.reference import described_positions, reference_attention
 from megatron_dattn.attention.visual_config import VisualTokensConfig
 

@@ -8,19 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dattn.attention import (
-    PRESETS,
-    AttentionConfig,
-    ScoreFunction,
-    TokenLayout,
-    select_backend,
-)
+from megatron_dattn.attention import PRESETS, AttentionConfig
 from megatron_dattn.attention.attention_maps import (
     ReportInputs,
     alpha_v,
     image_attention,
     plan_report,
 )
+from megatron_dattn.attention.backends.base import ScoreFunction
+from megatron_dattn.attention.backends.select import select_backend
+from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import (

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_dattn.attention import (
-    PRESETS,
-    ImageSpan,
-    TokenLayout,
-    decomposed_attention,
-    plan_attention,
-    select_backend,
-)
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.backends.base import Backend
-from megatron_dattn.attention.decomposed import attend_scored_tokens, diagonal_attention
+from megatron_dattn.attention.backends.select import select_backend
+from megatron_dattn.attention.decomposed import (
+    attend_scored_tokens,
+    decomposed_attention,
+    diagonal_attention,
+)
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.attention.plan.parts import plan_attention
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.naive import constant_alpha_gradients, naive_attention
 from tests.unit.attention.support import (

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dattn.attention import PRESETS, AttentionConfig, get_preset, select_backend
+from megatron_dattn.attention import PRESETS, AttentionConfig, get_preset
+from megatron_dattn.attention.backends.select import select_backend
 from megatron_dattn.attention.config import Positions, TextToVisual
 from megatron_dattn.attention.layers import layer_rules
 from megatron_dattn.attention.plan.decode import next_positions

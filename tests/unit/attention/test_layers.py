@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layers import layer_rules, output_tokens
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.visual_config import (
     VisualTokensConfig,
 )

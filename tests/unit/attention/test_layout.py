@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from megatron_dattn.attention import ImageSpan, TokenLayout
-from megatron_dattn.attention.layout import TokenRun
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout, TokenRun
 from tests.unit.attention.support import RICH_LAYOUT, TEXT_ONLY_LAYOUT, layouts
 
 

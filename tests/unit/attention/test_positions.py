@@ -6,16 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from megatron_dattn.attention import (
-    PRESETS,
-    AttentionConfig,
-    ImageSpan,
-    TokenLayout,
+from megatron_dattn.attention import PRESETS, AttentionConfig
+from megatron_dattn.attention.config import Positions, TextToVisual
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.attention.positions import (
+    RotaryScaling,
+    apply_rotary,
     rotary_tables,
     token_positions,
 )
-from megatron_dattn.attention.config import Positions, TextToVisual
-from megatron_dattn.attention.positions import RotaryScaling, apply_rotary
 from megatron_dattn.attention.reference import described_positions
 from tests.unit.attention.support import CONFIGS, layouts
 

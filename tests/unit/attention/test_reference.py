@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, rotary_tables, token_positions
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layers import output_tokens
-from megatron_dattn.attention.positions import apply_rotary
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.attention.positions import apply_rotary, rotary_tables, token_positions
 from megatron_dattn.attention.reference import pair_masks
 from tests.unit.attention.support import (
     HEAD_DIM,

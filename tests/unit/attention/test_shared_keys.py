@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import (
-    PRESETS,
-    ImageSpan,
-    TokenLayout,
-    decomposed_attention,
-    plan_attention,
-    select_backend,
-)
+from megatron_dattn.attention import PRESETS
+from megatron_dattn.attention.backends.select import select_backend
+from megatron_dattn.attention.decomposed import decomposed_attention
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.attention.plan.parts import plan_attention
 from megatron_dattn.attention.reference import reference_attention
 from tests.unit.attention.support import SCORES, Problem, make_problem
 

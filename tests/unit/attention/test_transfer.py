@@ -2,7 +2,8 @@
 
 import torch
 
-from megatron_dattn.attention import get_preset, plan_attention
+from megatron_dattn.attention import get_preset
+from megatron_dattn.attention.plan.parts import plan_attention
 from megatron_dattn.attention.transfer import all_to_device
 from tests.unit.attention.support import RICH_LAYOUT
 

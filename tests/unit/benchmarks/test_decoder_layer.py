@@ -12,8 +12,10 @@ from benchmarks.decoder_layer import Bench, LayerBench, Variant, fits, one_sampl
 from benchmarks.exact_attention import SCORES_AT_A_TIME, ExactBackend
 from benchmarks.layer_memory import fit_line, peak_in_new_process, peak_table
 from benchmarks.roofline import Work, layer_operators
-from megatron_dattn.attention import PRESETS, ScoreFunction, get_preset, plan_attention
+from megatron_dattn.attention import PRESETS, get_preset
+from megatron_dattn.attention.backends.base import ScoreFunction
 from megatron_dattn.attention.backends.select import BACKENDS
+from megatron_dattn.attention.plan.parts import plan_attention
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.planner.decoder_flops import layer_flops
 from megatron_dattn.planner.layer_sizes import LayerSizes

@@ -16,8 +16,9 @@ from benchmarks.roofline import (
     layer_operators,
     total_work,
 )
-from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layers import LayerRule, layer_rules
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.planner.decoder_flops import decoder_flops, layer_flops

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_dattn.attention import PRESETS, ScoreFunction
+from megatron_dattn.attention import PRESETS
+from megatron_dattn.attention.backends.base import ScoreFunction
 from megatron_dattn.attention.layers import layer_rules
 from megatron_dattn.attention.reference import reference_attention
 from megatron_dattn.models.attention_inputs import AttentionInputs

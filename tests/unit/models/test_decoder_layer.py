@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention import PRESETS, ScoreFunction, TokenLayout, rotary_tables
+from megatron_dattn.attention import PRESETS
+from megatron_dattn.attention.backends.base import ScoreFunction
+from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.positions import rotary_tables
 from megatron_dattn.attention.reference import described_positions, reference_attention
 from megatron_dattn.models.decoder_layer import DecoderLayer
 from megatron_dattn.models.execution import ExactSavings

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dattn.attention import ScoreFunction
 from megatron_dattn.attention.attention_maps import ReportInputs, alpha_v
+from megatron_dattn.attention.backends.base import ScoreFunction
 from megatron_dattn.models.decomposed_attention import DecomposedCore
 from megatron_dattn.models.observer import AlphaMeter
 from tests.support.vlm import LANGUAGE, make_batch, tiny_model, tiny_model_config

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layers import LayerRule, layer_rules
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.reference import pair_masks
 from megatron_dattn.planner.decoder_flops import (
     attended_pairs,

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_dattn.attention import select_backend
 from megatron_dattn.attention.backends import select, trial
+from megatron_dattn.attention.backends.select import select_backend
 
 
 @pytest.fixture(autouse=True)

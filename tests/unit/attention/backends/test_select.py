@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from megatron_dattn.attention import select_backend
 from megatron_dattn.attention.backends import flash_attn2, flash_attn3, select
+from megatron_dattn.attention.backends.select import select_backend
 from megatron_dattn.errors import ConfigError
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dattn.attention import select_backend
 from megatron_dattn.attention.backends import flash_attn3, select
-from megatron_dattn.attention.backends.select import BACKENDS
+from megatron_dattn.attention.backends.select import BACKENDS, select_backend
 from megatron_dattn.attention.backends.trial import trial_failure
 from megatron_dattn.errors import ConfigError
 from tests.unit.attention.backends import varlen_kernels

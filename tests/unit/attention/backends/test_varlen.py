@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dattn.attention import PRESETS, ScoreFunction, select_backend
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.backends import cuda_flash, flash_attn2, flash_attn3
-from megatron_dattn.attention.backends.base import Backend
+from megatron_dattn.attention.backends.base import Backend, ScoreFunction
 from megatron_dattn.attention.backends.cuda_flash import CudaFlashBackend
 from megatron_dattn.attention.backends.flash_attn2 import FlashAttn2Backend
 from megatron_dattn.attention.backends.flash_attn3 import FlashAttn3Backend
+from megatron_dattn.attention.backends.select import select_backend
 from megatron_dattn.attention.plan.index import TokenIndex
 from megatron_dattn.attention.plan.parts import Part, cu_seqlens
 from megatron_dattn.errors import UserError

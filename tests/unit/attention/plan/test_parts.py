@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dattn.attention import PRESETS, ImageSpan, TokenLayout, plan_attention
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layers import layer_rules
-from megatron_dattn.attention.plan.parts import AttentionPlan, Part
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
+from megatron_dattn.attention.plan.parts import AttentionPlan, Part, plan_attention
 from megatron_dattn.attention.reference import pair_masks
 from megatron_dattn.attention.visual_config import VisualTokensConfig
 from tests.unit.attention.support import (

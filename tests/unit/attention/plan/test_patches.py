@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dattn.attention import ImageSpan, TokenLayout
+from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.plan.patches import (
     SegmentTable,
     last_of_centre,
