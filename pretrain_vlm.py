@@ -14,22 +14,19 @@ from megatron_dattn.runtime.signals import SignalWatcher
 
 SIGNALS = SignalWatcher()
 if __name__ == "__main__":
-    SIGNALS.__enter__()  # noted from here on: the imports below take seconds
+    SIGNALS.__enter__()  # noted from here on: imports take seconds
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # why, say the scripts in examples
 
+from megatron_dattn.config.cli import parse_command_line  # noqa: E402
+from megatron_dattn.config.pretrain import PretrainConfig  # noqa: E402
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError  # noqa: E402
+from megatron_dattn.runtime.error_report import refuse, report_error  # noqa: E402
 from megatron_dattn.runtime.launcher import Launch, read_launch  # noqa: E402
 from megatron_dattn.runtime.log import (  # noqa: E402
     give_up_unwritable_output,
     setup_logging,
     silence_import_warnings,
 )
-
-silence_import_warnings()
-
-from megatron_dattn.config.cli import parse_command_line  # noqa: E402
-from megatron_dattn.config.pretrain import PretrainConfig  # noqa: E402
-from megatron_dattn.runtime.error_report import refuse, report_error  # noqa: E402
 from megatron_dattn.runtime.signals import EXIT_INTERRUPTED  # noqa: E402
 from megatron_dattn.runtime.tool import run_tool  # noqa: E402
 
@@ -37,24 +34,25 @@ from megatron_dattn.runtime.tool import run_tool  # noqa: E402
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code says how it ended (see training/exit_reason.py)."""
     launch = Launch()  # where its variables make no sense, every process is the first that says so
-    with SIGNALS.interruptible():
-        try:
-            launch = read_launch()
-            setup_logging(launch.rank)
-            command = parse_command_line(argv)
-        except UserError as error:
-            return refuse(launch, error)
-        if command.dry_run is None:
-            return pretrain(command.config, launch)
-        return run_tool(lambda: plan(command.config, launch, command.dry_run or "here"))
+    try:
+        launch = read_launch()
+        setup_logging(launch.rank)
+        command = parse_command_line(argv)
+    except UserError as error:
+        return refuse(launch, error)
+    # Imported late: help and mistakes in the command line need neither torch nor megatron-core.
+    silence_import_warnings()
+    if command.dry_run is None:
+        return pretrain(command.config, launch)
+    return run_tool(lambda: plan(command.config, launch, command.dry_run or "here"))
 
 
 def pretrain(config: PretrainConfig, launch: Launch) -> int:
     """Train one stage to its end, or until it has to stop."""
-    # Imported late: mistakes in the command line need no megatron-core to be seen.
     from megatron_dattn.training.pretrain import run_to_its_end
 
-    ending = run_to_its_end(config, launch, SIGNALS)
+    with SIGNALS.interruptible():
+        ending = run_to_its_end(config, launch, SIGNALS)
     if ending.exit_code:
         return report_error(launch, ending.detail, ending.exit_code, shared=ending.is_shared)
     return 0

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import psutil
 import torch
@@ -27,7 +28,7 @@ from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.attention_inputs import AttentionInputs, prepare_attention
 from megatron_dattn.models.config import LanguageConfig
-from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
+from megatron_dattn.models.execution import BackendName, ExactSavings, ExecutionConfig
 from megatron_dattn.models.language_model import DAttnLanguageModel
 from megatron_dattn.models.layer_specs import Implementation, resolve_implementation
 from megatron_dattn.models.transformer_config import language_transformer_config
@@ -215,7 +216,7 @@ class LayerBench:
         execution = ExecutionConfig(
             precision="bf16" if self.bench.precision == "bf16" else "fp32",
             recompute="full" if variant.recompute else "none",
-            attention_backend=variant.backend or self.bench.backend,
+            attention_backend=cast(BackendName, variant.backend or self.bench.backend),
             savings=variant.savings,
         )
         config: TransformerConfig = language_transformer_config(

@@ -14,8 +14,10 @@ from megatron_dattn.data.config import DataConfig
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
-from megatron_dattn.models.observer import NO_ALPHA
 from megatron_dattn.parallel.config import ParallelConfig
+
+NO_ALPHA = "reads images by attention of its own, apart from the text's: there is no alpha_V"
+"""Of a preset with merge "cascade"; the preset's name stands before it."""
 
 
 @dataclass(frozen=True)

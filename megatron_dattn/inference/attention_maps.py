@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.attention_maps import ReportInputs, alpha_v, image_attention
+from megatron_dattn.config.pretrain import NO_ALPHA
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.inference.load import LoadedModel
 from megatron_dattn.inference.prompt import Prompt, pack_prompts
 from megatron_dattn.models.config import ModelConfig
-from megatron_dattn.models.observer import NO_ALPHA
 
 
 @dataclass(frozen=True)

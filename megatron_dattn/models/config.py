@@ -5,16 +5,17 @@ converted checkpoint's model file can be read beside the original's config.json.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.attention.backends.base import ScoreFunction
-from megatron_dattn.attention.positions import RotaryScaling, rotary_tables
+from megatron_dattn.attention.rotary_scaling import RotaryScaling
 from megatron_dattn.attention.visual_config import kept_grid
 from megatron_dattn.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_dattn.attention.backends.base import ScoreFunction
 
 _GEMMA2_FIELDS = (
     *("hidden_activation", "query_pre_attn_scalar"),
@@ -256,15 +257,22 @@ class LanguageConfig:
             f"language.rope_scaling.high_freq_factor {scaling.high_freq_factor}",
         )
 
-    def rotary_tables(self, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rotary_tables(
+        self, positions: "torch.Tensor", device: "torch.device"
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
         """Cosine and sine of the angles at these positions, int64 [tokens] -> float32 [tokens,
         head_dim] each."""
+
+        from megatron_dattn.attention.positions import rotary_tables
+
         scaling = self.rope_scaling
         return rotary_tables(positions, self.head_dim, self.rope_theta, device, scaling)
 
     @property
-    def score_function(self) -> ScoreFunction:
+    def score_function(self) -> "ScoreFunction":
         """Of every layer's attention."""
+        from megatron_dattn.attention.backends.base import ScoreFunction
+
         scale = (self.query_pre_attn_scalar or self.head_dim) ** -0.5
         return ScoreFunction(scale, self.attn_logit_softcapping)
 

@@ -6,8 +6,10 @@ Weights depend on none of it, so a checkpoint may be trained on under other sett
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dattn.attention.backends.select import BACKENDS
 from megatron_dattn.errors import ConfigError
+
+BackendName = Literal["auto", "flash_attn3", "flash_attn2", "cuda_flash", "cpu_flash", "math"]
+"""`auto` and the names of `attention.backends.select.BACKENDS`; settings are read without torch."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class ExecutionConfig:
     """Of weights and activations; the optimizer keeps fp32 in either case."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: the attention core alone, or whole layers."""
-    attention_backend: str = "auto"
+    attention_backend: BackendName = "auto"
     """A backend of megatron_dattn/attention/backends, or the best one that fits the device."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Whose linear layers and norms: Transformer Engine's, or megatron-core's and ours; auto
@@ -58,10 +60,3 @@ class ExecutionConfig:
     """FP8 format of the language model's linear layers (Transformer Engine only)."""
     savings: ExactSavings = field(default_factory=ExactSavings)
     """Work that no result depends on and that is left out, each with its switch."""
-
-    def __post_init__(self) -> None:
-        if self.attention_backend not in ("auto", *BACKENDS):
-            raise ConfigError(
-                f"execution.attention_backend '{self.attention_backend}' is unknown; choose auto "
-                f"or one of {', '.join(BACKENDS)}"
-            )

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from megatron_dattn.attention.attention_maps import ReportInputs, alpha_v
 
-NO_ALPHA = "reads images by attention of its own, apart from the text's: there is no alpha_V"
-"""Of a preset with merge "cascade"; the preset's name stands before it."""
-
 
 class AttentionObserver(Protocol):
     """Is shown what every layer of this rank's pipeline stage attends to images with.

@@ -7,7 +7,7 @@ Whatever would change the angles and is not understood is refused by name.
 from dataclasses import asdict, fields
 from typing import Any
 
-from megatron_dattn.attention.positions import RotaryScaling
+from megatron_dattn.attention.rotary_scaling import RotaryScaling
 from megatron_dattn.conversion.io.hf_folder import ConfigValues
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dattn.attention.positions import RotaryScaling
+from megatron_dattn.attention.rotary_scaling import RotaryScaling
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.families.registry import language_family, vision_family

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dattn.attention.positions import RotaryScaling
+from megatron_dattn.attention.rotary_scaling import RotaryScaling
 from megatron_dattn.config.cli import (
     expand_short_flags,
     load_config,

@@ -45,6 +45,14 @@ def test_types_and_defaults_are_said_in_the_words_of_a_file() -> None:
     assert found["data.train"].kind == "list of {path, image_root, weight}"
 
 
+def test_help_needs_no_torch() -> None:
+    """Which takes seconds to be imported."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "pretrain_vlm.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not names & {"torch", "numpy", "transformers", "megatron"}
+
+
 def test_a_reader_of_the_first_line_only_causes_no_error() -> None:
     command = [sys.executable, str(ROOT / "pretrain_vlm.py"), "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
-from megatron_dattn.attention.positions import RotaryScaling
+from megatron_dattn.attention.rotary_scaling import RotaryScaling
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.config import LanguageConfig
 from tests.support.vlm import load_hugging_face, make_batch, tiny_model, tiny_model_config

@@ -1,6 +1,7 @@
 """Choosing a backend: automatically, by name, and not at all."""
 
 import logging
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,12 @@ import torch
 from megatron_dattn.attention.backends import flash_attn2, flash_attn3, select
 from megatron_dattn.attention.backends.select import select_backend
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.execution import BackendName
+
+
+def test_the_setting_has_the_names_of_the_backends() -> None:
+    """It spells them in a second place, which needs no torch."""
+    assert get_args(BackendName) == ("auto", *select.BACKENDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

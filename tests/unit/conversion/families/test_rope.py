@@ -3,7 +3,7 @@
 import pytest
 from transformers import LlamaConfig
 
-from megatron_dattn.attention.positions import RotaryScaling
+from megatron_dattn.attention.rotary_scaling import RotaryScaling
 from megatron_dattn.conversion.families import llama
 from megatron_dattn.errors import CheckpointError, ConfigError
 

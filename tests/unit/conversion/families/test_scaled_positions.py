@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText
 
-from megatron_dattn.attention.positions import RotaryScaling
+from megatron_dattn.attention.rotary_scaling import RotaryScaling
 from megatron_dattn.checkpoint import find_checkpoint, read_manifest
 from megatron_dattn.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from megatron_dattn.checkpoint.tensors import open_tensors
