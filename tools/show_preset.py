@@ -10,9 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dattn.attention import PRESETS
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.planner.layer_sizes import LayerSizes
-from megatron_dattn.preset_names import PRESET_NAMES
 from megatron_dattn.runtime.tool import run_tool
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("preset", help=", ".join(PRESET_NAMES))
+    parser.add_argument("preset", help=", ".join(PRESETS))
     parser.add_argument("--output", type=Path, help="also draw a picture into this file")
     sample = parser.add_argument_group("the sample whose cost is counted")
     sample.add_argument("--grid", type=int, nargs=2, default=(24, 24), metavar=("ROWS", "COLUMNS"))

@@ -19,7 +19,6 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "runtime": {"errors"},
     "yaml_files": {"errors"},
-    "preset_names": set(),
     "attention": {"errors"},
     "batch": {"attention"},
     "checkpoint": LEAVES,

@@ -16,6 +16,7 @@ COVERED_BY = {
     "attention/backends/cpu_flash": "unit/attention/backends/test_dense.py",
     "attention/backends/flash_attn2": "unit/attention/backends/test_varlen.py",
     "attention/backends/flash_attn3": "unit/attention/backends/test_varlen.py",
+    "attention/presets": "unit/attention/test_config.py",
     # Rules are right if the parts made of them score every pair of the oracle once.
     "attention/plan/segments": "unit/attention/plan/test_parts.py",
     # Parts of a saved checkpoint: what each checks is seen by saving, damaging and loading one.
