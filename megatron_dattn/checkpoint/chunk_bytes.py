@@ -69,7 +69,7 @@ def _read_fully(file: BinaryIO, position: int, target: Tensor) -> None:
 
 
 def empty_on_host(size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Like `torch.empty`, any shape, in large pages where the system has them: numpy asks for
-    these."""
+    """Like `torch.empty`, any shape and dtype, in large pages where the system has them: numpy asks
+    for these."""
     num_bytes = size.numel() * dtype.itemsize
     return torch.from_numpy(np.empty(num_bytes, np.uint8)).view(dtype).reshape(size)

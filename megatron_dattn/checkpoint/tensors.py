@@ -177,7 +177,7 @@ def values_by_name(shards: Mapping[str, ShardedTensor], load: Callable[[str], Te
     """The values of such shards for `save_checkpoint`; each is loaded when its turn comes.
 
     Args:
-        load: a parameter by its name, of the shard's shape and dtype, on the CPU.
+        load: a parameter by its name, on the CPU: any shape and dtype that its shard has.
     """
     names = {(shard.key, tuple(shard.global_offset)): name for name, shard in shards.items()}
     return lambda key, offset: load(names[key, offset])

@@ -71,7 +71,7 @@ def rotary_tables(positions: Tensor, head_dim: int, rope: dict[str, Any]) -> Rot
 
 
 def rotate(states: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate [batch, heads, tokens, head_dim] by the tokens' angles."""
+    """Rotate [batch, heads, tokens, head_dim] by the tokens' angles; same dtype."""
     cos, sin = (table.unsqueeze(1) for table in rotary)
     first, second = states.chunk(2, dim=-1)
     return (states * cos + torch.cat((-second, first), dim=-1) * sin).to(states.dtype)
@@ -97,7 +97,7 @@ class Projections(nn.Module):
         self.o_proj = nn.Linear(queries, text.hidden_size, bias=False)
 
     def keys_values(self, tokens: Tensor) -> KeyValue:
-        """Of normalized tokens, [batch, tokens, hidden]; keys without rotation."""
+        """Of normalized tokens, [batch, tokens, hidden], in their dtype; keys without rotation."""
         return self._heads(self.k_proj(tokens)), self._heads(self.v_proj(tokens))
 
     def _heads(self, states: Tensor) -> Tensor:
@@ -151,7 +151,8 @@ class CrossAttention(Projections):
     """T2V with projections of its own and without positions: merge "cascade"."""
 
     def forward(self, tokens: Tensor, images: KeyValue, seen: Seen) -> Tensor:
-        """The images' share of tokens, [batch, tokens, hidden]; arguments as of `Attention`."""
+        """The images' share of tokens, [batch, tokens, hidden], same dtype; arguments as of
+        `Attention`."""
         query = self._heads(self.q_proj(tokens))
         out = [
             self._attend(query[:, :, block], *images, seen_here.images)
@@ -173,14 +174,14 @@ class Attention(Projections):
 
     def own_values(self, value: Tensor) -> Tensor:
         """Equation 2: the softmax over oneself is 1, so a visual token's output is its own value.
-        [images, key heads, tokens, head_dim] -> [images, tokens, hidden]."""
+        [images, key heads, tokens, head_dim] -> [images, tokens, hidden], same dtype."""
         heads = value.repeat_interleave(self.group, dim=1)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
     def forward(
         self, tokens: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache | None
     ) -> Tensor:
-        """Attention output of text tokens, [batch, tokens, hidden].
+        """Attention output of text tokens, [batch, tokens, hidden], in the dtype of `tokens`.
 
         Args:
             tokens: normalized text tokens.

@@ -24,8 +24,8 @@ def checkpointed(layer: nn.Module, function: Callable[..., Any], *tensors: Tenso
     """`function(*tensors)`, a part of a layer, checkpointed where the model was told to.
 
     Args:
-        tensors: any shape; all that a gradient may flow to but parameters. The reentrant kind finds
-            none in nested arguments or in what `function` closes over.
+        tensors: any shape and dtype; all that a gradient may flow to but parameters. The reentrant
+            kind finds none in nested arguments or in what `function` closes over.
     """
     if not is_checkpointing(layer):
         return function(*tensors)
@@ -34,7 +34,7 @@ def checkpointed(layer: nn.Module, function: Callable[..., Any], *tensors: Tenso
 
 
 def with_gradient(layer: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, any shape; one requires a gradient if something in the layer is trained.
+    """The tensors, any shape and dtype; one requires a gradient if the layer has what is trained.
 
     Reentrant checkpointing gives the parameters of a layer no gradient, without a word, where no
     input requires one: adapters in the first layers of a frozen model.

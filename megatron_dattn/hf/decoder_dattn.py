@@ -23,7 +23,7 @@ from .vision_dattn import FeatureMLP
 
 
 class GatedMLP(nn.Module):
-    """The FFN: [..., hidden] -> [..., hidden]."""
+    """The FFN."""
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
@@ -34,6 +34,7 @@ class GatedMLP(nn.Module):
         self.activation = ACT2FN[text.hidden_activation if config.is_gemma2 else text.hidden_act]
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """[..., hidden] -> the same shape and dtype."""
         return self.down_proj(self.activation(self.gate_proj(tokens)) * self.up_proj(tokens))
 
 
@@ -66,7 +67,7 @@ class DecoderLayer(nn.Module):
         self.adds_own_values = config.v2v == "diagonal"
 
     def images(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Key, value and new state of images' tokens, [images, tokens, hidden].
+        """Key, value and new state of images' tokens, [images, tokens, hidden], in their dtype.
 
         The last layer leaves the state as it is: no one reads it. So does a layer that makes tokens
         of its own from the encoder's features, which are the state then.
@@ -85,7 +86,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, tokens: Tensor, rotary: Rotary, images: KeyValue, seen: Seen, cache: DAttnCache | None
     ) -> Tensor:
-        """New state of text tokens, [batch, tokens, hidden]; arguments as of `Attention`."""
+        """New state of text tokens, [batch, tokens, hidden], same dtype; arguments as of
+        `Attention`."""
         if self.cross_attn is not None:
             tokens = tokens + self.cross_attn(self.input_layernorm(tokens), images, seen)
         normed = self.input_layernorm(tokens)

@@ -12,11 +12,12 @@ IGNORED_LABEL = -100
 def next_token_loss(
     logits: Tensor, labels: Tensor, is_text: Tensor, num_items: Tensor | int | None
 ) -> Tensor:
-    """Cross entropy of the next text token of the same sample, in fp32.
+    """Cross entropy of the next text token of the same sample, float32 [].
 
     Args:
-        logits: of all columns, [batch, columns, vocabulary].
-        labels: [batch, columns]; those of columns that are no text are not read.
+        logits: of all columns, [batch, columns, vocabulary], any floating dtype.
+        labels: int64 [batch, columns]; those of columns that are no text are not read.
+        is_text: bool [batch, columns].
         num_items: what the sum is divided by: the labels of the whole batch, which gradient
             accumulation spreads over several calls. The mean over these labels where None.
     """

@@ -71,7 +71,8 @@ class DAttnModel(DAttnPreTrainedModel):
         self.language_model.embed_tokens = value
 
     def encode_images(self, pixel_values: Tensor) -> ImageCache:
-        """Keys and values of images [n, 3, side, side] in every layer; no text is needed."""
+        """Keys and values of images [n, 3, side, side], any floating dtype, in every layer; no text
+        is needed."""
         tokens = self.multi_modal_projector(self.vision_tower(pixel_values))
         tokens = self.language_model.scaled(tokens)
         keys, values = [], []
@@ -307,8 +308,8 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> ImageCache:
-        """Keys and values of images [n, 3, side, side] in every layer, for `generate(...,
-        image_cache=...)`.
+        """Keys and values of images [n, 3, side, side], any floating dtype, in every layer, for
+        `generate(..., image_cache=...)`.
 
         The cache's i-th entry belongs to the batch's i-th `<image>`; `ImageCache.select` repeats
         entries where several prompts ask about one image. Not for training: no gradient flows.

@@ -11,7 +11,7 @@ from .configuration_dattn import DAttnConfig
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of tokens [..., hidden]; statistics in fp32 (fp64 for fp64 tokens)."""
+    """Root-mean-square norm; statistics in fp32 (fp64 for fp64 tokens)."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -19,12 +19,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """[..., hidden] -> the same shape and dtype."""
         return self.weight * F.rms_norm(tokens, self.weight.shape, None, self.eps)
 
 
 class ZeroCentredRMSNorm(RMSNorm):
-    """Gemma-2's, of tokens [..., hidden]: the weight counts from one, and all of it is fp32 (fp64
-    for fp64 tokens)."""
+    """Gemma-2's: the weight counts from one, and all of it is fp32 (fp64 for fp64 tokens)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         dtype = torch.promote_types(tokens.dtype, torch.float32)

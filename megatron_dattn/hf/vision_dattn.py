@@ -17,10 +17,7 @@ from .norms_dattn import RMSNorm
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches as tokens, with the encoder's own positions; CLIP puts a class token in front.
-
-    [images, 3, side, side] -> [images, tokens, width].
-    """
+    """Patches as tokens, with the encoder's own positions; CLIP puts a class token in front."""
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
@@ -31,6 +28,7 @@ class VisionEmbeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(width)) if has_token else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """[images, 3, side, side], any floating dtype -> [images, tokens, width], the weights'."""
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         tokens = patches.flatten(2).transpose(1, 2)
         if self.class_embedding is not None:
@@ -39,7 +37,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The layers up to the feature layer, [images, tokens, width] -> the same."""
+    """The layers up to the feature layer."""
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
@@ -51,6 +49,7 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList(kind(vision) for _ in range(num_layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """[images, tokens, width] -> the same shape and dtype."""
         for layer in self.layers:  # which checkpoint themselves
             (tokens,) = with_gradient(layer, tokens)
             tokens = layer(tokens, attention_mask=None)
@@ -71,7 +70,8 @@ class VisionTower(nn.Module):
             self.pre_layrnorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[images, 3, side, side] -> [images, patches, width]; a class token is left out."""
+        """[images, 3, side, side], any floating dtype -> [images, patches, width], the weights'; a
+        class token is left out."""
         tokens = self.embeddings(pixel_values)
         if self.pre_layrnorm is None:
             return self.encoder(tokens)
@@ -95,15 +95,12 @@ class FeatureMLP(nn.Module):
         self.linear_2 = nn.Linear(middle, hidden)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[images, patches, encoder width] -> [images, patches, hidden]."""
+        """[images, patches, encoder width] -> [images, patches, hidden], same dtype."""
         return self.output_norm(self.linear_2(F.gelu(self.linear_1(self.norm(features)))))
 
 
 class Adapter(FeatureMLP):
-    """The MLP, and positions of the patches in their image.
-
-    [images, patches, encoder width] -> [images, patches, hidden].
-    """
+    """The MLP, and positions of the patches in their image."""
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__(
@@ -134,8 +131,7 @@ def _positions(config: DAttnConfig) -> nn.Module | None:
 class RowColumnPositions(nn.Module):
     """A learned vector for every row of patches and one for every column.
 
-    A side longer than the table stretches the table by linear interpolation. Added to tokens
-    [images, patches, hidden].
+    A side longer than the table stretches the table by linear interpolation.
     """
 
     def __init__(self, config: DAttnConfig) -> None:
@@ -145,6 +141,7 @@ class RowColumnPositions(nn.Module):
         self.columns = nn.Parameter(torch.zeros(shape))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Place the tokens, [images, patches, hidden], of the weights' dtype."""
         of_rows, of_columns = _entries(self.rows, grid[0]), _entries(self.columns, grid[1])
         return tokens + (of_rows.unsqueeze(1) + of_columns).flatten(0, 1)
 
@@ -157,10 +154,7 @@ def _entries(table: Tensor, count: int) -> Tensor:
 
 
 class PerPatchPositions(nn.Module):
-    """A learned vector for every patch of a square grid; another grid resizes it bicubically.
-
-    Added to tokens [images, patches, hidden].
-    """
+    """A learned vector for every patch of a square grid; another grid resizes it bicubically."""
 
     def __init__(self, config: DAttnConfig) -> None:
         super().__init__()
@@ -168,6 +162,7 @@ class PerPatchPositions(nn.Module):
         self.patches = nn.Parameter(torch.zeros(self.side**2, config.text_config.hidden_size))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Place the tokens, [images, patches, hidden], of the weights' dtype."""
         if grid == (self.side, self.side):
             return tokens + self.patches
         picture = self.patches.to(torch.promote_types(self.patches.dtype, torch.float32))
@@ -182,7 +177,7 @@ class FractionalPositions(nn.Module):
     But for the last, norms have no weights.
 
     A place is the share of the side in front of the patch, times `adapter_num_places` - 1. The MLPs
-    compute in fp32. Tokens are [images, patches, hidden].
+    compute in fp32.
     """
 
     def __init__(self, config: DAttnConfig) -> None:
@@ -197,6 +192,7 @@ class FractionalPositions(nn.Module):
         self.last_norm = RMSNorm(hidden, config.adapter_norm_eps)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Place the tokens, [images, patches, hidden], of the weights' dtype."""
         height, width = grid
         of_rows = self._places(self.rows, height, tokens.dtype).repeat_interleave(width, 0)
         of_columns = self._places(self.columns, width, tokens.dtype).repeat(height, 1)

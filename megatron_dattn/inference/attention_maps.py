@@ -33,7 +33,7 @@ class AttentionMaps:
     """Patch rows and columns of each image, in the order of the patches."""
 
     def image_maps(self, token: int, layers: list[int] | None = None) -> list[Tensor]:
-        """The maps of one token, [patch rows, patch columns] for each image, mean over layers.
+        """Mean over layers of one token's maps, float32 [patch rows, patch columns] of each image.
 
         Args:
             token: place in the answer, from 0.

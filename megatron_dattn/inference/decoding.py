@@ -51,7 +51,7 @@ class Decoding:
         self._steps: list[_EqualLayers] | None = None
 
     def prefill(self) -> Tensor:
-        """Logits of every prompt's next token, [prompts, vocab_size].
+        """Logits of every prompt's next token, [prompts, vocab_size], of the model's dtype.
 
         Raises:
             ConfigError: an image was encoded by another model.
@@ -61,7 +61,7 @@ class Decoding:
         return self._read_whole_pack()
 
     def decode_step(self, samples: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Logits of the tokens that follow these, [samples, vocab_size].
+        """Logits of the tokens that follow these, [samples, vocab_size], of the model's dtype.
 
         Args:
             samples: numbers of the prompts that go on, in ascending order; the others have ended.

@@ -66,9 +66,9 @@ def sum_over_world(*values: float | Tensor, own: Sequence[Tensor] = ()) -> list[
     """Sum over all ranks, the same numbers on every rank; NaN and inf survive.
 
     Args:
-        values: numbers, and tensors [] on the device.
-        own: tensors [] on the device that come to the host as they are, behind the sums: reading
-            them apart would be another wait.
+        values: numbers, and tensors [] on the device, any dtype; the sums are float64.
+        own: tensors [] on the device, any dtype, that come to the host as they are, behind the
+            sums: reading them apart would be another wait.
     """
     # float64: FP32 counts exactly to 2^24 only, and a stage sees more tokens than that.
     known = [0.0 if isinstance(value, Tensor) else value for value in values]

@@ -1,19 +1,23 @@
-"""Docstrings say what a reader of the signature cannot see: shapes of tensors, and what is done.
+"""Docstrings say what a reader of the signature cannot see: shapes and dtypes of tensors.
 
 Public are functions of a module and methods of a public class whose names have no underscore in
-front. Two rules hold for them.
+front. Three rules hold for them; the first two for those that annotate a tensor, as a parameter or
+as what they return.
 
-A function that annotates a tensor, as a parameter or as what it returns, gives shapes: dimensions
-in square brackets, `[S, H, D]`, `[]` for a scalar; or it says "any shape". The shapes of a method
-may stand elsewhere in two cases: it has no docstring of its own and overrides a method that gives
-them, in a base class of this project; or it is the `forward` of a class whose docstring gives them.
+They give shapes: dimensions in square brackets, `[S, H, D]`, `[]` for a scalar; or "any shape".
+
+They give dtypes: a name, `int64`, `bool`, `fp32`, or the word itself, saying whose it is: "the
+model's dtype", "same dtype", "any floating dtype".
+
+Each method speaks for itself. One without a docstring may override a method that has one with
+shapes and dtypes, in a base class of this project: they are then the same.
 
 A docstring begins with a verb or with the name of what is returned, not with a question word.
 """
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +29,7 @@ ROOMS = sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.
 
 # A bracket behind a name or another bracket is an index, a type, `list[int]`, or an argument.
 _SHAPE = re.compile(r"(?<![\w\])(])\[[^\[\]\"':=]*\]")
+_DTYPE = re.compile(r"\b(bool|u?int(8|16|32|64)|b?float(16|32|64)|bf16|fp(32|64)|dtypes?)\b", re.I)
 _QUESTION = re.compile(r"(What|Which|How|Whether|Why|Who|Whose|Where|When)\b")
 
 
@@ -93,17 +98,18 @@ def gives_shapes(doc: str) -> bool:
     return bool(_SHAPE.search(doc)) or "any shape" in doc
 
 
-def lacks_shapes(function: Function) -> bool:
-    """Whether the first rule is broken."""
-    if not function.has_tensors() or gives_shapes(function.doc):
+def gives_dtypes(doc: str) -> bool:
+    return bool(_DTYPE.search(doc))
+
+
+def lacks(function: Function, gives: Callable[[str], bool]) -> bool:
+    """Whether a rule on tensors is broken."""
+    if not function.has_tensors() or gives(function.doc):
         return False
-    owner, name = function.owner, function.node.name
-    if owner is None:
+    if function.owner is None or function.doc:
         return True
-    if name == "forward" and gives_shapes(ast.get_docstring(owner) or ""):
-        return False
-    inherited = _inherited_docs(owner, name, "/hf/" in function.place)
-    return bool(function.doc) or not any(map(gives_shapes, inherited))
+    in_hf = "/hf/" in function.place
+    return not any(map(gives, _inherited_docs(function.owner, function.node.name, in_hf)))
 
 
 def _functions_of(room: str) -> list[Function]:
@@ -117,7 +123,12 @@ def _functions_of(room: str) -> list[Function]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_tensors_have_shapes(room: str) -> None:
-    assert not [f.place for f in _functions_of(room) if lacks_shapes(f)]
+    assert not [f.place for f in _functions_of(room) if lacks(f, gives_shapes)]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_tensors_have_dtypes(room: str) -> None:
+    assert not [f.place for f in _functions_of(room) if lacks(f, gives_dtypes)]
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -140,6 +151,19 @@ def test_shapes_are_told_from_indices(doc: str, expected: bool) -> None:
     assert gives_shapes(doc) is expected
 
 
+@pytest.mark.parametrize(
+    ("doc", "expected"),
+    [
+        ("Their number, int64 [].", True),
+        ("Rotated, [S, H], of the same dtype.", True),
+        ("The sum in bfloat16.", True),
+        ("Points in an integer grid [S].", False),
+    ],
+)
+def test_dtypes_are_told_from_other_words(doc: str, expected: bool) -> None:
+    assert gives_dtypes(doc) is expected
+
+
 def test_a_function_without_shapes_is_seen() -> None:
     """Negative control: the rules are able to fail, and an override may rely on its base."""
     source = """
@@ -154,18 +178,18 @@ class Child(Backend):
         pass
 
 class Norm(nn.Module):
-    'Of tokens [..., hidden].'
+    'Of tokens [..., hidden], float32.'
 
     def forward(self, tokens: Tensor) -> Tensor:
+        'Into [..., hidden].'
         return tokens
 
     def start(self, weight: Tensor) -> None:
         pass
 """
     functions = list(_functions(ast.parse(source), "a.py"))
-    assert [f.place for f in functions if lacks_shapes(f)] == [
-        "a.py: scale",
-        "a.py: Child.added",
-        "a.py: Norm.start",
-    ]
+    without_shapes = ["a.py: scale", "a.py: Child.added", "a.py: Norm.start"]
+    assert [f.place for f in functions if lacks(f, gives_shapes)] == without_shapes
+    without_dtypes = [*without_shapes[:2], "a.py: Norm.forward", "a.py: Norm.start"]
+    assert [f.place for f in functions if lacks(f, gives_dtypes)] == without_dtypes
     assert _QUESTION.match(functions[0].doc)

@@ -25,7 +25,8 @@ class Layout(Protocol):
         ...
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """The tensors [rows of each, ...] that `join` made the parameter [rows, ...] of."""
+        """The tensors [rows of each, ...] that `join` made the parameter [rows, ...] of; same
+        dtype."""
         ...
 
 

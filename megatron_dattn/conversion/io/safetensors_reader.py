@@ -67,7 +67,7 @@ class SafetensorsFolder:
             self._scan(path, index)
 
     def load(self, name: str) -> Tensor:
-        """Read a floating-point tensor, any shape, into new memory.
+        """Read a tensor, any shape and floating dtype, into new memory.
 
         Mapping the file instead would cost a page fault every 4 KiB, which is several times slower.
 

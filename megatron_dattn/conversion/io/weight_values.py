@@ -55,7 +55,7 @@ def check_finite(converted: Tensor, originals: Iterable[tuple[str, Tensor]], whe
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """True if no value is NaN or infinite, any shape; one pass, no mask of the tensor's size."""
+    """True if no value is NaN or infinite, any shape and dtype; one pass, no mask of its size."""
     if tensor.numel() == 0:
         return True
     return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
@@ -68,8 +68,8 @@ class ZeroTensors:
     names: list[str] = field(default_factory=list)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Note a matrix [rows, ...] that ends in zeros; biases and the weights of norms [rows]
-        may be zero."""
+        """Note a matrix [rows, ...], any dtype, that ends in zeros; biases and the weights of norms
+        [rows] may be zero."""
         if tensor.ndim < 2 or tensor.numel() == 0 or tensor[-1].any():
             return  # nearly always: the last row alone is read
         if not tensor[len(tensor) // 2 :].any():

@@ -129,7 +129,7 @@ def one_text(
 
 
 def text_logits(model: DAttnVLM, batch: PackedBatch) -> Tensor:
-    """Logits [text tokens, vocabulary] of a batch, on the CPU."""
+    """Logits [text tokens, vocabulary] of a batch, of the model's dtype, on the CPU."""
     tokens = torch.arange(batch.layout.visual_budget, batch.layout.num_tokens)
     return model.forward_logits(batch, tokens.to(get_device())).cpu()
 

@@ -101,8 +101,8 @@ def judge(
 def compare(
     what: str, ours: Tensor, theirs: Tensor, rounded_to: torch.dtype | None = None
 ) -> Comparison:
-    """Largest difference relative to the largest value, any shape; not finite where a value is
-    not."""
+    """Largest difference relative to the largest value, any shape and dtype, in float64; not finite
+    where a value is not."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     difference = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
     name = None if rounded_to is None else DTYPE_NAMES[rounded_to]
