@@ -1,6 +1,5 @@
 """A converted checkpoint holds exactly the Hugging Face weights, and wrong input leaves nothing."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ from megatron_dattn.checkpoint import find_checkpoint, load_checkpoint, read_man
 from megatron_dattn.checkpoint.reader import read_metadata, stored_shapes
 from megatron_dattn.config.cli import load_config
 from megatron_dattn.conversion.families import mistral, siglip
-from megatron_dattn.conversion.hf_import import plan as import_plan
 from megatron_dattn.conversion.hf_import.plan import plan_import
 from megatron_dattn.conversion.hf_import.run import import_checkpoint, write_import
 from megatron_dattn.errors import CheckpointError, UserError
@@ -89,12 +87,8 @@ def test_run_folder_is_self_contained(converted):
     assert manifest.facts["modules"] == ["vision_model", "language_model"]
 
 
-def test_what_a_preset_adds_is_no_part_of_a_conversion(folders, tmp_path, monkeypatch):
-    def build_with_gates(model, *layout, **options):
-        return build_model(dataclasses.replace(model, attention="dattn_tanh"), *layout, **options)
-
-    monkeypatch.setattr(import_plan, "build_model", build_with_gates)
-    import_checkpoint(*folders, tmp_path / "run")
+def test_what_a_preset_adds_is_no_part_of_a_conversion(folders, tmp_path):
+    import_checkpoint(*folders, tmp_path / "run", attention="dattn_tanh")
     stored = stored_shapes(read_metadata(find_checkpoint(tmp_path / "run").path))
     assert any(key.endswith("self_attention.linear_qkv.weight") for key in stored)
     assert not any("gate" in key for key in stored)
