@@ -88,7 +88,7 @@ class FeatureMLP(MegatronModule):
         )
 
     def project(self, features: Tensor) -> Tensor:
-        """[..., input_size] -> [..., output_size]."""
+        """[..., input_size] -> [..., output_size], of the parameters' dtype."""
         middle, _ = self.linear_fc1(self.norm(features))
         tokens, _ = self.linear_fc2(F.gelu(middle))
         return self.output_norm(tokens)
@@ -172,7 +172,7 @@ class VisualProjector(FeatureMLP):
                 parallelism this rank's share, equally many on every rank.
 
         Returns:
-            [tokens, 1, hidden_size], of the same tokens.
+            Of the same tokens, of the same shape and dtype.
         """
         return self.project(tokens[..., : self.feature_size])
 
@@ -180,7 +180,7 @@ class VisualProjector(FeatureMLP):
 def features_as_tokens(features: Tensor, hidden_size: int) -> Tensor:
     """Features padded with zeros to the language model's width.
 
-    [images, patches, feature_size] -> [images * patches, hidden_size].
+    [images, patches, feature_size] -> [images * patches, hidden_size], same dtype.
     """
     tokens = features.flatten(0, 1)
     return F.pad(tokens, (0, hidden_size - tokens.shape[1]))

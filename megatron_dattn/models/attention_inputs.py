@@ -55,8 +55,8 @@ class LayerInputs:
 
         Args:
             layer_number: from 1.
-            query: as projected, [scored tokens, query heads, head_dim].
-            key: as projected, [tokens, key heads, head_dim].
+            query: as projected, [scored tokens, query heads, head_dim], of the model's dtype.
+            key: as projected, [tokens, key heads, head_dim], same dtype.
         """
         if self.observer is None:
             return

@@ -56,7 +56,7 @@ class ImageCrossAttention(MegatronModule):
         )
 
     def forward(self, visual: Tensor, text: Tensor, inputs: LayerInputs) -> Tensor:
-        """The images' share of the text tokens, shaped like `text`.
+        """The images' share of the text tokens, of the shape and dtype of `text`.
 
         Args:
             visual: normalized local visual tokens, [tokens, 1, H].
@@ -89,7 +89,8 @@ class ImageCrossAttention(MegatronModule):
         """Key and value of all visual tokens, [tokens, key heads of this rank, head_dim] each.
 
         Args:
-            visual: normalized local visual tokens, [tokens, 1, H].
+            visual: normalized local visual tokens, [tokens, 1, H], of the model's dtype, as the
+                result.
         """
         # Under sequence parallelism linear_kv gathers the ranks' visual tokens alone, which gives
         # them in packed order; of both kinds together it would interleave the ranks' shares.

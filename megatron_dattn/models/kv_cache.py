@@ -37,7 +37,7 @@ class KVCache:
         """Remember more tokens' and return those of all tokens.
 
         Args:
-            key: of the new tokens, [N, key heads, head_dim]; maybe of none.
+            key: of the new tokens, [N, key heads, head_dim], of the model's dtype; maybe of none.
             value: shaped alike.
         """
         keys, values = zip(*self._pieces, (key, value), strict=True)
@@ -66,8 +66,8 @@ class DecodeCache:
         self._text = _longer(text)
 
     def add(self, key: Tensor, value: Tensor) -> SampleKeyValue:
-        """Remember one text token per sample, [samples, key heads, head_dim]; returns all text
-        tokens' key and value."""
+        """Remember one text token per sample, [samples, key heads, head_dim], of the model's dtype;
+        returns all text tokens' key and value."""
         if self._length == self._text[0].shape[1]:
             self._text = _longer(self._text)
         memory_of_keys, memory_of_values = self._text

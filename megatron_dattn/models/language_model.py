@@ -78,7 +78,8 @@ class DAttnLanguageModel(GPTModel):
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings, [tokens] -> [tokens, 1, H], equal on every tensor-parallel rank."""
+        """Token embeddings, int64 [tokens] -> [tokens, 1, H] of the model's dtype, equal on every
+        tensor-parallel rank."""
         return self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)
 
     @torch.no_grad()
@@ -114,13 +115,14 @@ class DAttnLanguageModel(GPTModel):
         """Run this stage's layers.
 
         Args:
-            decoder_input: scaled tokens, [S, 1, H] (under sequence parallelism this rank's share of
-                them); None on stages after the first, which use what `set_input_tensor` was given.
+            decoder_input: scaled tokens, [S, 1, H], of the model's dtype (under sequence
+                parallelism this rank's share of them); None on stages after the first, which use
+                what `set_input_tensor` was given.
             attention: what the layers need to know about the micro-batch.
 
         Returns:
-            Hidden states shaped like the input; on the last stage after the final norm, and of the
-            text tokens alone if nobody reads the visual ones.
+            Hidden states of the input's shape and dtype; on the last stage after the final norm,
+            and of the text tokens alone if nobody reads the visual ones.
         """
         # In `attention_bias`, because TransformerBlock passes that on to its layers untouched:
         # under full recomputation masks and rotary tables go through an autograd.Function that
@@ -139,7 +141,8 @@ class DAttnLanguageModel(GPTModel):
             shards: how the tokens are spread over the ranks.
 
         Returns:
-            [N, padded_vocab_size / tensor-parallel size]; -inf where there is no token
+            [N, padded_vocab_size / tensor-parallel size], of the model's dtype; -inf where there is
+            no token
         """
         chosen = shards.take(hidden_states, tokens)
         shared = self.share_embeddings_and_output_weights

@@ -47,5 +47,6 @@ def most_attended(received: Tensor, count: int) -> Tensor:
 
 
 def take_patches(features: Tensor, kept: Tensor) -> Tensor:
-    """Features of the kept patches, [images, patches, F] and [images, N] -> [images, N, F]."""
+    """Features of the kept patches, [images, patches, F] and int64 [images, N] -> [images, N, F] of
+    the features' dtype."""
     return features.take_along_dim(kept.unsqueeze(2), dim=1)

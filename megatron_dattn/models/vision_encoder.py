@@ -46,7 +46,7 @@ class PatchEmbedding(torch.nn.Conv2d):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed whole patches, row-major; pixels beyond the last whole patch are ignored.
 
-        [images, 3, height, width] -> [images, patches, hidden_size].
+        [images, 3, height, width] -> [images, patches, hidden_size], of the weight's dtype.
         """
         images, channels, height, width = pixel_values.shape
         patch = self.kernel_size[0]
@@ -81,8 +81,8 @@ class BidirectionalCore(torch.nn.Module):
     def recording(self, asking: int | None = None) -> Iterator[list[Tensor]]:
         """Takes note of the attention that patches receive from this rank's heads.
 
-        Every forward pass inside adds one [images, patches] to the list, see `attention_received`;
-        a recomputation after it adds none.
+        Every forward pass inside adds one [images, patches] to the list, of the dtype that
+        `attention_received` has; a recomputation after it adds none.
 
         Args:
             asking: only the attention of so many leading tokens counts; by default that of all.
@@ -104,12 +104,11 @@ class BidirectionalCore(torch.nn.Module):
         """The attended values.
 
         Args:
-            query: [patches, images, heads, head_dim], of this rank's heads.
-            key: shaped alike.
-            value: shaped alike.
+            query: [patches, images, heads, head_dim], of this rank's heads, any floating dtype.
+            key, value: of the same shape and dtype.
 
         Returns:
-            [patches, images, heads * head_dim].
+            [patches, images, heads * head_dim], same dtype.
         """
         # [patches, images, heads, head_dim] -> [images, heads, patches, head_dim]
         query, key, value = (states.permute(1, 2, 0, 3) for states in (query, key, value))

@@ -48,7 +48,8 @@ class RowColumnPositions(torch.nn.Module):
         return tokens + (table if kept is None else table[kept])
 
     def table(self, grid: tuple[int, int]) -> Tensor:
-        """Positions of a grid's patches, row-major, [rows * columns, hidden_size]."""
+        """Positions of a grid's patches, row-major, [rows * columns, hidden_size], of the
+        parameters' dtype."""
         rows, columns = _entries(self.rows, grid[0]), _entries(self.columns, grid[1])
         return (rows.unsqueeze(1) + columns).flatten(0, 1)
 
@@ -72,13 +73,14 @@ class PerPatchPositions(torch.nn.Module):
         self.patches = torch.nn.Parameter(torch.zeros(side * side, hidden_size, dtype=dtype))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
-        """Place the tokens, [images, patches, hidden_size]; arguments and result as of
+        """Place the tokens, [images, patches, hidden_size], same dtype; arguments and result as of
         `RowColumnPositions`."""
         table = self.table(grid)
         return tokens + (table if kept is None else table[kept])
 
     def table(self, grid: tuple[int, int]) -> Tensor:
-        """Positions of a grid's patches, row-major, [rows * columns, hidden_size]."""
+        """Positions of a grid's patches, row-major, [rows * columns, hidden_size], of the
+        parameters' dtype."""
         if grid == (self.side, self.side):
             return self.patches
         picture = self.patches.to(torch.promote_types(self.patches.dtype, torch.float32))
@@ -120,7 +122,7 @@ class FractionalPositions(torch.nn.Module):
         self.last_norm = RMSNorm(config, hidden_size, eps=norm_eps)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
-        """Place the tokens, [images, patches, hidden_size]; arguments and result as of
+        """Place the tokens, [images, patches, hidden_size], same dtype; arguments and result as of
         `RowColumnPositions`."""
         height, width = grid
         dtype = tokens.dtype
@@ -137,7 +139,7 @@ class FractionalPositions(torch.nn.Module):
         return self._normed(self.rows(self._sinusoids(length)).to(dtype))
 
     def of_columns(self, length: int, dtype: torch.dtype) -> Tensor:
-        """The same of columns, [length, hidden_size]."""
+        """The same of columns, [length, hidden_size] in `dtype`."""
         return self._normed(self.columns(self._sinusoids(length)).to(dtype))
 
     def _normed(self, places: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class DAttnVLM(MegatronModule):
             observer: as for `forward`.
 
         Returns:
-            [N, vocab_size] on the last stage, hidden states on the others.
+            [N, vocab_size], of the model's dtype, on the last stage, hidden states on the others.
         """
         attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer)
         visual = self.adapt(self.encode(batch.pixel_values))
@@ -173,7 +173,7 @@ class DAttnVLM(MegatronModule):
             return ImageFeatures(*self._chosen_patches(pixel_values), num_images)
 
     def adapt(self, features: ImageFeatures | None) -> Tensor | None:
-        """Visual tokens as wide as the language model's, [valid visual tokens, H]."""
+        """Visual tokens as wide as the language model's, [valid visual tokens, H], of its dtype."""
         if features is None:
             return None
         if self.adapter is None:
@@ -190,7 +190,8 @@ class DAttnVLM(MegatronModule):
         """This stage's decoder layers over the tokens of both kinds.
 
         Args:
-            visual: from `adapt`, [valid visual tokens, H]; read on the first stage only.
+            visual: from `adapt`, [valid visual tokens, H], of the model's dtype; read on the first
+                stage only.
             batch: its layout and token ids are read.
             attention: of that layout.
 
@@ -201,7 +202,8 @@ class DAttnVLM(MegatronModule):
         return self.language_model(tokens, attention)
 
     def join_tokens(self, visual: Tensor | None, batch: PackedBatch) -> Tensor:
-        """This rank's share of the tokens [visual, padded to the budget | text], [tokens, 1, H]."""
+        """This rank's share of the tokens [visual, padded to the budget | text], [tokens, 1, H], of
+        the model's dtype."""
         text = self.language_model.embed(batch.input_ids)
         expected = batch.layout.num_visual_tokens
         assert visual is None or visual.shape[0] == expected, (
@@ -224,7 +226,7 @@ class DAttnVLM(MegatronModule):
         """Cross entropy of every labelled text token, fp32 [labelled].
 
         Args:
-            hidden_states: of the last stage, [S, 1, H].
+            hidden_states: of the last stage, [S, 1, H], of the model's dtype.
             batch: its layout and labels are read.
         """
         labelled = batch.labelled_tokens()
@@ -239,11 +241,13 @@ class DAttnVLM(MegatronModule):
         return self.language_model.losses(hidden_states, tokens, any_token, shards)[labelled]
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take the previous stage's hidden states, [S, 1, H] (called by the schedules)."""
+        """Take the previous pipeline stage's hidden states, [S, 1, H], of the model's dtype; the
+        schedules call it."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied embedding's weight, [padded_vocab_size / tensor-parallel size, H].
+        """The tied embedding's weight, in the model's dtype [padded_vocab_size / tensor-parallel
+        size, H].
 
         megatron-core adds up its gradients on the first and the last stage, which have a copy each.
         """
