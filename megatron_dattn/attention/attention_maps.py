@@ -117,7 +117,7 @@ def image_attention(
         tokens: places among the text tokens, 0 .. text_budget - 1, all of one sample.
 
     Returns:
-        In the precision of `alpha_v`. Raises ValueError for tokens of several samples, and
+        Of the dtype that `alpha_v` has. Raises ValueError for tokens of several samples, and
         for padding.
     """
     plan = inputs.plan

@@ -83,7 +83,8 @@ def attend_scored_tokens(
     gate: Tensor | None = None,
     head_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention output of the tokens that have scores, [plan.num_scored_tokens, Hq, D].
+    """Attention output of the tokens that have scores, [plan.num_scored_tokens, Hq, D], of the
+    dtype of `query`.
 
     For models that project no query of other tokens: `query` holds the scored tokens alone, `key`,
     `value` and `rotary` all S tokens. Under merge "cascade" T2V is not part of it, see
@@ -121,7 +122,7 @@ def attend_images(
     backend: Backend,
 ) -> Tensor:
     """T2V alone, [plan.num_scored_tokens, Hq, D], of a plan whose merge leaves it a softmax of its
-    own; arguments as of `attend_scored_tokens`. Tokens that see no image give zero.
+    own; arguments and dtype as of `attend_scored_tokens`. Tokens that see no image give zero.
 
     For merge "cascade", where query, key and value have projections of their own. Of `key` and
     `value` only visual tokens are read: they may hold those alone.
@@ -130,7 +131,8 @@ def attend_images(
 
 
 def diagonal_attention(value: Tensor, num_query_heads: int) -> Tensor:
-    """Equation 2: softmax over oneself is 1, so each head outputs its value. [tokens, Hq, D]."""
+    """Equation 2: softmax over oneself is 1, so each head outputs its value. [tokens, Hq, D], same
+    dtype."""
     group = num_query_heads // value.shape[1]
     return value if group == 1 else value.repeat_interleave(group, dim=1)
 

@@ -65,8 +65,8 @@ def read_images(
     score_function: ScoreFunction,
     backend: DenseBackend,
 ) -> Tensor:
-    """T2V alone, of merge "cascade", [samples, query heads, head_dim], shaped like `query`, which
-    is not rotated. Samples that see no image give zero."""
+    """T2V alone, of merge "cascade", [samples, query heads, head_dim], shape and dtype of `query`,
+    which is not rotated. Samples that see no image give zero."""
     grouped = query.unflatten(1, (images[0].shape[2], -1))
     out, _ = _softmax(grouped, images, plan.images_bias, score_function, backend)
     if plan.sees_images is not None:

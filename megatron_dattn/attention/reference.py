@@ -178,7 +178,8 @@ def reference_attention(
     window: int | None = None,
     images_alone: bool = False,
 ) -> Tensor:
-    """The result of `decomposed_attention`, [S, Hq, D]; arguments as there and in `plan_attention`.
+    """The result of `decomposed_attention`, [S, Hq, D], of the dtype of `query`; arguments as there
+    and in `plan_attention`.
 
     A token that sees nothing gives zero, except that under v2v="diagonal" every visual token,
     padding too, gives its own value: a softmax over one key is 1 whatever its score. With

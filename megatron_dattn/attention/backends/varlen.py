@@ -64,7 +64,8 @@ class VarlenBackend(Backend, ABC):
         lse: Tensor,
         scores: RaggedScores,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, shaped like them: [N, heads, D]; `lse` [heads, Nq]."""
+        """Gradients of query, key and value, [N, heads, D] each, of their dtype; `lse` float32
+        [heads, Nq]."""
 
     def forward(
         self,
@@ -125,8 +126,8 @@ def unsupported_tensors(
 
 
 def empty_gradients(*inputs: Tensor) -> list[Tensor]:
-    """Contiguous room for a kernel that writes the gradients of its inputs, of any shape, in
-    place."""
+    """Contiguous room for a kernel that writes the gradients of its inputs, of any shape and dtype,
+    in place."""
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
 

@@ -63,8 +63,8 @@ class SampleTable:
         return _table_of([layout.text_tokens(sample) for sample in range(layout.num_samples)])
 
     def take(self, tokens: Tensor) -> Tensor:
-        """[packed tokens, ...] to [samples, columns, ...]; a view where all samples are equally
-        long and lie one behind the other. Padding repeats some token of the pack."""
+        """[packed tokens, ...] to [samples, columns, ...], same dtype; a view where all samples are
+        equally long and lie one behind the other. Padding repeats some token of the pack."""
         places = np.maximum(self.table, 0).ravel()
         if len(places) and (np.diff(places) == 1).all():
             index = TokenIndex(len(places), start=int(places[0]))

@@ -55,7 +55,8 @@ class TokenIndex:
         return range_table([(self.start, self.start + self.length)])
 
     def take(self, tensor: Tensor) -> Tensor:
-        """The tokens of `tensor` [N, ...], [length, ...]: a view where they are contiguous."""
+        """The tokens of `tensor` [N, ...], [length, ...], same dtype: a view where they are
+        contiguous."""
         if self.index is None:
             return tensor.narrow(0, self.start, self.length)
         return tensor.index_select(0, self.index)

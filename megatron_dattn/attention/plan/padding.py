@@ -57,14 +57,14 @@ class PaddedTokens:
         return sum(self.lengths)
 
     def pad(self, ragged: Tensor) -> Tensor:
-        """`[tokens, ...]` to `[batch, width, ...]`."""
+        """`[tokens, ...]` to `[batch, width, ...]`, same dtype."""
         tokens = ragged.narrow(0, self.start, self.num_tokens)
         if self.sources is not None:
             tokens = tokens.index_select(0, self.sources)
         return tokens.unflatten(0, (len(self.lengths), self.width))
 
     def pad_with_zeros(self, ragged: Tensor) -> Tensor:
-        """`[tokens, ...]` to `[batch, width, ...]` like `pad`, but padding is zero."""
+        """`[tokens, ...]` to `[batch, width, ...]`, same dtype; like `pad`, but padding is zero."""
         tokens = ragged.narrow(0, self.start, self.num_tokens)
         if self.places is not None:
             flat = tokens.new_zeros(len(self.lengths) * self.width, *tokens.shape[1:])
@@ -72,7 +72,7 @@ class PaddedTokens:
         return tokens.unflatten(0, (len(self.lengths), self.width))
 
     def unpad(self, batch: Tensor) -> Tensor:
-        """`[batch, width, ...]` back to this batch's own tokens `[num_tokens, ...]`."""
+        """`[batch, width, ...]` back to this batch's own tokens `[num_tokens, ...]`, same dtype."""
         flat = batch.flatten(0, 1)
         return flat if self.places is None else flat.index_select(0, self.places)
 

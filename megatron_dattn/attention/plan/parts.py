@@ -81,7 +81,8 @@ class AttentionPlan:
     def with_tensors(
         self, function: Callable[[Tensor], Tensor], device: torch.device
     ) -> "AttentionPlan":
-        """The same plan with what the function makes of each tensor, [n], on that device."""
+        """The same plan with what the function makes of each tensor, [n], any dtype, on that
+        device."""
         parts, visual_parts = (
             tuple(part.with_tensors(function) for part in parts)
             for parts in (self.parts, self.visual_parts)
