@@ -62,14 +62,15 @@ class SequenceLayout:
     def split(self, local: Tensor) -> tuple[Tensor, Tensor]:
         """Local tokens into visual and text tokens, as views.
 
-        [V_r + T_r, ...] -> [V_r, ...] and [T_r, ...]; V_r is 0 if there are no visual tokens.
+        [V_r + T_r, ...] -> [V_r, ...] and [T_r, ...], same dtype; V_r is 0 if there are no
+        visual tokens.
         """
         return local[: local.shape[0] - self.local_text], local[-self.local_text :]
 
     def scatter(self, tokens: Tensor) -> Tensor:
         """All tokens, equal on every rank, into local tokens; gradients are gathered back.
 
-        [V + T, ...] -> [V_r + T_r, ...].
+        [V + T, ...] -> [V_r + T_r, ...], same dtype.
         """
         if not self.sequence_parallel:
             return tokens
@@ -79,7 +80,7 @@ class SequenceLayout:
     def all_gather(self, local: Tensor) -> Tensor:
         """Local tokens into all tokens, for a column-parallel product; gradients are summed.
 
-        [V_r + T_r, ...] -> [V + T, ...], or text alone, [T_r, ...] -> [T, ...].
+        [V_r + T_r, ...] -> [V + T, ...], or text alone, [T_r, ...] -> [T, ...]; same dtype.
         """
         if not self.sequence_parallel:
             # All tokens are here already. What this adds is the all-reduce of their gradient: each
@@ -95,7 +96,7 @@ class SequenceLayout:
                 [T, ...], or of both kinds apart, [V, ...] and [T, ...].
 
         Returns:
-            [V_r + T_r, ...], or [T_r, ...] of text tokens alone.
+            [V_r + T_r, ...], or [T_r, ...] of text tokens alone; same dtype.
         """
         if not self.sequence_parallel:
             joined = partial[0] if len(partial) == 1 else torch.cat(partial)
@@ -111,7 +112,7 @@ class SequenceLayout:
 
     def from_rank_order(self, tokens: Tensor) -> Tensor:
         """All tokens as a plain gather lays them, `[V_0 | T_0 | V_1 | T_1 ...]`, in packed
-        order; [V + T, ...] -> the same shape."""
+        order; [V + T, ...] -> the same shape and dtype."""
         if self.ranks == 1 or not self.visual:
             return tokens
         shards = tokens.unflatten(0, (self.ranks, -1))
@@ -123,7 +124,7 @@ class SequenceLayout:
         )
 
     def to_rank_order(self, tokens: Tensor) -> Tensor:
-        """The inverse of `from_rank_order`, [V + T, ...] -> the same shape."""
+        """The inverse of `from_rank_order`, [V + T, ...] -> the same shape and dtype."""
         if self.ranks == 1 or not self.visual:
             return tokens
         visual, text = (
