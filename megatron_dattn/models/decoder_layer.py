@@ -94,8 +94,8 @@ class DecoderLayer(TransformerLayer):
         """The layer's output for this rank's tokens.
 
         Args:
-            hidden_states: local tokens [V_r | T_r], [tokens, 1, H]; text tokens alone where no
-                layer from here on sees images, or images are in the layers' caches.
+            hidden_states: local tokens [V_r | T_r], [tokens, 1, H], of the model's dtype; text
+                tokens alone where no layer from here on sees images, or images are in the caches.
 
         Returns:
             The same, without the visual tokens once nobody reads them any more; and None, where
@@ -141,14 +141,14 @@ class DecoderLayer(TransformerLayer):
     def visual_ffn(self, visual: Tensor, share: float) -> Tensor:
         """Norm, the first `share` of the FFN's neurons, and residual.
 
-        [tokens, 1, H] -> the same shape.
+        [tokens, 1, H] -> the same shape and dtype.
         """
         if share == 0.0:
             return visual
         return self._in_chunks(partial(self._part_of_ffn, share=share), visual)
 
     def ffn(self, tokens: Tensor) -> Tensor:
-        """Norm, FFN and residual, [tokens, 1, H] -> the same shape."""
+        """Norm, FFN and residual, [tokens, 1, H] -> the same shape and dtype."""
         return self._in_chunks(self._ffn_of, tokens)
 
     def _in_chunks(self, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:

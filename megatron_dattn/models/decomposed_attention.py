@@ -91,7 +91,8 @@ class DecomposedSelfAttention(SelfAttention):
         """Attend and project.
 
         Args:
-            hidden_states: normalized local tokens, [V_r | T_r], [tokens, 1, H].
+            hidden_states: normalized local tokens, [V_r | T_r], [tokens, 1, H], of the model's
+                dtype, as the result.
             inputs: plan, rotary tables and backend of the micro-batch.
 
         Returns:

@@ -31,7 +31,8 @@ def project_queries_keys_values(
     """Queries of text tokens, keys and values of all tokens.
 
     Args:
-        local: normalized tokens of this rank, `[V_r | T_r]`, [tokens, 1, H].
+        local: normalized tokens of this rank, `[V_r | T_r]`, [tokens, 1, H], of the model's dtype,
+            as all that follows.
         weight: this rank's share of the fused weight, [groups * (queries + 2) * head_dim, H]; in
             every group stand its query heads, then its key, then its value.
         num_groups: key heads of this rank.
@@ -45,7 +46,8 @@ def project_queries_keys_values(
 
 
 def project(layer: Any, tokens: Tensor) -> Tensor:
-    """A linear layer's product, [tokens, 1, ...] -> [tokens, 1, ...], in generation.
+    """A linear layer's product, [tokens, 1, ...] -> [tokens, 1, ...] of the same dtype, in
+    generation.
 
     For a few tokens megatron-core's preparations (collectives, gradients) take longer than the
     product. Where there are none it is made directly.
@@ -59,13 +61,14 @@ def project(layer: Any, tokens: Tensor) -> Tensor:
 
 
 def gated_ffn(mlp: MLP, tokens: Tensor) -> Tensor:
-    """megatron-core's gated FFN without biases, by `project`: [tokens, 1, H] -> the same shape."""
+    """megatron-core's gated FFN without biases, by `project`: [tokens, 1, H] -> the same shape and
+    dtype."""
     gate, up = project(mlp.linear_fc1, tokens).chunk(2, dim=-1)
     return project(mlp.linear_fc2, mlp.activation_func(gate) * up)
 
 
 def fold_output_weight(weight: Tensor, num_groups: int, head_dim: int) -> Tensor:
-    """W_o summed over the query heads of each group: [H, Hq * D] to [H, groups * D]."""
+    """W_o summed over the query heads of each group: [H, Hq * D] to [H, groups * D], same dtype."""
     return weight.unflatten(1, (num_groups, -1, head_dim)).sum(2).flatten(1)
 
 
