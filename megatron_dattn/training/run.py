@@ -30,10 +30,10 @@ from megatron_dattn.runtime.distributed import (
 from megatron_dattn.runtime.rank_errors import all_ranks_agree, run_on_all_ranks
 from megatron_dattn.runtime.same_facts import all_ranks_have_same
 from megatron_dattn.training.checkpoint import Checkpointer
-from megatron_dattn.training.ledger import SampleLedger
 from megatron_dattn.training.metrics import Metrics
 from megatron_dattn.training.optimizer import build_optimizer, build_scheduler, describe_optimizer
 from megatron_dattn.training.run_folder import describe_again, describe_run
+from megatron_dattn.training.sample_ledger import SampleLedger
 from megatron_dattn.training.stages import build_training_model, trained_modules
 from megatron_dattn.training.start_facts import start_facts
 from megatron_dattn.training.state import TrainState

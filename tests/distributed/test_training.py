@@ -234,7 +234,7 @@ def _with_a_full_disk_below_one_ledger(folder: str) -> tuple[str, int]:
     from megatron_dattn.errors import UserError
     from megatron_dattn.runtime.append_file import AppendFile
     from megatron_dattn.runtime.signals import SignalWatcher
-    from megatron_dattn.training.ledger import SampleLedger
+    from megatron_dattn.training.sample_ledger import SampleLedger
     from megatron_dattn.training.trainer import train
     from tests.support.training import build_run, training_config
 

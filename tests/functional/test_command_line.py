@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dattn.checkpoint import find_checkpoint
-from megatron_dattn.training.ledger import read_ledger
 from megatron_dattn.training.run_lock import LOCK_FILE, Owner, RunLock
+from megatron_dattn.training.sample_ledger import read_ledger
 from tests.functional.workspace import Workspace, make_workspace, pretrain, run_mains
 from tests.functional.workspace import run_main as _main
 from tests.support.distributed import run_distributed

@@ -19,7 +19,7 @@ import torch
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.checkpoint.load import read_common
 from megatron_dattn.config.cli import parse_command_line
-from megatron_dattn.training.ledger import read_ledger
+from megatron_dattn.training.sample_ledger import read_ledger
 from megatron_dattn.training.stream import loader_of_rank
 from tests.functional.workspace import Workspace, make_workspace, run_main
 from tests.support.distributed import run_distributed

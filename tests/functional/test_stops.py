@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from megatron_dattn.checkpoint import find_checkpoint
-from megatron_dattn.training.ledger import read_ledger
+from megatron_dattn.training.sample_ledger import read_ledger
 from tests.functional.workspace import Workspace, make_workspace, start_pretraining
 
 TIMEOUT = 120.0

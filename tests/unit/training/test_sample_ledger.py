@@ -13,7 +13,7 @@ import pytest
 
 from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.append_file import AppendFile
-from megatron_dattn.training.ledger import SampleLedger, read_ledger
+from megatron_dattn.training.sample_ledger import SampleLedger, read_ledger
 from tests.support.time_limit import time_limit
 
 
@@ -167,7 +167,8 @@ def test_what_is_no_file_is_set_aside(
 def test_a_ledger_that_the_system_does_not_give_is_an_error(tmp_path: Path) -> None:
     path_of(tmp_path).write_text(line(1))
     failing = mock.patch(
-        "megatron_dattn.training.ledger.open_plain", side_effect=OSError(errno.EIO, "broken disk")
+        "megatron_dattn.training.sample_ledger.open_plain",
+        side_effect=OSError(errno.EIO, "broken disk"),
     )
     with failing, pytest.raises(OSError, match="broken disk"):
         SampleLedger(tmp_path, 0, resumed_step=1)
