@@ -112,17 +112,17 @@ class DAttnLanguageModel(GPTModel):
         return tokens * torch.full((), factor, dtype=torch.float32, device=device).to(tokens)
 
     def forward(self, decoder_input: Tensor | None, attention: AttentionInputs) -> Tensor:
-        """Run this stage's layers.
+        """Run this pipeline stage's layers.
 
         Args:
             decoder_input: scaled tokens, [S, 1, H], of the model's dtype (under sequence
-                parallelism this rank's share of them); None on stages after the first, which use
-                what `set_input_tensor` was given.
+                parallelism this rank's share of them); None on pipeline stages after the first,
+                which use what `set_input_tensor` was given.
             attention: what the layers need to know about the micro-batch.
 
         Returns:
-            Hidden states of the input's shape and dtype; on the last stage after the final norm,
-            and of the text tokens alone if nobody reads the visual ones.
+            Hidden states of the input's shape and dtype; on the last pipeline stage after the final
+            norm, and of the text tokens alone if nobody reads the visual ones.
         """
         # In `attention_bias`, because TransformerBlock passes that on to its layers untouched:
         # under full recomputation masks and rotary tables go through an autograd.Function that
@@ -135,8 +135,8 @@ class DAttnLanguageModel(GPTModel):
         """This rank's share of the vocabulary's logits at the chosen tokens.
 
         Args:
-            hidden_states: of the last stage, local tokens of both kinds or text tokens alone,
-                [tokens, 1, H].
+            hidden_states: of the last pipeline stage, local tokens of both kinds or text tokens
+                alone, [tokens, 1, H].
             tokens: packed tokens, int64 [N].
             shards: how the tokens are spread over the ranks.
 
@@ -181,7 +181,7 @@ class DAttnLanguageModel(GPTModel):
         """Cross entropy of each label, fp32 [N].
 
         Args:
-            hidden_states: of the last stage, [tokens, 1, H].
+            hidden_states: of the last pipeline stage, [tokens, 1, H].
             tokens: packed token that predicts each label, int64 [N].
             labels: token ids, int64 [N].
             shards: how the tokens are spread over the ranks.

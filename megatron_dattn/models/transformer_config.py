@@ -2,7 +2,7 @@
 
 The one place that translates our settings into megatron-core's. The vision encoder and the adapter
 run under a config of their own: replicated tokens (no sequence parallelism), one pipeline stage, no
-FP8, because they live on the first stage only and hand over whole images.
+FP8, because they live on the first pipeline stage only and hand over whole images.
 """
 
 from collections.abc import Callable
@@ -88,7 +88,7 @@ def _common(parallel: ParallelConfig, execution: ExecutionConfig) -> dict[str, A
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "params_dtype": dtype,
-        "pipeline_dtype": dtype,  # of the hidden states that a stage allocates to receive
+        "pipeline_dtype": dtype,  # of the hidden states that a pipeline stage allocates to receive
         # Its default waits for the whole device after each message, a remedy for older torch.
         "batch_p2p_sync": False,
         "autocast_dtype": dtype,

@@ -2,9 +2,9 @@
 
 Images are encoded, adapted to the language model's width and placed in front of the text as tokens
 of one packed tensor; the decoder treats tokens of both kinds alike except in its attention. Vision
-encoder and adapter exist on the first pipeline stage only, the head on the last. Every stage
-derives the attention plan from the layout, so every stage needs the batch (only the first its
-pixels).
+encoder and adapter exist on the first pipeline stage only, the head on the last. Every pipeline
+stage derives the attention plan from the layout, so every pipeline stage needs the batch (only the
+first its pixels).
 """
 
 from typing import NamedTuple
@@ -56,9 +56,9 @@ class DAttnVLM(MegatronModule):
         model: sizes and the attention preset.
         parallel: layout over ranks; megatron-core's process groups must exist.
         execution: precision, recomputation, implementations.
-        pre_process: this stage has the vision encoder, the embedding and, unless every layer
-            projects the features anew, the adapter.
-        post_process: this stage has the head.
+        pre_process: this pipeline stage has the vision encoder, the embedding and, unless every
+            layer projects the features anew, the adapter.
+        post_process: this pipeline stage has the head.
     """
 
     def __init__(
@@ -108,16 +108,17 @@ class DAttnVLM(MegatronModule):
         )
 
     def forward(self, batch: PackedBatch, observer: AttentionObserver | None = None) -> Tensor:
-        """One micro-batch through this stage.
+        """One micro-batch through this pipeline stage.
 
         Args:
-            batch: tensors on this rank's device. `pixel_values` is read on the first stage only.
-            observer: is shown the queries and keys of every layer of this stage.
+            batch: tensors on this rank's device. `pixel_values` is read on the first pipeline stage
+                only.
+            observer: is shown the queries and keys of every layer of this pipeline stage.
 
         Returns:
             Hidden states [S, 1, H] (this rank's share of the tokens under sequence parallelism) on
-            stages before the last; there, the fp32 loss of every labelled text token, in token
-            order. A batch without labels gives an empty vector that is still connected to the
+            pipeline stages before the last; there, the fp32 loss of every labelled text token, in
+            token order. A batch without labels gives an empty vector that is still connected to the
             graph.
         """
         attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer)
@@ -138,7 +139,8 @@ class DAttnVLM(MegatronModule):
             observer: as for `forward`.
 
         Returns:
-            [N, vocab_size], of the model's dtype, on the last stage, hidden states on the others.
+            [N, vocab_size], of the model's dtype, on the last pipeline stage, hidden states on the
+            others.
         """
         attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer)
         visual = self.adapt(self.encode(batch.pixel_values))
@@ -154,8 +156,8 @@ class DAttnVLM(MegatronModule):
             pixel_values: [images, 3, image_size, image_size], any floating dtype; maybe no images.
 
         Returns:
-            None on stages after the first, and where there is neither an image nor a parameter
-            that it would train.
+            None on pipeline stages after the first, and where there is neither an image nor a
+            parameter that it would train.
         """
         if self.vision_model is None:
             return None
@@ -187,11 +189,11 @@ class DAttnVLM(MegatronModule):
     def decode(
         self, visual: Tensor | None, batch: PackedBatch, attention: AttentionInputs
     ) -> Tensor:
-        """This stage's decoder layers over the tokens of both kinds.
+        """This pipeline stage's decoder layers over the tokens of both kinds.
 
         Args:
             visual: from `adapt`, [valid visual tokens, H], of the model's dtype; read on the first
-                stage only.
+                pipeline stage only.
             batch: its layout and token ids are read.
             attention: of that layout.
 
@@ -226,7 +228,7 @@ class DAttnVLM(MegatronModule):
         """Cross entropy of every labelled text token, fp32 [labelled].
 
         Args:
-            hidden_states: of the last stage, [S, 1, H], of the model's dtype.
+            hidden_states: of the last pipeline stage, [S, 1, H], of the model's dtype.
             batch: its layout and labels are read.
         """
         labelled = batch.labelled_tokens()
@@ -249,7 +251,8 @@ class DAttnVLM(MegatronModule):
         """The tied embedding's weight, in the model's dtype [padded_vocab_size / tensor-parallel
         size, H].
 
-        megatron-core adds up its gradients on the first and the last stage, which have a copy each.
+        megatron-core adds up its gradients on the first and the last pipeline stage, which have a
+        copy each.
         """
         return self.language_model.shared_embedding_or_output_weight()
 

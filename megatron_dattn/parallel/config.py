@@ -12,12 +12,12 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     """Ranks that share every layer's weights, by heads and by FFN neurons."""
     pipeline_model_parallel_size: int = 1
-    """Ranks that share the layers, a stage of neighbouring layers each."""
+    """Ranks that share the layers, a pipeline stage of neighbouring layers each."""
     num_layers_in_first_pipeline_stage: int | None = None
-    """Decoder layers of the first stage, which also has encoder and embedding; the other stages
-    share the rest. None for an equal share."""
+    """Decoder layers of the first pipeline stage, which also has encoder and embedding; the other
+    pipeline stages share the rest. None for an equal share."""
     num_layers_in_last_pipeline_stage: int | None = None
-    """Those of the last stage, which also has the head."""
+    """Those of the last pipeline stage, which also has the head."""
     sequence_parallel: bool = False
     """Shard norms and residuals along the tokens inside the tensor-parallel group."""
     use_distributed_optimizer: bool = False
@@ -94,7 +94,7 @@ class ParallelConfig:
         return tuple(layers)
 
     def _split_that_works(self, num_layers: int) -> str:
-        """Of nearly equal stages, the first and the last taking less than the others."""
+        """Of nearly equal pipeline stages, the first and the last taking less than the others."""
         stages, uneven = self.pipeline_model_parallel_size, ""
         if self.num_layers_in_first_pipeline_stage is not None:
             uneven += f", of which the first has {self.num_layers_in_first_pipeline_stage}"

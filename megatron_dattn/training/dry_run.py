@@ -261,7 +261,7 @@ def _communication_section(plan: Plan) -> list[str]:
         )
     if parallel.pipeline_model_parallel_size > 1:
         share = hidden // tensor if parallel.sequence_parallel else hidden
-        lines.append(f"  pipeline    {_bytes(share)} each way, per stage boundary and micro-batch")
+        lines.append(f"  pipeline    {_bytes(share)} each way, per boundary and micro-batch")
     if plan.data_parallel_size > 1:
         lines.append(f"  data        {_bytes(_data_parallel_bytes(plan))} per step")
     if len(lines) == 1:
@@ -270,7 +270,8 @@ def _communication_section(plan: Plan) -> list[str]:
 
 
 def _data_parallel_bytes(plan: Plan) -> int:
-    """Gradients reduced and, with the distributed optimizer, weights gathered; largest stage."""
+    """Gradients reduced and, with the distributed optimizer, weights gathered; largest pipeline
+    stage."""
     parallel, size = plan.config.parallel, plan.data_parallel_size
     trained = max(
         sum(

@@ -86,11 +86,12 @@ def forward_step(
     *,
     observer: AttentionObserver | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
-    """Pass one micro-batch through this rank's stage, as megatron-core's schedules want it.
+    """Pass one micro-batch through this rank's pipeline stage, as megatron-core's schedules want
+    it.
 
     Returns:
-        Losses of the labelled tokens, float32 [labelled], on the last stage, before it hidden
-        states [tokens, 1, H]; and `sum_losses`.
+        Losses of the labelled tokens, float32 [labelled], on the last pipeline stage, before it
+        hidden states [tokens, 1, H]; and `sum_losses`.
     """
     return model(next(batches), observer=observer), sum_losses
 
@@ -129,8 +130,8 @@ def run_micro_batches(
         data_iterator=batches,
         model=model,
         num_microbatches=num_microbatches,
-        # Shape of what stages send each other: a pack is one sequence of S tokens, however many
-        # samples it holds. Under sequence parallelism the schedule divides S itself.
+        # Shape of what pipeline stages send each other: a pack is one sequence of S tokens, however
+        # many samples it holds. Under sequence parallelism the schedule divides S itself.
         seq_length=seq_length,
         micro_batch_size=1,
         forward_only=forward_only,
@@ -150,8 +151,8 @@ def finalize_gradients(
     whose division asks the host whether there is a token. Without one all gradients are zero.
 
     Args:
-        model: the wrapped stage.
-        num_tokens: of this replica, int32 [], right on the last stage; overwritten.
+        model: the wrapped pipeline stage.
+        num_tokens: of this replica, int32 [], right on the last pipeline stage; overwritten.
         options: handed on.
     """
     finalize_model_grads(model, None, **options)

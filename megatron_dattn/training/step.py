@@ -55,7 +55,8 @@ def train_step(run: Run) -> StepReport:
     state.model.zero_grad_buffer()
     state.optimizer.zero_grad()
 
-    # All packs now: a loader that fails while stages wait for each other's activations would hang.
+    # All packs now: a loader that fails while pipeline stages wait for each other's activations
+    # would hang.
     run.stream.load(run.num_microbatches)
     meter = meter_if_due(run)
     sums = run_micro_batches(
