@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dattn.data.templates import TEMPLATES
+from megatron_dattn.data.templates import TEMPLATE_NAMES
 from megatron_dattn.errors import EXIT_USER_ERROR
 from megatron_dattn.runtime.os_errors import named
 from megatron_dattn.runtime.tool import run_tool
@@ -44,7 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=4, help="images decoded at a time")
     parser.add_argument("--max-image-pixels", type=positive, default=40_000_000)
     parser.add_argument("--tokenizer", help="folder of the tokenizer")
-    parser.add_argument("--template", choices=list(TEMPLATES), default="mistral_v3")
+    parser.add_argument("--template", choices=TEMPLATE_NAMES, default="mistral_v3")
     parser.add_argument("--visual-budget", type=positive, default=5832)
     parser.add_argument("--text-budget", type=positive, default=4096)
     parser.add_argument("--image-size", type=positive, default=384)

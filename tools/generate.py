@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dattn.data.templates import TEMPLATES
+from megatron_dattn.data.templates import TEMPLATE_NAMES
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 from megatron_dattn.runtime.tool import run_tool
@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument(
         "--template",
-        choices=list(TEMPLATES),
+        choices=TEMPLATE_NAMES,
         help="conversation template; the run's own by default (plain captions)",
     )
     parser.add_argument("--alpha", action="store_true", help="print attention to images")

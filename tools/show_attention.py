@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_dattn.data.templates import TEMPLATES
+from megatron_dattn.data.templates import TEMPLATE_NAMES
 from megatron_dattn.errors import UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 from megatron_dattn.runtime.os_errors import explain
@@ -47,7 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument(
         "--template",
-        choices=list(TEMPLATES),
+        choices=TEMPLATE_NAMES,
         help="conversation template; the run's own by default (plain captions)",
     )
     return parser.parse_args(arguments)

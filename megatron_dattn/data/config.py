@@ -33,7 +33,8 @@ class DataConfig:
     image_processor: str | None = None
     """Folder with preprocessor_config.json; the tokenizer's folder where None."""
     template: TemplateName = "mistral_v3"
-    """How conversations are written down; see megatron_dattn/data/templates."""
+    """How conversations are written down: by one of megatron_dattn/data/templates, or by the chat
+    template that came with the tokenizer (`model`)."""
     visual_budget: int = 5832
     """Visual tokens of one pack, padding included."""
     text_budget: int = 4096

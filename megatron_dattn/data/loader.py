@@ -271,7 +271,7 @@ def _identity(
         "data.packing_buffer_size": source.packing_buffer_size,
         "data.visual_budget": config.visual_budget,
         "data.text_budget": config.text_budget,
-        "data.template": config.template,
+        "data.template": source.task_encoder.encoder.tokenizer.identity,
         "data.long_samples": config.long_samples,
         "training.micro_batch_size": micro_batch_size,
         "training.seed": seed,

@@ -23,6 +23,7 @@ class Reason(StrEnum):
     NOT_A_CAPTION = "not_a_caption"
     IMAGE_COUNT = "image_count"
     CONTROL_TOKEN = "control_token"
+    TEMPLATE = "template"  # the model's own chat template refuses it, or changes its texts
     MISSING_IMAGE = "missing_image"  # not there, or a path that no file below the root can have
     BROKEN_IMAGE = "broken_image"  # damaged, of another format, too large or too much work
     TOO_MUCH_TEXT = "too_much_text"

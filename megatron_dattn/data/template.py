@@ -5,26 +5,21 @@ the label mask is the overlap of the two. No part is ever tokenised on its own, 
 cannot disagree, whatever the tokenizer does with white space.
 """
 
-import threading
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_dattn.batch import IGNORED_LABEL
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn
+from megatron_dattn.data.model_template import ModelTemplate
 from megatron_dattn.data.rejection import Reason, SampleError
-from megatron_dattn.data.templates import read_template
+from megatron_dattn.data.rendering import Span, render_messages
+from megatron_dattn.data.templates import read_template, template_tokens
 from megatron_dattn.data.tokenizer import longest_token, special_token_ids, token_id
-
-# A compiled template keeps its spans in itself while it renders, and is shared by all users.
-_render_lock = threading.Lock()
 
 MAX_KNOWN_SHAPES = 1024
 MAX_KNOWN_TURNS = 64
 
-Span = tuple[int, int]  # characters start .. end-1
 Shape = tuple[bool, tuple[tuple[str, int], ...]]  # system message? role and images of each turn
 
 
@@ -37,13 +32,41 @@ class TextTokens:
     image_offsets: tuple[int, ...]  # per image: text tokens before it
 
 
+class _NamedTemplate:
+    """One of our templates, which mark what is supervised."""
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._source = read_template(name)
+        self._special_text = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        self.identity = name
+        self.end_token = template_tokens(name).end
+
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        return render_messages(
+            self._source,
+            conversation.messages,
+            self._special_text,
+            prompt=conversation.turns[-1].role == "user",
+            marked=True,
+        )
+
+
 class ConversationTokenizer:
     """Turns conversations into text tokens under one template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        """Prepare one.
+
+        Args:
+            template: a name of ours, or `model` for the tokenizer's own.
+
+        Raises:
+            ConfigError: there is no such template, or the tokenizer's own cannot be used.
+        """
         self.template = template
-        self._source = read_template(template)
-        self._special_text = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        self._template = (
+            ModelTemplate(tokenizer) if template == "model" else _NamedTemplate(template, tokenizer)
+        )
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -60,8 +83,18 @@ class ConversationTokenizer:
                 tokens, which only the template may write.
         """
         self.require_turns(conversation)
-        ids, supervised = self._checked(conversation)
-        return _text_tokens(ids, supervised, self._image_id)
+        ids, offsets, spans = self._checked(conversation)
+        return _text_tokens(ids, _supervised(offsets, spans), self._image_id)
+
+    @property
+    def identity(self) -> str:
+        """The name of our template, or a hash of the text of another one."""
+        return self._template.identity
+
+    @property
+    def end_token(self) -> str | None:
+        """The special token that ends an answer; None if the tokenizer's last token does."""
+        return self._template.end_token
 
     def require_turns(self, conversation: Conversation) -> None:
         """Raise SampleError if the template cannot express so many turns."""
@@ -78,11 +111,15 @@ class ConversationTokenizer:
         Raises:
             SampleError: as for a whole conversation.
         """
-        if self.template == "plain":  # it has no question to end with: stop where captions begin
-            conversation = replace(conversation, turns=(*conversation.turns, Turn("assistant", "")))
-        ids, supervised = self._checked(conversation)
-        if self.template == "plain":
-            ids = ids[: supervised.index(True)]
+        # Captions have no question to end with, and a template that came with a model need not
+        # write its prompt as it writes what stands before an answer: stop where an answer begins.
+        answer = {"plain": "", "model": "x"}.get(self.template)
+        if answer is not None:
+            turns = (*conversation.turns, Turn("assistant", answer))
+            conversation = replace(conversation, turns=turns)
+        ids, offsets, spans = self._checked(conversation)
+        if answer is not None:
+            ids = ids[: _supervised(offsets, spans[-1:]).index(True)]
         return _text_tokens(ids, [False] * len(ids), self._image_id)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
@@ -90,26 +127,20 @@ class ConversationTokenizer:
 
         After a last question the text goes on to where its answer begins.
         """
-        with _render_lock:
-            # The declared return type of this function is that of its older form.
-            rendered: Any = render_jinja_template(
-                [conversation.messages],
-                chat_template=self._source,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=conversation.turns[-1].role == "user",
-                **self._special_text,
-            )
-        texts, spans = rendered
-        return texts[0], spans[0]
+        return self._template.render(conversation)
 
-    def _checked(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        """Token ids, and which of them are supervised; the control tokens are the template's."""
+    def _checked(self, conversation: Conversation) -> tuple[list[int], list[Span], list[Span]]:
+        """Token ids, their characters and the supervised spans.
+
+        Raises:
+            SampleError: there are control tokens that are not the template's.
+        """
         ids, offsets, spans = self._tokenise(conversation)
         if self._controls(ids) != self._expected_controls(conversation):
             raise SampleError(
                 Reason.CONTROL_TOKEN, "the text contains a control token of the tokenizer"
             )
-        return ids, _supervised(offsets, spans)
+        return ids, offsets, spans
 
     def _tokenise(self, conversation: Conversation) -> tuple[list[int], list[Span], list[Span]]:
         text, spans = self.render(conversation)

@@ -103,7 +103,7 @@ def check_tokenizer(
                 f"the tokenizer in '{folder}' has no special token '{token}', which template "
                 f"'{template}' needs; rename one of its reserved tokens to it"
             )
-    if tokenizer.bos_token is None or tokenizer.eos_token is None:
+    if tokenizer.eos_token is None or (tokenizer.bos_token is None and template != "model"):
         raise ConfigError(f"the tokenizer in '{folder}' lacks a bos_token or an eos_token")
     highest = max(tokenizer.get_vocab().values())
     if vocab_size is not None and highest >= vocab_size:

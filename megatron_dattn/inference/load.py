@@ -20,7 +20,6 @@ from megatron_dattn.config.cli import load_config
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.template import ConversationTokenizer
-from megatron_dattn.data.templates import template_tokens
 from megatron_dattn.data.tokenizer import generation_ends, load_tokenizer, token_id
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.added_parameters import comes_with_preset, holds_preset
@@ -52,7 +51,7 @@ class RunAssets:
         """Tokens that end an answer: the tokenizer's, the origin's, the template's; for captions,
         all that end in a line break, which byte-level tokenizers merge with what stands before."""
         stops = {int(self.tokenizer.eos_token_id), *self.origin_ends}
-        end = template_tokens(self.conversations.template).end
+        end = self.conversations.end_token
         if end is not None:
             stops.add(token_id(self.tokenizer, end))
         if self.conversations.template == "plain":

@@ -145,7 +145,7 @@ def test_plain_refuses_conversations_of_more_turns() -> None:
 
 
 def test_an_unknown_template_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="mistral_v3, plain"):
+    with pytest.raises(ConfigError, match="mistral_v3, model, plain"):
         ConversationTokenizer(TOKENIZER, "llava")
 
 
