@@ -34,9 +34,10 @@ from megatron_dattn.conversion.hf_export.tokenizer import write_tokenizer
 from megatron_dattn.conversion.io.hf_folder import some
 from megatron_dattn.conversion.io.output_folder import check_output, check_room, new_folder
 from megatron_dattn.conversion.io.safetensors_writer import PlannedTensors, write_shards
-from megatron_dattn.conversion.io.tokenizer_files import write_chat_template
+from megatron_dattn.conversion.io.tokenizer_files import chat_template, write_chat_template
 from megatron_dattn.conversion.io.weight_values import check_finite
 from megatron_dattn.data.conversation import IMAGE_TOKEN
+from megatron_dattn.data.model_template import own_chat_template
 from megatron_dattn.data.tokenizer import padding_id, token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.inference.load import (
@@ -187,7 +188,8 @@ def _write_small_files(
     )
     pad_token = str(tokenizer.convert_ids_to_tokens(tokens.pad))
     write_tokenizer(tokenizer, run_folder / "tokenizer", target, pad_token=pad_token)
-    write_chat_template(target, assets.conversations.template)
+    template = assets.conversations.template
+    write_chat_template(target, chat_template(template, own_chat_template(tokenizer)))
     vision = config.model.vision if llava else None
     write_processor(assets.preprocessor, target, llava_vision=vision)
     if not llava:

@@ -1,4 +1,4 @@
-"""Which of our conversation templates an imported model is asked in.
+"""Which conversation template an imported model is asked in: its own, or one of ours.
 
 A default only: `data.template` of a run, and `--template` of the tools, say otherwise.
 """
@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dattn.conversion.hf_import.tokenizer import TEKKEN_RESERVED
 from megatron_dattn.conversion.io.tokenizer_files import CHAT_TEMPLATE_FILE, chat_template
+from megatron_dattn.data.model_template import ModelTemplate, own_chat_template
 from megatron_dattn.data.templates import TEMPLATES, TemplateName
 from megatron_dattn.data.tokenizer import special_token_ids
+from megatron_dattn.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ _TEKKEN = TemplateChoice(
 def choose_template(
     folder: Path, tokenizer: PreTrainedTokenizerBase, family: str
 ) -> TemplateChoice:
-    """The template that an export of ours was made with, else the language family's.
+    """The template that an export of ours was made with; the model's own; the language family's.
 
     Warns if that is a guess: templates without control tokens fit every tokenizer of the family,
     base models' and those of chat models that were trained with another.
@@ -58,6 +60,8 @@ def choose_template(
     for name in TEMPLATES:
         if chat_template(name) == stored:
             return TemplateChoice(name, "the export's own")
+    if _own_can_be_used(folder, tokenizer):
+        return TemplateChoice("model", "the chat template that came with its tokenizer")
     special = special_token_ids(tokenizer)
     for name in _BY_FAMILY[family]:
         control = TEMPLATES[name].control
@@ -65,6 +69,18 @@ def choose_template(
             choice = TemplateChoice(name, f"the tokenizer has its {', '.join(control)}")
             return _as_guess(folder, _TEKKEN) if _is_tekken(tokenizer) else choice
     return _as_guess(folder, _guess(family))
+
+
+def _own_can_be_used(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has a chat template; warns of one that training cannot use."""
+    if own_chat_template(tokenizer) is None:
+        return False
+    try:
+        ModelTemplate(tokenizer)
+    except ConfigError as error:
+        logger.warning("the chat template in %s is not used: %s", folder, error)
+        return False
+    return True
 
 
 def _is_tekken(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -25,20 +25,31 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 
-def chat_template(template: str) -> str:
+def chat_template(template: str, own: str | None = None) -> str:
     """The Jinja source that makes prompts of chat messages.
 
     Training's template for captions takes an image and its caption; the exported one also makes a
-    prompt of an image alone.
+    prompt of an image alone. A language model's own takes texts; the exported one also takes parts.
+
+    Args:
+        own: the template that came with the tokenizer, for template `model`.
     """
     if template == "plain":
-        return Path(__file__).with_name("plain.jinja").read_text(encoding="utf-8")
-    return read_template(template)
+        return _read("plain.jinja")
+    if template != "model":
+        return read_template(template)
+    assert own is not None
+    reading = _read("messages.jinja")
+    return own if own.startswith(reading) else reading + own  # it may come from such an export
 
 
-def write_chat_template(target: Path, template: str) -> None:
+def write_chat_template(target: Path, source: str) -> None:
     """Write the one file of it: a second copy, in tokenizer_config.json, would only grow stale."""
-    (target / CHAT_TEMPLATE_FILE).write_text(chat_template(template), encoding="utf-8")
+    (target / CHAT_TEMPLATE_FILE).write_text(source, encoding="utf-8")
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def rename_piece(path: Path, index: int, name: str) -> None:

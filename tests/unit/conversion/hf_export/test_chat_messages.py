@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_dattn.conversion.io.tokenizer_files import chat_template
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, parse_record
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import TEMPLATES
+from tests.unit.data import test_model_template as model_templates
 from tests.unit.data.builders import make_tokenizer
 from tests.unit.data.test_template_families import GEMMA, LLAMA3, VICUNA
 
@@ -24,7 +26,23 @@ TOKENIZERS = {
     "gemma": GEMMA,
     "vicuna_v1": VICUNA,
 }
-every_template = pytest.mark.parametrize("name", list(TEMPLATES))
+# Models' own templates, behind ours; but for the one that writes today's date.
+OWN = {f"own {name}": t for name, t in model_templates.TOKENIZERS.items() if name != "llama3"}
+NAMES = [*TEMPLATES, *OWN]
+every_template = pytest.mark.parametrize("name", NAMES)
+
+
+def template_of(name: str) -> str:
+    return "model" if name in OWN else name
+
+
+def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+    return OWN[name] if name in OWN else TOKENIZERS[name]
+
+
+def encoder_of(name: str) -> ConversationTokenizer:
+    return ConversationTokenizer(tokenizer_of(name), template_of(name))
+
 
 IMAGE = {"type": "image"}
 Parts = list[dict[str, str]]
@@ -35,10 +53,10 @@ def said(text: str) -> dict[str, str]:
 
 
 def exported(name: str, messages: list[dict[str, Any]], *, ask: bool = False) -> str:
-    tokenizer = TOKENIZERS[name]
+    tokenizer = tokenizer_of(name)
     texts, _ = render_jinja_template(
         [messages],
-        chat_template=chat_template(name),
+        chat_template=chat_template(template_of(name), tokenizer.chat_template),
         add_generation_prompt=ask,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
@@ -60,7 +78,7 @@ def loaded(name: str, exchanges: list[tuple[Parts, str]]) -> str:
     row = {"conversations": turns, **({"image": ["x.png"] * count} if count else {})}
     conversation = parse_record(row)
     assert len(conversation.images) == count
-    return ConversationTokenizer(TOKENIZERS[name], name).render(conversation)[0]
+    return encoder_of(name).render(conversation)[0]
 
 
 texts = st.text(st.sampled_from("ab \n?"), max_size=5).map(said)
@@ -69,7 +87,7 @@ answers = st.text(st.sampled_from("ab \n"), min_size=1, max_size=5).filter(str.s
 
 
 @settings(deadline=None)
-@given(st.sampled_from(list(TEMPLATES)), st.lists(st.tuples(questions, answers), min_size=1))
+@given(st.sampled_from(NAMES), st.lists(st.tuples(questions, answers), min_size=1))
 def test_parts_in_any_order_are_written_as_the_loader_writes_them(
     name: str, exchanges: list[tuple[Parts, str]]
 ) -> None:
@@ -109,7 +127,7 @@ def test_the_only_image_of_a_question_comes_first(name: str, parts: Parts) -> No
             ],
         }
     ).turns[:1]
-    encoder = ConversationTokenizer(TOKENIZERS[name], name)
+    encoder = encoder_of(name)
     prompt = exported(name, [{"role": "user", "content": parts}], ask=True)
     if name == "plain":
         assert prompt == TOKENIZERS[name].bos_token + IMAGE_TOKEN

@@ -16,10 +16,12 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from megatron_dattn.conversion.hf_export import config as hf_config
 from megatron_dattn.conversion.hf_export import run as export_hf
 from megatron_dattn.conversion.hf_export.run import ExportOptions, export_checkpoint
+from megatron_dattn.conversion.hf_import.chat_template import choose_template
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
 from megatron_dattn.conversion.io.tokenizer_files import chat_template
 from megatron_dattn.data.conversation import Conversation, Turn
 from megatron_dattn.data.template import ConversationTokenizer
+from megatron_dattn.data.tokenizer import load_tokenizer
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.inference import Prompt, generate_tokens, load_model
 from megatron_dattn.inference.prompt import pack_prompts
@@ -161,6 +163,33 @@ def test_chat_template_makes_training_s_tokens(exported, conversation):
         assert [index for index, _ in supervised] == rows.input_ids
         labels = [index if mask else -100 for index, mask in supervised[1:]]
         assert labels == rows.labels[:-1]
+
+
+def test_a_model_s_own_template_goes_through(tmp_path):
+    """From the language model's folder into training, into the export, and back into an import."""
+    save_vision(tmp_path / "vision")
+    save_language(tmp_path / "language")
+    source = (
+        "{{ bos_token }}{% for m in messages %}{{ '[INST]' if m.role == 'user' else '' }}"
+        "{{ m.content }}{{ '[/INST]' if m.role == 'user' else eos_token }}{% endfor %}"
+    )
+    (tmp_path / "language" / "chat_template.jinja").write_text(source)
+    make_run_folder(tmp_path, tmp_path / "run", "dattn")
+    settings = yaml.safe_load((tmp_path / "imported-run" / "config.yaml").read_text())
+    assert settings["data"]["template"] == "model"
+    (tmp_path / "run" / "config.yaml").write_text(
+        (tmp_path / "run" / "config.yaml").read_text().replace("mistral_v3", "model")
+    )
+    export_checkpoint(tmp_path / "run", tmp_path / "out", ExportOptions())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template.endswith(source)
+    training = load_tokenizer(str(tmp_path / "run" / "tokenizer"), template="model")
+    for conversation in CONVERSATIONS:
+        tokens = ConversationTokenizer(training, "model")(conversation)
+        for messages in (conversation.messages, as_parts(conversation)):
+            ids = tokenizer.apply_chat_template(messages, return_dict=False)
+            assert [index for index in ids if index != IMAGE_ID] == tokens.input_ids
+    assert choose_template(tmp_path / "out", tokenizer, "mistral").name == "model"
 
 
 def test_caption_template_prompts_with_images_alone(exported):

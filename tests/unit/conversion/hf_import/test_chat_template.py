@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from megatron_dattn.conversion.hf_import.chat_template import choose_template
 from megatron_dattn.conversion.hf_import.plan import plan_import
 from megatron_dattn.conversion.hf_import.run import import_checkpoint, write_import
+from megatron_dattn.conversion.io.tokenizer_files import chat_template
 from megatron_dattn.data.templates import read_template
 from megatron_dattn.errors import CheckpointError
 from tests.unit.conversion.hf_models import (
@@ -19,6 +20,7 @@ from tests.unit.conversion.hf_models import (
     save_tokenizer,
     save_vision,
 )
+from tests.unit.data import test_model_template as model_templates
 from tests.unit.data.builders import make_tokenizer
 from tests.unit.data.test_template_families import GEMMA, LLAMA3, VICUNA
 
@@ -46,6 +48,27 @@ def test_an_export_says_its_template(tmp_path):
     assert choose_template(tmp_path, MISTRAL, "mistral") == ("vicuna_v1", "the export's own")
     file.write_text("{{ messages }}", encoding="utf-8")
     assert choose_template(tmp_path, MISTRAL, "mistral").name == "mistral_v3"
+
+
+def test_a_template_that_came_with_the_model(tmp_path, caplog):
+    tokenizer = model_templates.TOKENIZERS["smollm2"]
+    choice = choose_template(tmp_path, tokenizer, "llama")
+    assert choice == ("model", "the chat template that came with its tokenizer")
+    # An export of it comes back as what it was, and is exported anew as it is.
+    exported = chat_template("model", tokenizer.chat_template)
+    (tmp_path / "chat_template.jinja").write_text(exported, encoding="utf-8")
+    again = model_templates.family_tokenizer(["<|im_start|>", "<|im_end|>"], exported)
+    assert choose_template(tmp_path, again, "llama") == choice
+    assert chat_template("model", again.chat_template) == exported
+    assert not caplog.records
+
+
+def test_a_model_s_template_that_training_cannot_use_is_told(tmp_path, caplog):
+    endless = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = model_templates.family_tokenizer(["<s>", "</s>", "[INST]", "[/INST]"], endless)
+    assert choose_template(tmp_path, tokenizer, "mistral").name == "mistral_v3"
+    assert "is not used: data.template is 'model', but" in caplog.text
+    assert "it would never stop" in caplog.text
 
 
 @pytest.mark.parametrize(
