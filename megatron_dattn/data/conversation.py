@@ -1,4 +1,4 @@
-"""From a LLaVA/ShareGPT4V record to a typed conversation.
+"""From a LLaVA/ShareGPT4V record, or a list of chat messages, to a typed conversation.
 
 The rules are LLaVA's: a leading answer is dropped, roles alternate, and a turn's single `<image>`
 is moved to its front on a line of its own. Several placeholders in one turn stay where they are
@@ -12,10 +12,10 @@ A system message comes as a first turn from `system`, or for all turns in the re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_dattn.data.chat_messages import IMAGE_TOKEN as IMAGE_TOKEN
+from megatron_dattn.data.chat_messages import as_llava
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.errors import quoted
-
-IMAGE_TOKEN = "<image>"
 
 _ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
 
@@ -61,7 +61,7 @@ class Conversation:
 
 
 def parse_record(record: Any) -> Conversation:
-    """Normalise one record of a LLaVA file.
+    """Normalise one record.
 
     Raises:
         SampleError: the record cannot be used; its reason says why.
@@ -70,6 +70,7 @@ def parse_record(record: Any) -> Conversation:
         raise SampleError(
             Reason.BAD_RECORD, f"a record must be an object, got {type(record).__name__}"
         )
+    record = as_llava(record)
     images = image_paths(record)
     system, entries = _system(record)
     turns = tuple(_turn(role, text) for role, text in _utterances(entries))
@@ -88,9 +89,13 @@ def image_paths(record: dict[str, Any]) -> tuple[str, ...]:
     Raises:
         SampleError: it has a video, or something that is no path.
     """
+    record = as_llava(record)
     if _named(record, "video"):
         raise SampleError(Reason.BAD_RECORD, "the record has a video; only images are supported")
-    paths = _named(record, "image")
+    paths, more = _named(record, "image"), _named(record, "images")
+    if paths and more and paths != more:
+        raise SampleError(Reason.BAD_RECORD, "the record has 'image' and 'images', which differ")
+    paths = paths or more
     for path in paths:
         if not isinstance(path, str):
             raise SampleError(Reason.BAD_RECORD, f"'image' must name files, got {quoted(path)}")
