@@ -1,28 +1,35 @@
-"""Find what is wrong with LLaVA-format data before training on it.
+"""Find what is wrong with data before training on it.
 
+    python tools/check_data.py --config model.yaml --config stage1.yaml
     python tools/check_data.py data.json --image-root images/ --tokenizer run/tokenizer
 
-Reads every record and decodes every image by the rules of the data loader; prints a table by reason
-and, with --report, writes a JSON file. Exits with 0 if all is well and with 2 otherwise; with
---missing skip, missing images are reported but do not count. Without --tokenizer, lengths and
-control tokens are not checked.
+With --config it takes the run's own settings (template, budgets, image size, ...) and, where no
+file is named, checks all its data sets. Reads every record and decodes every image by the rules of
+the data loader; prints a table by reason and, with --report, writes a JSON file. --list names every
+record with a problem, for prepare_data.py --without. Exits with 0 if all is well and with 2
+otherwise; with --missing skip, missing images are reported but do not count. Without a tokenizer,
+lengths and control tokens are not checked.
 """
 
 import argparse
 import json
+import os
 import sys
-from collections import deque
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_dattn.data.templates import TEMPLATE_NAMES
-from megatron_dattn.errors import EXIT_USER_ERROR
+from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError
 from megatron_dattn.runtime.os_errors import named
 from megatron_dattn.runtime.tool import run_tool
 
 if TYPE_CHECKING:
-    from megatron_dattn.data.check import Report
-    from megatron_dattn.data.encoder import SampleEncoder
+    from megatron_dattn.data.check import RecordChecker, Report
+
+_BYTES_FOR_PROCESSES = 2**19  # of a file for whose checks it is worth to start them
+_IMAGE_SIZE, _PATCH_SIZE = 384, 14
 
 
 def positive(text: str) -> int:
@@ -37,64 +44,106 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", type=Path, nargs="+", help=".json or .jsonl files")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("inputs", type=Path, nargs="*", help=".json or .jsonl files")
+    parser.add_argument(
+        "--config", action="append", default=[], help="the run's YAML file; may come several times"
+    )
     parser.add_argument("--image-root", type=Path, help="images' folder; else each input's own")
     parser.add_argument("--missing", choices=["fail", "skip"], default="fail")
     parser.add_argument("--report", type=Path, help="JSON file to write")
-    parser.add_argument("--threads", type=positive, default=4, help="images decoded at a time")
-    parser.add_argument("--max-image-pixels", type=positive, default=40_000_000)
+    parser.add_argument("--list", type=Path, help="file that names every record with a problem")
+    parser.add_argument("--workers", type=positive, default=cores, help="checks at a time")
+    parser.add_argument("--max-image-pixels", type=positive)
     parser.add_argument("--tokenizer", help="folder of the tokenizer")
-    parser.add_argument("--template", choices=TEMPLATE_NAMES, default="mistral_v3")
-    parser.add_argument("--visual-budget", type=positive, default=5832)
-    parser.add_argument("--text-budget", type=positive, default=4096)
-    parser.add_argument("--image-size", type=positive, default=384)
-    parser.add_argument("--patch-size", type=positive, default=14)
+    parser.add_argument("--template", choices=TEMPLATE_NAMES)
+    parser.add_argument("--visual-budget", type=positive)
+    parser.add_argument("--text-budget", type=positive)
+    parser.add_argument("--image-size", type=positive, help=f"{_IMAGE_SIZE} without --config")
+    parser.add_argument("--patch-size", type=positive, help=f"{_PATCH_SIZE} without --config")
     return parser.parse_args(arguments)
 
 
-def make_encoder(arguments: argparse.Namespace) -> "SampleEncoder | None":
-    """The loader's encoder with the run's budgets, if a tokenizer is given."""
-    if arguments.tokenizer is None:
-        return None
-    from megatron_dattn.data.encoder import SampleEncoder
+def make_checkers(options: argparse.Namespace) -> list[tuple[Path, "RecordChecker"]]:
+    """The files to check, each with what checks it.
+
+    Raises:
+        ConfigError: nothing is named, or the settings do not fit each other.
+    """
+    from megatron_dattn.config.cli import load_config
+    from megatron_dattn.data.check import RecordChecker
+    from megatron_dattn.data.config import DataConfig
+    from megatron_dattn.data.encoder import ModelSizes, SampleEncoder, sample_encoder
     from megatron_dattn.data.images import ImagePreprocessor
     from megatron_dattn.data.template import ConversationTokenizer
     from megatron_dattn.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(arguments.tokenizer, template=arguments.template)
-    side = arguments.image_size // arguments.patch_size
-    return SampleEncoder(
-        tokenizer=ConversationTokenizer(tokenizer, arguments.template),
-        preprocessor=ImagePreprocessor(arguments.image_size),
-        grid=(side, side),
-        visual_budget=arguments.visual_budget,
-        text_budget=arguments.text_budget,
-    )
+    run = load_config(*options.config) if options.config else None
+    settings = ("tokenizer", "template", "visual_budget", "text_budget", "max_image_pixels")
+    given = {name: value for name in settings if (value := getattr(options, name)) is not None}
+    data = replace(run.data if run is not None else DataConfig(), **given)
+    encoder = None
+    if run is not None:
+        if options.image_size or options.patch_size:
+            raise ConfigError("--image-size and --patch-size are the model's; leave them out")
+        model = run.model
+        sizes = ModelSizes(model.vision.image_size, model.image_grid, model.language.vocab_size)
+        encoder, _ = sample_encoder(data, sizes)
+    elif data.tokenizer is not None:
+        tokenizer = load_tokenizer(data.tokenizer, template=data.template)
+        image_size = options.image_size or _IMAGE_SIZE
+        side = image_size // (options.patch_size or _PATCH_SIZE)
+        encoder = SampleEncoder(
+            tokenizer=ConversationTokenizer(tokenizer, data.template),
+            preprocessor=ImagePreprocessor(image_size),
+            grid=(side, side),
+            visual_budget=data.visual_budget,
+            text_budget=data.text_budget,
+        )
+    files = [(path, options.image_root or path.parent) for path in options.inputs]
+    if not files:
+        files = [
+            (Path(entry.path), Path(entry.image_root or Path(entry.path).parent))
+            for entry in (*data.train, *data.validation)
+        ]
+    if not files:
+        raise ConfigError("name files to check, or the run's --config files")
+    return [(path, RecordChecker(root, data.max_image_pixels, encoder)) for path, root in files]
 
 
 def check_file(
-    path: Path, arguments: argparse.Namespace, encoder: "SampleEncoder | None"
+    path: Path, checker: "RecordChecker", workers: int, listing: TextIO | None
 ) -> "Report":
     from tqdm import tqdm
 
-    from megatron_dattn.data.check import RecordChecker, check_records
-    from megatron_dattn.data.prepare import read_records
+    from megatron_dattn.data.check import Report, check_records
+    from megatron_dattn.data.record_files import read_records
     from megatron_dattn.runtime.log import quiet_libraries
 
     quiet_libraries()
-    records = read_records(path)
-    checker = RecordChecker(
-        arguments.image_root or path.parent, arguments.max_image_pixels, encoder
+    large = path.is_file() and path.stat().st_size > _BYTES_FOR_PROCESSES
+    checks = check_records(
+        read_records(path), checker, path=str(path), workers=workers, processes=large
     )
-    reports = check_records(records, checker, path=str(path), num_threads=arguments.threads)
+    report = Report(str(path))
     # disable=None: no bar where there is no terminal.
-    last = deque(tqdm(reports, total=len(records), desc=path.name, disable=None), maxlen=1)
-    return last[0]
+    for grown, number, problems in tqdm(checks, desc=path.name, unit=" records", disable=None):
+        report = grown
+        if problems and listing is not None:
+            reasons = [str(problem.reason) for problem in problems]
+            entry: dict[str, Any] = {"path": str(path), "record": number, "reasons": reasons}
+            listing.write(json.dumps({**entry, "message": str(problems[0])}) + "\n")
+    return report
 
 
 def check(options: argparse.Namespace) -> int:
-    encoder = make_encoder(options)
-    reports = [check_file(path, options, encoder) for path in options.inputs]
+    checkers = make_checkers(options)
+    with ExitStack() as stack:
+        listing = None
+        if options.list is not None:
+            stack.enter_context(named(options.list))
+            listing = stack.enter_context(options.list.open("w", encoding="utf-8"))
+        reports = [check_file(path, one, options.workers, listing) for path, one in checkers]
     for report in reports:
         print(report.table())
     if options.report is not None:

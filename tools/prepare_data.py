@@ -4,7 +4,9 @@
     python tools/prepare_data.py --mixture stage3.yaml --output prepared/
 
 Writes one .jsonl and its index per input, and `prepared/train.yaml` to pass to pretrain_vlm.py with
---config; the folder may be moved. A mixture is a YAML file with a list `datasets` of `json_path`,
+--config; the folder may be moved. What is there already,
+made in the same way from the same file, is left as it is.
+A mixture is a YAML file with a list `datasets` of `json_path`,
 `image_root`, `weight` and `sampling_strategy` (all, first:1000, end:10%, random:50%). Images are
 left where they are.
 
@@ -36,13 +38,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="leave out records whose images are not there; OUTPUT/NAME.missing.txt lists them",
     )
+    parser.add_argument(
+        "--without", type=Path, help="list of records to leave out, by check_data.py --list"
+    )
     parser.add_argument("--seed", type=int, default=0, help="for sampling strategy random")
     return parser.parse_args(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
     # Imported late: --help should not wait for it.
-    from megatron_dattn.data.prepare import Source, prepare, read_mixture
+    from megatron_dattn.data.mixture import Source, read_mixture
+    from megatron_dattn.data.prepare import Choice, prepare
 
     if bool(arguments.inputs) == (arguments.mixture is not None):
         raise ConfigError("name either input files or --mixture")
@@ -54,8 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         sources,
         arguments.output,
         section=arguments.section,
-        seed=arguments.seed,
-        drop_missing=arguments.drop_missing,
+        choice=Choice(arguments.seed, arguments.drop_missing, arguments.without),
     )
     for number, file in enumerate(done, start=1):
         counted = f"[{number}/{len(sources)}] {file.source.path}: {file.num_records} records"

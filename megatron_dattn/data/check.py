@@ -4,12 +4,19 @@ Every problem of every record is counted by the loader's own reasons. Without a 
 is not measured.
 """
 
+import multiprocessing
+import signal
+from array import array
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_dattn.data.conversation import Conversation, image_paths, parse_record
 from megatron_dattn.data.encoder import SampleEncoder
@@ -19,10 +26,13 @@ from megatron_dattn.data.json_lines import as_line, require_line_length
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
 from megatron_dattn.data.system_errors import out_of_memory
 from megatron_dattn.errors import quoted
+from megatron_dattn.runtime.log import quiet_libraries
 
 MAX_EXAMPLES = 10  # per reason
 
-_RECORDS_AT_A_TIME = 1024  # handed to the threads at once
+_RECORDS_AT_A_TIME = 1024  # handed to the pool at once
+_RECORDS_OF_A_TASK = 32
+_process_checker: "RecordChecker | None" = None  # of a process that only checks
 
 
 @dataclass(frozen=True)
@@ -56,12 +66,18 @@ class RecordChecker:
     def _image_problems(self, conversation: Conversation) -> Iterator[SampleError]:
         for path in dict.fromkeys(conversation.images):  # one may be there a thousand times
             try:
-                data = read_image_file(str(self.image_root), path)
-                decode_image(data, max_pixels=self.max_pixels)
+                self._check_image(read_image_file(str(self.image_root), path))
             except MemoryError as error:
                 raise out_of_memory(f"decoding image {quoted(path)}") from error
             except SampleError as error:
                 yield SampleError(error.reason, f"image {quoted(path)}: {error}")
+
+    def _check_image(self, data: bytes) -> None:
+        preprocessor = self.encoder.preprocessor if self.encoder is not None else None
+        if preprocessor is not None and preprocessor.image_fit == "crop":
+            preprocessor.fit(data)  # it can fail where decoding does not
+        else:
+            decode_image(data, max_pixels=self.max_pixels)
 
 
 @dataclass
@@ -136,17 +152,59 @@ def _count_images(record: Any) -> int:
 
 
 def check_records(
-    records: list[Any], checker: RecordChecker, *, path: str, num_threads: int = 1
-) -> Iterator[Report]:
-    """Check records; yields the growing report after each one."""
-    report = Report(path)
-    seen: set[str] = set()
-    with ThreadPoolExecutor(num_threads) as pool:
-        for start in range(0, len(records), _RECORDS_AT_A_TIME):
-            chunk = records[start : start + _RECORDS_AT_A_TIME]
-            for record, problems in zip(chunk, pool.map(checker, chunk), strict=True):
+    records: Iterable[Any],
+    checker: RecordChecker,
+    *,
+    path: str,
+    workers: int = 1,
+    processes: bool = False,
+) -> Iterator[tuple[Report, int, list[SampleError]]]:
+    """Check records; yields, for each one, the growing report, its number and its problems.
+
+    Args:
+        processes: the workers are processes, which take seconds to start but share no interpreter,
+            and not threads.
+    """
+    report, ids = Report(path), array("q")
+    numbered = iter(records)
+    with _pool(checker, workers, processes) as (pool, check):
+        while some := list(islice(numbered, _RECORDS_AT_A_TIME)):
+            checked = pool.map(check, some, chunksize=_RECORDS_OF_A_TASK)
+            for record, problems in zip(some, checked, strict=True):
                 record_id = record.get("id") if isinstance(record, dict) else None
-                report.duplicate_ids += record_id is not None and str(record_id) in seen
-                seen.add(str(record_id))
-                report.add(report.num_records, record, problems)
-                yield report
+                if record_id is not None:
+                    ids.append(hash(str(record_id)))
+                number = report.num_records
+                report.add(number, record, problems)
+                yield report, number, problems
+    report.duplicate_ids = len(ids) - len(np.unique(np.array(ids)))
+
+
+@contextmanager
+def _pool(
+    checker: RecordChecker, workers: int, processes: bool
+) -> Iterator[tuple[Executor, Callable[[Any], list[SampleError]]]]:
+    if not processes:
+        with ThreadPoolExecutor(workers) as threads:
+            yield threads, checker
+        return
+    # Not forked: the tokenizer has threads of its own.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_become, initargs=(checker,))
+    try:
+        yield pool, _check
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _become(checker: RecordChecker) -> None:
+    """Prepare a process that checks; Ctrl-C is its parent's to handle."""
+    global _process_checker
+    _process_checker = checker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet_libraries()
+
+
+def _check(record: Any) -> list[SampleError]:
+    assert _process_checker is not None
+    return _process_checker(record)

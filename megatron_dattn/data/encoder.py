@@ -6,10 +6,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation
 from megatron_dattn.data.images import ImagePreprocessor, read_image_file
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer, TextTokens
+from megatron_dattn.data.tokenizer import load_tokenizer, padding_id
+from megatron_dattn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What of the model its data must fit."""
+
+    image_size: int
+    """Side of the encoder's square input in pixels."""
+    image_grid: tuple[int, int]
+    """Rows and columns of the visual tokens that the decoder gets of an image."""
+    vocab_size: int
+
+    @property
+    def tokens_per_image(self) -> int:
+        rows, columns = self.image_grid
+        return rows * columns
 
 
 @dataclass(frozen=True)
@@ -142,3 +161,34 @@ class SampleEncoder:
             f"{number} images make {number * self.grid[0] * self.grid[1]} visual tokens, more than "
             f"data.visual_budget {self.visual_budget}",
         )
+
+
+def sample_encoder(config: DataConfig, sizes: ModelSizes) -> tuple[SampleEncoder, int]:
+    """The encoder that a run's settings ask for, and the id that fills its text.
+
+    Raises:
+        ConfigError: tokenizer, template, image processor, budgets and model do not fit each other.
+    """
+    tokenizer = load_tokenizer(
+        config.tokenizer, template=config.template, vocab_size=sizes.vocab_size
+    )
+    preprocessor = ImagePreprocessor.from_folder(
+        config.image_processor or config.tokenizer or "",
+        image_size=sizes.image_size,
+        image_fit=config.image_fit,
+        max_pixels=config.max_image_pixels,
+    )
+    if sizes.tokens_per_image > config.visual_budget:
+        raise ConfigError(
+            f"data.visual_budget {config.visual_budget} is smaller than one image, which has "
+            f"{sizes.tokens_per_image} visual tokens"
+        )
+    encoder = SampleEncoder(
+        tokenizer=ConversationTokenizer(tokenizer, config.template),
+        preprocessor=preprocessor,
+        grid=sizes.image_grid,
+        visual_budget=config.visual_budget,
+        text_budget=config.text_budget,
+        truncate=config.long_samples == "truncate",
+    )
+    return encoder, padding_id(tokenizer)

@@ -14,10 +14,9 @@ from typing import Any
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data.config import DataConfig, DatasetConfig
 from megatron_dattn.data.dataset import PreparedDataset, open_dataset
-from megatron_dattn.data.encoder import SampleEncoder
+from megatron_dattn.data.encoder import ModelSizes, sample_encoder
 from megatron_dattn.data.energon import PackingDataset, WorkerConfig, reraise_exception
 from megatron_dattn.data.epochs import records_per_epoch
-from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.packing import buffer_size
 from megatron_dattn.data.record_source import TrainingRecords, ValidationRecords
@@ -25,30 +24,12 @@ from megatron_dattn.data.rejection import Rejection
 from megatron_dattn.data.sample import LoadedPack
 from megatron_dattn.data.skipped_samples import LoaderCounters, count_pack, most_in_a_row
 from megatron_dattn.data.task_encoder import VLMTaskEncoder
-from megatron_dattn.data.template import ConversationTokenizer
-from megatron_dattn.data.tokenizer import load_tokenizer, padding_id
 from megatron_dattn.data.workers import ResumableLoader, basic_loader, savable_loader
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
 
 STATE_VERSION = 2
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """What of the model its data must fit."""
-
-    image_size: int
-    """Side of the encoder's square input in pixels."""
-    image_grid: tuple[int, int]
-    """Rows and columns of the visual tokens that the decoder gets of an image."""
-    vocab_size: int
-
-    @property
-    def tokens_per_image(self) -> int:
-        rows, columns = self.image_grid
-        return rows * columns
 
 
 def build_loader(
@@ -85,7 +66,7 @@ def build_loader(
         seed_offset=seed,
         global_error_handler=reraise_exception,
     )
-    encoder, pad_id = _sample_encoder(config, sizes)
+    encoder, pad_id = sample_encoder(config, sizes)
     task_encoder = VLMTaskEncoder(
         encoder, max_samples=micro_batch_size, pad_id=pad_id, keep_order=not training
     )
@@ -232,32 +213,6 @@ class _PackSource:
             else ValidationRecords(self.datasets, self.workers)
         )
         return self.task_encoder.build_chain(records, packing_buffer_size=self.packing_buffer_size)
-
-
-def _sample_encoder(config: DataConfig, sizes: ModelSizes) -> tuple[SampleEncoder, int]:
-    tokenizer = load_tokenizer(
-        config.tokenizer, template=config.template, vocab_size=sizes.vocab_size
-    )
-    preprocessor = ImagePreprocessor.from_folder(
-        config.image_processor or config.tokenizer or "",
-        image_size=sizes.image_size,
-        image_fit=config.image_fit,
-        max_pixels=config.max_image_pixels,
-    )
-    if sizes.tokens_per_image > config.visual_budget:
-        raise ConfigError(
-            f"data.visual_budget {config.visual_budget} is smaller than one image, which has "
-            f"{sizes.tokens_per_image} visual tokens"
-        )
-    encoder = SampleEncoder(
-        tokenizer=ConversationTokenizer(tokenizer, config.template),
-        preprocessor=preprocessor,
-        grid=sizes.image_grid,
-        visual_budget=config.visual_budget,
-        text_budget=config.text_budget,
-        truncate=config.long_samples == "truncate",
-    )
-    return encoder, padding_id(tokenizer)
 
 
 def _identity(

@@ -37,6 +37,10 @@ class SampleError(DataError):
         super().__init__(shortened(" ".join(message.split()), MAX_MESSAGE))
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["SampleError"], tuple[Reason, str]]:
+        """What a copy is made of, in another process for instance: exceptions keep one argument."""
+        return type(self), (self.reason, str(self))
+
 
 @dataclass(frozen=True)
 class Rejection:

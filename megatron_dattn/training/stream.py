@@ -20,7 +20,8 @@ from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
-from megatron_dattn.data.loader import ModelSizes, VLMLoader, build_loader
+from megatron_dattn.data.encoder import ModelSizes
+from megatron_dattn.data.loader import VLMLoader, build_loader
 from megatron_dattn.errors import DataError, UserError
 from megatron_dattn.parallel.batch import broadcast_batch
 from megatron_dattn.runtime.distributed import host_group

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dattn.data.config import DataConfig, DatasetConfig
-from megatron_dattn.data.loader import ModelSizes, VLMLoader, build_loader
+from megatron_dattn.data.encoder import ModelSizes
+from megatron_dattn.data.loader import VLMLoader, build_loader
 from megatron_dattn.data.prepare import write_jsonl
 
 IMAGE_SIZE = 16

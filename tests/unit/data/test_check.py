@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from megatron_dattn.data.check import RecordChecker
@@ -139,3 +140,49 @@ def test_an_image_of_many_damaged_notes_is_no_flood_of_warnings(tmp_path: Path) 
     with warnings.catch_warnings(record=True) as caught:
         assert check_data.main([path]) == 0
     assert caught == []
+
+
+def test_many_records_are_checked_by_processes(
+    processor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They find what threads find, in the same order."""
+    records = [*make_records(tmp_path, 60), *bad_records(tmp_path).values()]
+    for value in records[:5]:
+        value["id"] = "same"
+    path = write(tmp_path / "data.json", records)
+    reports, lists = [], []
+    for limit in (2**30, 0):
+        monkeypatch.setattr(check_data, "_BYTES_FOR_PROCESSES", limit)
+        report, listed = tmp_path / f"report-{limit}.json", tmp_path / f"bad-{limit}.jsonl"
+        outputs = ["--report", str(report), "--list", str(listed), "--workers", "2"]
+        assert check_data.main([path, *outputs, *options(processor)]) == 2
+        reports.append(json.loads(report.read_text()))
+        lists.append(listed.read_text())
+    assert reports[0] == reports[1]
+    assert reports[0]["files"][0]["duplicate_ids"] == 4
+    assert lists[0] == lists[1]
+    assert lists[0].count("\n") == 10
+
+
+def test_the_settings_and_data_sets_of_a_run(
+    processor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [*make_records(tmp_path, 3), record("a red square " * 30, "y")]
+    source = write(tmp_path / "data.json", records)
+    assert prepare_data.main([source, "--output", str(tmp_path / "prepared")]) == 0
+    model, data = tmp_path / "model.yaml", tmp_path / "data.yaml"
+    model.write_text(yaml.safe_dump({"model": {"vision": {"image_size": 16, "patch_size": 8}}}))
+    settings = {"tokenizer": str(processor), "visual_budget": 16, "text_budget": 64}
+    data.write_text(yaml.safe_dump({"data": settings}))
+    configs = [f"--config={path}" for path in (model, data, tmp_path / "prepared" / "train.yaml")]
+    capsys.readouterr()
+    assert check_data.main(configs) == 2
+    said = capsys.readouterr().out
+    assert "data.jsonl: 4 records" in said
+    assert "too_much_text" in said
+    assert "data.text_budget 64" in said
+    assert check_data.main([*configs, "--text-budget", "512"]) == 0
+    assert check_data.main([*configs, "--image-size", "16"]) == 2
+    assert "are the model's" in capsys.readouterr().err
+    assert check_data.main([]) == 2
+    assert "name files to check" in capsys.readouterr().err

@@ -10,16 +10,10 @@ from megatron.energon.flavors.jsonl.jsonl_prepare import JsonlPreparator
 
 from megatron_dattn.config.cli import load_config
 from megatron_dattn.data.config import DatasetConfig
-from megatron_dattn.data.prepare import (
-    Source,
-    read_mixture,
-    read_records,
-    select_records,
-    write_jsonl,
-)
-from megatron_dattn.errors import DataError
+from megatron_dattn.data.prepare import write_jsonl
+from megatron_dattn.data.record_files import read_records
 from tests.unit.data.builders import data_config, make_loader, make_records, record
-from tools import prepare_data
+from tools import check_data, prepare_data
 
 
 @pytest.fixture
@@ -49,24 +43,102 @@ def test_the_command_writes_what_the_loader_reads(
     batches = list(make_loader(data_config(processor), [dataset], training=False))
     keys = [key for batch in batches for key in batch.sample_keys]
     assert keys == [f"llava-{index:09d}" for index in range(10)]
-    records = read_records(output / "llava.jsonl")
-    original = read_records(source)
+    records, original = (list(read_records(p)) for p in (output / "llava.jsonl", source))
     assert [{**record, "key": None} for record in records] == [
         {**record, "key": None} for record in original
     ]
 
 
-def test_nothing_is_overwritten(
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_what_is_there_is_left_as_it_is(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = [str(source), "--output", str(output)]
+    assert prepare_data.main(arguments) == 0
+    before, said = contents(output), capsys.readouterr().out
+    assert prepare_data.main(arguments) == 0
+    assert capsys.readouterr().out == said
+    changed = contents(output)
+    assert {path: text for path, (_, text) in changed.items()} == {
+        path: text for path, (_, text) in before.items()
+    }
+    data = output / "llava.jsonl"
+    assert changed[data] == before[data]
+
+
+def test_nothing_of_others_is_overwritten(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     assert prepare_data.main([str(source), "--output", str(output)]) == 0
-    before = {path: path.read_bytes() for path in output.iterdir()}
+    before = contents(output)
+    source.write_text(json.dumps([record("q", "a")]))
     assert prepare_data.main([str(source), "--output", str(output)]) == 2
     error = capsys.readouterr().err
-    assert "exists already" in error
+    assert "train.yaml' exists already and names other data" in error
     assert error.count("\n") == 1
-    assert {path: path.read_bytes() for path in output.iterdir()} == before
+    assert before.items() <= contents(output).items()
+
+
+def test_train_and_validation_share_a_folder(source: Path, tmp_path: Path) -> None:
+    for section, sampling in (("train", "first:8"), ("validation", "end:2")):
+        mixture = tmp_path / f"{section}.yaml"
+        entry = {"json_path": "in/llava.json", "sampling_strategy": sampling}
+        mixture.write_text(yaml.safe_dump({"datasets": [entry]}))
+        arguments = ["--mixture", str(mixture), "--output", str(tmp_path / "o")]
+        assert prepare_data.main([*arguments, "--section", section]) == 0
+    data = load_config(*(tmp_path / "o" / f"{name}.yaml" for name in ("train", "validation"))).data
+    counts = [len(list(read_records(Path(e.path)))) for e in (*data.train, *data.validation)]
+    assert counts == [8, 2]
+
+
+@pytest.mark.parametrize("killed_behind", ["llava.source.json", "llava.jsonl", "llava.jsonl.idx"])
+def test_a_killed_preparation_goes_on(source: Path, tmp_path: Path, killed_behind: str) -> None:
+    output = tmp_path / "out"
+    arguments = [str(source), "--output", str(output)]
+    assert prepare_data.main(arguments) == 0
+    whole = {path: text for path, (_, text) in contents(output).items()}
+    order = ["llava.source.json", "llava.jsonl", "llava.jsonl.idx", "train.yaml"]
+    for name in order[order.index(killed_behind) + 1 :]:
+        (output / name).unlink()
+    (output / "llava.jsonl.part").write_bytes(b"{")
+    assert prepare_data.main(arguments) == 0
+    left = {path: text for path, (_, text) in contents(output).items()}
+    left.pop(output / "llava.jsonl.part", None)
+    assert left == whole
+
+
+def test_listed_records_are_left_out(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From check_data's list, which names the file in another way than prepare_data's user does."""
+    records = json.loads(source.read_text())
+    records[3]["image"], records[7]["conversations"] = "images/none.png", []
+    source.write_text(json.dumps(records))
+    listed, output = tmp_path / "bad.jsonl", tmp_path / "out"
+    other_name = f"{source.parent}/../{source.parent.name}/{source.name}"
+    assert check_data.main([other_name, "--list", str(listed)]) == 2
+    entries = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [(entry["record"], entry["reasons"]) for entry in entries] == [
+        (3, ["missing_image"]),
+        (7, ["bad_record"]),
+    ]
+    arguments = [str(source), "--without", str(listed), "--output", str(output)]
+    assert prepare_data.main(arguments) == 0
+    assert "8 records" in capsys.readouterr().out
+    keys = [value["key"] for value in read_records(output / "llava.jsonl")]
+    assert keys == [f"llava-{number:09d}" for number in (0, 1, 2, 4, 5, 6, 8, 9)]
+    listed.write_text("".join(json.dumps({**entries[0], "record": n}) + "\n" for n in range(10)))
+    arguments = [str(source), "--without", str(listed), "--output", str(tmp_path / "none")]
+    assert prepare_data.main(arguments) == 2
+    assert "all selected records" in capsys.readouterr().err
+    listed.write_text("3\n")
+    assert prepare_data.main(arguments) == 2
+    assert "check_data.py --list" in capsys.readouterr().err
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -99,12 +171,6 @@ def test_a_mixture_samples_weighs_and_names(source: Path, tmp_path: Path) -> Non
         "llava-2-000000008",
         "llava-2-000000009",
     ]
-
-
-def test_a_mixture_is_read_as_meant(tmp_path: Path) -> None:
-    mixture = tmp_path / "mixture.yaml"
-    mixture.write_text("datasets: [{json_path: 007, image_root: on, weight: 1e-1}]\n")
-    assert read_mixture(mixture) == [Source(tmp_path / "007", tmp_path / "on", 0.1)]
 
 
 def test_data_sets_prepared_before_name_their_files_absolutely(tmp_path: Path) -> None:
@@ -152,7 +218,7 @@ def test_records_without_their_images_are_dropped_and_listed(
     assert [(int(number), json.loads(image)) for number, image in listed] == [
         (3 * number, image) for number, image in enumerate(gone)
     ]
-    written = read_records(output / "llava.jsonl")
+    written = list(read_records(output / "llava.jsonl"))
     assert len(written) == 13
     assert written[-1] == "odd"
     assert written[0]["key"] == "llava-000000001"
@@ -166,6 +232,7 @@ def test_nothing_to_drop_leaves_no_list_and_all_to_drop_is_an_error(
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == [
         "llava.jsonl",
         "llava.jsonl.idx",
+        "llava.source.json",
         "train.yaml",
     ]
     source.write_text(json.dumps([record("<image>", "y", "none.png")]))
@@ -173,78 +240,6 @@ def test_nothing_to_drop_leaves_no_list_and_all_to_drop_is_an_error(
     error = capsys.readouterr().err
     assert "'none.png'" in error
     assert "--image-root" in error
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
-def test_byte_order_marks_and_wide_characters_are_read(tmp_path: Path, encoding: str) -> None:
-    records = [record("q", "a \u00e9"), record("q", "b")]
-    (tmp_path / "a.json").write_text(json.dumps(records, ensure_ascii=False), encoding=encoding)
-    lines = "\n".join(json.dumps(value, ensure_ascii=False) for value in records)
-    (tmp_path / "b.jsonl").write_text(lines, encoding=encoding)
-    for name in ("a.json", "b.jsonl"):
-        assert read_records(tmp_path / name) == records
-
-
-def test_marks_between_files_that_were_joined_are_no_text(tmp_path: Path) -> None:
-    line = (json.dumps(record("q", "a")) + "\r\n").encode("utf-8-sig")
-    (tmp_path / "a.jsonl").write_bytes(line + line)
-    assert read_records(tmp_path / "a.jsonl") == [record("q", "a")] * 2
-
-
-def test_sampling_strategies() -> None:
-    records = [f"record{index}" for index in range(10)]
-    assert select_records(records, "all") == list(enumerate(records))
-    assert select_records(records, "first:2") == [(0, "record0"), (1, "record1")]
-    assert select_records(records, "end:15%") == [(8, "record8"), (9, "record9")]
-    drawn = select_records(records, "random:5", seed=1)
-    assert len(drawn) == 5
-    assert drawn == sorted(drawn) == select_records(records, "random:5", seed=1)
-    assert drawn != select_records(records, "random:5", seed=2)
-    for strategy in ("some", "first:", "first:0", "random:1.5"):
-        with pytest.raises(DataError, match=strategy.replace(".", r"\.")):
-            select_records(records, strategy)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "text"),
-    [
-        ("none.json", None, "does not exist"),
-        ("bad.json", "{", "cannot be read as JSON"),
-        ("bad.jsonl", '{"a": 1}\n{', "cannot be read as JSON"),
-        ("object.json", "{}", "must hold a list"),
-        ("empty.json", "[]", "at least one"),
-    ],
-)
-def test_unreadable_inputs_are_named(
-    tmp_path: Path, name: str, content: str | None, text: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=text) as caught:
-        read_records(tmp_path / name)
-    assert name in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "[]",
-        "datasets: []",
-        "datasets: [{path: x}]",
-        "datasets: [{json_path: x, n: 1}]",
-        "datasets: [{json_path: [5]}]",
-        "datasets: [{json_path: x, weight: 1:30}]",
-        "datasets: [{json_path: x, weight: heavy}]",
-        "datasets: [{json_path: x, weight: 0}]",
-        "datasets: [{json_path: x, weight: 665298}]",
-        "\xff",
-    ],
-)
-def test_mixtures_of_another_form_are_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "mixture.yaml"
-    path.write_text(content, encoding="latin-1")
-    with pytest.raises(DataError, match="mixture"):
-        read_mixture(path)
 
 
 def test_an_output_that_is_a_file_is_one_line(

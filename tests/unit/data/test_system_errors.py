@@ -15,7 +15,7 @@ from megatron_dattn.data.dataset import open_dataset
 from megatron_dattn.data.image_files import image_is_there, read_image_file
 from megatron_dattn.data.images import decode_image
 from megatron_dattn.data.json_lines import JsonLines
-from megatron_dattn.data.missing import missing_image, records_with_images
+from megatron_dattn.data.missing import MissingList, missing_image, records_with_images
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.system_errors import is_of_the_file, patiently
 from megatron_dattn.errors import DataError, OutageError
@@ -123,10 +123,12 @@ def test_an_outage_is_no_missing_image(
         read_image_file(str(tmp_path), "a.png")
     with pytest.raises(DataError, match=message):
         image_is_there(str(tmp_path), "a.png")
-    with pytest.raises(DataError, match=message):  # prepare_data --drop-missing
-        list(records_with_images(list(enumerate(records)), tmp_path, []))
+    missing = MissingList(tmp_path / "missing.txt")
+    with pytest.raises(DataError, match=message), missing:  # prepare_data --drop-missing
+        list(records_with_images(enumerate(records), tmp_path, missing))
+    assert not list(tmp_path.glob("missing*"))
     with pytest.raises(DataError, match=message):  # check_data
-        list(check_records(records, RecordChecker(tmp_path, 10**6), path="x", num_threads=2))
+        list(check_records(records, RecordChecker(tmp_path, 10**6), path="x", workers=2))
 
 
 def test_a_file_that_may_not_be_read_is_the_sample_s(
