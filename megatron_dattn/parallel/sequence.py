@@ -8,16 +8,16 @@ holds all tokens.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.distributed import _coalescing_manager
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,6 @@ class SequenceLayout:
     def local_text(self) -> int:
         return self.text // self.ranks
 
-    # What cuts tokens or gathers them, below, does so with one kind at a time: megatron-core's
-    # mappings cut a tensor into equal consecutive pieces, and cut so, [V | T] would give the first
-    # ranks visual tokens and the last ones text.
-
     def text_alone(self) -> "SequenceLayout":
         """The same tokens without the visual ones."""
         return SequenceLayout(0, self.text, self.group, self.sequence_parallel)
@@ -74,8 +70,7 @@ class SequenceLayout:
         """
         if not self.sequence_parallel:
             return tokens
-        kinds = (part for part in tokens.split((self.visual, self.text)) if part.shape[0])
-        return torch.cat([scatter_to_sequence_parallel_region(p, group=self.group) for p in kinds])
+        return _Scatter.apply(tokens, self)
 
     def all_gather(self, local: Tensor) -> Tensor:
         """Local tokens into all tokens, for a column-parallel product; gradients are summed.
@@ -86,7 +81,7 @@ class SequenceLayout:
             # All tokens are here already. What this adds is the all-reduce of their gradient: each
             # rank's product has its own columns (heads, neurons) and sees their share of it only.
             return copy_to_tensor_model_parallel_region(local, group=self.group)
-        return torch.cat([self._gather(part) for part in self.split(local) if part.shape[0]])
+        return _AllGather.apply(local, self)
 
     def reduce_scatter(self, *partial: Tensor) -> Tensor:
         """Sum what the ranks computed of a row-parallel product, and keep the local tokens.
@@ -101,14 +96,7 @@ class SequenceLayout:
         if not self.sequence_parallel:
             joined = partial[0] if len(partial) == 1 else torch.cat(partial)
             return reduce_from_tensor_model_parallel_region(joined, group=self.group)
-        kinds = (part for tokens in partial for part in tokens.split(self._kinds(tokens)))
-        return torch.cat(
-            [
-                reduce_scatter_to_sequence_parallel_region(part, group=self.group)
-                for part in kinds
-                if part.shape[0]
-            ]
-        )
+        return _ReduceScatter.apply(self, *partial)
 
     def from_rank_order(self, tokens: Tensor) -> Tensor:
         """All tokens as a plain gather lays them, `[V_0 | T_0 | V_1 | T_1 ...]`, in packed
@@ -160,13 +148,66 @@ class SequenceLayout:
         chosen = torch.where(is_here, chosen, chosen.new_zeros(()))
         return reduce_from_tensor_model_parallel_region(chosen, self.group)
 
-    def _kinds(self, tokens: Tensor) -> list[int]:
-        """How many of these tokens are visual and text; tokens of one kind are not split."""
-        return [self.visual, self.text] if len(tokens) == self.visual + self.text else [len(tokens)]
+    def _gathered(self, local: Tensor) -> Tensor:
+        local = local.contiguous()
+        tokens = local.new_empty(local.shape[0] * self.ranks, *local.shape[1:])
+        # megatron-core's mappings cut a tensor into equal consecutive pieces, and cut so, [V | T]
+        # would give the first ranks visual tokens and the last ones text. So each kind is a
+        # collective of its own; NCCL runs all that is called in here as one, and every kind lands
+        # where it belongs: nothing is copied together afterwards.
+        with _coalescing_manager(self.group):
+            for whole, own in zip(self._kinds(tokens), self.split(local), strict=True):
+                if own.shape[0]:
+                    dist.all_gather_into_tensor(whole, own, group=self.group)
+        return tokens
 
-    def _gather(self, part: Tensor) -> Tensor:
-        # True: the backward pass reduce-scatters, because what follows differs by rank (its heads).
-        # False would take each rank's piece of its own gradient and drop the others' terms.
-        return gather_from_sequence_parallel_region(
-            part, tensor_parallel_output_grad=True, group=self.group
-        )
+    def _reduce_scattered(self, *partial: Tensor) -> Tensor:
+        partial = tuple(tokens.contiguous() for tokens in partial)
+        rows = sum(tokens.shape[0] for tokens in partial) // self.ranks
+        local = partial[0].new_empty(rows, *partial[0].shape[1:])
+        kinds = partial if len(partial) == 2 else self._kinds(partial[0])
+        with _coalescing_manager(self.group):
+            for own, whole in zip(self.split(local), kinds, strict=True):
+                if own.shape[0]:
+                    dist.reduce_scatter_tensor(own, whole, group=self.group)
+        return local
+
+    def _kinds(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens, or text tokens alone, by kind, as views."""
+        return tokens[: tokens.shape[0] - self.text], tokens[-self.text :]
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, shards: SequenceLayout) -> Tensor:
+        ctx.shards = shards
+        rank = shards.group.rank()
+        return torch.cat([kind.chunk(shards.ranks)[rank] for kind in shards._kinds(tokens)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.shards._gathered(grad), None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, shards: SequenceLayout) -> Tensor:
+        ctx.shards = shards
+        return shards._gathered(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # What follows differs by rank (its heads): each rank's piece of its own gradient alone
+        # would drop the others' terms.
+        return ctx.shards._reduce_scattered(grad), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shards: SequenceLayout, *partial: Tensor) -> Tensor:
+        ctx.shards, ctx.rows = shards, [tokens.shape[0] for tokens in partial]
+        return shards._reduce_scattered(*partial)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.shards._gathered(grad).split(ctx.rows)
