@@ -14,6 +14,22 @@ IGNORED_LABEL = -100
 Face's."""
 
 
+def normalise_pixels(pixels: Tensor, scale: Tensor) -> Tensor:
+    """Bytes as an encoder reads them: scaled, and shifted by the mean.
+
+    Each of the two operations is rounded once, so the values are the same on every device.
+
+    Args:
+        pixels: uint8 [images, 3, height, width].
+        scale: float32 [2, 3]: per channel the factor, and what is subtracted then.
+
+    Returns:
+        float32, shaped like the pixels.
+    """
+    factor, shift = scale.view(2, 3, 1, 1)
+    return pixels * factor - shift
+
+
 @dataclass
 class PackedBatch:
     """One micro-batch: several samples in one flat pack of tokens (see TokenLayout)."""
@@ -21,8 +37,11 @@ class PackedBatch:
     layout: TokenLayout
     input_ids: Tensor  # int64 [text_budget], padded with the pad id
     labels: Tensor  # int64 [text_budget]: the next text token if supervised, or IGNORED_LABEL
-    pixel_values: Tensor  # float32 [num_images, 3, image_size, image_size]; num_images may be 0
+    # [num_images, 3, image_size, image_size]; num_images may be 0. uint8 as they are loaded, which
+    # is a quarter of the float32 values that the model is given; see `normalised`.
+    pixel_values: Tensor
     sample_keys: list[str]
+    pixel_scale: Tensor | None = None  # float32 [2, 3], see `normalise_pixels`; None for floats
     labelled: Tensor | None = None  # int64 [labelled]: of `labelled_tokens`, kept by `to`
 
     @property
@@ -45,6 +64,13 @@ class PackedBatch:
             return self.labelled
         return (self.labels != IGNORED_LABEL).nonzero().squeeze(1)
 
+    def normalised(self) -> "PackedBatch":
+        """The batch with float32 pixels, as the model takes them."""
+        if self.pixel_scale is None:
+            return self
+        pixels = normalise_pixels(self.pixel_values, self.pixel_scale)
+        return replace(self, pixel_values=pixels, pixel_scale=None)
+
     def without_pixels(self) -> "PackedBatch":
         """For the pipeline stages behind the vision encoder; the layout still knows the images."""
         return replace(self, pixel_values=self.pixel_values[:0])
@@ -55,5 +81,6 @@ class PackedBatch:
             input_ids=function(self.input_ids),
             labels=function(self.labels),
             pixel_values=function(self.pixel_values),
+            pixel_scale=None if self.pixel_scale is None else function(self.pixel_scale),
             labelled=None if self.labelled is None else function(self.labelled),
         )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 
+from megatron_dattn.batch import normalise_pixels
 from megatron_dattn.data.image_files import locate_image as locate_image
 from megatron_dattn.data.image_files import read_image_file as read_image_file
 from megatron_dattn.data.image_settings import ImageFit, read_image_settings
@@ -122,8 +123,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 class ImagePreprocessor:
     """SigLIP's or CLIP's preprocessing: make it a square, scale to [0, 1], normalise.
 
-    The steps are split: `fit` leaves bytes, which are small to keep in buffers; `normalise` makes
-    the floats when a pack is put together.
+    The steps are split: `fit` leaves bytes, which are small to keep and to send; the floats are
+    made of them where the model runs, or here by `normalise`.
     """
 
     image_size: int
@@ -193,11 +194,20 @@ class ImagePreprocessor:
 
     def normalise(self, images: list[np.ndarray]) -> torch.Tensor:
         """Float32 [num_images, 3, image_size, image_size] from the results of `fit`."""
+        return normalise_pixels(self.stack(images), self.pixel_scale)
+
+    def stack(self, images: list[np.ndarray]) -> torch.Tensor:
+        """uint8 [num_images, 3, image_size, image_size] from the results of `fit`."""
         shape = (len(images), self.image_size, self.image_size, 3)
         pixels = np.stack(images) if images else np.empty(shape, np.uint8)
-        scale = (self.rescale_factor / np.array(self.std)).astype(np.float32)
-        shift = (np.array(self.mean) / np.array(self.std)).astype(np.float32)
-        return torch.from_numpy(pixels * scale - shift).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    @property
+    def pixel_scale(self) -> torch.Tensor:
+        """Factor and shift of each channel, float32 [2, 3]; see `normalise_pixels`."""
+        std = np.array(self.std)
+        scale = np.stack((self.rescale_factor / std, np.array(self.mean) / std))
+        return torch.from_numpy(scale.astype(np.float32))
 
 
 def padded_square(

@@ -94,7 +94,8 @@ def build_batch(
         layout=layout,
         input_ids=_padded([sample.input_ids for sample in samples], text_budget, pad_id),
         labels=_padded([sample.labels for sample in samples], text_budget, IGNORED_LABEL),
-        pixel_values=preprocessor.normalise(images),
+        pixel_values=preprocessor.stack(images),
+        pixel_scale=preprocessor.pixel_scale,
         sample_keys=[sample.__key__ for sample in samples],
     )
 

@@ -2,9 +2,9 @@
 
 The group's first rank runs the data loader; the others receive each pack as three broadcasts: a
 header with the sizes, the integers (layout, token ids, labels), the pixels. Only the pixels go from
-device to device: what the host plans by is exchanged on the host, which else had to wait until the
-device has it. A loader that fails is no matter of this file: the ranks agree on that before the
-step (training/stream.py), when its packs are there.
+device to device, as the bytes that were loaded: what the host plans by is exchanged on the host,
+which else had to wait until the device has it. A loader that fails is no matter of this file: the
+ranks agree on that before the step (training/stream.py), when its packs are there.
 """
 
 import torch
@@ -16,7 +16,7 @@ from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.runtime.distributed import host_group
 
-_HEADER_FIELDS = 4
+_HEADER_FIELDS = 5
 
 
 def broadcast_batch(
@@ -35,16 +35,16 @@ def broadcast_batch(
         pixels: whether to keep the pixels; where None, the first pipeline stage alone keeps them.
 
     Returns:
-        The batch, on `device`. Only the first rank has the sample keys.
+        The batch, on `device`, with float32 pixels. Only the first rank has the sample keys.
     """
     group = group if group is not None else parallel_state.get_tensor_model_parallel_group()
     if pixels is None:
         pixels = parallel_state.is_pipeline_first_stage()
     device = torch.device(device)
     if dist.get_rank(group) != 0:
-        return _receive(group, device)
+        return _receive(group, device).normalised()
     assert batch is not None, "the first rank loads"
-    return _send(batch if pixels else batch.without_pixels(), group, device)
+    return _send(batch if pixels else batch.without_pixels(), group, device).normalised()
 
 
 def _send(batch: PackedBatch, group: dist.ProcessGroup, device: torch.device) -> PackedBatch:
@@ -53,9 +53,10 @@ def _send(batch: PackedBatch, group: dist.ProcessGroup, device: torch.device) ->
     # Collectives need equal shapes on every rank, and packs differ: so sizes go first.
     layout = batch.layout.encode()
     num_images, _, image_size, _ = batch.pixel_values.shape
-    sizes = (len(layout), batch.layout.text_budget, num_images, image_size)
+    scale = _as_integers(batch.pixel_scale)
+    sizes = (len(layout), batch.layout.text_budget, num_images, image_size, len(scale))
     _broadcast(torch.tensor(sizes), host_group(group))
-    _broadcast(torch.cat([layout, batch.input_ids, batch.labels]), host_group(group))
+    _broadcast(torch.cat([layout, batch.input_ids, batch.labels, scale]), host_group(group))
     batch = batch.to(device)
     _broadcast(batch.pixel_values, group)
     return batch
@@ -63,18 +64,31 @@ def _send(batch: PackedBatch, group: dist.ProcessGroup, device: torch.device) ->
 
 def _receive(group: dist.ProcessGroup, device: torch.device) -> PackedBatch:
     header = _broadcast(torch.empty(_HEADER_FIELDS, dtype=torch.int64), host_group(group))
-    layout_length, text_budget, num_images, image_size = header.tolist()
-    num_integers = layout_length + 2 * text_budget
-    integers = _broadcast(torch.empty(num_integers, dtype=torch.int64), host_group(group))
-    layout, input_ids, labels = integers.split([layout_length, text_budget, text_budget])
-    pixel_values = torch.empty((num_images, 3, image_size, image_size), device=device)
+    layout_length, text_budget, num_images, image_size, scale_length = header.tolist()
+    lengths = [layout_length, text_budget, text_budget, scale_length]
+    integers = _broadcast(torch.empty(sum(lengths), dtype=torch.int64), host_group(group))
+    layout, input_ids, labels, scale = integers.split(lengths)
+    shape = (num_images, 3, image_size, image_size)
+    dtype = torch.uint8 if scale_length else torch.float32
+    pixel_values = torch.empty(shape, dtype=dtype, device=device)
     return PackedBatch(
         layout=TokenLayout.decode(layout),
         input_ids=input_ids,
         labels=labels,
         pixel_values=_broadcast(pixel_values, group),
+        pixel_scale=_from_integers(scale) if scale_length else None,
         sample_keys=[],
     ).to(device)
+
+
+def _as_integers(scale: Tensor | None) -> Tensor:
+    """The bits of float32 values as int64, one each; none of None."""
+    scale = torch.empty(0) if scale is None else scale
+    return scale.flatten().view(torch.int32).long()
+
+
+def _from_integers(bits: Tensor) -> Tensor:
+    return bits.int().view(torch.float32).view(2, -1)
 
 
 def _broadcast(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

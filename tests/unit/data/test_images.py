@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from transformers import AutoImageProcessor
 
+from megatron_dattn.batch import normalise_pixels
 from megatron_dattn.data.image_structure import without_metadata
 from megatron_dattn.data.images import (
     FORMATS,
@@ -479,3 +480,24 @@ def test_a_file_that_is_no_json(tmp_path: Path, content: str | None, text: str) 
     os.mkfifo(path) if content is None else path.write_text(content)
     with pytest.raises(ConfigError, match=text):
         ImagePreprocessor.from_folder(str(tmp_path), image_size=16, max_pixels=MAX_PIXELS)
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.5,) * 3, (0.5,) * 3), (CLIP_MEAN, CLIP_STD)], ids=["siglip", "clip"]
+)
+def test_bytes_normalised_later_are_the_floats_of_numpy_to_the_bit(mean, std):
+    """Every byte in every channel; a product and a difference, each rounded once."""
+    preprocessor = ImagePreprocessor(image_size=16, mean=mean, std=std)
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    scale = (preprocessor.rescale_factor / np.array(std)).astype(np.float32)
+    shift = (np.array(mean) / np.array(std)).astype(np.float32)
+    expected = torch.from_numpy((image * scale - shift).transpose(2, 0, 1)[None])
+    pixels = preprocessor.stack([image])
+    assert pixels.dtype == torch.uint8
+    found = normalise_pixels(pixels, preprocessor.pixel_scale)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.equal(found, preprocessor.normalise([image]))

@@ -51,7 +51,8 @@ def test_samples_follow_each_other_and_the_rest_is_padding() -> None:
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert batch.pixel_values.shape == (3, 3, 4, 4)
     expected = PREPROCESSOR.normalise([*a.images, *c.images])
-    assert torch.equal(batch.pixel_values, expected)
+    assert batch.pixel_values.dtype == torch.uint8
+    assert torch.equal(batch.normalised().pixel_values, expected)
     assert batch.sample_keys == ["a", "b", "c"]
     assert batch.num_samples == 3
 

@@ -8,8 +8,11 @@ from megatron_dattn.batch import PackedBatch
 from megatron_dattn.parallel.batch import broadcast_batch
 from tests.support.distributed import run_distributed
 
+SCALE = torch.tensor([[0.1, 0.2, 0.3], [1.0, 2.0, 1 / 3]])
 
-def make_batch(num_images: int) -> PackedBatch:
+
+def make_batch(num_images: int, loaded: bool = False) -> PackedBatch:
+    """With pixels as floats, or as they are loaded."""
     generator = torch.Generator().manual_seed(num_images)
     layout = TokenLayout(
         text_lengths=(3, 5),
@@ -17,11 +20,13 @@ def make_batch(num_images: int) -> PackedBatch:
         visual_budget=16,
         text_budget=12,
     )
+    pixels = torch.rand(num_images, 3, 4, 4, generator=generator)
     return PackedBatch(
         layout=layout,
         input_ids=torch.randint(0, 99, (12,), generator=generator),
         labels=torch.randint(-100, 99, (12,), generator=generator),
-        pixel_values=torch.rand(num_images, 3, 4, 4, generator=generator),
+        pixel_values=(255 * pixels).byte() if loaded else pixels,
+        pixel_scale=SCALE if loaded else None,
         sample_keys=["a", "b"],
     )
 
@@ -42,9 +47,10 @@ def assert_same(received: PackedBatch, expected: PackedBatch) -> None:
 
 def batches_arrive() -> None:
     for num_images in (3, 0, 1):
-        batch = make_batch(num_images)
-        assert_same(send(batch), batch)
-        assert_same(send(batch, pixels=False), batch.without_pixels())
+        for loaded in (False, True):
+            batch = make_batch(num_images, loaded)
+            assert_same(send(batch), batch.normalised())
+            assert_same(send(batch, pixels=False), batch.without_pixels().normalised())
 
 
 def test_batches_reach_all_ranks() -> None:
