@@ -34,7 +34,7 @@ def build_model(
     Raises:
         ConfigError: sizes that cannot be cut over the ranks, or implementations that are missing.
     """
-    check_model_sizes(model, parallel)
+    check_model_sizes(model, parallel, execution)
     if device is not None and torch.device(device).type == "meta":
         # Transformer Engine would allocate; local modules have the same parameters.
         execution = dataclasses.replace(execution, transformer_impl="local", fp8="none")
@@ -50,7 +50,9 @@ def build_model(
         )
 
 
-def check_model_sizes(model: ModelConfig, parallel: ParallelConfig) -> None:
+def check_model_sizes(
+    model: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig
+) -> None:
     """Refuse a model that the parallel sizes cannot cut into equal shares.
 
     Raises:
@@ -67,13 +69,17 @@ def check_model_sizes(model: ModelConfig, parallel: ParallelConfig) -> None:
         middle = ("language.hidden_size", language.hidden_size)  # of every layer's projector
     else:
         middle = ("adapter.hidden_size", model.adapter.hidden_size or language.hidden_size)
-    for name, size in (
+    sizes = [
         ("language.vocab_size (padded)", language.padded_vocab_size),
         ("language.intermediate_size", language.intermediate_size),
-        ("vision.num_attention_heads", vision.num_attention_heads),
-        ("vision.intermediate_size", vision.intermediate_size),
         middle,
-    ):
+    ]
+    if execution.encoder_tp_mode == "weights":
+        sizes += [
+            ("vision.num_attention_heads", vision.num_attention_heads),
+            ("vision.intermediate_size", vision.intermediate_size),
+        ]
+    for name, size in sizes:
         if size % tp:
             raise ConfigError(
                 f"parallel.tensor_model_parallel_size {tp} does not divide model.{name} {size}"

@@ -58,5 +58,9 @@ class ExecutionConfig:
     takes Transformer Engine where it is installed and there is a GPU."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """FP8 format of the language model's linear layers (Transformer Engine only)."""
+    encoder_tp_mode: Literal["data", "weights"] = "data"
+    """What tensor-parallel ranks share of the vision encoder: the images of a pack, each rank with
+    all of the encoder ("data": one message per pack, more memory for weights, less for
+    activations), or every layer's weights ("weights": two messages per layer and direction)."""
     savings: ExactSavings = field(default_factory=ExactSavings)
     """Work that no result depends on and that is left out, each with its switch."""

@@ -5,6 +5,7 @@ run under a config of their own: replicated tokens (no sequence parallelism), on
 FP8, because they live on the first pipeline stage only and hand over whole images.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -67,7 +68,15 @@ def language_transformer_config(
 def vision_transformer_config(
     vision: VisionConfig, parallel: ParallelConfig, execution: ExecutionConfig
 ) -> TransformerConfig:
-    """The vision encoder's config; the adapter's linear layers use it too."""
+    """The vision encoder's config; the adapter's linear layers use it too.
+
+    It speaks of one tensor-parallel rank where each has the whole encoder. How the adapter is cut
+    its process group says.
+    """
+    if execution.encoder_tp_mode == "data":
+        parallel = dataclasses.replace(
+            parallel, tensor_model_parallel_size=1, sequence_parallel=False
+        )
     return TransformerConfig(
         num_layers=vision.num_used_layers,
         hidden_size=vision.hidden_size,

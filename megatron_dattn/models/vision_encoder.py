@@ -13,10 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.parallel_state import (
-    get_tensor_model_parallel_group,
-    get_tensor_model_parallel_world_size,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
@@ -27,6 +24,7 @@ from torch import Tensor
 from megatron_dattn.models.config import VisionConfig
 from megatron_dattn.models.norm import LayerNorm
 from megatron_dattn.models.patch_selection import attention_received
+from megatron_dattn.parallel.images import ImageShares
 
 
 class PatchEmbedding(torch.nn.Conv2d):
@@ -126,7 +124,8 @@ class VisionEncoder(MegatronModule):
     place in a grid and is no feature.
 
     Args:
-        config: from `vision_transformer_config`.
+        config: from `vision_transformer_config`. Where it speaks of one tensor-parallel rank, and
+            there are more, each has the whole encoder and takes a share of the images.
         vision: sizes; `feature_layer` says where the features leave.
         layers: see `vision_block_spec`.
     """
@@ -136,6 +135,12 @@ class VisionEncoder(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.vision = vision
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.shares: ImageShares | None = None
+        if config.tensor_model_parallel_size < groups.tp.size():
+            self.shares = ImageShares(groups.tp)
+            groups.tp = groups.cp  # of this rank alone: there is no context parallelism here
+        self.tp_group = groups.tp
         self.patch_embedding = PatchEmbedding(vision, config.params_dtype)
         # A parameter, not an Embedding: it is used whole, and DDP's pre-forward hooks fire only
         # for modules that are called.
@@ -157,8 +162,19 @@ class VisionEncoder(MegatronModule):
             config=config,
             spec=layers,
             post_layer_norm=False,  # features leave in mid-encoder, as Hugging Face's hidden_states
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            pg_collection=groups,
         )
+        if self.shares is not None:
+            self._become_replicas(self.shares)
+
+    def _become_replicas(self, shares: ImageShares) -> None:
+        for parameter in self.parameters():
+            # megatron-core's linear layers mark their weights as shards, also the only one. The
+            # gradient norm counts a shard of every rank, but of replicas the first rank's alone.
+            parameter.tensor_model_parallel = False
+        if self.config.perform_initialization:
+            # On a GPU the linear layers draw from a random state that differs by rank.
+            shares.share_values(self)
 
     def forward(
         self, pixel_values: Tensor, *, with_attention: bool = False
@@ -174,9 +190,22 @@ class VisionEncoder(MegatronModule):
             [images, patches, hidden_size], patches row-major, equal to Hugging Face's
             `hidden_states[feature_layer]`. With attention also [images, patches]: what a patch
             receives in the last layer here, on average over heads, from CLIP's class token, or,
-            where there is none, on average from the patches; equal on all tensor-parallel ranks
-            and without a gradient. The class token's attention to itself is left out.
+            where there is none, on average from the patches; without a gradient. The class token's
+            attention to itself is left out. All of it is equal on all tensor-parallel ranks.
         """
+        if self.shares is None:
+            return self._of_images(pixel_values, with_attention)
+        num_images = pixel_values.shape[0]
+        own = self._of_images(self.shares.take(pixel_values), with_attention)
+        if isinstance(own, Tensor):
+            return self.shares.gather(own, num_images)
+        features, received = own
+        return self.shares.gather(features, num_images), self.shares.gather(received, num_images)
+
+    def _of_images(
+        self, pixel_values: Tensor, with_attention: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `forward`, of the images that this rank takes."""
         tokens = self._tokens(pixel_values.to(self.patch_embedding.weight.dtype))
         hidden_states = tokens.transpose(0, 1).contiguous()  # tokens first, as megatron-core has it
         if not with_attention:
@@ -187,7 +216,10 @@ class VisionEncoder(MegatronModule):
         with core.recording(asking) as received:
             features = self._encode(hidden_states)
         (of_own_heads,) = received
-        return features, _mean_over_heads(of_own_heads)[:, -self.vision.num_patches :]
+        # The tokens behind the encoder are replicated: ranks that hold some of the heads each must
+        # keep the same patches.
+        dist.all_reduce(of_own_heads, group=self.tp_group)
+        return features, of_own_heads[:, -self.vision.num_patches :] / self.tp_group.size()
 
     def _tokens(self, pixel_values: Tensor) -> Tensor:
         """What enters the first layer, [images, places, hidden_size]."""
@@ -201,9 +233,17 @@ class VisionEncoder(MegatronModule):
         features = self.encoder(hidden_states, attention_mask=None).transpose(0, 1)
         return features if self.class_embedding is None else features[:, 1:]
 
-
-def _mean_over_heads(of_own_heads: Tensor) -> Tensor:
-    """The mean over the tensor-parallel ranks, which hold equally many heads."""
-    # The tokens behind the encoder are replicated, so all ranks must keep the same patches.
-    dist.all_reduce(of_own_heads, group=get_tensor_model_parallel_group())
-    return of_own_heads / get_tensor_model_parallel_world_size()
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """megatron-core's; a checkpoint does not tell whether the weights were cut over ranks."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.shares is not None:
+            for entry in state.values():
+                # (pipeline, tensor, data) rank among those with the same values: one rank writes.
+                pipeline, _, data = entry.replica_id
+                entry.replica_id = (pipeline, self.shares.group.rank(), data)
+        return state

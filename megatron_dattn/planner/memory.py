@@ -73,7 +73,7 @@ def rank_memory(
     Under pipeline parallelism (one forward, one backward) stage i keeps the activations of
     `stages - i` micro-batches.
     """
-    held = rank_parameters(config, parallel, stage)
+    held = rank_parameters(config, parallel, execution, stage)
     updated = sum(count for module, count in held.items() if module in trained)
     optimizer = updated * _OPTIMIZER_BYTES[execution.precision]
     if parallel.use_distributed_optimizer:
@@ -170,8 +170,18 @@ def _vision_layer_bytes(
     """Per patch: inputs and outputs of both norms (4d); q, k, v and output (4d); both FFN sides."""
     vision, tensor = config.vision, parallel.tensor_model_parallel_size
     d, f = vision.hidden_size, vision.intermediate_size
-    patches = pack.images * vision.num_places
+    patches = _encoded_patches(config, parallel, execution, pack)
+    if execution.encoder_tp_mode == "data":
+        tensor = 1
     return patches * _VALUE_BYTES[execution.precision] * (4 * d + (4 * d + 2 * f) // tensor)
+
+
+def _encoded_patches(
+    config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, pack: PackSize
+) -> int:
+    """Patches that one rank encodes."""
+    ranks = parallel.tensor_model_parallel_size if execution.encoder_tp_mode == "data" else 1
+    return -(-pack.images // ranks) * config.vision.num_places
 
 
 def _vision_bytes(
@@ -187,7 +197,7 @@ def _vision_bytes(
     it gives; its output joins the decoder's tokens. Without an adapter, the features do.
     """
     vision, value = config.vision, _VALUE_BYTES[execution.precision]
-    patches = pack.images * vision.num_places
+    patches = _encoded_patches(config, parallel, execution, pack)
     per_layer = 0
     if "vision_model" in trained and execution.recompute == "full":
         per_layer = patches * value * vision.hidden_size

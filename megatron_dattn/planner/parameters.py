@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 
 
@@ -40,14 +41,17 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     return counts
 
 
-def rank_parameters(config: ModelConfig, parallel: ParallelConfig, stage: int) -> dict[str, int]:
+def rank_parameters(
+    config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, stage: int
+) -> dict[str, int]:
     """Parameters per module that one rank of a pipeline stage holds."""
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     counts = dict.fromkeys(("vision_model", "adapter", "language_model"), 0)
     num_layers = config.language.num_hidden_layers
     layers_here = parallel.layers_per_stage(num_layers)[stage]
     for block in parameter_blocks(config):
-        on_rank = block.sharded // tensor + block.replicated
+        whole = block.module == "vision_model" and execution.encoder_tp_mode == "data"
+        on_rank = block.sharded // (1 if whole else tensor) + block.replicated
         if block.place == "layers":
             counts[block.module] += on_rank // num_layers * layers_here
         elif stage == (0 if block.place == "first" else stages - 1):

@@ -276,7 +276,9 @@ def _data_parallel_bytes(plan: Plan) -> int:
     trained = max(
         sum(
             count
-            for module, count in rank_parameters(plan.config.model, parallel, stage).items()
+            for module, count in rank_parameters(
+                plan.config.model, parallel, plan.config.execution, stage
+            ).items()
             if module in plan.trained
         )
         for stage in range(parallel.pipeline_model_parallel_size)

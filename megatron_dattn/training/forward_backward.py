@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -156,6 +157,11 @@ def finalize_gradients(
         options: handed on.
     """
     finalize_model_grads(model, None, **options)
+    for chunk in model:
+        encoder = unwrap_model(chunk).vision_model
+        if encoder is not None and encoder.shares is not None:
+            trained = (p for p in encoder.parameters() if p.requires_grad)
+            encoder.shares.sum_gradients(p.main_grad for p in trained)
     if num_tokens is None:
         return
     dist.broadcast(

@@ -40,7 +40,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
     )
-    check_model_sizes(config.model, parallel)
+    check_model_sizes(config.model, parallel, config.execution)
     num_microbatches = config.training.num_microbatches(data_parallel)
     check_budgets(config)
     check_fp8_tokens(config)

@@ -64,8 +64,11 @@ def test_resume_of_pipeline_stages_with_empty_groups(tmp_path: Path) -> None:
     assert_each_resumes_exactly(tmp_path, setups)
 
 
-LAYOUTS = {"TP2": (2, 1), "DP2": (1, 1), "PP2": (1, 2)}
-CHANGES = [("TP2", "DP2"), ("DP2", "TP2"), ("PP2", "DP2"), ("TP2", "PP2")]
+LAYOUTS = {"TP2": (2, 1), "DP2": (1, 1), "PP2": (1, 2), "TP2, cut encoder": (2, 1)}
+CHANGES = [
+    *(("TP2", "DP2"), ("DP2", "TP2"), ("PP2", "DP2"), ("TP2", "PP2")),
+    *(("TP2, cut encoder", "TP2"), ("TP2", "TP2, cut encoder"), ("TP2, cut encoder", "DP2")),
+]
 
 
 def change_layouts(folder: str, bf16: bool, distributed_optimizer: bool) -> list[tuple]:
@@ -82,6 +85,7 @@ def change_layouts(folder: str, bf16: bool, distributed_optimizer: bool) -> list
                 pipeline_parallel=pipeline,
                 bf16=bf16,
                 distributed_optimizer=distributed_optimizer,
+                encoder_tp_mode="weights" if "cut" in name else "data",
                 with_loader=False,
             )
             run = Run(setup)
@@ -95,7 +99,8 @@ def change_layouts(folder: str, bf16: bool, distributed_optimizer: bool) -> list
             runs.append((tensors, run.train(2)))
             if runs[1:]:
                 report = json.loads((place / source / "resume_report.json").read_text())
-                assert report["random_state"].startswith("fresh, as the parallel layout changed")
+                fresh = report["random_state"].startswith("fresh, as the parallel layout changed")
+                assert fresh is (LAYOUTS[source] != LAYOUTS[target])
         results.append(runs)
     return results
 

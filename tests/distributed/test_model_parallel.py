@@ -17,7 +17,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from megatron_dattn.attention import PRESETS
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.training.forward_backward import finalize_gradients
 from tests.support.distributed import run_distributed
 from tests.support.megatron import global_parameters, init_model_parallel
 from tests.support.vlm import (
@@ -46,7 +46,7 @@ Joined = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, whole gradients
 
 
 # What of a case is the same in one process.
-_MODEL_FIELDS = ("preset", "frozen", "tie", "family", "vision", "layers")
+_MODEL_FIELDS = ("preset", "frozen", "tie", "family", "vision", "layers", "heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,11 @@ class Case:
     tie: bool = False
     family: str = "mistral"
     vision: str = "siglip"
+    encoder: str = "data"
+    """What tensor-parallel ranks share of the vision encoder."""
     layers: int = 2
+    heads: tuple[int, int] | None = None
+    """Query and key heads of the language model, if not its own."""
     first_stage: int | None = None
     """Layers of the first pipeline stage, if not its equal share."""
 
@@ -118,6 +122,7 @@ def _batches(preset: str) -> list[PackedBatch]:
 
 
 def _model(case: Case) -> DistributedDataParallel:
+    names = ("num_attention_heads", "num_key_value_heads")
     model = tiny_model(
         tiny_model_config(
             case.preset,
@@ -125,17 +130,19 @@ def _model(case: Case) -> DistributedDataParallel:
             family=case.family,
             num_hidden_layers=case.layers,
             tie_word_embeddings=case.tie,
+            **dict(zip(names, case.heads or (), strict=False)),
         ),
         parallel=case.parallel,
         recompute=case.recompute,
         savings=case.savings,
+        encoder_tp_mode=case.encoder,
     )
     for name in case.frozen:
         if getattr(model, name) is not None:
             getattr(model, name).requires_grad_(False)
     # Overlapped reduction waits for every parameter's gradient in the last backward pass.
     settings = DistributedDataParallelConfig(overlap_grad_reduce=case.data > 1)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.finalize_model_grads_func = finalize_gradients
     ddp = DistributedDataParallel(model.config, settings, model)
     model.config.no_sync_func = ddp.no_sync
     return ddp
@@ -230,6 +237,16 @@ CASES = [
     Case(tensor=2, sequence_parallel=True, recompute="full"),
     Case(tensor=2, sequence_parallel=True, recompute="selective", tie=True),
     Case(tensor=2, sequence_parallel=True, frozen=("vision_model", "language_model")),
+    # Of three images and four ranks one rank has none; the encoder's two heads are not cut.
+    Case(tensor=4, sequence_parallel=True, heads=(8, 4)),
+    Case(tensor=4, heads=(8, 4), vision="clip"),
+    Case(tensor=4, sequence_parallel=True, heads=(8, 4), frozen=("vision_model",)),
+    *(
+        Case(tensor=2, sequence_parallel=True, encoder="weights", vision=v)
+        for v in ("siglip", "clip")
+    ),
+    Case(tensor=2, encoder="weights", preset="fastervlm"),
+    Case(tensor=2, data=2, sequence_parallel=True),
     Case(pipeline=2),
     Case(pipeline=2, tie=True),
     Case(pipeline=2, frozen=("vision_model", "language_model")),

@@ -84,25 +84,28 @@ def _adapt(tensor: int) -> tuple[Tensor, Tensor, Gradients]:
     return tokens.detach(), features.grad, gradients
 
 
-def _encode(tensor: int, vision: VisionConfig) -> tuple[Tensor, Tensor]:
-    """Features of two images and the attention that their patches receive."""
+def _encode(tensor: int, vision: VisionConfig, tp_mode: str) -> tuple[Tensor, Tensor]:
+    """Features of three images and the attention that their patches receive."""
     init_model_parallel(tensor)
     parallel = ParallelConfig(tensor_model_parallel_size=tensor)
-    config = vision_transformer_config(vision, parallel, ExecutionConfig(precision="fp32"))
+    execution = ExecutionConfig(precision="fp32", encoder_tp_mode=tp_mode)  # type: ignore[arg-type]
+    config = vision_transformer_config(vision, parallel, execution)
     encoder = VisionEncoder(config, vision, vision_block_spec("local", config.num_layers))
     encoder.share_embeddings_and_output_weights = False
     fill_parameters(encoder)
     generator = torch.Generator().manual_seed(4)
-    pixels = torch.randn(2, 3, VISION.image_size, VISION.image_size, generator=generator)
+    pixels = torch.randn(3, 3, VISION.image_size, VISION.image_size, generator=generator)
     with torch.no_grad():
         features, received = encoder(pixels, with_attention=True)
     return features, received
 
 
+@pytest.mark.parametrize("tp_mode", ["data", "weights"])
 @pytest.mark.parametrize("vision", [VISION, CLIP], ids=["siglip", "clip"])
-def test_attention_received_is_summed_over_the_heads_of_all_ranks(vision: VisionConfig) -> None:
-    ((features, received),) = run_distributed(_encode, 1, 1, vision)
-    first, second = run_distributed(_encode, 2, 2, vision)
+def test_encoder_equals_one_process(vision: VisionConfig, tp_mode: str) -> None:
+    ((features, received),) = run_distributed(_encode, 1, 1, vision, tp_mode)
+    first, second = run_distributed(_encode, 2, 2, vision, tp_mode)
+    assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])  # all ranks must keep the same patches
     # fp32 sums in another order.
     torch.testing.assert_close(first[0], features, rtol=1e-5, atol=1e-5)

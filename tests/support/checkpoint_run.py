@@ -34,6 +34,7 @@ class Setup:
     distributed_optimizer: bool = False
     rates: tuple[float, float, float] = (1e-3, 2e-2, 5e-3)
     """Learning rates of vision_model, adapter, language_model; 0.0 freezes."""
+    encoder_tp_mode: str = "data"
     with_loader: bool = True
     gates: bool = False
     """Whether the preset adds a gate to the decoder layers. A checkpointer's facts do not say so:
@@ -53,6 +54,7 @@ class Run:
             train_iters=TRAIN_ITERS,
             num_packs=PACKS_PER_STEP,
             attention="dattn_tanh" if setup.gates else "dattn",
+            encoder_tp_mode=setup.encoder_tp_mode,
             precision="bf16" if setup.bf16 else "fp32",
             use_distributed_optimizer=setup.distributed_optimizer,
             seed=seed,

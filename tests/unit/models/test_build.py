@@ -24,14 +24,23 @@ pytestmark = pytest.mark.usefixtures("one_process")
 )
 def test_sizes_that_cannot_be_cut_are_refused(language, tp, words):
     model = tiny_model_config(**language)
+    parallel = ParallelConfig(tensor_model_parallel_size=tp)
     with pytest.raises(ConfigError, match=words):
-        check_model_sizes(model, ParallelConfig(tensor_model_parallel_size=tp))
+        check_model_sizes(model, parallel, ExecutionConfig())
+
+
+def test_heads_of_the_encoder_must_be_cut_where_its_weights_are():
+    model = tiny_model_config(num_attention_heads=8, num_key_value_heads=4)
+    parallel = ParallelConfig(tensor_model_parallel_size=4)
+    check_model_sizes(model, parallel, ExecutionConfig())
+    with pytest.raises(ConfigError, match=r"does not divide model\.vision\.num_attention_heads 2"):
+        check_model_sizes(model, parallel, ExecutionConfig(encoder_tp_mode="weights"))
 
 
 def test_layers_must_fill_the_pipeline():
     parallel = ParallelConfig(pipeline_model_parallel_size=3)
     with pytest.raises(ConfigError, match=r"3 does not divide the language model's 2 layers"):
-        check_model_sizes(tiny_model_config(), parallel)
+        check_model_sizes(tiny_model_config(), parallel, ExecutionConfig())
 
 
 @pytest.mark.parametrize(

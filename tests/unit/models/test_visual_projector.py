@@ -97,5 +97,6 @@ def test_features_wider_than_the_language_model_are_refused(saisa) -> None:
 def test_projectors_must_be_cut_evenly(saisa) -> None:
     language = dataclasses.replace(LANGUAGE, hidden_size=41)
     parallel = ParallelConfig(tensor_model_parallel_size=2)
+    model = dataclasses.replace(saisa, language=language)
     with pytest.raises(ConfigError, match=r"2 does not divide model\.language\.hidden_size 41"):
-        check_model_sizes(dataclasses.replace(saisa, language=language), parallel)
+        check_model_sizes(model, parallel, ExecutionConfig())

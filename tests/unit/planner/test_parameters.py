@@ -124,7 +124,7 @@ def test_other_families_and_splits_have_the_parameters_of_the_built_model(
     results = run_distributed(_built_parameters, layout.model_parallel_size, config, layout)
     for rank, built in enumerate(results):
         stage = rank // layout.tensor_model_parallel_size
-        assert rank_parameters(config, layout, stage) == built
+        assert rank_parameters(config, layout, ExecutionConfig(), stage) == built
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_parameters_are_those_of_the_built_model(
     built = run_distributed(_built_parameters, tensor * pipeline, config, parallel)
     for rank, counts in enumerate(built):
         stage = rank if pipeline > 1 else 0
-        assert counts == rank_parameters(config, parallel, stage)
+        assert counts == rank_parameters(config, parallel, ExecutionConfig(), stage)
     if tensor == pipeline == 1:
         assert built[0] == count_parameters(config)
 
@@ -178,7 +178,7 @@ def test_projectors_replace_the_adapter() -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     shard = 2 * (norm + first // 2 + 64 * 64 // 2 + 64)
     for stage in (0, 1):
-        assert rank_parameters(saisa, parallel, stage)["adapter"] == shard
+        assert rank_parameters(saisa, parallel, ExecutionConfig(), stage)["adapter"] == shard
 
 
 def _built_counts() -> dict[str, dict[str, int]]:
@@ -215,17 +215,23 @@ def test_tied_embeddings_count_once_but_live_on_both_ends() -> None:
     assert count_parameters(tied)["language_model"] == untied - embedding
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
     for stage in (0, 1):
-        assert rank_parameters(tied, parallel, stage) == rank_parameters(TINY, parallel, stage)
+        assert rank_parameters(tied, parallel, ExecutionConfig(), stage) == rank_parameters(
+            TINY, parallel, ExecutionConfig(), stage
+        )
 
 
 def test_pipeline_stages_add_up_to_the_model() -> None:
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
-    stages = [sum(rank_parameters(TINY, parallel, stage).values()) for stage in (0, 1)]
+    stages = [
+        sum(rank_parameters(TINY, parallel, ExecutionConfig(), stage).values()) for stage in (0, 1)
+    ]
     assert sum(stages) == sum(count_parameters(TINY).values())
 
 
 def test_tensor_parallel_halves_matrices_but_not_norms() -> None:
-    one = rank_parameters(TINY, ParallelConfig(), 0)["language_model"]
-    two = rank_parameters(TINY, ParallelConfig(tensor_model_parallel_size=2), 0)["language_model"]
+    one = rank_parameters(TINY, ParallelConfig(), ExecutionConfig(), 0)["language_model"]
+    two = rank_parameters(TINY, ParallelConfig(tensor_model_parallel_size=2), ExecutionConfig(), 0)[
+        "language_model"
+    ]
     norms = (2 * TINY.language.num_hidden_layers + 1) * TINY.language.hidden_size
     assert two == (one - norms) // 2 + norms

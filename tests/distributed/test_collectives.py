@@ -1,0 +1,61 @@
+"""How many messages tensor-parallel ranks exchange in a step: the number must not creep up."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+from megatron.core import parallel_state
+
+from megatron_dattn.config.training import ModuleLearningRates
+from tests.support.distributed import run_distributed
+
+STAGE_1 = ModuleLearningRates(vision_model=0.0, adapter=1e-3, language_model=0.0)
+
+
+def _collectives(layers: int, settings: dict[str, Any]) -> Counter[str]:
+    """Of the second of two steps of one pack, inside the tensor-parallel group."""
+    from megatron_dattn.training.step import train_step
+    from tests.support.collectives import Collectives
+    from tests.support.training import build_run, training_config
+    from tests.support.vlm import make_batch, tiny_model_config
+
+    config = training_config(tensor=2, **settings)
+    model = tiny_model_config(config.model.attention, num_hidden_layers=layers)
+    config = dataclasses.replace(config, model=model)
+    run = build_run(config, [make_batch([9, 7], [(2,), ()], seed=i) for i in range(2)])
+    train_step(run)
+    with Collectives(parallel_state.get_tensor_model_parallel_group()) as collectives:
+        train_step(run)
+    return collectives.found
+
+
+def _two_depths(settings: dict[str, Any]) -> tuple[Counter[str], Counter[str]]:
+    shallow = _collectives(3, settings)
+    parallel_state.destroy_model_parallel()
+    return shallow, _collectives(4, settings)
+
+
+# Per decoder layer. Forward: what attention and FFN read is gathered, what they add is scattered.
+# Backward: the same for the gradients, and what trained weights read is gathered once more.
+TRAINED = {"all-gather": 2 + 2 + 2, "reduce-scatter": 2 + 2}
+FROZEN = {"all-gather": 2 + 2, "reduce-scatter": 2 + 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "per_layer", "shallow"),
+    [
+        ({"attention": "dattn"}, TRAINED, {}),
+        ({"attention": "s_attn"}, TRAINED, {}),
+        ({"attention": "dattn", "rates": STAGE_1}, FROZEN, {}),
+        ({"attention": "dattn", "encoder_tp_mode": "weights"}, TRAINED, {}),
+    ],
+    ids=["dattn", "s_attn", "dattn-stage-1", "dattn-cut-encoder"],
+)
+def test_messages_of_a_step(
+    settings: dict[str, Any], per_layer: dict[str, int], shallow: dict[str, int]
+) -> None:
+    """`shallow` is the number of a model of three layers."""
+    for three, four in run_distributed(_two_depths, 2, settings):
+        assert three == shallow
+        assert four - three == per_layer
