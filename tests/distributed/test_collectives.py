@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron_dattn.config.training import ModuleLearningRates
 from tests.support.distributed import run_distributed
 
-STAGE_1 = ModuleLearningRates(vision_model=0.0, adapter=1e-3, language_model=0.0)
+ADAPTER_ALONE = ModuleLearningRates(vision_model=0.0, adapter=1e-3, language_model=0.0)
 
 
 def _collectives(layers: int, settings: dict[str, Any]) -> Counter[str]:
@@ -40,22 +40,29 @@ def _two_depths(settings: dict[str, Any]) -> tuple[Counter[str], Counter[str]]:
 # Backward: the same for the gradients, and what trained weights read is gathered once more.
 TRAINED = {"all-gather": 2 + 2 + 2, "reduce-scatter": 2 + 2}
 FROZEN = {"all-gather": 2 + 2, "reduce-scatter": 2 + 2}
+# Besides: features of the images, and gradients of what enters the decoder; embedding, adapter
+# (forward and backward), labelled tokens and their gradient, three in the loss; sizes, integers and
+# pixels of the pack.
+STAGE_1 = {"all-gather": 1 + 1, "all-reduce": 1 + 2 + 2 + 3, "broadcast_": 3}
+# Gradients of the decoder's norms, and of the encoder.
+STAGE_2 = {**STAGE_1, "all-reduce": STAGE_1["all-reduce"] + 1 + 1}
+# Two layers of two messages forward and two backward; no features to gather, no gradients to sum.
+CUT_ENCODER = {**STAGE_1, "all-gather": 1, "all-reduce": STAGE_1["all-reduce"] + 1 + 2 * (2 + 2)}
 
 
 @pytest.mark.parametrize(
-    ("settings", "per_layer", "shallow"),
+    ("settings", "per_layer", "besides"),
     [
-        ({"attention": "dattn"}, TRAINED, {}),
-        ({"attention": "s_attn"}, TRAINED, {}),
-        ({"attention": "dattn", "rates": STAGE_1}, FROZEN, {}),
-        ({"attention": "dattn", "encoder_tp_mode": "weights"}, TRAINED, {}),
+        ({"attention": "dattn"}, TRAINED, STAGE_2),
+        ({"attention": "s_attn"}, TRAINED, STAGE_2),
+        ({"attention": "dattn", "rates": ADAPTER_ALONE}, FROZEN, STAGE_1),
+        ({"attention": "dattn", "encoder_tp_mode": "weights"}, TRAINED, CUT_ENCODER),
     ],
     ids=["dattn", "s_attn", "dattn-stage-1", "dattn-cut-encoder"],
 )
 def test_messages_of_a_step(
-    settings: dict[str, Any], per_layer: dict[str, int], shallow: dict[str, int]
+    settings: dict[str, Any], per_layer: dict[str, int], besides: dict[str, int]
 ) -> None:
-    """`shallow` is the number of a model of three layers."""
     for three, four in run_distributed(_two_depths, 2, settings):
-        assert three == shallow
         assert four - three == per_layer
+        assert three - Counter({kind: 3 * number for kind, number in per_layer.items()}) == besides
