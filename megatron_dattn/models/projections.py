@@ -75,9 +75,11 @@ def fold_output_weight(weight: Tensor, num_groups: int, head_dim: int) -> Tensor
 class _ProjectTokens(torch.autograd.Function):
     """Gathers the tokens, multiplies, and gathers them again in the backward pass.
 
-    Keeping the gathered tokens for it would undo the memory that sequence parallelism saves. Text
-    tokens meet the whole weight as it lies; only for visual tokens are the key and value rows, a
-    small part of it, copied together.
+    There the messages travel while products are computed that do not need them: the tokens during
+    the gradient of the input, and that gradient during the weight's, as in megatron-core's linear
+    layers. Keeping the gathered tokens for it would undo the memory that sequence parallelism
+    saves. Text tokens meet the whole weight as it lies; only for visual tokens are the key and
+    value rows, a small part of it, copied together.
     """
 
     @staticmethod
@@ -109,19 +111,22 @@ class _ProjectTokens(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         local, weight = ctx.saved_tensors
         shards: SequenceLayout = ctx.shards
-        grad_local, grad_weight = None, None
+        scattering, grad_weight = None, None
+        if ctx.needs_input_grad[1]:  # not where the language model is frozen
+            gathering = shards.start_all_gather(local)
         if ctx.needs_input_grad[0]:
             # Of this rank's heads; the sum over the ranks is the gradient.
             grad_visual = grad_key_value[: -shards.text] @ _key_value_rows(weight, *ctx.heads)
             grad_text = grad_query.T, grad_key_value[-shards.text :].T
             grad_mixed = _join_rows(*grad_text, *ctx.heads).T
-            grad_local = shards.reduce_scatter(grad_visual, grad_mixed @ weight)
-        if ctx.needs_input_grad[1]:  # not where the language model is frozen
+            scattering = shards.start_reduce_scatter(grad_visual, grad_mixed @ weight)
+        if ctx.needs_input_grad[1]:
             # Not by kinds of tokens: a sum of two products would be rounded twice.
-            tokens = shards.all_gather(local)
+            tokens = gathering.wait()
             grad_weight = _join_rows(
                 grad_query.T @ tokens[-shards.text :], grad_key_value.T @ tokens, *ctx.heads
             )
+        grad_local = None if scattering is None else scattering.wait()
         return grad_local, grad_weight, None, None, None
 
 

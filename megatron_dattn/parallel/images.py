@@ -26,21 +26,24 @@ class ImageShares:
     group: dist.ProcessGroup
 
     def take(self, images: Tensor) -> Tensor:
-        """This rank's share of what is equal on every rank, [images, ...] -> [share, ...]."""
+        """This rank's share of what is equal on every rank, [images, ...] -> [share, ...]; same
+        dtype."""
         share = -(-images.shape[0] // self.group.size())
         own = images[self.group.rank() * share :][:share]
         missing = share - own.shape[0]
         return torch.cat((own, own.new_zeros(missing, *own.shape[1:]))) if missing else own
 
     def gather(self, own: Tensor, num_images: int) -> Tensor:
-        """What the ranks made of their shares, [share, ...] -> [images, ...], equal on every rank.
+        """Join what the ranks made of their shares, on every rank.
+
+        [share, ...] -> [images, ...]; same dtype.
 
         The gradient that comes back must be equal on every rank too; each takes its share of it.
         """
         return _Gather.apply(own, num_images, self)
 
     def sum_gradients(self, gradients: Iterable[Tensor]) -> None:
-        """Sum over the ranks, in place, gradients of any shapes and of one dtype; collective."""
+        """Sum gradients of any shapes and one dtype over the ranks, in place; collective."""
         with _coalescing_manager(self.group):  # as one message, without a copy
             for gradient in gradients:
                 dist.all_reduce(gradient, group=self.group)

@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 from torch.distributed import _coalescing_manager
 
@@ -71,17 +68,6 @@ class SequenceLayout:
         if not self.sequence_parallel:
             return tokens
         return _Scatter.apply(tokens, self)
-
-    def all_gather(self, local: Tensor) -> Tensor:
-        """Local tokens into all tokens, for a column-parallel product; gradients are summed.
-
-        [V_r + T_r, ...] -> [V + T, ...], or text alone, [T_r, ...] -> [T, ...]; same dtype.
-        """
-        if not self.sequence_parallel:
-            # All tokens are here already. What this adds is the all-reduce of their gradient: each
-            # rank's product has its own columns (heads, neurons) and sees their share of it only.
-            return copy_to_tensor_model_parallel_region(local, group=self.group)
-        return _AllGather.apply(local, self)
 
     def reduce_scatter(self, *partial: Tensor) -> Tensor:
         """Sum what the ranks computed of a row-parallel product, and keep the local tokens.
@@ -148,33 +134,75 @@ class SequenceLayout:
         chosen = torch.where(is_here, chosen, chosen.new_zeros(()))
         return reduce_from_tensor_model_parallel_region(chosen, self.group)
 
-    def _gathered(self, local: Tensor) -> Tensor:
+    def all_gather(self, local: Tensor) -> Tensor:
+        """Local tokens into all tokens, for a column-parallel product.
+
+        Without a gradient: that is the sum over the ranks, `start_reduce_scatter`.
+
+        [V_r + T_r, ...] -> [V + T, ...], or text alone, [T_r, ...] -> [T, ...]; same dtype.
+        """
+        return self.start_all_gather(local, async_op=False).wait()
+
+    def start_all_gather(self, local: Tensor, *, async_op: bool = True) -> "Message":
+        """`all_gather` that goes on while the caller does.
+
+        [V_r + T_r, ...] -> [V + T, ...], same dtype.
+        """
+        if not self.sequence_parallel:
+            return Message(local, None)
         local = local.contiguous()
         tokens = local.new_empty(local.shape[0] * self.ranks, *local.shape[1:])
         # megatron-core's mappings cut a tensor into equal consecutive pieces, and cut so, [V | T]
         # would give the first ranks visual tokens and the last ones text. So each kind is a
         # collective of its own; NCCL runs all that is called in here as one, and every kind lands
         # where it belongs: nothing is copied together afterwards.
-        with _coalescing_manager(self.group):
+        with _coalescing_manager(self.group, async_ops=async_op) as work:
             for whole, own in zip(self._kinds(tokens), self.split(local), strict=True):
                 if own.shape[0]:
                     dist.all_gather_into_tensor(whole, own, group=self.group)
-        return tokens
+        return Message(tokens, work)
 
-    def _reduce_scattered(self, *partial: Tensor) -> Tensor:
+    def start_reduce_scatter(self, *partial: Tensor, async_op: bool = True) -> "Message":
+        """`reduce_scatter` that goes on while the caller does, without a gradient.
+
+        [V + T, ...], or [V, ...] and [T, ...] -> [V_r + T_r, ...]; same dtype.
+        """
+        if not self.sequence_parallel:
+            total = partial[0].contiguous() if len(partial) == 1 else torch.cat(partial)
+            if self.group.size() == 1:
+                return Message(total, None)
+            return Message(total, dist.all_reduce(total, group=self.group, async_op=async_op))
         partial = tuple(tokens.contiguous() for tokens in partial)
         rows = sum(tokens.shape[0] for tokens in partial) // self.ranks
         local = partial[0].new_empty(rows, *partial[0].shape[1:])
         kinds = partial if len(partial) == 2 else self._kinds(partial[0])
-        with _coalescing_manager(self.group):
+        with _coalescing_manager(self.group, async_ops=async_op) as work:
             for own, whole in zip(self.split(local), kinds, strict=True):
                 if own.shape[0]:
                     dist.reduce_scatter_tensor(own, whole, group=self.group)
-        return local
+        return Message(local, work)
 
     def _kinds(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """All tokens, or text tokens alone, by kind, as views."""
         return tokens[: tokens.shape[0] - self.text], tokens[-self.text :]
+
+
+class Message:
+    """Tokens on their way between the ranks, so that the device can compute meanwhile.
+
+    A product that is queued between the message and `wait` overlaps it, where
+    CUDA_DEVICE_MAX_CONNECTIONS is 1: else the device may begin with the product.
+    """
+
+    def __init__(self, tokens: Tensor, work: Any) -> None:
+        self._tokens, self._work = tokens, work
+
+    def wait(self) -> Tensor:
+        """The tokens, [tokens, ...] of the sender's dtype; what is computed of them waits on the
+        device, the host does not."""
+        if self._work is not None:
+            self._work.wait()
+        return self._tokens
 
 
 class _Scatter(torch.autograd.Function):
@@ -186,28 +214,15 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.shards._gathered(grad), None
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, shards: SequenceLayout) -> Tensor:
-        ctx.shards = shards
-        return shards._gathered(local)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # What follows differs by rank (its heads): each rank's piece of its own gradient alone
-        # would drop the others' terms.
-        return ctx.shards._reduce_scattered(grad), None
+        return ctx.shards.all_gather(grad), None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shards: SequenceLayout, *partial: Tensor) -> Tensor:
         ctx.shards, ctx.rows = shards, [tokens.shape[0] for tokens in partial]
-        return shards._reduce_scattered(*partial)
+        return shards.start_reduce_scatter(*partial, async_op=False).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.shards._gathered(grad).split(ctx.rows)
+        return None, *ctx.shards.all_gather(grad).split(ctx.rows)

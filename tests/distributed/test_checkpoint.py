@@ -112,7 +112,7 @@ def test_another_layout_resumes_the_same_weights_and_moments(
     tmp_path: Path, bf16: bool, distributed_optimizer: bool
 ) -> None:
     first, second = run_distributed(
-        change_layouts, 2, str(tmp_path), bf16, distributed_optimizer, timeout=180
+        change_layouts, 2, str(tmp_path), bf16, distributed_optimizer, timeout=300
     )
     for change, (saved, expected), (again, losses), other in zip(
         CHANGES, *zip(*first, strict=True), second, strict=True
