@@ -1,13 +1,12 @@
 """One micro-batch, as all that handles it knows it: data loader, broadcast, model, loss."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_dattn.attention.layout import TokenLayout
-from megatron_dattn.attention.transfer import to_device
+from megatron_dattn.attention.transfer import all_to_device, to_device
 
 IGNORED_LABEL = -100
 """The label of text tokens that nothing is learned from; PyTorch's own `ignore_index`, and Hugging
@@ -51,12 +50,22 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with its tensors on a device, without waiting for it."""
         # How many labels there are is known on the host alone: a device would have to be asked.
-        known = replace(self, labelled=self.labelled_tokens())
-        return known._map(lambda tensor: to_device(tensor, device))
+        integers = [self.input_ids, self.labels, self.labelled_tokens()]
+        scale = [] if self.pixel_scale is None else [self.pixel_scale]
+        input_ids, labels, labelled, *scale = all_to_device([*integers, *scale], device)
+        return replace(
+            self,
+            input_ids=input_ids,
+            labels=labels,
+            labelled=labelled,
+            pixel_values=to_device(self.pixel_values, device),
+            pixel_scale=scale[0] if scale else None,
+        )
 
     def pin_memory(self) -> "PackedBatch":
         """Called by torch's DataLoader where there is a CUDA device."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        # What else there is is so little that `to` copies it together first.
+        return replace(self, pixel_values=self.pixel_values.pin_memory())
 
     def labelled_tokens(self) -> Tensor:
         """Text tokens that have a label, int64 [labelled], counted from the first text token."""
@@ -74,13 +83,3 @@ class PackedBatch:
     def without_pixels(self) -> "PackedBatch":
         """For the pipeline stages behind the vision encoder; the layout still knows the images."""
         return replace(self, pixel_values=self.pixel_values[:0])
-
-    def _map(self, function: Any) -> "PackedBatch":
-        return replace(
-            self,
-            input_ids=function(self.input_ids),
-            labels=function(self.labels),
-            pixel_values=function(self.pixel_values),
-            pixel_scale=None if self.pixel_scale is None else function(self.pixel_scale),
-            labelled=None if self.labelled is None else function(self.labelled),
-        )
