@@ -38,8 +38,8 @@ def resume_each(folder: str, setups: list[Setup]) -> list[tuple]:
     return [train_and_resume(f"{folder}/{i}", setup) for i, setup in enumerate(setups)]
 
 
-def assert_each_resumes_exactly(folder: Path, setups: list[Setup]) -> None:
-    for results in run_distributed(resume_each, 2, str(folder), setups, timeout=180):
+def assert_each_resumes_exactly(folder: Path, setups: list[Setup], ranks: int = 2) -> None:
+    for results in run_distributed(resume_each, ranks, str(folder), setups, timeout=180):
         for setup, (expected, losses, before, after) in zip(setups, results, strict=True):
             assert losses == expected, setup
             assert after == before, setup
@@ -62,6 +62,17 @@ def test_resume_of_pipeline_stages_with_empty_groups(tmp_path: Path) -> None:
     rates = [(1e-3, 2e-2, 5e-3), (0.0, 1e-2, 0.0)]
     setups = [Setup(pipeline_parallel=2, rates=r, **kind) for r in rates for kind in KINDS]
     assert_each_resumes_exactly(tmp_path, setups)
+
+
+@pytest.mark.parametrize("encoder_tp_mode", ["data", "weights"])
+def test_resume_of_a_distributed_optimizer_beside_tensor_parallelism(
+    tmp_path: Path, encoder_tp_mode: str
+) -> None:
+    """Ranks hold a share of the moments of weights that are shards, or the same as another's."""
+    setup = Setup(
+        tensor_parallel=2, bf16=True, distributed_optimizer=True, encoder_tp_mode=encoder_tp_mode
+    )
+    assert_each_resumes_exactly(tmp_path, [setup], ranks=4)
 
 
 LAYOUTS = {"TP2": (2, 1), "DP2": (1, 1), "PP2": (1, 2), "TP2, cut encoder": (2, 1)}
