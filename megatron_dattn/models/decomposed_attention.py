@@ -183,10 +183,9 @@ class DecomposedSelfAttention(SelfAttention):
 
     def _project_out(self, visual: Tensor, scored: Tensor, inputs: LayerInputs) -> Tensor:
         """From values of diagonal tokens, [tokens, groups, D], and outputs of scored tokens."""
-        shards = inputs.shards
+        shards, weight = inputs.shards, self.linear_proj.weight
         if visual.shape[0] and self.savings.folded_output:
             groups, head_dim = visual.shape[1:]
-            weight = self.linear_proj.weight
             folded = fold_output_weight(weight, groups, head_dim)
             # What linear_proj would do, with another weight for each kind: the products are sums
             # over this rank's heads, which the ranks add up.
@@ -195,6 +194,9 @@ class DecomposedSelfAttention(SelfAttention):
         if visual.shape[0]:
             heads = self.num_attention_heads_per_partition
             scored = torch.cat((diagonal_attention(visual, heads).flatten(1), scored))
+        if shards.ranks > 1 and not self.config.fp8:
+            # What linear_proj would do, but for the order, which a copy would have to change.
+            return shards.reduce_scatter(scored @ weight.T).unsqueeze(1)
         if scored.shape[0] == inputs.plan.num_tokens:
             # linear_proj hands rank r the r-th equal piece, which must be [V_r | T_r]. Text tokens
             # alone are in that order as they are.
