@@ -26,22 +26,24 @@ from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.decoder_layer import DecoderLayer
 from megatron_dattn.models.decomposed_attention import DecomposedCore, DecomposedSelfAttention
-from megatron_dattn.models.execution import ExactSavings
+from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from megatron_dattn.models.vision_encoder import BidirectionalCore
-from megatron_dattn.runtime.transformer_engine import te_failure
+from megatron_dattn.runtime.transformer_engine import fp8_failure, te_failure
 
 logger = logging.getLogger(__name__)
 
 Implementation = Literal["local", "transformer_engine"]
 
 
-def resolve_implementation(requested: str, fp8: str) -> Implementation:
+def resolve_implementation(execution: ExecutionConfig) -> Implementation:
     """The implementation to build for `execution.transformer_impl` and `execution.fp8`.
 
     Raises:
-        ConfigError: Transformer Engine is needed but not installed, or unknown names.
+        ConfigError: Transformer Engine is needed but not installed, it or the device has no such
+            FP8, or unknown names.
     """
+    requested, fp8 = execution.transformer_impl, execution.fp8
     if requested not in ("auto", "local", "transformer_engine"):
         raise ConfigError(
             f"execution.transformer_impl '{requested}' is unknown; choose auto, local or "
@@ -61,6 +63,14 @@ def resolve_implementation(requested: str, fp8: str) -> Implementation:
             "and set execution.transformer_impl to 'auto' or 'transformer_engine', or set "
             "execution.fp8 to 'none'"
         )
+    if fp8 != "none":
+        failure = fp8_failure(execution.fp8_recipe)
+        if failure:
+            raise ConfigError(
+                f"execution.fp8 '{fp8}' cannot be used with execution.fp8_recipe "
+                f"'{execution.fp8_recipe}': {failure}; choose another recipe, or set execution.fp8 "
+                "to 'none'"
+            )
     if requested == "auto" and failure and torch.cuda.is_available():
         _announce_local(failure)
     return "transformer_engine" if use_te else "local"

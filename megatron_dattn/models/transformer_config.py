@@ -61,6 +61,7 @@ def language_transformer_config(
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel,
         fp8=None if execution.fp8 == "none" else execution.fp8,
+        fp8_recipe=execution.fp8_recipe,
         **_common(parallel, execution),
     )
 

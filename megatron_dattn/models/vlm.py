@@ -7,9 +7,10 @@ stage derives the attention plan from the layout, so every pipeline stage needs 
 first its pixels).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -83,7 +84,7 @@ class DAttnVLM(MegatronModule):
         self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
 
-        implementation = resolve_implementation(execution.transformer_impl, execution.fp8)
+        implementation = resolve_implementation(execution)
         self.vision_model: VisionEncoder | None = None
         self.adapter: Adapter | None = None
         if pre_process:
@@ -106,6 +107,15 @@ class DAttnVLM(MegatronModule):
             pre_process=pre_process,
             post_process=post_process,
         )
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> ShardedStateDict:
+        """megatron-core's, without what linear layers keep besides weights.
+
+        Local ones keep nothing. Transformer Engine's keep the scales of delayed FP8 scaling, as a
+        pickle that from 2.16 on it refuses to load; they are measured anew in the first step.
+        """
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
     def forward(self, batch: PackedBatch, observer: AttentionObserver | None = None) -> Tensor:
         """One micro-batch through this pipeline stage.

@@ -4,12 +4,20 @@ Its core and its part for torch are two installations. megatron-core asks for th
 then fails in its own imports where the other is missing or was built for another torch.
 """
 
+import re
 import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
 _NAME = "transformer_engine"
+_MIN_VERSION = (2, 6)
+# Asked of the device and its CUDA, by recipe.
+_FP8_CHECKS = {
+    "tensorwise": "check_fp8_support",
+    "delayed": "check_fp8_support",
+    "blockwise": "check_fp8_block_scaling_support",
+}
 
 
 @cache
@@ -23,8 +31,21 @@ def te_failure() -> str | None:
         return "it is not installed"
     try:
         import_module(f"{_NAME}.pytorch")
+        version = str(import_module(_NAME).__version__)
     except Exception as error:  # whatever its start raises: a missing file, a symbol, an assertion
         sys.modules[_NAME] = None  # type: ignore[assignment]
         lines = str(error).strip().splitlines() or [""]
         return f"its part for torch does not load ({type(error).__name__}: {lines[0]})"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _MIN_VERSION:
+        sys.modules[_NAME] = None  # type: ignore[assignment]
+        return f"version {version} is older than {'.'.join(map(str, _MIN_VERSION))}"
     return None
+
+
+def fp8_failure(recipe: str) -> str | None:
+    """The reason why this device cannot multiply in FP8 by that recipe; None if it can.
+
+    Transformer Engine must be usable (`te_failure`).
+    """
+    supported, reason = getattr(import_module(f"{_NAME}.pytorch.fp8"), _FP8_CHECKS[recipe])()
+    return None if supported else reason

@@ -126,8 +126,7 @@ class StartChecks:
         return found
 
     def _check_packages(self) -> None:
-        execution = self._config.execution
-        resolve_implementation(execution.transformer_impl, execution.fp8)
+        resolve_implementation(self._config.execution)
         if self._config.logging.tensorboard_dir and not importlib.util.find_spec("tensorboard"):
             raise ConfigError(
                 "logging.tensorboard_dir is set, but the package tensorboard is not installed; "

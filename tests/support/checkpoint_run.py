@@ -39,6 +39,7 @@ class Setup:
     gates: bool = False
     """Whether the preset adds a gate to the decoder layers. A checkpointer's facts do not say so:
     what is missing must be noticed by itself."""
+    implementation: str = "local"
 
 
 class Run:
@@ -57,6 +58,7 @@ class Run:
             encoder_tp_mode=setup.encoder_tp_mode,
             precision="bf16" if setup.bf16 else "fp32",
             use_distributed_optimizer=setup.distributed_optimizer,
+            transformer_impl=setup.implementation,
             seed=seed,
             weight_decay=0.1,
             warmup_ratio=0.1,
