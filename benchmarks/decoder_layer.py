@@ -182,7 +182,9 @@ class LayerBench:
     ) -> None:
         self.bench, self.variant, self.layout = bench, variant, layout
         self.dtype = torch.float64 if double else bench.dtype
-        implementation = resolve_implementation("local" if double else "auto", "none")
+        implementation = resolve_implementation(
+            ExecutionConfig(transformer_impl="local" if double else "auto")
+        )
         self.model = self._build(implementation).to(self.dtype)
         self.attention = self._attention_inputs(double)
         self.tokens, self.gradient = (tensor.to(self.dtype) for tensor in self._draw())

@@ -33,13 +33,19 @@ def te_failure() -> str | None:
         import_module(f"{_NAME}.pytorch")
         version = str(import_module(_NAME).__version__)
     except Exception as error:  # whatever its start raises: a missing file, a symbol, an assertion
-        sys.modules[_NAME] = None  # type: ignore[assignment]
+        _hide()
         lines = str(error).strip().splitlines() or [""]
         return f"its part for torch does not load ({type(error).__name__}: {lines[0]})"
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _MIN_VERSION:
-        sys.modules[_NAME] = None  # type: ignore[assignment]
+        _hide()
         return f"version {version} is older than {'.'.join(map(str, _MIN_VERSION))}"
     return None
+
+
+def _hide() -> None:
+    # A part that has been loaded is found by its whole name, without asking for the package.
+    for name in {_NAME, *(name for name in sys.modules if name.startswith(f"{_NAME}."))}:
+        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def fp8_failure(recipe: str) -> str | None:

@@ -43,7 +43,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
     check_model_sizes(config.model, parallel, config.execution)
     num_microbatches = config.training.num_microbatches(data_parallel)
     check_budgets(config)
-    check_fp8_tokens(config)
+    check_fp8_sizes(config)
     check_validation(config)
     return Plan(
         config=config,
@@ -69,32 +69,53 @@ def check_budgets(config: PretrainConfig) -> None:
             )
 
 
-def check_fp8_tokens(config: PretrainConfig) -> None:
-    """Require numbers of tokens that Transformer Engine can multiply in FP8.
+def check_fp8_sizes(config: PretrainConfig) -> None:
+    """Require widths and numbers of tokens that Transformer Engine can multiply in FP8.
 
-    Its linear layers refuse a rank's tokens where they are no multiple of 8, and the weight's
-    gradient is a sum over the gathered tokens, which cublasLt wants in multiples of 16. Text tokens
-    pass alone (the output projection, the last layer), or all tokens together, or chunks of them.
+    Its linear layers refuse a rank's tokens where they are no multiple of 8 and rows of a weight
+    where they are none of 16, and the weight's gradient is a sum over the gathered tokens, which
+    cublasLt wants in multiples of 16. Text tokens pass alone (the output projection, the last
+    layer), or all tokens together, or chunks of them.
     """
     execution, parallel, data = config.execution, config.parallel, config.data
     if execution.fp8 == "none":
         return
+    _check_fp8_widths(config)
     ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     multiple = math.lcm(16, 8 * ranks)
     text, both = data.text_budget, data.visual_budget + data.text_budget
     chunk = execution.savings.ffn_chunk_tokens
-    calls = {"data.text_budget": (text, text), "data.visual_budget": (data.visual_budget, both)}
+    calls = {"data.visual_budget": (data.visual_budget, both)}
+    # With all visual tokens in all layers, text tokens are never alone.
+    if config.model.attention != "s_attn" or execution.savings.unread_tokens:
+        calls = {"data.text_budget": (text, text), **calls}
     if 0 < chunk < both:
         calls["execution.savings.ffn_chunk_tokens"] = (chunk, chunk)
     for name, (value, tokens) in calls.items():
         if tokens % multiple:
-            below = value // multiple * multiple
-            nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
+            fit = value - tokens % multiple
+            nearest = f"{fit} or {fit + multiple}" if fit > 0 else f"{fit + multiple}"
             raise ConfigError(
                 f"execution.fp8 '{execution.fp8}' needs multiples of 8 tokens per rank and of 16 "
                 f"in a tensor-parallel group for Transformer Engine's linear layers; {name} "
                 f"{value} makes {tokens} tokens, {tokens / ranks:g} per rank. The nearest values "
-                f"that fit are {nearest} (multiples of {multiple})"
+                f"that fit are {nearest} (every {multiple})"
+            )
+
+
+def _check_fp8_widths(config: PretrainConfig) -> None:
+    tp, language = config.parallel.tensor_model_parallel_size, config.model.language
+    heads = language.num_attention_heads * language.head_dim
+    for name, width in (
+        ("hidden_size", language.hidden_size),
+        ("num_attention_heads * head_dim", heads / tp),
+        ("intermediate_size", language.intermediate_size / tp),
+    ):
+        if width % 16:
+            raise ConfigError(
+                f"execution.fp8 '{config.execution.fp8}' needs multiples of 16 per tensor-parallel "
+                f"rank; model.language.{name} makes {width:g} on each of {tp}: set execution.fp8 "
+                "to 'none'"
             )
 
 

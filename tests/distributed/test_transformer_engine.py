@@ -3,28 +3,41 @@
 Without a GPU a stand-in takes its place (tests/support/stand_ins), whose products are torch's.
 """
 
+import dataclasses
+import itertools
+import math
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
+import yaml
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.utils import unwrap_model
 
 from megatron_dattn.attention import PRESETS
-from megatron_dattn.checkpoint.discovery import find_checkpoint
+from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.config.training import ModuleLearningRates
+from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.runtime.distributed import seed_everything
 from megatron_dattn.training.run import build_state, join_ranks
+from megatron_dattn.training.run_plan import check_fp8_sizes
 from megatron_dattn.training.stages import build_training_model
 from megatron_dattn.training.state import sharded_state
+from megatron_dattn.training.step import train_step
 from tests.support.checkpoint_run import Run, Setup
 from tests.support.stand_in import run_with
-from tests.support.training import training_config
+from tests.support.training import build_run, training_config
+from tests.support.vlm import VISION, make_batch, tiny_model_config
 
 # Of the recipe's stages; the third trains what the second does.
 RATES = (ModuleLearningRates(0.0, 1e-3, 0.0), ModuleLearningRates(2e-7, 5e-6, 2e-6))
 IMPLEMENTATIONS = ("local", "transformer_engine")
+RECIPE = Path(__file__).resolve().parents[2] / "examples" / "mistral_7b"
 
 
 def sharded_entries(tensor: int, preset: str, rates: ModuleLearningRates, which: str) -> Any:
@@ -73,13 +86,116 @@ def test_state_is_sharded_like_that_of_local_modules(tensor: int) -> None:
     assert run_with("te", unequal_states, tensor, tensor) == [[]] * tensor
 
 
-def losses_across(folder: str, first: Setup, second: Setup) -> list[list[float]]:
-    """Of an uninterrupted run under `first`, and of one that goes on under `second`."""
-    whole = Run(first)
-    losses = [whole.train(4)]
-    part = Run(first)
-    both = part.train(2)
-    part.checkpointer(folder).save(part.state)
+def losses_across(folder: str, implementations: tuple[str, str]) -> list[list[float]]:
+    """Of an uninterrupted run of the first one, and of its first half gone on by the second."""
+    first, second = (Setup(tensor_parallel=2, implementation=name) for name in implementations)
+    whole = Run(first).train(4)
+    half = Run(first)
+    losses = half.train(2)
+    half.checkpointer(folder).save(half.state)
     other = Run(second, seed=99)
-    other.checkpointer(folder).resume(other.state)
-    return [*losses, both + other.train(2)]
+    assert other.checkpointer(folder).resume(other.state)
+    return [whole, losses + other.train(2)]
+
+
+@pytest.mark.parametrize("implementations", [IMPLEMENTATIONS, IMPLEMENTATIONS[::-1]])
+def test_a_checkpoint_goes_on_under_the_other(
+    tmp_path: Path, implementations: tuple[str, str]
+) -> None:
+    for whole, halves in run_with("te", losses_across, 2, str(tmp_path), implementations):
+        assert halves == pytest.approx(whole, rel=1e-6)
+
+
+def fp8_config(tensor: int, preset: str, **changes: Any) -> PretrainConfig:
+    """A tiny run whose sizes FP8 takes."""
+    vision = dataclasses.replace(VISION, patch_size=11)
+    model = tiny_model_config(preset, vision=vision, hidden_size=64, intermediate_size=96)
+    data = {"visual_budget": 48, "text_budget": 32}
+    config = training_config(tensor=tensor, attention=preset, **{**data, **changes})
+    return dataclasses.replace(config, model=model)
+
+
+def train_two_steps(config: PretrainConfig, **pack: Any) -> tuple[list[float], set[str]]:
+    """Losses, and the modules that met FP8 (an older model's are gone with it)."""
+    check_fp8_sizes(config)
+    budgets = config.data.visual_budget, config.data.text_budget
+    options = {"budgets": budgets, "grid": config.model.image_grid}
+    packs = [make_batch([9, 12], [(2,), (0,)], seed=seed, **options) for seed in range(2)]
+    run = build_run(config, [dataclasses.replace(one, **pack) for one in packs])
+    losses = [train_step(run).loss for _ in packs]
+    parallel_state.destroy_model_parallel()
+    modules = unwrap_model(run.state.model).named_modules()
+    return losses, {name for name, module in modules if getattr(module, "fp8_meta", None)}
+
+
+def fp8_runs(tensor: int) -> list[tuple[str, list[float], list[float], set[str]]]:
+    """Every preset, under one of the recipes and one way of recomputing."""
+    runs = []
+    recipes = itertools.cycle(get_args(get_type_hints(ExecutionConfig)["fp8_recipe"]))
+    ways: list[dict[str, Any]] = [
+        {},
+        {"recompute": "full"},
+        {"savings": ExactSavings(ffn_chunk_tokens=32)},
+        {"recompute": "selective"},
+    ]
+    for preset, recipe, way in zip(PRESETS, recipes, itertools.cycle(ways), strict=False):
+        local, _ = train_two_steps(fp8_config(tensor, preset, transformer_impl="local"))
+        fp8 = {"transformer_impl": "auto", "fp8": "hybrid", "fp8_recipe": recipe, **way}
+        runs.append((preset, local, *train_two_steps(fp8_config(tensor, preset, **fp8))))
+    return runs
+
+
+LAYERS = "language_model.decoder.layers"
+FFN = {f"{LAYERS}.{layer}.mlp.linear_fc{half}" for layer in (0, 1) for half in (1, 2)}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_fp8_trains_every_preset_in_the_decoders_layers_alone(tensor: int) -> None:
+    for preset, local, engine, modules in run_with("te", fp8_runs, tensor, tensor)[0]:
+        assert engine == pytest.approx(local, rel=1e-5), preset
+        assert {name for name in modules if not name.startswith(LAYERS)} == set(), preset
+        assert modules >= FFN, preset
+        if preset == "s_attn":
+            projections = ("linear_qkv", "linear_proj")
+            named = {f"{LAYERS}.{n}.self_attention.{p}" for n in (0, 1) for p in projections}
+            assert modules == FFN | named
+        if preset == "dattn":  # what visual tokens do not need is left out of the other products
+            assert modules == FFN | {f"{LAYERS}.1.self_attention.linear_proj"}
+
+
+def recipe_budgets(tensor: int, stage: str) -> list[str]:
+    """A narrow model with the 7B recipe's packs; what became of them, and of unfit ones."""
+    data = yaml.safe_load((RECIPE / f"{stage}.yaml").read_text())["data"]
+    budgets = {name: data[name] for name in ("visual_budget", "text_budget")}
+    fp8 = {"transformer_impl": "transformer_engine", "fp8": "hybrid"}
+    config = fp8_config(tensor, "dattn", **budgets, **fp8)
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 128}
+    vision = dataclasses.replace(
+        VISION, image_size=54, patch_size=2, num_attention_heads=8, intermediate_size=64
+    )
+    model = tiny_model_config("dattn", vision=vision, hidden_size=64, **sizes)
+    model = dataclasses.replace(model, adapter=dataclasses.replace(model.adapter, max_grid=27))
+    config = dataclasses.replace(config, model=model)
+    pixels = torch.zeros(2, 3, 54, 54)
+    losses, _ = train_two_steps(config, pixel_values=pixels)
+    assert all(map(math.isfinite, losses))
+    unfit = dataclasses.replace(config.data, visual_budget=5840)
+    config = dataclasses.replace(config, data=unfit)
+    said = []
+    for check in (check_fp8_sizes, lambda config: None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "check_fp8_sizes", check)
+            with pytest.raises((ConfigError, AssertionError)) as refusal:
+                train_two_steps(config, pixel_values=pixels)
+            said.append(str(refusal.value))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("tensor", "stage"),
+    [(4, "stage2"), pytest.param(8, "stage3", marks=pytest.mark.slow)],
+)
+def test_the_recipes_packs_train_in_fp8_on_many_ranks(tensor: int, stage: str) -> None:
+    for ours, theirs in run_with("te", recipe_budgets, tensor, tensor, stage):
+        assert "data.visual_budget 5840 makes" in ours
+        assert "FP8 execution requires" in theirs

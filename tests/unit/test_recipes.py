@@ -84,8 +84,9 @@ def test_budgets_hold_a_whole_micro_batch_of_images(stage: str) -> None:
     config = recipe(stage)
     images, padding = divmod(config.data.visual_budget, config.model.vision.num_patches)
     assert images == config.training.micro_batch_size
-    assert padding < 16
-    assert config.data.visual_budget % 16 == config.data.text_budget % 16 == 0  # FP8's wish
+    assert padding < 128
+    # FP8's wish on up to 8 ranks; a GPU multiplies tiles of 128 rows in any case.
+    assert config.data.visual_budget % 128 == config.data.text_budget % 128 == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -7,7 +7,7 @@ from megatron_dattn.attention import PRESETS
 from megatron_dattn.errors import UserError
 from megatron_dattn.models import layer_specs
 from megatron_dattn.models.config import LanguageConfig
-from megatron_dattn.models.execution import ExactSavings
+from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.models.layer_specs import resolve_implementation
 from tests.support.vlm import tiny_model
 
@@ -16,8 +16,8 @@ from tests.support.vlm import tiny_model
 def test_auto_takes_transformer_engine_where_it_is(monkeypatch, installed):
     monkeypatch.setattr(layer_specs, "te_failure", lambda: None if installed else "it is gone")
     expected = "transformer_engine" if installed else "local"
-    assert resolve_implementation("auto", "none") == expected
-    assert resolve_implementation("local", "none") == "local"
+    assert resolve_implementation(ExecutionConfig()) == expected
+    assert resolve_implementation(ExecutionConfig(transformer_impl="local")) == "local"
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,15 @@ def test_auto_takes_transformer_engine_where_it_is(monkeypatch, installed):
 def test_impossible_choices_are_refused_by_name(monkeypatch, requested, fp8, installed, words):
     monkeypatch.setattr(layer_specs, "te_failure", lambda: None if installed else "it is gone")
     with pytest.raises(UserError, match=words):
-        resolve_implementation(requested, fp8)
+        resolve_implementation(ExecutionConfig(transformer_impl=requested, fp8=fp8))
+
+
+def test_fp8_that_the_device_lacks_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setattr(layer_specs, "te_failure", lambda: None)
+    monkeypatch.setattr(layer_specs, "fp8_failure", lambda recipe: f"no {recipe} here")
+    with pytest.raises(UserError, match=r"fp8_recipe 'blockwise': no blockwise here; choose"):
+        resolve_implementation(ExecutionConfig(fp8="hybrid", fp8_recipe="blockwise"))
+    assert resolve_implementation(ExecutionConfig(fp8_recipe="blockwise")) == "transformer_engine"
 
 
 def test_transformer_engine_layers_own_their_norms(monkeypatch):

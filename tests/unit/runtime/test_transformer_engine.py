@@ -1,13 +1,15 @@
-"""A Transformer Engine that is not whole counts as none, also to megatron-core."""
+"""A Transformer Engine that is not whole, or too old, counts as none, also to megatron-core."""
 
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_dattn.runtime import transformer_engine
-from megatron_dattn.runtime.transformer_engine import te_failure
+from megatron_dattn.runtime.transformer_engine import fp8_failure, te_failure
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -16,23 +18,48 @@ silence_import_warnings()
 from megatron.core import fp8_utils
 from megatron_dattn.models.layer_specs import resolve_implementation
 from megatron_dattn.runtime.transformer_engine import te_failure
-print(resolve_implementation("auto", "none"), fp8_utils.HAVE_TE, te_failure())
+from megatron_dattn.models.execution import ExecutionConfig
+print(resolve_implementation(ExecutionConfig()), fp8_utils.HAVE_TE, te_failure())
 """
 
 
-def test_a_core_without_its_part_for_torch_is_hidden(tmp_path: Path) -> None:
-    (tmp_path / "transformer_engine").mkdir()
-    (tmp_path / "transformer_engine" / "__init__.py").write_text('__version__ = "2.19.0"\n')
+def found(folder: Path, version: str, *, part_for_torch: bool) -> str:
+    """What the program says where such a Transformer Engine is installed."""
+    package = folder / "transformer_engine"
+    (package / "pytorch").mkdir(parents=True)
+    (package / "__init__.py").write_text(f'__version__ = "{version}"\n')
+    if part_for_torch:
+        (package / "pytorch" / "__init__.py").touch()
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{folder}:{ROOT}", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()[-1]
+
+
+def test_a_core_without_its_part_for_torch_is_hidden(tmp_path: Path) -> None:
     words = "local False its part for torch does not load (ModuleNotFoundError: No module named"
-    assert run.stdout.splitlines()[-1].startswith(words)
+    assert found(tmp_path, "2.19.0", part_for_torch=False).startswith(words)
+
+
+def test_an_old_one_is_hidden(tmp_path: Path) -> None:
+    said = found(tmp_path, "2.5.0+abc", part_for_torch=True)
+    assert said == "local False version 2.5.0+abc is older than 2.6"
+
+
+def test_fp8_asks_for_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.fp8")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    fp8: Any = sys.modules[names[-1]]
+    fp8.check_fp8_support = lambda: (True, "")
+    fp8.check_fp8_block_scaling_support = lambda: (False, "it requires Hopper")
+    assert fp8_failure("tensorwise") is fp8_failure("delayed") is None
+    assert fp8_failure("blockwise") == "it requires Hopper"
 
 
 def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

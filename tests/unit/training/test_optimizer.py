@@ -1,6 +1,7 @@
 """Groups, rates, decay and schedule of the optimizer, and its refusal of other rates on resume."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,7 @@ from megatron_dattn.config.training import ModuleLearningRates, OptimizerConfig
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.training.optimizer import num_warmup_steps
 from tests.support.distributed import run_distributed
+from tests.support.stand_in import run_with
 
 
 @pytest.mark.parametrize(
@@ -115,3 +117,32 @@ def test_other_rates_are_refused_on_resume() -> None:
     assert "optimizer.learning_rates.language_model" in message
     assert "0.0007" in message
     assert "0.0005" in message
+
+
+def _adam_and_losses(precision: str) -> tuple[str, dict[str, Any], list[float]]:
+    from megatron_dattn.training.optimizer import single_optimizer
+    from megatron_dattn.training.step import train_step
+    from tests.support.training import build_run, training_config
+    from tests.support.vlm import make_batch
+
+    packs = [make_batch([9, 7], [(1,), ()], seed=seed) for seed in range(3)]
+    run = build_run(training_config(precision=precision, weight_decay=0.1), packs)
+    losses = [train_step(run).loss for _ in packs]
+    adam = single_optimizer(run.state.optimizer).optimizer
+    return type(adam).__module__, adam.defaults, losses
+
+
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [("te", "transformer_engine.pytorch.optimizers"), ("apex", "apex.optimizers")],
+)
+def test_a_fused_adam_is_taken_where_there_is_one(package: str, module: str) -> None:
+    for precision in ("fp32", "bf16"):
+        (ours,) = run_distributed(_adam_and_losses, 1, precision)
+        (fused,) = run_with(package, _adam_and_losses, 1, precision)
+        assert ours[0] == "megatron_dattn.runtime.host_adam"
+        assert fused[0] == module
+        assert fused[1:] == (
+            ours[1],
+            pytest.approx(ours[2], rel=1e-5 if precision == "fp32" else 2e-2),
+        )

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+
 from transformer_engine.pytorch import distributed, fp8, ops, optimizers, tensor
 from transformer_engine.pytorch.fp8 import fp8_autocast, fp8_model_init
 from transformer_engine.pytorch.module import LayerNorm, LayerNormLinear, Linear, RMSNorm

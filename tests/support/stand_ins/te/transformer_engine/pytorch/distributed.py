@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+
 from transformer_engine.common.recipe import Recipe
 
 

@@ -1,7 +1,7 @@
 """The modules that megatron-core wraps: norms and parallel linear layers.
 
 A linear layer gathers and reduces tokens itself, as the real one does, and under `fp8_autocast`
-refuses sizes as that does. `fp8_calls` lists the tokens of the products that would have been FP8.
+refuses sizes as that does; `fp8_meta` is then no longer empty.
 """
 
 import pickle
@@ -10,10 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, assert_dim_for_fp8_exec
 
-fp8_calls: list[tuple[type, int]] = []
-"""Class and gathered tokens of each call under FP8, in order."""
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, assert_dim_for_fp8_exec
 
 
 class _Norm(torch.nn.Module):
@@ -40,7 +38,8 @@ class _Norm(torch.nn.Module):
             self.bias.sequence_parallel = sequence_parallel
 
     def forward(self, states: Tensor) -> Tensor:
-        return _normalize(states, self.weight + self.shift, self.bias, self.eps, type(self).__name__)
+        weight = self.weight + self.shift
+        return _normalize(states, weight, self.bias, self.eps, type(self).__name__)
 
     # Norms are operations of its `ops` and have a state like these, though never anything in it.
     def get_extra_state(self) -> Tensor:
@@ -142,7 +141,6 @@ class Linear(torch.nn.Module):
         if tokens % 16 and self.weight.requires_grad and torch.is_grad_enabled():
             # cublasLt sums over the tokens for the weight's gradient.
             raise RuntimeError(f"leading dimension requirement for FP8 GEMM: {tokens} tokens")
-        fp8_calls.append((type(self), tokens))
         self.fp8_meta["recipe"] = recipe
         if recipe.delayed():
             history = self.fp8_meta.setdefault(

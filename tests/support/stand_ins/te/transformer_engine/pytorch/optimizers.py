@@ -25,7 +25,8 @@ class FusedAdam(HostAdam):
         master_weights: bool = False,
     ) -> None:
         assert bias_correction
-        assert not (amsgrad or master_weights)
+        assert not amsgrad
+        assert not master_weights
         super().__init__(params, lr, betas, eps, weight_decay, adam_w_mode, capturable)
 
 
