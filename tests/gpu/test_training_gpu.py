@@ -4,11 +4,14 @@ Run on a GPU machine with `pytest -m gpu tests/gpu`. One process; the layouts ov
 compared on CPUs (tests/distributed).
 """
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_dattn.checkpoint.files import step_folder_name
 from megatron_dattn.runtime.cpu import cpu_runtime_active
 from megatron_dattn.runtime.distributed import destroy_distributed
 from megatron_dattn.runtime.transformer_engine import te_failure
@@ -20,9 +23,9 @@ pytestmark = [
 ]
 
 STEPS = 4
-# BF16 keeps 8 bits of each product's factors; sums are fp32. The losses of the first steps then
-# agree to well within two percent, a wrong gradient or mask shows by more.
-BF16_TOLERANCE = 2e-2
+# BF16 keeps 8 bits of each product's factors; sums are fp32. On a CPU the losses of these steps then
+# agree to 6e-4; a wrong gradient or mask shows by more.
+BF16_TOLERANCE = 5e-3
 
 
 def losses(**settings: Any) -> list[float]:
@@ -64,12 +67,14 @@ def test_transformer_engine_follows_local_modules() -> None:
     assert engine == pytest.approx(local, rel=BF16_TOLERANCE)
 
 
-def test_the_entry_script_trains_saves_and_resumes(tmp_path) -> None:
+def test_the_entry_script_trains_saves_and_resumes(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path, precision="bf16")
     first = pretrain(workspace.flags(), ranks=1)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "iteration 8/8" in first.stdout
     assert "CUDA is available: the CPU runtime stays off" in first.stdout
+    shutil.rmtree(tmp_path / "run" / step_folder_name(8))  # else nothing is left to do
     again = pretrain(workspace.flags(), ranks=1)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resumed from" in again.stdout
+    assert "iteration 7/8" in again.stdout

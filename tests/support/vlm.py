@@ -59,6 +59,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vocab_size": 65,
     },
 }
+# Norms that Transformer Engine's linear layers own, and what they are called where they do not.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
 NO_IMAGES: tuple[tuple[int, ...], ...] = ()
 
 
@@ -130,6 +135,8 @@ def fill_parameters(
             shape[axis] *= size
         if model.share_embeddings_and_output_weights:  # the last stage's copy of the embedding
             name = name.replace("output_layer", "embedding.word_embeddings")
+        for fused, own in FUSED_NORMS.items():
+            name = name.replace(fused, own)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         full = torch.randn(shape, generator=generator) * 0.1
         zero_centred = zero_centred_norms and "decoder" in name

@@ -74,6 +74,7 @@ class Linear(torch.nn.Module):
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
         device: Any = "cuda",
+        save_original_input: bool = False,
     ) -> None:
         super().__init__()
         from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -85,6 +86,7 @@ class Linear(torch.nn.Module):
         self.out_features = out_features // (self.tp_size if parallel_mode == "column" else 1)
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.use_bias, self.return_bias = bias, return_bias
+        self.save_original_input = save_original_input
         self.fp8_meta: dict[str, Any] = {}
         factory = {"dtype": params_dtype, "device": device}
         self.weight = torch.nn.Parameter(
@@ -143,6 +145,7 @@ class Linear(torch.nn.Module):
             raise RuntimeError(f"leading dimension requirement for FP8 GEMM: {tokens} tokens")
         self.fp8_meta["recipe"] = recipe
         if recipe.delayed():
+            assert not self.save_original_input, "delayed scaling has quantized it before"
             history = self.fp8_meta.setdefault(
                 "amax_history_fwd", torch.zeros(recipe.amax_history_len, 3)
             )
