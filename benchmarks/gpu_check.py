@@ -6,6 +6,9 @@
 Needs no network and no data. Each part is a process with a time limit, the most telling ones first;
 after each of them gpu_check.md is written anew, so that an interruption costs one part. A part that
 measures leaves NAME.md, which can go to benchmarks/ as it is; every part leaves NAME.log.
+
+What an H100 is expected to take stands in the table: 15 s for a process to start, and steps at 40 %
+of the card's peak (the roofline of benchmarks/step_roofline.py; layers at 50 %), about six minutes.
 """
 
 import argparse
@@ -31,7 +34,9 @@ _LAYER = "one decoder layer, {} visual tokens: times, bounds, errors, peaks"
 # Mistral-7B's layer; the features are SigLIP so400m's.
 _WIDTH = "--hidden-size 4096 --heads 32 --kv-heads 8 --head-dim 128 --ffn 14336 --vision-size 1152"
 _TINY = "--hidden-size 32 --heads 4 --kv-heads 2 --head-dim 8 --ffn 48 --text 16"
-_VISUAL = (9216, 729, 36864, 73728)  # 9216 first: what the paper's comparison is about
+# Visual tokens and the seconds that they are expected to take; 9216 first: what the paper's
+# comparison is about.
+_EXPECTED = {9216: 30, 729: 18, 36864: 22, 73728: 28}
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Part:
     what: str
     arguments: list[str]
     """Of Python."""
+    expected: int
+    """Seconds on an H100, by its operations."""
     seconds: int
     """It is stopped after so long."""
     reports: bool = False
@@ -50,40 +57,42 @@ class Part:
 
 def parts(small: bool) -> list[Part]:
     """All parts in order; together they fit into `MINUTES`."""
-    layers = (12,) if small else _VISUAL
-    layer = f"{_TINY} --rounds 1" if small else f"{_WIDTH} --rounds 10 --seconds 8"
+    layers = (12,) if small else tuple(_EXPECTED)
+    layer = f"{_TINY} --rounds 1" if small else f"{_WIDTH} --rounds 10 --seconds 6"
     layer += " --variants dattn s_attn --compared-up-to 10000"
     step = "--model demo --samples 2 --rounds 1" if small else "--rounds 10 --seconds 10"
     sizes = "--hidden-size 64 --layers 2 --questions 1 --answer-tokens 2 --rounds 1"
     answers = sizes if small else "--hidden-size 2048 --rounds 5 --seconds 5"
     return [
-        _tests("training", "a few training steps, the entry script, the benchmark", 90, [
+        _tests("training", "a few training steps, the entry script, the benchmark", (90, 105), [
             "tests/gpu/test_training_gpu.py", "tests/gpu/test_benchmarks_gpu.py",
         ]),
-        _tests("kernels", "every kernel against the float64 oracle, in BF16", 100, [
-            "tests/gpu/test_attention_gpu.py",
+        # Of 128 values per head, as Mistral's; pytest -m gpu tests/gpu has the others.
+        _tests("kernels", "every kernel against the float64 oracle, in BF16", (60, 90), [
+            "tests/gpu/test_attention_gpu.py", "-k", "128 or not test_flash_stays_near",
         ]),
-        _bench("step_dattn", "an 8-layer step: MFU, peak memory", 50, f"bench_wide_step {step}"),
+        _bench("step_dattn", "an 8-layer step: MFU, peak memory", (35, 45),
+               f"bench_wide_step {step}"),
         *(
-            _bench(f"layer_{visual}", _LAYER.format(visual), 35,
+            _bench(f"layer_{visual}", _LAYER.format(visual), (_EXPECTED.get(visual, 5), 35),
                    f"bench_attention --visual {visual} {layer}")
             for visual in layers
         ),
-        _bench("step_s_attn", "the same step with self-attention", 40,
+        _bench("step_s_attn", "the same step with self-attention", (35, 45),
                f"bench_wide_step --attention s_attn {step}"),
         _bench("generation", "answers from pixels and from kept images, and whether they agree",
-               45, f"bench_image_cache {answers}"),
+               (40, 55), f"bench_image_cache {answers}"),
     ]  # fmt: skip
 
 
-def _tests(name: str, what: str, seconds: int, files: list[str]) -> Part:
+def _tests(name: str, what: str, seconds: tuple[int, int], files: list[str]) -> Part:
     options = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short"]
-    return Part(name, what, [*options, *files], seconds)
+    return Part(name, what, [*options, *files], *seconds)
 
 
-def _bench(name: str, what: str, seconds: int, line: str) -> Part:
+def _bench(name: str, what: str, seconds: tuple[int, int], line: str) -> Part:
     module, *arguments = line.split()
-    return Part(name, what, ["-m", f"benchmarks.{module}", *arguments], seconds, reports=True)
+    return Part(name, what, ["-m", f"benchmarks.{module}", *arguments], *seconds, reports=True)
 
 
 def check(todo: Sequence[Part], folder: Path, minutes: float, command: str) -> bool:
@@ -95,9 +104,10 @@ def check(todo: Sequence[Part], folder: Path, minutes: float, command: str) -> b
         limit = min(part.seconds, end - started)
         outcome = run(part, folder, limit) if limit > 0 else "not run: the time is up"
         seconds = f"{time.monotonic() - started:.0f}"
-        rows.append([part.name, part.what, outcome, seconds, result(part, folder)])
+        row = [part.name, part.what, outcome, seconds, str(part.expected), result(part, folder)]
+        rows.append(row)
         print(f"{part.name}: {outcome}, {seconds} s", flush=True)
-        columns = ("part", "what", "outcome", "seconds", "result")
+        columns = ("part", "what", "outcome", "seconds", "expected", "result")
         text = f"{report.header('GPU check', command, device)}\n\n{report.table(columns, rows)}\n"
         (folder / "gpu_check.md").write_text(text, encoding="utf-8")
     return all(row[2] == "passed" for row in rows)

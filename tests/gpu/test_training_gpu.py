@@ -23,8 +23,8 @@ pytestmark = [
 ]
 
 STEPS = 4
-# BF16 keeps 8 bits of each product's factors; sums are fp32. On a CPU the losses of these steps then
-# agree to 6e-4; a wrong gradient or mask shows by more.
+# BF16 keeps 8 bits of each product's factors; sums are fp32. On a CPU the losses of these steps
+# then agree to 6e-4; a wrong gradient or mask shows by more.
 BF16_TOLERANCE = 5e-3
 
 

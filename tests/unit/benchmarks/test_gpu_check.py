@@ -13,6 +13,7 @@ from benchmarks.gpu_check import Part, check, parts
 def test_the_parts_fit_the_time() -> None:
     whole = parts(small=False)
     assert sum(part.seconds for part in whole) <= 60 * gpu_check.MINUTES
+    assert all(part.expected < part.seconds for part in whole)
     assert [part.name for part in whole][:2] == ["training", "kernels"]
     small = {part.name for part in parts(small=True)}
     assert small - {part.name for part in whole} == {"layer_12"}
@@ -22,14 +23,14 @@ def test_a_part_that_fails_or_hangs_costs_no_other(tmp_path: Path) -> None:
     sleeps = "import time; time.sleep(60)"
     hangs = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{sleeps}'])"
     todo = [
-        Part("fails", "", ["-c", "print('why | not'); raise SystemExit(3)"], 60),
-        Part("hangs", "", ["-c", hangs], 1),
-        Part("writes", "", ["-c", "import sys; open(sys.argv[2], 'w').write('# T')"], 60, True),
+        Part("fails", "", ["-c", "print('why | not'); raise SystemExit(3)"], 5, 60),
+        Part("hangs", "", ["-c", hangs], 5, 1),
+        Part("writes", "", ["-c", "import sys; open(sys.argv[2], 'w').write('# T')"], 5, 60, True),
     ]
     assert not check(todo, tmp_path, 5.0, "typed")
     rows = [line for line in (tmp_path / "gpu_check.md").read_text().split("\n") if line[:1] == "|"]
     assert "failed with exit code 3" in rows[2]
-    assert rows[2].endswith("| why / not |")
+    assert rows[2].endswith("| 5 | why / not |")
     assert "stopped after 1 s" in rows[3]
     assert "passed" in rows[4]
     assert (tmp_path / "writes.md").read_text() == "# T"
@@ -37,7 +38,8 @@ def test_a_part_that_fails_or_hangs_costs_no_other(tmp_path: Path) -> None:
 
 def test_when_the_time_is_up_nothing_more_begins(tmp_path: Path) -> None:
     started = time.monotonic()
-    todo = [Part("waits", "", ["-c", "import time; time.sleep(60)"], 60), Part("late", "", [], 60)]
+    waits = Part("waits", "", ["-c", "import time; time.sleep(60)"], 5, 60)
+    todo = [waits, Part("late", "", [], 5, 60)]
     assert not check(todo, tmp_path, 1 / 60, "typed")
     assert time.monotonic() - started < 30
     assert "not run: the time is up" in (tmp_path / "gpu_check.md").read_text()
