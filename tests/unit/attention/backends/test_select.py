@@ -1,6 +1,8 @@
 """Choosing a backend: automatically, by name, and not at all."""
 
 import logging
+import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -57,6 +59,12 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ConfigError, match="'flash4'; choose auto or one of flash_attn3, flash_attn2"
     ):
         select_backend("flash4", "cpu", torch.float32, 32)
+
+
+def test_the_page_lists_them_in_their_order() -> None:
+    page = Path(__file__).resolve().parents[4] / "docs" / "attention.md"
+    section = page.read_text(encoding="utf-8").partition("## Backends")[2].partition("\n| | ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, flags=re.M) == list(select.BACKENDS)
 
 
 def test_a_choice_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
