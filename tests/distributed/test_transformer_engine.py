@@ -22,6 +22,7 @@ from megatron_dattn.attention import PRESETS
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.config.training import ModuleLearningRates
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.runtime.distributed import seed_everything
 from megatron_dattn.training.run import build_state, join_ranks
@@ -40,9 +41,10 @@ IMPLEMENTATIONS = ("local", "transformer_engine")
 RECIPE = Path(__file__).resolve().parents[2] / "examples" / "mistral_7b"
 
 
-def sharded_entries(tensor: int, preset: str, rates: ModuleLearningRates, which: str) -> Any:
+def sharded_entries(tensor: int, model: ModelConfig, rates: ModuleLearningRates, which: str) -> Any:
     """What a checkpoint holds of weights and optimizer, from this rank: place -> its sharding."""
-    config = training_config(tensor=tensor, rates=rates, attention=preset, transformer_impl=which)
+    config = training_config(tensor=tensor, rates=rates, transformer_impl=which)
+    config = dataclasses.replace(config, model=model)
     seed_everything(config.training.seed)
     state = build_state(config, build_training_model(config), None)
     entries = {}
@@ -68,21 +70,23 @@ def sharded_entries(tensor: int, preset: str, rates: ModuleLearningRates, which:
 
 def unequal_states(tensor: int) -> list[tuple[str, int]]:
     join_ranks(training_config(tensor=tensor))
+    models = {preset: tiny_model_config(preset) for preset in PRESETS}
+    models["gemma2"] = tiny_model_config(family="gemma2")
     unequal = []
-    for preset in PRESETS:
+    for name, model in models.items():
         for number, rates in enumerate(RATES):
             local, engine = (
-                sharded_entries(tensor, preset, rates, which) for which in IMPLEMENTATIONS
+                sharded_entries(tensor, model, rates, which) for which in IMPLEMENTATIONS
             )
             assert any("linear_fc1.layer_norm_weight" in key for key, _ in local)
             if local != engine:
-                unequal.append((preset, number))
+                unequal.append((name, number))
     return unequal
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_state_is_sharded_like_that_of_local_modules(tensor: int) -> None:
-    """Keys, shapes, cuts and replicas, for every preset and what the stages train."""
+    """Keys, shapes, cuts and replicas, for every preset, Gemma-2, and what the stages train."""
     assert run_with("te", unequal_states, tensor, tensor) == [[]] * tensor
 
 

@@ -26,10 +26,10 @@ print(resolve_implementation(ExecutionConfig()), fp8_utils.HAVE_TE, te_failure()
 def found(folder: Path, version: str, *, part_for_torch: bool) -> str:
     """What the program says where such a Transformer Engine is installed."""
     package = folder / "transformer_engine"
-    (package / "pytorch").mkdir(parents=True)
+    package.mkdir()
     (package / "__init__.py").write_text(f'__version__ = "{version}"\n')
     if part_for_torch:
-        (package / "pytorch" / "__init__.py").touch()
+        (package / "pytorch.py").touch()
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={"PYTHONPATH": f"{folder}:{ROOT}", "PATH": "/usr/bin:/bin"},

@@ -88,6 +88,7 @@ class Linear(torch.nn.Module):
         self.use_bias, self.return_bias = bias, return_bias
         self.save_original_input = save_original_input
         self.fp8_meta: dict[str, Any] = {}
+        self._copy: Tensor | None = None
         factory = {"dtype": params_dtype, "device": device}
         self.weight = torch.nn.Parameter(
             torch.empty(self.out_features, self.in_features, **factory)
@@ -111,8 +112,9 @@ class Linear(torch.nn.Module):
     def forward(self, states: Tensor, is_first_microbatch: bool | None = None) -> Any:
         from megatron.core.tensor_parallel import mappings
 
+        states.view(-1, self.in_features)  # as it begins there; no other strides are taken
         states = self._normalized(states)
-        self._meet_fp8(states)
+        weight = self._meet_fp8(states, is_first_microbatch)
         group = self.tp_group
         if self.parallel_mode == "column":
             if self.sequence_parallel:
@@ -121,21 +123,21 @@ class Linear(torch.nn.Module):
                 states = mappings.copy_to_tensor_model_parallel_region(states, group=group)
         apply_now = self.use_bias and not self.return_bias
         if self.parallel_mode == "row":
-            out = F.linear(states, self.weight)
+            out = F.linear(states, weight)
             if self.sequence_parallel:
                 out = mappings.reduce_scatter_to_sequence_parallel_region(out, group=group)
             elif self.tp_size > 1:
                 out = mappings.reduce_from_tensor_model_parallel_region(out, group=group)
             out = out + self.bias if apply_now else out
         else:
-            out = F.linear(states, self.weight, self.bias if apply_now else None)
+            out = F.linear(states, weight, self.bias if apply_now else None)
         return (out, self.bias) if self.return_bias else out
 
-    def _meet_fp8(self, states: Tensor) -> None:
-        """What FP8 asks of the sizes, and the state that delayed scaling keeps."""
+    def _meet_fp8(self, states: Tensor, is_first_microbatch: bool | None) -> Tensor:
+        """The weight; under FP8 what that asks of the sizes, and the state that it keeps."""
         recipe = FP8GlobalStateManager.get_fp8_recipe()
         if recipe is None:
-            return
+            return self.weight
         assert_dim_for_fp8_exec(states, self.weight)
         tokens = states.shape[:-1].numel()
         if self.parallel_mode == "column" and self.sequence_parallel:
@@ -151,6 +153,10 @@ class Linear(torch.nn.Module):
             )
             history[0, 0] = states.detach().abs().max()
             self.fp8_meta["scale_fwd"] = recipe.fp8_format.value[0] / history.amax(0).clamp(min=1)
+        # Its FP8 copy is made anew with the first micro-batch alone, or where nobody says which.
+        if is_first_microbatch is not False or self._copy is None:
+            self._copy = self.weight.detach().clone()
+        return self.weight + (self._copy - self.weight).detach()
 
     def get_extra_state(self) -> Tensor:
         if "recipe" not in self.fp8_meta:
