@@ -32,7 +32,7 @@ from megatron_dattn.training.state import sharded_state
 from megatron_dattn.training.step import train_step
 from tests.support.checkpoint_run import Run, Setup
 from tests.support.stand_in import run_with
-from tests.support.training import build_run, training_config
+from tests.support.training import build_run, fp8_training_config, training_config
 from tests.support.vlm import VISION, make_batch, tiny_model_config
 
 # Of the recipe's stages; the third trains what the second does.
@@ -110,15 +110,6 @@ def test_a_checkpoint_goes_on_under_the_other(
         assert halves == pytest.approx(whole, rel=1e-6)
 
 
-def fp8_config(tensor: int, preset: str, **changes: Any) -> PretrainConfig:
-    """A tiny run whose sizes FP8 takes."""
-    vision = dataclasses.replace(VISION, patch_size=11)
-    model = tiny_model_config(preset, vision=vision, hidden_size=64, intermediate_size=96)
-    data = {"visual_budget": 48, "text_budget": 32}
-    config = training_config(tensor=tensor, attention=preset, **{**data, **changes})
-    return dataclasses.replace(config, model=model)
-
-
 def train_two_steps(config: PretrainConfig, **pack: Any) -> tuple[list[float], set[str]]:
     """Losses, and the modules that met FP8 (an older model's are gone with it)."""
     check_fp8_sizes(config)
@@ -143,9 +134,9 @@ def fp8_runs(tensor: int) -> list[tuple[str, list[float], list[float], set[str]]
         {"recompute": "selective"},
     ]
     for preset, recipe, way in zip(PRESETS, recipes, itertools.cycle(ways), strict=False):
-        local, _ = train_two_steps(fp8_config(tensor, preset, transformer_impl="local"))
+        local, _ = train_two_steps(fp8_training_config(tensor, preset, transformer_impl="local"))
         fp8 = {"transformer_impl": "auto", "fp8": "hybrid", "fp8_recipe": recipe, **way}
-        runs.append((preset, local, *train_two_steps(fp8_config(tensor, preset, **fp8))))
+        runs.append((preset, local, *train_two_steps(fp8_training_config(tensor, preset, **fp8))))
     return runs
 
 
@@ -172,7 +163,7 @@ def recipe_budgets(tensor: int, stage: str) -> list[str]:
     data = yaml.safe_load((RECIPE / f"{stage}.yaml").read_text())["data"]
     budgets = {name: data[name] for name in ("visual_budget", "text_budget")}
     fp8 = {"transformer_impl": "transformer_engine", "fp8": "hybrid"}
-    config = fp8_config(tensor, "dattn", **budgets, **fp8)
+    config = fp8_training_config(tensor, "dattn", **budgets, **fp8)
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 128}
     vision = dataclasses.replace(
         VISION, image_size=54, patch_size=2, num_attention_heads=8, intermediate_size=64

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from megatron_dattn.checkpoint.files import step_folder_name
+from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.runtime.cpu import cpu_runtime_active
 from megatron_dattn.runtime.distributed import destroy_distributed
-from megatron_dattn.runtime.transformer_engine import te_failure
+from megatron_dattn.runtime.transformer_engine import fp8_failure, te_failure
 from tests.functional.workspace import make_workspace, pretrain
 
 pytestmark = [
@@ -28,14 +29,18 @@ STEPS = 4
 BF16_TOLERANCE = 5e-3
 
 
-def losses(**settings: Any) -> list[float]:
+def losses(config: PretrainConfig | None = None, **settings: Any) -> list[float]:
     """Losses of a few steps of a tiny model on this device."""
     from megatron_dattn.training.step import train_step
     from tests.support.training import build_run, training_config
     from tests.support.vlm import make_batch
 
-    packs = [make_batch([9 + i % 3], [((), (0,), (2, 5))[i % 3]], seed=i) for i in range(2 * STEPS)]
-    run = build_run(training_config(num_packs=2, train_iters=STEPS, **settings), packs)
+    config = config or training_config(num_packs=2, train_iters=STEPS, **settings)
+    budgets = config.data.visual_budget, config.data.text_budget
+    options: dict[str, Any] = {"budgets": budgets, "grid": config.model.image_grid}
+    images = ((), (0,), (2, 5))
+    packs = [make_batch([9 + i % 3], [images[i % 3]], seed=i, **options) for i in range(2 * STEPS)]
+    run = build_run(config, packs)
     try:
         reports = [train_step(run) for _ in range(STEPS)]
     finally:
@@ -65,6 +70,23 @@ def test_transformer_engine_follows_local_modules() -> None:
     local = losses(precision="bf16", transformer_impl="local")
     engine = losses(precision="bf16", transformer_impl="transformer_engine")
     assert engine == pytest.approx(local, rel=BF16_TOLERANCE)
+
+
+@pytest.mark.skipif(te_failure() is not None, reason=f"Transformer Engine: {te_failure()}")
+@pytest.mark.parametrize("attention", ["dattn", "s_attn"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+def test_fp8_follows_bf16(recipe: str, attention: str) -> None:
+    from tests.support.training import fp8_training_config
+
+    failure = fp8_failure(recipe)
+    if failure:
+        pytest.skip(failure)
+    settings = {"precision": "bf16", "num_packs": 2, "train_iters": STEPS}
+    settings |= {"attention_backend": "auto", "transformer_impl": "transformer_engine"}
+    plain = losses(fp8_training_config(1, attention, **settings))
+    fp8 = fp8_training_config(1, attention, **settings, fp8="hybrid", fp8_recipe=recipe)
+    # Three bits of each factor; the sums are long, and the residual stream is not FP8.
+    assert losses(fp8) == pytest.approx(plain, rel=5e-2)
 
 
 def test_the_entry_script_trains_saves_and_resumes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ be compared between layouts. Collect them with `run_distributed`.
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -30,7 +31,7 @@ from megatron_dattn.training.run import Run, build_state, join_ranks
 from megatron_dattn.training.stages import build_training_model
 from megatron_dattn.training.stream import BatchStream
 from tests.support.megatron import global_parameters
-from tests.support.vlm import fill_parameters, join_shards, partition_of, tiny_model_config
+from tests.support.vlm import VISION, fill_parameters, join_shards, partition_of, tiny_model_config
 
 ALL_RATES = ModuleLearningRates(vision_model=1e-3, adapter=2e-3, language_model=5e-4)
 
@@ -99,6 +100,15 @@ def training_config(
     for name, value in changes.items():
         config = _with(config, name, value)
     return config
+
+
+def fp8_training_config(tensor: int, preset: str, **changes: Any) -> PretrainConfig:
+    """A tiny run whose widths and numbers of tokens FP8 takes on one or two ranks."""
+    vision = dataclasses.replace(VISION, patch_size=11)
+    model = tiny_model_config(preset, vision=vision, hidden_size=64, intermediate_size=96)
+    data = {"visual_budget": 48, "text_budget": 32}
+    config = training_config(tensor=tensor, attention=preset, **{**data, **changes})
+    return dataclasses.replace(config, model=model)
 
 
 def _with(config: PretrainConfig, name: str, value: object) -> PretrainConfig:
