@@ -85,8 +85,8 @@ def test_fp8_follows_bf16(recipe: str, attention: str) -> None:
     settings |= {"attention_backend": "auto", "transformer_impl": "transformer_engine"}
     plain = losses(fp8_training_config(1, attention, **settings))
     fp8 = fp8_training_config(1, attention, **settings, fp8="hybrid", fp8_recipe=recipe)
-    # Three bits of each factor; the sums are long, and the residual stream is not FP8.
-    assert losses(fp8) == pytest.approx(plain, rel=5e-2)
+    # With factors rounded to E4M3 on a CPU they were half a percent apart.
+    assert losses(fp8) == pytest.approx(plain, rel=2e-2)
 
 
 def test_the_entry_script_trains_saves_and_resumes(tmp_path: Path) -> None:
