@@ -13,7 +13,6 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import yaml
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import unwrap_model
@@ -32,12 +31,14 @@ from megatron_dattn.training.state import sharded_state
 from megatron_dattn.training.step import train_step
 from tests.support.checkpoint_run import Run, Setup
 from tests.support.stand_in import run_with
-from tests.support.training import build_run, fp8_training_config, training_config
+from tests.support.training import build_run, fp8_training_config, leave, training_config
 from tests.support.vlm import VISION, make_batch, tiny_model_config
 
 # Of the recipe's stages; the third trains what the second does.
 RATES = (ModuleLearningRates(0.0, 1e-3, 0.0), ModuleLearningRates(2e-7, 5e-6, 2e-6))
 IMPLEMENTATIONS = ("local", "transformer_engine")
+# Each case starts new interpreters: the one of two ranks is for every day.
+one_and_two_ranks = pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.slow), 2])
 RECIPE = Path(__file__).resolve().parents[2] / "examples" / "mistral_7b"
 
 
@@ -84,7 +85,7 @@ def unequal_states(tensor: int) -> list[tuple[str, int]]:
     return unequal
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@one_and_two_ranks
 def test_state_is_sharded_like_that_of_local_modules(tensor: int) -> None:
     """Keys, shapes, cuts and replicas, for every preset, Gemma-2, and what the stages train."""
     assert run_with("te", unequal_states, tensor, tensor) == [[]] * tensor
@@ -118,7 +119,7 @@ def train_two_steps(config: PretrainConfig, **pack: Any) -> tuple[list[float], s
     packs = [make_batch([9, 12], [(2,), (0,)], seed=seed, **options) for seed in range(2)]
     run = build_run(config, [dataclasses.replace(one, **pack) for one in packs])
     losses = [train_step(run).loss for _ in packs]
-    parallel_state.destroy_model_parallel()
+    leave()
     modules = unwrap_model(run.state.model).named_modules()
     return losses, {name for name, module in modules if getattr(module, "fp8_meta", None)}
 
@@ -144,7 +145,7 @@ LAYERS = "language_model.decoder.layers"
 FFN = {f"{LAYERS}.{layer}.mlp.linear_fc{half}" for layer in (0, 1) for half in (1, 2)}
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@one_and_two_ranks
 def test_fp8_trains_every_preset_in_the_decoders_layers_alone(tensor: int) -> None:
     for preset, local, engine, modules in run_with("te", fp8_runs, tensor, tensor)[0]:
         assert engine == pytest.approx(local, rel=1e-5), preset
