@@ -60,7 +60,7 @@ class ExecutionConfig:
     """FP8 format of the language model's linear layers (Transformer Engine only)."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = "tensorwise"
     """How FP8 tensors are scaled, by megatron-core's names: each by its own largest value, by that
-    of the step before, or in blocks of 128 values (on Hopper with CUDA 12.9 up)."""
+    of the step before, or in blocks of 128 values (on Hopper and newer, with CUDA 12.9 up)."""
     encoder_tp_mode: Literal["data", "weights"] = "data"
     """What tensor-parallel ranks share of the vision encoder: the images of a pack, each rank with
     all of the encoder ("data": one message per pack, more memory for weights, less for

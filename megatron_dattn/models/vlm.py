@@ -112,7 +112,7 @@ class DAttnVLM(MegatronModule):
         """megatron-core's, without what linear layers keep besides weights.
 
         Local ones keep nothing. Transformer Engine's keep the scales of delayed FP8 scaling, as a
-        pickle that from 2.16 on it refuses to load; they are measured anew in the first step.
+        pickle that from 2.16.1 on it refuses to load; they are measured anew in the first step.
         """
         state = super().sharded_state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}

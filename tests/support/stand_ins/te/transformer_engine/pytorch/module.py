@@ -164,7 +164,7 @@ class Linear(torch.nn.Module):
         return torch.frombuffer(bytearray(pickle.dumps(self.fp8_meta)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor | None) -> None:
-        """As from 2.16 on: a pickle is no longer loaded."""
+        """As from 2.16.1 on: a pickle is no longer loaded."""
         if state is not None and state.numel():
             raise RuntimeError("Refusing to load pickled Transformer Engine extra state")
 
