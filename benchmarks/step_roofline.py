@@ -27,8 +27,8 @@ from megatron_dattn.planner.layer_sizes import LayerSizes
 from megatron_dattn.planner.parameters import count_parameters
 
 _FP32 = 4
-# What selective recomputation repeats: megatron-core's attention core.
-_CORE = ("rotary", "attention", "merge")
+# What selective recomputation repeats, in the decoder.
+_LIGHT = ("norm 1", "norm 2", "SwiGLU")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def step_operators(run: StepRun) -> tuple[Operator, ...]:
     if run.recompute != "none":
         whole = run.recompute == "full"
         repeated = tuple(
-            replace(operator, recomputed=operator.recomputed or whole or operator.name in _CORE)
+            replace(operator, recomputed=operator.recomputed or whole or operator.name in _LIGHT)
             for operator in repeated
         )
     return (*_patches(run), *repeated, *_adapter(run), *_head(run), *_optimizer(run))

@@ -31,7 +31,8 @@ from megatron_dattn.models.adapter import VisualProjector
 from megatron_dattn.models.attention_inputs import AttentionInputs, LayerInputs
 from megatron_dattn.models.cross_attention import ImageCrossAttention
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.models.projections import gated_ffn
+from megatron_dattn.models.projections import gated_activation, gated_ffn
+from megatron_dattn.models.recompute import recompute_in_backward
 
 # Local tokens: all of them in one tensor, or visual and text tokens apart.
 States = tuple[Tensor, ...]
@@ -124,7 +125,10 @@ class DecoderLayer(TransformerLayer):
             # Text has changed, so it is normalized again; visual tokens have not.
             normed = torch.cat((normed_visual, self.input_layernorm(text)))
             hidden_states = torch.cat((visual, text))
-        added = self.post_attention_layernorm(self.self_attention(normed, inputs))
+        attended = self.self_attention(normed, inputs)
+        if self._recomputes_light_parts and self.cross_attention is None:
+            recompute_in_backward(normed, lambda: self.input_layernorm(tokens), attended)
+        added = self.post_attention_layernorm(attended)
         if added.shape[0] == hidden_states.shape[0]:
             return (hidden_states + added,)
         # Kept apart: joined they would be copied here and split again for the FFN.
@@ -163,13 +167,24 @@ class DecoderLayer(TransformerLayer):
         return torch.cat([self._checkpoint(function, chunk) for chunk in tokens.split(limit)])
 
     def _ffn_of(self, tokens: Tensor) -> Tensor:
-        normed = self.pre_mlp_layernorm(tokens)
-        added = (
-            gated_ffn(self.mlp, normed)
-            if torch.is_inference_mode_enabled()
-            else self.mlp(normed)[0]
-        )
+        if self._recomputes_light_parts:
+            added = self._lightly_kept_ffn(tokens)
+        elif torch.is_inference_mode_enabled():
+            added = gated_ffn(self.mlp, self.pre_mlp_layernorm(tokens))
+        else:
+            added = self.mlp(self.pre_mlp_layernorm(tokens))[0]
         return tokens + self.post_feedforward_layernorm(added)
+
+    def _lightly_kept_ffn(self, tokens: Tensor) -> Tensor:
+        """Norm and FFN; of what lies between tokens and sum, gate and up alone are kept."""
+        normed = self.pre_mlp_layernorm(tokens)
+        gate_up, _ = self.mlp.linear_fc1(normed)
+        middle = gated_activation(self.mlp, gate_up)
+        added, _ = self.mlp.linear_fc2(middle)
+        recompute_in_backward(middle, lambda: gated_activation(self.mlp, gate_up), added)
+        if normed is not tokens:  # as where Transformer Engine has the norm inside linear_fc1
+            recompute_in_backward(normed, lambda: self.pre_mlp_layernorm(tokens), gate_up)
+        return added
 
     def _part_of_ffn(self, tokens: Tensor, share: float) -> Tensor:
         added = _partial_ffn(self.mlp, self.pre_mlp_layernorm(tokens), share)
@@ -196,6 +211,12 @@ class DecoderLayer(TransformerLayer):
             return text
         # Stages exchange tensors of one fixed shape.
         return torch.cat((text.new_zeros(attention.shards.local_visual, *text.shape[1:]), text))
+
+    @property
+    def _recomputes_light_parts(self) -> bool:
+        # They are kept for the gradients of weights alone.
+        trained = self.mlp.linear_fc2.weight.requires_grad
+        return trained and self.config.recompute_granularity == "selective"
 
     @property
     def _token_ranks(self) -> int:

@@ -26,6 +26,7 @@ from megatron_dattn.models.projections import (
     project,
     project_queries_keys_values,
 )
+from megatron_dattn.models.recompute import recompute_in_backward
 
 
 class DecomposedCore(torch.nn.Module):
@@ -110,7 +111,7 @@ class DecomposedSelfAttention(SelfAttention):
             first = inputs.shards.visual if self.images_are_apart else 0
             key, value = inputs.cache.extend(key[first:], value[first:])
         head_mask = self.head_mask(value)
-        text = self._attend(query, key, value, head_mask, inputs)
+        text = self.core_attention(query, key, value, self.gate, head_mask, inputs)
         if head_mask is not None:
             visual = visual * head_mask.to(visual.dtype).unsqueeze(-1)
         return self._project_out(visual, text, inputs)
@@ -164,23 +165,6 @@ class DecomposedSelfAttention(SelfAttention):
         )
         return query[first_scored:], key, value
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        head_mask: Tensor | None,
-        inputs: LayerInputs,
-    ) -> Tensor:
-        def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self.core_attention(query, key, value, self.gate, head_mask, inputs)
-
-        # The gate comes by the closure and gets its gradient all the same: it is a parameter, and
-        # the backward pass through the recomputed core adds to its .grad.
-        if self.checkpoint_core_attention and self.training:
-            return tensor_parallel.checkpoint(core, False, query, key, value)
-        return core(query, key, value)
-
     def _project_out(self, visual: Tensor, scored: Tensor, inputs: LayerInputs) -> Tensor:
         """From values of diagonal tokens, [tokens, groups, D], and outputs of scored tokens."""
         shards, weight = inputs.shards, self.linear_proj.weight
@@ -200,8 +184,13 @@ class DecomposedSelfAttention(SelfAttention):
         if scored.shape[0] == inputs.plan.num_tokens:
             # linear_proj hands rank r the r-th equal piece, which must be [V_r | T_r]. Text tokens
             # alone are in that order as they are.
-            scored = shards.to_rank_order(scored)
-        out, _ = self.linear_proj(scored.unsqueeze(1))
+            ordered = shards.to_rank_order(scored)
+        else:
+            ordered = scored
+        out, _ = self.linear_proj(ordered.unsqueeze(1))
+        if ordered is not scored and self.linear_proj.weight.requires_grad:
+            # The attention keeps its output; the projection need not keep a copy of it.
+            recompute_in_backward(ordered, lambda: shards.to_rank_order(scored), out)
         return out
 
     def head_mask(self, value: Tensor) -> Tensor | None:

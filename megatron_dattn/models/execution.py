@@ -50,7 +50,8 @@ class ExecutionConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of weights and activations; the optimizer keeps fp32 in either case."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: the attention core alone, or whole layers."""
+    """Activation recomputation: the decoder's norms and FFN activations, which takes no matrix
+    product, or whole layers."""
     attention_backend: BackendName = "auto"
     """A backend of megatron_dattn/attention/backends, or the best one that fits the device."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"

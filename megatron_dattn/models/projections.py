@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
@@ -67,6 +68,15 @@ def gated_ffn(mlp: MLP, tokens: Tensor) -> Tensor:
     return project(mlp.linear_fc2, mlp.activation_func(gate) * up)
 
 
+def gated_activation(mlp: MLP, gate_up: Tensor) -> Tensor:
+    """The middle of megatron-core's gated FFN without biases, as its forward pass has it:
+    [tokens, 1, 2 * width] -> [tokens, 1, width]."""
+    if mlp.config.bias_activation_fusion:
+        return bias_swiglu_impl(gate_up, None)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return mlp.activation_func(gate) * up
+
+
 def fold_output_weight(weight: Tensor, num_groups: int, head_dim: int) -> Tensor:
     """W_o summed over the query heads of each group: [H, Hq * D] to [H, groups * D], same dtype."""
     return weight.unflatten(1, (num_groups, -1, head_dim)).sum(2).flatten(1)
@@ -91,7 +101,8 @@ class _ProjectTokens(torch.autograd.Function):
         num_groups: int,
         head_dim: int,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(local, weight)
+        # The weight's gradient alone reads the tokens: a frozen language model keeps none.
+        ctx.save_for_backward(local if ctx.needs_input_grad[1] else None, weight)
         ctx.shards, ctx.heads = shards, (num_groups, head_dim)
         tokens = shards.all_gather(local)
         visual, text = tokens[: -shards.text], tokens[-shards.text :]

@@ -125,7 +125,9 @@ def _recompute(execution: ExecutionConfig) -> dict[str, Any]:
     if execution.recompute == "none":
         return {}
     if execution.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        # What is selected is our decoder layer's own matter. megatron-core's layers, the vision
+        # encoder's, recompute nothing: without Transformer Engine their norms cannot be.
+        return {"recompute_granularity": "selective", "recompute_modules": []}
     return {
         "recompute_granularity": "full",
         "recompute_method": "uniform",

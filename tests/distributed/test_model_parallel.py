@@ -236,6 +236,9 @@ CASES = [
     Case(tensor=2, sequence_parallel=True, preset="s_attn"),
     Case(tensor=2, sequence_parallel=True, recompute="full"),
     Case(tensor=2, sequence_parallel=True, recompute="selective", tie=True),
+    Case(tensor=2, sequence_parallel=True, recompute="selective", preset="s_attn"),
+    Case(tensor=2, sequence_parallel=True, recompute="selective", savings=CHUNKED),
+    Case(pipeline=2, recompute="selective", family="gemma2", frozen=("vision_model",)),
     Case(tensor=2, sequence_parallel=True, frozen=("vision_model", "language_model")),
     # Of three images and four ranks one rank has none; the encoder's two heads are not cut.
     Case(tensor=4, sequence_parallel=True, heads=(8, 4)),

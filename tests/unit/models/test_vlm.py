@@ -72,11 +72,13 @@ def test_loss_and_gradients_do_not_depend_on_packing(preset):
         torch.testing.assert_close(grads_alone[name], grad, rtol=0, atol=atol, msg=name)
 
 
+@pytest.mark.parametrize("preset", ["dattn", "s_attn", "dattn_cascade", "saisa", "yopo"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_nothing(recompute):
-    batch = make_batch([9, 5, 8], [(3,), (), (0, 5)])
-    loss, grads = _loss_and_gradients(tiny_model(), [batch])
-    again, grads_again = _loss_and_gradients(tiny_model(recompute=recompute), [batch])
+def test_recomputation_changes_nothing(preset, recompute):
+    config = tiny_model_config(preset)
+    batch = make_batch([9, 5, 8], [(3,), (), (0, 5)], grid=config.image_grid)
+    loss, grads = _loss_and_gradients(tiny_model(config), [batch])
+    again, grads_again = _loss_and_gradients(tiny_model(config, recompute=recompute), [batch])
     assert torch.equal(loss, again)
     assert grads.keys() == grads_again.keys()
     for name, grad in grads.items():
