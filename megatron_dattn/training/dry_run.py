@@ -210,18 +210,24 @@ def _memory_section(plan: Plan) -> list[str]:
     heaviest = max(range(stages), key=lambda stage: by_stage[stage].total)
     memory = by_stage[heaviest]
     where = f" (heaviest pipeline stage: {heaviest})" if stages > 1 else ""
-    lines = [f"Memory per rank{where}; activations are an estimate"]
+    moments = {
+        "at the loss": memory.decoder + memory.vision + memory.head,
+        "in a layer's backward pass": memory.decoder + memory.vision + memory.at_work,
+        "in the update": memory.update,
+    }
+    worst = max(moments, key=lambda moment: moments[moment])
+    lines = [f"Memory per rank{where}; every text token has a label"]
     for label, held in (
         ("weights", memory.weights),
         ("gradients", memory.gradients),
         ("optimizer state", memory.optimizer),
+        ("buffers", memory.buffers),
         ("activations of the decoder", memory.decoder),
         ("activations of encoder and adapter", memory.vision),
-        ("logits", memory.head),
-        ("one layer's backward pass", memory.at_work),
-        ("total", memory.total),
+        *((f"together, {moment}", memory.states + held) for moment, held in moments.items()),
     ):
-        lines.append(f"  {label:<36}{_bytes(held):>10}")
+        lines.append(f"  {label:<37}{_bytes(held):>10}")
+    lines.append(f"  {'most, ' + worst:<37}{_bytes(memory.total):>10}")
     needed = memory.total + RESERVE_BYTES
     verdicts = [f"{size} GB {'yes' if needed <= size * 10**9 else 'NO'}" for size in GPU_SIZES_GB]
     lines.append(f"  fits, with {_bytes(RESERVE_BYTES)} to spare: " + ", ".join(verdicts))
