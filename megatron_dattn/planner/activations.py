@@ -208,11 +208,8 @@ def encoder(setup: Setup) -> int:
     log-sum-exps; both sides of the FFN's activation (2f). Under full recomputation a layer's input.
     """
     vision = setup.config.vision
-    d, f, patches = (
-        vision.hidden_size,
-        vision.intermediate_size,
-        setup.pack.images * vision.num_places,
-    )
+    d, f = vision.hidden_size, vision.intermediate_size
+    patches = setup.pack.images * vision.num_places
     kept = setup.pack.images * 3 * vision.image_size**2 * FP32
     if "vision_model" not in setup.trained:
         return kept + _adapter(setup)

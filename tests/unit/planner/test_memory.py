@@ -217,8 +217,8 @@ def test_decoder_bytes_by_hand() -> None:
     last = 64 * 2 * (64 + 2 * 32) + 32 * (per_token + per_text_token)
     entering = 96 * 2 * 64
     assert memory_of().decoder == entering + 3 * layer + last
-    # Layer 3: gradients of its output, and of gate, up and their product, which has gone.
-    assert memory_of().at_work == 96 * 2 * (64 + 2 * 96) - last
+    # The last layer: gradients of text tokens' output and FFN product, and of the second weight.
+    assert memory_of().at_work == 32 * 2 * (64 + 96) + 2 * 64 * 96
     # Without savings all tokens have a query and an output, the product of queries, keys and values
     # is kept whole, and values are repeated for the common projection.
     naive = memory_of(execution=ExecutionConfig(savings=NAIVE))
