@@ -95,7 +95,8 @@ def rank_memory(
             activations.decoder_layer_at_work(setup, first_layer + place) - sum(layers[place + 1 :])
             for place in range(len(layers))
         ),
-        # torch's Adam takes the root of the second moments of a module's parameters at a time.
+        # torch's Adam takes the root of the second moments of a module's parameters at a time;
+        # Transformer Engine's takes no such copy.
         update=max(updated.values(), default=0) * FP32 // sharded,
     )
 
