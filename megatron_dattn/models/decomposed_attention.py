@@ -26,7 +26,6 @@ from megatron_dattn.models.projections import (
     project,
     project_queries_keys_values,
 )
-from megatron_dattn.models.recompute import recompute_in_backward
 
 
 class DecomposedCore(torch.nn.Module):
@@ -184,13 +183,8 @@ class DecomposedSelfAttention(SelfAttention):
         if scored.shape[0] == inputs.plan.num_tokens:
             # linear_proj hands rank r the r-th equal piece, which must be [V_r | T_r]. Text tokens
             # alone are in that order as they are.
-            ordered = shards.to_rank_order(scored)
-        else:
-            ordered = scored
-        out, _ = self.linear_proj(ordered.unsqueeze(1))
-        if ordered is not scored and self.linear_proj.weight.requires_grad:
-            # The attention keeps its output; the projection need not keep a copy of it.
-            recompute_in_backward(ordered, lambda: shards.to_rank_order(scored), out)
+            scored = shards.to_rank_order(scored)
+        out, _ = self.linear_proj(scored.unsqueeze(1))
         return out
 
     def head_mask(self, value: Tensor) -> Tensor | None:

@@ -209,15 +209,18 @@ def encoder(setup: Setup) -> int:
     """
     vision = setup.config.vision
     d, f = vision.hidden_size, vision.intermediate_size
-    patches = setup.pack.images * vision.num_places
+    tensor, images = setup.tensor, setup.pack.images
+    if setup.execution.encoder_tp_mode == "data":  # a share of the images, the whole encoder
+        tensor, images = 1, -(-images // tensor)
+    patches = images * vision.num_places
     kept = setup.pack.images * 3 * vision.image_size**2 * FP32
     if "vision_model" not in setup.trained:
         return kept + _adapter(setup)
     layer = patches * d * setup.value
     if setup.execution.recompute != "full":
         layer *= 4
-        layer += patches * (4 * d + 2 * f) * setup.value // setup.tensor
-        layer += patches * vision.num_attention_heads * FP32 // setup.tensor
+        layer += patches * (4 * d + 2 * f) * setup.value // tensor
+        layer += patches * vision.num_attention_heads * FP32 // tensor
     kept += patches * (3 * vision.patch_size**2 + d) * setup.value  # the patch embedding's sides
     return kept + vision.num_used_layers * layer + _adapter(setup)
 
