@@ -1,13 +1,9 @@
-"""The common frame of backends whose kernel takes ragged segments: fold, call, unfold.
+"""The common frame of backends whose kernel takes ragged segments and grouped heads.
 
-Nothing is padded: such a kernel takes segment boundaries. Its causal mask is aligned at the bottom
-right, which is the same as ours because causal segments are square. Where a token has no key it
-reports a log-sum-exp of +inf (one of them -inf, unless there is no key at all); we say -inf, the
-value that merges to nothing.
-
-Without a causal mask the order of queries inside a segment is free, so the query heads that share a
-key head become further query tokens: the kernel then sees as many query as key heads, and sums key
-and value gradients over the group in float32 itself instead of in half precision afterwards.
+Nothing is padded or copied: such a kernel takes segment boundaries, and fewer key than query heads.
+Its causal mask is aligned at the bottom right, which is the same as ours because causal segments
+are square. Where a token has no key it reports a log-sum-exp of +inf (one of them -inf, unless
+there is no key at all); we say -inf, the value that merges to nothing.
 """
 
 from abc import ABC, abstractmethod
@@ -75,11 +71,10 @@ class VarlenBackend(Backend, ABC):
         part: Part,
         score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor]:
-        group = _foldable_group(query, key, part)
-        scores = _ragged_scores(part, group, score_function)
-        out, lse = self.varlen_forward(_fold(query, group), key, value, scores)
-        lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-        return _unfold(out, group), _unfold(lse.T.unsqueeze(-1), group).squeeze(-1)
+        out, lse = self.varlen_forward(query, key, value, _ragged_scores(part, score_function))
+        # One kernel, where a comparison and a masked_fill are two. A NaN stays: it is to be seen.
+        lse = lse.nan_to_num(torch.nan, posinf=-torch.inf, neginf=-torch.inf)
+        return out, lse.T
 
     def backward(
         self,
@@ -92,17 +87,8 @@ class VarlenBackend(Backend, ABC):
         part: Part,
         score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        group = _foldable_group(query, key, part)
-        grad_query, grad_key, grad_value = self.varlen_backward(
-            _fold(grad_out, group),
-            _fold(query, group),
-            key,
-            value,
-            _fold(out, group),
-            _fold(lse.unsqueeze(-1), group).squeeze(-1).T.contiguous(),
-            _ragged_scores(part, group, score_function),
-        )
-        return _unfold(grad_query, group), grad_key, grad_value
+        scores = _ragged_scores(part, score_function)
+        return self.varlen_backward(grad_out, query, key, value, out, lse.T.contiguous(), scores)
 
 
 def unsupported_tensors(
@@ -131,32 +117,13 @@ def empty_gradients(*inputs: Tensor) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
 
-def _ragged_scores(part: Part, group: int, function: ScoreFunction) -> RaggedScores:
+def _ragged_scores(part: Part, function: ScoreFunction) -> RaggedScores:
     return RaggedScores(
-        query_cu_seqlens=part.query_cu_seqlens * group,
+        query_cu_seqlens=part.query_cu_seqlens,
         key_cu_seqlens=part.key_cu_seqlens,
-        longest_query=max(part.query_lengths) * group,
+        longest_query=max(part.query_lengths),
         longest_key=max(part.key_lengths),
         function=function,
         causal=part.causal,
         window=part.window,
     )
-
-
-def _foldable_group(query: Tensor, key: Tensor, part: Part) -> int:
-    """Query heads per key head to turn into tokens; 1 under a causal mask, where order counts."""
-    return 1 if part.causal else query.shape[1] // key.shape[1]
-
-
-def _fold(tokens: Tensor, group: int) -> Tensor:
-    """[N, Hk * group, D] to [N * group, Hk, D]; segments stay together."""
-    if group == 1:
-        return tokens
-    return tokens.unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
-
-
-def _unfold(tokens: Tensor, group: int) -> Tensor:
-    """The inverse of `_fold`."""
-    if group == 1:
-        return tokens
-    return tokens.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)
