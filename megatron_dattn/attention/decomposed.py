@@ -12,6 +12,7 @@ of each part yields exactly its columns of the joint gradient. A merge that leav
 its own has two such pairs and no weight that depends on S, so autograd joins them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_dattn.attention.backends.base import Backend, ScoreFunction
-from megatron_dattn.attention.merge import alpha_merge, merge_dtype, weighted_merge
+from megatron_dattn.attention.gather import add_gradients, join_parts, take_rotated
+from megatron_dattn.attention.merge import merge_dtype, weighted_merge
 from megatron_dattn.attention.plan.parts import AttentionPlan, Part
 from megatron_dattn.attention.positions import Rotary, apply_rotary
 
@@ -179,19 +181,17 @@ class _JointSoftmax(torch.autograd.Function):
         score_function: ScoreFunction,
         backend: Backend,
     ) -> Tensor:
-        out = query.new_zeros(query.shape, dtype=_sum_dtype(query, len(parts) > 1))
-        lse = query.new_full(query.shape[:2], -torch.inf, dtype=merge_dtype(query.dtype))
-        for part in parts:
-            q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
-            part_out, part_lse = backend.forward(q, k, v, part, score_function)
-            tokens = part.query_tokens
-            if part is not parts[0]:
-                part_out, part_lse = alpha_merge(
-                    tokens.take(out), tokens.take(lse), part_out, part_lse
-                )
-            tokens.put(out, part_out)
-            tokens.put(lse, part_lse)
-        out = out.to(query.dtype)
+        tables = _tables(cos, sin, first_scored)
+        results = [
+            backend.forward(*_read(part, query, key, value, tables), part, score_function)
+            for part in parts
+        ]
+        if parts:
+            places = [part.query_tokens.places for part in parts]
+            outs, lses = zip(*results, strict=True)
+            out, lse = join_parts(outs, lses, places, query.dtype)
+        else:
+            out = lse = torch.zeros_like(query)
         ctx.save_for_backward(query, key, value, cos, sin, out, lse)
         ctx.parts, ctx.shared_keys, ctx.first_scored = parts, shared_keys, first_scored
         ctx.score_function, ctx.backend = score_function, backend
@@ -202,50 +202,68 @@ class _JointSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, cos, sin, out, lse = ctx.saved_tensors
         parts: tuple[Part, ...] = ctx.parts
-        first_scored: int = ctx.first_scored
-        grad_query = torch.zeros_like(query, dtype=_sum_dtype(query, len(parts) > 1))
-        # A patch in YOPO's windows is a key of 25 segments: BF16 would lose what the last ones add.
-        key_dtype = _sum_dtype(key, ctx.shared_keys)
-        grad_key, grad_value = (
-            torch.zeros_like(tokens, dtype=key_dtype) for tokens in (key, value)
-        )
+        if not parts:  # no images; whoever projected the query still waits for its gradient
+            return *map(torch.zeros_like, (query, key, value)), *[None] * 7
+        tables = _tables(cos, sin, ctx.first_scored)
+        of_parts = []
         for part in parts:
-            tokens = part.query_tokens
-            q, k, v = _read(part, query, key, value, (cos, sin), first_scored)
-            do, o, s = (tokens.take(tensor) for tensor in (grad_out, out, lse))
-            dq, dk, dv = ctx.backend.backward(do, q, k, v, o, s, part, ctx.score_function)
-            if part.rotary:
-                query_rotary, key_rotary = _rotary_of(part, (cos, -sin), first_scored)
-                dq, dk = apply_rotary(dq, query_rotary), apply_rotary(dk, key_rotary)
-            tokens.add(grad_query, dq)
-            part.key_tokens.add(grad_key, dk)
-            part.key_tokens.add(grad_value, dv)
-        gradients = (grad.to(query.dtype) for grad in (grad_query, grad_key, grad_value))
-        return *gradients, *[None] * 7
+            q, k, v = _read(part, query, key, value, tables)
+            do, o, s = (part.query_tokens.take(tensor) for tensor in (grad_out, out, lse))
+            of_parts.append(ctx.backend.backward(do, q, k, v, o, s, part, ctx.score_function))
+        queries, keys, values = zip(*of_parts, strict=True)
+        query_rotaries, key_rotaries = (
+            [table if part.rotary else None for part in parts] for table in tables
+        )
+        places = [part.query_tokens.places for part in parts]
+        grad_query = add_gradients(queries, places, query_rotaries, query.dtype)
+        add = _add_shared if ctx.shared_keys else _add_to_keys
+        grad_key = add(key, keys, parts, key_rotaries)
+        grad_value = add(value, values, parts, [None] * len(parts))
+        return grad_query, grad_key, grad_value, *[None] * 7
 
 
-def _sum_dtype(tokens: Tensor, several: bool) -> torch.dtype:
-    """Several terms of a token add up in the merge's precision; a single one is final."""
-    return merge_dtype(tokens.dtype) if several else tokens.dtype
+_Rotaries = Sequence[Rotary | None]
+
+
+def _add_to_keys(
+    tokens: Tensor, grads: Sequence[Tensor], parts: Sequence[Part], rotaries: _Rotaries
+) -> Tensor:
+    """The gradient of keys or values [N, heads, D], each of which one part has read at most."""
+    places = [part.key_tokens.places for part in parts]
+    # A cross-attention's keys are those of visual tokens alone, which come first.
+    here = [where if where is None else where[: len(tokens)] for where in places]
+    return add_gradients(grads, here, rotaries, tokens.dtype)
+
+
+def _add_shared(
+    tokens: Tensor, grads: Sequence[Tensor], parts: Sequence[Part], rotaries: _Rotaries
+) -> Tensor:
+    """The same where several segments read a key."""
+    # A patch in YOPO's windows is a key of 25 segments: BF16 would lose what the last ones add.
+    total = torch.zeros_like(tokens, dtype=merge_dtype(tokens.dtype))
+    for part, grad, rotary in zip(parts, grads, rotaries, strict=True):
+        if rotary is not None:
+            cos, sin = (part.key_tokens.take(table) for table in rotary)
+            grad = apply_rotary(grad, (cos, -sin))
+        part.key_tokens.add(total, grad)
+    return total.to(tokens.dtype)
+
+
+def _tables(cos: Tensor, sin: Tensor, first_scored: int) -> tuple[Rotary, Rotary]:
+    """Tables of all queries and of all keys."""
+    return (cos[first_scored:], sin[first_scored:]), (cos, sin)
 
 
 def _read(
-    part: Part, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, first_scored: int
+    part: Part, query: Tensor, key: Tensor, value: Tensor, tables: tuple[Rotary, Rotary]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The part's own tokens, rotated if its scores are; backward repeats this to save memory."""
-    q, k, v = part.query_tokens.take(query), part.key_tokens.take(key), part.key_tokens.take(value)
-    if part.rotary:
-        query_rotary, key_rotary = _rotary_of(part, rotary, first_scored)
-        q, k = apply_rotary(q, query_rotary), apply_rotary(k, key_rotary)
-    return q, k, v
-
-
-def _rotary_of(part: Part, rotary: Rotary, first_scored: int) -> tuple[Rotary, Rotary]:
-    """Tables of the part's queries and of its keys."""
-    cos, sin = rotary
     queries, keys = part.query_tokens, part.key_tokens
-    query_rotary = queries.take(cos[first_scored:]), queries.take(sin[first_scored:])
-    return query_rotary, (keys.take(cos), keys.take(sin))
+    v = keys.take(value)
+    if not part.rotary:
+        return queries.take(query), keys.take(key), v
+    of_queries, of_keys = tables
+    return take_rotated(queries, query, of_queries), take_rotated(keys, key, of_keys), v
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> None:

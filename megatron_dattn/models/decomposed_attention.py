@@ -101,10 +101,9 @@ class DecomposedSelfAttention(SelfAttention):
         """
         if inputs.step is not None:
             return self._decode_step(hidden_states, inputs)
-        query, key, value = self._project_in(hidden_states, inputs)
+        query, key, value, visual = self._project_in(hidden_states, inputs)
         if not self.images_are_apart:
             inputs.show(self.layer_number, query, key)
-        visual = value[: inputs.plan.num_diagonal_tokens]
         if inputs.cache is not None:
             # Of an image whose tokens a cross-attention has kept, nobody reads these.
             first = inputs.shards.visual if self.images_are_apart else 0
@@ -144,8 +143,9 @@ class DecomposedSelfAttention(SelfAttention):
 
     def _project_in(
         self, hidden_states: Tensor, inputs: LayerInputs
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query of the scored tokens, key and value of all that pass."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query of the scored tokens, key and value of all that pass, and the values of those whose
+        output is their own value."""
         # Not the plan's number of the first one, which counts the tokens of a cache, too.
         first_scored = inputs.shards.num_tokens - inputs.plan.num_scored_tokens
         if self.savings.visual_queries and first_scored:
@@ -155,14 +155,20 @@ class DecomposedSelfAttention(SelfAttention):
                 inputs.shards,
                 self.num_query_groups_per_partition,
                 self.hidden_size_per_attention_head,
+                inputs.plan.num_diagonal_tokens,
             )
         # megatron-core's linear_qkv gathers whole ranks, [V_0 | T_0 | V_1 | T_1 ..]; the plan
         # counts in [V | T].
-        query, key, value = (
-            inputs.shards.from_rank_order(states.squeeze(1))
-            for states in self.get_query_key_value_tensors(hidden_states)
+        mixed = inputs.shards.from_rank_order(project(self.linear_qkv, hidden_states).squeeze(1))
+        heads = mixed.unflatten(
+            1, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
         )
-        return query[first_scored:], key, value
+        query, key, value = heads.split((heads.shape[2] - 2, 1, 1), dim=2)
+        key, value = key.squeeze(2), value.squeeze(2)
+        own = value[: inputs.plan.num_diagonal_tokens]
+        query = query.flatten(1, 2)
+        # Without a slice there are no zeros for its gradient to be written into.
+        return query[first_scored:] if first_scored else query, key, value, own
 
     def _project_out(self, visual: Tensor, scored: Tensor, inputs: LayerInputs) -> Tensor:
         """From values of diagonal tokens, [tokens, groups, D], and outputs of scored tokens."""

@@ -13,7 +13,8 @@ class RMSNorm(torch.nn.Module):
     """Root-mean-square norm with the numerics of Hugging Face's `MistralRMSNorm`.
 
     The statistics are taken in fp32 (fp64 for fp64 inputs); the normalized token is rounded to the
-    input's dtype before the weight is applied.
+    input's dtype before the weight is applied, but on CUDA, where one kernel does it all in fp32
+    and keeps nothing in between for the backward pass.
 
     Args:
         config: gives the parameters' dtype and whether tokens are sharded over the ranks.
@@ -32,7 +33,10 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalize the last dimension, [..., hidden_size] -> the same shape and dtype."""
-        return self.weight * F.rms_norm(hidden_states, (self.hidden_size,), None, self.eps)
+        shape = (self.hidden_size,)
+        if hidden_states.is_cuda:
+            return F.rms_norm(hidden_states, shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(hidden_states, shape, None, self.eps)
 
 
 class ZeroCentredRMSNorm(RMSNorm):

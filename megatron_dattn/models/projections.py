@@ -27,8 +27,13 @@ from megatron_dattn.parallel.sequence import SequenceLayout
 
 
 def project_queries_keys_values(
-    local: Tensor, weight: Tensor, shards: SequenceLayout, num_groups: int, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    local: Tensor,
+    weight: Tensor,
+    shards: SequenceLayout,
+    num_groups: int,
+    head_dim: int,
+    num_diagonal: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries of text tokens, keys and values of all tokens.
 
     Args:
@@ -37,13 +42,16 @@ def project_queries_keys_values(
         weight: this rank's share of the fused weight, [groups * (queries + 2) * head_dim, H]; in
             every group stand its query heads, then its key, then its value.
         num_groups: key heads of this rank.
+        num_diagonal: leading tokens whose output is their own value.
 
     Returns:
-        Query [text tokens, query heads, head_dim]; key and value [all tokens, groups, head_dim].
+        Query [text tokens, query heads, head_dim]; key and value [all tokens, groups, head_dim];
+        and the diagonal tokens' values once more, [num_diagonal, groups, head_dim].
     """
-    query, key_value = _ProjectTokens.apply(local.squeeze(1), weight, shards, num_groups, head_dim)
-    key, value = key_value.unflatten(1, (2, num_groups, head_dim)).unbind(1)
-    return query.unflatten(1, (-1, head_dim)), key, value
+    heads = weight.unflatten(0, (num_groups, -1, head_dim))
+    outputs = _ProjectTokens.apply(local.squeeze(1), heads, shards, num_diagonal)
+    assert isinstance(outputs, tuple)
+    return outputs
 
 
 def project(layer: Any, tokens: Tensor) -> Tensor:
@@ -88,69 +96,69 @@ class _ProjectTokens(torch.autograd.Function):
     There the messages travel while products are computed that do not need them: the tokens during
     the gradient of the input, and that gradient during the weight's, as in megatron-core's linear
     layers. Keeping the gathered tokens for it would undo the memory that sequence parallelism
-    saves. Text tokens meet the whole weight as it lies; only for visual tokens are the key and
-    value rows, a small part of it, copied together.
+    saves. What is a slice of the weight's rows in every group is multiplied group by group, in one
+    batched product, and its gradient is written where it belongs: no rows are copied together. Only
+    the gradient of visual tokens is a sum over groups, for which their key and value rows, a small
+    part of the weight, are.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        local: Tensor,
-        weight: Tensor,
-        shards: SequenceLayout,
-        num_groups: int,
-        head_dim: int,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, local: Tensor, heads: Tensor, shards: SequenceLayout, num_diagonal: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # The weight's gradient alone reads the tokens: a frozen language model keeps none.
-        ctx.save_for_backward(local if ctx.needs_input_grad[1] else None, weight)
-        ctx.shards, ctx.heads = shards, (num_groups, head_dim)
+        ctx.save_for_backward(local if ctx.needs_input_grad[1] else None, heads)
+        ctx.shards, ctx.num_diagonal = shards, num_diagonal
+        ctx.set_materialize_grads(False)  # of diagonal values that nobody reads
         tokens = shards.all_gather(local)
-        visual, text = tokens[: -shards.text], tokens[-shards.text :]
-        mixed = (text @ weight.T).unflatten(1, (num_groups, -1, head_dim))
-        query = mixed[:, :, :-2].flatten(1)
-        key_value = query.new_empty(len(tokens), 2 * num_groups * head_dim)
-        if len(visual):
-            torch.mm(visual, _key_value_rows(weight, *ctx.heads).T, out=key_value[: len(visual)])
-        of_text = key_value[-shards.text :].unflatten(1, (2, num_groups, head_dim))
-        of_text.copy_(mixed[:, :, -2:].transpose(1, 2))
-        return query, key_value
+        query = _product_by_group(tokens[-shards.text :], heads[:, :-2]).flatten(1, 2)
+        key, value = _product_by_group(tokens, heads[:, -2:]).unbind(2)
+        # A slice taken outside would have a backward pass of its own: zeros for all tokens, filled
+        # in and added.
+        return query, key, value, value[:num_diagonal]
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_query: Tensor, grad_key_value: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        local, weight = ctx.saved_tensors
+        ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, grad_own: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        local, heads = ctx.saved_tensors
         shards: SequenceLayout = ctx.shards
-        scattering, grad_weight = None, None
+        scattering, grad_heads = None, None
         if ctx.needs_input_grad[1]:  # not where the language model is frozen
             gathering = shards.start_all_gather(local)
+        grad_query = grad_query.unflatten(1, (len(heads), -1))
+        grad_key_value = torch.stack((grad_key, grad_value), dim=2)
+        if grad_own is not None:
+            grad_key_value[: ctx.num_diagonal, :, 1] += grad_own
         if ctx.needs_input_grad[0]:
             # Of this rank's heads; the sum over the ranks is the gradient.
-            grad_visual = grad_key_value[: -shards.text] @ _key_value_rows(weight, *ctx.heads)
-            grad_text = grad_query.T, grad_key_value[-shards.text :].T
-            grad_mixed = _join_rows(*grad_text, *ctx.heads).T
-            scattering = shards.start_reduce_scatter(grad_visual, grad_mixed @ weight)
+            of_visual = grad_key_value[: -shards.text].flatten(1) @ heads[:, -2:].flatten(0, 2)
+            mixed = torch.cat((grad_query, grad_key_value[-shards.text :]), dim=2)
+            of_text = mixed.flatten(1) @ heads.flatten(0, 2)
+            scattering = shards.start_reduce_scatter(of_visual, of_text)
         if ctx.needs_input_grad[1]:
             # Not by kinds of tokens: a sum of two products would be rounded twice.
             tokens = gathering.wait()
-            grad_weight = _join_rows(
-                grad_query.T @ tokens[-shards.text :], grad_key_value.T @ tokens, *ctx.heads
-            )
+            grad_heads = torch.empty_like(heads)
+            _add_up_by_group(grad_query, tokens[-shards.text :], grad_heads[:, :-2])
+            _add_up_by_group(grad_key_value, tokens, grad_heads[:, -2:])
         grad_local = None if scattering is None else scattering.wait()
-        return grad_local, grad_weight, None, None, None
+        return grad_local, grad_heads, None, None
 
 
-def _key_value_rows(weight: Tensor, num_groups: int, head_dim: int) -> Tensor:
-    """Rows of the fused weight that make keys and then values, [2 * groups * head_dim, H]: a
-    copy."""
-    heads = weight.unflatten(0, (num_groups, -1, head_dim))
-    return heads[:, -2:].transpose(0, 1).flatten(0, 2)
+def _product_by_group(tokens: Tensor, heads: Tensor) -> Tensor:
+    """Products of [N, H] with some heads of every group, [groups, heads, D, H]:
+    [N, groups, heads, D]."""
+    groups, num_heads, head_dim, _ = heads.shape
+    out = tokens.new_empty(len(tokens), groups, num_heads * head_dim)
+    rows = heads.flatten(1, 2).mT
+    torch.bmm(tokens.expand(groups, -1, -1), rows, out=out.transpose(0, 1))
+    return out.unflatten(2, (num_heads, head_dim))
 
 
-def _join_rows(query: Tensor, key_value: Tensor, num_groups: int, head_dim: int) -> Tensor:
-    """Rows for queries and rows for keys and then values, [rows, N] each, in the order of the fused
-    weight's, [groups * (queries + 2) * head_dim, N]."""
-    queries = query.unflatten(0, (num_groups, -1, head_dim))
-    keys_values = key_value.unflatten(0, (2, num_groups, head_dim)).transpose(0, 1)
-    return torch.cat((queries, keys_values), dim=1).flatten(0, 2)
+def _add_up_by_group(grads: Tensor, tokens: Tensor, out: Tensor) -> None:
+    """Gradients [N, groups, heads, D] times tokens [N, H], summed over the tokens, into those heads
+    of the weight's gradient, [groups, heads, D, H]."""
+    rows = grads.flatten(2).permute(1, 2, 0)
+    torch.bmm(rows, tokens.expand(len(out), -1, -1), out=out.flatten(1, 2))

@@ -27,12 +27,28 @@ class TokenIndex:
     start: int = 0
     index: Tensor | None = None  # int64 [length]; tokens may repeat
     indexed: RangeTable | None = None  # what `index` holds, on the host
+    # Of every token of the tensor: where it stands in this list, -1 for nowhere, int64 [N]. None if
+    # the list is all of them in their order, and where it is not known or not one place.
+    places: Tensor | None = None
 
     @staticmethod
-    def from_ranges(ranges: Iterable[TokenRange] | RangeTable) -> "TokenIndex":
-        """The tokens of all ranges, one range after the other, for tensors of the host."""
+    def from_ranges(
+        ranges: Iterable[TokenRange] | RangeTable, num_tokens: int | None = None
+    ) -> "TokenIndex":
+        """The tokens of all ranges, one range after the other, for tensors of the host.
+
+        Args:
+            num_tokens: of the tensor, to know their `places`.
+        """
         table = ranges if isinstance(ranges, np.ndarray) else range_table(ranges)
         joined = _join_adjacent(table)
+        tokens = TokenIndex._of(joined)
+        if num_tokens is None or (tokens.length == num_tokens and tokens.index is None):
+            return tokens
+        return replace(tokens, places=tokens._places(num_tokens))
+
+    @staticmethod
+    def _of(joined: RangeTable) -> "TokenIndex":
         if len(joined) <= 1:
             start, end = joined[0].tolist() if len(joined) else (0, 0)
             return TokenIndex(end - start, start=start)
@@ -43,9 +59,17 @@ class TokenIndex:
         index = np.arange(places[-1]) + (ends - places).repeat(lengths)
         return TokenIndex(len(index), index=torch.from_numpy(index), indexed=joined)
 
+    def _places(self, num_tokens: int) -> Tensor:
+        places = np.full(num_tokens, -1)
+        here = slice(self.start, self.start + self.length)
+        places[here if self.index is None else self.index.numpy()] = np.arange(self.length)
+        return torch.from_numpy(places)
+
     def with_tensors(self, function: Callable[[Tensor], Tensor]) -> "TokenIndex":
-        """The same tokens, named by what the function makes of the index, int64 [length]."""
-        return self if self.index is None else replace(self, index=function(self.index))
+        """The same tokens with what the function makes of index and places, int64 [n] each."""
+        index = None if self.index is None else function(self.index)
+        places = None if self.places is None else function(self.places)
+        return replace(self, index=index, places=places)
 
     @property
     def ranges(self) -> RangeTable:

@@ -130,11 +130,12 @@ def plan_attention(
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} tokens hides a token from itself")
     first_scored = 0 if config.scores_visual_tokens else layout.visual_budget
-    joint, apart = split_parts(attention_rules(layout, config, window), config.merge, first_scored)
+    scored = first_scored, layout.num_tokens
+    joint, apart = split_parts(attention_rules(layout, config, window), config.merge, scored)
     plan = AttentionPlan(
         num_tokens=layout.num_tokens,
         num_visual_tokens=layout.visual_budget,
-        scored_tokens=(first_scored, layout.num_tokens),
+        scored_tokens=scored,
         num_diagonal_tokens=layout.visual_budget if config.v2v == "diagonal" else 0,
         parts=joint,
         visual_parts=apart,
@@ -169,26 +170,29 @@ def plans_to_device(
 
 
 def split_parts(
-    rules: Iterable[PartRule], merge: Merge, first_scored: int
+    rules: Iterable[PartRule], merge: Merge, scored: TokenRange
 ) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """The parts of one joint softmax, and T2V where the merge keeps it apart; none is empty."""
     joint: list[Part] = []
     apart: list[Part] = []
     for rule in rules:
-        part = build_part(rule, first_scored)
+        part = build_part(rule, scored)
         if part.query_lengths:
             (apart if rule.is_t2v and merge != "alpha" else joint).append(part)
     return tuple(joint), tuple(apart)
 
 
-def build_part(rule: PartRule, first_scored: int) -> Part:
-    """A part, on the host, of those segments that are not empty; `first_scored` is query token 0's
-    packed token."""
+def build_part(rule: PartRule, scored: TokenRange) -> Part:
+    """A part, on the host, of those segments that are not empty; `scored` are the packed tokens
+    that the query tensor has, up to the last one of the pack."""
+    first_scored, num_tokens = scored
     table = rule.segments if isinstance(rule.segments, SegmentTable) else _table_of(rule.segments)
     return Part(
         name=rule.name,
-        query_tokens=TokenIndex.from_ranges(table.queries - first_scored),
-        key_tokens=TokenIndex.from_ranges(table.keys),
+        query_tokens=TokenIndex.from_ranges(
+            table.queries - first_scored, num_tokens - first_scored
+        ),
+        key_tokens=TokenIndex.from_ranges(table.keys, num_tokens),
         query_lengths=table.query_lengths,
         key_lengths=table.key_lengths,
         causal=rule.causal,
