@@ -51,3 +51,22 @@ def test_a_repeated_token_receives_every_addition() -> None:
     target = torch.zeros(3, dtype=torch.bfloat16)
     TokenIndex.from_ranges([(0, 2), (0, 3)]).add(target, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert target.tolist() == [4, 6, 5]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "places"),
+    [
+        ([(1, 4)], [-1, 0, 1, 2, -1]),
+        ([(3, 5), (0, 1)], [2, -1, -1, 0, 1]),
+        ([(0, 5)], None),
+        ([(3, 5), (0, 3)], [2, 3, 4, 0, 1]),
+        ([], [-1] * 5),
+    ],
+)
+def test_every_token_knows_its_place(
+    ranges: list[tuple[int, int]], places: list[int] | None
+) -> None:
+    tokens = TokenIndex.from_ranges(ranges, 5)
+    assert (tokens.places if tokens.places is None else tokens.places.tolist()) == places
+    moved = tokens.with_tensors(lambda tensor: tensor + 0)
+    assert (moved.places is None) == (places is None)
