@@ -20,7 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_dattn.attention.backends.base import Backend, ScoreFunction
-from megatron_dattn.attention.gather import add_gradients, join_parts, take_rotated
+from megatron_dattn.attention.gather import (
+    add_key_gradients,
+    add_query_gradients,
+    join_parts,
+    take_rotated,
+)
 from megatron_dattn.attention.merge import merge_dtype, weighted_merge
 from megatron_dattn.attention.plan.parts import AttentionPlan, Part
 from megatron_dattn.attention.positions import Rotary, apply_rotary
@@ -205,48 +210,43 @@ class _JointSoftmax(torch.autograd.Function):
         if not parts:  # no images; whoever projected the query still waits for its gradient
             return *map(torch.zeros_like, (query, key, value)), *[None] * 7
         tables = _tables(cos, sin, ctx.first_scored)
-        of_parts = []
+        of_queries, of_keys = [], []
         for part in parts:
             q, k, v = _read(part, query, key, value, tables)
             do, o, s = (part.query_tokens.take(tensor) for tensor in (grad_out, out, lse))
-            of_parts.append(ctx.backend.backward(do, q, k, v, o, s, part, ctx.score_function))
-        queries, keys, values = zip(*of_parts, strict=True)
+            dq, dk, dv = ctx.backend.backward(do, q, k, v, o, s, part, ctx.score_function)
+            of_queries.append(dq)
+            of_keys.append((dk, dv))
         query_rotaries, key_rotaries = (
             [table if part.rotary else None for part in parts] for table in tables
         )
         places = [part.query_tokens.places for part in parts]
-        grad_query = add_gradients(queries, places, query_rotaries, query.dtype)
-        add = _add_shared if ctx.shared_keys else _add_to_keys
-        grad_key = add(key, keys, parts, key_rotaries)
-        grad_value = add(value, values, parts, [None] * len(parts))
-        return grad_query, grad_key, grad_value, *[None] * 7
-
-
-_Rotaries = Sequence[Rotary | None]
-
-
-def _add_to_keys(
-    tokens: Tensor, grads: Sequence[Tensor], parts: Sequence[Part], rotaries: _Rotaries
-) -> Tensor:
-    """The gradient of keys or values [N, heads, D], each of which one part has read at most."""
-    places = [part.key_tokens.places for part in parts]
-    # A cross-attention's keys are those of visual tokens alone, which come first.
-    here = [where if where is None else where[: len(tokens)] for where in places]
-    return add_gradients(grads, here, rotaries, tokens.dtype)
+        grad_query = add_query_gradients(of_queries, places, query_rotaries, query.dtype)
+        if ctx.shared_keys:
+            return grad_query, *_add_shared(of_keys, parts, key_rotaries, key), *[None] * 7
+        places = [part.key_tokens.places for part in parts]
+        # A cross-attention's keys are those of visual tokens alone, which come first.
+        places = [where if where is None else where[: len(key)] for where in places]
+        return grad_query, *add_key_gradients(of_keys, places, key_rotaries, key.dtype), *[None] * 7
 
 
 def _add_shared(
-    tokens: Tensor, grads: Sequence[Tensor], parts: Sequence[Part], rotaries: _Rotaries
-) -> Tensor:
-    """The same where several segments read a key."""
+    grads: Sequence[tuple[Tensor, Tensor]],
+    parts: Sequence[Part],
+    rotaries: Sequence[Rotary | None],
+    key: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`add_key_gradients` where several segments read a key."""
     # A patch in YOPO's windows is a key of 25 segments: BF16 would lose what the last ones add.
-    total = torch.zeros_like(tokens, dtype=merge_dtype(tokens.dtype))
-    for part, grad, rotary in zip(parts, grads, rotaries, strict=True):
+    dtype = merge_dtype(key.dtype)
+    grad_key, grad_value = (torch.zeros_like(key, dtype=dtype) for _ in range(2))
+    for part, (dk, dv), rotary in zip(parts, grads, rotaries, strict=True):
         if rotary is not None:
             cos, sin = (part.key_tokens.take(table) for table in rotary)
-            grad = apply_rotary(grad, (cos, -sin))
-        part.key_tokens.add(total, grad)
-    return total.to(tokens.dtype)
+            dk = apply_rotary(dk, (cos, -sin))
+        part.key_tokens.add(grad_key, dk)
+        part.key_tokens.add(grad_value, dv)
+    return grad_key.to(key.dtype), grad_value.to(key.dtype)
 
 
 def _tables(cos: Tensor, sin: Tensor, first_scored: int) -> tuple[Rotary, Rotary]:

@@ -65,19 +65,41 @@ def join_parts(
 
 
 @fused
-def add_gradients(
+def add_query_gradients(
     grads: Sequence[Tensor],
     places: Sequence[Tensor | None],
     rotaries: Sequence[Rotary | None],
     dtype: torch.dtype,
 ) -> Tensor:
-    """What parts send back to the tokens they have taken, [N, heads, D] of `dtype`.
+    """What parts send back to the queries they have taken, [N, heads, D] of `dtype`.
 
     Args:
         grads: of each part's tokens, [n, heads, D], rotated or not.
         places: of those tokens, `TokenIndex.places`.
         rotaries: tables of all N tokens for parts that are rotated.
     """
+    return _added(grads, places, rotaries, dtype)
+
+
+@fused
+def add_key_gradients(
+    grads: Sequence[tuple[Tensor, Tensor]],
+    places: Sequence[Tensor | None],
+    rotaries: Sequence[Rotary | None],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The same of keys and of values, which are not rotated, [N, heads, D] each."""
+    keys, values = zip(*grads, strict=True)
+    no_rotaries = [None] * len(places)
+    return _added(keys, places, rotaries, dtype), _added(values, places, no_rotaries, dtype)
+
+
+def _added(
+    grads: Sequence[Tensor],
+    places: Sequence[Tensor | None],
+    rotaries: Sequence[Rotary | None],
+    dtype: torch.dtype,
+) -> Tensor:
     total: Tensor | None = None
     for part_grad, where, rotary in zip(grads, places, rotaries, strict=True):
         grad = _spread(part_grad, where, 0.0).to(merge_dtype(part_grad.dtype))
