@@ -61,11 +61,11 @@ def _pass(preset: str, num_layers: int, monkeypatch: pytest.MonkeyPatch) -> Coun
     return found
 
 
-# On the device these were 165 and 152 before chains were fused, without what autograd did of its own
-# on a CPU. Norms and the gated activation are 44 of either, which a device does in 10. dattn: 18
-# products (Q, KV, output of either kind, FFN 2; twice each backward), of which 4 are batched, 4
-# kernels, 10 fused chains, 2 of log-sum-exps, and the rest residuals, gradients that add up, and
-# rows joined for a product. s_attn has one part less and rows to bring into reading order: 5.
+# On a device there were 165 and 152 before chains were fused. Norms and the gated activation are
+# 44 of either here, which a device does in 10. dattn: 18 products (Q, KV, output of either kind,
+# FFN 2; twice each backward), of which 4 are batched, 4 kernels, 10 fused chains, 2 of
+# log-sum-exps, and the rest residuals, gradients that add up, and rows joined for a product.
+# s_attn has one part less, and tokens to gather in reading order and to bring back.
 MOST = {"dattn": 104, "s_attn": 85}
 
 
