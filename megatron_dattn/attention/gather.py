@@ -71,7 +71,7 @@ def add_query_gradients(
     rotaries: Sequence[Rotary | None],
     dtype: torch.dtype,
 ) -> Tensor:
-    """What parts send back to the queries they have taken, [N, heads, D] of `dtype`.
+    """The gradient that parts send back to the queries they have taken, [N, heads, D] of `dtype`.
 
     Args:
         grads: of each part's tokens, [n, heads, D], rotated or not.

@@ -27,8 +27,8 @@ class TokenIndex:
     start: int = 0
     index: Tensor | None = None  # int64 [length]; tokens may repeat
     indexed: RangeTable | None = None  # what `index` holds, on the host
-    # Of every token of the tensor: where it stands in this list, -1 for nowhere, int64 [N]. None if
-    # the list is all of them in their order, and where it is not known or not one place.
+    # Of every token of the tensor: where it stands in this list (last, if it does so twice), -1 for
+    # nowhere, int64 [N]. None if the list is all of them in their order, or N is not known.
     places: Tensor | None = None
 
     @staticmethod
@@ -42,28 +42,18 @@ class TokenIndex:
         """
         table = ranges if isinstance(ranges, np.ndarray) else range_table(ranges)
         joined = _join_adjacent(table)
-        tokens = TokenIndex._of(joined)
-        if num_tokens is None or (tokens.length == num_tokens and tokens.index is None):
-            return tokens
-        return replace(tokens, places=tokens._places(num_tokens))
-
-    @staticmethod
-    def _of(joined: RangeTable) -> "TokenIndex":
         if len(joined) <= 1:
             start, end = joined[0].tolist() if len(joined) else (0, 0)
-            return TokenIndex(end - start, start=start)
+            whole = end - start == num_tokens
+            places = None if whole else _places_of(slice(start, end), end - start, num_tokens)
+            return TokenIndex(end - start, start=start, places=places)
         starts, ends = joined.T
         lengths = ends - starts
-        places = lengths.cumsum()
+        bounds = lengths.cumsum()
         # Token i of the result is i further than the tokens that all ranges before its own have.
-        index = np.arange(places[-1]) + (ends - places).repeat(lengths)
-        return TokenIndex(len(index), index=torch.from_numpy(index), indexed=joined)
-
-    def _places(self, num_tokens: int) -> Tensor:
-        places = np.full(num_tokens, -1)
-        here = slice(self.start, self.start + self.length)
-        places[here if self.index is None else self.index.numpy()] = np.arange(self.length)
-        return torch.from_numpy(places)
+        index = np.arange(bounds[-1]) + (ends - bounds).repeat(lengths)
+        places = _places_of(index, len(index), num_tokens)
+        return TokenIndex(len(index), 0, torch.from_numpy(index), joined, places)
 
     def with_tensors(self, function: Callable[[Tensor], Tensor]) -> "TokenIndex":
         """The same tokens with what the function makes of index and places, int64 [n] each."""
@@ -100,6 +90,17 @@ class TokenIndex:
             tensor.narrow(0, self.start, self.length).add_(values)
         else:
             tensor.index_add_(0, self.index, values.to(tensor.dtype))
+
+
+def _places_of(
+    tokens: slice | NDArray[np.int64], length: int, num_tokens: int | None
+) -> Tensor | None:
+    """`TokenIndex.places` of a list; None where the number of the tensor's tokens is not known."""
+    if num_tokens is None:
+        return None
+    places = np.full(num_tokens, -1)
+    places[tokens] = np.arange(length)
+    return torch.from_numpy(places)
 
 
 def range_table(ranges: Iterable[TokenRange]) -> RangeTable:
