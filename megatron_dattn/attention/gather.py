@@ -16,7 +16,8 @@ from megatron_dattn.attention.positions import Rotary, apply_rotary
 
 
 def take_rotated(tokens: TokenIndex, states: Tensor, rotary: Rotary) -> Tensor:
-    """The listed tokens of queries or keys [N, heads, D], rotated, [tokens.length, heads, D].
+    """The listed tokens of queries or keys [N, heads, D], rotated, [tokens.length, heads, D] in
+    their dtype.
 
     Args:
         rotary: tables of all N tokens.
@@ -88,7 +89,7 @@ def add_key_gradients(
     rotaries: Sequence[Rotary | None],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The same of keys and of values, which are not rotated, [N, heads, D] each."""
+    """The same of keys and of values, which are not rotated, [N, heads, D] of `dtype` each."""
     keys, values = zip(*grads, strict=True)
     no_rotaries = [None] * len(places)
     return _added(keys, places, rotaries, dtype), _added(values, places, no_rotaries, dtype)

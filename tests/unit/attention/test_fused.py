@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from megatron_dattn.attention import PRESETS, TokenLayout, fused, select_backend
+from megatron_dattn.attention import PRESETS, fused
+from megatron_dattn.attention.backends.select import select_backend
+from megatron_dattn.attention.layout import TokenLayout
 from tests.unit.attention.support import (
     RICH_LAYOUT,
     TEXT_ONLY_LAYOUT,
