@@ -68,9 +68,7 @@ def enable_cpu_runtime() -> None:
     _redirect_factories()
     _redirect_random_states()
     _use_host_optimizer()
-    # @jit_fuser (jit.py:25) is torch.compile: without a GPU it would call a C++ compiler for
-    # functions of two lines, for example activations.py:14 fast_gelu.
-    torch.compiler.set_stance("force_eager")
+    _compile_nothing()
     _active = True
     logger.info("no CUDA device: megatron-core runs on the CPU (gloo, host Adam, no torch.compile)")
 
@@ -207,3 +205,14 @@ def _use_host_optimizer() -> None:
     distributed.Adam = HostAdam  # type: ignore[attr-defined]
     distributed.HAVE_APEX_OR_TE = True  # type: ignore[attr-defined]
     distributed.USING_APEX_OPTIMIZER = True  # type: ignore[attr-defined]
+
+
+def _compile_nothing() -> None:
+    """Keep @jit_fuser, which is torch.compile (jit.py:21), from calling a C++ compiler.
+
+    It would for functions of two lines, for example activations.py:14 fast_gelu. Where
+    megatron-core is imported after `silence_import_warnings` there is nothing to keep from it, and
+    no need to import the compiler for that.
+    """
+    if importlib.import_module("megatron.core.jit").jit_fuser is torch.compile:
+        torch.compiler.set_stance("force_eager")

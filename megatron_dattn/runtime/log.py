@@ -129,12 +129,16 @@ def _says_something(record: logging.LogRecord) -> bool:
 def silence_import_warnings() -> None:
     """Hide megatron-core's and torch's notices that what GPUs need is missing, where there is none.
 
-    And a Transformer Engine on which its imports would fail. Most notices are given when
-    megatron-core is imported, so call it before that.
+    And a Transformer Engine on which its imports would fail, and what they need not import. Most
+    notices are given when megatron-core is imported, so call it before that.
     """
-    import torch  # here, as it takes a second: `setup_logging` does without
+    # Here, as torch takes a second: `setup_logging` does without.
+    import torch
+
+    from megatron_dattn.runtime.engine_imports import leave_out_what_is_not_needed
 
     te_failure()
+    leave_out_what_is_not_needed()
     if not torch.cuda.is_available():
         for message in _WITHOUT_GPU_PACKAGES:
             warnings.filterwarnings("ignore", message=message, module=r"megatron\.core")
