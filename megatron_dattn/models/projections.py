@@ -78,7 +78,7 @@ def gated_ffn(mlp: MLP, tokens: Tensor) -> Tensor:
 
 def gated_activation(mlp: MLP, gate_up: Tensor) -> Tensor:
     """The middle of megatron-core's gated FFN without biases, as its forward pass has it:
-    [tokens, 1, 2 * width] -> [tokens, 1, width]."""
+    [tokens, 1, 2 * width] -> [tokens, 1, width], same dtype."""
     if mlp.config.bias_activation_fusion:
         return bias_swiglu_impl(gate_up, None)
     gate, up = gate_up.chunk(2, dim=-1)

@@ -67,7 +67,7 @@ class Setup:
 
     @property
     def keeps_light_parts(self) -> bool:
-        """Whether norms' outputs and FFN activations wait for the gradients of weights."""
+        """True if norms' outputs and FFN activations wait for the gradients of weights."""
         trained = "language_model" in self.trained
         return trained and self.execution.recompute != "selective"
 
@@ -81,7 +81,7 @@ class Setup:
 
 
 def decoder_layer(setup: Setup, number: int) -> int:
-    """What decoder layer `number`, counted from 0, keeps."""
+    """Bytes that decoder layer `number`, counted from 0, keeps."""
     pack, rule = setup.pack, setup.rules[number]
     tokens = pack.text_tokens + pack.visual_tokens * rule.sees_images
     following = setup.rules[number + 1 : number + 2]
@@ -165,7 +165,7 @@ def _norm_input(setup: Setup, tokens: int) -> int:
 
 
 def decoder_layer_at_work(setup: Setup, number: int) -> int:
-    """What the backward pass of a layer holds besides what the layer keeps.
+    """Bytes that the backward pass of a layer holds besides what the layer keeps.
 
     In the FFN, where it is most. Either the gradient of the layer's output, [tokens, d], is
     gathered and gives that of the FFN's product, [tokens, f], and of the second weight, [d, f]; or,
@@ -192,7 +192,7 @@ def decoder_layer_at_work(setup: Setup, number: int) -> int:
 
 
 def decoder_layer_again(setup: Setup, number: int) -> int:
-    """What full recomputation makes of one layer once more."""
+    """Bytes that full recomputation makes of one layer once more."""
     if setup.execution.recompute != "full":
         return 0
     pack, rule = setup.pack, setup.rules[number]
@@ -252,8 +252,9 @@ def head(setup: Setup) -> int:
 
 
 def buffers(setup: Setup) -> int:
-    """What stays between steps or for a whole one, whatever is kept: rotary tables, fp32 [tokens,
-    head_dim] twice, what megatron-core gathers tokens into, [tokens, d], and cuBLAS's workspace."""
+    """Bytes that stay between steps or for a whole one, whatever is kept: rotary tables, fp32
+    [tokens, head_dim] twice, what megatron-core gathers tokens into, [tokens, d], and cuBLAS's
+    workspace."""
     tokens = setup.pack.visual_tokens + setup.pack.text_tokens
     gathered = setup.hidden(tokens) * setup.token_ranks if setup.token_ranks > 1 else 0
     return 2 * tokens * setup.config.language.head_dim * FP32 + gathered + CUBLAS_WORKSPACE

@@ -46,7 +46,7 @@ class RankMemory:
 
     @property
     def states(self) -> int:
-        """What is there all the time."""
+        """Bytes that are there all the time."""
         return self.weights + self.gradients + self.optimizer + self.buffers
 
     @property

@@ -13,7 +13,7 @@ from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.planner.parameters import count_parameters, rank_parameters
 from tests.support.distributed import run_distributed
 from tests.support.megatron import init_model_parallel
-from tests.unit.planner.test_memory import ALL, TINY
+from tests.support.planner import ALL, TINY
 
 
 def test_mistral_7b_has_its_published_size() -> None:
