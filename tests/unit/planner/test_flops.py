@@ -1,13 +1,15 @@
 """Counted operations against torch's FlopCounterMode, the attention room and published formulas.
 
-Products with weights must agree exactly: the counter sees every one of them as mm or addmm.
+Products with weights must agree exactly: they are seen as mm, addmm, or bmm into memory that is there.
 Attention is counted by pairs, as kernels differ in the pairs they compute.
 """
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dattn.attention import PRESETS
@@ -44,6 +46,23 @@ def weight_products(counter: FlopCounterMode) -> int:
     """What the counter saw as products with a weight."""
     counts = counter.get_flop_counts()["Global"]
     return sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+class GroupedProducts(TorchDispatchMode):
+    """Counts products with a weight that are batched over groups of heads.
+
+    They write into memory that is there, which products of scores do not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.out:
+            (batch, rows, inner), columns = args[0].shape, args[1].shape[2]
+            self.flops += 2 * batch * rows * inner * columns
+        return func(*args, **(kwargs or {}))
 
 
 def without_scores(flops: StepFlops, images: int, *, recomputed: bool = False) -> int:
@@ -154,10 +173,10 @@ def _engine_products(
         pixel_values=torch.randn(len(PACK.images), 3, side, side),
         sample_keys=["a", "b", "c"],
     )
-    counter = FlopCounterMode(display=False)
-    with counter:
+    counter, grouped = FlopCounterMode(display=False), GroupedProducts()
+    with grouped, counter:
         model(batch).sum().backward()
-    return weight_products(counter)
+    return weight_products(counter) + grouped.flops
 
 
 @pytest.mark.parametrize(
