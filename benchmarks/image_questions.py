@@ -209,7 +209,7 @@ def random_loaded(model: ModelConfig) -> LoadedModel:
     tokenizer: Any = SimpleNamespace(
         eos_token_id=-1, convert_tokens_to_ids=lambda token: IMAGE_TOKEN
     )
-    conversations: Any = SimpleNamespace(template="mistral_v3")
+    conversations: Any = SimpleNamespace(template="mistral_v3", end_token=None)
     preprocessor = ImagePreprocessor(model.vision.image_size)
     return LoadedModel(tokenizer, conversations, preprocessor, cast(Any, None), built.eval())
 

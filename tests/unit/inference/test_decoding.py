@@ -49,7 +49,7 @@ def loaded_model(preset: str, **language: Any) -> LoadedModel:
     model = tiny_model(tiny_model_config(preset, num_hidden_layers=LAYERS, **language))
     preprocessor = ImagePreprocessor(image_size=VISION.image_size)
     tokenizer: Any = SimpleNamespace(eos_token_id=-1, convert_tokens_to_ids=lambda token: IMAGE_ID)
-    conversations: Any = SimpleNamespace(template="mistral_v3")
+    conversations: Any = SimpleNamespace(template="mistral_v3", end_token=None)
     config: Any = None
     return LoadedModel(tokenizer, conversations, preprocessor, config, model.double().eval())
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_dattn.conversion.hf_export.tokenizer import write_tokenizer
 from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
-from megatron_dattn.conversion.io.tokenizer_files import write_chat_template
+from megatron_dattn.conversion.io.tokenizer_files import chat_template, write_chat_template
 from megatron_dattn.data.tokenizer import load_tokenizer
 from tests.unit.data.builders import SPECIAL_TOKENS, make_tokenizer
 
@@ -48,7 +48,7 @@ def export(run: Path, target: Path) -> Path:
     target.mkdir()
     tokenizer = load_tokenizer(str(run), template="mistral_v3")
     write_tokenizer(tokenizer, run, target, pad_token="<unk>")
-    write_chat_template(target, "mistral_v3")
+    write_chat_template(target, chat_template("mistral_v3"))
     return target
 
 
