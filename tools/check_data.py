@@ -18,7 +18,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_dattn.data.templates import TEMPLATE_NAMES
 from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError
@@ -102,10 +102,10 @@ def make_checkers(options: argparse.Namespace) -> list[tuple[Path, "RecordChecke
         )
     files = [(path, options.image_root or path.parent) for path in options.inputs]
     if not files:
-        files = [
-            (Path(entry.path), Path(entry.image_root or Path(entry.path).parent))
-            for entry in (*data.train, *data.validation)
+        entries = [
+            (Path(entry.path), entry.image_root) for entry in (*data.train, *data.validation)
         ]
+        files = [(path, Path(options.image_root or root or path.parent)) for path, root in entries]
     if not files:
         raise ConfigError("name files to check, or the run's --config files")
     return [(path, RecordChecker(root, data.max_image_pixels, encoder)) for path, root in files]
@@ -130,9 +130,13 @@ def check_file(
     for grown, number, problems in tqdm(checks, desc=path.name, unit=" records", disable=None):
         report = grown
         if problems and listing is not None:
-            reasons = [str(problem.reason) for problem in problems]
-            entry: dict[str, Any] = {"path": str(path), "record": number, "reasons": reasons}
-            listing.write(json.dumps({**entry, "message": str(problems[0])}) + "\n")
+            entry = {
+                "path": os.path.abspath(path),
+                "record": number,
+                "reasons": [str(problem.reason) for problem in problems],
+                "message": str(problems[0]),
+            }
+            listing.write(json.dumps(entry) + "\n")
     return report
 
 

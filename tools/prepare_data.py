@@ -4,11 +4,10 @@
     python tools/prepare_data.py --mixture stage3.yaml --output prepared/
 
 Writes one .jsonl and its index per input, and `prepared/train.yaml` to pass to pretrain_vlm.py with
---config; the folder may be moved. What is there already,
-made in the same way from the same file, is left as it is.
-A mixture is a YAML file with a list `datasets` of `json_path`,
-`image_root`, `weight` and `sampling_strategy` (all, first:1000, end:10%, random:50%). Images are
-left where they are.
+--config; the folder may be moved. What is there already, made in the same way from the same file,
+is left as it is. A mixture is a YAML file with a list `datasets` of `json_path`, `image_root`,
+`weight` and `sampling_strategy` (all, first:1000, end:10%, random:50%). Images are left where they
+are.
 
 An epoch of training shows every selected record once, or `weight` times where a file has a weight:
 a file's share of the training is its selected records times its weight over the sum of that. The

@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,7 +26,7 @@ from megatron_dattn.data.images import decode_image
 from megatron_dattn.data.json_lines import as_line, require_line_length
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
 from megatron_dattn.data.system_errors import out_of_memory
-from megatron_dattn.errors import quoted
+from megatron_dattn.errors import DataError, quoted
 from megatron_dattn.runtime.log import quiet_libraries
 
 MAX_EXAMPLES = 10  # per reason
@@ -193,6 +194,10 @@ def _pool(
     pool = ProcessPoolExecutor(workers, context, initializer=_become, initargs=(checker,))
     try:
         yield pool, _check
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that checks was killed, by a lack of memory perhaps; lower --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

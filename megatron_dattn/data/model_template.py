@@ -1,7 +1,7 @@
 """The chat template that came with a language model: its text, and what of it is supervised.
 
 Published templates seldom mark the answers. So the template writes, once for each shape of
-conversation, marks in place of the texts: what stands between the marks is its own. With that the
+conversation, placeholders in place of the texts: what stands between them is its own. With that the
 answers are found in the text of a real conversation, which is rendered as it is and has to agree.
 
 Supervised is what the model writes itself: everything between the prompt for an answer and the
@@ -27,7 +27,7 @@ Messages = Sequence[Mapping[str, str]]
 MAX_KNOWN_SHAPES = 1024
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Private characters, which no template writes and none strips.
-_MARK = re.compile("\ue000(\\d+)\ue001")
+_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 # Templates may write today's date. A text of training must be the same tomorrow.
 _TODAY = datetime(2024, 7, 26)
 _EXCHANGE = Conversation((Turn("user", "x"), Turn("assistant", "x")))
@@ -42,12 +42,12 @@ def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Skeleton:
+class _FixedText:
     """What a template writes around the texts of conversations of one shape."""
 
     order: tuple[int, ...]
     """The messages in the order in which they are written."""
-    fixed: tuple[str, ...]
+    pieces: tuple[str, ...]
     """The template's own text: before, between and behind them."""
     leads: tuple[int, ...]
     """For each place in `order`: characters before the message that the model writes, too."""
@@ -78,12 +78,11 @@ class ModelTemplate:
         tokens = tokenizer.convert_ids_to_tokens(sorted(special_token_ids(tokenizer)))
         longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
         self._control = re.compile(rf"\s*({'|'.join(longest_first)})")
-        self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
+        self._fixed_texts: dict[tuple[str, ...], _FixedText] = {}
         try:
-            self.render(_EXCHANGE)
+            self.end_token = self._find_end_token()
         except SampleError as error:
             raise ConfigError(f"data.template is 'model', but {error}") from error
-        self.end_token = self._find_end_token()
 
     def _find_end_token(self) -> str:
         """The special token that stands behind the last answer, and is supervised.
@@ -92,10 +91,10 @@ class ModelTemplate:
             ConfigError: there is none.
         """
         text, spans = self.render(_EXCHANGE)
-        behind = self._skeleton(_EXCHANGE.messages).fixed[-1]
+        behind = self._fixed_text(_EXCHANGE.messages).pieces[-1]
         match = self._control.match(behind)
         # Blocks may leave it out, though the model has to write it.
-        if match is None or spans[-1][1] < len(text) - len(behind) + match.end():
+        if match is None or not spans or spans[-1][1] < len(text) - len(behind) + match.end():
             raise ConfigError(
                 "data.template is 'model', but its tokenizer's chat template ends answers with no "
                 "token that the model would learn: it would never stop; name one of ours"
@@ -115,7 +114,7 @@ class ModelTemplate:
         text, spans = self._text(messages, prompt=asks)
         if self._marked or asks:
             return text, spans
-        return text, _find(text, messages, self._skeleton(messages))
+        return text, _find(text, messages, self._fixed_text(messages))
 
     def _text(self, messages: Messages, *, prompt: bool = False) -> tuple[str, list[Span]]:
         try:
@@ -128,64 +127,66 @@ class ModelTemplate:
                 f"the tokenizer's chat template cannot write this conversation: {error}",
             ) from error
 
-    def _skeleton(self, messages: Messages) -> _Skeleton:
+    def _fixed_text(self, messages: Messages) -> _FixedText:
         shape = tuple(message["role"] for message in messages)
-        if shape not in self._skeletons:
-            if len(self._skeletons) >= MAX_KNOWN_SHAPES:
-                self._skeletons.clear()
-            self._skeletons[shape] = self._make_skeleton(shape)
-        return self._skeletons[shape]
+        if shape not in self._fixed_texts:
+            if len(self._fixed_texts) >= MAX_KNOWN_SHAPES:
+                self._fixed_texts.clear()
+            self._fixed_texts[shape] = self._find_fixed_text(shape)
+        return self._fixed_texts[shape]
 
-    def _make_skeleton(self, shape: tuple[str, ...]) -> _Skeleton:
-        marks = [
+    def _find_fixed_text(self, shape: tuple[str, ...]) -> _FixedText:
+        placeholders = [
             {"role": role, "content": f"\ue000{index}\ue001"} for index, role in enumerate(shape)
         ]
-        pieces = _MARK.split(self._text(marks)[0])
-        fixed, order = tuple(pieces[::2]), tuple(map(int, pieces[1::2]))
+        split = _PLACEHOLDER.split(self._text(placeholders)[0])
+        pieces, order = tuple(split[::2]), tuple(map(int, split[1::2]))
         if sorted(order) != list(range(len(shape))):
             raise SampleError(
                 Reason.TEMPLATE,
                 "the tokenizer's chat template does not write each message once (roles: "
                 f"{', '.join(shape)})",
             )
-        last = self._control.match(fixed[-1])
+        last = self._control.match(pieces[-1])
         leads, ends = [], []
         known: dict[str, int] = {}  # few texts stand before answers, however many answers there are
-        for index, before, behind in zip(order, fixed[:-1], fixed[1:], strict=True):
+        for index, before, behind in zip(order, pieces[:-1], pieces[1:], strict=True):
             answers = shape[index] == "assistant"
             if answers and before not in known:
-                known[before] = self._lead(marks[:index], before)
+                known[before] = self._lead(placeholders[:index], before)
             leads.append(known[before] if answers else 0)
             end = self._control.match(behind) if answers else None
             ends.append(end.end() if end and last and end[1] == last[1] else 0)
-        return _Skeleton(order, fixed, tuple(leads), tuple(ends))
+        return _FixedText(order, pieces, tuple(leads), tuple(ends))
 
     def _lead(self, asked: Messages, before: str) -> int:
         """Characters that stand between the prompt for an answer and the answer.
 
         Args:
-            asked: the messages up to the question, with marks for texts.
-            before: the template's text between the last mark and the answer.
+            asked: the messages up to the question, with placeholders for texts.
+            before: the template's text between the last placeholder and the answer.
         """
         prompt, question = (
-            _MARK.split(self._text(asked, prompt=goes_on)[0])[-1] for goes_on in (True, False)
+            _PLACEHOLDER.split(self._text(asked, prompt=goes_on)[0])[-1]
+            for goes_on in (True, False)
         )
-        if not before.startswith(prompt):
-            return 0
-        lead = before[len(prompt) :]
+        lead = before[len(prompt) :] if before.startswith(prompt) else ""
         # A template without a prompt for answers leaves the turn's own header to nobody.
-        return len(lead) if prompt != question or lead.isspace() else 0
+        if lead and (prompt != question or lead.isspace()):
+            return len(lead)
+        # A space in front of a word is the beginning of the word's token.
+        return int(before.endswith(" "))
 
 
-def _find(text: str, messages: Messages, skeleton: _Skeleton) -> list[Span]:
+def _find(text: str, messages: Messages, around: _FixedText) -> list[Span]:
     """The supervised spans of a text that a template wrote.
 
     Raises:
         SampleError: it is not what the template writes around these messages.
     """
-    spans, position = [], len(skeleton.fixed[0])
-    places = zip(skeleton.order, skeleton.fixed[1:], skeleton.leads, skeleton.ends, strict=True)
-    sound = text.startswith(skeleton.fixed[0])
+    spans, position = [], len(around.pieces[0])
+    places = zip(around.order, around.pieces[1:], around.leads, around.ends, strict=True)
+    sound = text.startswith(around.pieces[0])
     for index, behind, lead, end in places:
         content = messages[index]["content"]
         written = (content, content.strip(), content.rstrip(), content.lstrip())
@@ -211,5 +212,8 @@ def _with_fixed_date(source: str) -> str:
     replaced = "".join(
         f" | replace('%{letter}', '{_TODAY.strftime('%' + letter)}')" for letter in "aAbBdHIjmMpSyY"
     )
-    macro = "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro -%}"
-    return macro + source
+    return (
+        "{%- macro strftime_now(format) -%}{%- set text = format" + replaced + " -%}"
+        "{%- if '%' in text -%}{{- raise_exception('unknown format of a date: ' + format) -}}"
+        "{%- endif -%}{{- text -}}{%- endmacro +%}" + source
+    )

@@ -23,7 +23,13 @@ from typing import Any
 import yaml
 
 from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET, as_line
-from megatron_dattn.data.missing import MissingList, read_exclusions, records_with_images, without
+from megatron_dattn.data.missing import (
+    MissingList,
+    missing_image,
+    read_exclusions,
+    records_with_images,
+    without,
+)
 from megatron_dattn.data.mixture import Source
 from megatron_dattn.data.record_files import select_records
 from megatron_dattn.errors import DataError, quoted
@@ -99,44 +105,90 @@ def prepare(
     from the same file, is not prepared again; so a run that was stopped goes on where it was.
 
     Raises:
-        DataError: an input cannot be read, another output exists already, or no record is left.
+        DataError: an input cannot be read, the section's file names other data, or no record is
+            left.
     """
     choice = choice or Choice()
-    excluded = read_exclusions(choice.without) if choice.without is not None else {}
+    excluded = _exclusions(sources, choice)
+    places = _places(sources, output, choice, excluded)
+    content = _section(section, places, output)
+    config_path = output / f"{section}.yaml"
+    if config_path.exists() and config_path.read_text() != content:
+        raise DataError(
+            f"'{config_path}' exists already and names other data; remove it or choose another "
+            "folder"
+        )
     output.mkdir(parents=True, exist_ok=True)
-    entries: list[dict[str, Any]] = []
-    names: list[str] = []
+    for place in places:
+        done = _prepared_before(place)
+        if done is None:
+            # First, so that what a kill leaves of the others is known to be ours.
+            _write_json(_facts_path(place.path), place.facts)
+            for rest in (place.path, _index_path(place.path), _missing_path(place.path)):
+                rest.unlink(missing_ok=True)
+            source = place.source
+            selected = select_records(source.path, source.sampling, seed=choice.seed)
+            records = without(selected, excluded.get(os.path.realpath(source.path), ()))
+            done = _write_records(records, place, choice.drop_missing)
+        yield done
+    with named(config_path):
+        config_path.write_text(content)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A source and where it goes."""
+
+    source: Source
+    image_root: Path
+    path: Path
+    facts: dict[str, Any]
+    """What decides about the prepared file: with the same facts it would be the same again."""
+
+
+def _exclusions(sources: list[Source], choice: Choice) -> dict[str, "array[int]"]:
+    if choice.without is None:
+        return {}
+    excluded = read_exclusions(choice.without)
+    known = {os.path.realpath(source.path) for source in sources}
+    if excluded and not known & excluded.keys():
+        raise DataError(
+            f"'{choice.without}' names records of {', '.join(sorted(excluded))}, and none of "
+            f"{', '.join(sorted(known))}; check the files that are prepared here"
+        )
+    return excluded
+
+
+def _places(
+    sources: list[Source], output: Path, choice: Choice, excluded: dict[str, "array[int]"]
+) -> list[_Place]:
+    places: list[_Place] = []
     for source in sources:
         image_root = source.image_root or source.path.parent
         if not image_root.is_dir():
             raise DataError(f"image root '{image_root}' of '{source.path}' is not a folder")
         left_out = excluded.get(os.path.realpath(source.path), ())
         facts = _facts(source, image_root, choice, left_out)
-        path = _place(output, source.path.stem, names, facts)
-        names.append(path.stem)
-        entries.append(
-            {
-                "path": f"{CONFIG_DIR}/{path.name}",
-                "image_root": _named_from(output, image_root),
-                "weight": source.weight,
-            }
-        )
-        if (done := _prepared_before(source, path)) is None:
-            # First, so that what a kill leaves of the others is known to be ours.
-            _write_json(_facts_path(path), facts)
-            for rest in (path, Path(f"{path}{INDEX_SUFFIX}")):
-                rest.unlink(missing_ok=True)
-            selected = select_records(source.path, source.sampling, seed=choice.seed)
-            records = without(selected, left_out)
-            done = _write_records(records, source, path, image_root, choice.drop_missing)
-        yield done
-    _write_section(output / f"{section}.yaml", {"data": {section: entries}})
+        path = _free_path(output, source.path.stem, [place.path for place in places], facts)
+        places.append(_Place(source, image_root, path, facts))
+    return places
+
+
+def _section(section: str, places: list[_Place], output: Path) -> str:
+    entries = [
+        {
+            "path": f"{CONFIG_DIR}/{place.path.name}",
+            "image_root": _named_from(output, place.image_root),
+            "weight": place.source.weight,
+        }
+        for place in places
+    ]
+    return yaml.safe_dump({"data": {section: entries}}, sort_keys=False)
 
 
 def _facts(
     source: Source, image_root: Path, choice: Choice, left_out: Sequence[int]
 ) -> dict[str, Any]:
-    """What decides about a prepared file: with the same facts it would be the same again."""
     try:
         status = source.path.stat()
     except OSError as error:
@@ -156,14 +208,15 @@ def _facts_path(path: Path) -> Path:
     return path.with_suffix(".source.json")
 
 
-def _place(output: Path, stem: str, taken: list[str], facts: dict[str, Any]) -> Path:
+def _index_path(path: Path) -> Path:
+    return Path(f"{path}{INDEX_SUFFIX}")
+
+
+def _free_path(output: Path, stem: str, taken: list[Path], facts: dict[str, Any]) -> Path:
     """The file for a source: its own name, or that with a number where something else has it."""
     for number in count(1):
-        name = stem if number == 1 else f"{stem}-{number}"
-        path = output / f"{name}.jsonl"
-        if name in taken:
-            continue
-        if not path.exists() or _read_facts(path) == facts:
+        path = output / f"{stem if number == 1 else f'{stem}-{number}'}.jsonl"
+        if path not in taken and (not path.exists() or _read_facts(path) == facts):
             return path
     raise AssertionError
 
@@ -175,33 +228,21 @@ def _read_facts(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _prepared_before(source: Source, path: Path) -> Prepared | None:
-    """What an earlier run made of a source, if it is all there."""
-    index = Path(f"{path}{INDEX_SUFFIX}")
-    if not path.exists() or not index.exists():
+def _prepared_before(place: _Place) -> Prepared | None:
+    """What an earlier run made of a source, if it is all there and no missing image has come."""
+    path, missing_list = place.path, _missing_path(place.path)
+    if not path.exists() or not _index_path(path).exists():
         return None
-    missing_list = _missing_path(path)
-    num_missing = 0
+    num_missing, root = 0, str(place.image_root)
     if missing_list.exists():
         with missing_list.open(encoding="utf-8") as lines:
-            num_missing = sum(1 for _ in lines)
-    num_records = index.stat().st_size // OFFSET.size - 1
-    return Prepared(source, path, num_records, num_missing, missing_list if num_missing else None)
-
-
-def _write_section(path: Path, section: dict[str, Any]) -> None:
-    """Write a section for --config.
-
-    Raises:
-        DataError: there is another one of this name.
-    """
-    text = yaml.safe_dump(section, sort_keys=False)
-    if path.exists() and path.read_text() != text:
-        raise DataError(
-            f"'{path}' exists already and names other data; remove it or choose another folder"
-        )
-    with named(path):
-        path.write_text(text)
+            for line in lines:
+                num_missing += 1
+                if missing_image({"image": json.loads(line.partition("\t")[2])}, root) is None:
+                    return None
+    num_records = _index_path(path).stat().st_size // OFFSET.size - 1
+    missing = missing_list if num_missing else None
+    return Prepared(place.source, path, num_records, num_missing, missing)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -216,25 +257,28 @@ def _missing_path(path: Path) -> Path:
 
 
 def _write_records(
-    records: Iterator[tuple[int, Any]],
-    source: Source,
-    path: Path,
-    image_root: Path,
-    drop_missing: bool,
+    records: Iterator[tuple[int, Any]], place: _Place, drop_missing: bool
 ) -> Prepared:
-    missing_path = _missing_path(path)
-    with MissingList(missing_path) as missing:
-        kept = records_with_images(records, image_root, missing) if drop_missing else records
-        first = next(kept, None)
-        if first is None and missing.first is not None:
-            raise DataError(
-                f"every selected record of '{source.path}' names an image that is not below "
-                f"'{image_root}', for example {quoted(missing.first)}; is --image-root right?"
-            )
-        if first is None:
-            raise DataError(f"all selected records of '{source.path}' are left out")
-        written = write_jsonl(_keyed(chain([first], kept), path.stem), path)
-    return Prepared(source, path, written, missing.count, missing_path if missing.count else None)
+    source, path, missing = place.source, place.path, MissingList(_missing_path(place.path))
+
+    def kept() -> Iterator[tuple[int, Any]]:
+        with missing:  # complete before the records appear
+            root = place.image_root
+            yield from records_with_images(records, root, missing) if drop_missing else records
+
+    numbered = kept()
+    first = next(numbered, None)
+    if first is None and missing.first is not None:
+        _missing_path(path).unlink()
+        raise DataError(
+            f"every selected record of '{source.path}' names an image that is not below "
+            f"'{place.image_root}', for example {quoted(missing.first)}; is --image-root right?"
+        )
+    if first is None:
+        raise DataError(f"all selected records of '{source.path}' are left out")
+    written = write_jsonl(_keyed(chain([first], numbered), path.stem), path)
+    listed = _missing_path(path) if missing.count else None
+    return Prepared(source, path, written, missing.count, listed)
 
 
 def _named_from(folder: Path, path: Path) -> str:

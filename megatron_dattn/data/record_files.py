@@ -56,7 +56,7 @@ def select_records(
 
     Args:
         sampling: `all`, or `first:N`, `end:N`, `random:N` where N is a number of records or a
-            percentage. All but the first two read the file twice.
+            percentage. Percentages, `end` and `random` read the file twice.
 
     Raises:
         DataError: there is no such strategy, it takes no record, or the file cannot be read.
@@ -83,7 +83,7 @@ def select_records(
         taken = np.sort(np.array(random.Random(seed).sample(range(total), count)))
     else:
         taken = np.arange(count) + (total - count if kind == "end" else 0)
-    places = iter(taken.tolist())
+    places = map(int, taken)
     following = next(places)
     for number, record in numbered:
         if number == following:

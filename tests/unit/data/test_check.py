@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import struct
 import warnings
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from megatron_dattn.data.check import RecordChecker
+from megatron_dattn.data.check import RecordChecker, check_records
 from megatron_dattn.data.conversation import parse_record
 from megatron_dattn.data.json_lines import MAX_LINE_BYTES
-from megatron_dattn.data.rejection import Reason
+from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.errors import DataError
 from tests.unit.data.builders import make_records, record
 from tests.unit.data.test_loader import bad_records
 from tools import check_data, prepare_data
@@ -186,3 +188,17 @@ def test_the_settings_and_data_sets_of_a_run(
     assert "are the model's" in capsys.readouterr().err
     assert check_data.main([]) == 2
     assert "name files to check" in capsys.readouterr().err
+
+
+class Killed(RecordChecker):
+    """Checks as a process does that the system kills."""
+
+    def __call__(self, record: Any) -> list[SampleError]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+
+def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
+    checks = check_records([1], Killed(tmp_path, 100), path="x", processes=True)
+    with pytest.raises(DataError, match=r"was killed.*lower --workers"):
+        list(checks)

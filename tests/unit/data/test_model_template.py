@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dattn.batch import IGNORED_LABEL
@@ -99,6 +100,16 @@ FAMILIES: dict[str, tuple[list[str], str, str, str]] = {
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} "
         "{% elif m.role == 'user' %}USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}"
         "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        " ",
+        "</s>",
+    ),
+    # The prompt, where there is one, ends in the space in front of the answer.
+    "spaced": (
+        ["<s>", "</s>"],
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}"
+        "{{ m.content }}{{ ' ' if m.role == 'user' else eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}",
         " ",
         "</s>",
     ),
@@ -222,7 +233,7 @@ def test_a_prompt_is_the_beginning_of_its_training_records(family: str) -> None:
 def test_a_prompt_is_what_transformers_makes(family: str) -> None:
     """Answers begin where the template itself ends its prompts, so that an export's users, who
     know nothing of training, ask as training did."""
-    if family == "llama3":  # whose prompt holds today's date there
+    if family in ("llama3", "spaced"):  # today's date; a space that belongs to the answer's word
         return
     tokenizer = TOKENIZERS[family]
     chat = conversation("what ?", "a square", "where ?", "left")
@@ -309,6 +320,17 @@ def test_blocks_of_a_template_say_what_is_supervised(name: str) -> None:
             "{% endfor %}",
             "it would never stop",
         ),
+        (  # blocks that never come, and messages in parts alone, as LLaVA's processor has them
+            "{% for m in messages %}{% if false %}{% generation %}x{% endgeneration %}{% endif %}"
+            "{{ m.content }}</s>{% endfor %}",
+            "it would never stop",
+        ),
+        (
+            "{% for m in messages %}{% generation %}{% for part in m.content if part.type %}"
+            "{{ part.text }}{% endfor %}{% endgeneration %}</s>{% endfor %}",
+            "does not write each message",
+        ),
+        ("{{ strftime_now('%-d') }}{% for m in messages %}{{ m.content }}</s>{% endfor %}", "date"),
     ],
 )
 def test_templates_that_cannot_be_used(template: Any, message: str) -> None:
@@ -343,3 +365,32 @@ def test_a_tokenizer_without_a_first_token(tmp_path: Path) -> None:
     assert marked(ConversationTokenizer(loaded, "model"), chat).endswith("\n[[a<|im_end|>]]\n")
     with pytest.raises(ConfigError, match="lacks a bos_token"):
         load_tokenizer(str(tmp_path), template="vicuna_v1")
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+def test_the_first_word_of_an_answer_is_learned_with_its_space(prompted: bool) -> None:
+    """Byte-level tokenizers make a word and the space in front of it one token."""
+    source = FAMILIES["spaced"][1]
+    if not prompted:
+        source = source[: source.index("{% if add_generation_prompt")]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    words = ["USER: is it red", "ASSISTANT: red square", "USER: what x"]
+    special = ["<s>", "</s>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(words * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=source
+    )
+    template = ConversationTokenizer(tokenizer, "model")
+    chat = conversation("what", "red square")
+    whole = template(chat)
+    learned = [label for label in whole.labels if label != IGNORED_LABEL]
+    assert tokenizer.decode(learned) == " red square</s>"
+    prompt = template.prompt(Conversation(chat.turns[:1]))
+    assert tokenizer.decode(prompt.input_ids) == "<s>USER: what ASSISTANT:"
+    assert whole.input_ids[: len(prompt.input_ids)] == prompt.input_ids

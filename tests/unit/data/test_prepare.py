@@ -12,7 +12,7 @@ from megatron_dattn.config.cli import load_config
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.prepare import write_jsonl
 from megatron_dattn.data.record_files import read_records
-from tests.unit.data.builders import data_config, make_loader, make_records, record
+from tests.unit.data.builders import data_config, make_loader, make_records, record, save_image
 from tools import check_data, prepare_data
 
 
@@ -81,7 +81,20 @@ def test_nothing_of_others_is_overwritten(
     error = capsys.readouterr().err
     assert "train.yaml' exists already and names other data" in error
     assert error.count("\n") == 1
-    assert before.items() <= contents(output).items()
+    assert contents(output) == before
+
+
+def test_an_image_that_came_later_is_taken(source: Path, tmp_path: Path) -> None:
+    records = json.loads(source.read_text())
+    records[4]["image"] = "images/late.png"
+    source.write_text(json.dumps(records))
+    arguments = [str(source), "--output", str(tmp_path / "o"), "--drop-missing"]
+    for start, missing in enumerate((1, 1, 0)):
+        if start == 2:
+            save_image(source.parent / "images" / "late.png", seed=1)
+        assert prepare_data.main(arguments) == 0
+        assert len(list(read_records(tmp_path / "o" / "llava.jsonl"))) == 10 - missing
+        assert (tmp_path / "o" / "llava.missing.txt").exists() == bool(missing)
 
 
 def test_train_and_validation_share_a_folder(source: Path, tmp_path: Path) -> None:
@@ -136,6 +149,10 @@ def test_listed_records_are_left_out(
     arguments = [str(source), "--without", str(listed), "--output", str(tmp_path / "none")]
     assert prepare_data.main(arguments) == 2
     assert "all selected records" in capsys.readouterr().err
+    elsewhere = {**entries[0], "path": str(output / "llava.jsonl")}
+    listed.write_text(json.dumps(elsewhere))
+    assert prepare_data.main(arguments) == 2
+    assert "names records of" in capsys.readouterr().err
     listed.write_text("3\n")
     assert prepare_data.main(arguments) == 2
     assert "check_data.py --list" in capsys.readouterr().err
