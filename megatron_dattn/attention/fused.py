@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_MOST_GRAPHS = 64
 _failures: list[str] = []  # the first one ends compiling in this process
 
 
@@ -48,6 +49,10 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # Sizes are constants of a kernel, but for those that `_prepared` marks: with dynamic=True every
     # kernel would divide by the number of heads, which it does not know.
+    # Graphs differ in which parts a pack has, in strides and under inference mode, which is more
+    # than the 8 for one function, behind which torch would go on uncompiled.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, _MOST_GRAPHS)
     return torch.compile(function, dynamic=False)
 
 

@@ -1,4 +1,4 @@
-"""What megatron-core imports without need: a third of the time until a run on a CPU trains.
+"""Leaving out what megatron-core imports without need where there is no GPU.
 
 It decorates functions with torch.compile (jit.py:21; moe/router.py:904 of 0.19), which imports
 torch's compiler, 700 modules, on the spot; without a GPU nothing is compiled. And its timers, which

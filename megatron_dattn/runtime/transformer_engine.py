@@ -53,5 +53,9 @@ def fp8_failure(recipe: str) -> str | None:
 
     Transformer Engine must be usable (`te_failure`).
     """
-    supported, reason = getattr(import_module(f"{_NAME}.pytorch.fp8"), _FP8_CHECKS[recipe])()
+    try:
+        checks = import_module(f"{_NAME}.pytorch.quantization")
+    except ImportError:  # an older one, where the module has another name
+        checks = import_module(f"{_NAME}.pytorch.fp8")
+    supported, reason = getattr(checks, _FP8_CHECKS[recipe])()
     return None if supported else reason
