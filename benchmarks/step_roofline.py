@@ -28,7 +28,7 @@ from megatron_dattn.planner.parameters import count_parameters
 
 _FP32 = 4
 # What selective recomputation repeats, in the decoder.
-_LIGHT = ("norm 1", "norm 2", "SwiGLU")
+_SELECTED = ("norm 1", "norm 2", "SwiGLU")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def step_operators(run: StepRun) -> tuple[Operator, ...]:
     if run.recompute != "none":
         whole = run.recompute == "full"
         repeated = tuple(
-            replace(operator, recomputed=operator.recomputed or whole or operator.name in _LIGHT)
+            replace(operator, recomputed=operator.recomputed or whole or operator.name in _SELECTED)
             for operator in repeated
         )
     return (*_patches(run), *repeated, *_adapter(run), *_head(run), *_optimizer(run))

@@ -126,7 +126,7 @@ class DecoderLayer(TransformerLayer):
             normed = torch.cat((normed_visual, self.input_layernorm(text)))
             hidden_states = torch.cat((visual, text))
         attended = self.self_attention(normed, inputs)
-        if self._recomputes_light_parts and self.cross_attention is None:
+        if self._recomputes_norms_and_activations and self.cross_attention is None:
             recompute_in_backward(normed, lambda: self.input_layernorm(tokens), attended)
         added = self.post_attention_layernorm(attended)
         if added.shape[0] == hidden_states.shape[0]:
@@ -167,15 +167,15 @@ class DecoderLayer(TransformerLayer):
         return torch.cat([self._checkpoint(function, chunk) for chunk in tokens.split(limit)])
 
     def _ffn_of(self, tokens: Tensor) -> Tensor:
-        if self._recomputes_light_parts:
-            added = self._lightly_kept_ffn(tokens)
+        if self._recomputes_norms_and_activations:
+            added = self._ffn_without_its_activations(tokens)
         elif torch.is_inference_mode_enabled():
             added = gated_ffn(self.mlp, self.pre_mlp_layernorm(tokens))
         else:
             added = self.mlp(self.pre_mlp_layernorm(tokens))[0]
         return tokens + self.post_feedforward_layernorm(added)
 
-    def _lightly_kept_ffn(self, tokens: Tensor) -> Tensor:
+    def _ffn_without_its_activations(self, tokens: Tensor) -> Tensor:
         """Norm and FFN; of what lies between tokens and sum, gate and up alone are kept."""
         normed = self.pre_mlp_layernorm(tokens)
         gate_up, _ = self.mlp.linear_fc1(normed)
@@ -213,7 +213,7 @@ class DecoderLayer(TransformerLayer):
         return torch.cat((text.new_zeros(attention.shards.local_visual, *text.shape[1:]), text))
 
     @property
-    def _recomputes_light_parts(self) -> bool:
+    def _recomputes_norms_and_activations(self) -> bool:
         # They are kept for the gradients of weights alone.
         trained = self.mlp.linear_fc2.weight.requires_grad
         return trained and self.config.recompute_granularity == "selective"

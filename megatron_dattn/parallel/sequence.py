@@ -143,13 +143,13 @@ class SequenceLayout:
         """
         return self.start_all_gather(local, async_op=False).wait()
 
-    def start_all_gather(self, local: Tensor, *, async_op: bool = True) -> "Message":
+    def start_all_gather(self, local: Tensor, *, async_op: bool = True) -> "PendingTokens":
         """`all_gather` that goes on while the caller does.
 
         [V_r + T_r, ...] -> [V + T, ...], same dtype.
         """
         if not self.sequence_parallel:
-            return Message(local, None)
+            return PendingTokens(local, None)
         local = local.contiguous()
         tokens = local.new_empty(local.shape[0] * self.ranks, *local.shape[1:])
         # megatron-core's mappings cut a tensor into equal consecutive pieces, and cut so, [V | T]
@@ -160,9 +160,9 @@ class SequenceLayout:
             for whole, own in zip(self._kinds(tokens), self.split(local), strict=True):
                 if own.shape[0]:
                     dist.all_gather_into_tensor(whole, own, group=self.group)
-        return Message(tokens, work)
+        return PendingTokens(tokens, work)
 
-    def start_reduce_scatter(self, *partial: Tensor, async_op: bool = True) -> "Message":
+    def start_reduce_scatter(self, *partial: Tensor, async_op: bool = True) -> "PendingTokens":
         """`reduce_scatter` that goes on while the caller does, without a gradient.
 
         [V + T, ...], or [V, ...] and [T, ...] -> [V_r + T_r, ...]; same dtype.
@@ -170,8 +170,8 @@ class SequenceLayout:
         if not self.sequence_parallel:
             total = partial[0].contiguous() if len(partial) == 1 else torch.cat(partial)
             if self.group.size() == 1:
-                return Message(total, None)
-            return Message(total, dist.all_reduce(total, group=self.group, async_op=async_op))
+                return PendingTokens(total, None)
+            return PendingTokens(total, dist.all_reduce(total, group=self.group, async_op=async_op))
         partial = tuple(tokens.contiguous() for tokens in partial)
         rows = sum(tokens.shape[0] for tokens in partial) // self.ranks
         local = partial[0].new_empty(rows, *partial[0].shape[1:])
@@ -180,14 +180,14 @@ class SequenceLayout:
             for own, whole in zip(self.split(local), kinds, strict=True):
                 if own.shape[0]:
                     dist.reduce_scatter_tensor(own, whole, group=self.group)
-        return Message(local, work)
+        return PendingTokens(local, work)
 
     def _kinds(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """All tokens, or text tokens alone, by kind, as views."""
         return tokens[: tokens.shape[0] - self.text], tokens[-self.text :]
 
 
-class Message:
+class PendingTokens:
     """Tokens on their way between the ranks, so that the device can compute meanwhile.
 
     A product that is queued between the message and `wait` overlaps it, where

@@ -66,7 +66,7 @@ class Setup:
         return layer_rules(self.preset, layers, skip_unread=savings.unread_tokens)
 
     @property
-    def keeps_light_parts(self) -> bool:
+    def keeps_activations(self) -> bool:
         """True if norms' outputs and FFN activations wait for the gradients of weights."""
         trained = "language_model" in self.trained
         return trained and self.execution.recompute != "selective"
@@ -100,7 +100,7 @@ def _attention(setup: Setup, rule: LayerRule, tokens: int) -> int:
     text, attention = setup.pack.text_tokens, rule.attention
     scored = tokens if attention.scores_visual_tokens else text
     apart = savings.visual_queries and scored < tokens
-    kept = setup.hidden(tokens) * setup.keeps_light_parts  # [tokens, d]: the norm's output
+    kept = setup.hidden(tokens) * setup.keeps_activations  # [tokens, d]: the norm's output
     kept += setup.cut(scored if apart else tokens, query)  # queries
     kept += setup.cut(tokens, 2 * key_value)  # keys, values
     if not apart and setup.token_ranks == 1:
@@ -142,7 +142,7 @@ def _whole_ffn(setup: Setup, tokens: int) -> int:
     language = setup.config.language
     kept = _norm_input(setup, tokens)
     if not setup.execution.savings.ffn_chunk_tokens:  # else recomputed from the norm's input
-        kept += setup.hidden(tokens) * setup.keeps_light_parts  # [tokens, d]: the norm's output
+        kept += setup.hidden(tokens) * setup.keeps_activations  # [tokens, d]: the norm's output
         kept += _ffn_middle(setup, tokens)
         if language.has_post_norms:
             kept += _norm_input(setup, tokens)
@@ -152,7 +152,7 @@ def _whole_ffn(setup: Setup, tokens: int) -> int:
 def _ffn_middle(setup: Setup, tokens: int) -> int:
     """Gate and up, [tokens, 2f], and their product, [tokens, f]."""
     language = setup.config.language
-    width = (2 + setup.keeps_light_parts) * language.intermediate_size
+    width = (2 + setup.keeps_activations) * language.intermediate_size
     if language.hidden_activation != "silu":
         width += language.intermediate_size  # not fused: the activated gate, too
     return setup.cut(tokens, width)
@@ -180,14 +180,14 @@ def decoder_layer_at_work(setup: Setup, number: int) -> int:
     chunk = setup.execution.savings.ffn_chunk_tokens
     output = setup.hidden(tokens)
     if 0 < chunk < tokens:
-        again += setup.hidden(chunk) * setup.keeps_light_parts + _ffn_middle(setup, chunk)
+        again += setup.hidden(chunk) * setup.keeps_activations + _ffn_middle(setup, chunk)
         tokens = chunk
     product = setup.cut(tokens, width)
-    refilled = (trained and not setup.keeps_light_parts) * product
+    refilled = (trained and not setup.keeps_activations) * product
     gathered = setup.hidden(tokens) * setup.token_ranks if setup.token_ranks > 1 else 0
     of_weight = trained * setup.cut(language.hidden_size, width)
     first = gathered + product + of_weight + refilled
-    second = 3 * product - (product if setup.keeps_light_parts else 0)
+    second = 3 * product - (product if setup.keeps_activations else 0)
     return again + output + max(first, second)
 
 
