@@ -136,7 +136,7 @@ def prepare(
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Target:
     """A source and where it goes."""
 
     source: Source
@@ -161,8 +161,8 @@ def _exclusions(sources: list[Source], choice: Choice) -> dict[str, "array[int]"
 
 def _places(
     sources: list[Source], output: Path, choice: Choice, excluded: dict[str, "array[int]"]
-) -> list[_Place]:
-    places: list[_Place] = []
+) -> list[_Target]:
+    places: list[_Target] = []
     for source in sources:
         image_root = source.image_root or source.path.parent
         if not image_root.is_dir():
@@ -170,11 +170,11 @@ def _places(
         left_out = excluded.get(os.path.realpath(source.path), ())
         facts = _facts(source, image_root, choice, left_out)
         path = _free_path(output, source.path.stem, [place.path for place in places], facts)
-        places.append(_Place(source, image_root, path, facts))
+        places.append(_Target(source, image_root, path, facts))
     return places
 
 
-def _section(section: str, places: list[_Place], output: Path) -> str:
+def _section(section: str, places: list[_Target], output: Path) -> str:
     entries = [
         {
             "path": f"{CONFIG_DIR}/{place.path.name}",
@@ -228,7 +228,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _prepared_before(place: _Place) -> Prepared | None:
+def _prepared_before(place: _Target) -> Prepared | None:
     """What an earlier run made of a source, if it is all there and no missing image has come."""
     path, missing_list = place.path, _missing_path(place.path)
     if not path.exists() or not _index_path(path).exists():
@@ -257,7 +257,7 @@ def _missing_path(path: Path) -> Path:
 
 
 def _write_records(
-    records: Iterator[tuple[int, Any]], place: _Place, drop_missing: bool
+    records: Iterator[tuple[int, Any]], place: _Target, drop_missing: bool
 ) -> Prepared:
     source, path, missing = place.source, place.path, MissingList(_missing_path(place.path))
 
