@@ -145,8 +145,8 @@ def check(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         listing = None
         if options.list is not None:
-            stack.enter_context(named(options.list))
-            listing = stack.enter_context(options.list.open("w", encoding="utf-8"))
+            with named(options.list):
+                listing = stack.enter_context(options.list.open("w", encoding="utf-8"))
         reports = [check_file(path, one, options.workers, listing) for path, one in checkers]
     for report in reports:
         print(report.table())

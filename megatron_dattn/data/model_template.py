@@ -129,11 +129,13 @@ class ModelTemplate:
 
     def _fixed_text(self, messages: Messages) -> _FixedText:
         shape = tuple(message["role"] for message in messages)
-        if shape not in self._fixed_texts:
+        known = self._fixed_texts.get(shape)
+        if known is None:
+            known = self._find_fixed_text(shape)
             if len(self._fixed_texts) >= MAX_KNOWN_SHAPES:
-                self._fixed_texts.clear()
-            self._fixed_texts[shape] = self._find_fixed_text(shape)
-        return self._fixed_texts[shape]
+                self._fixed_texts.clear()  # by this thread or another: what is known is returned
+            self._fixed_texts[shape] = known
+        return known
 
     def _find_fixed_text(self, shape: tuple[str, ...]) -> _FixedText:
         placeholders = [

@@ -6,7 +6,7 @@ torch's own operations. Kernels of a GPU are judged in tests/gpu.
 
 import logging
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -115,3 +115,25 @@ def test_other_errors_are_not_taken_for_the_compilers(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fused, "_compiled", lambda function: out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         _doubled(torch.ones(2))
+
+
+def test_packs_of_many_forms_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own limit of graphs for one function is 8; behind it nothing would be compiled."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return aot_eager(graph, inputs)
+
+    def add_up(parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).sum(0)
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    with torch.compiler.set_stance("default"):
+        compiled = fused._compiled.__wrapped__(add_up)
+        for number in range(1, 13):
+            assert torch.equal(compiled([torch.ones(3)] * number), torch.full((3,), number))
+    torch._dynamo.reset()
+    assert len(graphs) == 12

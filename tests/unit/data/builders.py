@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dattn.data.config import DataConfig, DatasetConfig
+from megatron_dattn.data.conversation import Conversation, parse_record
 from megatron_dattn.data.encoder import ModelSizes
 from megatron_dattn.data.loader import VLMLoader, build_loader
 from megatron_dattn.data.prepare import write_jsonl
@@ -75,6 +76,13 @@ def record(question: str, answer: str, image: str | list[str] | None = None) -> 
     """A LLaVA record with one exchange."""
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"conversations": turns} if image is None else {"image": image, "conversations": turns}
+
+
+def conversation(*texts: str, images: int = 0, system: str | None = None) -> Conversation:
+    """Questions and answers in turn."""
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    paths = ["x.png"] * images or None
+    return parse_record({"conversations": turns, "image": paths, "system": system})
 
 
 def save_image(path: Path, seed: int, side: int = 20) -> None:

@@ -10,14 +10,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dattn.batch import IGNORED_LABEL
-from megatron_dattn.data.conversation import Conversation, parse_record
+from megatron_dattn.data.conversation import Conversation
 from megatron_dattn.data.model_template import ModelTemplate, own_chat_template
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import TEMPLATES, read_template
 from megatron_dattn.data.tokenizer import load_tokenizer
 from megatron_dattn.errors import ConfigError
-from tests.unit.data.builders import make_tokenizer
+from tests.unit.data.builders import conversation, make_tokenizer
+from tests.unit.data.test_template_families import answers, texts
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -137,13 +138,6 @@ def family_tokenizer(special: list[str], template: Any) -> PreTrainedTokenizerFa
 TOKENIZERS = {name: family_tokenizer(f[0], f[1]) for name, f in FAMILIES.items()}
 
 
-def conversation(*texts: str, images: int = 0, system: str | None = None) -> Conversation:
-    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    return parse_record(
-        {"conversations": turns, "image": ["x.png"] * images or None, "system": system}
-    )
-
-
 def marked(template: ModelTemplate | ConversationTokenizer, chat: Conversation) -> str:
     """The rendered text with the supervised spans in double square brackets."""
     text, spans = template.render(chat)
@@ -166,13 +160,6 @@ def test_a_system_message_that_moves_to_the_last_question() -> None:
     assert marked(template, conversation("q1", "a1", "q2", "a2", system="Be brief.")) == (
         "<s>[INST] q1[/INST][[ a1</s>]][INST] Be brief.\n\nq2[/INST][[ a2</s>]]"
     )
-
-
-# The tokenizer's own mark for spaces is decoded as a space.
-characters = st.characters(exclude_characters="\u2581", exclude_categories=["Cs", "Co"])
-words = st.sampled_from(["red", " square", "1", "?", "\n", "  ", "\u4e2d", "USER:", "assistant\n"])
-texts = st.lists(words | st.text(characters, max_size=4), min_size=1, max_size=8).map("".join)
-answers = texts.filter(lambda text: text.strip())
 
 
 @settings(deadline=None)

@@ -13,16 +13,11 @@ from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import read_template
 from megatron_dattn.errors import ConfigError
-from tests.unit.data.builders import SPECIAL_TOKENS, make_tokenizer, record
+from tests.unit.data.builders import SPECIAL_TOKENS, conversation, make_tokenizer, record
 
 TOKENIZER = make_tokenizer()
 MISTRAL = ConversationTokenizer(TOKENIZER, "mistral_v3")
 PLAIN = ConversationTokenizer(TOKENIZER, "plain")
-
-
-def conversation(*texts: str, images: int = 0) -> Conversation:
-    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    return parse_record({"conversations": turns, "image": ["x.png"] * images or None})
 
 
 def marked(template: ConversationTokenizer, chat: Conversation) -> str:

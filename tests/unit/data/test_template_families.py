@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_dattn.batch import IGNORED_LABEL
 from megatron_dattn.data import templates
-from megatron_dattn.data.conversation import Conversation, parse_record
+from megatron_dattn.data.conversation import Conversation
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import (
@@ -20,7 +20,7 @@ from megatron_dattn.data.templates import (
     read_template,
     template_tokens,
 )
-from tests.unit.data.builders import make_tokenizer
+from tests.unit.data.builders import conversation, make_tokenizer
 
 GEMMA = make_tokenizer(
     ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<image>"],
@@ -93,11 +93,6 @@ every_template = pytest.mark.parametrize("name", list(TOKENIZERS))
 
 def encoder(name: str) -> ConversationTokenizer:
     return ConversationTokenizer(TOKENIZERS[name], name)
-
-
-def conversation(*texts: str, images: int = 0) -> Conversation:
-    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    return parse_record({"conversations": turns, "image": ["x.png"] * images or None})
 
 
 def marked(name: str, chat: Conversation) -> str:

@@ -1,4 +1,4 @@
-"""Chat messages for an export become what the loader makes of the same row."""
+"""Chat messages for an export become what the loader makes of the same record."""
 
 from typing import Any
 
@@ -65,18 +65,18 @@ def exported(name: str, messages: list[dict[str, Any]], *, ask: bool = False) ->
 
 
 def as_value(parts: Parts) -> str:
-    """How a LLaVA row writes the parts: every image is a placeholder and a line break."""
+    """How a LLaVA record writes the parts: every image is a placeholder and a line break."""
     return "".join(part.get("text", f"{IMAGE_TOKEN}\n") for part in parts)
 
 
 def loaded(name: str, exchanges: list[tuple[Parts, str]]) -> str:
-    """What the loader renders of a row with these questions and answers."""
+    """What the loader renders of a record with these questions and answers."""
     turns = []
     for question, answer in exchanges:
         turns += [{"from": "human", "value": as_value(question)}, {"from": "gpt", "value": answer}]
     count = sum(part == IMAGE for question, _ in exchanges for part in question)
-    row = {"conversations": turns, **({"image": ["x.png"] * count} if count else {})}
-    conversation = parse_record(row)
+    record = {"conversations": turns, **({"image": ["x.png"] * count} if count else {})}
+    conversation = parse_record(record)
     assert len(conversation.images) == count
     return encoder_of(name).render(conversation)[0]
 
