@@ -2,7 +2,7 @@
 
 Counted where there is no device: a forward and backward pass of a deeper model less that of a
 shallower one, on the ragged backend over stand-ins for its kernels. An attention kernel counts as
-one operation, and so does a fused chain (`attention/fused.py`); views and fresh room as none. The
+one operation, and so does a fused chain (`attention/gather.py`); views and fresh room as none. The
 norms, one kernel on CUDA, are the chains of operations that they are on a CPU.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from megatron_dattn.attention import fused
+from megatron_dattn.attention import gather
 from megatron_dattn.attention.backends import cuda_flash
 from megatron_dattn.models import vlm
 from tests.support.vlm import make_batch, tiny_model, tiny_model_config
@@ -55,8 +55,8 @@ def _pass(preset: str, num_layers: int, monkeypatch: pytest.MonkeyPatch) -> Coun
             kernel = getattr(varlen_kernels, "aten" + name)
             patch.setattr(cuda_flash, name, _as_one("flash" + name, kernel, found))
         patch.setattr(vlm, "select_backend", lambda *args, **named: cuda_flash.CudaFlashBackend())
-        patch.setattr(fused, "_is_cuda", lambda values: True)
-        patch.setattr(fused, "_compiled", lambda f: _as_one(f"fused {f.__name__}", f, found))
+        patch.setattr(gather, "_is_cuda", lambda values: True)
+        patch.setattr(gather, "_compiled", lambda f: _as_one(f"fused {f.__name__}", f, found))
         model(batch).sum().backward()
     return found
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from megatron_dattn.attention import PRESETS, fused
+from megatron_dattn.attention import PRESETS, gather
 from megatron_dattn.attention.backends.select import select_backend
 from megatron_dattn.attention.layout import TokenLayout
 from tests.unit.attention.support import (
@@ -43,8 +43,8 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
-    monkeypatch.setattr(fused, "_is_cuda", lambda values: True)
-    monkeypatch.setattr(fused, "_compiled", compiled)
+    monkeypatch.setattr(gather, "_is_cuda", lambda values: True)
+    monkeypatch.setattr(gather, "_compiled", compiled)
     torch._dynamo.reset()
     # The CPU runtime, which tests of models switch on, lets no compiled function run compiled.
     with torch.compiler.set_stance("default"):
@@ -75,13 +75,13 @@ def test_other_numbers_of_tokens_need_no_other_graphs(as_on_cuda: list[str]) -> 
     assert graphs_after(TEXT_ONLY_LAYOUT) == graphs_after(LONGER) > 0
 
 
-@fused.fused
+@gather.fused
 def _doubled(values: Tensor) -> Tensor:
     return values * 2
 
 
 def test_a_cpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_compiled", lambda function: pytest.fail("compiled"))
+    monkeypatch.setattr(gather, "_compiled", lambda function: pytest.fail("compiled"))
     assert _doubled(torch.ones(3)).tolist() == [2, 2, 2]
 
 
@@ -97,9 +97,9 @@ def test_a_compiler_that_does_not_work_is_named_once(
 
         return call
 
-    monkeypatch.setattr(fused, "_is_cuda", lambda values: True)
-    monkeypatch.setattr(fused, "_compiled", broken)
-    monkeypatch.setattr(fused, "_failures", [])
+    monkeypatch.setattr(gather, "_is_cuda", lambda values: True)
+    monkeypatch.setattr(gather, "_compiled", broken)
+    monkeypatch.setattr(gather, "_failures", [])
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert _doubled(torch.ones(2)).tolist() == [2, 2]
@@ -111,8 +111,8 @@ def test_other_errors_are_not_taken_for_the_compilers(monkeypatch: pytest.Monkey
     def out_of_memory(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fused, "_is_cuda", lambda values: True)
-    monkeypatch.setattr(fused, "_compiled", lambda function: out_of_memory)
+    monkeypatch.setattr(gather, "_is_cuda", lambda values: True)
+    monkeypatch.setattr(gather, "_compiled", lambda function: out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         _doubled(torch.ones(2))
 
@@ -132,7 +132,7 @@ def test_packs_of_many_forms_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     with torch.compiler.set_stance("default"):
-        compiled = fused._compiled.__wrapped__(add_up)
+        compiled = gather._compiled.__wrapped__(add_up)
         for number in range(1, 13):
             assert torch.equal(compiled([torch.ones(3)] * number), torch.full((3,), number))
     torch._dynamo.reset()
