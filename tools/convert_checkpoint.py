@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
-from megatron_dattn.runtime.tool import run_tool
+from megatron_dattn.runtime.tool import bar, run_tool
 
 if TYPE_CHECKING:
     from megatron_dattn.conversion.verify.verdict import Comparison
@@ -60,7 +60,6 @@ def add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run_import(options: argparse.Namespace) -> int:
     from megatron_dattn.conversion.hf_import.plan import plan_import, plan_whole_import
     from megatron_dattn.conversion.hf_import.run import write_import
-    from megatron_dattn.runtime.progress import bar
 
     vision, language, whole = options.vision, options.language, options.model
     chosen = {"dtype": options.dtype}
@@ -102,7 +101,6 @@ def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run_export(options: argparse.Namespace) -> int:
     from megatron_dattn.conversion.hf_export.run import ExportOptions, export_checkpoint
-    from megatron_dattn.runtime.progress import bar
 
     if not (options.max_shard_gb > 0 and math.isfinite(options.max_shard_gb)):
         raise ConfigError(f"--max-shard-gb must be positive and finite, got {options.max_shard_gb}")
@@ -173,7 +171,6 @@ def _line(found: "Comparison", tolerance: float) -> str:
 
 def _compare_import(options: argparse.Namespace, tolerance: float) -> "list[Comparison]":
     from megatron_dattn.conversion.verify.imported import verify_checkpoint
-    from megatron_dattn.runtime.progress import bar
 
     if options.question or options.image:
         raise ConfigError("--question and --image are for --against; --tokens gives a text here")
@@ -191,7 +188,6 @@ def _compare_import(options: argparse.Namespace, tolerance: float) -> "list[Comp
 
 def _compare_export(options: argparse.Namespace, tolerance: float) -> "list[Comparison]":
     from megatron_dattn.conversion.verify.exported import verify_export
-    from megatron_dattn.runtime.progress import bar
 
     if options.vision or options.language or options.model or options.tokens:
         raise ConfigError(

@@ -29,7 +29,7 @@ from megatron_dattn.models.decomposed_attention import DecomposedCore, Decompose
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from megatron_dattn.models.vision_encoder import BidirectionalCore
-from megatron_dattn.runtime.transformer_engine import fp8_failure, te_failure
+from megatron_dattn.runtime.engine_imports import fp8_failure, te_failure
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import warnings
 from typing import TextIO
 
 from megatron_dattn.runtime.os_errors import explain
-from megatron_dattn.runtime.transformer_engine import te_failure
 
 # Their INFO lines (and transformers' warnings about generation) say nothing about the run.
 _NOISY_LOGGERS = ("megatron.core", "megatron.energon", "transformers", "torch", "PIL", "matplotlib")
@@ -135,10 +134,9 @@ def silence_import_warnings() -> None:
     # Here, as torch takes a second: `setup_logging` does without.
     import torch
 
-    from megatron_dattn.runtime.engine_imports import leave_out_what_is_not_needed
+    from megatron_dattn.runtime.engine_imports import prepare_engine_imports
 
-    te_failure()
-    leave_out_what_is_not_needed()
+    prepare_engine_imports()
     if not torch.cuda.is_available():
         for message in _WITHOUT_GPU_PACKAGES:
             warnings.filterwarnings("ignore", message=message, module=r"megatron\.core")

@@ -1,7 +1,7 @@
 """How far a pass over gigabytes is: code that takes minutes tells, an entry point shows.
 
 Whoever reads or writes that much takes a `ByteProgress`, begins a pass with it, and tells it of the
-bytes of each part that is done.
+bytes of each part that is done. `tool.py` has a bar for the terminal.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,12 +22,3 @@ class ByteProgress(Protocol):
 def unseen(what: str, num_bytes: int) -> Iterator[Advance]:
     """Nobody looks."""
     yield lambda done: None
-
-
-@contextmanager
-def bar(what: str, num_bytes: int) -> Iterator[Advance]:
-    """A bar on standard error, where that is a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, disable=None) as shown:
-        yield shown.update

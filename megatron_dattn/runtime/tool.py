@@ -1,18 +1,19 @@
-"""The frame of a command-line tool: every foreseeable end of it is one line and an exit code.
+"""The frame of a command-line tool: how far it is, and every foreseeable end in one line.
 
-A wrong input, a full disk, Ctrl-C and the SIGTERM of a batch system all end here. The signals raise
-in the tool's work, so that half-written outputs are removed on the way out.
+A wrong input, a full disk, Ctrl-C and the SIGTERM of a batch system all end here, with an exit
+code. The signals raise in the tool's work, so that half-written outputs are removed on the way out.
 """
 
 import contextlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError
 from megatron_dattn.runtime.log import escape_what_cannot_be_written, give_up_unwritable_output
 from megatron_dattn.runtime.os_errors import explain, shortage
+from megatron_dattn.runtime.progress import Advance
 
 EXIT_OF_A_SIGNAL = 128  # plus its number, as shells report it: 130 for Ctrl-C
 
@@ -65,6 +66,15 @@ def run_tool(work: Callable[[], int], left: Callable[[], str] = lambda: "") -> i
             give_up_unwritable_output()
         _say(f"error: {message}")
         return EXIT_USER_ERROR
+
+
+@contextlib.contextmanager
+def bar(what: str, num_bytes: int) -> Iterator[Advance]:
+    """A bar on standard error, where that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, disable=None) as shown:
+        yield shown.update
 
 
 def _say_interrupted(signals: _Signals, left: Callable[[], str]) -> int:

@@ -15,7 +15,7 @@ from megatron_dattn.checkpoint.files import step_folder_name
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.runtime.cpu import cpu_runtime_active
 from megatron_dattn.runtime.distributed import destroy_distributed
-from megatron_dattn.runtime.transformer_engine import fp8_failure, te_failure
+from megatron_dattn.runtime.engine_imports import fp8_failure, te_failure
 from tests.functional.workspace import make_workspace, pretrain
 
 pytestmark = [

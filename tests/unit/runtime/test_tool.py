@@ -1,6 +1,7 @@
-"""A tool ends in one line, whatever ends it."""
+"""A tool ends in one line, whatever ends it; bars are for whoever watches a terminal."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from typing import NoReturn
 import pytest
 
 from megatron_dattn.errors import DataError
-from megatron_dattn.runtime.tool import run_tool
+from megatron_dattn.runtime.progress import unseen
+from megatron_dattn.runtime.tool import bar, run_tool
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -123,3 +125,28 @@ def test_every_tool_has_this_frame_and_is_quick_to_reach_it(tool: str) -> None:
     ).stderr
     names = {line.rpartition("|")[2].strip() for line in imported.splitlines()}
     assert not names & {"torch", "transformers", "matplotlib", "megatron"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run_a_pass(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("sys.stderr", stream)
+    with bar("exporting", 4000) as advance:
+        advance(1000)
+        advance(3000)
+    return stream.getvalue()
+
+
+def test_a_terminal_shows_what_is_done_of_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = run_a_pass(Terminal(), monkeypatch)
+    assert "exporting: 100%" in shown
+    assert "4.00k/4.00k" in shown
+
+
+def test_a_file_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not run_a_pass(io.StringIO(), monkeypatch)
+    with unseen("exporting", 4000) as advance:
+        advance(1000)

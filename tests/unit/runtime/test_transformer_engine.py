@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dattn.runtime import transformer_engine
-from megatron_dattn.runtime.transformer_engine import fp8_failure, te_failure
+from megatron_dattn.runtime import engine_imports
+from megatron_dattn.runtime.engine_imports import fp8_failure, te_failure
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -17,7 +17,7 @@ from megatron_dattn.runtime.log import silence_import_warnings
 silence_import_warnings()
 from megatron.core import fp8_utils
 from megatron_dattn.models.layer_specs import resolve_implementation
-from megatron_dattn.runtime.transformer_engine import te_failure
+from megatron_dattn.runtime.engine_imports import te_failure
 from megatron_dattn.models.execution import ExecutionConfig
 print(resolve_implementation(ExecutionConfig()), fp8_utils.HAVE_TE, te_failure())
 """
@@ -63,7 +63,7 @@ def test_fp8_asks_for_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(engine_imports, "find_spec", lambda name: None)
     te_failure.cache_clear()
     try:
         assert te_failure() == "it is not installed"
