@@ -53,3 +53,7 @@ class OutageError(DataError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, does not fit, or cannot be written."""
+
+
+class DiskFullError(CheckpointError):
+    """The disk has no room for what was to be written."""

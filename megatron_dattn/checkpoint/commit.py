@@ -25,14 +25,6 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_dattn.checkpoint import files, writer
-from megatron_dattn.checkpoint.collective import (
-    DiskFullError,
-    gather_from_all,
-    on_every_rank,
-    on_first_rank,
-    rank,
-    world_size,
-)
 from megatron_dattn.checkpoint.manifest import (
     FileRecord,
     Manifest,
@@ -40,8 +32,10 @@ from megatron_dattn.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from megatron_dattn.errors import CheckpointError
+from megatron_dattn.errors import CheckpointError, DiskFullError
+from megatron_dattn.runtime.distributed import gather_from_all, rank, world_size
 from megatron_dattn.runtime.os_errors import explain, room_in
+from megatron_dattn.runtime.rank_errors import on_every_rank, on_first_rank
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dattn.checkpoint import files
-from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank, rank, world_size
 from megatron_dattn.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -22,7 +21,9 @@ from megatron_dattn.checkpoint.manifest import (
     verify_files,
 )
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.distributed import rank, world_size
 from megatron_dattn.runtime.progress import ByteProgress, unseen
+from megatron_dattn.runtime.rank_errors import on_every_rank, on_first_rank
 from megatron_dattn.runtime.untrusted_file import JsonFields, read_json_object, show
 
 logger = logging.getLogger(__name__)

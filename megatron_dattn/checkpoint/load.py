@@ -34,10 +34,10 @@ from megatron.core.dist_checkpointing.validation import (
 from megatron.core.msc_utils import MultiStorageClientFeature
 
 from megatron_dattn.checkpoint import reader
-from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank
 from megatron_dattn.checkpoint.manifest import Manifest, read_manifest, require_listed
 from megatron_dattn.checkpoint.writer import first_failure
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.rank_errors import on_every_rank, on_first_rank
 from megatron_dattn.runtime.untrusted_file import open_plain, read_json_object
 
 _SHOWN = 8

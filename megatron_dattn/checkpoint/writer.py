@@ -43,17 +43,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_dattn.checkpoint.collective import (
-    as_checkpoint_error,
-    on_every_rank,
-    on_first_rank,
-    rank,
-)
 from megatron_dattn.checkpoint.files import PAGES_KEPT, forget_pages, sync_file
 from megatron_dattn.checkpoint.hashing import HashBeside
 from megatron_dattn.checkpoint.manifest import FileRecord
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.distributed import rank
 from megatron_dattn.runtime.os_errors import named
+from megatron_dattn.runtime.rank_errors import as_checkpoint_error, on_every_rank, on_first_rank
 
 # A tensor is stored as a small zip archive; this covers its headers and alignment.
 _BYTES_PER_RECORD = 4096

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dattn.data.conversation import Conversation, Turn
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.rendering import Span, render_messages
-from megatron_dattn.data.tokenizer import special_token_ids
+from megatron_dattn.data.tokenizer import own_chat_template, special_token_ids
 from megatron_dattn.errors import ConfigError
 
 Messages = Sequence[Mapping[str, str]]
@@ -31,14 +31,6 @@ _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 # Templates may write today's date. A text of training must be the same tomorrow.
 _TODAY = datetime(2024, 7, 26)
 _EXCHANGE = Conversation((Turn("user", "x"), Turn("assistant", "x")))
-
-
-def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The Jinja source that came with a tokenizer: of several that for chats; None if none did."""
-    source = tokenizer.chat_template
-    if isinstance(source, dict):
-        source = source.get("default")
-    return source or None
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,14 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(ids - {tokenizer.unk_token_id})
 
 
+def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The Jinja source that came with a tokenizer: of several that for chats; None if none did."""
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    return source or None
+
+
 def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Characters of the longest token: no text has fewer tokens than its characters over this.
 

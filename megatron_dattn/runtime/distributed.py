@@ -8,6 +8,7 @@ import contextlib
 import random
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from megatron_dattn.runtime.cpu import enable_cpu_runtime
 from megatron_dattn.runtime.launcher import Launch, read_launch
 from megatron_dattn.runtime.lost_ranks import introduce_rank
 from megatron_dattn.runtime.rendezvous import RendezvousError, meet
+
+T = TypeVar("T")
 
 # What `host_group` makes: a group's twin over gloo, and how long its collectives wait.
 _host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
@@ -130,7 +133,8 @@ def _join_process_group(launch: Launch, timeout_seconds: float, rendezvous_secon
             # Named, NCCL connects here and not in the first collective, and barriers need no guess.
             device_id=get_device() if on_cuda else None,
         )
-        introduce_rank()
+        if launch.world_size > 1:
+            introduce_rank()
     except (dist.DistError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RendezvousError(
@@ -156,25 +160,31 @@ def _has_model_parallel_groups() -> bool:
 
 
 @contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """Process groups and random states of a single process, for work that is not distributed.
-
-    Groups that exist already are used and stay.
+def world_of_one() -> Iterator[None]:
+    """A process group of this process alone, for work on one; a group that exists already stays.
 
     Raises:
         ConfigError: a launcher has started several processes.
     """
     existed = dist.is_initialized()
-    if read_launch().world_size > 1 or (existed and dist.get_world_size() > 1):
+    if read_launch().world_size > 1 or world_size() > 1:
         raise ConfigError("this is work for one process; start it without torchrun, srun or mpirun")
     try:
-        if not _has_model_parallel_groups():
-            initialize_distributed()
-        seed_everything(0)
+        join_world()
         yield
     finally:
         if not existed:
             destroy_distributed()
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """`world_of_one` with the groups and random states that a model of megatron-core needs."""
+    with world_of_one():
+        if not _has_model_parallel_groups():
+            initialize_distributed()
+        seed_everything(0)
+        yield
 
 
 def seed_everything(seed: int) -> None:
@@ -199,9 +209,28 @@ def get_device() -> torch.device:
     return torch.device("cpu")
 
 
+def rank() -> int:
+    """Of this process in the world; 0 before the world exists."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of all ranks; 1 before the world exists."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def is_rank_0() -> bool:
     """True if this is the first rank of the world (also true before the world exists)."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
+
+
+def gather_from_all(value: T) -> list[T]:
+    """This value of every rank, by rank, on every rank. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:

@@ -6,16 +6,22 @@ by an exchange of how it went, before the next collective. What no user can mend
 struck, as is word of a lost rank: lost_ranks.py tells the others.
 """
 
+import errno
+import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from megatron_dattn.errors import UserError
-from megatron_dattn.runtime.distributed import host_group, is_rank_0, join_world
-from megatron_dattn.runtime.os_errors import explain
+from megatron_dattn.errors import CheckpointError, DiskFullError, OutageError, UserError
+from megatron_dattn.runtime.distributed import host_group, is_rank_0, join_world, world_size
+from megatron_dattn.runtime.lost_ranks import is_loss
+from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.runtime.rendezvous import RendezvousError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -45,11 +51,61 @@ def run_on_first_rank(work: Callable[[], T], refusal: Refusal = as_user_error) -
     """Do the work on rank 0 alone and hand its result to every rank; errors as above."""
     result, error = _attempt(work, refusal) if is_rank_0() else (None, None)
     all_ranks_agree(error)
-    if _num_ranks() > 1:
+    if world_size() > 1:
         results = [result]
         dist.broadcast_object_list(results, src=0)
         (result,) = results
     return cast(T, result)
+
+
+def on_every_rank(purpose: str, work: Callable[[], T]) -> T:
+    """`run_on_all_ranks` for work on a run's folder, where any error counts.
+
+    Of a bug, too, the others must hear, as the folder that they write into together has to be
+    cleaned up.
+
+    Args:
+        purpose: what the work is for, as the beginning of the error message.
+
+    Raises:
+        CheckpointError: on all ranks, if the work raised on any of them.
+        OutageError: in its place, if that is what the work raised.
+    """
+    return run_on_all_ranks(work, partial(_refusal, purpose))
+
+
+def on_first_rank(purpose: str, work: Callable[[], T]) -> T:
+    """`run_on_first_rank` in the same way."""
+    return run_on_first_rank(work, partial(_refusal, purpose))
+
+
+def _refusal(purpose: str, error: Exception) -> UserError | None:
+    if isinstance(error, OutageError):
+        return error  # of a data loader whose state could not be had: another try may help
+    if is_loss(error):
+        return None  # the others cannot be told: it is they, or one of them, who do not answer
+    return as_checkpoint_error(purpose, error)
+
+
+def as_checkpoint_error(purpose: str, error: Exception) -> CheckpointError:
+    """The error in the words of this package; its cause is kept.
+
+    What no user can cause (a type error, say) is logged with its traceback as well.
+    """
+    if isinstance(error, CheckpointError):
+        return error
+    if isinstance(error, UserError):
+        translated = CheckpointError(str(error))
+    elif isinstance(error, OSError):
+        kind = DiskFullError if error.errno == errno.ENOSPC else CheckpointError
+        translated = kind(f"{purpose} failed: {explain(error)}")
+    elif words := shortage(error):
+        translated = CheckpointError(f"{purpose} failed: {words}")
+    else:
+        logger.error("%s failed", purpose, exc_info=error)
+        translated = CheckpointError(f"{purpose} failed: {type(error).__name__}: {error}")
+    translated.__cause__ = error
+    return translated
 
 
 def all_ranks_agree(error: UserError | str | None) -> None:
@@ -66,7 +122,7 @@ def all_ranks_agree(error: UserError | str | None) -> None:
             that rank, unless all ranks failed alike.
     """
     own = UserError(error) if isinstance(error, str) else error
-    if _num_ranks() == 1:
+    if world_size() == 1:
         if own is not None:
             raise own
         return
@@ -74,7 +130,7 @@ def all_ranks_agree(error: UserError | str | None) -> None:
     dist.all_reduce(failed, dist.ReduceOp.SUM, group=host_group())
     if not failed.item():
         return
-    errors: list[UserError | None] = [None] * _num_ranks()
+    errors: list[UserError | None] = [None] * world_size()
     dist.all_gather_object(errors, own)
     failures = [(rank, error) for rank, error in enumerate(errors) if error is not None]
     rank, first = failures[0]
@@ -103,10 +159,6 @@ def share_refusal(error: UserError) -> UserError:
         if joins and dist.is_initialized():
             dist.destroy_process_group()
     raise AssertionError("an error was shared")
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _attempt(work: Callable[[], T], refusal: Refusal) -> tuple[T | None, UserError | None]:

@@ -16,7 +16,6 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
-from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank, rank
 from megatron_dattn.checkpoint.commit import parallel_layout, save_checkpoint
 from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint_together, prune
 from megatron_dattn.checkpoint.files import replace_synced
@@ -26,7 +25,9 @@ from megatron_dattn.config.training import CheckpointConfig
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset, holds_preset
 from megatron_dattn.models.model_identity import Purpose, require_same
+from megatron_dattn.runtime.distributed import rank
 from megatron_dattn.runtime.os_errors import explain, shortage
+from megatron_dattn.runtime.rank_errors import on_every_rank, on_first_rank
 from megatron_dattn.training.stages import MODULES
 from megatron_dattn.training.state import (
     Progress,

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_dattn.attention.backends.select import select_backend
-from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint, steps_of
 from megatron_dattn.checkpoint.manifest import read_listed
 from megatron_dattn.config.pretrain import PretrainConfig
@@ -30,7 +29,7 @@ from megatron_dattn.models.layer_specs import resolve_implementation
 from megatron_dattn.runtime.distributed import get_device
 from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.random_states import untouched_random_states
-from megatron_dattn.runtime.rank_errors import run_on_all_ranks
+from megatron_dattn.runtime.rank_errors import on_first_rank, run_on_all_ranks
 from megatron_dattn.training.checkpoint import nothing_to_load
 from megatron_dattn.training.run import make_checkpointer
 from megatron_dattn.training.run_plan import make_plan

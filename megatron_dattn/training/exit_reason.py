@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_dattn.checkpoint.collective import rank
 from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.errors import (
     EXIT_USER_ERROR,
@@ -22,6 +21,7 @@ from megatron_dattn.errors import (
     UserError,
     shortened,
 )
+from megatron_dattn.runtime.distributed import rank
 from megatron_dattn.runtime.lost_ranks import LostRankError
 from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.runtime.rendezvous import RendezvousError

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.skipped_samples import RecentSamples
@@ -27,7 +26,7 @@ from megatron_dattn.runtime.distributed import (
     join_world,
     seed_everything,
 )
-from megatron_dattn.runtime.rank_errors import all_ranks_agree, run_on_all_ranks
+from megatron_dattn.runtime.rank_errors import all_ranks_agree, on_first_rank, run_on_all_ranks
 from megatron_dattn.runtime.same_facts import all_ranks_have_same
 from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.metrics import Metrics

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_dattn.checkpoint.collective import on_first_rank
 from megatron_dattn.checkpoint.discovery import steps_of
 from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.config.cli import render_config
@@ -20,6 +19,7 @@ from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.image_settings import PROCESSOR_FILES
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.lost_ranks import LostRankError
+from megatron_dattn.runtime.rank_errors import on_first_rank
 from megatron_dattn.training.exit_reason import FILE_NAME, clear_exit_reason, ending_of, record_exit
 from megatron_dattn.training.run_lock import RunLock
 from megatron_dattn.yaml_files import CONFIG_DIR

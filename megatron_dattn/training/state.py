@@ -21,10 +21,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 
-from megatron_dattn.checkpoint.collective import rank
 from megatron_dattn.data.skipped_samples import LoaderCounters
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.added_parameters import comes_with_preset
+from megatron_dattn.runtime.distributed import rank
 from megatron_dattn.runtime.random_states import capture_rng, restore_rng
 from megatron_dattn.training.optimizer import restore_optimizer, sharded_optimizer_state
 from megatron_dattn.training.stages import module_of_parameter

@@ -8,12 +8,11 @@ from typing import Literal
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from megatron_dattn.checkpoint.collective import on_every_rank, on_first_rank
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.runtime.distributed import is_rank_0
 from megatron_dattn.runtime.lost_ranks import named_lost_ranks
 from megatron_dattn.runtime.os_errors import explain
-from megatron_dattn.runtime.rank_errors import all_ranks_agree
+from megatron_dattn.runtime.rank_errors import all_ranks_agree, on_every_rank, on_first_rank
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training.exit_reason import ExitReason, NumericsError
 from megatron_dattn.training.metrics import StepReport

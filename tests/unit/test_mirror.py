@@ -20,7 +20,6 @@ COVERED_BY = {
     # Rules are right if the parts made of them score every pair of the oracle once.
     "attention/plan/segments": "unit/attention/plan/test_parts.py",
     # Parts of a saved checkpoint: what each checks is seen by saving, damaging and loading one.
-    "checkpoint/collective": "distributed/test_checkpoint.py",
     "checkpoint/files": "unit/checkpoint/test_commit.py",
     "checkpoint/index_fields": "unit/checkpoint/test_mutations.py",
     "checkpoint/manifest_fields": "unit/checkpoint/test_manifest.py",

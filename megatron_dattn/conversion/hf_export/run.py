@@ -37,8 +37,7 @@ from megatron_dattn.conversion.io.safetensors_writer import PlannedTensors, writ
 from megatron_dattn.conversion.io.tokenizer_files import chat_template, write_chat_template
 from megatron_dattn.conversion.io.weight_values import check_finite
 from megatron_dattn.data.conversation import IMAGE_TOKEN
-from megatron_dattn.data.model_template import own_chat_template
-from megatron_dattn.data.tokenizer import padding_id, token_id
+from megatron_dattn.data.tokenizer import own_chat_template, padding_id, token_id
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.inference.load import (
     RunAssets,

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dattn.conversion.hf_import.tokenizer import TEKKEN_RESERVED
 from megatron_dattn.conversion.io.tokenizer_files import CHAT_TEMPLATE_FILE, chat_template
-from megatron_dattn.data.model_template import ModelTemplate, own_chat_template
+from megatron_dattn.data.model_template import ModelTemplate
 from megatron_dattn.data.templates import TEMPLATES, TemplateName
-from megatron_dattn.data.tokenizer import special_token_ids
+from megatron_dattn.data.tokenizer import own_chat_template, special_token_ids
 from megatron_dattn.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,6 @@ import yaml
 from torch import Tensor
 
 from megatron_dattn.checkpoint import save_checkpoint
-from megatron_dattn.checkpoint.collective import DiskFullError
 from megatron_dattn.checkpoint.tensors import parameter_shards, values_by_name
 from megatron_dattn.conversion.families.weight_map import Rule
 from megatron_dattn.conversion.hf_import.plan import (
@@ -35,9 +34,9 @@ from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
 from megatron_dattn.conversion.io.output_folder import new_folder
 from megatron_dattn.conversion.io.weight_values import ZeroTensors, check_finite
 from megatron_dattn.data.tokenizer import tokenizer_sha256
-from megatron_dattn.errors import CheckpointError
+from megatron_dattn.errors import CheckpointError, DiskFullError
 from megatron_dattn.models.config import ModelConfig
-from megatron_dattn.runtime.distributed import one_process
+from megatron_dattn.runtime.distributed import world_of_one
 from megatron_dattn.yaml_files import CONFIG_DIR
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ def write_import(plan: ImportPlan, written: Callable[[int], object] | None = Non
         CheckpointError: the output cannot be written, or is no longer free; nothing is left then.
         ConfigError: a launcher has started several processes.
     """
-    with one_process(), new_folder(plan.output) as folder:
+    with world_of_one(), new_folder(plan.output) as folder:
         _write_assets(plan, folder)
         _write_weights(plan, folder, written or (lambda num_bytes: None))
     logger.info("imported to %s", plan.output)

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_dattn.batch import IGNORED_LABEL
 from megatron_dattn.data.conversation import Conversation
-from megatron_dattn.data.model_template import ModelTemplate, own_chat_template
+from megatron_dattn.data.model_template import ModelTemplate
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.templates import TEMPLATES, read_template
-from megatron_dattn.data.tokenizer import load_tokenizer
+from megatron_dattn.data.tokenizer import load_tokenizer, own_chat_template
 from megatron_dattn.errors import ConfigError
 from tests.unit.data.builders import conversation, make_tokenizer
 from tests.unit.data.test_template_families import answers, texts

@@ -3,10 +3,10 @@
 import pytest
 import torch.distributed as dist
 
-from megatron_dattn.checkpoint.collective import on_every_rank
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime import lost_ranks
 from megatron_dattn.runtime.lost_ranks import is_loss
+from megatron_dattn.runtime.rank_errors import on_every_rank
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 CLOSED = f"{GLOO}pair.cc:553] Connection closed by peer [10.0.0.7]:64739. This is typically caused"
