@@ -27,8 +27,8 @@ from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.plan.parts import plan_attention
 from megatron_dattn.attention.visual_config import num_shared
 from megatron_dattn.models.execution import ExactSavings
-from megatron_dattn.planner.decoder_flops import attended_pairs
 from megatron_dattn.planner.layer_sizes import LayerSizes
+from megatron_dattn.planner.part_flops import attended_pairs
 
 NAIVE = ExactSavings(visual_queries=False, folded_output=False, unread_tokens=False)
 """Nothing saved: the equations of the paper as they are written."""

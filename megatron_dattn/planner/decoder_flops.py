@@ -1,4 +1,4 @@
-"""What decoder layers cost under a configuration: scored pairs and operations.
+"""What decoder layers cost under an attention, by sizes alone: for presets without a model.
 
 Two operations per multiply-add, forward, matrix products only. With n visual and t text tokens,
 hidden size d, query width q = heads * head_dim, key/value width e and FFN width f, a layer costs
@@ -16,15 +16,12 @@ and besides, where the configuration says so,
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
 from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import TokenLayout
-from megatron_dattn.attention.plan.patches import num_rings, ring_size
 from megatron_dattn.attention.visual_config import rounded_share
 from megatron_dattn.planner.layer_sizes import LayerSizes
+from megatron_dattn.planner.part_flops import attended_pairs
 
 
 @dataclass(frozen=True)
@@ -83,80 +80,3 @@ def layer_flops(
         attention=4 * query * sum(attended_pairs(layout, config, window).values()),
         ffn=6 * d * ffn,
     )
-
-
-def attended_pairs(
-    layout: TokenLayout, config: AttentionConfig, window: int | None = None
-) -> dict[str, int]:
-    """(query, key) pairs with a score, over all samples of the pack, by kind; equal for all heads.
-
-    A diagonal token's softmax over itself has no score. `window` is the layer's sliding window, as
-    in `plan_attention`.
-    """
-    if config.window_in_reading_order and window is not None:
-        pairs = _windowed_pairs(layout, window)
-        return pairs if config.scores_visual_tokens else pairs | {"V2V": 0, "V2T": 0}
-    pairs = {
-        "V2V": _visual_pairs(layout, config, window),
-        "V2T": 0,
-        "T2V": 0,
-        "T2T": sum(_causal_pairs(length, window) for length in layout.text_lengths),
-    }
-    for image in layout.images:
-        before, length = image.text_offset, layout.text_lengths[image.sample]
-        following = length - before
-        if config.t2v.window == "inherit" and window is not None:
-            following = min(following, window - 1)
-        seeing = following + before if config.t2v.scope == "all" else following
-        pairs["T2V"] += image.num_tokens * seeing
-        if config.v2t == "prompt":
-            before = max(before, layout.prompt_length(image.sample))
-        if config.v2t != "none":
-            pairs["V2T"] += image.num_tokens * before
-    return pairs
-
-
-def _causal_pairs(length: int, window: int | None) -> int:
-    full = length if window is None else min(length, window)
-    return full * (full + 1) // 2 + (length - full) * full
-
-
-def _windowed_pairs(layout: TokenLayout, window: int) -> dict[str, int]:
-    """Under a window that counts tokens in reading order, whoever has queries."""
-    pairs = dict.fromkeys(("V2V", "V2T", "T2V", "T2T"), 0)
-    for sample in range(layout.num_samples):
-        runs = layout.runs(sample)
-        visual = torch.cat([torch.full((run.end - run.start,), run.is_visual) for run in runs])
-        visual_before = F.pad(visual.cumsum(0), (1, 0))
-        ends = torch.arange(1, len(visual) + 1)
-        starts = (ends - window).clamp(min=0)
-        seen = visual_before[ends] - visual_before[starts]
-        seen_text = ends - starts - seen
-        for kind, tokens in (("V", visual), ("T", ~visual)):
-            pairs[f"{kind}2V"] += int(seen[tokens].sum())
-            pairs[f"{kind}2T"] += int(seen_text[tokens].sum())
-    return pairs
-
-
-def _visual_pairs(layout: TokenLayout, config: AttentionConfig, window: int | None) -> int:
-    if config.v2v == "causal":
-        return sum(_causal_pairs(length, window) for length in layout.visual_lengths)
-    pairs = 0
-    if config.v2v == "ring":
-        for image, (start, _) in zip(layout.images, layout.image_tokens, strict=True):
-            seen = start - layout.visual_tokens(image.sample)[0]
-            for ring in range(num_rings(image.grid)):
-                size = ring_size(image.grid, ring)
-                seen += size
-                pairs += size * seen
-    if config.v2v_window is not None:
-        for image in layout.images:
-            height, width = image.grid
-            pairs += _near_pairs(height, config.v2v_window) * _near_pairs(width, config.v2v_window)
-    return pairs
-
-
-def _near_pairs(length: int, window: int) -> int:
-    """Ordered pairs of places on a line that a window around the first has in common with it."""
-    reach = window // 2
-    return sum(max(0, length - abs(offset)) for offset in range(-reach, reach + 1))

@@ -8,8 +8,9 @@ from megatron_dattn.attention.config import AttentionConfig
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.presets import NOTATION, get_preset
 from megatron_dattn.attention.visual_config import VisualTokensConfig
-from megatron_dattn.planner.decoder_flops import attended_pairs, decoder_flops
+from megatron_dattn.planner.decoder_flops import decoder_flops
 from megatron_dattn.planner.layer_sizes import LayerSizes
+from megatron_dattn.planner.part_flops import attended_pairs
 from megatron_dattn.planner.preset_drawing import draw_picture, draw_text, kept_layout
 
 _BASELINE = "s_attn"

@@ -13,7 +13,7 @@ from megatron_dattn.attention.layers import layer_rules
 from megatron_dattn.attention.plan.decode import next_positions
 from megatron_dattn.attention.reference import pair_masks
 from megatron_dattn.models.config import ModelConfig
-from megatron_dattn.planner.decoder_flops import attended_pairs
+from megatron_dattn.planner.part_flops import attended_pairs
 from tests.unit.attention.support import HEAD_DIM, RICH_LAYOUT, make_problem, run_fast, run_oracle
 from tools.show_preset import main
 

@@ -8,12 +8,9 @@ from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.attention.reference import pair_masks
-from megatron_dattn.planner.decoder_flops import (
-    attended_pairs,
-    decoder_flops,
-    layer_flops,
-)
+from megatron_dattn.planner.decoder_flops import decoder_flops, layer_flops
 from megatron_dattn.planner.layer_sizes import LayerSizes
+from megatron_dattn.planner.part_flops import attended_pairs
 from tests.unit.attention.support import CONFIGS, layouts
 
 
