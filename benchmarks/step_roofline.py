@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from benchmarks.roofline import LayerRun, Operator, Work, layer_operators, moved, norm, product
-from megatron_dattn.attention import get_preset
 from megatron_dattn.attention.layers import layer_rules
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.models.config import ModelConfig
@@ -91,7 +90,7 @@ def _encoder(run: StepRun) -> tuple[Operator, ...]:
 
 def _adapter(run: StepRun) -> Iterator[Operator]:
     model, b = run.model, run.value_bytes
-    if get_preset(model.attention).visual.source == "reproject":
+    if model.preset.visual.source == "reproject":
         return
     tokens = len(run.layout.images) * model.tokens_per_image
     inputs, outputs = model.vision.hidden_size, model.language.hidden_size
@@ -116,7 +115,7 @@ def _decoder(run: StepRun) -> tuple[Operator, ...]:
         run.model.vision.hidden_size,
     )
     rules = layer_rules(
-        get_preset(run.model.attention),
+        run.model.preset,
         language.num_hidden_layers,
         skip_unread=run.savings.unread_tokens,
     )

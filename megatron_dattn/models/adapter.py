@@ -25,7 +25,6 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_dattn.attention import get_preset
 from megatron_dattn.models.config import AdapterNorm, ModelConfig
 from megatron_dattn.models.norm import RMSNorm
 from megatron_dattn.models.visual_positions import (
@@ -193,7 +192,7 @@ def build_adapter(config: TransformerConfig, model: ModelConfig) -> Adapter | No
         config: the vision encoder's, see `vision_transformer_config`.
         model: sizes and the preset.
     """
-    if get_preset(model.attention).visual.source == "reproject":
+    if model.preset.visual.source == "reproject":
         return None
     adapter = Adapter(
         config,

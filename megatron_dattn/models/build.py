@@ -5,7 +5,6 @@ import dataclasses
 
 import torch
 
-from megatron_dattn.attention import get_preset
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
@@ -65,7 +64,7 @@ def check_model_sizes(
         num_layers=language.num_hidden_layers,
     )
     tp = parallel.tensor_model_parallel_size
-    if get_preset(model.attention).visual.source == "reproject":
+    if model.preset.visual.source == "reproject":
         middle = ("language.hidden_size", language.hidden_size)  # of every layer's projector
     else:
         middle = ("adapter.hidden_size", model.adapter.hidden_size or language.hidden_size)

@@ -7,7 +7,7 @@ converted checkpoint's model file can be read beside the original's config.json.
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
-from megatron_dattn.attention import PRESETS
+from megatron_dattn.attention import PRESETS, AttentionConfig
 from megatron_dattn.attention.rotary_scaling import RotaryScaling
 from megatron_dattn.attention.visual_config import kept_grid
 from megatron_dattn.errors import ConfigError
@@ -324,6 +324,11 @@ class ModelConfig:
         _check_sizes_for_preset(self)
 
     @property
+    def preset(self) -> AttentionConfig:
+        """The attention that `attention` names."""
+        return PRESETS[self.attention]
+
+    @property
     def adapter_norm(self) -> AdapterNorm:
         """The places of the adapter's RMSNorms."""
         return self.adapter.norm or default_norm(self.attention)
@@ -331,7 +336,7 @@ class ModelConfig:
     @property
     def visual_embedding(self) -> str:
         """A value of the axis `positions.embedding`: the preset's, or what the adapter learns."""
-        embedding = PRESETS[self.attention].positions.embedding
+        embedding = self.preset.positions.embedding
         return self.adapter.visual_position if embedding == "row_column" else embedding
 
     @property
@@ -343,7 +348,7 @@ class ModelConfig:
     def image_grid(self) -> tuple[int, int]:
         """Grid of an image's tokens in the decoder: its patches, or a line of those kept of
         them."""
-        return kept_grid(self.vision.grid, PRESETS[self.attention].visual)
+        return kept_grid(self.vision.grid, self.preset.visual)
 
     @property
     def tokens_per_image(self) -> int:
@@ -353,7 +358,7 @@ class ModelConfig:
 
 
 def _check_sizes_for_preset(model: ModelConfig) -> None:
-    preset = PRESETS[model.attention]
+    preset = model.preset
     features, hidden = model.vision.hidden_size, model.language.hidden_size
     _require(
         preset.visual.source != "reproject" or features <= hidden,

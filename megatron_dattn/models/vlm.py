@@ -16,7 +16,6 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_dattn.attention import get_preset
 from megatron_dattn.attention.backends.select import select_backend
 from megatron_dattn.attention.layers import layer_rules, output_tokens
 from megatron_dattn.attention.layout import TokenLayout
@@ -74,7 +73,7 @@ class DAttnVLM(MegatronModule):
         # The outermost module's config is what megatron-core's schedules and DDP read.
         super().__init__(config=language_transformer_config(model.language, parallel, execution))
         self.model_config = model
-        self.attention = get_preset(model.attention)
+        self.attention = model.preset
         self.attention_backend = execution.attention_backend
         self.labelled_logits = execution.savings.labelled_logits
         self.pre_process = pre_process

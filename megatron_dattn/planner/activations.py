@@ -10,7 +10,7 @@ allocator hands out (tests/golden/device_memory.json).
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_dattn.attention import AttentionConfig, get_preset
+from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.attention.layers import LayerRule, layer_rules
 from megatron_dattn.attention.visual_config import num_shared
 from megatron_dattn.models.config import ModelConfig
@@ -58,7 +58,7 @@ class Setup:
 
     @property
     def preset(self) -> AttentionConfig:
-        return get_preset(self.config.attention)
+        return self.config.preset
 
     @cached_property
     def rules(self) -> tuple[LayerRule, ...]:

@@ -84,7 +84,7 @@ def model_flops(
         labelled_tokens: text tokens with a label over all packs; every valid text token where None.
         attention: another preset to count for, e.g. "s_attn" beside "dattn".
     """
-    preset = get_preset(attention or config.attention)
+    preset = get_preset(attention) if attention else config.preset
     rules = layer_rules(preset, config.language.num_hidden_layers, skip_unread=False)
     packs = tuple(layouts)
     layers = _layers(config, packs, rules)
@@ -118,7 +118,7 @@ def executed_flops(
     recomputes scores in its backward, runs more.
     """
     savings = savings or ExactSavings()
-    preset = get_preset(config.attention)
+    preset = config.preset
     num_layers = config.language.num_hidden_layers
     rules = layer_rules(preset, num_layers, skip_unread=savings.unread_tokens)
     packs = tuple(layouts)

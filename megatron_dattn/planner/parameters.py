@@ -6,7 +6,6 @@ A test compares them with the built model.
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dattn.attention import get_preset
 from megatron_dattn.models.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
@@ -77,7 +76,7 @@ def _vision_blocks(config: VisionConfig) -> list[ParameterBlock]:
 
 
 def _adapter_block(config: ModelConfig) -> ParameterBlock:
-    preset = get_preset(config.attention)
+    preset = config.preset
     if preset.visual.source == "reproject":
         return ParameterBlock("adapter", "first", 0, 0)
     outputs = config.language.hidden_size
@@ -100,7 +99,7 @@ def _adapter_block(config: ModelConfig) -> ParameterBlock:
 
 def _added_block(config: ModelConfig) -> ParameterBlock:
     """What the preset adds to every decoder layer; it counts as the adapter's."""
-    preset, language = get_preset(config.attention), config.language
+    preset, language = config.preset, config.language
     d, (query, key_value) = language.hidden_size, attention_widths(language)
     sharded = replicated = 0
     if preset.has_gate:

@@ -4,7 +4,7 @@ Decomposed models are given code of ours, plain self-attention is Hugging Face's
 computes everything that can be trained; what it does not is refused with the reason.
 """
 
-from megatron_dattn.attention import AttentionConfig, get_preset
+from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.attention.visual_config import VisualTokensConfig
 from megatron_dattn.conversion.families.registry import LANGUAGE
 from megatron_dattn.errors import ConfigError
@@ -20,7 +20,7 @@ VISUAL_TOKENS = {
 
 def is_llava(model: ModelConfig) -> bool:
     """True if the model's attention is that of Hugging Face's LLaVA, whose code it is given."""
-    preset = get_preset(model.attention)
+    preset = model.preset
     return preset.attends_in_reading_order and preset.visual == VisualTokensConfig()
 
 
@@ -33,7 +33,7 @@ def check_exportable(model: ModelConfig) -> None:
     if is_llava(model):
         reason = _reason_against_llava(model)
     else:
-        reason = _reason_against_dattn(get_preset(model.attention))
+        reason = _reason_against_dattn(model.preset)
     reason = reason or _reason_against_language(model.language)
     if reason:
         raise ConfigError(f"model.attention '{model.attention}' cannot be exported: {reason}")

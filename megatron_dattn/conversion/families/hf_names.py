@@ -4,7 +4,6 @@ The adapter and what a preset adds to the language model have no original elsewh
 Hugging Face's terms are fixed here and in megatron_dattn/hf.
 """
 
-from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.families import registry
 from megatron_dattn.conversion.families.exportable import is_llava
 from megatron_dattn.conversion.families.key_names import DEEPER_ENCODER, KeyNames
@@ -32,7 +31,7 @@ def rules_by_module(model: ModelConfig) -> dict[str, list[Rule]]:
     keys = LLAVA_NAMES if is_llava(model) else KeyNames()
     added = added_rules(model)
     # Where every layer has a projector of its own there is no adapter.
-    reprojects = get_preset(model.attention).visual.source == "reproject"
+    reprojects = model.preset.visual.source == "reproject"
     adapter = [] if reprojects else [*projector_rules(model), *added["adapter"]]
     language = [*registry.language_rules(model.language), *added["language_model"]]
     return {
@@ -52,7 +51,7 @@ def added_rules(model: ModelConfig) -> dict[str, list[Rule]]:
 
 def _position_rules(model: ModelConfig) -> list[Rule]:
     hidden = model.language.hidden_size
-    if get_preset(model.attention).visual.source == "reproject":
+    if model.preset.visual.source == "reproject":
         return []
     positions: dict[str, tuple[int, ...]] = {}
     match model.visual_embedding:
@@ -105,7 +104,7 @@ def _fractional_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def _layer_rules(model: ModelConfig) -> list[Rule]:
-    preset = get_preset(model.attention)
+    preset = model.preset
     rules: list[Rule] = []
     if preset.has_gate:
         heads = (model.language.num_attention_heads,)

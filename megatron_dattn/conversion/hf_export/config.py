@@ -7,7 +7,6 @@ from typing import Any
 import transformers
 from transformers import GenerationConfig, LlavaConfig
 
-from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.families.exportable import is_llava
 from megatron_dattn.conversion.families.llava import SELECT_STRATEGIES
 from megatron_dattn.conversion.families.registry import LANGUAGE, VISION
@@ -64,7 +63,7 @@ def generation_config(stop_ids: list[int], tokens: TokenIds) -> GenerationConfig
 
 
 def _dattn_config(model: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
-    preset = get_preset(model.attention)
+    preset = model.preset
     return {
         "vision_config": _vision_config(model.vision, model.vision.num_hidden_layers),
         "text_config": _text_config(model.language) | _text_tokens(tokens),

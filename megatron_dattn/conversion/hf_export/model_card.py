@@ -5,7 +5,6 @@ from typing import Any
 
 import yaml
 
-from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.families.exportable import is_llava
 from megatron_dattn.conversion.hf_export.config import OLDEST_STOCK
 from megatron_dattn.conversion.hf_export.metrics import Metrics
@@ -100,7 +99,7 @@ def model_card(
 
 def _description(model: ModelConfig) -> str:
     vision, language = model.vision, model.language
-    reprojects = get_preset(model.attention).visual.source == "reproject"
+    reprojects = model.preset.visual.source == "reproject"
     between = "a projector in every layer" if reprojects else "an adapter"
     return (
         f"A vision-language model: a {_NAMES[vision.family]} encoder ({vision.num_used_layers} "

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_dattn.attention import get_preset
 from megatron_dattn.checkpoint.tensors import StoredTensor
 from megatron_dattn.conversion.families import dattn, llava
 from megatron_dattn.conversion.hf_import.vlm_source import image_token_id
@@ -102,7 +101,7 @@ def _both_sides(
     with arithmetic(dtype):
         if read_model_config(folder)["model_type"] == llava.MODEL_TYPE:
             expected = _llava_outputs(folder, config, ids, pixels, image_id, rounded)
-            preset = get_preset(config.attention)
+            preset = config.preset
             expected.pop(TOKENS if preset.attends_in_reading_order else SEEN)
         else:
             expected = _dattn_outputs(folder, ids, pixels, image_id, rounded)
