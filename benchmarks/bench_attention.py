@@ -32,15 +32,12 @@ from benchmarks.layer_speed import Sizing, speed_report  # noqa: E402
 from megatron_dattn.runtime.distributed import (  # noqa: E402
     initialize_distributed,
 )
+from megatron_dattn.runtime.tool import ToolParser  # noqa: E402
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; `command` is what to type to repeat it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_attention",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_attention")
     parser.add_argument("--visual", type=int, nargs="+", default=[576, 2304, 4608, 9216])
     parser.add_argument("--text", type=int, default=256)
     variants = ["dattn", "dattn:naive", "s_attn", "s_attn:eager"]

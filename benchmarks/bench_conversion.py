@@ -40,6 +40,7 @@ from benchmarks.random_checkpoint import (  # noqa: E402
     add_adapter,
     write_random_checkpoint,
 )
+from megatron_dattn.runtime.tool import ToolParser  # noqa: E402
 
 _ROOT = Path(__file__).resolve().parents[1]
 _TOOL = _ROOT / "tools" / "convert_checkpoint.py"
@@ -200,11 +201,7 @@ def result_table(results: dict[str, list[Measured]], num_bytes: int) -> str:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; `command` is what to type to repeat it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_conversion",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_conversion")
     parser.add_argument("--folder", type=Path, required=True, help="new; removed in the end")
     parser.add_argument("--layers", type=int, default=MISTRAL.num_hidden_layers)
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest size of a shard")

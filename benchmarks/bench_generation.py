@@ -46,6 +46,7 @@ from megatron_dattn.runtime.distributed import (  # noqa: E402
     initialize_distributed,
     seed_everything,
 )
+from megatron_dattn.runtime.tool import ToolParser  # noqa: E402
 
 _WARM_UP = 1
 _STOCK = "stock LLaVA"
@@ -215,11 +216,7 @@ def _cases(texts: list[str]) -> Iterator[tuple[int, int]]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; `command` is what to type to repeat it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_generation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_generation")
     parser.add_argument("--cases", nargs="+", default=["1x4", "8x1"], help="questions x images")
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)

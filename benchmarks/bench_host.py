@@ -30,6 +30,7 @@ from megatron_dattn.attention.positions import token_positions
 from megatron_dattn.attention.visual_config import kept_grid
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
 from megatron_dattn.planner.flops import model_flops
+from megatron_dattn.runtime.tool import ToolParser
 
 COLUMNS = ("plans", "positions", "operations")
 
@@ -113,11 +114,7 @@ def make_pack(seed: int, config: AttentionConfig, arguments: argparse.Namespace)
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; `command` is what to type to repeat it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_host",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_host")
     parser.add_argument("--images", type=int, default=8, help="of the micro-batch, one per sample")
     parser.add_argument("--grid", type=int, nargs=2, default=(27, 27), metavar=("ROWS", "COLUMNS"))
     parser.add_argument("--layers", type=int, default=32)

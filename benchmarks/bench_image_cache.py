@@ -39,6 +39,7 @@ from megatron_dattn.runtime.distributed import (  # noqa: E402
     initialize_distributed,
     seed_everything,
 )
+from megatron_dattn.runtime.tool import ToolParser  # noqa: E402
 
 _WARM_UP = 1
 _PIXELS, _KEPT, _ENCODING = "pixels", "kept", "encoding"
@@ -158,11 +159,7 @@ def time_row(generator: Generator, timings: Timings) -> list[str]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; `command` is what to type to repeat it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_image_cache",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_image_cache")
     parser.add_argument("--model", type=Path, help="folder of an export")
     parser.add_argument("--run", type=Path, help="folder of a run")
     parser.add_argument("--hidden-size", type=int, default=512, help="of random weights")

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.protocol import FEWEST_ROUNDS, Step, time_on_host, time_rounds
+from megatron_dattn.runtime.tool import ToolParser
 
 _START = """
 from megatron_dattn.runtime.log import silence_import_warnings
@@ -69,11 +70,7 @@ def _cpu_of_children() -> float:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; `command` is what to type to repeat it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_imports",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_imports")
     parser.add_argument("--rounds", type=int, default=FEWEST_ROUNDS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="Markdown file; printed in any case")

@@ -43,6 +43,7 @@ from megatron_dattn.data.prepare import write_jsonl  # noqa: E402
 from megatron_dattn.models.config import LanguageConfig, ModelConfig  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed, join_world  # noqa: E402
 from megatron_dattn.runtime.same_facts import all_ranks_have_same  # noqa: E402
+from megatron_dattn.runtime.tool import ToolParser  # noqa: E402
 from megatron_dattn.training.checks import check_start  # noqa: E402
 from megatron_dattn.training.start_facts import code_sha256, start_facts  # noqa: E402
 
@@ -219,11 +220,7 @@ def _measure(rank: int, arguments: argparse.Namespace, folder: str, port: int) -
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; `command` is what to type to repeat it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_startup",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_startup")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=128_000)
     parser.add_argument("--records", type=int, default=100_000)

@@ -38,6 +38,7 @@ from benchmarks.step_variants import (  # noqa: E402
 )
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch  # noqa: E402
 from megatron_dattn.models.execution import ExecutionConfig  # noqa: E402
+from megatron_dattn.runtime.tool import ToolParser  # noqa: E402
 from megatron_dattn.training.metrics import StepReport  # noqa: E402
 from megatron_dattn.training.run import join_ranks  # noqa: E402
 
@@ -168,11 +169,7 @@ def bound_table(timings: Timings, bounds: dict[str, tuple[Operator, ...]], machi
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; `command` is what to type to repeat it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_step")
     parser.add_argument("--attention", nargs="+", default=["dattn", "s_attn"], help="presets")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")

@@ -33,6 +33,7 @@ from megatron_dattn.models.execution import ExecutionConfig  # noqa: E402
 from megatron_dattn.planner.hardware import device_peak  # noqa: E402
 from megatron_dattn.planner.memory import PackSize, rank_memory  # noqa: E402
 from megatron_dattn.planner.parameters import count_parameters  # noqa: E402
+from megatron_dattn.runtime.tool import ToolParser  # noqa: E402
 from megatron_dattn.training.run import join_ranks  # noqa: E402
 
 GB = 1e9
@@ -138,11 +139,7 @@ def _run_of(config: PretrainConfig, batch: PackedBatch) -> StepRun:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; `command` is what to type to repeat it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_wide_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_wide_step")
     parser.add_argument("--attention", default="dattn", help="preset")
     parser.add_argument("--model", choices=("mistral_7b", "demo"), default="mistral_7b")
     parser.add_argument("--layers", type=int, default=8, help="of mistral_7b")

@@ -11,7 +11,6 @@ What an H100 is expected to take stands in the table: 15 s for a process to star
 of the card's peak (the roofline of benchmarks/step_roofline.py; layers at 50 %), about six minutes.
 """
 
-import argparse
 import contextlib
 import os
 import shlex
@@ -27,6 +26,7 @@ import torch
 
 from benchmarks import report
 from megatron_dattn.errors import EXIT_USER_ERROR
+from megatron_dattn.runtime.tool import ToolParser
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 8.0
@@ -152,11 +152,7 @@ def result(part: Part, folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.gpu_check")
     parser.add_argument("--small", action="store_true", help="tiny sizes, also without a GPU")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu_check")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")

@@ -5,6 +5,9 @@ exception is a bug of ours and keeps its traceback. A message names the offendin
 remedy.
 """
 
+import difflib
+from collections.abc import Collection
+
 EXIT_USER_ERROR = 2
 MAX_MESSAGE = 600  # characters
 
@@ -27,6 +30,14 @@ def quoted(value: object, limit: int = 80) -> str:
     if isinstance(value, str):  # before it is written out: repr of a long text is longer still
         value = shortened(value, limit)
     return shortened(repr(value), limit + 2)
+
+
+def nearest_name(name: str, known: Collection[str]) -> str | None:
+    """The name that a misspelled or shortened one most probably stands for; None if it is far."""
+    longer = [full for full in known if full.startswith(name)]
+    if longer:
+        return min(longer, key=len)
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 class UserError(ValueError):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TextIO
 from megatron_dattn.data.templates import TEMPLATE_NAMES
 from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError
 from megatron_dattn.runtime.os_errors import named
-from megatron_dattn.runtime.tool import run_tool
+from megatron_dattn.runtime.tool import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from megatron_dattn.data.check import RecordChecker, Report
@@ -41,9 +41,7 @@ def positive(text: str) -> int:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("inputs", type=Path, nargs="*", help=".json or .jsonl files")
     parser.add_argument(

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
-from megatron_dattn.runtime.tool import bar, run_tool
+from megatron_dattn.runtime.tool import ToolParser, bar, run_tool
 
 if TYPE_CHECKING:
     from megatron_dattn.conversion.verify.verdict import Comparison
@@ -207,9 +207,7 @@ def _compare_export(options: argparse.Namespace, tolerance: float) -> "list[Comp
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (add_import, add_export, add_inspect, add_verify):
         add(commands)

@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING
 from megatron_dattn.data.templates import TEMPLATE_NAMES
 from megatron_dattn.errors import ConfigError, DataError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
-from megatron_dattn.runtime.tool import run_tool
+from megatron_dattn.runtime.tool import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from megatron_dattn.inference import LoadedModel, Prompt
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run")
     parser.add_argument("--image", type=Path, action="append", default=[], help="image file")
     parser.add_argument("--question", action="append", help="what to ask (default: nothing)")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dattn.errors import UserError
 from megatron_dattn.runtime.os_errors import explain
-from megatron_dattn.runtime.tool import run_tool
+from megatron_dattn.runtime.tool import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -252,9 +252,7 @@ def _draw_rates(axes: "Axes", curves: Curves) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders or log files")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write")
     parser.add_argument(

@@ -20,13 +20,11 @@ import sys
 from pathlib import Path
 
 from megatron_dattn.errors import ConfigError
-from megatron_dattn.runtime.tool import run_tool
+from megatron_dattn.runtime.tool import ToolParser, run_tool
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("inputs", type=Path, nargs="*", help=".json or .jsonl files")
     parser.add_argument("--mixture", type=Path, help="YAML file that names the inputs")
     parser.add_argument("--image-root", type=Path, help="images' folder; else each input's own")

@@ -22,7 +22,7 @@ from megatron_dattn.data.templates import TEMPLATE_NAMES
 from megatron_dattn.errors import UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 from megatron_dattn.runtime.os_errors import explain
-from megatron_dattn.runtime.tool import run_tool
+from megatron_dattn.runtime.tool import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,9 +35,7 @@ PANEL_INCHES = 2.4
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run")
     parser.add_argument("--image", type=Path, action="append", required=True, help="image file")
     parser.add_argument("--question", default="", help="what to ask")

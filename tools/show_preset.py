@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.planner.layer_sizes import LayerSizes
-from megatron_dattn.runtime.tool import run_tool
+from megatron_dattn.runtime.tool import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from megatron_dattn.attention.layout import TokenLayout
@@ -64,9 +64,7 @@ def _sample(options: argparse.Namespace) -> "TokenLayout":
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("preset", help=", ".join(PRESETS))
     parser.add_argument("--output", type=Path, help="also draw a picture into this file")
     sample = parser.add_argument_group("the sample whose cost is counted")

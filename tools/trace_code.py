@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 
-from megatron_dattn.runtime.tool import run_tool
+from megatron_dattn.runtime.tool import ToolParser, run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGE = str(ROOT / "megatron_dattn")
@@ -54,9 +54,7 @@ class Trace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code of the traced command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--within", help="count inside calls of functions of this name alone")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="script and its arguments")
     options = parser.parse_args(arguments)

@@ -8,7 +8,6 @@ it was. The table counts every finished run in the output folder, and those that
 a file which the finished runs are added to: runs of several machines come together there.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from examples.quickstart.demo import STAGES, Demo, prepare, run, train_and_evaluate
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.runtime.log import silence_import_warnings
+from megatron_dattn.runtime.tool import ToolParser
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,7 @@ def _mean_and_spread(values: list[float], digits: int) -> str:
 
 def main() -> int:
     silence_import_warnings()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--attention", nargs="+", choices=PRESETS, default=["dattn", "s_attn"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument(

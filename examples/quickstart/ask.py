@@ -43,7 +43,9 @@ def pick(questions: list[dict[str, str]], count: int) -> list[dict[str, str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of an export")
     parser.add_argument("--data", type=Path, required=True, help="folder made by make_data")

@@ -7,7 +7,6 @@ exists is not repeated, so the same call continues an interrupted demo; training
 last checkpoint.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -22,6 +21,7 @@ from pathlib import Path
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.errors import EXIT_USER_ERROR, ConfigError
 from megatron_dattn.runtime.log import silence_import_warnings
+from megatron_dattn.runtime.tool import ToolParser
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("stage1", "stage2", "stage3")
@@ -246,9 +246,7 @@ def run(steps: list[Step]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--attention", default="dattn", choices=PRESETS, help="attention preset")
     parser.add_argument("--output", type=Path, default=None, help="folder for everything made")
     parser.add_argument("--processes", type=int, default=2, help="tensor-parallel processes")

@@ -6,7 +6,6 @@
 Writes accuracy.json, answers.json and samples.png into the output folder.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ silence_import_warnings()
 
 from megatron_dattn.inference import LoadedModel, Prompt, generate, load_model  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
+from megatron_dattn.runtime.tool import ToolParser  # noqa: E402
 
 MAX_NEW_TOKENS = 24
 NUM_SAMPLES = 12
@@ -119,9 +119,7 @@ def evaluate(checkpoint: Path, data: Path, output: Path, batch_size: int) -> Non
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run")
     parser.add_argument("--data", type=Path, required=True, help="folder made by make_data")
     parser.add_argument("--output", type=Path, required=True)

@@ -8,7 +8,6 @@ Writes <output>/siglip (SiglipVisionModel and its preprocessor_config.json) and 
 published large ones.
 """
 
-import argparse
 import multiprocessing
 import shutil
 import sys
@@ -23,6 +22,7 @@ from examples.quickstart.language_backbone import pretrain_language
 from examples.quickstart.scenes import PLACE_NAMES
 from examples.quickstart.vision_backbone import pretrain_vision, save_vision
 from megatron_dattn.errors import EXIT_USER_ERROR, DataError, UserError
+from megatron_dattn.runtime.tool import ToolParser
 
 
 def make_backbones(
@@ -68,7 +68,7 @@ def _make_language(
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ToolParser((__doc__ or "").splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="made by make_tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--grid", type=int, default=2, choices=sorted(PLACE_NAMES))

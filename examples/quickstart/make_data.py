@@ -8,7 +8,6 @@ split has no conversations but questions with their expected answers. All three 
 handwriting of different forms (see digits.py). The same seed writes the same bytes.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -28,6 +27,7 @@ from examples.quickstart.language import (
 from examples.quickstart.questions import Question
 from examples.quickstart.scenes import PLACE_NAMES, Scene, render_scene, sample_scene
 from megatron_dattn.errors import EXIT_USER_ERROR, DataError, UserError
+from megatron_dattn.runtime.tool import ToolParser
 
 CAPTION_PROMPT = "Which digits are in the picture?"
 DENSE_PROMPT = "Describe the picture."
@@ -185,7 +185,7 @@ def make_data(options: DataOptions) -> dict[str, int]:
 
 def parse_options() -> DataOptions:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ToolParser((__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--grid", type=int, default=DataOptions.grid, help="cells per side")
     parser.add_argument("--seed", type=int, default=DataOptions.seed)

@@ -8,7 +8,6 @@ entries that stand for nothing yet, then 256 bytes for whatever has no piece, th
 The folder holds sentencepiece's own `tokenizer.model` and the `tokenizer.json` made from it.
 """
 
-import argparse
 import io
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import LlamaTokenizer
 from examples.quickstart.corpus import sentences
 from examples.quickstart.scenes import PLACE_NAMES
 from megatron_dattn.errors import EXIT_USER_ERROR, DataError, UserError
+from megatron_dattn.runtime.tool import ToolParser
 
 CONTROL_TOKENS = (
     *("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
@@ -114,7 +114,7 @@ def make_tokenizer(
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ToolParser((__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--grid", type=int, default=2, choices=sorted(PLACE_NAMES))
     parser.add_argument("--seed", type=int, default=0)

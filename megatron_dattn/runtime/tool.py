@@ -1,21 +1,51 @@
-"""The frame of a command-line tool: how far it is, and every foreseeable end in one line.
+"""The frame of a command-line tool: its flags, how far it is, every foreseeable end in one line.
 
 A wrong input, a full disk, Ctrl-C and the SIGTERM of a batch system all end here, with an exit
 code. The signals raise in the tool's work, so that half-written outputs are removed on the way out.
 """
 
+import argparse
 import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
-from megatron_dattn.errors import EXIT_USER_ERROR, UserError
+from megatron_dattn.errors import EXIT_USER_ERROR, UserError, nearest_name
 from megatron_dattn.runtime.log import escape_what_cannot_be_written, give_up_unwritable_output
 from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.runtime.progress import Advance
 
 EXIT_OF_A_SIGNAL = 128  # plus its number, as shells report it: 130 for Ctrl-C
+
+
+class ToolParser(argparse.ArgumentParser):
+    """A parser of flags by their full names; of any other it says which one is nearest.
+
+    argparse takes beginnings of names. A script that uses one ends, or means another flag, as soon
+    as a second name begins so.
+    """
+
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse unknown flags before missing ones are complained of."""
+        given = sys.argv[1:] if args is None else list(args)
+        if not self._leaves_words_to_others():
+            for flag in (word.partition("=")[0] for word in given if word.startswith("--")):
+                if flag not in ("--", *self._option_string_actions):
+                    nearest = nearest_name(flag, self._option_string_actions)
+                    remedy = f"; the nearest is {nearest}" if nearest else ""
+                    self.error(f"unrecognized arguments: {flag}{remedy}")
+        return super().parse_known_args(given, namespace)
+
+    def _leaves_words_to_others(self) -> bool:
+        """True if there are subcommands, which have parsers of their own, or a whole command."""
+        rests = (argparse.PARSER, argparse.REMAINDER)
+        return any(action.nargs in rests for action in self._actions)
 
 
 class _Signals:

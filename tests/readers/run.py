@@ -63,7 +63,9 @@ def failures(results: Results) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     known = {reader.version: reader for reader in READERS}
     parser.add_argument("versions", nargs="*", choices=[*known, []], metavar="VERSION")
     parser.add_argument("--short", action="store_true", help="the locked version and the newest")
