@@ -1,12 +1,18 @@
-"""File-system steps that survive a power cut, and the names of a checkpoint's parts on disk.
+"""A checkpoint's files: their names, their sums, and steps that survive a power cut.
 
 A run folder holds `step-0000100/` per committed checkpoint, `latest.json`, and for the time of a
 save `step-0000100.tmp-<process>-<id>-<host>/`. The temporary name carries its owner, so that a
 later run can tell a dead writer's left-overs from a save in progress; an export's has it too.
+
+`HashBeside` takes sha256 sums beside other work: a helper thread hashes a block while its owner
+writes or reads.
 """
 
+import _thread
 import errno
+import hashlib
 import os
+import queue
 import re
 import shutil
 import socket
@@ -14,8 +20,8 @@ import time
 import uuid
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
-from megatron_dattn.checkpoint.hashing import HashBeside
 from megatron_dattn.runtime.os_errors import named
 from megatron_dattn.runtime.progress import Advance
 from megatron_dattn.runtime.untrusted_file import open_plain
@@ -30,6 +36,8 @@ _HASH_BLOCK = 4 * 1024 * 1024
 PAGES_KEPT = 64 * 1024 * 1024
 """Bytes of a large file that is read or written once and may stand in the page cache meanwhile."""
 _FOREIGN_LEFTOVER_AGE = 24 * 3600.0
+# Of smaller blocks the sum costs less than the helper.
+_WORTH_HELP = 256 * 1024
 
 
 def step_folder_name(step: int) -> str:
@@ -100,6 +108,74 @@ def _process_exists(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+class HashBeside:
+    """Context manager: a sha256 that is fed block by block.
+
+    `begin` a block, do other work that leaves its bytes as they are, `finish` it: one at a time.
+
+    A thread may die before it begins, or not begin at all, where memory is short; `threading` and
+    `concurrent.futures` then wait for it for ever, in the middle of a save. Here a block that the
+    helper has not taken by the time its sum is needed is hashed by whoever needs it.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._blocks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._hashed = _thread.allocate_lock()  # held from `begin` until the block is hashed
+        self._failure: BaseException | None = None
+        self._asked_for_help = False
+
+    def __enter__(self) -> "HashBeside":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._asked_for_help:
+            self._blocks.put(None)
+
+    def begin(self, block: Any) -> None:
+        """Hand over the next block: bytes, or anything with their interface."""
+        if memoryview(block).nbytes >= _WORTH_HELP and not self._asked_for_help:
+            self._ask_for_help()
+        self._hashed.acquire()
+        self._blocks.put(block)
+
+    def finish(self) -> None:
+        """Wait until the block is hashed, or hash it here if nobody else has begun."""
+        try:
+            block = self._blocks.get_nowait()
+        except queue.Empty:
+            self._hashed.acquire()
+            self._hashed.release()
+        else:
+            self._hash(block)
+        if self._failure is not None:
+            raise self._failure
+
+    def hexdigest(self) -> str:
+        """The sum of all blocks so far, after `finish`."""
+        return self._digest.hexdigest()
+
+    def _ask_for_help(self) -> None:
+        self._asked_for_help = True
+        try:
+            _thread.start_new_thread(self._help, ())
+        except (RuntimeError, MemoryError):
+            return  # no thread is to be had
+
+    def _help(self) -> None:
+        while (block := self._blocks.get()) is not None:
+            self._hash(block)
+            del block  # not kept alive until the next one comes
+
+    def _hash(self, block: Any) -> None:
+        try:
+            self._digest.update(block)
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            self._hashed.release()
 
 
 def size_and_sha256(path: Path, advance: Advance = lambda done: None) -> tuple[int, str]:

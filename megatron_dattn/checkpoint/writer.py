@@ -43,8 +43,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_dattn.checkpoint.files import PAGES_KEPT, forget_pages, sync_file
-from megatron_dattn.checkpoint.hashing import HashBeside
+from megatron_dattn.checkpoint.files import PAGES_KEPT, HashBeside, forget_pages, sync_file
 from megatron_dattn.checkpoint.manifest import FileRecord
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.distributed import rank

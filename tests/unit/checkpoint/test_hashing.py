@@ -10,9 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_dattn.checkpoint import hashing
-from megatron_dattn.checkpoint.files import size_and_sha256
-from megatron_dattn.checkpoint.hashing import HashBeside
+from megatron_dattn.checkpoint import files
+from megatron_dattn.checkpoint.files import HashBeside, size_and_sha256
 from tests.support.distributed import run_distributed
 
 BLOCKS = [bytes([number]) * 300_000 for number in range(5)] + [b"small", b""]
@@ -38,7 +37,7 @@ def die_at_once(*arguments: object) -> None:
 def test_a_thread_that_does_not_run_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start: Callable[..., object]
 ) -> None:
-    monkeypatch.setattr(hashing._thread, "start_new_thread", start)
+    monkeypatch.setattr(files._thread, "start_new_thread", start)
     found: list[object] = []
     path = tmp_path / "file"
     path.write_bytes(b"".join(BLOCKS) * 8)  # several blocks of a read
