@@ -37,7 +37,7 @@ def nearest_name(name: str, known: Collection[str]) -> str | None:
     longer = [full for full in known if full.startswith(name)]
     if longer:
         return min(longer, key=len)
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.75)), None)
 
 
 class UserError(ValueError):

@@ -217,9 +217,11 @@ def _write_manifest(
 
 
 def parallel_layout() -> dict[str, int]:
-    """World size and, where model parallelism is set up, the sizes of its axes."""
+    """World size and, where model parallelism is set up, the sizes of its axes: 1 for one rank."""
     layout = {"world": world_size()}
-    if parallel_state.model_parallel_is_initialized():
+    if world_size() == 1:
+        layout |= dict.fromkeys(("tensor", "pipeline", "context", "data"), 1)
+    elif parallel_state.model_parallel_is_initialized():
         layout["tensor"] = parallel_state.get_tensor_model_parallel_world_size()
         layout["pipeline"] = parallel_state.get_pipeline_model_parallel_world_size()
         layout["context"] = parallel_state.get_context_parallel_world_size()

@@ -1,10 +1,8 @@
 """The command line of a pretraining run.
 
 `--config a.yaml --config b.yaml --section.field value`: files and flags merge in the order in
-which they are written, the later one wins, and a key that no section knows is an error. Megatron's
-own spelling works for every field whose name only one section has
-(`--tensor-model-parallel-size 2` is `--parallel.tensor_model_parallel_size 2`); the table of these
-names is read off the dataclasses. Relative paths, in files as on the command line, start at the
+which they are written, the later one wins, and a key that no section knows is an error. Flags have
+short names, too (flags.py). Relative paths, in files as on the command line, start at the
 working directory, so that one recipe serves from wherever its data lies; `${config_dir}` at the
 beginning of a value stands for the folder of the file that says it. Words are read as the field's
 type wants them (yaml_files.py), not as YAML 1.1 does.
@@ -16,7 +14,6 @@ import dataclasses
 import json
 import re
 import typing
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +22,13 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
+from megatron_dattn.config.flags import expand_short_flags, kind_at, refuse_unknown_flags
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.config.renamed_keys import RENAMED, current_name, with_current_keys
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime.log import give_up_unwritable_output
 from megatron_dattn.yaml_files import (
     CONFIG_DIR,
-    fields_of,
     is_wordless,
     parse_yaml,
     plain_value,
@@ -58,7 +55,9 @@ def parse_command_line(argv: Sequence[str], prog: str = "pretrain_vlm.py") -> Co
     """
     parser = _build_parser(prog)
     try:
-        parsed = parser.parse_args(_values_as_meant(expand_short_flags(argv)))
+        words = expand_short_flags(argv)
+        refuse_unknown_flags(words, parser._option_string_actions)
+        parsed = parser.parse_args(_values_as_meant(words))
         dry_run = parsed.pop("dry_run")
         built = parser.instantiate(parsed)
         sections = {f.name: built[f.name] for f in dataclasses.fields(PretrainConfig)}
@@ -80,53 +79,6 @@ def render_config(config: PretrainConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def expand_short_flags(argv: Sequence[str]) -> list[str]:
-    """Rewrite Megatron's spelling of a field, and its old full name, into its full name.
-
-    A flag of a boolean field may stand alone (`--sequence-parallel`), as in Megatron.
-
-    Raises:
-        ConfigError: the name is a field of several sections; the message lists the full names.
-    """
-    fields = _fields_by_name(PretrainConfig)
-    expanded: list[str] = []
-    for position, token in enumerate(argv):
-        if not token.startswith("--"):
-            expanded.append(token)
-            continue
-        flag, equals, value = token[2:].partition("=")
-        paths = fields.get(flag.replace("-", "_"), {})
-        if len(paths) > 1:
-            choices = ", ".join(f"--{path}" for path in paths)
-            raise ConfigError(f"--{flag} is ambiguous; write one of {choices}")
-        if not paths:
-            expanded.append(f"--{current_name(flag)}{equals}{value}")
-            continue
-        ((path, kind),) = paths.items()
-        expanded.append(f"--{path}{equals}{value}")
-        following = argv[position + 1 : position + 2]
-        stands_alone = not following or following[0].startswith("--")
-        if kind in (bool, bool | None) and not equals and stands_alone:
-            expanded.append("true")
-    return expanded
-
-
-def _fields_by_name(config_class: type, prefix: str = "") -> dict[str, dict[str, type]]:
-    """Field name -> {full name: type} over all leaf fields of nested dataclasses."""
-    found: dict[str, dict[str, type]] = defaultdict(dict)
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        kind = hints[field.name]
-        path = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            for name, paths in _fields_by_name(kind, f"{path}.").items():
-                found[name].update(paths)
-        else:
-            found[field.name][path] = kind
-    return dict(found)
-
-
 def _values_as_meant(argv: Sequence[str]) -> list[str]:
     """Rewrite values as the files' reader understands them, in JSON where that differs."""
     words: list[str] = []
@@ -144,7 +96,7 @@ def _values_as_meant(argv: Sequence[str]) -> list[str]:
 
 def _as_meant(value: str, flag: str) -> str:
     name = flag.removeprefix("--").removesuffix("+")
-    kind = _kind_at(name)
+    kind = kind_at(name)
     if kind is None:
         return value
     in_brackets = value.lstrip().startswith(("{", "["))
@@ -165,21 +117,13 @@ def _as_meant(value: str, flag: str) -> str:
     return json.dumps(meant) if isinstance(meant, bool | int | float) else value
 
 
-def _kind_at(name: str) -> Any:
-    """Type of the section or field of this full name; None for any other name."""
-    kind: Any = PretrainConfig
-    for part in name.split("."):
-        kind = fields_of(kind).get(part)
-    return kind
-
-
 def _parse_inline(text: str, kind: Any) -> Any:
     return parse_yaml(text, kind, source=f"'{text:.100}'", other_fields=_old_fields())
 
 
 def _old_fields() -> dict[str, Any]:
     """The type of every renamed key, so that its words in a file are read as ever."""
-    return {old: _kind_at(current_name(old)) for old in RENAMED}
+    return {old: kind_at(current_name(old)) for old in RENAMED}
 
 
 class _ConfigFile(jsonargparse.ActionConfigFile):
@@ -237,6 +181,7 @@ def _build_parser(prog: str) -> jsonargparse.ArgumentParser:
         description="Pretrain a vision-language model with Decomposed Attention.",
         exit_on_error=False,
         add_help=False,
+        allow_abbrev=False,
     )
     parser.add_argument("-h", "--help", action=_Help, nargs=0)
     parser.add_argument("--config", action=_ConfigFile)

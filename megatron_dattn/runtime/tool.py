@@ -8,7 +8,8 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from types import FrameType
 from typing import Any
 
@@ -34,18 +35,18 @@ class ToolParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse unknown flags before missing ones are complained of."""
         given = sys.argv[1:] if args is None else list(args)
-        if not self._leaves_words_to_others():
-            for flag in (word.partition("=")[0] for word in given if word.startswith("--")):
-                if flag not in ("--", *self._option_string_actions):
-                    nearest = nearest_name(flag, self._option_string_actions)
-                    remedy = f"; the nearest is {nearest}" if nearest else ""
-                    self.error(f"unrecognized arguments: {flag}{remedy}")
+        for flag in (word.partition("=")[0] for word in self._own(given) if word.startswith("--")):
+            if flag not in ("--", *self._option_string_actions):
+                nearest = nearest_name(flag, self._option_string_actions)
+                remedy = f"; the nearest is {nearest}" if nearest else ""
+                self.error(f"unrecognized arguments: {flag}{remedy}")
         return super().parse_known_args(given, namespace)
 
-    def _leaves_words_to_others(self) -> bool:
-        """True if there are subcommands, which have parsers of their own, or a whole command."""
+    def _own(self, words: list[str]) -> Iterable[str]:
+        """Those that are certainly not of a subcommand, which has its own parser, or a command."""
         rests = (argparse.PARSER, argparse.REMAINDER)
-        return any(action.nargs in rests for action in self._actions)
+        is_whole = all(action.nargs not in rests for action in self._actions)
+        return words if is_whole else takewhile(lambda word: word.startswith("--"), words)
 
 
 class _Signals:

@@ -278,4 +278,4 @@ def test_the_script_itself_without_torchrun(workspace: Workspace) -> None:
     done = pretrain([*workspace.flags("mistakes"), "--nope"])
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: unrecognized arguments: --nope\n"
+    assert done.stderr == "error: unrecognized arguments: --nope; --help has all settings\n"

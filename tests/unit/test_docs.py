@@ -8,8 +8,8 @@ from typing import get_args
 
 import pytest
 
-from megatron_dattn.config.cli import expand_short_flags
 from megatron_dattn.config.documentation import sections
+from megatron_dattn.config.flags import expand_short_flags
 from megatron_dattn.data.rejection import Reason
 from megatron_dattn.training import exit_reason
 from tests.unit.test_imports import ALLOWED, INNER

@@ -6,12 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dattn.attention.rotary_scaling import RotaryScaling
-from megatron_dattn.config.cli import (
-    expand_short_flags,
-    load_config,
-    parse_command_line,
-    render_config,
-)
+from megatron_dattn.config.cli import load_config, parse_command_line, render_config
+from megatron_dattn.config.flags import expand_short_flags
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.errors import ConfigError
@@ -136,7 +132,11 @@ def test_a_file_with_the_older_name_of_the_adapters_norm(tmp_path: Path) -> None
             ["--model.adapter.visual_position", "per_patch", "--model.attention", "s_attn"],
             ["adapter.visual_position 'per_patch' has no effect", "'s_attn' (none)"],
         ),
-        (["--nope", "3"], ["unrecognized", "--nope"]),
+        (["--nope", "3"], ["unrecognized", "--nope", "--help"]),
+        (["--data.templat", "plain"], ["--data.templat;", "the nearest is --data.template"]),
+        (["--train-iter=3"], ["--train-iter;", "the nearest is --training.train_iters"]),
+        (["--dry"], ["--dry;", "the nearest is --dry-run"]),
+        (["--data.train.pat", "x"], ["--data.train.pat;", "the nearest is --data.train"]),
         (["--training.nope", "3"], ["unrecognized", "--training.nope"]),
         (["--hidden-size", "8"], ["ambiguous", "--model.vision.hidden_size"]),
         (["--train-iters", "many"], ["training.train_iters", "int", "many"]),
