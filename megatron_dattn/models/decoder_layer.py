@@ -46,7 +46,7 @@ class DecoderLayer(TransformerLayer):
             tokens a `VisualProjector`.
         savings: what to leave out.
         feature_size: width of the vision encoder's features.
-        last_on_stage: whether the next layer belongs to another pipeline stage.
+        last_on_pipeline_stage: whether the next layer belongs to another pipeline stage.
         post_norm: norm of what attention and FFN add to their residuals, for tokens of both kinds,
             as Gemma-2 has it; None for none. What a cross-attention adds passes none: its own
             projection, which starts at zero, sets its size.
@@ -60,14 +60,14 @@ class DecoderLayer(TransformerLayer):
         preset: AttentionConfig,
         savings: ExactSavings,
         feature_size: int,
-        last_on_stage: bool,
+        last_on_pipeline_stage: bool,
         post_norm: type[torch.nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, **kwargs)
         self.preset = preset
         self.savings = savings
-        self.last_on_stage = last_on_stage
+        self.last_on_pipeline_stage = last_on_pipeline_stage
         self.post_attention_layernorm = self._post_norm(post_norm)
         self.post_feedforward_layernorm = self._post_norm(post_norm)
         self.visual_projector: VisualProjector | None = None
@@ -207,7 +207,7 @@ class DecoderLayer(TransformerLayer):
         if attention.reads_images(self.layer_number + 1) or (is_last and not unread):
             return _join(states)
         text = states[-1][-attention.shards.local_text :]
-        if is_last or not self.last_on_stage:
+        if is_last or not self.last_on_pipeline_stage:
             return text
         # Stages exchange tensors of one fixed shape.
         return torch.cat((text.new_zeros(attention.shards.local_visual, *text.shape[1:]), text))

@@ -102,7 +102,7 @@ def language_block_spec(
                 "preset": preset,
                 "savings": savings,
                 "feature_size": feature_size,
-                "last_on_stage": number == num_layers - 1,
+                "last_on_pipeline_stage": number == num_layers - 1,
                 "post_norm": norm if language.has_post_norms else None,
             },
             submodules=TransformerLayerSubmodules(

@@ -33,12 +33,12 @@ class ParallelConfig:
         for name in ("distributed_timeout_minutes", "rendezvous_timeout_minutes"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"parallel.{name} must be positive, got {getattr(self, name)}")
-        stages = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", *stages):
+        uneven_fields = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", *uneven_fields):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"parallel.{name} must be at least 1, got {value}")
-        uneven = [name for name in stages if getattr(self, name) is not None]
+        uneven = [name for name in uneven_fields if getattr(self, name) is not None]
         if uneven and self.pipeline_model_parallel_size == 1:
             raise ConfigError(
                 f"parallel.{uneven[0]} needs parallel.pipeline_model_parallel_size > 1"
@@ -68,40 +68,40 @@ class ParallelConfig:
                     f"parallel.tensor_model_parallel_size {tp} does not divide "
                     f"language.{name} {count}"
                 )
-        self.layers_per_stage(num_layers)
+        self.layers_per_pipeline_stage(num_layers)
 
-    def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
+    def layers_per_pipeline_stage(self, num_layers: int) -> tuple[int, ...]:
         """Decoder layers of every pipeline stage.
 
         Raises:
             ConfigError: naming the sizes, and a split that would work.
         """
-        stages = self.pipeline_model_parallel_size
+        num_pipeline_stages = self.pipeline_model_parallel_size
         first, last = (
             self.num_layers_in_first_pipeline_stage,
             self.num_layers_in_last_pipeline_stage,
         )
-        sharing = stages - (first is not None) - (last is not None)
+        sharing = num_pipeline_stages - (first is not None) - (last is not None)
         left = num_layers - (first or 0) - (last or 0)
         share, rest = divmod(left, sharing) if sharing else (0, left)
         if rest or left < 0 or (sharing and share == 0):
             raise ConfigError(
-                f"parallel.pipeline_model_parallel_size {stages} does not divide the language "
+                f"parallel.pipeline_model_parallel_size {num_pipeline_stages} does not divide the language "
                 f"model's {num_layers} layers" + self._split_that_works(num_layers)
             )
-        layers = [share] * stages
+        layers = [share] * num_pipeline_stages
         layers[0], layers[-1] = first or layers[0], last or layers[-1]
         return tuple(layers)
 
     def _split_that_works(self, num_layers: int) -> str:
         """Of nearly equal pipeline stages, the first and the last taking less than the others."""
-        stages, uneven = self.pipeline_model_parallel_size, ""
+        num_pipeline_stages, uneven = self.pipeline_model_parallel_size, ""
         if self.num_layers_in_first_pipeline_stage is not None:
             uneven += f", of which the first has {self.num_layers_in_first_pipeline_stage}"
         if self.num_layers_in_last_pipeline_stage is not None:
             uneven += f", of which the last has {self.num_layers_in_last_pipeline_stage}"
-        ends = num_layers - (stages - 2) * -(-num_layers // stages)
-        if stages < 2 or ends < 2:
+        ends = num_layers - (num_pipeline_stages - 2) * -(-num_layers // num_pipeline_stages)
+        if num_pipeline_stages < 2 or ends < 2:
             return uneven
         return (
             f"{uneven}; set parallel.num_layers_in_first_pipeline_stage {ends // 2} and "

@@ -65,22 +65,22 @@ def rank_memory(
     data_parallel_size: int,
     num_microbatches: int,
     trained: frozenset[str],
-    stage: int = 0,
+    pipeline_stage: int = 0,
 ) -> RankMemory:
     """Bytes on a rank of a pipeline stage while it trains.
 
-    Under pipeline parallelism (one forward, one backward) stage i keeps the activations of
-    `stages - i` micro-batches.
+    Under pipeline parallelism (one forward, one backward) a rank keeps the activations of
+    as many micro-batches as there are pipeline stages from its own to the last.
     """
-    held = rank_parameters(config, parallel, execution, stage)
+    held = rank_parameters(config, parallel, execution, pipeline_stage)
     updated = {module: count for module, count in held.items() if module in trained}
     num_updated = sum(updated.values())
     sharded = data_parallel_size if parallel.use_distributed_optimizer else 1
-    stages = parallel.pipeline_model_parallel_size
-    in_flight = min(stages - stage, num_microbatches)
-    first, last = stage == 0, stage == stages - 1
+    num_pipeline_stages = parallel.pipeline_model_parallel_size
+    in_flight = min(num_pipeline_stages - pipeline_stage, num_microbatches)
+    first, last = pipeline_stage == 0, pipeline_stage == num_pipeline_stages - 1
     setup = Setup(config, parallel, execution, pack, trained)
-    first_layer, end = _layers(setup, stage)
+    first_layer, end = _layers(setup, pipeline_stage)
     layers = [activations.decoder_layer(setup, number) for number in range(first_layer, end)]
     tokens = setup.hidden(pack.visual_tokens + pack.text_tokens)
     return RankMemory(
@@ -101,8 +101,8 @@ def rank_memory(
     )
 
 
-def _layers(setup: Setup, stage: int) -> tuple[int, int]:
+def _layers(setup: Setup, pipeline_stage: int) -> tuple[int, int]:
     """First layer of a pipeline stage, counted from 0, and the one behind its last."""
-    per_stage = setup.parallel.layers_per_stage(setup.config.language.num_hidden_layers)
-    first = sum(per_stage[:stage])
-    return first, first + per_stage[stage]
+    num_layers = setup.parallel.layers_per_pipeline_stage(setup.config.language.num_hidden_layers)
+    first = sum(num_layers[:pipeline_stage])
+    return first, first + num_layers[pipeline_stage]

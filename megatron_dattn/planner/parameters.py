@@ -17,7 +17,7 @@ class ParameterBlock:
 
     module: str
     place: Literal["first", "layers", "last"]
-    """On the first pipeline stage, in equal shares in the layers, or on the last stage."""
+    """On the first pipeline stage, in equal shares in the layers, or on the last of them."""
     sharded: int
     replicated: int
 
@@ -41,21 +41,21 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def rank_parameters(
-    config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, stage: int
+    config: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig, pipeline_stage: int
 ) -> dict[str, int]:
     """Parameters per module that one rank of a pipeline stage holds."""
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tensor, last = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size - 1
     counts = dict.fromkeys(("vision_model", "adapter", "language_model"), 0)
     num_layers = config.language.num_hidden_layers
-    layers_here = parallel.layers_per_stage(num_layers)[stage]
+    layers_here = parallel.layers_per_pipeline_stage(num_layers)[pipeline_stage]
     for block in parameter_blocks(config):
         whole = block.module == "vision_model" and execution.encoder_tp_mode == "data"
         on_rank = block.sharded // (1 if whole else tensor) + block.replicated
         if block.place == "layers":
             counts[block.module] += on_rank // num_layers * layers_here
-        elif stage == (0 if block.place == "first" else stages - 1):
+        elif pipeline_stage == (0 if block.place == "first" else last):
             counts[block.module] += on_rank
-    if config.language.tie_word_embeddings and 0 < stage == stages - 1:
+    if config.language.tie_word_embeddings and 0 < pipeline_stage == last:
         counts["language_model"] += _embedding_size(config.language) // tensor  # the head's copy
     return counts
 

@@ -195,11 +195,11 @@ def seed_everything(seed: int) -> None:
     """
     from megatron.core import parallel_state, tensor_parallel
 
-    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    random.seed(stage_seed)
-    np.random.seed(stage_seed % 2**32)
-    torch.manual_seed(stage_seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+    pipeline_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(pipeline_seed)
+    np.random.seed(pipeline_seed % 2**32)
+    torch.manual_seed(pipeline_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(pipeline_seed)
 
 
 def get_device() -> torch.device:

@@ -205,11 +205,11 @@ def _flops_section(plan: Plan) -> list[str]:
 
 
 def _memory_section(plan: Plan) -> list[str]:
-    stages = plan.config.parallel.pipeline_model_parallel_size
-    by_stage = [_stage_memory(plan, stage) for stage in range(stages)]
-    heaviest = max(range(stages), key=lambda stage: by_stage[stage].total)
-    memory = by_stage[heaviest]
-    where = f" (heaviest pipeline stage: {heaviest})" if stages > 1 else ""
+    pipeline_stages = range(plan.config.parallel.pipeline_model_parallel_size)
+    memories = [_rank_memory(plan, pipeline_stage) for pipeline_stage in pipeline_stages]
+    heaviest = max(pipeline_stages, key=lambda pipeline_stage: memories[pipeline_stage].total)
+    memory = memories[heaviest]
+    where = f" (heaviest pipeline stage: {heaviest})" if len(memories) > 1 else ""
     moments = {
         "at the loss": memory.decoder + memory.vision + memory.head,
         "in a layer's backward pass": memory.decoder + memory.vision + memory.at_work,
@@ -234,7 +234,7 @@ def _memory_section(plan: Plan) -> list[str]:
     return lines
 
 
-def _stage_memory(plan: Plan, stage: int) -> RankMemory:
+def _rank_memory(plan: Plan, pipeline_stage: int) -> RankMemory:
     layout = plan.layout
     return rank_memory(
         plan.config.model,
@@ -244,7 +244,7 @@ def _stage_memory(plan: Plan, stage: int) -> RankMemory:
         data_parallel_size=plan.data_parallel_size,
         num_microbatches=plan.num_microbatches,
         trained=plan.trained,
-        stage=stage,
+        pipeline_stage=pipeline_stage,
     )
 
 
@@ -283,11 +283,11 @@ def _data_parallel_bytes(plan: Plan) -> int:
         sum(
             count
             for module, count in rank_parameters(
-                plan.config.model, parallel, plan.config.execution, stage
+                plan.config.model, parallel, plan.config.execution, pipeline_stage
             ).items()
             if module in plan.trained
         )
-        for stage in range(parallel.pipeline_model_parallel_size)
+        for pipeline_stage in range(parallel.pipeline_model_parallel_size)
     )
     if parallel.use_distributed_optimizer:
         per_parameter = _GRADIENT_BYTES + _VALUE_BYTES[plan.config.execution.precision]

@@ -182,7 +182,7 @@ def _gradients(
     ddp: DistributedDataParallel, case: Case
 ) -> dict[str, tuple[Tensor, int | None, int]]:
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    offset = sum(case.parallel.layers_per_stage(case.layers)[:stage])
+    offset = sum(case.parallel.layers_per_pipeline_stage(case.layers)[:stage])
     return {
         name: (param.main_grad.clone(), *partition_of(param))
         for name, param in global_parameters(ddp.module, offset)

@@ -18,7 +18,7 @@ def memory_of(
     trained: frozenset[str] = ALL,
     data_parallel_size: int = 1,
     num_microbatches: int = 4,
-    stage: int = 0,
+    pipeline_stage: int = 0,
 ) -> RankMemory:
     return rank_memory(
         config,
@@ -28,5 +28,5 @@ def memory_of(
         data_parallel_size=data_parallel_size,
         num_microbatches=num_microbatches,
         trained=trained,
-        stage=stage,
+        pipeline_stage=pipeline_stage,
     )

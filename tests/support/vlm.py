@@ -106,7 +106,7 @@ def tiny_model(
         pre_process=stage == 0,
         post_process=stage == stages - 1,
     )
-    layers = parallel.layers_per_stage(config.language.num_hidden_layers)
+    layers = parallel.layers_per_pipeline_stage(config.language.num_hidden_layers)
     zero_centred = config.language.zero_centred_norms
     fill_parameters(model, sum(layers[:stage]), zero_centred_norms=zero_centred)
     return model

@@ -53,7 +53,7 @@ def test_layers_must_fill_the_pipeline():
     ],
 )
 def test_stages_may_be_uneven(sizes, expected):
-    assert _pipeline(3, *sizes).layers_per_stage(42) == expected
+    assert _pipeline(3, *sizes).layers_per_pipeline_stage(42) == expected
 
 
 def _pipeline(stages, first=None, last=None):
@@ -66,10 +66,10 @@ def _pipeline(stages, first=None, last=None):
 
 def test_a_split_that_works_is_named():
     with pytest.raises(ConfigError) as caught:
-        _pipeline(4).layers_per_stage(42)
+        _pipeline(4).layers_per_pipeline_stage(42)
     assert "num_layers_in_first_pipeline_stage 10 and" in str(caught.value)
     assert "num_layers_in_last_pipeline_stage 10" in str(caught.value)
-    assert _pipeline(4, 10, 10).layers_per_stage(42) == (10, 11, 11, 10)
+    assert _pipeline(4, 10, 10).layers_per_pipeline_stage(42) == (10, 11, 11, 10)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_split_that_works_is_named():
 )
 def test_splits_that_do_not_add_up_are_refused(stages, first, last, words):
     with pytest.raises(ConfigError, match=words):
-        _pipeline(stages, first, last).layers_per_stage(42)
+        _pipeline(stages, first, last).layers_per_pipeline_stage(42)
 
 
 @pytest.mark.parametrize(("stages", "first"), [(1, 3), (2, 0)])

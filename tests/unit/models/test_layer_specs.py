@@ -55,7 +55,11 @@ def test_transformer_engine_layers_own_their_norms(monkeypatch):
             "transformer_engine", 3, preset=PRESETS[preset], **options
         )
         layer = block.layer_specs[0].submodules
-        assert [spec.params["last_on_stage"] for spec in block.layer_specs] == [False, False, True]
+        assert [spec.params["last_on_pipeline_stage"] for spec in block.layer_specs] == [
+            False,
+            False,
+            True,
+        ]
         assert block.layer_norm is layer.input_layernorm is norm
         assert layer.pre_mlp_layernorm is (IdentityOp if fused else norm)
         assert layer.mlp.submodules.linear_fc1 is (norm_column if fused else column)

@@ -51,7 +51,7 @@ def test_frozen_modules_cost_their_weights_only() -> None:
 
 def test_early_pipeline_stages_hold_more_microbatches() -> None:
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
-    first, last = (memory_of(parallel=parallel, stage=stage) for stage in (0, 1))
+    first, last = (memory_of(parallel=parallel, pipeline_stage=stage) for stage in (0, 1))
     entering = 96 * 2 * 64
     assert first.decoder // 2 + last.decoder == memory_of().decoder + entering
     assert first.decoder // 2 > last.decoder  # whose last layer keeps less
@@ -88,6 +88,6 @@ def test_totals_are_what_the_allocator_hands_out(cell: dict[str, Any]) -> None:
         data_parallel_size=plan.data_parallel_size,
         num_microbatches=plan.num_microbatches,
         trained=plan.trained,
-        stage=cell["rank"] // ranks_per_stage,
+        pipeline_stage=cell["rank"] // ranks_per_stage,
     )
     assert memory.total == pytest.approx(cell["peak"], rel=0.05)
