@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.rotary_scaling import RotaryScaling
-from megatron_dattn.checkpoint import find_checkpoint
+from megatron_dattn.checkpoint import FoundCheckpoint, find_checkpoint
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.families.registry import language_family, vision_family
 from megatron_dattn.conversion.io.hf_folder import read_model_config
@@ -87,8 +87,33 @@ def verify_checkpoint(
     found = find_checkpoint(run_folder, progress=progress)
     if found is None:
         raise CheckpointError(f"{run_folder} holds no checkpoint")
+    originals = _originals(found, vision, language, whole)
     facts, tensors = found.manifest.facts, open_tensors(found.path)
-    config, sources = model_from_facts(facts), facts.get("sources", {})
+    config = model_from_facts(facts)
+    if isinstance(originals, Path):
+        return verify_whole_model(
+            tensors,
+            config,
+            originals,
+            tokens=tokens,
+            dtype=dtype,
+            tolerance=tolerance,
+            progress=progress,
+        )
+    _check_parts(config, *originals)
+    ids = token_ids(tokens, config.language.vocab_size)
+
+    def run(dtype: str) -> list[Pair]:
+        return _both_sides(tensors, config, *originals, ids, dtype, progress)
+
+    return judge(run, dtype, tolerance, rounding(tensors, dtype))
+
+
+def _originals(
+    found: FoundCheckpoint, vision: Path | None, language: Path | None, whole: Path | None
+) -> Path | tuple[Path | None, Path]:
+    """The folder of a whole model, or those of an encoder, if there is one, and a language model."""
+    sources = found.manifest.facts.get("sources", {})
     if vision is None and language is None:
         whole = whole or _folder(sources.get("model"))
     if whole is not None:
@@ -97,28 +122,13 @@ def verify_checkpoint(
                 f"{found.path} holds no adapter, so no whole model can be compared with it: give "
                 "--vision and --language"
             )
-        return verify_whole_model(
-            tensors,
-            config,
-            whole,
-            tokens=tokens,
-            dtype=dtype,
-            tolerance=tolerance,
-            progress=progress,
-        )
-    vision = vision or _folder(sources.get("vision_model"))
+        return whole
     language = language or _folder(sources.get("language_model"))
     if language is None:
         raise CheckpointError(
             f"{found.path} does not say which language model it came from: give --language"
         )
-    _check_parts(config, vision, language)
-    ids = token_ids(tokens, config.language.vocab_size)
-
-    def run(dtype: str) -> list[Pair]:
-        return _both_sides(tensors, config, vision, language, ids, dtype, progress)
-
-    return judge(run, dtype, tolerance, rounding(tensors, dtype))
+    return vision or _folder(sources.get("vision_model")), language
 
 
 def _both_sides(
