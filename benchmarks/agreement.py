@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.decoder_layer import LayerBench, Variant
 from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.runtime.engine_imports import TE_NORMS
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,6 @@ def have_equal_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
 
 def local_name(name: str) -> str:
     """A parameter's name without Transformer Engine, whose linear layers own the norm before."""
-    layer, found, kind = name.partition("self_attention.")
-    if found and ".layer_norm_" in kind:
-        return f"{layer}input_layernorm.{kind.split('.layer_norm_')[1]}"
-    return name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    for fused, apart in TE_NORMS.items():
+        name = name.replace(fused, apart)
+    return name

@@ -32,15 +32,11 @@ from megatron_dattn.checkpoint.manifest import read_manifest
 from megatron_dattn.checkpoint.reader import check_trusted, read_index
 from megatron_dattn.checkpoint.writer import Values
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.runtime.engine_imports import TE_NORMS
 
 # megatron-core stacks the layers along a new first axis; the key then has no layer number.
 _STACKED = re.compile(r"(?<=\blayers\.)(?!\d)")
 _LAYER = re.compile(r"(?<=\blayers\.)(\d+)\.")
-# Keys name a norm as Transformer Engine does, which fuses it with the linear layer behind it.
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 
 
 @dataclass(frozen=True)
@@ -140,14 +136,14 @@ def open_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 
 
 def _name_of(key: str) -> str:
-    for fused, apart in _FUSED_NORMS.items():
+    for fused, apart in TE_NORMS.items():
         key = key.replace(fused, apart)
     return key
 
 
 def _key_of(name: str) -> str:
     key = _LAYER.sub("", name)
-    for fused, apart in _FUSED_NORMS.items():
+    for fused, apart in TE_NORMS.items():
         key = key.replace(apart, fused)
     return key
 

@@ -29,7 +29,7 @@ from megatron_dattn.models.decomposed_attention import DecomposedCore, Decompose
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from megatron_dattn.models.vision_encoder import BidirectionalCore
-from megatron_dattn.runtime.engine_imports import fp8_failure, te_failure
+from megatron_dattn.runtime.engine_imports import TE_NORMS, fp8_failure, te_failure
 
 logger = logging.getLogger(__name__)
 
@@ -170,12 +170,8 @@ def _mlp_spec(first: type, second: type) -> ModuleSpec:
 
 def _norm_keys(*, attention: bool, ffn: bool) -> dict[str, str]:
     """Checkpoint names of norms that are modules of their own."""
-    keys = {}
-    if attention:
-        keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
-    if ffn:
-        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    return keys
+    is_module = {"input_layernorm.": attention, "pre_mlp_layernorm.": ffn}
+    return {apart: fused for fused, apart in TE_NORMS.items() if is_module[apart]}
 
 
 def _linears(implementation: Implementation) -> tuple[type, type]:

@@ -86,8 +86,8 @@ class ParallelConfig:
         share, rest = divmod(left, sharing) if sharing else (0, left)
         if rest or left < 0 or (sharing and share == 0):
             raise ConfigError(
-                f"parallel.pipeline_model_parallel_size {num_pipeline_stages} does not divide the language "
-                f"model's {num_layers} layers" + self._split_that_works(num_layers)
+                f"parallel.pipeline_model_parallel_size {num_pipeline_stages} does not divide the "
+                f"language model's {num_layers} layers" + self._split_that_works(num_layers)
             )
         layers = [share] * num_pipeline_stages
         layers[0], layers[-1] = first or layers[0], last or layers[-1]

@@ -35,6 +35,13 @@ _FP8_CHECKS = {
     "blockwise": "check_fp8_block_scaling_support",
 }
 
+TE_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Norms that Transformer Engine's linear layers own, as checkpoints name them, and what they are
+called where they are modules."""
+
 
 def prepare_engine_imports() -> None:
     """Call it before megatron-core is imported; calling it again does no harm."""

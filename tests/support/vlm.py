@@ -20,6 +20,7 @@ from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelCon
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.runtime.engine_imports import TE_NORMS
 from tests.support.megatron import global_parameters
 
 # 44 pixels hold three patches of 14 and two pixels more, which must be ignored.
@@ -58,11 +59,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "vocab_size": 65,
     },
-}
-# Norms that Transformer Engine's linear layers own, and what they are called where they do not.
-FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 NO_IMAGES: tuple[tuple[int, ...], ...] = ()
 
@@ -135,7 +131,7 @@ def fill_parameters(
             shape[axis] *= size
         if model.share_embeddings_and_output_weights:  # the last stage's copy of the embedding
             name = name.replace("output_layer", "embedding.word_embeddings")
-        for fused, own in FUSED_NORMS.items():
+        for fused, own in TE_NORMS.items():
             name = name.replace(fused, own)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         full = torch.randn(shape, generator=generator) * 0.1
