@@ -4,6 +4,7 @@ A default only: `data.template` of a run, and `--template` of the tools, say oth
 """
 
 import logging
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ from megatron_dattn.data.tokenizer import own_chat_template, special_token_ids
 from megatron_dattn.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+
+# With the space around it, which ours all strip ({#- -#}).
+_COMMENT = re.compile(r"\s*\{#-.*?-#\}\s*", re.DOTALL)
 
 
 class TemplateChoice(NamedTuple):
@@ -56,9 +61,9 @@ def choose_template(
         `plain`, which every tokenizer can write, where nothing else fits.
     """
     path = folder / CHAT_TEMPLATE_FILE
-    stored = path.read_text(encoding="utf-8") if path.is_file() else None
+    stored = path.read_text(encoding="utf-8") if path.is_file() else ""
     for name in TEMPLATES:
-        if chat_template(name) == stored:
+        if _without_comments(chat_template(name)) == _without_comments(stored):
             return TemplateChoice(name, "the export's own")
     if _own_can_be_used(folder, tokenizer):
         return TemplateChoice("model", "the chat template that came with its tokenizer")
@@ -69,6 +74,11 @@ def choose_template(
             choice = TemplateChoice(name, f"the tokenizer has its {', '.join(control)}")
             return _as_guess(folder, _TEKKEN) if _is_tekken(tokenizer) else choice
     return _as_guess(folder, _guess(family))
+
+
+def _without_comments(template: str) -> str:
+    """The Jinja source that renders, of which older exports have the same."""
+    return _COMMENT.sub("", template)
 
 
 def _own_can_be_used(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -88,8 +88,7 @@ def verify_checkpoint(
     if found is None:
         raise CheckpointError(f"{run_folder} holds no checkpoint")
     originals = _originals(found, vision, language, whole)
-    facts, tensors = found.manifest.facts, open_tensors(found.path)
-    config = model_from_facts(facts)
+    tensors, config = open_tensors(found.path), model_from_facts(found.manifest.facts)
     if isinstance(originals, Path):
         return verify_whole_model(
             tensors,
@@ -112,7 +111,7 @@ def verify_checkpoint(
 def _originals(
     found: FoundCheckpoint, vision: Path | None, language: Path | None, whole: Path | None
 ) -> Path | tuple[Path | None, Path]:
-    """The folder of a whole model, or those of an encoder, if there is one, and a language model."""
+    """The folder of a whole model, or those of the encoder, if any, and the language model."""
     sources = found.manifest.facts.get("sources", {})
     if vision is None and language is None:
         whole = whole or _folder(sources.get("model"))

@@ -11,7 +11,7 @@ from megatron_dattn.conversion.hf_import.chat_template import choose_template
 from megatron_dattn.conversion.hf_import.plan import plan_import
 from megatron_dattn.conversion.hf_import.run import import_checkpoint, write_import
 from megatron_dattn.conversion.io.tokenizer_files import chat_template
-from megatron_dattn.data.templates import read_template
+from megatron_dattn.data.templates import TEMPLATES, read_template
 from megatron_dattn.errors import CheckpointError
 from tests.unit.conversion.hf_models import (
     LANGUAGE_SIZES,
@@ -48,6 +48,23 @@ def test_an_export_says_its_template(tmp_path):
     assert choose_template(tmp_path, MISTRAL, "mistral") == ("vicuna_v1", "the export's own")
     file.write_text("{{ messages }}", encoding="utf-8")
     assert choose_template(tmp_path, MISTRAL, "mistral").name == "mistral_v3"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_older_export_says_its_template(tmp_path, name):
+    """Its comments had other words."""
+    exported = chat_template(name)
+    old = exported.replace("As training reads records:", "As training reads rows:")
+    old = re.sub(
+        r"\{#-.*?-#\}", "{#- Said otherwise, over\n    two lines. -#}", old, count=1, flags=re.S
+    )
+    assert old != exported
+    (tmp_path / "chat_template.jinja").write_text(old, encoding="utf-8")
+    assert choose_template(tmp_path, MISTRAL, "mistral") == (name, "the export's own")
+    # What is rendered counts: a word of it makes another template.
+    other = exported.replace("raise_exception('", "raise_exception('No: ", 1)
+    (tmp_path / "chat_template.jinja").write_text(other, encoding="utf-8")
+    assert choose_template(tmp_path, MISTRAL, "mistral").reason != "the export's own"
 
 
 def test_a_template_that_came_with_the_model(tmp_path, caplog):
