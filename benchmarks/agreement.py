@@ -86,7 +86,7 @@ def compare(ours: Outcome, theirs: Outcome, layout: TokenLayout, against: str) -
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |theirs|; 0 where both are nothing."""
+    """|ours - theirs| / |theirs| of two of any shape and dtype; 0 where both are nothing."""
     difference = (ours - theirs).norm().item()
     return difference / theirs.norm().item() if difference else 0.0
 

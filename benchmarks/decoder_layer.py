@@ -191,7 +191,10 @@ class LayerBench:
         self.tokens.requires_grad_()
 
     def step(self) -> Tensor:
-        """Forward and backward; gradients of the step before are dropped. Returns the output."""
+        """Forward and backward; returns the output [S, 1, H] in the layer's dtype.
+
+        Gradients of the step before are dropped.
+        """
         self.drop_gradients()
         self.model.set_input_tensor(self.tokens)
         out = self.model(None, self.attention)

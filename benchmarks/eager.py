@@ -45,7 +45,7 @@ class EagerCore(torch.nn.Module):
         head_mask: Tensor | None,
         inputs: LayerInputs,
     ) -> Tensor:
-        """[S, heads, head_dim] each, key and value with fewer heads -> [S, heads * head_dim]."""
+        """Query [S, heads, head_dim], the others with fewer heads; [S, H] of the same dtype."""
         assert gate is None, "s_attn has no gates"
         assert head_mask is None, "s_attn masks no heads"
         query, key = apply_rotary(query, inputs.rotary), apply_rotary(key, inputs.rotary)

@@ -50,6 +50,7 @@ class ExactBackend:
         part: Part,
         score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor]:
+        """Output [Nq, Hq, D] and log-sum-exp [Nq, Hq], all of one dtype, as every backend's."""
         assert score_function.softcap is None
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
         for block in _blocks(part, query.shape[1]):
@@ -70,6 +71,7 @@ class ExactBackend:
         part: Part,
         score_function: ScoreFunction,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query [Nq, Hq, D], key and value [Nk, Hk, D], all of one dtype."""
         assert score_function.softcap is None
         grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for block in _blocks(part, query.shape[1]):

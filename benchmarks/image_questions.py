@@ -110,6 +110,7 @@ class ExportedModel:
 
     @torch.inference_mode()
     def logits(self, question: int, kept: Any = None) -> Tensor:
+        """Of the answer's first token, fp32 [vocabulary], on the CPU."""
         outputs = self._model(self._prompts[question], logits_to_keep=1, **self._images(kept))
         return outputs.logits[0, -1].float().cpu()
 
@@ -140,7 +141,7 @@ class OwnGenerator:
 
     @torch.inference_mode()
     def logits(self, question: int, kept: Any = None) -> Tensor:
-        """From pixels by the forward pass of training, which knows of no keeping."""
+        """The same, fp32 [vocabulary]; from pixels by training's forward pass, which keeps none."""
         prompt = self._prompt(question, kept)
         if kept is None:
             batch = pack_prompts(self._loaded, [(prompt, [])])

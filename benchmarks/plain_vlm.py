@@ -30,6 +30,7 @@ class VisionLayer(nn.Module):
         self.down = nn.Linear(sizes.intermediate_size, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Patches [images, patches, hidden] -> the same shape and dtype."""
         batch, patches, hidden = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, patches, self.num_heads, 3, -1)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
@@ -55,11 +56,13 @@ class DecoderLayer(nn.Module):
         self.down = nn.Linear(sizes.intermediate_size, hidden, bias=False)
 
     def forward(self, tokens: Tensor, num_visual: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Tokens [B, V + T, H] -> the same shape and dtype; tables fp32 [T, head_dim] each."""
         tokens = tokens + self.attend(self.norm1(tokens), num_visual, rotary)
         gate, up = self.gate_up(self.norm2(tokens)).chunk(2, dim=-1)
         return tokens + self.down(F.silu(gate) * up)
 
     def attend(self, tokens: Tensor, num_visual: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """What attention adds to normalized tokens, [B, V + T, H] -> the same shape and dtype."""
         batch, length, _ = tokens.shape
         num_text = length - num_visual
         q = self.q(tokens[:, num_visual:]).view(batch, num_text, self.heads, self.head_dim)
@@ -117,9 +120,11 @@ class PlainVLM(nn.Module):
         return F.cross_entropy(self.head(chosen), labels[labelled])
 
     def encode(self, pixel_values: Tensor) -> Tensor:
+        """Images [B, 3, side, side] as patches [B, patches, hidden], all of the model's dtype."""
         embedded = self.patches(pixel_values).flatten(2).transpose(1, 2)
         return self.vision(embedded + self.positions)
 
     def grid_positions(self) -> Tensor:
+        """A vector per patch, row by row, [patches, hidden] of the model's dtype."""
         rows, columns = self.sizes.vision.grid
         return (self.rows[:rows].unsqueeze(1) + self.columns[:columns]).flatten(0, 1)

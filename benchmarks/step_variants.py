@@ -140,7 +140,7 @@ def distance(ours: list[float], theirs: list[float], precision: str, names: str)
 
 
 def padded(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, ids [B, T] and labels [B, T], padded to the longest text."""
+    """Pixels, ids and labels, int64 [B, T] each, padded to the longest text."""
     lengths = list(batch.layout.text_lengths)
     used = sum(lengths)
     ids = nn.utils.rnn.pad_sequence(list(batch.input_ids[:used].split(lengths)), True)

@@ -49,7 +49,7 @@ def preprocess(image: Image.Image, size: int) -> np.ndarray:
 def picture_batches(
     grid: int, batch_size: int, seed: int, split: str = "train"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (pixels [n, 3, size, size], classes [n, grid * grid]) of freshly drawn scenes."""
+    """Endless (pixels fp32 [n, 3, size, size], classes int64 [n, grid * grid]) of new scenes."""
     rng = random.Random(f"vision/{split}/{seed}/{grid}")
     bank = load_bank(split)
     size = PIXELS_PER_CELL * grid
@@ -66,7 +66,7 @@ def picture_batches(
 
 
 def patch_targets(classes: Tensor, grid: int) -> Tensor:
-    """Each patch is named after its cell's digit: [n, grid * grid] -> [n, patches]."""
+    """Each patch is named after its cell's digit: int64 [n, grid * grid] -> [n, patches]."""
     per_cell = PIXELS_PER_CELL // PATCH_SIZE
     board = classes.unflatten(1, (grid, grid))
     return board.repeat_interleave(per_cell, 1).repeat_interleave(per_cell, 2).flatten(1)

@@ -81,7 +81,7 @@ def plan_report(
 
 @torch.no_grad()
 def alpha_v(query: Tensor, key: Tensor, inputs: ReportInputs) -> Tensor:
-    """Equation 9, alpha_V = sigmoid(S_V - S_T), of every text token and head, [text_budget, Hq].
+    """Equation 9, alpha_V = sigmoid(S_V - S_T), of text tokens and heads, fp32 [text_budget, Hq].
 
     It is the share of the attention that a text token gives to images, where the merge is "alpha".
     Under the other merges it is what alpha-weighting would give them for the same scores. Heads
@@ -89,8 +89,8 @@ def alpha_v(query: Tensor, key: Tensor, inputs: ReportInputs) -> Tensor:
 
     Args:
         query: as projected, without rotation, of all tokens or of the text tokens alone, [.., Hq,
-            D].
-        key: of all tokens, [S, Hk, D].
+            D], any floating dtype.
+        key: of all tokens, [S, Hk, D], same dtype.
 
     Returns:
         Float32 (float64 for float64). Tokens that see no image, padding among them, give 0: leave
@@ -106,7 +106,8 @@ def alpha_v(query: Tensor, key: Tensor, inputs: ReportInputs) -> Tensor:
 def image_attention(
     query: Tensor, key: Tensor, inputs: ReportInputs, tokens: Sequence[int]
 ) -> Tensor:
-    """The probabilities with which chosen text tokens attend to their images, [tokens, Hq, n].
+    """The probabilities with which chosen text tokens attend to their images, of `alpha_v`'s dtype,
+    [tokens, Hq, n].
 
     They are those of the layer's own softmax: under merge "alpha" a token's sum over the n visual
     tokens of its sample is its alpha_V, under the others, which give images a softmax of their own,
@@ -117,8 +118,8 @@ def image_attention(
         tokens: places among the text tokens, 0 .. text_budget - 1, all of one sample.
 
     Returns:
-        Of the dtype that `alpha_v` has. Raises ValueError for tokens of several samples, and
-        for padding.
+        The n visual tokens are those of the sample. Raises ValueError for tokens of several
+        samples, and for padding.
     """
     plan = inputs.plan
     first, end = plan.layout.visual_tokens(_sample_of(plan.layout, tokens))

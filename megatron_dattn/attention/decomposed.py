@@ -43,15 +43,15 @@ def decomposed_attention(
     gate: Tensor | None = None,
     head_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention output of every packed token, [S, Hq, D], before the output projection.
+    """Attention output of every packed token, [S, Hq, D] of the query's dtype, not yet projected.
 
     `query` [S, Hq, D], `key` and `value` [S, Hk, D] are as projected, without rotation, all of one
-    floating dtype, which the output has too; Hq is a multiple of Hk. `rotary` holds the tables of
-    all S tokens, [S, D] each. `gate` [Hq] or [1] belongs to the merges "tanh" and "sigmoid".
-    `head_mask` [Hk] of ones and zeros masks visual tokens in key heads: their values count as zero,
-    and so does what they read. It saves nothing: the scores of those heads are computed, for the
-    softmax is not renormalized. Tokens that see nothing (padding) give zero, or their own value
-    where visual tokens do, and send no gradient to other tokens.
+    floating dtype; Hq is a multiple of Hk. `rotary` holds the tables of all S tokens, fp32 [S, D]
+    each. `gate` [Hq] or [1], of any floating dtype, belongs to the merges "tanh" and "sigmoid".
+    `head_mask`, fp32 [Hk] of ones and zeros, masks visual tokens in key heads: their values count
+    as zero, and so does what they read. It saves nothing: the scores of those heads are computed,
+    for the softmax is not renormalized. Tokens that see nothing (padding) give zero, or their own
+    value where visual tokens do, and send no gradient to other tokens.
 
     Raises ValueError for shapes that do not fit together or to the plan, and for a gate that the
     merge does not have, or the lack of one.

@@ -81,14 +81,14 @@ def join_parts(
     """Parts of one softmax as the softmax over all their keys, by `alpha_merge`.
 
     Args:
-        outs: of each part's queries, [n, heads, D].
-        lses: their log-sum-exps, [n, heads].
+        outs: of each part's queries, [n, heads, D], any floating dtype.
+        lses: their log-sum-exps, fp32 (float64 for float64) [n, heads].
         places: of each part's queries, `TokenIndex.places`.
         dtype: of the result; the parts are merged in float32 (float64 for float64).
 
     Returns:
-        Output [N, heads, D] and log-sum-exp [N, heads] of all tokens: 0 and -inf in those that no
-        part has.
+        Output [N, heads, D] of `dtype` and log-sum-exp [N, heads] of all tokens: 0 and -inf in
+        those that no part has.
     """
     joint: tuple[Tensor, Tensor] | None = None
     for out, lse, where in zip(outs, lses, places, strict=True):
@@ -110,7 +110,7 @@ def add_query_gradients(
     """The gradient that parts send back to the queries they have taken, [N, heads, D] of `dtype`.
 
     Args:
-        grads: of each part's tokens, [n, heads, D], rotated or not.
+        grads: of each part's tokens, [n, heads, D], any floating dtype, rotated or not.
         places: of those tokens, `TokenIndex.places`.
         rotaries: tables of all N tokens for parts that are rotated.
     """

@@ -46,12 +46,12 @@ def weighted_merge(
     gate: Tensor | None,
     sees_images: Tensor,
 ) -> Tensor:
-    """Join the outputs [tokens, heads, D] of two softmaxes by a merge that is not "alpha".
+    """Join two softmaxes' outputs [tokens, heads, D], of one dtype, by a merge that is not "alpha".
 
     "sum" adds them. "tanh" adds tanh(gate) of the visual one. "sigmoid" takes sigmoid(gate) of the
     visual one and the rest of the text's, and text alone where a token sees no image. `gate` is
-    [heads] or [1], None for "sum"; `sees_images` is bool [tokens]. The result has the inputs'
-    dtype.
+    [heads] or [1], of any floating dtype, None for "sum"; `sees_images` is bool [tokens]. The
+    result has the inputs' dtype.
 
     Visual outputs are zero in tokens that see no image, and the gate stays in the graph there: a
     pack without images gives it a gradient of zero, as every rank of a data-parallel group needs.

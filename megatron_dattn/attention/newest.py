@@ -31,14 +31,15 @@ def attend_newest(
     backend: DenseBackend,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """Attention output of one token per sample, [samples, key heads * group, head_dim].
+    """Attention output of one token per sample, [samples, key heads * group, head_dim], of
+    the query's dtype.
 
     Args:
         query_to_images: as its scores with images want it, rotated or not, [samples, key heads,
             group, head_dim], of one dtype with keys and values.
         query_to_text: the same for text, rotated.
         images: of visual tokens; None if there are none, or a cross-attention reads them.
-        gate: [key heads * group] or [1], of the merges "tanh" and "sigmoid".
+        gate: [key heads * group] or [1], any floating dtype, of the merges "tanh" and "sigmoid".
     """
     text_out, text_lse = _softmax(query_to_text, text, plan.text_bias, score_function, backend)
     dtype = query_to_text.dtype

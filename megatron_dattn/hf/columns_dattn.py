@@ -11,7 +11,8 @@ def token_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """True for columns that are no padding, bool [batch, columns].
 
     Args:
-        attention_mask: [batch, columns], or longer by the columns that are already remembered.
+        attention_mask: bool or int64 [batch, columns], or longer by the columns that are
+            already remembered.
 
     Raises:
         ValueError: it is of another shape: a mask of pairs, or one of other prompts.

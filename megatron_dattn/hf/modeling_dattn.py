@@ -102,9 +102,10 @@ class DAttnModel(DAttnPreTrainedModel):
         Args:
             input_ids: int64 [batch, columns], padded left or right; those that follow what the
                 cache remembers.
-            pixel_values: [images, 3, side, side], in the reading order of the batch's `<image>`s.
-            attention_mask: 1 for tokens, 0 for padding, [batch, columns], with or without the
-                remembered ones; no padding where None.
+            pixel_values: [images, 3, side, side], any floating dtype, in the reading order of the
+                batch's `<image>`s.
+            attention_mask: 1 for tokens, 0 for padding, int64 or bool [batch, columns], with or
+                without the remembered ones; no padding where None.
             past_key_values, cache: of an earlier call. One thing: transformers has the second name
                 for it from 5.24 on.
             image_cache: in place of `pixel_values`.

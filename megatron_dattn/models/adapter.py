@@ -114,12 +114,13 @@ class Adapter(FeatureMLP):
         """Tokens for the language model.
 
         Args:
-            features: [images, patches, input_size], all images of the same patch grid.
+            features: [images, patches, input_size], of the parameters' dtype, all images of the
+                same patch grid.
             grid: patch rows and patch columns of the whole images.
             kept: which of their patches these are, int64 [images, patches]; None if all.
 
         Returns:
-            [images * patches, output_size].
+            [images * patches, output_size], same dtype.
         """
         tokens = self.project(features)
         if self.positions is not None:
@@ -167,8 +168,8 @@ class VisualProjector(FeatureMLP):
         """This layer's visual tokens.
 
         Args:
-            tokens: [tokens, 1, hidden_size] as `features_as_tokens` makes them; under sequence
-                parallelism this rank's share, equally many on every rank.
+            tokens: [tokens, 1, hidden_size], of the model's dtype, as `features_as_tokens` makes
+                them; under sequence parallelism this rank's share, equally many on every rank.
 
         Returns:
             Of the same tokens, of the same shape and dtype.

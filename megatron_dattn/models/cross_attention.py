@@ -59,8 +59,8 @@ class ImageCrossAttention(MegatronModule):
         """The images' share of the text tokens, of the shape and dtype of `text`.
 
         Args:
-            visual: normalized local visual tokens, [tokens, 1, H].
-            text: normalized local text tokens, [tokens, 1, H].
+            visual: normalized local visual tokens, [tokens, 1, H], of the model's dtype.
+            text: normalized local text tokens, [tokens, 1, H], same dtype.
         """
         query = project(self.linear_q, text).unflatten(2, (-1, self.head_dim)).squeeze(1)
         scores = inputs.score_function
@@ -86,11 +86,10 @@ class ImageCrossAttention(MegatronModule):
         return project(self.linear_proj, out.flatten(1).unsqueeze(1))
 
     def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value of all visual tokens, [tokens, key heads of this rank, head_dim] each.
+        """Key and value of all visual tokens, [tokens, key heads here, head_dim] each, same dtype.
 
         Args:
-            visual: normalized local visual tokens, [tokens, 1, H], of the model's dtype, as the
-                result.
+            visual: normalized local visual tokens, [tokens, 1, H], of the model's dtype.
         """
         # Under sequence parallelism linear_kv gathers the ranks' visual tokens alone, which gives
         # them in packed order; of both kinds together it would interleave the ranks' shares.

@@ -99,7 +99,7 @@ class DAttnLanguageModel(GPTModel):
         return float((squares / count - (total / count) ** 2) ** 0.5)
 
     def scale_tokens(self, tokens: Tensor) -> Tensor:
-        """These tokens in the family's scale, [tokens, 1, H], as they enter the first layer.
+        """These tokens in the family's scale, [tokens, 1, H], same dtype, for the first layer.
 
         Gemma-2 multiplies embeddings by sqrt(H), rounded to their dtype. Visual tokens are
         multiplied like text tokens, so the adapter's output stands beside the embedding table's
@@ -136,7 +136,7 @@ class DAttnLanguageModel(GPTModel):
 
         Args:
             hidden_states: of the last pipeline stage, local tokens of both kinds or text tokens
-                alone, [tokens, 1, H].
+                alone, [tokens, 1, H], of the model's dtype.
             tokens: packed tokens, int64 [N].
             shards: how the tokens are spread over the ranks.
 
@@ -166,9 +166,10 @@ class DAttnLanguageModel(GPTModel):
     def gathered_logits(
         self, hidden_states: Tensor, tokens: Tensor, shards: SequenceLayout
     ) -> Tensor:
-        """Logits over the whole vocabulary, [N, vocab_size], on every tensor-parallel rank.
+        """Logits over the whole vocabulary on every tensor-parallel rank.
 
-        Arguments as of `logits`: hidden states [tokens, 1, H], tokens int64 [N].
+        Arguments as of `logits`, hidden states [tokens, 1, H] of the model's dtype and tokens int64
+        [N], and [N, vocab_size] of that dtype returned.
         """
         logits = gather_from_tensor_model_parallel_region(
             self.logits(hidden_states, tokens, shards), group=self.pg_collection.tp
@@ -181,7 +182,7 @@ class DAttnLanguageModel(GPTModel):
         """Cross entropy of each label, fp32 [N].
 
         Args:
-            hidden_states: of the last pipeline stage, [tokens, 1, H].
+            hidden_states: of the last pipeline stage, [tokens, 1, H], of the model's dtype.
             tokens: packed token that predicts each label, int64 [N].
             labels: token ids, int64 [N].
             shards: how the tokens are spread over the ranks.

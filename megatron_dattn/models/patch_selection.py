@@ -18,13 +18,12 @@ def attention_received(query: Tensor, key: Tensor, scale: float | None = None) -
     """Attention that every token receives, averaged over the given heads and queries.
 
     Args:
-        query: [images, heads, queries, head_dim], those whose attention counts.
-        key: [images, heads, tokens, head_dim].
+        query: [images, heads, queries, head_dim], any floating dtype, those whose attention counts.
+        key: [images, heads, tokens, head_dim], same dtype.
         scale: of the scores; head_dim^-0.5 by default.
 
     Returns:
-        [images, tokens]; an image's values add up to 1. Scores and result are fp32 (fp64 for fp64
-        inputs).
+        Fp32 (fp64 for fp64 inputs) [images, tokens]; an image's values add up to 1.
     """
     images, heads, asking, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale

@@ -34,11 +34,10 @@ def project_queries_keys_values(
     head_dim: int,
     num_diagonal: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries of text tokens, keys and values of all tokens.
+    """Queries of text tokens, keys and values of all tokens; all of one dtype, the model's.
 
     Args:
-        local: normalized tokens of this rank, `[V_r | T_r]`, [tokens, 1, H], of the model's dtype,
-            as all that follows.
+        local: normalized tokens of this rank, `[V_r | T_r]`, [tokens, 1, H].
         weight: this rank's share of the fused weight, [groups * (queries + 2) * head_dim, H]; in
             every group stand its query heads, then its key, then its value.
         num_groups: key heads of this rank.

@@ -187,11 +187,12 @@ class VisionEncoder(MegatronModule):
             with_attention: return the attention that the patches receive, too.
 
         Returns:
-            [images, patches, hidden_size], patches row-major, equal to Hugging Face's
-            `hidden_states[feature_layer]`. With attention also [images, patches]: what a patch
-            receives in the last layer here, on average over heads, from CLIP's class token, or,
-            where there is none, on average from the patches; without a gradient. The class token's
-            attention to itself is left out. All of it is equal on all tensor-parallel ranks.
+            [images, patches, hidden_size] of the model's dtype, patches row-major, equal to Hugging
+            Face's `hidden_states[feature_layer]`. With attention also fp32 [images, patches]: what
+            a patch receives in the last layer here, on average over heads, from CLIP's class token,
+            or, where there is none, on average from the patches; without a gradient. The class
+            token's attention to itself is left out. All of it is equal on all tensor-parallel
+            ranks.
         """
         if self.shares is None:
             return self._of_images(pixel_values, with_attention)

@@ -36,7 +36,8 @@ class RowColumnPositions(torch.nn.Module):
         """Place the tokens.
 
         Args:
-            tokens: [images, patches, hidden_size], all images of the same patch grid.
+            tokens: [images, patches, hidden_size], of the weights' dtype, all images of the same
+                patch grid.
             grid: patch rows and patch columns.
             kept: which of the grid's patches, counted row by row, an image's tokens are, int64
                 [images, patches]; None if they are all of them, in this order.

@@ -207,7 +207,7 @@ class DAttnVLM(MegatronModule):
             attention: of that layout.
 
         Returns:
-            Hidden states, [S, 1, H] as of `DAttnLanguageModel.forward`.
+            Hidden states, [S, 1, H] of the model's dtype, as of `DAttnLanguageModel.forward`.
         """
         tokens = self.join_tokens(visual, batch) if self.pre_process else None
         return self.language_model(tokens, attention)
@@ -289,7 +289,8 @@ class DAttnVLM(MegatronModule):
         """Patches of each image that enter the decoder, int64 [images, kept]; None if all do.
 
         Args:
-            pixel_values: as for `encode`, [images, 3, image_size, image_size]; at least one image.
+            pixel_values: as for `encode`, [images, 3, image_size, image_size], any floating dtype;
+                at least one image.
         """
         return self._chosen_patches(pixel_values)[1]
 

@@ -74,7 +74,7 @@ class SequenceLayout:
 
         Args:
             partial: this rank's terms: of all tokens, [V + T, ...], or of text tokens alone,
-                [T, ...], or of both kinds apart, [V, ...] and [T, ...].
+                [T, ...], or of both kinds apart, [V, ...] and [T, ...]; any floating dtype.
 
         Returns:
             [V_r + T_r, ...], or [T_r, ...] of text tokens alone; same dtype.
@@ -107,7 +107,7 @@ class SequenceLayout:
         return torch.cat((visual, text), dim=1).flatten(0, 1)
 
     def take(self, local: Tensor, tokens: Tensor) -> Tensor:
-        """Chosen tokens of the pack, [N, ...], equal on every rank.
+        """Chosen tokens of the pack, [N, ...] of the local ones' dtype, equal on every rank.
 
         The language-model head needs the labelled text tokens only, a small share. So instead of
         gathering everything each rank fills in the chosen tokens it holds and the ranks add up. The
@@ -115,7 +115,8 @@ class SequenceLayout:
         that all-reduces its input gradient takes care of that); each rank keeps its tokens' share.
 
         Args:
-            local: this rank's tokens, of both kinds or text alone, [V_r + T_r, ...] or [T_r, ...].
+            local: this rank's tokens, of both kinds or text alone, [V_r + T_r, ...] or [T_r, ...],
+                any floating dtype.
             tokens: packed token numbers, int64 [N], equal on every rank; text tokens if `local` has
                 no others.
         """

@@ -109,7 +109,7 @@ def one_text(
 
     Args:
         ids: int64 [text tokens], without `<image>`.
-        pixels: [at least as many images as are seen, 3, side, side].
+        pixels: [at least as many images as are seen, 3, side, side], any floating dtype.
         image_offsets: how many text tokens stand in front of each image.
     """
     spans = tuple(
