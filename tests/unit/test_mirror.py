@@ -29,7 +29,7 @@ COVERED_BY = {
     "conversion/families/dattn": "unit/conversion/families/test_registry.py",
     "conversion/families/decoder": "unit/conversion/families/test_registry.py",
     "conversion/families/gemma2": "unit/conversion/families/test_registry.py",
-    "conversion/families/hf_names": "unit/conversion/hf_export/test_run.py",
+    "conversion/families/model_rules": "unit/conversion/hf_export/test_run.py",
     "conversion/families/llava": "unit/conversion/hf_import/test_vlm_source.py",
     "conversion/families/siglip": "unit/conversion/families/test_registry.py",
     "conversion/hf_export/config": "unit/conversion/hf_export/test_run.py",

@@ -7,8 +7,8 @@ A CLIP or SigLIP encoder, a two-layer MLP and a Llama or Mistral decoder: our mo
 from typing import Any
 
 from megatron_dattn.conversion.families.decoder import with_required
-from megatron_dattn.conversion.families.hf_names import projector_rules
 from megatron_dattn.conversion.families.key_names import KeyNames
+from megatron_dattn.conversion.families.model_rules import projector_rules
 from megatron_dattn.conversion.families.registry import (
     LANGUAGE,
     VISION,

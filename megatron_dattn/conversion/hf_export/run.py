@@ -20,7 +20,7 @@ from megatron_dattn import hf
 from megatron_dattn.checkpoint import steps_of
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.families.exportable import check_exportable, is_llava
-from megatron_dattn.conversion.families.hf_names import LLAVA_NAMES, export_rules
+from megatron_dattn.conversion.families.model_rules import LLAVA_NAMES, export_rules
 from megatron_dattn.conversion.families.weight_map import Rule
 from megatron_dattn.conversion.hf_export.config import (
     TokenIds,

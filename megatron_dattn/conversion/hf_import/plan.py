@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dattn.conversion.families.hf_names import added_rules
+from megatron_dattn.conversion.families.model_rules import added_rules
 from megatron_dattn.conversion.hf_import.chat_template import TemplateChoice, choose_template
 from megatron_dattn.conversion.hf_import.source import ImportSource, two_model_source
 from megatron_dattn.conversion.hf_import.tokenizer import check_special_tokens, copy_tokenizer

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_dattn.attention import get_preset
 from megatron_dattn.conversion.families import dattn, llava
-from megatron_dattn.conversion.families.hf_names import rules_by_module
 from megatron_dattn.conversion.families.key_names import KeyNames, key_names
+from megatron_dattn.conversion.families.model_rules import rules_by_module
 from megatron_dattn.conversion.families.weight_map import Rule
 from megatron_dattn.conversion.hf_import.source import (
     EMBEDDING,

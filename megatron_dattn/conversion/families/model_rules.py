@@ -1,4 +1,4 @@
-"""Names and layouts of the exported tensors: the import's rules with the model's own prefixes.
+"""Rules of the whole model: those of its families with the prefixes of both sides.
 
 The adapter and what a preset adds to the language model have no original elsewhere; their names in
 Hugging Face's terms are fixed here and in megatron_dattn/hf.
