@@ -14,8 +14,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_dattn.attention.decode import read_images
 from megatron_dattn.attention.decomposed import attend_images
-from megatron_dattn.attention.newest import read_images
 from megatron_dattn.models.attention_inputs import LayerInputs
 from megatron_dattn.models.projections import project
 

@@ -15,8 +15,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_dattn.attention import AttentionConfig
+from megatron_dattn.attention.decode import attend_newest
 from megatron_dattn.attention.decomposed import attend_scored_tokens, diagonal_attention
-from megatron_dattn.attention.newest import attend_newest
 from megatron_dattn.attention.positions import apply_rotary
 from megatron_dattn.attention.visual_config import num_shared
 from megatron_dattn.models.attention_inputs import LayerInputs

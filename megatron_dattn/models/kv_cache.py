@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_dattn.attention.backends.dense import DenseBackend
-from megatron_dattn.attention.newest import SampleKeyValue
+from megatron_dattn.attention.decode import SampleKeyValue
 from megatron_dattn.attention.plan.decode import DecodePlan
 
 KeyValue = tuple[Tensor, Tensor]

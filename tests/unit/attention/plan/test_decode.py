@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.attention.backends.cpu_flash import CpuFlashBackend
 from megatron_dattn.attention.config import AttentionConfig
+from megatron_dattn.attention.decode import SampleKeyValue, attend_newest, read_images
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
-from megatron_dattn.attention.newest import SampleKeyValue, attend_newest, read_images
 from megatron_dattn.attention.plan.decode import GrowingText, SampleTable, next_positions
 from megatron_dattn.attention.positions import apply_rotary, token_positions
 from megatron_dattn.attention.reference import reference_attention
