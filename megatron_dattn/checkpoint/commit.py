@@ -35,7 +35,7 @@ from megatron_dattn.checkpoint.manifest import (
 from megatron_dattn.errors import CheckpointError, DiskFullError
 from megatron_dattn.runtime.distributed import gather_from_all, rank, world_size
 from megatron_dattn.runtime.os_errors import explain, room_in
-from megatron_dattn.runtime.rank_errors import on_every_rank, on_first_rank
+from megatron_dattn.runtime.rank_errors import on_all_ranks, on_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def save_checkpoint(
     extra = dict(extra_files or {})
     final = folder / files.step_folder_name(step)
     on_first_rank(f"preparing {folder}", lambda: _prepare(folder, final))
-    on_every_rank("checking the names of extra files", lambda: _check_names(extra))
+    on_all_ranks("checking the names of extra files", lambda: _check_names(extra))
     needed = _check_space(folder, sharded_state_dict, extra)
     temporary = Path(on_first_rank("making a folder", lambda: _make_temporary(folder, step)))
     try:
@@ -176,8 +176,8 @@ def _fill(
     values: writer.Values | None,
 ) -> None:
     shards = writer.write_distributed_checkpoint(state, temporary, values)
-    on_every_rank("writing the extra files", lambda: _write_extra(temporary, extra))
-    records = on_every_rank("hashing", lambda: shards | _hash_own(temporary, extra))
+    on_all_ranks("writing the extra files", lambda: _write_extra(temporary, extra))
+    records = on_all_ranks("hashing", lambda: shards | _hash_own(temporary, extra))
     gathered = gather_from_all(records)
     layout = parallel_layout()
     on_first_rank(

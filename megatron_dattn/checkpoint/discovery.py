@@ -23,7 +23,7 @@ from megatron_dattn.checkpoint.manifest import (
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.distributed import rank, world_size
 from megatron_dattn.runtime.progress import ByteProgress, unseen
-from megatron_dattn.runtime.rank_errors import on_every_rank, on_first_rank
+from megatron_dattn.runtime.rank_errors import on_all_ranks, on_first_rank
 from megatron_dattn.runtime.untrusted_file import JsonFields, read_json_object, show
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def find_checkpoint_together(
     def check(path: Path) -> Manifest:
         manifest = on_first_rank(f"reading {path}", lambda: read_manifest(path))
         share = sorted(manifest.files)[rank() :: world_size()]
-        on_every_rank(f"verifying {path}", lambda: verify_files(path, manifest, share, sums=verify))
+        on_all_ranks(f"verifying {path}", lambda: verify_files(path, manifest, share, sums=verify))
         return manifest
 
     def candidates(folder: Path) -> list[Path]:

@@ -37,7 +37,7 @@ from megatron_dattn.checkpoint import reader
 from megatron_dattn.checkpoint.manifest import Manifest, read_manifest, require_listed
 from megatron_dattn.checkpoint.writer import first_failure
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.rank_errors import on_every_rank, on_first_rank
+from megatron_dattn.runtime.rank_errors import on_all_ranks, on_first_rank
 from megatron_dattn.runtime.untrusted_file import open_plain, read_json_object
 
 _SHOWN = 8
@@ -78,7 +78,7 @@ def load_checkpoint(
     MultiStorageClientFeature.disable()
     folder = Path(path)
     manifest = on_first_rank(f"checking {folder}", lambda: _check_folder(folder))
-    metadata, common = on_every_rank(
+    metadata, common = on_all_ranks(
         f"reading {folder}", lambda: _read_small_files(folder, manifest)
     )
     request, stored = sharded_state_dict, reader.stored_shapes(metadata)
@@ -86,9 +86,9 @@ def load_checkpoint(
         wanted = _selection(modules, without)
         request, _ = extract_matching_values(request, lambda v: wanted(getattr(v, "key", "")))
         stored = {key: shape for key, shape in stored.items() if wanted(key)}
-    request = on_every_rank("comparing the keys", lambda: _fit(folder, request, stored))
+    request = on_all_ranks("comparing the keys", lambda: _fit(folder, request, stored))
 
-    return on_every_rank(f"loading {folder}", lambda: _read_into(request, folder, metadata, common))
+    return on_all_ranks(f"loading {folder}", lambda: _read_into(request, folder, metadata, common))
 
 
 def _read_into(

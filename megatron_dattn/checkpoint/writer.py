@@ -48,7 +48,7 @@ from megatron_dattn.checkpoint.manifest import FileRecord
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.distributed import rank
 from megatron_dattn.runtime.os_errors import named
-from megatron_dattn.runtime.rank_errors import as_checkpoint_error, on_every_rank, on_first_rank
+from megatron_dattn.runtime.rank_errors import as_checkpoint_error, on_all_ranks, on_first_rank
 
 # A tensor is stored as a small zip archive; this covers its headers and alignment.
 _BYTES_PER_RECORD = 4096
@@ -191,7 +191,7 @@ def write_distributed_checkpoint(
     """
     MultiStorageClientFeature.disable()  # it is on wherever its package is installed
     # Its last step, the integrity check, raises on rank 0 alone.
-    sharded, common = on_every_rank("checking the shards", lambda: save_preprocess(state))
+    sharded, common = on_all_ranks("checking the shards", lambda: save_preprocess(state))
     on_first_rank("writing the common state", lambda: _write_common(common, folder))
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     tensors = mcore_to_pyt_state_dict(flat, is_loading=False)

@@ -58,7 +58,7 @@ def run_on_first_rank(work: Callable[[], T], refusal: Refusal = as_user_error) -
     return cast(T, result)
 
 
-def on_every_rank(purpose: str, work: Callable[[], T]) -> T:
+def on_all_ranks(purpose: str, work: Callable[[], T]) -> T:
     """`run_on_all_ranks` for work on a run's folder, where any error counts.
 
     Of a bug, too, the others must hear, as the folder that they write into together has to be

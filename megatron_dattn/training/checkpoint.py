@@ -27,7 +27,7 @@ from megatron_dattn.models.added_parameters import comes_with_preset, holds_pres
 from megatron_dattn.models.model_identity import Purpose, require_same
 from megatron_dattn.runtime.distributed import rank
 from megatron_dattn.runtime.os_errors import explain, shortage
-from megatron_dattn.runtime.rank_errors import on_every_rank, on_first_rank
+from megatron_dattn.runtime.rank_errors import on_all_ranks, on_first_rank
 from megatron_dattn.training.stages import MODULES
 from megatron_dattn.training.state import (
     Progress,
@@ -105,8 +105,8 @@ class Checkpointer:
         """
         if self._folder is None:
             raise CheckpointError("checkpoint.save is not set: there is no folder to save into")
-        on_every_rank("checking the parameters", lambda: check_finite(state.model))
-        extra_files = on_every_rank("collecting the state", lambda: local_files(state))
+        on_all_ranks("checking the parameters", lambda: check_finite(state.model))
+        extra_files = on_all_ranks("collecting the state", lambda: local_files(state))
         path = save_checkpoint(
             self._folder,
             state.progress.step,
@@ -134,12 +134,12 @@ class Checkpointer:
         self.require_own(found)
         progress = self._progress_of(found)
         random_state = self._random_state_note(found)
-        local = on_every_rank(
+        local = on_all_ranks(
             f"reading {found.path}",
             lambda: self._read_local_files(found, state, random_state == "restored"),
         )
         loaded = load_checkpoint(found.path, sharded_state(state, is_loading=True))
-        on_every_rank(
+        on_all_ranks(
             f"restoring {found.path}", lambda: restore_state(state, loaded, local, found.path)
         )
         for name, value in progress.to_json().items():
@@ -173,7 +173,7 @@ class Checkpointer:
             modules=present,
             without=comes_with_preset if plain else None,
         )
-        on_every_rank(
+        on_all_ranks(
             "loading the weights", lambda: load_modules(state.model, loaded, present, plain)
         )
         scale = unwrap_model(state.model).start_at_text_scale() if plain else None

@@ -12,7 +12,7 @@ from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.runtime.distributed import is_rank_0
 from megatron_dattn.runtime.lost_ranks import named_lost_ranks
 from megatron_dattn.runtime.os_errors import explain
-from megatron_dattn.runtime.rank_errors import all_ranks_agree, on_every_rank, on_first_rank
+from megatron_dattn.runtime.rank_errors import all_ranks_agree, on_all_ranks, on_first_rank
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training.exit_reason import ExitReason, NumericsError
 from megatron_dattn.training.metrics import StepReport
@@ -121,7 +121,7 @@ def save_if_due(run: Run, *, at_once: bool = False, lost: UserError | None = Non
         on_first_rank("looking after the run folder", run.describe_again)
         try:
             # Before the checkpoint exists: after a power cut the ledger would be the shorter one.
-            on_every_rank("writing the sample ledger", run.sync_ledger)
+            on_all_ranks("writing the sample ledger", run.sync_ledger)
             lost = None  # by now all lines are there
         except CheckpointError as error:
             lost = error

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime import lost_ranks
 from megatron_dattn.runtime.lost_ranks import is_loss
-from megatron_dattn.runtime.rank_errors import on_every_rank
+from megatron_dattn.runtime.rank_errors import on_all_ranks
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 CLOSED = f"{GLOO}pair.cc:553] Connection closed by peer [10.0.0.7]:64739. This is typically caused"
@@ -56,9 +56,9 @@ def test_a_loss_is_no_checkpoint_error() -> None:
         raise RuntimeError(text)
 
     with pytest.raises(RuntimeError, match="closed by peer"):
-        on_every_rank("hashing", lambda: fail(CLOSED))
+        on_all_ranks("hashing", lambda: fail(CLOSED))
     with pytest.raises(CheckpointError):
-        on_every_rank("hashing", lambda: fail("no such tensor"))
+        on_all_ranks("hashing", lambda: fail("no such tensor"))
 
 
 class CountingStore:
