@@ -105,7 +105,7 @@ class DecoderLayer(TransformerLayer):
         # Under pipeline parallelism layer_number still counts from the decoder's first layer.
         inputs = attention_bias.layer(self.layer_number)
         if not inputs.shards.visual and len(hidden_states) > inputs.shards.local_text:
-            # The stage before may have sent visual tokens that nobody reads, for the shape's sake.
+            # The pipeline stage before may have sent visual tokens, unread, for the shape's sake.
             hidden_states = hidden_states[-inputs.shards.local_text :]
         states = self._transform(self._attend(hidden_states, inputs), inputs)
         return self._emit(states, attention_bias), None

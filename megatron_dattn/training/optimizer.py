@@ -120,7 +120,7 @@ def num_warmup_steps(settings: OptimizerConfig, train_iters: int) -> int:
 
 
 def parameter_groups(optimizer: MegatronOptimizer) -> list[ParameterGroup]:
-    """The optimizer's groups in order, empty ones (modules of other stages) included."""
+    """The optimizer's groups in order, empty ones (modules of other pipeline stages) included."""
     return [
         ParameterGroup(
             module=_MODULE_OF_MARK[group["lr_mult"]],
