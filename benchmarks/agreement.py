@@ -100,7 +100,7 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 
 def have_equal_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
-    """Whether they are the same, bit by bit."""
+    """True if they are the same, bit by bit."""
     values = {local_name(name): parameter for name, parameter in theirs.named_parameters()}
     return all(torch.equal(p, values[local_name(name)]) for name, p in ours.named_parameters())
 

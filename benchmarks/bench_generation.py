@@ -71,7 +71,7 @@ class Times:
 
 
 def variants(model: ModelConfig, questions: Questions) -> dict[str, Answer]:
-    """What answers the questions, by name; stock first."""
+    """The programs that answer the questions, by name; stock first."""
     stock = random_llava(model)
     export = random_export(dataclasses.replace(model, attention="dattn"))
     pixels = _pixels(model, questions)

@@ -79,7 +79,7 @@ def measure(
 def steps(
     preset: str, pack: TokenLayout, language: LanguageConfig
 ) -> dict[str, Callable[[], object]]:
-    """What the training step computes on the host, by column."""
+    """The training step's work on the host, by column."""
     config = PRESETS[preset]
     model = replace(ModelConfig(), language=language, attention=preset)
     rules = layer_rules(config, language.num_hidden_layers, skip_unread=True)

@@ -155,7 +155,7 @@ def configuration(folder: Path, vocabulary: int) -> PretrainConfig:
 
 
 def variants(config: PretrainConfig) -> dict[str, Step]:
-    """What is timed; every one is collective."""
+    """The work that is timed; every one is collective."""
     facts = start_facts(config)
 
     def start(*, compared: bool) -> None:

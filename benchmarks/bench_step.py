@@ -94,7 +94,7 @@ def step_report(arguments: argparse.Namespace) -> str:
 
 
 def engine_name(preset: str) -> str:
-    """What the tables call the engine under a preset."""
+    """The engine's name in the tables, under a preset."""
     return f"engine {preset}"
 
 
@@ -120,7 +120,7 @@ def correctness(
 
 
 def step_run(engine: EngineVariant, batch: PackedBatch, arguments: argparse.Namespace) -> StepRun:
-    """What the roofline counts for a variant."""
+    """A variant as the roofline counts it."""
     return StepRun(
         engine.run.config.model,
         batch.layout,

@@ -117,7 +117,7 @@ def peak_gb(engine: EngineVariant) -> float | None:
 
 
 def planned_gb(config: PretrainConfig, batch: PackedBatch) -> float:
-    """What the dry run would say."""
+    """The dry run's figure."""
     layout = batch.layout
     pack = PackSize(layout.visual_budget, layout.text_budget, len(layout.images))
     memory = rank_memory(

@@ -113,7 +113,7 @@ class Bench:
         )
 
     def run_of(self, variant: Variant, layout: TokenLayout) -> LayerRun:
-        """What the roofline counts for it."""
+        """It as the roofline counts it."""
         rule, size = rules_of(variant.preset)[0], self.dtype.itemsize
         return LayerRun(
             layout, rule, self.sizes, size, variant.savings, variant.eager, variant.recompute
@@ -152,7 +152,7 @@ def one_sample(visual: int, text: int) -> TokenLayout:
 
 
 def fits(bench: Bench, variant: Variant, tokens: int, left_out: list[str]) -> bool:
-    """Whether eager attention's scores fit into memory; what does not is noted in `left_out`."""
+    """True if eager attention's scores fit into memory; what does not is noted in `left_out`."""
     if not variant.eager:
         return True
     scores = bench.sizes.num_attention_heads * tokens**2 * bench.dtype.itemsize

@@ -62,7 +62,7 @@ class DecoderLayer(nn.Module):
         return tokens + self.down(F.silu(gate) * up)
 
     def attend(self, tokens: Tensor, num_visual: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """What attention adds to normalized tokens, [B, V + T, H] -> the same shape and dtype."""
+        """Attention's addend for normalized tokens, [B, V + T, H] -> the same shape and dtype."""
         batch, length, _ = tokens.shape
         num_text = length - num_visual
         q = self.q(tokens[:, num_visual:]).view(batch, num_text, self.heads, self.head_dim)

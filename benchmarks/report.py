@@ -35,7 +35,7 @@ def header(title: str, command: str, device: torch.device, notes: Sequence[str] 
 
 
 def rounds_note(num_rounds: int, asked: int, warm_up: int) -> str:
-    """How many rounds were run, and whether that is a measurement."""
+    """Say how many rounds were run, and whether that is a measurement."""
     text = f"{num_rounds} rounds after {warm_up} steps of warm-up each, one process"
     if num_rounds < asked:
         text += f" (of {asked}: the time was up)"

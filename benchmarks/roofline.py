@@ -60,7 +60,7 @@ class Operator:
 
     @property
     def passes(self) -> tuple[Work, ...]:
-        """What is run in one training step."""
+        """The operator as it is run in one training step."""
         return (self.forward, *((self.forward,) if self.recomputed else ()), self.backward)
 
 

@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def check(options: argparse.Namespace) -> None:
-    """What can be known to be wrong before a model is loaded. Raises UserError."""
+    """Refuse what can be known to be wrong before a model is loaded. Raises UserError."""
     most = options.max_new_tokens
     if most < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {most}")

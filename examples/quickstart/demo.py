@@ -142,7 +142,7 @@ def export_and_ask(demo: Demo) -> list[Step]:
 
 
 def why_not_exported(demo: Demo) -> str:
-    """Why the trained model has no Hugging Face form; empty if it has one."""
+    """The reason why the trained model has no Hugging Face form; empty if it has one."""
     silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
     from megatron_dattn.config.cli import load_config
@@ -207,7 +207,7 @@ def train_step(stage: str, demo: Demo, previous: Path) -> Step:
 
 
 def is_done(step: Step) -> bool:
-    """Whether a step's result is there; a training run must have ended by itself."""
+    """True if a step's result is there; a training run must have ended by itself."""
     if step.result is None or not step.result.exists():
         return False
     if step.result.name != "exit_reason.json":

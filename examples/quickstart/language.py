@@ -55,7 +55,7 @@ def dense_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def ask_digit_at(scene: Scene, rng: random.Random) -> Turn:
-    """Which digit stands at a named place."""
+    """Ask which digit stands at a named place."""
     cell = rng.randrange(len(scene.cells))
     digit = scene.cells[cell]
     place = scene.places[cell]
@@ -64,20 +64,20 @@ def ask_digit_at(scene: Scene, rng: random.Random) -> Turn:
 
 
 def ask_where(scene: Scene, rng: random.Random) -> Turn:
-    """Where a digit stands."""
+    """Ask where a digit stands."""
     digit = rng.choice(scene.digits)
     question = rng.choice((f"Where is the digit {digit}?", f"Where is the {digit}?"))
     return Turn(question, scene.place_of(digit), "where")
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Turn:
-    """How many digits there are."""
+    """Ask how many digits there are."""
     question = rng.choice(("How many digits are there?", "How many digits do you see?"))
     return Turn(question, str(len(scene.digits)), "how_many")
 
 
 def ask_presence(scene: Scene, rng: random.Random) -> Turn:
-    """Whether a digit is there; as often one that is as one that is not."""
+    """Ask whether a digit is there; as often one that is as one that is not."""
     absent = [digit for digit in range(10) if digit not in scene.digits]
     digit = rng.choice(scene.digits if rng.random() < 0.5 else absent)
     question = rng.choice((f"Is there a {digit}?", f"Do you see a {digit}?"))
@@ -85,12 +85,12 @@ def ask_presence(scene: Scene, rng: random.Random) -> Turn:
 
 
 def can_ask_side(scene: Scene) -> bool:
-    """Whether two digits stand in different columns, so that one is left of the other."""
+    """True if two digits stand in different columns, so that one is left of the other."""
     return len({scene.column(scene.cell_of(digit)) for digit in scene.digits}) > 1
 
 
 def ask_side(scene: Scene, rng: random.Random) -> Turn:
-    """Whether one digit stands left (or right) of another; needs `can_ask_side`."""
+    """Ask whether one digit stands left (or right) of another; needs `can_ask_side`."""
     pairs = [
         (first, second)
         for first in scene.digits

@@ -146,7 +146,7 @@ def test_tensors_have_dtypes(room: str) -> None:
     assert not [f.place for f in _functions_of(room) if lacks(f, gives_dtypes)]
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room not in FOLDERS])
+@pytest.mark.parametrize("room", ROOMS)
 def test_docstrings_do_not_begin_with_a_question_word(room: str) -> None:
     assert not [f.place for f in _functions_of(room) if _QUESTION.match(f.doc)]
 
