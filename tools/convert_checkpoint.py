@@ -38,7 +38,7 @@ EXIT_DIFFERENT = 1
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 
 
-def add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_import(commands: "argparse._SubParsersAction[ToolParser]") -> None:
     parser = commands.add_parser("import", help="Hugging Face to Megatron")
     parser.set_defaults(run=run_import)
     parser.add_argument("--vision", type=Path, help="encoder's folder")
@@ -79,7 +79,7 @@ def run_import(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_export(commands: "argparse._SubParsersAction[ToolParser]") -> None:
     parser = commands.add_parser("export", help="Megatron to Hugging Face")
     parser.set_defaults(run=run_export)
     parser.add_argument(
@@ -110,7 +110,7 @@ def run_export(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_inspect(commands: "argparse._SubParsersAction[ToolParser]") -> None:
     parser = commands.add_parser("inspect", help="list tensors and count parameters, of either")
     parser.set_defaults(run=run_inspect)
     parser.add_argument("folder", type=Path, help="Hugging Face folder, run folder or checkpoint")
@@ -127,7 +127,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verify(commands: "argparse._SubParsersAction[ToolParser]") -> None:
     parser = commands.add_parser("verify", help="compare outputs with the Hugging Face models'")
     parser.set_defaults(run=run_verify)
     parser.add_argument("folder", type=Path, help="of a run or an import, or run/step-0000400")

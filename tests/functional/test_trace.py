@@ -4,6 +4,7 @@ In processes of their own, as what a process has done before (a cache, an import
 docs/reading_tour.md has both lists and names these numbers.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,12 +36,20 @@ def traced(*command: str | Path) -> list[str]:
     return [line.split()[1] for line in done.stdout.splitlines() if line.endswith(".py")]
 
 
+def not_in_the_tour(files: list[str], heading: str) -> list[str]:
+    """Those of the files that the tour's section does not name."""
+    section = TOUR.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    names = (file.removeprefix("megatron_dattn/") for file in files)
+    return [name for name in names if not re.search(rf"`{re.escape(name)}[:`]", section)]
+
+
 def test_one_training_step(tmp_path: Path) -> None:
     config = make_workspace(tmp_path).config
     command = ("--within", "train_step", "pretrain_vlm.py", "--config", config)
     flags = ("--train-iters", "2", "--num-workers", "1", "--save", tmp_path / "run")
     files = traced(*command, *flags)
     assert 30 < len(files) <= MOST_IN_A_STEP, "\n".join(files)
+    assert not not_in_the_tour(files, "One training step")
     assert f"{MOST_IN_A_STEP} files for a training step" in TOUR
 
 
@@ -52,4 +61,5 @@ def test_one_import(tmp_path: Path) -> None:
     command = ("tools/convert_checkpoint.py", "import", "--vision", vision)
     files = traced(*command, "--language", language, "--output", tmp_path / "run")
     assert 25 < len(files) <= MOST_IN_AN_IMPORT, "\n".join(files)
+    assert not not_in_the_tour(files, "One import")
     assert f"{MOST_IN_AN_IMPORT} for an import" in TOUR
