@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.testing._internal.distributed import fake_pg  # registers the backend "fake"
 
+from megatron_dattn.checkpoint.commit import parallel_layout
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime import distributed
 from megatron_dattn.runtime.distributed import (
@@ -20,6 +21,8 @@ from megatron_dattn.runtime.distributed import (
     is_rank_0,
     one_process,
     seed_everything,
+    world_of_one,
+    world_size,
 )
 from megatron_dattn.runtime.launcher import Launch
 from tests.support.distributed import run_distributed
@@ -167,6 +170,16 @@ def test_work_of_one_process_cleans_up_what_it_set_up(alone: None) -> None:
         assert dist.is_initialized(), "those of the outer block stay"
     assert not dist.is_initialized()
     assert not parallel_state.model_parallel_is_initialized()
+
+
+def test_a_world_of_one_needs_no_model_parallel_groups(alone: None) -> None:
+    with world_of_one():
+        assert dist.get_world_size() == world_size() == 1
+        assert not parallel_state.model_parallel_is_initialized()
+        # A checkpoint written here is of one rank in every direction all the same.
+        assert set(parallel_layout().values()) == {1}
+        assert len(parallel_layout()) == 5
+    assert not dist.is_initialized()
 
 
 def test_work_of_one_process_is_not_for_a_launcher(
