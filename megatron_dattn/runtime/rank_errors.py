@@ -3,7 +3,8 @@
 A rank that meets a full disk and leaves would let the others wait in a collective until the
 timeout. So work that can fail on one rank alone (reading a file, writing a checkpoint) is followed
 by an exchange of how it went, before the next collective. What no user can mend is raised where it
-struck, as is word of a lost rank: lost_ranks.py tells the others.
+struck, as is word of a lost rank: lost_ranks.py tells the others. Of work on a run's folder
+(`on_all_ranks`, `on_first_rank`) every error counts.
 """
 
 import errno
@@ -88,7 +89,7 @@ def _refusal(purpose: str, error: Exception) -> UserError | None:
 
 
 def as_checkpoint_error(purpose: str, error: Exception) -> CheckpointError:
-    """The error in the words of this package; its cause is kept.
+    """The error as a CheckpointError; its cause is kept.
 
     What no user can cause (a type error, say) is logged with its traceback as well.
     """
