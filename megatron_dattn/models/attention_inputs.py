@@ -13,6 +13,8 @@ from megatron_dattn.attention.layers import LayerRule
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.plan.parts import AttentionPlan, plan_attention, plans_to_device
 from megatron_dattn.attention.positions import token_positions
+from megatron_dattn.attention.reading_order import ReadingOrder
+from megatron_dattn.attention.transfer import to_device
 from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.kv_cache import DecodeStep, KVCache
 from megatron_dattn.models.observer import AttentionObserver
@@ -40,7 +42,9 @@ class LayerInputs:
     observer: AttentionObserver | None = None
     """Who is shown the layer's queries and keys; None in nearly every step."""
     report: ReportPlan | None = None
-    """For the observer: the same attention, taken apart."""
+    """For the observer: the same attention in packed order, taken apart."""
+    places: Tensor | None = None
+    """For the observer: where each packed token passes, int64 [tokens]; None for packed order."""
 
     @property
     def has_images(self) -> bool:
@@ -61,8 +65,12 @@ class LayerInputs:
         if self.observer is None:
             return
         assert self.report is not None, "an observer comes with a report's plan"
-        inputs = ReportInputs(self.report, self.rotary, self.score_function, self.backend)
-        self.observer(layer_number, query.detach(), key.detach(), inputs)
+        rotary, query, key = self.rotary, query.detach(), key.detach()
+        if self.places is not None:
+            cos, sin, query, key = (x[self.places] for x in (*rotary, query, key))
+            rotary = cos, sin
+        inputs = ReportInputs(self.report, rotary, self.score_function, self.backend)
+        self.observer(layer_number, query, key, inputs)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ class AttentionInputs:
     """Of the whole decoder, first to last, whatever the pipeline stage."""
     shards: SequenceLayout
     """Of the tokens that enter the decoder."""
+    order: ReadingOrder | None = None
+    """In which they do; None for packed order."""
 
     def layer(self, number: int) -> LayerInputs:
         """Inputs of the layer that megatron-core counts as `number`, from 1."""
@@ -98,20 +108,25 @@ def prepare_attention(
     language: LanguageConfig,
     device: torch.device,
     observer: AttentionObserver | None = None,
+    order: ReadingOrder | None = None,
 ) -> AttentionInputs:
     """Plans and rotary tables of a pack.
 
     Args:
+        layout: of the pack.
         config: of the model; its positions hold in all layers.
         rules: one per layer, see `layer_rules`.
+        shards: of the tokens as they pass.
         language: gives the layers' sliding windows, the score function, the rotary angles.
+        order: in which the tokens pass, where all layers know one kind.
     """
     # A plan is host work and index tensors on the device: one per kind of layer, not per layer.
     layers = [(rule, language.window(number)) for number, rule in enumerate(rules)]
     kinds = list(dict.fromkeys(layers))
+    passing = layout if order is None else order.layout
     plans, (positions,) = plans_to_device(
-        [plan_attention(r.layout(layout), r.attention, window=window) for r, window in kinds],
-        [token_positions(layout, config)],
+        [plan_attention(r.layout(passing), r.attention, window=window) for r, window in kinds],
+        [token_positions(passing, config)],
         device,
     )
     cos, sin = language.rotary_tables(positions, device)
@@ -130,5 +145,6 @@ def prepare_attention(
             report=None
             if observer is None
             else plan_report(seen, rule.attention, device, window=window),
+            places=None if observer is None or order is None else to_device(order.places, device),
         )
-    return AttentionInputs(tuple(prepared[layer] for layer in layers), shards)
+    return AttentionInputs(tuple(prepared[layer] for layer in layers), shards, order)

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_dattn.attention.backends.select import select_backend
 from megatron_dattn.attention.layers import layer_rules, output_tokens
 from megatron_dattn.attention.layout import TokenLayout
+from megatron_dattn.attention.reading_order import ReadingOrder, knows_one_kind, reading_order
 from megatron_dattn.attention.transfer import to_device
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.adapter import Adapter, build_adapter, features_as_tokens
@@ -96,6 +97,7 @@ class DAttnVLM(MegatronModule):
             model.language.num_hidden_layers,
             skip_unread=execution.savings.unread_tokens,
         )
+        self.knows_one_kind = knows_one_kind(self.attention, self.rules)
         self.language_model = DAttnLanguageModel(
             self.config,
             model.language,
@@ -130,11 +132,12 @@ class DAttnVLM(MegatronModule):
             token order. A batch without labels gives an empty vector that is still connected to the
             graph.
         """
-        attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer)
+        order = reading_order(batch.layout) if self.knows_one_kind else None
+        attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer, order)
         features = self.encode(batch.pixel_values)
         visual = self.adapt(features)
         hidden_states = self.decode(visual, batch, attention)
-        return self.loss(hidden_states, batch) if self.post_process else hidden_states
+        return self.loss(hidden_states, batch, attention) if self.post_process else hidden_states
 
     def forward_logits(
         self, batch: PackedBatch, tokens: Tensor, observer: AttentionObserver | None = None
@@ -209,12 +212,14 @@ class DAttnVLM(MegatronModule):
         Returns:
             Hidden states, [S, 1, H] of the model's dtype, as of `DAttnLanguageModel.forward`.
         """
-        tokens = self.join_tokens(visual, batch) if self.pre_process else None
+        tokens = self.join_tokens(visual, batch, attention) if self.pre_process else None
         return self.language_model(tokens, attention)
 
-    def join_tokens(self, visual: Tensor | None, batch: PackedBatch) -> Tensor:
-        """This rank's share of the tokens [visual, padded to the budget | text], [tokens, 1, H], of
-        the model's dtype."""
+    def join_tokens(
+        self, visual: Tensor | None, batch: PackedBatch, attention: AttentionInputs
+    ) -> Tensor:
+        """This rank's share of the tokens [visual, padded to the budget | text], in the order in
+        which they pass the layers, [tokens, 1, H], of the model's dtype."""
         text = self.language_model.embed(batch.input_ids)
         expected = batch.layout.num_visual_tokens
         assert visual is None or visual.shape[0] == expected, (
@@ -225,7 +230,9 @@ class DAttnVLM(MegatronModule):
         padding = text.new_zeros(batch.layout.visual_budget - expected, *text.shape[1:])
         parts = (padding, text) if visual is None else (visual.unsqueeze(1), padding, text)
         tokens = self.language_model.scale_tokens(torch.cat(parts))
-        tokens = self._shards(batch.layout).scatter(tokens)
+        if attention.order is not None:
+            tokens = tokens.index_select(0, to_device(attention.order.tokens, tokens.device))
+        tokens = attention.shards.scatter(tokens)
         if self.adapter is None and torch.is_grad_enabled() and not tokens.requires_grad:
             # megatron-core recomputes a layer in an autograd.Function of its inputs, which does not
             # see the parameters: without an input that wants a gradient it has no backward pass,
@@ -233,17 +240,20 @@ class DAttnVLM(MegatronModule):
             tokens.requires_grad_()
         return tokens
 
-    def loss(self, hidden_states: Tensor, batch: PackedBatch) -> Tensor:
+    def loss(self, hidden_states: Tensor, batch: PackedBatch, attention: AttentionInputs) -> Tensor:
         """Cross entropy of every labelled text token, fp32 [labelled].
 
         Args:
             hidden_states: of the last pipeline stage, [S, 1, H], of the model's dtype.
             batch: its layout and labels are read.
+            attention: what they were made with.
         """
         labelled = batch.labelled_tokens()
         # A text token's label is predicted by the token before it, which may be visual.
-        tokens = to_device(output_tokens(batch.layout, self.attention), labelled.device)
-        shards = self._shards(batch.layout)
+        predicting = output_tokens(batch.layout, self.attention)
+        if attention.order is not None:
+            predicting = attention.order.places[predicting]
+        tokens, shards = to_device(predicting, labelled.device), attention.shards
         if self.labelled_logits:
             return self.language_model.losses(
                 hidden_states, tokens[labelled], batch.labels[labelled], shards
@@ -304,10 +314,15 @@ class DAttnVLM(MegatronModule):
         return take_patches(features, kept), kept
 
     def attention_inputs(
-        self, layout: TokenLayout, device: torch.device, observer: AttentionObserver | None = None
+        self,
+        layout: TokenLayout,
+        device: torch.device,
+        observer: AttentionObserver | None = None,
+        order: ReadingOrder | None = None,
     ) -> AttentionInputs:
         """Prepare what the layers need to know about a pack, on that device.
 
+        Tokens pass the layers in packed order, or in reading order where that is given.
         Raises ConfigError if no backend fits.
         """
         language = self.model_config.language
@@ -318,7 +333,7 @@ class DAttnVLM(MegatronModule):
             layout,
             self.attention,
             self.rules,
-            self._shards(layout),
+            self._shards(layout if order is None else order.layout),
             select_backend(
                 self.attention_backend,
                 device,
@@ -329,6 +344,7 @@ class DAttnVLM(MegatronModule):
             language=language,
             device=device,
             observer=observer,
+            order=order,
         )
 
     def _shards(self, layout: TokenLayout) -> SequenceLayout:

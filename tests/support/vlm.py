@@ -110,7 +110,8 @@ def tiny_model(
 
 def join_tokens(model: DAttnVLM, batch: PackedBatch) -> Tensor:
     """What enters the decoder on the first stage, [tokens, 1, H]."""
-    return model.join_tokens(model.adapt(model.encode(batch.pixel_values)), batch)
+    attention = model.attention_inputs(batch.layout, batch.input_ids.device)
+    return model.join_tokens(model.adapt(model.encode(batch.pixel_values)), batch, attention)
 
 
 @torch.no_grad()

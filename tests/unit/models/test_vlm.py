@@ -161,3 +161,20 @@ def test_wrong_number_of_images_is_caught():
     batch.pixel_values = batch.pixel_values.repeat(2, 1, 1, 1)
     with pytest.raises(AssertionError, match=r"18 visual tokens .* the layout has 9"):
         tiny_model()(batch)
+
+
+@pytest.mark.parametrize("labelled_logits", [True, False])
+def test_the_order_in_which_tokens_pass_moves_nothing(labelled_logits: bool) -> None:
+    savings = ExactSavings(labelled_logits=labelled_logits)
+    model = tiny_model(tiny_model_config("s_attn"), savings=savings).double()
+    batch = make_batch([9, 7, 4], [(2, 2), (), (0, 4)], budgets=(40, 24))
+    assert model.knows_one_kind
+    found = []
+    for one_kind in (True, False):
+        model.knows_one_kind = one_kind
+        losses = model(batch)
+        gradients = torch.autograd.grad(losses.sum(), list(model.parameters()))
+        found.append([losses, *gradients])
+    for in_reading_order, packed in zip(*found, strict=True):
+        # Float64 sums in another order.
+        torch.testing.assert_close(in_reading_order, packed, rtol=1e-9, atol=1e-12)
