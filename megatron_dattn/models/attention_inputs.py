@@ -83,6 +83,8 @@ class AttentionInputs:
     """Of the tokens that enter the decoder."""
     order: ReadingOrder | None = None
     """In which they do; None for packed order."""
+    order_tokens: Tensor | None = None
+    """`order.tokens` on the device."""
 
     def layer(self, number: int) -> LayerInputs:
         """Inputs of the layer that megatron-core counts as `number`, from 1."""
@@ -124,9 +126,9 @@ def prepare_attention(
     layers = [(rule, language.window(number)) for number, rule in enumerate(rules)]
     kinds = list(dict.fromkeys(layers))
     passing = layout if order is None else order.layout
-    plans, (positions,) = plans_to_device(
+    plans, (positions, *order_tokens) = plans_to_device(
         [plan_attention(r.layout(passing), r.attention, window=window) for r, window in kinds],
-        [token_positions(passing, config)],
+        [token_positions(passing, config), *([] if order is None else [order.tokens])],
         device,
     )
     cos, sin = language.rotary_tables(positions, device)
@@ -147,4 +149,5 @@ def prepare_attention(
             else plan_report(seen, rule.attention, device, window=window),
             places=None if observer is None or order is None else to_device(order.places, device),
         )
-    return AttentionInputs(tuple(prepared[layer] for layer in layers), shards, order)
+    by_layer = tuple(prepared[layer] for layer in layers)
+    return AttentionInputs(by_layer, shards, order, *order_tokens)

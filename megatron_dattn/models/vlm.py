@@ -230,8 +230,8 @@ class DAttnVLM(MegatronModule):
         padding = text.new_zeros(batch.layout.visual_budget - expected, *text.shape[1:])
         parts = (padding, text) if visual is None else (visual.unsqueeze(1), padding, text)
         tokens = self.language_model.scale_tokens(torch.cat(parts))
-        if attention.order is not None:
-            tokens = tokens.index_select(0, to_device(attention.order.tokens, tokens.device))
+        if attention.order_tokens is not None:
+            tokens = tokens.index_select(0, attention.order_tokens)
         tokens = attention.shards.scatter(tokens)
         if self.adapter is None and torch.is_grad_enabled() and not tokens.requires_grad:
             # megatron-core recomputes a layer in an autograd.Function of its inputs, which does not
