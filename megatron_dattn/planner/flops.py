@@ -17,7 +17,7 @@ it trains) and again for the gradient of its weight (where it trains). Presets t
 select or reproject visual tokens count what their layers do (`planner/decoder_flops.py`).
 
 `executed_flops` is what the engine runs: padded tokens, less what the exact savings leave out, and
-the forward pass repeated by full recomputation.
+the forward pass repeated by full recomputation, and the FFN's once more where it runs in chunks.
 """
 
 from collections.abc import Iterable

@@ -43,6 +43,8 @@ class LayerTokens:
     """Full-width output projections; a folded one is 1 / (query heads per key head)."""
     ffn: float
     """Tokens through the FFN; those that pass a share of it count as that share."""
+    ffn_again: float
+    """Those of them that pass it in chunks, which the backward pass repeats."""
     pairs: int
     cross_text: int = 0
     """Tokens that a cross-attention of the layer's own reads from, and those it reads."""
@@ -61,19 +63,25 @@ def layer_tokens(
     """By the mathematics, or as executed: with padding, and with these savings."""
     pack, attention = rule.layout(pack), rule.attention
     text, visual = pack.num_text_tokens, pack.num_visual_tokens
-    queries, folding = attention.scores_visual_tokens, 1
+    queries, folding, chunk = attention.scores_visual_tokens, 1, 0
     if executed is not None:
         text, visual = pack.text_budget, pack.visual_budget
         queries = queries or not executed.visual_queries
+        chunk = executed.ffn_chunk_tokens
         if attention.v2v == "diagonal" and executed.folded_output:
             language = config.language
             folding = language.num_attention_heads // language.num_key_value_heads
     cascade = attention.merge == "cascade" and rule.sees_images
+    # Visual tokens that pass a share of the FFN pass it by themselves.
+    passes = [(text + visual, 1.0)]
+    if rule.visual_ffn != 1.0 and visual:
+        passes = [(text, 1.0), (visual, rule.visual_ffn)]
     return LayerTokens(
         queries=text + visual * queries,
         keys=text + visual,
         outputs=text + visual * attention.outputs_visual_tokens / folding,
-        ffn=text + visual * rule.visual_ffn,
+        ffn=sum(tokens * share for tokens, share in passes),
+        ffn_again=sum(tokens * share for tokens, share in passes if 0 < chunk < tokens),
         pairs=sum(attended_pairs(pack, attention, window).values()),
         cross_text=text * cascade,
         cross_visual=visual * cascade,
@@ -221,12 +229,13 @@ def decoder(
     d, f = language.hidden_size, language.intermediate_size
     query = language.num_attention_heads * language.head_dim
     key_value = 2 * language.num_key_value_heads * language.head_dim
-    own, added, pairs, ffn = 0.0, 0, 0, 0.0
+    own, added, pairs, ffn, again = 0.0, 0, 0, 0.0, 0.0
     for tokens in layers:
         own += tokens.queries * query + tokens.keys * key_value + tokens.outputs * query
         added += tokens.cross_text * 2 * query + tokens.cross_visual * key_value
         added += tokens.projected * (config.vision.hidden_size + d)
         ffn += tokens.ffn * 3 * f
+        again += tokens.ffn_again * 3 * f
         pairs += tokens.pairs
     backward, trains = bool(trained), "language_model" in trained
     # Weights that the preset adds to a layer learn at the adapter's rate.
@@ -234,5 +243,6 @@ def decoder(
     return {
         "projections": product(round(2 * d * own), backward, trains, recomputed) + added_part,
         "attention": _scores(4 * query * pairs, backward, recomputed),
-        "ffn": product(round(2 * d * ffn), backward, trains, recomputed),
+        "ffn": product(round(2 * d * ffn), backward, trains, recomputed)
+        + PartFlops(0, round(2 * d * again) * backward),
     }

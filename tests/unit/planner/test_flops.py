@@ -188,6 +188,9 @@ def _engine_products(
         ("dattn", ALL_MODULES, "full", SAVING),
         ("dattn", frozenset({"adapter"}), "none", SAVING),
         ("s_attn", ALL_MODULES, "none", SAVING),
+        ("dattn", ALL_MODULES, "none", ExactSavings(ffn_chunk_tokens=16)),
+        ("dattn", ALL_MODULES, "full", ExactSavings(ffn_chunk_tokens=16)),
+        ("yopo", ALL_MODULES, "none", ExactSavings(ffn_chunk_tokens=16)),
     ],
 )
 def test_engine_executes_what_is_counted(
