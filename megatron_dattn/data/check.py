@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_dattn.data.conversation import Conversation, image_paths, parse_record
 from megatron_dattn.data.encoder import SampleEncoder
-from megatron_dattn.data.image_files import read_image_file
+from megatron_dattn.data.image_files import ImageRoot, images_of, read_image_file
 from megatron_dattn.data.images import decode_image
 from megatron_dattn.data.json_lines import as_line, require_line_length
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
@@ -55,7 +55,8 @@ class RecordChecker:
             conversation = parse_record(record)
         except SampleError as error:
             return [error]
-        return [*self._text_problems(conversation), *self._image_problems(conversation)]
+        images = images_of(record, str(self.image_root))
+        return [*self._text_problems(conversation), *self._image_problems(conversation, images)]
 
     def _text_problems(self, conversation: Conversation) -> Iterator[SampleError]:
         if self.encoder is not None:
@@ -64,10 +65,12 @@ class RecordChecker:
             except SampleError as error:
                 yield error
 
-    def _image_problems(self, conversation: Conversation) -> Iterator[SampleError]:
+    def _image_problems(
+        self, conversation: Conversation, images: ImageRoot
+    ) -> Iterator[SampleError]:
         for path in dict.fromkeys(conversation.images):  # one may be there a thousand times
             try:
-                self._check_image(read_image_file(str(self.image_root), path))
+                self._check_image(read_image_file(images, path))
             except MemoryError as error:
                 raise out_of_memory(f"decoding image {quoted(path)}") from error
             except SampleError as error:

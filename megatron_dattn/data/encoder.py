@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation
+from megatron_dattn.data.image_files import ImageRoot
 from megatron_dattn.data.images import ImagePreprocessor, read_image_file
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer, TextTokens
@@ -54,7 +55,7 @@ class SampleEncoder:
     truncate: bool = False
     """Cut a conversation that is too long after an answer, instead of rejecting it."""
 
-    def __call__(self, conversation: Conversation, image_root: str) -> EncodedConversation:
+    def __call__(self, conversation: Conversation, image_root: ImageRoot) -> EncodedConversation:
         """Encode.
 
         Raises:

@@ -1,5 +1,6 @@
 """Finding and reading the files of images that nobody has checked: below their root, and plain.
 
+Records of shards and of parquet files bring theirs along, as bytes under the names they give them.
 What is wrong with a file rejects its sample; what is wrong with the system that should read it
 does not (system_errors.py).
 """
@@ -7,6 +8,9 @@ does not (system_errors.py).
 import os
 import re
 import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.system_errors import patiently
@@ -15,6 +19,37 @@ from megatron_dattn.errors import UserError, quoted
 MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_PATH_BYTES = 4096  # Linux's
 _ADDRESS = re.compile(r"(data|https?|ftp|file|s3|gs|hdfs):", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class EmbeddedImages:
+    """Files of images that came with their record."""
+
+    files: Mapping[str, bytes]
+    """By the names that the record has for them."""
+    root: str | None = None
+    """Where those are that did not come along; None: nowhere."""
+
+
+class RecordWithImages(dict[str, Any]):
+    """A record that brings files of images along."""
+
+    files: Mapping[str, bytes]
+
+    def __init__(self, record: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        super().__init__(record)
+        self.files = files
+
+    def __reduce__(self) -> tuple[type["RecordWithImages"], tuple[Any, Any]]:
+        return type(self), (dict(self), self.files)
+
+
+ImageRoot = str | EmbeddedImages
+
+
+def images_of(record: Any, root: str) -> ImageRoot:
+    """Images of a record: below a folder, but for those that it brings along."""
+    return EmbeddedImages(record.files, root) if isinstance(record, RecordWithImages) else root
 
 
 def locate_image(root: str, path: str) -> str:
@@ -59,13 +94,23 @@ def _is_below(place: str, root: str) -> bool:
     return False
 
 
-def read_image_file(root: str, path: str) -> bytes:
-    """The bytes of an image below `root`.
+def read_image_file(root: ImageRoot, path: str) -> bytes:
+    """The bytes of an image below `root`, or of one that came with its record.
 
     Raises:
         SampleError: the file is missing, outside the root, too large, or not a regular file.
         DataError: the system does not read it, however often it is asked, or memory ran out.
     """
+    if isinstance(root, EmbeddedImages):
+        if path in root.files:
+            _require_size(path, len(root.files[path]))
+            return root.files[path]
+        if root.root is None:
+            locate_image(os.sep, path)  # what no file can be is refused as everywhere
+            raise SampleError(
+                Reason.MISSING_IMAGE, f"image {quoted(path)} was not there when the shard was made"
+            )
+        root = root.root
     place = locate_image(root, path)
     name = f"image {quoted(path)} below {quoted(root)}"
     try:
@@ -77,13 +122,17 @@ def read_image_file(root: str, path: str) -> bytes:
         raise SampleError(Reason.MISSING_IMAGE, f"{name}: {why}") from error
 
 
-def image_is_there(root: str, path: str) -> bool:
-    """True if a path names a regular file below `root`.
+def image_is_there(root: ImageRoot, path: str) -> bool:
+    """True if a path names a regular file below `root`, or one that came with its record.
 
     Raises:
         SampleError: the path is outside the root, or is no path.
         DataError: the system does not say, however often it is asked.
     """
+    if isinstance(root, EmbeddedImages):
+        if path in root.files or root.root is None:
+            return path in root.files
+        root = root.root
     place = locate_image(root, path)
     try:
         status = patiently(f"image {quoted(path)} below {quoted(root)}", lambda: os.stat(place))
@@ -101,8 +150,10 @@ def _read(place: str, path: str) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise SampleError(Reason.MISSING_IMAGE, f"image {quoted(path)} is not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise SampleError(
-                Reason.BROKEN_IMAGE, f"image {quoted(path)} has {status.st_size} bytes"
-            )
+        _require_size(path, status.st_size)
         return file.read()
+
+
+def _require_size(path: str, size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise SampleError(Reason.BROKEN_IMAGE, f"image {quoted(path)} has {size} bytes")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_dattn.data.conversation import image_paths
-from megatron_dattn.data.image_files import image_is_there
+from megatron_dattn.data.image_files import image_is_there, images_of
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.errors import DataError
 
@@ -34,8 +34,9 @@ def missing_image(record: Any, image_root: str) -> str | None:
     """
     try:
         paths = image_paths(record) if isinstance(record, dict) else ()
+        images = images_of(record, image_root)
         for path in paths:
-            if not image_is_there(image_root, path):
+            if not image_is_there(images, path):
                 return path
     except SampleError as error:
         return path if error.reason == Reason.MISSING_IMAGE else None
