@@ -9,15 +9,20 @@ from megatron_dattn.errors import ConfigError
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """One LLaVA-format file with its own image root."""
+    """One prepared data set with its own image root."""
 
     path: str
-    """A .jsonl file in LLaVA format, prepared by tools/prepare_data.py."""
+    """A .jsonl file in LLaVA format or the folder of an Energon WebDataset, as
+    tools/prepare_data.py makes them."""
     image_root: str | None = None
-    """Images are looked up below this folder; the file's own folder where None."""
+    """Images are looked up below this folder; the file's own folder where None. Shards bring their
+    images along."""
     weight: float = 1.0
     """How often an epoch shows each record. A set's share of the training is its records times its
     weight: without weights, every record of every set is shown once per epoch."""
+    split: str = "train"
+    """Which part of an Energon WebDataset, by the names of its split.yaml; what
+    tools/prepare_data.py writes has all of its records in `train`."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class DataConfig:
     """The loader: data sets, template, token budgets, tolerance for bad samples."""
 
     train: list[DatasetConfig] = field(default_factory=list)
-    """Data sets of the training, each with path, image_root and weight."""
+    """Data sets of the training, each with path, image_root, weight and split."""
     validation: list[DatasetConfig] = field(default_factory=list)
     """Data sets of the validation, which shows every record once."""
     tokenizer: str | None = None

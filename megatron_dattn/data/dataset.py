@@ -1,4 +1,4 @@
-"""A prepared LLaVA file on disk: JSON lines beside the index of their byte offsets.
+"""A prepared data set on disk: JSON lines beside the index of their byte offsets, or shards.
 
 `tools/prepare_data.py` makes both. What is wrong with them is found here, before any worker starts.
 """
@@ -13,6 +13,8 @@ import numpy as np
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.json_lines import INDEX_SUFFIX, OFFSET, JsonLines
 from megatron_dattn.data.rejection import SampleError
+from megatron_dattn.data.shard_reader import ShardReader
+from megatron_dattn.data.shards import ShardSet, open_shards
 from megatron_dattn.data.system_errors import patiently
 from megatron_dattn.errors import DataError
 
@@ -26,13 +28,16 @@ class PreparedDataset:
 
     path: Path
     image_root: Path
+    """Of images that do not come with their records."""
     weight: float
     num_samples: int
     fingerprint: str  # changes when records are added, removed or change their length
+    shards: ShardSet | None = None
+    """Of the folder of an Energon WebDataset; else the path is that of JSON lines."""
 
     @property
     def name(self) -> str:
-        return self.path.stem
+        return self.path.stem if self.shards is None else self.path.name
 
 
 def open_dataset(config: DatasetConfig) -> PreparedDataset:
@@ -50,18 +55,15 @@ def open_dataset(config: DatasetConfig) -> PreparedDataset:
 
 def _opened(config: DatasetConfig) -> PreparedDataset:
     path = Path(config.path)
+    _require_weight(config)
+    if path.is_dir():
+        return _opened_shards(path, config)
     if not path.is_file():
         raise DataError(f"data set '{path}' does not exist")
     if path.suffix != ".jsonl":
         raise DataError(
             f"data set '{path}' is not prepared: run `python tools/prepare_data.py {path} --output "
             "FOLDER` and use the .jsonl file it writes"
-        )
-    if not 0 < config.weight <= MAX_WEIGHT:
-        raise DataError(
-            f"data set '{path}' has weight {config.weight:g}, which must be positive and at most "
-            f"{MAX_WEIGHT}: it is how often an epoch shows each record, so that a file's share is "
-            "its records times its weight; leave it out to show every record once"
         )
     image_root = Path(config.image_root) if config.image_root is not None else path.parent
     if not image_root.is_dir():
@@ -75,6 +77,34 @@ def _opened(config: DatasetConfig) -> PreparedDataset:
         weight=config.weight,
         num_samples=len(offsets) - 1,
         fingerprint=hashlib.sha256(offsets.tobytes()).hexdigest(),
+    )
+
+
+def _require_weight(config: DatasetConfig) -> None:
+    if not 0 < config.weight <= MAX_WEIGHT:
+        raise DataError(
+            f"data set '{config.path}' has weight {config.weight:g}, which must be positive and at "
+            f"most {MAX_WEIGHT}: it is how often an epoch shows each record, so that a file's "
+            "share is its records times its weight; leave it out to show every record once"
+        )
+
+
+def _opened_shards(path: Path, config: DatasetConfig) -> PreparedDataset:
+    if config.image_root is not None:
+        raise DataError(
+            f"data set '{path}' is a folder of shards, which bring their images along; leave its "
+            "image_root out"
+        )
+    shards = open_shards(path.absolute(), config.split)
+    with contextlib.suppress(SampleError):  # the loader counts it
+        ShardReader(shards)[0]
+    return PreparedDataset(
+        path=path.absolute(),
+        image_root=path.absolute(),
+        weight=config.weight,
+        num_samples=shards.num_records,
+        fingerprint=shards.fingerprint,
+        shards=shards,
     )
 
 

@@ -1,9 +1,9 @@
-"""The records of prepared files as Energon's data sets: endless and shuffled, or once and in order.
+"""The records of prepared data as Energon's data sets: endless and shuffled, or once and in order.
 
 Records stay undecoded here, so that bad ones can be counted. Energon's own reader of JSON lines
 deals each worker one stretch of the file, blends files by drawing lots and shuffles in a buffer
 that crosses the ends of epochs: some records would be shown twice before others were shown at all.
-The files' format is Energon's.
+Both layouts are Energon's, and give the same records in the same order.
 """
 
 from abc import abstractmethod
@@ -15,8 +15,10 @@ import numpy as np
 from megatron_dattn.data.dataset import PreparedDataset
 from megatron_dattn.data.energon import CrudeSample, SavableDataset, WorkerConfig
 from megatron_dattn.data.epochs import EpochOrder
+from megatron_dattn.data.image_files import ImageRoot
 from megatron_dattn.data.json_lines import JsonLines
 from megatron_dattn.data.rejection import SampleError
+from megatron_dattn.data.shard_reader import ShardReader
 
 _KIND = "Row"  # stored in the loader's state, so it keeps its name
 _AT_A_TIME = 128  # records whose order is computed together
@@ -28,7 +30,7 @@ class RecordSource(SavableDataset):
     def __init__(self, datasets: Sequence[PreparedDataset], worker_config: WorkerConfig) -> None:
         super().__init__(worker_config)
         self.datasets = datasets
-        self._lines = [JsonLines(dataset.path, dataset.num_samples) for dataset in datasets]
+        self._readers = [_reader(dataset) for dataset in datasets]
 
     @abstractmethod
     def __iter__(self) -> Iterator[CrudeSample]: ...
@@ -51,20 +53,27 @@ class RecordSource(SavableDataset):
 
     def _sample(self, file: int, record: int, *, position: int, epoch: int) -> CrudeSample:
         dataset = self.datasets[file]
+        text: bytes | SampleError
+        images: ImageRoot = str(dataset.image_root)
+        try:
+            found = self._readers[file][record]
+            text = found if isinstance(found, bytes) else found.text
+            images = images if isinstance(found, bytes) else found.images
+        except SampleError as error:  # counted where samples are made
+            text = error
         return CrudeSample(
             __key__=f"{dataset.name}-{record:09d}",
             __restore_key__=(_KIND, position),
-            json=self._line(file, record),
-            image_root=str(dataset.image_root),
+            json=text,
+            image_root=images,
             epoch=epoch,
         )
 
-    def _line(self, file: int, record: int) -> bytes | SampleError:
-        """A line, or why there is none to be parsed: that is counted where samples are made."""
-        try:
-            return self._lines[file][record]
-        except SampleError as error:
-            return error
+
+def _reader(dataset: PreparedDataset) -> JsonLines | ShardReader:
+    if dataset.shards is not None:
+        return ShardReader(dataset.shards)
+    return JsonLines(dataset.path, dataset.num_samples)
 
 
 class TrainingRecords(RecordSource):

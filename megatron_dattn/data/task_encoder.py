@@ -19,6 +19,7 @@ from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data.conversation import Conversation, parse_record
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.energon import MapDataset, PackingDataset, TaskEncoder, stateless
+from megatron_dattn.data.image_files import EmbeddedImages, ImageRoot
 from megatron_dattn.data.packing import pack_samples
 from megatron_dattn.data.record_source import RecordSource
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
@@ -28,6 +29,7 @@ from megatron_dattn.data.sample import (
     RejectedSample,
     build_batch,
 )
+from megatron_dattn.data.shard_reader import as_record
 from megatron_dattn.data.system_errors import out_of_memory
 from megatron_dattn.errors import UserError, quoted, shortened
 
@@ -41,23 +43,25 @@ class CookedSample:
     __key__: str
     __restore_key__: tuple[Any, ...]
     conversation: Conversation
-    image_root: str
+    image_root: ImageRoot
     epoch: int
 
 
 @stateless
 def cook_record(sample: dict[str, Any]) -> CookedSample | RejectedSample:
-    """Parse and normalise one line of a LLaVA file."""
+    """Parse and normalise one record's text."""
     key, restore_key = sample["__key__"], sample["__restore_key__"]
     try:
-        record = _parse_json(sample["json"])
+        record, images = _parse_json(sample["json"]), sample["image_root"]
+        if isinstance(images, EmbeddedImages):
+            record = as_record(record, images)
         own_key = record.get("key") if isinstance(record, dict) else None
         if _is_key(own_key):
             key = own_key
         conversation = parse_record(record)
     except SampleError as error:
         return RejectedSample(key, restore_key, Rejection(key, error.reason, str(error)))
-    return CookedSample(key, restore_key, conversation, sample["image_root"], sample["epoch"])
+    return CookedSample(key, restore_key, conversation, images, sample["epoch"])
 
 
 def _is_key(value: Any) -> TypeGuard[str]:

@@ -42,7 +42,7 @@ def test_types_and_defaults_are_said_in_the_words_of_a_file() -> None:
     assert (norm.kind, norm.default) == ("before | behind | both | none or null", "null")
     assert found["parallel.sequence_parallel"].default == "false"
     assert found["data.train[].path"].default == "required"
-    assert found["data.train"].kind == "list of {path, image_root, weight}"
+    assert found["data.train"].kind == "list of {path, image_root, weight, split}"
 
 
 def test_help_needs_no_torch() -> None:
