@@ -1,19 +1,23 @@
 """Reading files of records one record at a time: published lists have millions, and gigabytes.
 
 A .json file holds one list, a .jsonl file one record per line. Both are UTF-8, -16 or -32, with a
-byte-order mark or without.
+byte-order mark or without. Of parquet files and of folders of shards, whose records have numbers,
+single ones can be read; records of these bring their images along.
 """
 
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
+from megatron_dattn.data.parquet_rows import ParquetRows, parquet_files
+from megatron_dattn.data.shard_reader import ShardRows
+from megatron_dattn.data.shards import is_shard_folder, open_shards
 from megatron_dattn.errors import DataError
 
 _CHARACTERS_AT_A_TIME = 2**20
@@ -23,13 +27,38 @@ _MAX_CHARACTERS = 2**26
 _SAMPLING = re.compile(r"(first|end|random):(\d+)(%?)")
 
 
-def read_records(path: Path) -> Iterator[Any]:
-    """The records of a file.
+NumberedRecords = ParquetRows | ShardRows
+
+
+def open_rows(path: Path) -> NumberedRecords | None:
+    """The records of parquet files or of a folder of shards; None for a file of JSON.
 
     Raises:
-        DataError: the file is missing, is not JSON or holds something else than records; some
+        DataError: the folder is of another kind, or what is in it cannot be read.
+    """
+    if is_shard_folder(path):
+        return ShardRows(open_shards(path))
+    if files := parquet_files(path):
+        return ParquetRows(files)
+    if path.is_dir():
+        raise DataError(
+            f"'{path}' is a folder with neither parquet files nor the shards of an Energon data set"
+        )
+    return None
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """The records of a file of JSON, of parquet files or of a folder of shards.
+
+    Raises:
+        DataError: the file is missing, cannot be read or holds something else than records; some
             records may have come before.
     """
+    rows = open_rows(path)
+    yield from _read_json(path) if rows is None else (r for _, r in rows.rows(range(len(rows))))
+
+
+def _read_json(path: Path) -> Iterator[Any]:
     count = 0
     try:
         with path.open("rb") as file:
@@ -61,35 +90,55 @@ def select_records(
     Raises:
         DataError: there is no such strategy, it takes no record, or the file cannot be read.
     """
-    numbered = enumerate(read_records(path))
-    if sampling == "all":
+    kind, count, percent = _parsed(sampling)
+    if (rows := open_rows(path)) is not None:
+        yield from rows.rows(select_numbers(len(rows), sampling, seed=seed))
+        return
+    numbered = enumerate(_read_json(path))
+    if kind == "all":
         yield from numbered
         return
-    match = _SAMPLING.fullmatch(sampling)
-    if match is None:
-        raise DataError(
-            f"sampling strategy '{sampling}' is unknown; use all, first:N, end:N or random:N, with "
-            "N a number or a percentage such as 10%"
-        )
-    kind, count, percent = match[1], int(match[2]), match[3]
-    if count == 0:
-        raise DataError(f"sampling strategy '{sampling}' takes no records")
     if kind == "first" and not percent:
         yield from islice(numbered, count)
         return
-    total = sum(1 for _ in read_records(path))
-    count = min(total, -(-total * count // 100) if percent else count)
-    if kind == "random":
-        taken = np.sort(np.array(random.Random(seed).sample(range(total), count)))
-    else:
-        taken = np.arange(count) + (total - count if kind == "end" else 0)
-    places = map(int, taken)
+    total = sum(1 for _ in _read_json(path))
+    places = map(int, select_numbers(total, sampling, seed=seed))
     following = next(places)
     for number, record in numbered:
         if number == following:
             yield number, record
             if (following := next(places, -1)) == -1:
                 return
+
+
+def select_numbers(total: int, sampling: str, *, seed: int = 0) -> Sequence[int] | np.ndarray:
+    """The numbers of the records that a sampling strategy takes out of so many, ascending.
+
+    Raises:
+        DataError: there is no such strategy, or it takes no record.
+    """
+    kind, count, percent = _parsed(sampling)
+    if kind == "all":
+        return range(total)
+    count = min(total, -(-total * count // 100) if percent else count)
+    if kind == "random":
+        return np.sort(np.array(random.Random(seed).sample(range(total), count)))
+    return np.arange(count) + (total - count if kind == "end" else 0)
+
+
+def _parsed(sampling: str) -> tuple[str, int, str]:
+    """Kind, count, and whether that is a percentage."""
+    if sampling == "all":
+        return sampling, 0, ""
+    match = _SAMPLING.fullmatch(sampling)
+    if match is None:
+        raise DataError(
+            f"sampling strategy '{sampling}' is unknown; use all, first:N, end:N or random:N, with "
+            "N a number or a percentage such as 10%"
+        )
+    if int(match[2]) == 0:
+        raise DataError(f"sampling strategy '{sampling}' takes no records")
+    return match[1], int(match[2]), match[3]
 
 
 def _lines(text: TextIO) -> Iterator[Any]:

@@ -33,6 +33,7 @@ TESTED_BESIDES = {
 }
 # Come with a declared package that itself fixes which of their releases it takes.
 BROUGHT_ALONG = {
+    "braceexpand": "megatron-energon",
     "packaging": "transformers",
     "tokenizers": "transformers",
     "webdataset": "megatron-energon",
@@ -91,7 +92,9 @@ def test_python_has_two_ends_and_this_one_lies_between() -> None:
 
 
 def test_whatever_is_imported_is_declared() -> None:
-    declared = {canonicalize_name(requirement.name) for requirement in requirements("demo")}
+    declared = {
+        canonicalize_name(requirement.name) for requirement in requirements("demo", "parquet")
+    }
     folders = ("megatron_dattn", "tools", "examples")
     unknown = {
         name
