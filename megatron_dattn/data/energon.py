@@ -22,6 +22,7 @@ from megatron.energon import (
 )
 from megatron.energon.errors import reraise_exception
 from megatron.energon.flavors.crude import CrudeSample
+from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 from megatron.energon.savable_loader import BasicDataLoader
 from megatron.energon.wrappers import MapDataset, PackingDataset
 
@@ -37,6 +38,7 @@ __all__ = [
     "SavableDataLoader",
     "SavableDataset",
     "TaskEncoder",
+    "WebdatasetPreparator",
     "WorkerConfig",
     "reraise_exception",
     "stateless",

@@ -42,6 +42,7 @@ COVERED_BY = {
     "data/dataset": "unit/data/test_loader.py",
     "data/image_files": "unit/data/test_images.py",
     "data/image_settings": "unit/data/test_images.py",
+    "data/prepare_targets": "unit/data/test_prepare.py",
     "data/record_source": "unit/data/test_loader.py",
     "data/task_encoder": "unit/data/test_loader.py",
     "data/worker_iterator": "unit/data/test_workers.py",

@@ -15,6 +15,7 @@ from megatron_dattn.data.conversation import Conversation, parse_record
 from megatron_dattn.data.encoder import ModelSizes
 from megatron_dattn.data.loader import VLMLoader, build_loader
 from megatron_dattn.data.prepare import write_jsonl
+from megatron_dattn.data.prepared_shards import ShardSize, write_shards
 
 IMAGE_SIZE = 16
 PATCH_SIZE = 8
@@ -113,6 +114,27 @@ def make_dataset(folder: Path, records: list[dict[str, Any]], name: str = "set")
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(records, folder / f"{name}.jsonl")
     return DatasetConfig(path=str(folder / f"{name}.jsonl"))
+
+
+def make_shards(
+    folder: Path,
+    records: list[dict[str, Any]],
+    name: str = "shards",
+    *,
+    size: int = 10_000,
+    images: Path | None = None,
+) -> DatasetConfig:
+    """Write records as a WebDataset with Energon's index; images are looked up in `folder`."""
+    output = folder / name
+    output.mkdir(parents=True)
+    write_shards(
+        enumerate(records),
+        output,
+        image_root=images or folder,
+        source=None,
+        size=ShardSize(size),
+    )
+    return DatasetConfig(path=str(output))
 
 
 def model_sizes(*, vocab_size: int = 512, image_size: int = IMAGE_SIZE) -> ModelSizes:

@@ -76,12 +76,18 @@ def test_nothing_of_others_is_overwritten(
     output = tmp_path / "out"
     assert prepare_data.main([str(source), "--output", str(output)]) == 0
     before = contents(output)
-    source.write_text(json.dumps([record("q", "a")]))
-    assert prepare_data.main([str(source), "--output", str(output)]) == 2
-    error = capsys.readouterr().err
-    assert "train.yaml' exists already and names other data" in error
-    assert error.count("\n") == 1
-    assert contents(output) == before
+    other = source.with_name("other.json")
+    for path, words in (
+        (other, "train.yaml' exists already and names other data"),
+        (source, f"'{source}' was changed since '{output / 'llava.jsonl'}' was made of it"),
+    ):
+        path.write_text(json.dumps([record("q", "a")]))
+        capsys.readouterr()
+        assert prepare_data.main([str(path), "--output", str(output)]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+        assert contents(output) == before
 
 
 def test_an_image_that_came_later_is_taken(source: Path, tmp_path: Path) -> None:
