@@ -15,6 +15,7 @@ import pytest
 
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.config.cli import load_config, parse_command_line
+from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.training.stream import loader_of_rank
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.data.builders import record, save_image
@@ -22,6 +23,7 @@ from tools import convert_checkpoint, prepare_data
 
 ROOT = Path(__file__).resolve().parents[2]
 README, RECIPE = ROOT / "README.md", ROOT / "examples" / "mistral_7b" / "README.md"
+DATA_PAGE, STAGES = ROOT / "docs" / "data.md", "### The paper's three stages"
 TOOLS: dict[str, Callable[[list[str]], int]] = {
     "tools/convert_checkpoint.py": convert_checkpoint.main,
     "tools/prepare_data.py": prepare_data.main,
@@ -51,16 +53,18 @@ DATA = [
 ]
 
 
-def commands(document: Path) -> list[list[str]]:
-    """The single commands of a document's code blocks, indented or fenced."""
+def commands(document: Path, heading: str = "") -> list[list[str]]:
+    """The single commands of a document's code blocks, indented or fenced, behind a heading."""
     text = document.read_text().replace("\\\n", " ")
+    if heading:
+        text = text.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
     lines = re.findall(r"^(?:    )?((?:python|torchrun) .+)$", text, re.MULTILINE)
     return [shlex.split(line) for line in lines]
 
 
-def run_tools(document: Path) -> int:
+def run_tools(document: Path, heading: str = "") -> int:
     """Run the commands that make folders; returns their number."""
-    makers = [words for words in commands(document) if words[1] in TOOLS]
+    makers = [words for words in commands(document, heading) if words[1] in TOOLS]
     for words in makers:
         assert TOOLS[words[1]](words[2:]) == 0, words
     return len(makers)
@@ -82,9 +86,10 @@ def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def samples_of(stage: str) -> list[str]:
+def samples_of(stage: str, *more: str) -> list[str]:
     """Keys of all samples that a stage reads, with the recipe's files and the import's model."""
-    recipe = load_config("examples/mistral_7b/model.yaml", f"examples/mistral_7b/{stage}.yaml")
+    files = ["examples/mistral_7b/model.yaml", f"examples/mistral_7b/{stage}.yaml", *more]
+    recipe = load_config(*files)
     imported = load_config("checkpoints/mistral_7b/import/config.yaml")
     config = replace(recipe, model=imported.model)
     loader = loader_of_rank(config, recipe.data.train, 0, 1, training=False)
@@ -115,3 +120,19 @@ def test_the_commands_of_the_recipe(downloads: Path) -> None:
     assert samples_of("stage3") == expected_of(2, 3)
     baseline = load_config("baseline/checkpoints/mistral_7b/import/config.yaml")
     assert baseline.model.attention == "s_attn"
+
+
+def test_the_commands_for_shards(downloads: Path) -> None:
+    """With one image that is not there, as of SAM's many people have a part."""
+    assert run_tools(RECIPE) == 5
+    (downloads / "data" / "sam" / "images" / "sa_2.png").unlink()
+    assert run_tools(DATA_PAGE, STAGES) == 3
+    for stage, files in (("stage1", [0]), ("stage2", [1]), ("stage3", [2, 3])):
+        expected = expected_of(*files)
+        if stage == "stage2":
+            expected.pop()
+        assert samples_of(stage, f"data/shards/{stage}/train.yaml") == expected
+    (train,) = [words for words in commands(DATA_PAGE, STAGES) if words[0] == "torchrun"]
+    config = parse_command_line(train[train.index("pretrain_vlm.py") + 1 :]).config
+    name = "blip_laion_cc_sbu_558k"
+    assert config.data.train == [DatasetConfig(str(downloads / "data/shards/stage1" / name))]
