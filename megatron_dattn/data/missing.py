@@ -21,7 +21,9 @@ from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.errors import DataError
 
 _THREADS = 16  # waiting for a network's file system, not computing
-_RECORDS_AT_A_TIME = 4096
+RECORDS_AT_A_TIME = 4096
+WITH_IMAGES_AT_A_TIME = 32  # each may hold megabytes
+_WITH_IMAGES_AT_A_TIME = 32
 
 
 def missing_image(record: Any, image_root: str) -> str | None:
@@ -74,12 +76,19 @@ class MissingList:
 
 
 def records_with_images(
-    records: Iterable[tuple[int, Any]], image_root: Path, missing: MissingList
+    records: Iterable[tuple[int, Any]],
+    image_root: Path,
+    missing: MissingList,
+    at_a_time: int = RECORDS_AT_A_TIME,
 ) -> Iterator[tuple[int, Any]]:
-    """Numbered records whose images are there; the others' numbers and images go to `missing`."""
+    """Numbered records whose images are there; the others' numbers and images go to `missing`.
+
+    Args:
+        at_a_time: how many records are held; those that bring images along need memory.
+    """
     root, numbered = str(image_root), iter(records)
     with ThreadPoolExecutor(_THREADS) as pool:
-        while some := list(islice(numbered, _RECORDS_AT_A_TIME)):
+        while some := list(islice(numbered, at_a_time)):
             absent = pool.map(lambda one: missing_image(one[1], root), some)
             for (number, record), path in zip(some, absent, strict=True):
                 if path is None:

@@ -20,7 +20,14 @@ from typing import Any
 import yaml
 
 from megatron_dattn.data.json_lines import INDEX_SUFFIX
-from megatron_dattn.data.missing import MissingList, read_exclusions, records_with_images, without
+from megatron_dattn.data.missing import (
+    RECORDS_AT_A_TIME,
+    WITH_IMAGES_AT_A_TIME,
+    MissingList,
+    read_exclusions,
+    records_with_images,
+    without,
+)
 from megatron_dattn.data.mixture import Source
 from megatron_dattn.data.prepare_targets import (
     Choice,
@@ -144,9 +151,9 @@ def _prepare(
     def kept() -> Numbered:
         with missing:  # complete before the records appear
             root = target.image_root
-            yield from (
-                records_with_images(records, root, missing) if choice.drop_missing else records
-            )
+            some = WITH_IMAGES_AT_A_TIME if target.has_images else RECORDS_AT_A_TIME
+            checked = records_with_images(records, root, missing, some)
+            yield from checked if choice.drop_missing else records
 
     numbered = _not_empty(kept(), target, missing)
     absent = 0
@@ -195,6 +202,7 @@ def _write_lines(numbered: Numbered, target: Target, on_records: Callable[[int],
     for rest in (path, Path(f"{path}{INDEX_SUFFIX}")):
         rest.unlink(missing_ok=True)
     if (folder := target.written_images) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
         numbered = with_written_images(numbered, target.image_root, folder)
     return write_jsonl(_keyed(numbered, path.stem, on_records), path)
 

@@ -238,7 +238,7 @@ def shard_results(target: Target, num_records: int) -> dict[str, Any]:
 
 def prepared_before(target: Target) -> Prepared | None:
     """Result of an earlier run, if it is all there and no missing image has come."""
-    num_records = _shards_there(target) if target.in_shards else _lines_there(target.path)
+    num_records = _shards_there(target) if target.in_shards else _lines_there(target)
     if num_records is None:
         return None
     num_missing, root = 0, str(target.image_root)
@@ -252,9 +252,10 @@ def prepared_before(target: Target) -> Prepared | None:
     return Prepared(target.source, target.path, num_records, num_missing, missing, was_there=True)
 
 
-def _lines_there(path: Path) -> int | None:
-    index = Path(f"{path}{INDEX_SUFFIX}")
-    if not path.exists() or not index.exists():
+def _lines_there(target: Target) -> int | None:
+    index = Path(f"{target.path}{INDEX_SUFFIX}")
+    needed = [target.path, index, target.written_images or target.image_root]
+    if not all(path.exists() for path in needed):
         return None
     return index.stat().st_size // OFFSET.size - 1
 

@@ -36,6 +36,7 @@ from megatron_dattn.data.shards import META_FOLDER
 from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.log import silence_import_warnings
 from megatron_dattn.runtime.os_errors import named
+from megatron_dattn.runtime.parent_process import end_with_parent
 
 _MAX_KEY_NAME = 60  # characters: with number and part it must fit a tar's field of 100
 _CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
@@ -174,7 +175,7 @@ def _written(shards: Iterable[_Shard], workers: int) -> Iterator[tuple[int, int]
         return
     # Not forked: this process has threads.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_leave_signals_to_the_parent)
+    pool = ProcessPoolExecutor(workers, context, initializer=_become, initargs=(os.getpid(),))
     try:
         running: set[Future[tuple[int, int]]] = set()
         for shard in shards:
@@ -193,7 +194,9 @@ def _written(shards: Iterable[_Shard], workers: int) -> Iterator[tuple[int, int]
         pool.shutdown(cancel_futures=True)
 
 
-def _leave_signals_to_the_parent() -> None:
+def _become(parent: int) -> None:
+    """Prepare a process that writes shards; Ctrl-C is its parent's to handle."""
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -2,11 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from megatron.energon.tools import info, lint
 
@@ -17,6 +21,7 @@ from megatron_dattn.data.prepared_shards import ShardSize
 from megatron_dattn.data.shard_reader import ShardRows
 from megatron_dattn.data.shards import open_shards
 from megatron_dattn.errors import CheckpointError
+from tests.support.time_limit import time_limit
 from tests.unit.data.builders import (
     data_config,
     make_dataset,
@@ -180,6 +185,33 @@ def test_a_run_that_was_stopped_goes_on(
     assert prepare(source, tmp_path / "out") == 0
     assert tars(folder) == tars(tmp_path / "whole" / "lla.va")
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_killed_run_leaves_no_process_and_goes_on(source: Path, tmp_path: Path) -> None:
+    """By SIGKILL, while its two processes write."""
+    for number in range(8):
+        path = source.parent / "images" / f"{number}.png"
+        path.write_bytes(path.read_bytes() + bytes(2**20))
+    records = json.loads(source.read_text()) * 40
+    source.write_text(json.dumps(records))
+    words = [str(source), "--layout", "webdataset", "--shard-records", "20", "--output"]
+    command = [sys.executable, prepare_data.__file__, *words, str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(prepare_data.__file__).parents[1])}
+    run = subprocess.Popen([*command, "--workers", "2"], env=environment)
+    folder = tmp_path / "out" / "lla.va"
+    with time_limit(60):
+        while len(list(folder.glob("*.tar"))) < 2 and run.poll() is None:
+            time.sleep(0.01)
+    children = psutil.Process(run.pid).children()
+    run.kill()
+    run.wait()
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    done = len(tars(folder))
+    assert 2 <= done < len(records) // 20
+    assert prepare_data.main([*words, str(tmp_path / "out"), "--workers", "2"]) == 0
+    assert prepare_data.main([*words, str(tmp_path / "whole")]) == 0
+    assert tars(folder) == tars(tmp_path / "whole" / "lla.va")
     assert not list(folder.glob("*.part"))
 
 
