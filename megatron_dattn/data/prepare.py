@@ -129,10 +129,13 @@ def _section(section: str, places: list[Target], output: Path) -> str:
 
 
 def _entry(target: Target, output: Path) -> dict[str, Any]:
-    entry: dict[str, Any] = {"path": f"{CONFIG_DIR}/{target.path.name}"}
-    if not target.in_shards:
-        entry["image_root"] = _named_from(output, target.written_images or target.image_root)
-    return {**entry, "weight": target.source.weight}
+    image_root = _named_from(output, target.written_images or target.image_root)
+    return {
+        "path": f"{CONFIG_DIR}/{target.path.name}",
+        # Of a recipe's list that is as long, what is not named here would stay.
+        "image_root": None if target.in_shards else image_root,
+        "weight": target.source.weight,
+    }
 
 
 def _named_from(folder: Path, path: Path) -> str:

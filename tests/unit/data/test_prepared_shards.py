@@ -308,6 +308,14 @@ def test_options_of_one_layout_are_refused_for_the_other(
     assert "need --layout webdataset" in capsys.readouterr().err
     assert prepare(source, tmp_path / "out", "--images-out", str(tmp_path / "images")) == 2
     assert "go into the shards" in capsys.readouterr().err
+    lines = ["--output", str(tmp_path / "lines")]
+    assert prepare_data.main([str(source), *lines, "--images-out", str(tmp_path / "images")]) == 2
+    assert "stay where they are" in capsys.readouterr().err
+    assert prepare(source, tmp_path / "out") == 0
+    capsys.readouterr()
+    assert prepare_data.main([str(tmp_path / "out" / "lla.va"), *lines]) == 2
+    assert "--images-out, or take --layout webdataset" in capsys.readouterr().err
+    assert not (tmp_path / "lines").exists()
 
 
 def test_a_worker_that_is_killed_is_one_error(
