@@ -22,7 +22,7 @@ import numpy as np
 from megatron_dattn.data.conversation import Conversation, image_paths, parse_record
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.image_files import ImageRoot, images_of, read_image_file
-from megatron_dattn.data.images import decode_image
+from megatron_dattn.data.image_decoding import decode_image
 from megatron_dattn.data.json_lines import as_line, require_line_length
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
 from megatron_dattn.data.system_errors import out_of_memory

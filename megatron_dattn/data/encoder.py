@@ -8,8 +8,8 @@ import numpy as np
 
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation
-from megatron_dattn.data.image_files import ImageRoot
-from megatron_dattn.data.images import ImagePreprocessor, read_image_file
+from megatron_dattn.data.image_files import ImageRoot, read_image_file
+from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer, TextTokens
 from megatron_dattn.data.tokenizer import load_tokenizer, padding_id

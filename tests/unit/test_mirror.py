@@ -40,7 +40,6 @@ COVERED_BY = {
     "conversion/verify/parity": "distributed/test_import_layouts.py",
     # Stations of a record on its way through the loader.
     "data/dataset": "unit/data/test_loader.py",
-    "data/image_files": "unit/data/test_images.py",
     "data/image_settings": "unit/data/test_images.py",
     "data/prepare_targets": "unit/data/test_prepare.py",
     "data/record_source": "unit/data/test_loader.py",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_dattn.data.image_structure import MAX_PARTS, MAX_SCANS, MAX_SEGMENTS, excess
 from megatron_dattn.data.images import ImagePreprocessor, padded_square
-from tests.unit.data.test_images import assert_refused, chunk, decode, encoded, noise
+from tests.unit.data.test_image_decoding import assert_refused, chunk, decode, encoded, noise
 
 PNG_HEAD = 33  # signature and size
 

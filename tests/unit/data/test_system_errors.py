@@ -12,8 +12,8 @@ import pytest
 from megatron_dattn.data import image_files, json_lines, system_errors
 from megatron_dattn.data.check import RecordChecker, check_records
 from megatron_dattn.data.dataset import open_dataset
+from megatron_dattn.data.image_decoding import decode_image
 from megatron_dattn.data.image_files import image_is_there, read_image_file
-from megatron_dattn.data.images import decode_image
 from megatron_dattn.data.json_lines import JsonLines
 from megatron_dattn.data.missing import MissingList, missing_image, records_with_images
 from megatron_dattn.data.rejection import Reason, SampleError
