@@ -2,8 +2,9 @@
 
     python tools/generate.py --checkpoint runs/stage3 --image cat.jpg --question "What is this?"
 
-Without --image the question is text only; --image may be given several times. So may --question:
-every question is asked about all images, which are encoded once, and its answer stands under it.
+Without --image the question is text only; --image may be given several times, and --video, a file
+or a folder of frames, which come behind the images. So may --question: every question is asked
+about all images, which are encoded once, and its answer stands under it.
 --alpha adds a table of how much an answer attended to the images: alpha_V by layer and head. Where
 there is none (no image, an empty answer, a preset that reads images apart) the reason stands there.
 """
@@ -26,6 +27,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ToolParser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run")
     parser.add_argument("--image", type=Path, action="append", default=[], help="image file")
+    parser.add_argument(
+        "--video", type=Path, action="append", default=[], help="video file, or folder of frames"
+    )
     parser.add_argument("--question", action="append", help="what to ask (default: nothing)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument(
@@ -52,6 +56,7 @@ def answer(arguments: argparse.Namespace) -> int:
     silence_import_warnings()
     # Imported late: --help should not wait for torch and megatron-core.
     from megatron_dattn.inference import Prompt, decode, generate_tokens, load_model
+    from megatron_dattn.inference.prompt import video_of
     from megatron_dattn.runtime.distributed import destroy_distributed
 
     try:
@@ -61,7 +66,8 @@ def answer(arguments: argparse.Namespace) -> int:
             )
         loaded = load_model(arguments.checkpoint, template=arguments.template)
         questions = arguments.question or [""]
-        prompts = [Prompt.from_question(loaded, ask, arguments.image) for ask in questions]
+        shown = [*arguments.image, *map(video_of, arguments.video)]
+        prompts = [Prompt.from_question(loaded, ask, shown) for ask in questions]
         tokens = generate_tokens(loaded, prompts, max_new_tokens=arguments.max_new_tokens)
         lines = []
         for asked, prompt, said in zip(questions, prompts, tokens, strict=True):

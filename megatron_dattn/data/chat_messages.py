@@ -5,7 +5,8 @@
                   {"role": "assistant", "content": "A cat."}]}
 
 Content is a text, in which `<image>` stands for an image, or a list of parts. An image part names
-its file itself, or takes the next one of the record's `images`.
+its file itself, or takes the next one of the record's `images`; so does a video part, whose `video`
+may be a list of frames.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,10 @@ from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.errors import quoted
 
 IMAGE_TOKEN = "<image>"
+VIDEO_TOKEN = "<video>"
 
+# By kind, what its parts of the messages name; None for the record's next.
+_Named = dict[str, list[Any]]
 _ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 
 
@@ -30,20 +34,27 @@ def as_llava(record: dict[str, Any]) -> dict[str, Any]:
         return record
     if not isinstance(messages, list):
         raise SampleError(Reason.BAD_RECORD, "'messages' must be a list of messages")
-    named: list[str | None] = []
+    named: _Named = {"image": [], "video": []}
     turns = [_turn(message, named) for message in messages]
+    new: dict[str, Any] = {"conversations": turns}
+    for kind, files in named.items():
+        own = [file for file in files if file is not None]
+        if own and (len(own) < len(files) or record.get(kind) or record.get(f"{kind}s")):
+            raise SampleError(
+                Reason.IMAGE_COUNT,
+                f"some {kind}s are named by their part of a message and others by the record",
+            )
+        # `<video>` is a placeholder only where there are videos.
+        if kind == "video" and files and not (own or record.get("video") or record.get("videos")):
+            raise SampleError(Reason.IMAGE_COUNT, "a message has a video, but no video is named")
+        if own:
+            new[f"{kind}s"] = own
     others = {key: value for key, value in record.items() if key != "messages"}
-    own = [path for path in named if path is not None]
-    if own and (len(own) < len(named) or any(record.get(key) for key in ("image", "images"))):
-        raise SampleError(
-            Reason.IMAGE_COUNT,
-            "some images are named by their part of a message and others by the record",
-        )
-    return {**others, "conversations": turns, **({"image": own} if own else {})}
+    return {**others, **new}
 
 
-def _turn(message: Any, named: list[str | None]) -> dict[str, str]:
-    """A message as a turn; the files that its image parts name go to `named`."""
+def _turn(message: Any, named: _Named) -> dict[str, str]:
+    """A message as a turn; the files that its image and video parts name go to `named`."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), str | list):
         raise SampleError(
             Reason.BAD_RECORD, "a message must be an object with 'role' and a text or parts"
@@ -58,18 +69,21 @@ def _turn(message: Any, named: list[str | None]) -> dict[str, str]:
     return {"from": _ROLES[role], "value": text}
 
 
-def _texts(parts: list[Any], named: list[str | None]) -> Iterator[str]:
+def _texts(parts: list[Any], named: _Named) -> Iterator[str]:
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             yield part["text"]
         elif kind in ("image", "image_url"):
-            named.append(_path(part))
+            named["image"].append(_path(part))
             yield f"{IMAGE_TOKEN}\n"
+        elif kind == "video":
+            named["video"].append(part["video"] if "video" in part else _path(part))
+            yield f"{VIDEO_TOKEN}\n"
         else:
             raise SampleError(
                 Reason.BAD_RECORD,
-                f"content may have parts of type text and image, got {quoted(part)}",
+                f"content may have parts of type text, image and video, got {quoted(part)}",
             )
 
 

@@ -21,16 +21,20 @@ import numpy as np
 
 from megatron_dattn.data.conversation import Conversation, image_paths, parse_record
 from megatron_dattn.data.encoder import SampleEncoder
-from megatron_dattn.data.image_files import ImageRoot, images_of, read_image_file
 from megatron_dattn.data.image_decoding import decode_image
+from megatron_dattn.data.image_files import ImageRoot, images_of, read_image_file
+from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.json_lines import as_line, require_line_length
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
+from megatron_dattn.data.squares import read_squares
 from megatron_dattn.data.system_errors import out_of_memory
+from megatron_dattn.data.videos import Video
 from megatron_dattn.errors import DataError, quoted
 from megatron_dattn.runtime.log import quiet_libraries
 
 MAX_EXAMPLES = 10  # per reason
 
+_OF_FILES = (Reason.MISSING_IMAGE, Reason.BROKEN_IMAGE, Reason.BROKEN_VIDEO)
 _RECORDS_AT_A_TIME = 1024  # handed to the pool at once
 _RECORDS_OF_A_TASK = 32
 _process_checker: "RecordChecker | None" = None  # of a process that only checks
@@ -56,32 +60,41 @@ class RecordChecker:
         except SampleError as error:
             return [error]
         images = images_of(record, str(self.image_root))
-        return [*self._text_problems(conversation), *self._image_problems(conversation, images)]
+        return [
+            *self._text_problems(conversation, images),
+            *self._image_problems(conversation, images),
+        ]
 
-    def _text_problems(self, conversation: Conversation) -> Iterator[SampleError]:
+    def _text_problems(
+        self, conversation: Conversation, images: ImageRoot
+    ) -> Iterator[SampleError]:
         if self.encoder is not None:
             try:
-                self.encoder.text_tokens(conversation)
+                self.encoder.text_tokens(conversation, images)
             except SampleError as error:
-                yield error
+                if error.reason not in _OF_FILES:  # found below
+                    yield error
 
     def _image_problems(
         self, conversation: Conversation, images: ImageRoot
     ) -> Iterator[SampleError]:
-        for path in dict.fromkeys(conversation.images):  # one may be there a thousand times
+        for image in dict.fromkeys(conversation.images):  # one may be there a thousand times
+            kind, name = ("video", image.paths[0]) if isinstance(image, Video) else ("image", image)
             try:
-                self._check_image(read_image_file(images, path))
+                self._check_image(image, images)
             except MemoryError as error:
-                raise out_of_memory(f"decoding image {quoted(path)}") from error
+                raise out_of_memory(f"decoding {kind} {quoted(name)}") from error
             except SampleError as error:
-                yield SampleError(error.reason, f"image {quoted(path)}: {error}")
+                yield SampleError(error.reason, f"{kind} {quoted(name)}: {error}")
 
-    def _check_image(self, data: bytes) -> None:
-        preprocessor = self.encoder.preprocessor if self.encoder is not None else None
-        if preprocessor is not None and preprocessor.image_fit == "crop":
-            preprocessor.fit(data)  # it can fail where decoding does not
+    def _check_image(self, image: str | Video, root: ImageRoot) -> None:
+        preprocessor = ImagePreprocessor(1, max_pixels=self.max_pixels)
+        if self.encoder is not None:
+            preprocessor = self.encoder.preprocessor
+        if isinstance(image, Video) or preprocessor.image_fit == "crop":
+            read_squares(image, root, preprocessor)  # it can fail where decoding does not
         else:
-            decode_image(data, max_pixels=self.max_pixels)
+            decode_image(read_image_file(root, image), max_pixels=self.max_pixels)
 
 
 @dataclass

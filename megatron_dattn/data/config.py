@@ -67,14 +67,32 @@ class DataConfig:
     long_samples: Literal["skip", "truncate"] = "skip"
     """A conversation beyond a budget is skipped and counted, or cut after the last answer up to
     which it fits."""
-    image_fit: Literal["resize", "pad", "crop"] | None = None
-    """Stretch images to the square, pad them with the mean colour first (LLaVA-1.5's training), or
-    cut out their middle. None: what the image processor does (SigLIP's stretches, CLIP's cuts)."""
+    image_fit: Literal["resize", "pad", "crop", "anyres"] | None = None
+    """Stretch images to the square, pad them with the mean colour first (LLaVA-1.5's training), cut
+    out their middle, or stretch them and add tiles of the encoder's size (LLaVA-NeXT). None: what
+    the image processor does (SigLIP's stretches, CLIP's cuts)."""
+    image_grid_pinpoints: list[list[int]] | None = None
+    """Height and width in pixels of the resolutions that `anyres` chooses from, whole tiles each.
+    None: LLaVA-NeXT's, 1x2, 2x1, 2x2, 3x1 and 1x3 tiles."""
+    max_images_per_sample: int | None = None
+    """A sample with more images is treated as one beyond a budget: see long_samples."""
+    video_frames: int = 8
+    """Frames that are taken of a video, evenly from its first to its last; all of a shorter one."""
 
     def __post_init__(self) -> None:
-        for name in ("visual_budget", "text_budget", "packing_buffer_size"):
+        for name in ("visual_budget", "text_budget", "packing_buffer_size", "video_frames"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be positive, got {getattr(self, name)}")
+        if self.image_grid_pinpoints is not None and self.image_fit != "anyres":
+            raise ConfigError(
+                "data.image_grid_pinpoints is for data.image_fit 'anyres', which is "
+                f"{self.image_fit!r}; set it, or leave the resolutions out"
+            )
+        if self.max_images_per_sample is not None and self.max_images_per_sample < 0:
+            raise ConfigError(
+                "data.max_images_per_sample must not be negative, got "
+                f"{self.max_images_per_sample}; null sets no limit"
+            )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers must not be negative, got {self.num_workers}")
         if (self.worker_timeout_seconds or 0.0) < 0.0:

@@ -2,21 +2,28 @@
 
 The rules are LLaVA's: a leading answer is dropped, roles alternate, and a turn's single `<image>`
 is moved to its front on a line of its own. Several placeholders in one turn stay where they are
-(LLaVA-NeXT), because their places carry meaning. The text is otherwise the writer's.
+(LLaVA-NeXT), because their places carry meaning. The text is otherwise the writer's. Where a record
+has videos, `<video>` is a placeholder too; where it has nothing else, `<image>` may stand for them
+(LLaVA-Video).
 
 A system message comes as a first turn from `system`, or for all turns in the record's `system`
 (ShareGPT's two ways; the turn goes before the key). An empty one is none, and so is an `image` or
 `video` that is there but empty.
 """
 
+import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_dattn.data.chat_messages import IMAGE_TOKEN as IMAGE_TOKEN
-from megatron_dattn.data.chat_messages import as_llava
+from megatron_dattn.data.chat_messages import VIDEO_TOKEN, as_llava
 from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.data.videos import Video
 from megatron_dattn.errors import quoted
 
+_PLACEHOLDER = re.compile(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}")
 _ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
 
 
@@ -34,7 +41,8 @@ class Conversation:
     """Questions and answers in turn (question first, answer last) and the images they speak of."""
 
     turns: tuple[Turn, ...]
-    images: tuple[str, ...] = ()
+    images: tuple[str | Video, ...] = ()
+    """What the placeholders stand for, in their order."""
     system: str | None = None
     """What the assistant is told before the first question."""
 
@@ -71,34 +79,82 @@ def parse_record(record: Any) -> Conversation:
             Reason.BAD_RECORD, f"a record must be an object, got {type(record).__name__}"
         )
     record = as_llava(record)
-    images = image_paths(record)
+    images, videos = _images(record), _videos(record)
     system, entries = _system(record)
-    turns = tuple(_turn(role, text) for role, text in _utterances(entries))
+    utterances = _utterances(entries)
+    shown: tuple[str | Video, ...] = images
+    if videos:
+        asked = "".join(text for role, text in utterances if role == "user")
+        shown = _in_order(_PLACEHOLDER.findall(asked), images, videos)
+        utterances = [
+            (role, text.replace(VIDEO_TOKEN, IMAGE_TOKEN) if role == "user" else text)
+            for role, text in utterances
+        ]
+    turns = tuple(_turn(role, text) for role, text in utterances)
     placeholders = sum(turn.num_images for turn in turns)
-    if placeholders != len(images):
+    if placeholders != len(shown):
         raise SampleError(
             Reason.IMAGE_COUNT,
-            f"{placeholders} {IMAGE_TOKEN} placeholders for {len(images)} images",
+            f"{placeholders} {IMAGE_TOKEN} placeholders for {len(shown)} images",
         )
-    return Conversation(turns, images, system)
+    return Conversation(turns, shown, system)
+
+
+def _in_order(
+    placeholders: list[str], images: tuple[str, ...], videos: tuple[Video, ...]
+) -> tuple[str | Video, ...]:
+    """Images and videos as a text's placeholders name them."""
+    if not images and VIDEO_TOKEN not in placeholders:
+        return videos
+    counts = Counter(placeholders)
+    if (counts[IMAGE_TOKEN], counts[VIDEO_TOKEN]) != (len(images), len(videos)):
+        raise SampleError(
+            Reason.IMAGE_COUNT,
+            f"{counts[IMAGE_TOKEN]} {IMAGE_TOKEN} for {len(images)} images and "
+            f"{counts[VIDEO_TOKEN]} {VIDEO_TOKEN} for {len(videos)} videos",
+        )
+    left: dict[str, Iterator[str | Video]] = {IMAGE_TOKEN: iter(images), VIDEO_TOKEN: iter(videos)}
+    return tuple(next(left[placeholder]) for placeholder in placeholders)
 
 
 def image_paths(record: dict[str, Any]) -> tuple[str, ...]:
-    """The images that a record names, as it names them.
+    """The files that a record names, as it names them: its images, and its videos or their frames.
 
     Raises:
-        SampleError: it has a video, or something that is no path.
+        SampleError: it has something that is no path.
     """
     record = as_llava(record)
-    if _named(record, "video"):
-        raise SampleError(Reason.BAD_RECORD, "the record has a video; only images are supported")
+    return _images(record) + tuple(path for video in _videos(record) for path in video.paths)
+
+
+def _images(record: dict[str, Any]) -> tuple[str, ...]:
     paths, more = _named(record, "image"), _named(record, "images")
     if paths and more and paths != more:
         raise SampleError(Reason.BAD_RECORD, "the record has 'image' and 'images', which differ")
-    paths = paths or more
+    return _paths("image", paths or more)
+
+
+def _videos(record: dict[str, Any]) -> tuple[Video, ...]:
+    """`video` is a file or the list of a video's frames, `videos` a list of such."""
+    one, several = _named(record, "video"), _named(record, "videos")
+    if one and several:
+        raise SampleError(Reason.BAD_RECORD, "the record has 'video' and 'videos'")
+    if one and isinstance(record["video"], list):
+        several = [one]
+    return tuple(_video(each) for each in several or one)
+
+
+def _video(named: Any) -> Video:
+    frames = named if isinstance(named, list) else [named]
+    if not frames:
+        raise SampleError(Reason.BAD_RECORD, "a video is an empty list of frames")
+    return Video(_paths("video", frames), is_file=named is not frames)
+
+
+def _paths(key: str, paths: list[Any]) -> tuple[str, ...]:
     for path in paths:
         if not isinstance(path, str):
-            raise SampleError(Reason.BAD_RECORD, f"'image' must name files, got {quoted(path)}")
+            raise SampleError(Reason.BAD_RECORD, f"'{key}' must name files, got {quoted(path)}")
     return tuple(paths)
 
 

@@ -8,11 +8,13 @@ import numpy as np
 
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation
-from megatron_dattn.data.image_files import ImageRoot, read_image_file
+from megatron_dattn.data.image_files import ImageRoot
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.data.squares import count_squares, may_be_several, read_squares
 from megatron_dattn.data.template import ConversationTokenizer, TextTokens
 from megatron_dattn.data.tokenizer import load_tokenizer, padding_id
+from megatron_dattn.data.videos import Video
 from megatron_dattn.errors import ConfigError
 
 
@@ -34,11 +36,11 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """What becomes of a conversation: text tokens, labels, and images as bytes."""
+    """What becomes of a conversation: text tokens, labels, and the squares of its images."""
 
     input_ids: np.ndarray  # int64 [text tokens]
     labels: np.ndarray  # int64 [text tokens]
-    image_offsets: tuple[int, ...]
+    image_offsets: tuple[int, ...]  # per square: text tokens before it
     images: list[np.ndarray]  # uint8 [image_size, image_size, 3] each
 
 
@@ -49,11 +51,13 @@ class SampleEncoder:
     tokenizer: ConversationTokenizer
     preprocessor: ImagePreprocessor
     grid: tuple[int, int]
-    """Patch rows and patch columns of one image."""
+    """Patch rows and patch columns of one square."""
     visual_budget: int
     text_budget: int
     truncate: bool = False
     """Cut a conversation that is too long after an answer, instead of rejecting it."""
+    max_images: int | None = None
+    """Of one sample, a video's frames among them and no tiles."""
 
     def __call__(self, conversation: Conversation, image_root: ImageRoot) -> EncodedConversation:
         """Encode.
@@ -61,27 +65,56 @@ class SampleEncoder:
         Raises:
             SampleError: the sample cannot be used; its reason says why.
         """
-        tokens, image_paths = self.text_tokens(conversation)
-        images = [self.preprocessor.fit(read_image_file(image_root, p)) for p in image_paths]
+        tokens, images = self.text_tokens(conversation, image_root)
+        squares = [
+            square
+            for image in images
+            for square in read_squares(image, image_root, self.preprocessor)
+        ]
+        if len(squares) != len(tokens.image_offsets):
+            raise SampleError(Reason.BROKEN_IMAGE, "an image changed while it was read")
         return EncodedConversation(
             input_ids=np.array(tokens.input_ids, dtype=np.int64),
             labels=np.array(tokens.labels, dtype=np.int64),
             image_offsets=tokens.image_offsets,
-            images=images,
+            images=squares,
         )
 
-    def text_tokens(self, conversation: Conversation) -> tuple[TextTokens, tuple[str, ...]]:
+    def text_tokens(
+        self, conversation: Conversation, image_root: ImageRoot | None = None
+    ) -> tuple[TextTokens, tuple[str | Video, ...]]:
         """The text tokens and the images that belong to them, within the budgets.
 
+        Args:
+            image_root: where the images are, whose headers say how many squares they become, and
+                so how often a place of `image_offsets` stands there; once each where None.
+
         Raises:
-            SampleError: the conversation does not fit, or the template cannot express it.
+            SampleError: the conversation does not fit, the template cannot express it, or the
+                header of an image cannot be read.
         """
         conversation = self._bounded(conversation)
         tokens = self.tokenizer(conversation)
         if (error := self._excess(tokens)) is not None:
             conversation = self._beginning(conversation, error, self._measured_excess)
             tokens = self.tokenizer(conversation)
-        return tokens, conversation.images
+        images = conversation.images
+        if image_root is None or not any(may_be_several(i, self.preprocessor) for i in images):
+            return tokens, images
+        numbers = [count_squares(image, image_root, self.preprocessor) for image in images]
+
+        def too_many(part: Conversation) -> SampleError | None:
+            kept = numbers[: len(part.images)]
+            pictures = sum(
+                number if isinstance(image, Video) else 1
+                for image, number in zip(part.images, kept, strict=True)
+            )
+            return self._too_many(pictures, sum(kept))
+
+        if (error := too_many(conversation)) is not None:
+            conversation = self._beginning(conversation, error, too_many)
+            tokens = self.tokenizer(conversation)
+        return tokens.repeated(numbers), conversation.images
 
     def _bounded(self, conversation: Conversation) -> Conversation:
         """As much of a conversation as may fit, judged by its length alone.
@@ -128,7 +161,7 @@ class SampleEncoder:
 
     def _certain_excess(self, conversation: Conversation) -> SampleError | None:
         """Whether a conversation exceeds a budget however its text is tokenised."""
-        most_images = self.visual_budget // (self.grid[0] * self.grid[1])
+        most_images = self._most_squares
         most = self.text_budget * self.tokenizer.longest_token + most_images * len(IMAGE_TOKEN)
         texts = [turn.text for turn in conversation.turns]
         if sum(map(len, texts)) + len(conversation.system or "") <= most:
@@ -137,7 +170,7 @@ class SampleEncoder:
         if length <= most:  # it does not write all of the text
             return None
         if len(conversation.images) > most_images:
-            return self._too_many_images(len(conversation.images))
+            return self._too_many_squares(len(conversation.images))
         return self._too_much(f"{length} characters of text")
 
     def _measured_excess(self, conversation: Conversation) -> SampleError | None:
@@ -146,20 +179,31 @@ class SampleEncoder:
     def _excess(self, tokens: TextTokens) -> SampleError | None:
         if len(tokens.input_ids) > self.text_budget:
             return self._too_much(f"{len(tokens.input_ids)} text tokens")
-        num_images = len(tokens.image_offsets)
-        if num_images * self.grid[0] * self.grid[1] > self.visual_budget:
-            return self._too_many_images(num_images)
-        return None
+        return self._too_many(len(tokens.image_offsets), len(tokens.image_offsets))
+
+    def _too_many(self, images: int, squares: int) -> SampleError | None:
+        """Whether so many images, of so many squares, exceed a limit."""
+        if self.max_images is not None and images > self.max_images:
+            return SampleError(
+                Reason.TOO_MANY_IMAGES,
+                f"{images} images, more than data.max_images_per_sample {self.max_images}",
+            )
+        return self._too_many_squares(squares) if squares > self._most_squares else None
+
+    @property
+    def _most_squares(self) -> int:
+        return self.visual_budget // (self.grid[0] * self.grid[1])
 
     def _too_much(self, what: str) -> SampleError:
         return SampleError(
             Reason.TOO_MUCH_TEXT, f"{what} exceed data.text_budget {self.text_budget}"
         )
 
-    def _too_many_images(self, number: int) -> SampleError:
+    def _too_many_squares(self, number: int) -> SampleError:
+        what = "images" if self.preprocessor.resolutions is None else "images and tiles"
         return SampleError(
             Reason.TOO_MANY_IMAGES,
-            f"{number} images make {number * self.grid[0] * self.grid[1]} visual tokens, more than "
+            f"{number} {what} make {number * self.grid[0] * self.grid[1]} visual tokens, more than "
             f"data.visual_budget {self.visual_budget}",
         )
 
@@ -178,11 +222,15 @@ def sample_encoder(config: DataConfig, sizes: ModelSizes) -> tuple[SampleEncoder
         image_size=sizes.image_size,
         image_fit=config.image_fit,
         max_pixels=config.max_image_pixels,
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        video_frames=config.video_frames,
     )
-    if sizes.tokens_per_image > config.visual_budget:
+    tokens = preprocessor.max_squares * sizes.tokens_per_image
+    if tokens > config.visual_budget:
+        of_tiles = "" if preprocessor.max_squares == 1 else " with the most tiles"
         raise ConfigError(
-            f"data.visual_budget {config.visual_budget} is smaller than one image, which has "
-            f"{sizes.tokens_per_image} visual tokens"
+            f"data.visual_budget {config.visual_budget} is smaller than one image{of_tiles}, which "
+            f"has {tokens} visual tokens"
         )
     encoder = SampleEncoder(
         tokenizer=ConversationTokenizer(tokenizer, config.template),
@@ -191,5 +239,6 @@ def sample_encoder(config: DataConfig, sizes: ModelSizes) -> tuple[SampleEncoder
         visual_budget=config.visual_budget,
         text_budget=config.text_budget,
         truncate=config.long_samples == "truncate",
+        max_images=config.max_images_per_sample,
     )
     return encoder, padding_id(tokenizer)

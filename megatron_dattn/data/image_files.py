@@ -5,12 +5,15 @@ What is wrong with a file rejects its sample; what is wrong with the system that
 does not (system_errors.py).
 """
 
+import io
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, BinaryIO
 
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.system_errors import patiently
@@ -18,6 +21,8 @@ from megatron_dattn.errors import UserError, quoted
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_PATH_BYTES = 4096  # Linux's
+_PART_BYTES = 2**20
+_MAX_PARTS = MAX_FILE_BYTES // _PART_BYTES + 1
 _ADDRESS = re.compile(r"(data|https?|ftp|file|s3|gs|hdfs):", re.IGNORECASE)
 
 
@@ -101,20 +106,9 @@ def read_image_file(root: ImageRoot, path: str) -> bytes:
         SampleError: the file is missing, outside the root, too large, or not a regular file.
         DataError: the system does not read it, however often it is asked, or memory ran out.
     """
-    if isinstance(root, EmbeddedImages):
-        if path in root.files:
-            _require_size(path, len(root.files[path]))
-            return root.files[path]
-        if root.root is None:
-            locate_image(os.sep, path)  # what no file can be is refused as everywhere
-            raise SampleError(
-                Reason.MISSING_IMAGE, f"image {quoted(path)} was not there when the shard was made"
-            )
-        root = root.root
-    place = locate_image(root, path)
-    name = f"image {quoted(path)} below {quoted(root)}"
+    name = f"image {place_name(root, path)}"
     try:
-        return patiently(name, lambda: _read(place, path))
+        return patiently(name, lambda: _read(root, path))
     except UserError:
         raise
     except (OSError, ValueError) as error:  # ValueError: characters that no file name has
@@ -143,17 +137,46 @@ def image_is_there(root: ImageRoot, path: str) -> bool:
     return stat.S_ISREG(status.st_mode)
 
 
-def _read(place: str, path: str) -> bytes:
+def place_name(root: ImageRoot, path: str) -> str:
+    """A file's path and where it is looked for, for people."""
+    folder = root.root if isinstance(root, EmbeddedImages) else root
+    return quoted(path) if folder is None else f"{quoted(path)} below {quoted(folder)}"
+
+
+@contextmanager
+def opened_file(root: ImageRoot, path: str) -> Iterator[BinaryIO]:
+    """A regular file below `root`, or one that came with its record, open for reading.
+
+    Raises:
+        SampleError: it is outside the root, no regular file, or did not come with its record.
+        OSError: it cannot be opened.
+    """
+    if isinstance(root, EmbeddedImages):
+        if path in root.files:
+            yield io.BytesIO(root.files[path])
+            return
+        if root.root is None:
+            locate_image(os.sep, path)  # what no file can be is refused as everywhere
+            raise SampleError(
+                Reason.MISSING_IMAGE, f"image {quoted(path)} was not there when the shard was made"
+            )
+        root = root.root
     # Without O_NONBLOCK, a named pipe would be waited for.
-    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(locate_image(root, path), os.O_RDONLY | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise SampleError(Reason.MISSING_IMAGE, f"image {quoted(path)} is not a regular file")
-        _require_size(path, status.st_size)
-        return file.read()
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise SampleError(Reason.MISSING_IMAGE, f"{quoted(path)} is not a regular file")
+        yield file
 
 
-def _require_size(path: str, size: int) -> None:
-    if size > MAX_FILE_BYTES:
-        raise SampleError(Reason.BROKEN_IMAGE, f"image {quoted(path)} has {size} bytes")
+def _read(root: ImageRoot, path: str) -> bytes:
+    with opened_file(root, path) as file:
+        size, parts = file.seek(0, os.SEEK_END), list[bytes]()
+        file.seek(0)
+        if size <= MAX_FILE_BYTES:
+            # Whatever is there: some file systems do not know the size, and a file may grow.
+            parts = list(islice(iter(lambda: file.read(_PART_BYTES), b""), _MAX_PARTS))
+            size = sum(map(len, parts))
+        if size > MAX_FILE_BYTES:
+            raise SampleError(Reason.BROKEN_IMAGE, f"image {quoted(path)} has {size} bytes")
+        return b"".join(parts)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime.untrusted_file import JsonFields, read_json_object
 
-ImageFit = Literal["resize", "pad", "crop"]
+ImageFit = Literal["resize", "pad", "crop", "anyres"]
 # Where Hugging Face keeps an image processor's settings: the file of its own that older exports
 # write, and the one that newer exports share with the text's.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

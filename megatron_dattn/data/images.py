@@ -1,9 +1,11 @@
-"""Preparing images for SigLIP or CLIP.
+"""Preparing images for SigLIP or CLIP: each becomes a square of the encoder's size, or several.
 
 Pixels are what Hugging Face's processors make of them, computed with Pillow alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,15 @@ import torch
 from PIL import Image
 
 from megatron_dattn.batch import normalise_pixels
-from megatron_dattn.data.image_decoding import decode_image
+from megatron_dattn.data.image_decoding import decode_image, image_size
 from megatron_dattn.data.image_settings import ImageFit, read_image_settings
+from megatron_dattn.data.image_tiles import (
+    Resolution,
+    best_resolution,
+    cut_tiles,
+    grid_pinpoints,
+    num_tiles,
+)
 from megatron_dattn.data.rejection import Reason, SampleError
 
 _PIXELS_AT_A_TIME = 2**20  # of a band that is made a square
@@ -20,9 +29,9 @@ _PIXELS_AT_A_TIME = 2**20  # of a band that is made a square
 
 @dataclass(frozen=True)
 class ImagePreprocessor:
-    """SigLIP's or CLIP's preprocessing: make it a square, scale to [0, 1], normalise.
+    """SigLIP's or CLIP's preprocessing: make it squares, scale to [0, 1], normalise.
 
-    The steps are split: `fit` leaves bytes, which are small to keep and to send; the floats are
+    The steps are split: `squares` leaves bytes, which are small to keep and to send; the floats are
     made of them where the model runs, or here by `normalise`.
     """
 
@@ -33,12 +42,24 @@ class ImagePreprocessor:
     resample: int = Image.Resampling.BICUBIC
     image_fit: ImageFit = "resize"
     """How an image becomes a square: stretched ("resize", SigLIP's way), cut out of its middle
-    ("crop", CLIP's), or filled up with the mean colour ("pad", LLaVA-1.5's training)."""
+    ("crop", CLIP's), or filled up with the mean colour ("pad", LLaVA-1.5's training); or several:
+    stretched, and then its tiles ("anyres", LLaVA-NeXT's)."""
     max_pixels: int = 40_000_000
+    image_grid_pinpoints: Sequence[Sequence[int]] | None = None
+    """Height and width of the resolutions that "anyres" chooses from; LLaVA-NeXT's where None."""
+    video_frames: int = 8
+    """The most that are taken of a video."""
 
     @classmethod
     def from_folder(
-        cls, folder: str, *, image_size: int, image_fit: ImageFit | None = None, max_pixels: int
+        cls,
+        folder: str,
+        *,
+        image_size: int,
+        image_fit: ImageFit | None = None,
+        max_pixels: int,
+        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+        video_frames: int = 8,
     ) -> "ImagePreprocessor":
         """Read the settings from Hugging Face's preprocessor_config.json.
 
@@ -46,7 +67,8 @@ class ImagePreprocessor:
             image_fit: how to make a square; the processor's own way where None.
 
         Raises:
-            ConfigError: there is none, it is of another kind, or its size is not the model's.
+            ConfigError: there is none, it is of another kind, its size is not the model's, or tiles
+                have another one.
         """
         settings, own_fit = read_image_settings(Path(folder), image_size)
         return cls(
@@ -57,11 +79,55 @@ class ImagePreprocessor:
             resample=settings["resample"],
             image_fit=image_fit or own_fit,
             max_pixels=max_pixels,
+            image_grid_pinpoints=image_grid_pinpoints,
+            video_frames=video_frames,
         )
 
-    def fit(self, data: bytes) -> np.ndarray:
-        """Decode a file and bring it to size. Returns uint8 [image_size, image_size, 3]."""
+    def __post_init__(self) -> None:
+        assert self.max_squares  # judges the resolutions
+
+    @cached_property
+    def resolutions(self) -> tuple[Resolution, ...] | None:
+        """Those that "anyres" chooses from; None where an image is one square."""
+        if self.image_fit != "anyres":
+            return None
+        return grid_pinpoints(self.image_grid_pinpoints, self.image_size)
+
+    @property
+    def max_squares(self) -> int:
+        """The most squares that an image becomes."""
+        tiles = [num_tiles(each, self.image_size) for each in self.resolutions or ()]
+        return 1 + max(tiles, default=0)
+
+    def num_squares(self, data: bytes) -> int:
+        """How many squares a file becomes, from its headers. Raises as `squares`."""
+        if self.resolutions is None:
+            return 1
+        size = image_size(data, max_pixels=self.max_pixels)
+        return 1 + num_tiles(best_resolution(size, self.resolutions), self.image_size)
+
+    def squares(self, data: bytes) -> list[np.ndarray]:
+        """Decode a file and bring it to size: the image, and behind it its tiles if it has any.
+
+        Returns:
+            uint8 [image_size, image_size, 3] each.
+
+        Raises:
+            SampleError: the file cannot be used.
+        """
         image = decode_image(data, max_pixels=self.max_pixels)
+        if self.resolutions is None:
+            return [self.square(image)]
+        best = best_resolution(image.size, self.resolutions)
+        tiles = cut_tiles(image, best, self.image_size, self.resample)
+        return [self.square(image), *map(np.asarray, tiles)]
+
+    def square(self, image: Image.Image) -> np.ndarray:
+        """An RGB image at the encoder's size, uint8 [image_size, image_size, 3].
+
+        Raises:
+            SampleError: the image is too narrow a band to crop.
+        """
         if self.image_fit == "crop":
             return np.asarray(self._cropped(image))
         if self.image_fit == "pad":
@@ -92,14 +158,15 @@ class ImagePreprocessor:
         return image.crop((left, top, left + side, top + side))
 
     def normalise(self, images: list[np.ndarray]) -> torch.Tensor:
-        """Float32 [num_images, 3, image_size, image_size] from the results of `fit`."""
+        """Float32 [num_images, 3, image_size, image_size] from the results of `squares`."""
         return normalise_pixels(self.stack(images), self.pixel_scale)
 
     def stack(self, images: list[np.ndarray]) -> torch.Tensor:
-        """uint8 [num_images, 3, image_size, image_size] from the results of `fit`."""
-        shape = (len(images), self.image_size, self.image_size, 3)
-        pixels = np.stack(images) if images else np.empty(shape, np.uint8)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        """uint8 [num_images, 3, image_size, image_size] from the results of `squares`."""
+        pixels = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
+        for place, image in zip(pixels, images, strict=True):
+            place[:] = image.transpose(2, 0, 1)
+        return torch.from_numpy(pixels)
 
     @property
     def pixel_scale(self) -> torch.Tensor:

@@ -28,6 +28,7 @@ from megatron_dattn.data.workers import ResumableLoader, basic_loader, savable_l
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
 
 STATE_VERSION = 2
+_BEFORE_VIDEOS = {"data.video_frames": DataConfig.video_frames}  # states that do not name it
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ class VLMLoader:
                 "resume with that version, or start the stage anew from these weights with "
                 "checkpoint.load"
             )
-        _require_same(state["identity"], self._identity)
+        _require_same({**_BEFORE_VIDEOS, **state["identity"]}, self._identity)
         self._counters = LoaderCounters(**state["counters"])
         loader.restore_state_rank(state["energon"])
 
@@ -228,6 +229,9 @@ def _identity(
         "data.text_budget": config.text_budget,
         "data.template": source.task_encoder.encoder.tokenizer.identity,
         "data.long_samples": config.long_samples,
+        "data.image_fit": source.task_encoder.encoder.preprocessor.resolutions,
+        "data.max_images_per_sample": config.max_images_per_sample,
+        "data.video_frames": config.video_frames,
         "training.micro_batch_size": micro_batch_size,
         "training.seed": seed,
         "data sets": [(dataset.fingerprint, dataset.weight) for dataset in source.datasets],

@@ -26,6 +26,7 @@ class Reason(StrEnum):
     TEMPLATE = "template"  # the model's own chat template refuses it, or changes its texts
     MISSING_IMAGE = "missing_image"  # not there, or a path that no file below the root can have
     BROKEN_IMAGE = "broken_image"  # damaged, of another format, too large or too much work
+    BROKEN_VIDEO = "broken_video"  # damaged, of another container or codec, without frames
     TOO_MUCH_TEXT = "too_much_text"
     TOO_MANY_IMAGES = "too_many_images"
 

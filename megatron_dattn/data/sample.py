@@ -21,7 +21,10 @@ from megatron_dattn.errors import UserError
 
 @dataclass
 class EncodedSample:
-    """One conversation as text tokens, and its images at the encoder's size but still as bytes."""
+    """One conversation as text tokens, and the squares of its images, still as bytes.
+
+    What a square is: see `ImagePreprocessor`. For the model each is an image.
+    """
 
     __key__: str
     __restore_key__: tuple[Any, ...]

@@ -5,6 +5,7 @@ the label mask is the overlap of the two. No part is ever tokenised on its own, 
 cannot disagree, whatever the tokenizer does with white space.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,13 @@ class TextTokens:
     input_ids: list[int]
     labels: list[int]  # the next token if it is supervised, else IGNORED_LABEL
     image_offsets: tuple[int, ...]  # per image: text tokens before it
+
+    def repeated(self, numbers: Iterable[int]) -> "TextTokens":
+        """The same with each image's place as often as its number says; an image may be several
+        for the model. Numbers without an image do nothing."""
+        places = zip(self.image_offsets, numbers, strict=False)
+        offsets = tuple(offset for offset, number in places for _ in range(number))
+        return replace(self, image_offsets=offsets)
 
 
 class _NamedTemplate:

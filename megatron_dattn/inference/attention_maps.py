@@ -30,7 +30,7 @@ class AttentionMaps:
     """Probability of each patch, mean over heads, float32 [layers, tokens, patches of all images];
     0 for patches that do not enter the decoder."""
     grids: tuple[tuple[int, int], ...]
-    """Patch rows and columns of each image, in the order of the patches."""
+    """Patch rows and columns of each image or tile, in the order of the patches."""
 
     def image_maps(self, token: int, layers: list[int] | None = None) -> list[Tensor]:
         """Mean over layers of one token's maps, float32 [patch rows, patch columns] of each image.
@@ -104,14 +104,14 @@ def attention_maps(loaded: LoadedModel, prompt: Prompt, answer: list[int]) -> At
     )
     patches = _patches(model.kept_patches(batch.pixel_values), config)
     maps = torch.stack(recorder.maps)
-    whole = maps.new_zeros(*maps.shape[:2], len(prompt.images) * config.vision.num_patches)
+    whole = maps.new_zeros(*maps.shape[:2], len(prompt.pixels) * config.vision.num_patches)
     whole[..., patches] = maps
     return AttentionMaps(
         preset=config.attention,
         tokens=tuple(str(loaded.tokenizer.decode([token])) for token in answer),
         alpha=torch.stack(recorder.alpha) if recorder.alpha else None,
         maps=whole,
-        grids=(config.vision.grid,) * len(prompt.images),
+        grids=(config.vision.grid,) * len(prompt.pixels),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from megatron_dattn.batch import IGNORED_LABEL
 from megatron_dattn.data.template import TextTokens
+from megatron_dattn.data.videos import Video
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.inference.load import LoadedModel, model_device
 from megatron_dattn.inference.prompt import EncodedImage, Image, Prompt, pack_prompts, read_image
@@ -27,7 +28,7 @@ def can_keep_images(loaded: LoadedModel) -> bool:
 
 @torch.inference_mode()
 def encode_images(
-    loaded: LoadedModel, images: Sequence[str | Path | np.ndarray]
+    loaded: LoadedModel, images: Sequence[str | Path | Video | np.ndarray]
 ) -> tuple[EncodedImage, ...]:
     """Keys and values of images, for `Prompt.from_question(loaded, question, images)`.
 
@@ -36,7 +37,8 @@ def encode_images(
     tokens that Mistral-7B reads of an image of SigLIP so400m, in BF16.
 
     Args:
-        images: files, or uint8 [image_size, image_size, 3]; as many as fit one forward pass.
+        images: files, videos, or uint8 [image_size, image_size, 3]; as many squares as fit one
+            forward pass.
 
     Raises:
         ConfigError: visual tokens of the model's preset read other tokens.
@@ -51,7 +53,10 @@ def encode_images(
         )
     if not images:
         return ()
-    pixels = tuple(_pixels(loaded, image) for image in images)
+    squares = [
+        (image,) if isinstance(image, np.ndarray) else read_image(loaded, image) for image in images
+    ]
+    pixels = tuple(square for of_image in squares for square in of_image)
     # Text tokens see the images and not the other way round, so any will do to make it a pack.
     pack = Prompt(TextTokens([0], [IGNORED_LABEL], (0,) * len(pixels)), pixels)
     batch = pack_prompts(loaded, [(pack, [])])
@@ -59,12 +64,13 @@ def encode_images(
     attention = model.attention_inputs(batch.layout, model_device(model)).with_caches(caches)
     model.decode(model.adapt(model.encode(batch.pixel_values)), batch, attention)
     visual, kept = batch.layout.num_visual_tokens, sum(rule.sees_images for rule in model.rules)
+    lengths = [len(of_image) * visual // len(pixels) for of_image in squares]
     by_layer = [
-        [tokens[:visual].chunk(len(pixels)) for tokens in cache.tokens] for cache in caches[:kept]
+        [tokens[:visual].split(lengths) for tokens in cache.tokens] for cache in caches[:kept]
     ]
     return tuple(
-        EncodedImage(array, tuple((keys[i], values[i]) for keys, values in by_layer), model)
-        for i, array in enumerate(pixels)
+        EncodedImage(of_image, tuple((keys[i], values[i]) for keys, values in by_layer), model)
+        for i, of_image in enumerate(squares)
     )
 
 
@@ -81,7 +87,3 @@ def encode_once(loaded: LoadedModel, images: Iterable[Image]) -> list[EncodedIma
     if any(image.model is not loaded.model for image in encoded):
         raise ConfigError("an image was encoded by another model; encode it with the one asked")
     return encoded
-
-
-def _pixels(loaded: LoadedModel, image: str | Path | np.ndarray) -> np.ndarray:
-    return image if isinstance(image, np.ndarray) else read_image(loaded, Path(image))

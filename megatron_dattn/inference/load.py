@@ -119,6 +119,8 @@ def load_assets(folder: Path, config: PretrainConfig, *, template: str | None = 
         image_size=config.model.vision.image_size,
         image_fit=config.data.image_fit,
         max_pixels=config.data.max_image_pixels,
+        image_grid_pinpoints=config.data.image_grid_pinpoints,
+        video_frames=config.data.video_frames,
     )
     return RunAssets(
         tokenizer,

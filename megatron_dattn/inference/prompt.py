@@ -1,7 +1,8 @@
 """What is asked: a question as text tokens, and its images."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn, require_unicode
-from megatron_dattn.data.image_files import read_image_file
 from megatron_dattn.data.rejection import SampleError
+from megatron_dattn.data.squares import read_squares
 from megatron_dattn.data.template import TextTokens
+from megatron_dattn.data.videos import Video
 from megatron_dattn.errors import DataError, quoted
 from megatron_dattn.inference.load import LoadedModel, RunAssets, model_device
 from megatron_dattn.models.kv_cache import KeyValue
@@ -26,8 +28,8 @@ class EncodedImage:
     The images of one `encode_images` call share their memory: it is free when all are dropped.
     """
 
-    pixels: np.ndarray
-    """uint8 [image_size, image_size, 3]: the image as the vision encoder got it."""
+    squares: tuple[np.ndarray, ...]
+    """uint8 [image_size, image_size, 3] each: the image as the vision encoder got it."""
     layers: tuple[KeyValue, ...] = field(repr=False)
     """Key and value of each layer, first to last, [tokens of the image, key heads, head_dim]."""
     model: DAttnVLM = field(repr=False)
@@ -48,16 +50,20 @@ class Prompt:
 
     tokens: TextTokens
     images: tuple[Image, ...]
-    """In reading order: uint8 [image_size, image_size, 3], or what `encode_images` made of it."""
+    """In reading order: uint8 [image_size, image_size, 3], or what `encode_images` made of a whole
+    image. Each square, of an image or of its tiles, has a place in `tokens.image_offsets`."""
 
     @classmethod
     def from_question(
-        cls, loaded: RunAssets, question: str, images: Sequence[str | Path | EncodedImage] = ()
+        cls,
+        loaded: RunAssets,
+        question: str,
+        images: Sequence[str | Path | Video | EncodedImage] = (),
     ) -> "Prompt":
         """Encode a question about images, which stand in front of it.
 
         Args:
-            images: files, or what `encode_images` made of them.
+            images: files, videos, or what `encode_images` made of them.
 
         Raises:
             DataError: an image that cannot be used, or a question with control tokens or half a
@@ -71,31 +77,57 @@ class Prompt:
         try:
             require_unicode(question)
             tokens = loaded.conversations.prompt(conversation)
-            given = tuple(
-                image if isinstance(image, EncodedImage) else read_image(loaded, Path(image))
-                for image in images
-            )
         except SampleError as error:
             raise DataError(f"{quoted(question)}: {error}") from error
-        return cls(tokens, given)
+        parts = [
+            (image,) if isinstance(image, EncodedImage) else read_image(loaded, image)
+            for image in images
+        ]
+        numbers = [len(_squares(part)) for part in parts]
+        return cls(tokens.repeated(numbers), tuple(image for part in parts for image in part))
 
     @property
     def pixels(self) -> list[np.ndarray]:
-        """Of all images, encoded or not."""
-        return [i.pixels if isinstance(i, EncodedImage) else i for i in self.images]
+        """Every square, encoded or not, uint8 [image_size, image_size, 3]."""
+        return _squares(self.images)
 
 
-def read_image(loaded: RunAssets, path: Path) -> np.ndarray:
-    """An image file at the vision encoder's size. Raises DataError if it cannot be used."""
-    where = ""
+def _squares(images: Iterable[Image]) -> list[np.ndarray]:
+    return [
+        square
+        for image in images
+        for square in (image.squares if isinstance(image, EncodedImage) else (image,))
+    ]
+
+
+def read_image(loaded: RunAssets, image: str | Path | Video) -> tuple[np.ndarray, ...]:
+    """An image or video as squares of the vision encoder's size, uint8 [image_size, image_size, 3].
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    kind, paths = ("video", image.paths) if isinstance(image, Video) else ("image", (str(image),))
+    places = tuple(map(os.path.abspath, paths))
+    shown = replace(image, paths=places) if isinstance(image, Video) else places[0]
+    name = f"{kind} {quoted(paths[0])}"
     try:
-        data = read_image_file(str(path.parent), path.name)  # its errors name the file
-        where = f"image {quoted(str(path))}: "
-        return loaded.preprocessor.fit(data)
+        return tuple(read_squares(shown, os.sep, loaded.preprocessor))
     except SampleError as error:
+        # The errors of files that are not there name them.
+        where = "" if paths[0] in str(error) else f"{name}: "
         raise DataError(f"{where}{error}") from error
     except MemoryError as error:
-        raise DataError(f"memory ran out while decoding image '{path}'") from error
+        raise DataError(f"memory ran out while decoding {name}") from error
+
+
+def video_of(path: Path) -> Video:
+    """A video file, or a folder's files as the frames of a video, by their names."""
+    if not path.is_dir():
+        return Video((str(path),), is_file=True)
+    frames = tuple(sorted(str(frame) for frame in path.iterdir()))
+    if not frames:
+        raise DataError(f"the folder {quoted(str(path))} has no frames of a video")
+    return Video(frames, is_file=False)
 
 
 def pack_prompts(loaded: LoadedModel, samples: Sequence[tuple[Prompt, list[int]]]) -> PackedBatch:

@@ -186,7 +186,7 @@ def _flops_section(plan: Plan) -> list[str]:
     own = counted[config.model.attention]
     lines = [
         f"FLOPs of one step: {packs} packs of {layout.num_samples} samples, each "
-        f"{config.model.tokens_per_image} visual and {layout.text_lengths[0]} text tokens",
+        f"{layout.visual_lengths[0]} visual and {layout.text_lengths[0]} text tokens",
         f"  {'':<16}" + "".join(f"{name:>14}" for name in presets),
     ]
     for part in own.parts:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.build import check_model_sizes
 from megatron_dattn.runtime.distributed import check_parallel_sizes
@@ -136,11 +137,18 @@ def _full_pack(config: PretrainConfig) -> TokenLayout:
             f"data.visual_budget {visual} is smaller than one image of {grid[0]} x {grid[1]} = "
             f"{tokens} tokens; no sample with an image would fit"
         )
-    samples = min(config.training.micro_batch_size, visual // tokens, text)
+    # Of the largest image, where it has tiles.
+    squares = ImagePreprocessor(
+        config.model.vision.image_size,
+        image_fit=config.data.image_fit or "resize",
+        image_grid_pinpoints=config.data.image_grid_pinpoints,
+    ).max_squares
+    squares = min(squares, visual // tokens)
+    samples = min(config.training.micro_batch_size, visual // (tokens * squares), text)
     text_lengths = (text // samples,) * samples
     return TokenLayout(
         text_lengths=text_lengths,
-        images=tuple(ImageSpan(sample, 0, grid) for sample in range(samples)),
+        images=tuple(ImageSpan(n // squares, 0, grid) for n in range(samples * squares)),
         visual_budget=visual,
         text_budget=text,
         prompt_lengths=text_lengths,  # the most that visual tokens can see of it

@@ -41,6 +41,7 @@ _PACKAGES = (
     "tokenizers",
     "numpy",
     "pillow",
+    "av",
 )
 # Enough to tell two files of the same line lengths apart without reading gigabytes.
 _SAMPLED_BLOCKS = 16

@@ -121,7 +121,7 @@ def _expected(loaded: LoadedModel, folder: Path) -> dict[str, Any]:
             )
         ],
         "pixels": loaded.preprocessor.normalise(
-            [np.asarray(read_image(loaded, folder / f"{index}.png")) for index in range(2)]
+            [square for n in range(2) for square in read_image(loaded, folder / f"{n}.png")]
         ),
         "question": QUESTION,
         "question_ids": _with_images(asked.tokens),
@@ -134,7 +134,8 @@ def _prompt(loaded: LoadedModel, ids: list[int], pictures: Sequence[int], folder
     places = [number for number, i in enumerate(ids) if i == IMAGE]
     offsets = tuple(place - before for before, place in enumerate(places))
     tokens = TextTokens(text, [-100] * len(text), offsets)
-    return Prompt(tokens, tuple(read_image(loaded, folder / f"{n}.png") for n in pictures))
+    images = (read_image(loaded, folder / f"{number}.png") for number in pictures)
+    return Prompt(tokens, tuple(square for squares in images for square in squares))
 
 
 def _with_images(tokens: TextTokens) -> list[int]:

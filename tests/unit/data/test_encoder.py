@@ -1,10 +1,12 @@
 """Text within the budgets: cut where it should be, and not tokenised where it cannot fit."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from megatron_dattn.data import template
 from megatron_dattn.data.conversation import Conversation, Turn, parse_record
@@ -208,3 +210,86 @@ def test_shapes_of_conversations_are_not_collected_without_end(
     for length in range(1, 40):
         tokenizer(Conversation((Turn("user", "q"), Turn("assistant", "a")) * length))
         assert 1 <= len(tokenizer._expected) <= 4
+
+
+def tiled(*, visual: int, truncate: bool = False, max_images: int | None = None) -> SampleEncoder:
+    """Four visual tokens a square; wide images have three squares, tall ones five."""
+    pinpoints = [[8, 16], [32, 8]]
+    return SampleEncoder(
+        TEMPLATES["mistral_v3"],
+        ImagePreprocessor(8, image_fit="anyres", image_grid_pinpoints=pinpoints),
+        (2, 2),
+        visual_budget=visual,
+        text_budget=200,
+        truncate=truncate,
+        max_images=max_images,
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "wide.png")
+    Image.new("RGB", (20, 80), "blue").save(tmp_path / "tall.png")
+    return str(tmp_path)
+
+
+ASKED_TWICE = {
+    "image": ["wide.png", "tall.png", "wide.png"],
+    "conversations": [
+        *record("<image> and <image>?", "red and blue")["conversations"],
+        *record("and <image>?", "red")["conversations"],
+    ],
+}
+
+
+def test_every_tile_has_its_image_s_place_in_the_text(pictures: str) -> None:
+    chat = parse_record(ASKED_TWICE)
+    plain, images = tiled(visual=200).text_tokens(chat)
+    first, second, third = plain.image_offsets
+    tokens, same = tiled(visual=44).text_tokens(chat, pictures)
+    assert (tokens.input_ids, tokens.labels, same) == (plain.input_ids, plain.labels, images)
+    assert tokens.image_offsets == (first,) * 3 + (second,) * 5 + (third,) * 3
+    sample = tiled(visual=44)(chat, pictures)
+    assert sample.image_offsets == tokens.image_offsets
+    colours = [tuple(square.reshape(-1, 3).max(0)) for square in sample.images]
+    assert colours == [(255, 0, 0)] * 3 + [(0, 0, 255)] * 5 + [(255, 0, 0)] * 3
+
+
+def test_tiles_count_before_an_image_is_decoded(
+    pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    chat = parse_record(ASKED_TWICE)
+    with pytest.raises(SampleError, match="11 images and tiles make 44 visual tokens") as caught:
+        tiled(visual=43)(chat, pictures)
+    assert caught.value.reason == Reason.TOO_MANY_IMAGES
+    tokens, images = tiled(visual=43, truncate=True).text_tokens(chat, pictures)
+    assert (images, len(tokens.image_offsets)) == (("wide.png", "tall.png"), 8)
+    with pytest.raises(SampleError, match="8 images and tiles make 32 visual tokens"):
+        tiled(visual=31, truncate=True).text_tokens(chat, pictures)
+
+
+def test_an_image_that_changes_while_it_is_read_is_refused(
+    pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = parse_record(record("<image>?", "red", "wide.png"))
+    monkeypatch.setattr(ImagePreprocessor, "num_squares", lambda *_: 2)
+    with pytest.raises(SampleError, match="changed while it was read") as caught:
+        tiled(visual=44)(chat, pictures)
+    assert caught.value.reason == Reason.BROKEN_IMAGE
+
+
+def test_the_number_of_images_has_a_limit_of_its_own(pictures: str) -> None:
+    chat = parse_record(ASKED_TWICE)
+    with pytest.raises(SampleError, match="3 images, more than data") as caught:
+        tiled(visual=200, max_images=2).text_tokens(chat)
+    assert caught.value.reason == Reason.TOO_MANY_IMAGES
+    assert str(caught.value).endswith("data.max_images_per_sample 2")
+    assert tiled(visual=200, max_images=3).text_tokens(chat)[1] == chat.images
+    _, images = tiled(visual=200, max_images=2, truncate=True).text_tokens(chat)
+    assert images == chat.images[:2]
+    text_only = parse_record(record("why?", "so"))
+    assert tiled(visual=200, max_images=0).text_tokens(text_only)[1] == ()

@@ -148,5 +148,5 @@ def test_no_image_is_ever_much_larger_than_the_file_s(monkeypatch: pytest.Monkey
     for shape in ((16_384, 1), (1, 16_384)):
         buffer = io.BytesIO()
         new("RGB", shape).save(buffer, "PNG")
-        ImagePreprocessor(16, image_fit="pad").fit(buffer.getvalue())
+        ImagePreprocessor(16, image_fit="pad").squares(buffer.getvalue())
     assert max(width * height for width, height in made) <= 2**20

@@ -25,7 +25,7 @@ def test_preprocessing_equals_hugging_face(tmp_path: Path, width: int, height: i
     ours = ImagePreprocessor.from_folder(str(folder), image_size=16, max_pixels=MAX_PIXELS)
     theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
     expected = theirs(images=image, return_tensors="pt")["pixel_values"]
-    actual = ours.normalise([ours.fit(encoded(image))])
+    actual = ours.normalise([ours.squares(encoded(image))[0]])
     assert actual.dtype == torch.float32
     # Both start from the same bytes; one rounding of float32 per step may differ.
     assert torch.allclose(actual, expected, rtol=0, atol=1e-6)
@@ -54,7 +54,7 @@ def test_clip_s_preprocessing_equals_hugging_face(tmp_path: Path, width: int, he
     theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
     expected = theirs(images=image, return_tensors="pt")["pixel_values"]
     # Both start from the same bytes; one rounding of float32 per step may differ.
-    actual = ours.normalise([ours.fit(encoded(image))])
+    actual = ours.normalise([ours.squares(encoded(image))[0]])
     assert torch.allclose(actual, expected, rtol=0, atol=1e-6)
 
 
@@ -95,12 +95,12 @@ def test_a_clip_processor_that_makes_no_square_of_the_size_is_refused(
 def test_a_band_too_narrow_to_crop_is_a_sample_error() -> None:
     processor = ImagePreprocessor(image_size=16, image_fit="crop", max_pixels=20_000)
     with pytest.raises(SampleError, match="2000x1 pixels, too narrow"):
-        processor.fit(encoded(Image.new("RGB", (2000, 1))))
+        processor.squares(encoded(Image.new("RGB", (2000, 1))))
 
 
 def test_padding_keeps_the_proportions() -> None:
     processor = ImagePreprocessor(image_size=16, image_fit="pad")
-    pixels = processor.fit(encoded(Image.new("RGB", (16, 8), "red")))
+    pixels = processor.squares(encoded(Image.new("RGB", (16, 8), "red")))[0]
     assert (pixels[:3] == 127).all()
     assert (pixels[6:10] == (255, 0, 0)).all()
     assert (pixels[-3:] == 127).all()

@@ -51,6 +51,15 @@ def test_full_pack_holds_what_fits() -> None:
     assert (plan.data_parallel_size, plan.num_microbatches) == (2, 2)
 
 
+def test_a_full_pack_holds_images_with_the_most_tiles() -> None:
+    """Sixteen tokens a square, and five squares: 170 tokens hold two such images."""
+    config = changed(data={"visual_budget": 170, "image_fit": "anyres"})
+    plan = make_plan(config, world_size=2)
+    assert plan.layout.visual_lengths == (80, 80)
+    assert len(plan.layout.images) == 10
+    assert "2 samples, each 80 visual and 12 text tokens" in dry_run(config, world_size=2)
+
+
 def test_an_image_has_the_rows_that_the_preset_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of 16 patches: 40 tokens would hold ten images, four samples hold four."""
     config = changed(model={"attention": "fastervlm"}, data={"visual_budget": 40})
