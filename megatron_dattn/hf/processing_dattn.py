@@ -11,7 +11,8 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 from transformers import ProcessorMixin
-from transformers.image_utils import load_image
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.image_utils import ChannelDimension, load_image
 from transformers.processing_utils import MultiModalData
 
 from .versions_dattn import check_transformers
@@ -31,7 +32,10 @@ class DAttnProcessor(ProcessorMixin):
 
     Args:
         image_fit: "resize" distorts an image to a square, "crop" cuts out its middle (the image
-            processor says which), "pad" first fills it up to a square with the mean colour.
+            processor says which), "pad" first fills it up to a square with the mean colour;
+            "anyres" (LLaVA-NeXT) adds tiles of the distorted image's size, cut from one that keeps
+            its proportions. Every tile has an `<image>` in the text, behind its image's own.
+        image_grid_pinpoints: with "anyres", [height, width] of the resolutions to choose from.
     """
 
     text_kwargs = {"padding_side": "left", "add_special_tokens": False}  # noqa: RUF012
@@ -43,10 +47,12 @@ class DAttnProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_token: str = "<image>",
         image_fit: str = "resize",
+        image_grid_pinpoints: list[list[int]] | None = None,
     ) -> None:
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_fit = image_fit
+        self.image_grid_pinpoints = image_grid_pinpoints
         super().__init__(_with_pillow(image_processor), tokenizer, chat_template=chat_template)
 
     def replace_image_token(
@@ -63,8 +69,12 @@ class DAttnProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[list[int]] | None = None
     ) -> MultiModalData:
-        count = len(image_sizes or [])
-        return MultiModalData(num_image_tokens=[1] * count, num_image_patches=[1] * count)
+        counts = [1] * len(image_sizes or [])
+        if self.image_fit == "anyres" and image_sizes:
+            side = self.image_processor.size["height"]
+            best = (self._resolution(*size) for size in image_sizes)
+            counts = [1 + rows // side * (columns // side) for rows, columns in best]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=counts)
 
     def __call__(
         self,
@@ -78,13 +88,58 @@ class DAttnProcessor(ProcessorMixin):
 
         Raises:
             ValueError: videos or audio, which the base class would leave out in silence, or what is
-                not certainly an image.
+                not certainly an image; tiles are wanted, and the text has another number of
+                `<image>` than there are images.
         """
         for name, given in (("videos", videos), ("audio", audio)):
             if given is not None:
                 raise ValueError(f"{name} were given, but this model reads images and text only")
         images = None if images is None else self._prepared(images)
+        if images is not None and self.image_fit == "anyres":
+            tiles = [self._tiled(image) for image in _flat(images)]
+            images = [tile for of_image in tiles for tile in of_image]
+            text = self._with_places(text, [len(of_image) for of_image in tiles])
         return super().__call__(images=images, text=text, **kwargs)
+
+    def _with_places(self, text: Any, numbers: list[int]) -> Any:
+        """The texts with each `<image>` as often as the image has squares."""
+        if text is None:
+            return None
+        pieces = [
+            one.split(self.image_token) for one in ([text] if isinstance(text, str) else text)
+        ]
+        places = sum(map(len, pieces)) - len(pieces)
+        if places != len(numbers):
+            raise ValueError(f"the text has {places} {self.image_token} for {len(numbers)} images")
+        left = iter(numbers)
+        texts = [
+            first + "".join(self.image_token * next(left) + piece for piece in others)
+            for first, *others in pieces
+        ]
+        return texts[0] if isinstance(text, str) else texts
+
+    def _tiled(self, image: Image.Image) -> list[Image.Image]:
+        """The image, resized to the encoder's square, and its tiles row by row, as
+        `LlavaNextImageProcessorPil` cuts them."""
+        side, resample = self.image_processor.size["height"], self.image_processor.resample
+        rows, columns = target = self._resolution(image.height, image.width)
+        pixels = np.asarray(image)
+        height, width = get_patch_output_size(pixels, target, ChannelDimension.LAST)
+        canvas = Image.new("RGB", (columns, rows))
+        inside = image.resize((width, height), resample)
+        canvas.paste(inside, ((columns - width) // 2, (rows - height) // 2))
+        tiles = [
+            canvas.crop((left, top, left + side, top + side))
+            for top in range(0, rows, side)
+            for left in range(0, columns, side)
+        ]
+        return [image.resize((side, side), resample), *tiles]
+
+    def _resolution(self, height: int, width: int) -> tuple[int, int]:
+        best: tuple[int, int] = select_best_resolution(
+            (height, width), self.image_grid_pinpoints or []
+        )
+        return best
 
     def _prepared(self, images: Any) -> Any:
         """Upright RGB images, one or lists of them; square ones if they are to be padded."""
@@ -102,6 +157,13 @@ class DAttnProcessor(ProcessorMixin):
         square = Image.new("RGB", (side, side), fill)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
+
+
+def _flat(images: Any) -> list[Any]:
+    """Images in one list, whatever lists they come in."""
+    if not isinstance(images, list):
+        return [images]
+    return [image for some in images for image in _flat(some)]
 
 
 def _as_pillow(image: Any) -> Image.Image:

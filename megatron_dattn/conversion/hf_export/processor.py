@@ -30,6 +30,8 @@ def write_processor(
             "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
             "image_fit": preprocessor.image_fit,
         }
+        if preprocessor.resolutions is not None:
+            config["image_grid_pinpoints"] = [list(each) for each in preprocessor.resolutions]
     else:
         config |= {
             "processor_class": "LlavaProcessor",

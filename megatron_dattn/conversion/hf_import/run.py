@@ -116,9 +116,7 @@ def _write_assets(plan: ImportPlan, folder: Path) -> None:
     image_id = copy_tokenizer(source.tokenizer, tokenizer, vocab_size=vocab_size)
     for processor in processor_files(source.image_processor):
         shutil.copyfile(processor, tokenizer / processor.name)
-    data = {"tokenizer": f"{CONFIG_DIR}/{tokenizer.name}", "template": plan.template}
-    if source.image_fit is not None:
-        data["image_fit"] = source.image_fit
+    data = {"tokenizer": f"{CONFIG_DIR}/{tokenizer.name}", "template": plan.template, **source.data}
     config = {
         "model": dataclasses.asdict(source.model),
         "data": data,

@@ -18,7 +18,6 @@ from megatron_dattn.conversion.io.safetensors_reader import (
     DTYPE_NAMES,
     SafetensorsFolder,
 )
-from megatron_dattn.data.image_settings import ImageFit
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
 
@@ -50,8 +49,8 @@ class ImportSource:
     """The folder of the image processor."""
     has_added: bool = False
     """Whether the weights hold what the attention preset adds to a plain model."""
-    image_fit: ImageFit | None = None
-    """How images were made squares, where that is not the image processor's own way."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Settings of how images were made squares, which the image processor does not say."""
     image_token_id: int | None = None
     """What the config says it is."""
     special_tokens: SpecialTokens = field(default_factory=dict)

@@ -24,7 +24,6 @@ from megatron_dattn.conversion.hf_import.source import (
 from megatron_dattn.conversion.hf_import.tokenizer import special_tokens
 from megatron_dattn.conversion.io.hf_folder import ConfigValues, read_json, read_model_config
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
-from megatron_dattn.data.image_settings import ImageFit
 from megatron_dattn.errors import CheckpointError, ConfigError
 from megatron_dattn.models.config import ModelConfig
 
@@ -101,7 +100,7 @@ def _dattn_source(folder: Path, config: dict[str, Any], attention: str | None) -
         tokenizer=folder,
         image_processor=folder,
         has_added=True,
-        image_fit=_exported_fit(folder),
+        data=_exported_fit(folder),
         image_token_id=image_token_id(config),
         special_tokens=special_tokens(config.get("text_config") or {}, config),
     )
@@ -119,10 +118,13 @@ def _modules(
     return [ModuleWeights(module, weights, of_module) for module, of_module in rules.items()]
 
 
-def _exported_fit(folder: Path) -> ImageFit | None:
-    """How our exported processor makes squares: it can pad, which no image processor says."""
+def _exported_fit(folder: Path) -> dict[str, Any]:
+    """How our exported processor makes squares: it can pad and cut tiles, which no image processor
+    says."""
     path = folder / "processor_config.json"
-    fit = read_json(path).get("image_fit") if path.is_file() else None
-    if fit not in ("resize", "pad", "crop", None):
+    settings = read_json(path) if path.is_file() else {}
+    fit = settings.get("image_fit")
+    if fit not in ("resize", "pad", "crop", "anyres", None):
         raise CheckpointError(f"{path} has image_fit '{fit}', which is not known")
-    return fit
+    names = ("image_fit", "image_grid_pinpoints")
+    return {name: settings[name] for name in names if settings.get(name) is not None}

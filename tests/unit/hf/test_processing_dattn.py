@@ -1,17 +1,27 @@
 """The exported processor prepares images as training did."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, SiglipImageProcessorPil
 
+from megatron_dattn.conversion.hf_export.run import export_checkpoint
+from megatron_dattn.conversion.hf_import.vlm_source import vlm_source
 from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
 from megatron_dattn.hf.processing_dattn import DAttnProcessor
+from megatron_dattn.inference import Prompt, encode_images, generate_tokens, load_model
+from megatron_dattn.inference.image_cache import can_keep_images
+from megatron_dattn.runtime.distributed import destroy_distributed
+from tests.unit.hf.test_modeling_dattn import inputs_of
 
 SIDE = 28
+IMAGE_ID = 5  # `[control_8]` of the tiny tokenizer
 
 
 def encoded(image, kind, **options):
@@ -45,7 +55,7 @@ def test_pixels_are_those_of_training(exported, fit):
     images = [Image.open(io.BytesIO(each)) for each in data]
     text = "<image>" * len(images)
     pixels = processor(text=text, images=images, return_tensors="pt")["pixel_values"]
-    expected = ours.normalise([ours.fit(each) for each in data])
+    expected = ours.normalise([ours.squares(each)[0] for each in data])
     # Both resize bytes with Pillow; scaling in one step or in two differs by fp32 rounding.
     torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
 
@@ -80,7 +90,7 @@ def test_every_kind_of_image_gives_the_same_pixels(exported, tmp_path, fit):
         processor.image_processor = CLIPImageProcessorPil.from_dict(settings)
     pixels = np.random.default_rng(0).integers(0, 255, (20, 44, 3), dtype=np.uint8)
     ours = ImagePreprocessor(SIDE, image_fit=fit)
-    expected = ours.normalise([ours.fit(encoded(Image.fromarray(pixels), "PNG"))])
+    expected = ours.normalise([ours.squares(encoded(Image.fromarray(pixels), "PNG"))[0]])
     for kind, image in as_everything(pixels, tmp_path / "a.png").items():
         for given in (image, [image]):
             inputs = processor(text="<image>", images=given, return_tensors="pt")
@@ -96,13 +106,15 @@ def test_grey_arrays_and_files_are_those_of_training(exported, tmp_path):
     grey = np.random.default_rng(0).integers(0, 255, (30, 24), dtype=np.uint8)
     for image in (grey, grey[None], torch.from_numpy(grey)[..., None]):
         pixels = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
-        expected = ours.normalise([ours.fit(encoded(Image.fromarray(grey), "PNG"))])
+        expected = ours.normalise([ours.squares(encoded(Image.fromarray(grey), "PNG"))[0]])
         torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
     for number, data in enumerate(files()):  # 16-bit grey and a turned JPEG, by path
         path = tmp_path / str(number)
         path.write_bytes(data)
         pixels = processor(text="<image>", images=str(path), return_tensors="pt")["pixel_values"]
-        torch.testing.assert_close(pixels, ours.normalise([ours.fit(data)]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            pixels, ours.normalise([ours.squares(data)[0]]), atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize(
@@ -160,3 +172,83 @@ def test_images_are_resized_with_pillow_even_where_torchvision_is_installed(expo
     image = Image.new("RGB", (20, 44), (255, 255, 255))
     pixels = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, torch.full((1, 3, SIDE, SIDE), 1.5))  # (1 - 0.25) / 0.5
+
+
+@pytest.fixture(params=["dattn", "vidi", "dattn_biased", "dattn_sigmoid"])
+def tiled(request, exported, tmp_path):
+    """The two folders of a model that is given tiles; by case, other positions and encoders."""
+    run, folder = exported(request.param)[0], tmp_path / "run"
+    shutil.copytree(run, folder)
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["data"] |= {"image_fit": "anyres", "image_grid_pinpoints": [[28, 56], [84, 28]]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    export_checkpoint(folder, tmp_path / "export")
+    yield folder, tmp_path / "export"
+    destroy_distributed()
+
+
+def test_tiles_give_the_generator_s_answers(tiled, tmp_path):
+    run, folder = tiled
+    sizes = {"wide.png": (80, 40), "tall.png": (30, 100)}  # three squares, and four
+    for seed, (name, (width, height)) in enumerate(sizes.items()):
+        pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    asked = [("why?", ["tall.png"]), ("what is this?", ["wide.png", "tall.png"]), ("what?", [])]
+    loaded = load_model(run)
+    prompts = [
+        Prompt.from_question(loaded, question, [tmp_path / name for name in names])
+        for question, names in asked
+    ]
+    expected = generate_tokens(loaded, prompts, max_new_tokens=8)
+    model = DAttnForConditionalGeneration.from_pretrained(folder).eval()
+    processor = DAttnProcessor.from_pretrained(folder)
+    chats = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image", "path": str(tmp_path / name)} for name in names),
+                    {"type": "text", "text": question},
+                ],
+            }
+        ]
+        for question, names in asked
+    ]
+    for chat, prompt, answer in zip(chats, prompts, expected, strict=True):
+        inputs = inputs_of(processor, [chat])
+        is_text = inputs["input_ids"][0] != IMAGE_ID
+        assert inputs["input_ids"][0][is_text].tolist() == prompt.tokens.input_ids
+        assert tuple(is_text.cumsum(0)[~is_text].tolist()) == prompt.tokens.image_offsets
+        if prompt.images:
+            ours = loaded.preprocessor.normalise(prompt.pixels)
+            torch.testing.assert_close(inputs["pixel_values"], ours, atol=1e-6, rtol=0)
+        tokens = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        assert tokens.tolist() == answer
+    # All prompts in one batch, whose images differ in number.
+    together = inputs_of(processor, chats)
+    tokens = model.generate(**together, max_new_tokens=8)[:, together["input_ids"].shape[1] :]
+    for row, answer in zip(tokens.tolist(), expected, strict=True):
+        assert row[: len(answer)] == answer
+    # Images that are encoded once are read like files.
+    if can_keep_images(loaded):
+        kept = encode_images(loaded, [tmp_path / name for name in sizes])
+        assert [len(image.squares) for image in kept] == [3, 4]
+        again = Prompt.from_question(loaded, asked[1][0], kept)
+        assert again.tokens == prompts[1].tokens
+        assert generate_tokens(loaded, [again], max_new_tokens=8) == expected[1:2]
+
+
+def test_tiles_are_counted_from_sizes_and_placed_in_every_text(tiled):
+    processor = DAttnProcessor.from_pretrained(tiled[1])
+    count = processor._get_num_multimodal_tokens([[40, 80], [100, 30]])
+    assert count.num_image_tokens == [3, 4]
+    image = Image.new("RGB", (80, 40))
+    inputs = processor(text=["<image>a", "<image>b<image>"], images=[[image], [image, image]])
+    assert [row.count(IMAGE_ID) for row in inputs["input_ids"]] == [3, 6]
+    with pytest.raises(ValueError, match="has 2 <image> for 1 images"):
+        processor(text="<image><image>", images=[image])
+
+
+def test_the_way_of_making_tiles_is_imported_again(tiled):
+    source = vlm_source(tiled[1], None)
+    assert source.data == {"image_fit": "anyres", "image_grid_pinpoints": [[28, 56], [84, 28]]}
