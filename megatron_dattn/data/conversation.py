@@ -84,8 +84,8 @@ def parse_record(record: Any) -> Conversation:
     utterances = _utterances(entries)
     shown: tuple[str | Video, ...] = images
     if videos:
-        asked = "".join(text for role, text in utterances if role == "user")
-        shown = _in_order(_PLACEHOLDER.findall(asked), images, videos)
+        asked = (_PLACEHOLDER.findall(text) for role, text in utterances if role == "user")
+        shown = _in_order([found for places in asked for found in places], images, videos)
         utterances = [
             (role, text.replace(VIDEO_TOKEN, IMAGE_TOKEN) if role == "user" else text)
             for role, text in utterances

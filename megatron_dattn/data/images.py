@@ -84,7 +84,7 @@ class ImagePreprocessor:
         )
 
     def __post_init__(self) -> None:
-        assert self.max_squares  # judges the resolutions
+        grid_pinpoints(self.image_grid_pinpoints, self.image_size)  # or it is an error now
 
     @cached_property
     def resolutions(self) -> tuple[Resolution, ...] | None:

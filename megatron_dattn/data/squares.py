@@ -40,8 +40,7 @@ def read_squares(
         return preprocessor.squares(read_image_file(root, image))
     count, pixels = preprocessor.video_frames, preprocessor.max_pixels
     if image.is_file:
-        frames = read_frames(root, image.paths[0], count, max_pixels=pixels)
-        return [preprocessor.square(frame) for frame in frames]
+        return read_frames(root, image.paths[0], count, preprocessor.square, max_pixels=pixels)
     chosen = (image.paths[number] for number in evenly(len(image.paths), count))
     return [
         preprocessor.square(decode_image(read_image_file(root, path), max_pixels=pixels))

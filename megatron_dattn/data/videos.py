@@ -60,8 +60,13 @@ def num_frames(root: ImageRoot, path: str, count: int, *, max_pixels: int) -> in
     return _read(root, path, max_pixels, lambda video: len(evenly(len(video.times), count)))
 
 
-def read_frames(root: ImageRoot, path: str, count: int, *, max_pixels: int) -> list[Image.Image]:
-    """At most `count` frames of a video file below `root`, upright and in RGB.
+def read_frames(
+    root: ImageRoot, path: str, count: int, make: Callable[[Image.Image], Read], *, max_pixels: int
+) -> list[Read]:
+    """What is made of at most `count` frames of a video file below `root`.
+
+    Args:
+        make: is given a frame, upright and in RGB; no two frames are kept at a time.
 
     Raises:
         SampleError: the file is missing, damaged, of another kind, without frames, or too large.
@@ -72,7 +77,7 @@ def read_frames(root: ImageRoot, path: str, count: int, *, max_pixels: int) -> l
         root,
         path,
         max_pixels,
-        lambda video: [video.frame(number) for number in evenly(len(video.times), count)],
+        lambda video: [make(video.frame(number)) for number in evenly(len(video.times), count)],
     )
 
 
@@ -108,7 +113,7 @@ def _opened(root: ImageRoot, path: str, max_pixels: int) -> Iterator["_OpenVideo
         "format_whitelist": _CONTAINERS,
         "codec_whitelist": ",".join(_CODECS),
         "protocol_whitelist": "none",
-        "max_pixels": str(max_pixels),
+        "max_pixels": _allocation(max_pixels),
     }
     try:
         with opened_file(root, path) as file, av.open(file, options=options) as container:
@@ -140,7 +145,7 @@ class _OpenVideo:
         self._max_pixels = max_pixels
         self._check_size(codec)
         codec.thread_count = 1  # every thread of a decoder keeps frames of its own
-        codec.options = {"max_pixels": str(max_pixels), "err_detect": "explode"}
+        codec.options = {"max_pixels": _allocation(max_pixels), "err_detect": "explode"}
         self._find_times()
         self._decoder: Iterator[Any] = iter(())
         self._at: int | None = None  # time of the frame that was decoded last
@@ -207,6 +212,11 @@ def upright(image: Image.Image, rotation: int) -> Image.Image:
     """An image turned as the container says, by so many degrees to the left."""
     turn = _TURNS.get(rotation % 360)
     return image if turn is None else image.transpose(turn)
+
+
+def _allocation(max_pixels: int) -> str:
+    """What FFmpeg may allocate for a frame, which it gives edges; sizes are judged here."""
+    return str(2 * max_pixels + 2**20)
 
 
 def _broken(why: str) -> SampleError:

@@ -57,7 +57,7 @@ def numbers(images: list[Image.Image]) -> list[int]:
 
 
 def read(folder: Path, name: str, count: int, max_pixels: int = 10_000) -> list[Image.Image]:
-    frames = read_frames(str(folder), name, count, max_pixels=max_pixels)
+    frames = read_frames(str(folder), name, count, Image.Image.copy, max_pixels=max_pixels)
     assert len(frames) == num_frames(str(folder), name, count, max_pixels=max_pixels)
     return frames
 
@@ -114,7 +114,7 @@ Damage = Callable[[bytes], bytes]
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "empty": (lambda data: b"", "damaged, or of another kind"),
     "noise": (lambda data: b"noise" * 1000, "damaged, or of another kind"),
-    "half": (lambda data: data[: len(data) // 2], "damaged|ends after|no frames"),
+    "half": (lambda data: data[: len(data) // 2], "damaged|ends after|no frames|no video stream"),
     "an image": (lambda data: b"\x89PNG\r\n\x1a\n" + data, "damaged, or of another kind"),
     "a playlist": (lambda data: b"#EXTM3U\n#EXTINF:9,\n/etc/passwd\n", "damaged, or of another"),
     "a list": (lambda data: b"ffconcat version 1.0\nfile a.mp4\n", "damaged, or of another"),
@@ -192,7 +192,7 @@ resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
 found = {}
 for path in Path(sys.argv[1]).glob("*.mp4"):
     try:
-        found[path.name] = len(read_frames(sys.argv[1], path.name, 8, max_pixels=10_000))
+        found[path.name] = len(read_frames(sys.argv[1], path.name, 8, id, max_pixels=10_000))
     except SampleError as error:
         found[path.name] = str(error.reason)
 print(json.dumps(found))
@@ -266,6 +266,13 @@ def test_records_name_videos(written: Any, expected: tuple[str | Video, ...], te
     assert conversation.turns[0].text == text
     files = [one.paths if isinstance(one, Video) else (one,) for one in expected]
     assert sorted(image_paths(written)) == sorted(path for paths in files for path in paths)
+
+
+def test_a_placeholder_is_not_made_of_two_turns() -> None:
+    turns = [*shown("<video>What<vid")["conversations"], *shown("eo>more")["conversations"]]
+    conversation = parse_record({"conversations": turns, "video": "a.mp4"})
+    assert conversation.images == (FILE,)
+    assert conversation.turns[2].text == "eo>more"
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from megatron_dattn.data.videos import has_av
 from megatron_dattn.errors import CheckpointError, DataError
 from megatron_dattn.inference import Prompt, encode_images, generate, generate_tokens, load_model
-from megatron_dattn.inference.prompt import read_image
+from megatron_dattn.inference.image_cache import can_keep_images
+from megatron_dattn.inference.prompt import read_image, video_of
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tools.generate import main
 
@@ -123,6 +126,54 @@ def test_kept_images_and_files_answer_alike(base):
         assert answers[0] == answers[1]
     with pytest.raises(DataError, match=r"none\.png"):
         encode_images(loaded, [base[0] / "none.png"])
+    destroy_distributed()
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A folder with the twelve frames of a video."""
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", (40, 20), (20 * number, 99, 50)).save(folder / f"{number:02}.png")
+    return folder
+
+
+def test_a_video_is_asked_about_by_its_frames(base, loaded, clip):
+    video = video_of(clip)
+    prompt = Prompt.from_question(loaded, "why?", [base[0] / "0.png", video])
+    first, second = Prompt.from_question(
+        loaded, "why?", [base[0] / "0.png"] * 2
+    ).tokens.image_offsets
+    assert prompt.tokens.image_offsets == (first, *[second] * 8)
+    reds = [int(square[0, 0, 0]) // 20 for square in prompt.pixels[1:]]
+    assert reds == [0, 1, 3, 4, 6, 7, 9, 11]
+    answer = generate_tokens(loaded, [prompt], max_new_tokens=6)
+    if can_keep_images(loaded):
+        kept = encode_images(loaded, [base[0] / "0.png", video])
+        assert [len(image.squares) for image in kept] == [1, 8]
+        again = Prompt.from_question(loaded, "why?", kept)
+        assert generate_tokens(loaded, [again], max_new_tokens=6) == answer
+
+
+def test_a_video_that_cannot_be_used_is_named(loaded, clip, tmp_path):
+    (clip / "03.png").write_bytes(b"noise")
+    with pytest.raises(DataError, match=r"^video .*00\.png'.*not an image"):
+        Prompt.from_question(loaded, "why?", [video_of(clip)])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="none' has no frames"):
+        video_of(tmp_path / "none")
+    if has_av():
+        with pytest.raises(DataError, match=r"away\.mp4.*No such file"):
+            Prompt.from_question(loaded, "why?", [video_of(tmp_path / "away.mp4")])
+
+
+def test_command_line_asks_about_a_video(base, clip, capsys):
+    call = ["--max-new-tokens", "4", "--checkpoint", f"{base[0]}/dattn", "--question", "why?"]
+    assert main([*call, "--video", str(clip)]) == 0
+    loaded = load_model(base[0] / "dattn")
+    prompt = Prompt.from_question(loaded, "why?", [video_of(clip)])
+    assert capsys.readouterr().out.strip() == generate(loaded, [prompt], max_new_tokens=4)[0]
     destroy_distributed()
 
 
