@@ -25,7 +25,13 @@ from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer
 from megatron_dattn.data.videos import Video, evenly, num_frames, read_frames, upright
 from megatron_dattn.errors import ConfigError
-from tests.unit.data.builders import make_tokenizer, record
+from tests.unit.data.builders import (
+    data_config,
+    make_dataset,
+    make_loader,
+    make_tokenizer,
+    record,
+)
 
 SIZE = (32, 16)
 LEVELS = 8  # of red between one frame and the next
@@ -168,6 +174,16 @@ def test_without_pyav_a_file_says_what_to_install(
     monkeypatch.setattr(videos, "has_av", lambda: False)
     with pytest.raises(ConfigError, match=r"pip install 'megatron_dattn\[video\]'"):
         read(tmp_path, "a.mp4", 8)
+
+
+def test_a_run_without_pyav_ends_with_the_remedy(
+    processor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(videos, "has_av", lambda: False)
+    dataset = make_dataset(tmp_path, [shown("<video>what ?", video="a.mp4")])
+    loader = make_loader(data_config(processor), [dataset], training=False)
+    with pytest.raises(ConfigError, match="pip install"):
+        list(loader)
 
 
 def test_a_long_video_is_read_in_little_memory_and_silence(tmp_path: Path) -> None:
