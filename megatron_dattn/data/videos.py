@@ -145,7 +145,7 @@ class _OpenVideo:
         self._max_pixels = max_pixels
         self._check_size(codec)
         codec.thread_count = 1  # every thread of a decoder keeps frames of its own
-        codec.options = {"max_pixels": _allocation(max_pixels), "err_detect": "explode"}
+        codec.options = {"max_pixels": _allocation(max_pixels)}
         self._find_times()
         self._decoder: Iterator[Any] = iter(())
         self._at: int | None = None  # time of the frame that was decoded last
@@ -182,11 +182,11 @@ class _OpenVideo:
         if self._at is None or time <= self._at or self._key_before(time) > self._at:
             self._seek(time)
         frame = self._next_at(time)
-        if frame is None or (frame.pts is not None and frame.pts > time):
-            # Containers without an index are sought by what they have, which may be too late.
+        if frame is None or frame.is_corrupt or frame.pts > time:
+            # Where a container has no index, or a stream no clean start there, from its beginning.
             self._seek(self.times[0])
             frame = self._next_at(time)
-        if frame is None:
+        if frame is None or frame.is_corrupt:
             raise _broken(f"frame {number} of {len(self.times)} cannot be decoded")
         self._check_size(frame)
         return upright(frame.to_image(), frame.rotation)
