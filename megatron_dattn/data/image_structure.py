@@ -82,7 +82,7 @@ def _png_chunks(data: bytes) -> Iterator[int]:
 
 
 def has_late_notes(data: bytes) -> bool:
-    """Whether a PNG has notes behind its pixels, where Pillow finds them only by decoding."""
+    """True if there may be notes behind the pixels, where Pillow finds a PNG's only by decoding."""
     if not data.startswith(_PNG):
         return True
     kinds = (data[place + 4 : place + 8] for place in _png_chunks(data))

@@ -100,7 +100,7 @@ class ImagePreprocessor:
         return 1 + max(tiles, default=0)
 
     def num_squares(self, data: bytes) -> int:
-        """How many squares a file becomes, from its headers. Raises as `squares`."""
+        """Number of squares that a file becomes, from its headers. Raises as `squares`."""
         if self.resolutions is None:
             return 1
         size = image_size(data, max_pixels=self.max_pixels)

@@ -9,12 +9,12 @@ from megatron_dattn.data.videos import Video, evenly, num_frames, read_frames
 
 
 def may_be_several(image: str | Video, preprocessor: ImagePreprocessor) -> bool:
-    """Whether files must be looked at to know how many squares it becomes."""
+    """True if files must be looked at to know how many squares it becomes."""
     return isinstance(image, Video) or preprocessor.max_squares > 1
 
 
 def count_squares(image: str | Video, root: ImageRoot, preprocessor: ImagePreprocessor) -> int:
-    """How many squares `read_squares` returns; nothing is decoded. Raises as it does."""
+    """Number of squares that `read_squares` returns; nothing is decoded. Raises as it does."""
     if not isinstance(image, Video):
         return preprocessor.num_squares(read_image_file(root, image))
     count, pixels = preprocessor.video_frames, preprocessor.max_pixels

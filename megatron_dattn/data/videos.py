@@ -56,14 +56,14 @@ def evenly(total: int, count: int) -> list[int]:
 
 
 def num_frames(root: ImageRoot, path: str, count: int, *, max_pixels: int) -> int:
-    """How many frames `read_frames` would return; nothing is decoded. Raises as it does."""
+    """Number of frames that `read_frames` returns; nothing is decoded. Raises as it does."""
     return _read(root, path, max_pixels, lambda video: len(evenly(len(video.times), count)))
 
 
 def read_frames(
     root: ImageRoot, path: str, count: int, make: Callable[[Image.Image], Read], *, max_pixels: int
 ) -> list[Read]:
-    """What is made of at most `count` frames of a video file below `root`.
+    """Make something of at most `count` frames of a video file below `root`.
 
     Args:
         make: is given a frame, upright and in RGB; no two frames are kept at a time.
@@ -115,12 +115,21 @@ def _opened(root: ImageRoot, path: str, max_pixels: int) -> Iterator["_OpenVideo
         "protocol_whitelist": "none",
         "max_pixels": _allocation(max_pixels),
     }
-    try:
-        with opened_file(root, path) as file, av.open(file, options=options) as container:
-            yield _OpenVideo(container, max_pixels)
-    except av.FFmpegError as error:
-        # Out of memory too: a damaged file asks FFmpeg for any amount.
-        raise _broken(f"the video is damaged, or of another kind: {error.strerror}") from error
+    with opened_file(root, path) as file:
+        try:
+            with av.open(file, options=options) as container:
+                yield _OpenVideo(container, max_pixels)
+        except av.FFmpegError as error:
+            # Out of memory too: a damaged file asks FFmpeg for any amount.
+            why = error.strerror
+        except (UserError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            # As of Pillow's decoders: damaged bytes are the sample's fault, whatever they raise.
+            why = f"{type(error).__name__}: {error}"
+        else:
+            return
+    raise _broken(f"the video is damaged, or of another kind: {why}")
 
 
 class _OpenVideo:

@@ -39,6 +39,7 @@ COVERED_BY = {
     "conversion/verify/imported_vlm": "unit/conversion/hf_import/test_vlm_source.py",
     "conversion/verify/parity": "distributed/test_import_layouts.py",
     # Stations of a record on its way through the loader.
+    "data/config": "unit/data/test_loader.py",
     "data/dataset": "unit/data/test_loader.py",
     "data/image_settings": "unit/data/test_images.py",
     "data/prepare_targets": "unit/data/test_prepare.py",

@@ -213,6 +213,7 @@ for path in Path(sys.argv[1]).glob("*.mp4"):
         found[path.name] = len(read_frames(sys.argv[1], path.name, 8, id, max_pixels=10_000))
     except SampleError as error:
         found[path.name] = str(error.reason)
+        assert found[path.name] == "broken_video", error
 print(json.dumps(found))
 """
     done = subprocess.run(
