@@ -92,7 +92,11 @@ def _kinds() -> Iterator[Case]:
     image = photo()
     grey = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     frames: dict[str, Any] = {"save_all": True, "append_images": [image.rotate(90)]}
-    yield "cmyk.jpg", encoded(image.convert("CMYK"), "JPEG"), {GOOD}
+    cmyk = encoded(image.convert("CMYK"), "JPEG")
+    yield "cmyk.jpg", cmyk, {GOOD}
+    # Adobe's marker says how colours are stored in its last byte: 2 is YCCK.
+    place = cmyk.index(b"Adobe") + 11
+    yield "ycck.jpg", cmyk[:place] + b"\2" + cmyk[place + 1 :], {GOOD}
     yield "grey.jpg", encoded(image.convert("L"), "JPEG"), {GOOD}
     yield "deep.png", encoded(grey), {GOOD}
     yield "deep.tif", encoded(grey, "TIFF"), {BROKEN}
