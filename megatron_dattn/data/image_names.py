@@ -12,6 +12,7 @@ from megatron_dattn.data.conversation import image_paths
 from megatron_dattn.data.image_files import images_of, read_image_file
 from megatron_dattn.data.rejection import SampleError
 
+_FILE_KEYS = ("image", "images", "video", "videos")
 _STARTS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"GIF8", "gif"))
 
 
@@ -59,5 +60,15 @@ def with_own_names(
         else:
             names[path] = name(f"{len(files)}.{image_kind(data)}")
             files[names[path]] = data
-    renamed = {key: value for key, value in as_llava(record).items() if key != "images"}
-    return {**renamed, "image": [names[path] for path in paths]}, files, len(names) - len(files)
+    renamed = {
+        key: _renamed(value, names) if key in _FILE_KEYS else value
+        for key, value in as_llava(record).items()
+    }
+    return renamed, files, len(names) - len(files)
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """A name, or names in lists as they stand there: of images, videos, a video's frames."""
+    if isinstance(value, list):
+        return [_renamed(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value

@@ -270,7 +270,7 @@ def test_missing_images_are_left_out_or_named(
     assert prepare(source, tmp_path / "out") == 0
     assert "2 images are not there: --drop-missing" in capsys.readouterr().out
     rows = dict(ShardRows(open_shards(tmp_path / "out" / "lla.va")).rows([0, 6]))
-    assert rows[0]["image"] == ["./none.png"]
+    assert rows[0]["image"] == "./none.png"
     assert rows[6]["image"] == ["0.png", "./0.png"]
     assert prepare(source, tmp_path / "dropped", "--drop-missing") == 0
     assert "2 without their images left out" in capsys.readouterr().out
