@@ -45,7 +45,7 @@ class DataConfig:
     text_budget: int = 4096
     """Text tokens of one pack, padding included. A text of more characters than so many of the
     vocabulary's longest tokens have is refused (or cut) before it is tokenised."""
-    packing_buffer_size: int = 32
+    packing_buffer_size: int = 64
     """Samples looked at together when packs are filled."""
     shuffle_buffer_size: int | None = None
     """Without effect, and reported where it is set: an epoch is shuffled as a whole."""

@@ -13,18 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import webdataset.utils
 from megatron.core.msc_utils import MultiStorageClientFeature
-from megatron.energon import (
-    SavableDataLoader,
-    SavableDataset,
-    TaskEncoder,
-    WorkerConfig,
-    stateless,
-)
+from megatron.energon import SavableDataset, WorkerConfig
 from megatron.energon.errors import reraise_exception
-from megatron.energon.flavors.crude import CrudeSample
 from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 from megatron.energon.savable_loader import BasicDataLoader
-from megatron.energon.wrappers import MapDataset, PackingDataset
 
 # Somebody may have imported webdataset before us; it consults this flag at every use.
 webdataset.utils.enforce_security = True
@@ -32,14 +24,8 @@ MultiStorageClientFeature.disable()
 
 __all__ = [
     "BasicDataLoader",
-    "CrudeSample",
-    "MapDataset",
-    "PackingDataset",
-    "SavableDataLoader",
     "SavableDataset",
-    "TaskEncoder",
     "WebdatasetPreparator",
     "WorkerConfig",
     "reraise_exception",
-    "stateless",
 ]

@@ -27,9 +27,8 @@ def records_per_epoch(num_records: int, weight: float) -> int:
 
 @dataclass(frozen=True)
 class Records:
-    """Records that follow each other in a stream, as arrays of the same length."""
+    """Records at some positions of the sequence, as arrays of the same length."""
 
-    positions: np.ndarray  # int64: where in the endless sequence
     files: np.ndarray  # int64: which file
     numbers: np.ndarray  # int64: which record of it
 
@@ -57,15 +56,19 @@ class EpochOrder:
     def epoch(self, position: int) -> int:
         return position // self.length
 
-    def records(self, first: int, step: int, count: int) -> Records:
-        """Up to `count` records at first, first + step, ..., as far as they are of one epoch.
+    def records(self, positions: np.ndarray) -> Records:
+        """The records at int64 positions of any epochs, in any order."""
+        files, numbers = np.empty_like(positions), np.empty_like(positions)
+        epochs = positions // self.length
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            files[chosen], numbers[chosen] = self._of_epoch(epoch, positions[chosen])
+        return Records(files, numbers)
 
-        At least one is returned.
-        """
-        epoch = self.epoch(first)
-        end = min((epoch + 1) * self.length, first + step * count)
-        positions = np.arange(first, end, step, dtype=np.int64)
-        drawn = shuffled(positions - epoch * self.length, self.length, self._key("epoch", epoch))
+    def _of_epoch(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Files and numbers of the records at positions of one epoch."""
+        places = positions - epoch * self.length
+        drawn = shuffled(places, self.length, self._key("epoch", epoch))
         ends = np.cumsum(self.quotas)
         files = np.searchsorted(ends, drawn, side="right")
         numbers = np.empty_like(drawn)
@@ -73,7 +76,7 @@ class EpochOrder:
             chosen = files == file
             start = int(ends[file]) - self.quotas[file]
             numbers[chosen] = self._numbers(int(file), epoch, drawn[chosen] - start)
-        return Records(positions, files, numbers)
+        return files, numbers
 
     def _numbers(self, file: int, epoch: int, places: np.ndarray) -> np.ndarray:
         """Records at some places of a file's quota in an epoch.

@@ -8,26 +8,41 @@ the very batch that would have come next.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data.config import DataConfig, DatasetConfig
 from megatron_dattn.data.dataset import PreparedDataset, open_dataset
 from megatron_dattn.data.encoder import ModelSizes, sample_encoder
-from megatron_dattn.data.energon import PackingDataset, WorkerConfig, reraise_exception
+from megatron_dattn.data.energon import WorkerConfig, reraise_exception
 from megatron_dattn.data.epochs import records_per_epoch
-from megatron_dattn.data.loader_state import dump_state, load_state
+from megatron_dattn.data.loader_state import (
+    ENERGONS_VERSION,
+    RANK,
+    RANKS,
+    STATE_VERSION,
+    WORKERS,
+    dump_state,
+    load_state,
+    make_state,
+    places_of,
+)
+from megatron_dattn.data.older_loader_state import places_from_energon
 from megatron_dattn.data.packing import buffer_size
-from megatron_dattn.data.record_source import TrainingRecords, ValidationRecords
+from megatron_dattn.data.places import StreamPlace
+from megatron_dattn.data.record_source import (
+    RecordSource,
+    TrainingRecords,
+    ValidationRecords,
+)
 from megatron_dattn.data.rejection import Rejection
 from megatron_dattn.data.sample import LoadedPack
 from megatron_dattn.data.skipped_samples import LoaderCounters, count_pack, most_in_a_row
-from megatron_dattn.data.task_encoder import VLMTaskEncoder
-from megatron_dattn.data.workers import ResumableLoader, basic_loader, savable_loader
+from megatron_dattn.data.task_encoder import PackStream, VLMTaskEncoder
+from megatron_dattn.data.workers import WatchedLoader, watched_loader
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
 
-STATE_VERSION = 2
 _BEFORE_VIDEOS = {"data.video_frames": DataConfig.video_frames}  # states that do not name it
 
 logger = logging.getLogger(__name__)
@@ -110,13 +125,19 @@ class VLMLoader:
         self._identity = identity
         self._counters = LoaderCounters()
         self._training = source.training
-        self._loader: ResumableLoader | None = source.savable_loader() if self._training else None
+        self._records = source.records()
+        self._loader = self._new_loader() if self._training else None
         self._endless: Iterator[PackedBatch] | None = None
+        self._last: dict[int, LoadedPack] = {}  # of each stream, without its batch
+        self._next_stream = 0
+
+    def _new_loader(self) -> WatchedLoader:
+        return self._source.loader(self._records)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         if self._loader is None:
             self._counters = LoaderCounters()
-            return self._batches(self._source.basic_loader())
+            return self._batches(self._new_loader())
         if self._endless is None:
             self._endless = self._batches(self._loader)
         return self._endless
@@ -126,15 +147,15 @@ class VLMLoader:
         return self._counters.copy()
 
     def save_state(self) -> bytes:
-        """The place of the loader: its state after the batch that was given out last."""
-        return dump_state(
-            {
-                "version": STATE_VERSION,
-                "identity": self._identity,
-                "counters": self._counters.as_dict(),
-                "energon": self._require_training().save_state_rank(),
-            }
-        )
+        """The place of the loader after the batch that was given out last; no worker is asked."""
+        return dump_state(make_state(self._identity, self._counters, self._places()))
+
+    def _places(self) -> list[StreamPlace]:
+        """The places of the streams, the one that gives the next pack first."""
+        places = list(self._training_records().places)
+        for stream, pack in self._last.items():
+            places[stream] = places[stream].after(pack.num_drawn, pack.waiting)
+        return places[self._next_stream :] + places[: self._next_stream]
 
     def restore_state(self, data: bytes) -> None:
         """Continue where `save_state` was called; to be called before iterating.
@@ -142,11 +163,12 @@ class VLMLoader:
         Raises:
             CheckpointError: the state is damaged, or was saved with other data or settings.
         """
-        loader = self._require_training()
+        records = self._training_records()
         if self._endless is not None:
             raise RuntimeError("restore_state must be called before the loader is iterated")
         state = load_state(data)
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+        version = state.get("version") if isinstance(state, dict) else None
+        if version not in (STATE_VERSION, ENERGONS_VERSION):
             raise CheckpointError(
                 "the data loader's state was saved by a version that ordered samples differently; "
                 "resume with that version, or start the stage anew from these weights with "
@@ -154,7 +176,13 @@ class VLMLoader:
             )
         _require_same({**_BEFORE_VIDEOS, **state["identity"]}, self._identity)
         self._counters = LoaderCounters(**state["counters"])
-        loader.restore_state_rank(state["energon"])
+        if version == STATE_VERSION:
+            records.places = places_of(state)
+        else:
+            looked_at = state["identity"]["data.packing_buffer_size"]
+            records.places = places_from_energon(
+                state["energon"], records, self._source.task_encoder, looked_at
+            )
 
     def _batches(self, loader: Any) -> Iterator[PackedBatch]:
         pack: LoadedPack
@@ -162,6 +190,8 @@ class VLMLoader:
         for pack in loader:
             if pack.failure is not None:
                 raise pack.failure
+            self._last[pack.stream] = replace(pack, batch=None)
+            self._next_stream = (pack.stream + 1) % max(1, self._source.workers.num_workers)
             used = pack.batch.num_samples if pack.batch is not None else 0
             count_pack(self._counters, used, pack.rejections, fail=fail)
             if pack.batch is not None:
@@ -180,15 +210,15 @@ class VLMLoader:
                 "tools/check_data.py lists what is wrong with a data set"
             )
 
-    def _require_training(self) -> ResumableLoader:
-        if self._loader is None:
+    def _training_records(self) -> TrainingRecords:
+        if not isinstance(self._records, TrainingRecords):
             raise RuntimeError("a validation loader has no state: every iteration starts anew")
-        return self._loader
+        return self._records
 
 
 @dataclass(frozen=True)
 class _PackSource:
-    """Makes Energon's chain of data sets; a new chain starts from the first sample."""
+    """Makes what the loader consists of."""
 
     config: DataConfig
     datasets: list[PreparedDataset]
@@ -197,23 +227,15 @@ class _PackSource:
     seed: int
     training: bool
 
-    def savable_loader(self) -> ResumableLoader:
-        return savable_loader(self._chain(), self.config.worker_timeout_seconds or None)
+    def records(self) -> TrainingRecords | ValidationRecords:
+        if self.training:
+            return TrainingRecords(self.datasets, self.workers, self.seed)
+        return ValidationRecords(self.datasets, self.workers)
 
-    def basic_loader(self) -> Any:
-        return basic_loader(self._chain())
-
-    @property
-    def packing_buffer_size(self) -> int:
-        return buffer_size(self.config.packing_buffer_size, self.task_encoder.max_samples)
-
-    def _chain(self) -> PackingDataset:
-        records = (
-            TrainingRecords(self.datasets, self.workers, self.seed)
-            if self.training
-            else ValidationRecords(self.datasets, self.workers)
-        )
-        return self.task_encoder.build_chain(records, packing_buffer_size=self.packing_buffer_size)
+    def loader(self, records: RecordSource) -> WatchedLoader:
+        size = buffer_size(self.config.packing_buffer_size, self.task_encoder.max_samples)
+        stream = PackStream(records, self.task_encoder, buffer_size=size)
+        return watched_loader(stream, self.config.worker_timeout_seconds or None)
 
 
 def _identity(
@@ -221,10 +243,9 @@ def _identity(
 ) -> dict[str, Any]:
     """What must be the same for a state to mean the same samples."""
     return {
-        "data-parallel rank": source.workers.rank,
-        "data-parallel size": source.workers.world_size,
-        "data.num_workers": config.num_workers,
-        "data.packing_buffer_size": source.packing_buffer_size,
+        RANK: source.workers.rank,
+        RANKS: source.workers.world_size,
+        WORKERS: config.num_workers,
         "data.visual_budget": config.visual_budget,
         "data.text_budget": config.text_budget,
         "data.template": source.task_encoder.encoder.tokenizer.identity,

@@ -1,15 +1,26 @@
-"""Which samples share a pack: first fit over a buffer of samples.
+"""Which samples share a pack: the best filling that a look-ahead buffer of samples allows.
 
-A pack is full when its visual tokens, its text tokens or its number of samples are used up. First
-fit keeps the samples' order as far as it can, so that a shuffled stream stays shuffled (sorting by
-size would fill slightly better and put all long samples together). Where an epoch ends, the pack
-that its last samples began is filled up by the next epoch's first ones, and no earlier pack is:
-packs give out an epoch to its last sample before they give out another.
+A pack has room for so many visual tokens, text tokens and samples. The oldest sample of the buffer
+opens it, so that none waits for ever; the others are chosen from the whole buffer, each so that the
+room that is left is filled evenly, and then exchanged one by one as long as that leaves less of it.
+Packs that are full of both kinds of tokens cost the same whatever each kind costs, which is what
+keeps data-parallel ranks, each packing for itself, from waiting for each other.
+
+What is chosen follows from the samples in the buffer alone: no random number, no memory of earlier
+packs, and no size that other ranks would have to know.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+
+_MOST_EXCHANGES = 8
+# Below this share of a budget a kind of tokens is held to the share that the buffer has of it: the
+# budget is not the limit, and filling it would leave packs for later that hold little of the kind.
+_LOOSE = 0.75
+_ROUNDING = 1e-9
 
 
 class Sized(Protocol):
@@ -25,64 +36,127 @@ class Sized(Protocol):
     def epoch(self) -> int: ...
 
 
-@dataclass
-class _OpenPack:
-    visual_room: int
-    text_room: int
-    sample_room: int
-    members: list[int] = field(default_factory=list)
+@dataclass(frozen=True)
+class Budgets:
+    """What a pack has room for."""
 
-    def takes(self, sample: Sized) -> bool:
-        return (
-            self.sample_room > 0
-            and sample.num_visual_tokens <= self.visual_room
-            and sample.num_text_tokens <= self.text_room
-        )
+    visual: int
+    text: int
+    samples: int
 
-    def add(self, index: int, sample: Sized) -> None:
-        self.visual_room -= sample.num_visual_tokens
-        self.text_room -= sample.num_text_tokens
-        self.sample_room -= 1
-        self.members.append(index)
+    def sizes(self, samples: Sequence[Sized]) -> np.ndarray:
+        """float64 [2, samples]: shares of the visual and of the text budget."""
+        visual = [sample.num_visual_tokens for sample in samples]
+        text = [sample.num_text_tokens for sample in samples]
+        return np.array([visual, text]) / np.array([[self.visual], [self.text]])
 
 
-def pack_samples(
-    samples: Sequence[Sized],
-    *,
-    visual_budget: int,
-    text_budget: int,
-    max_samples: int,
-    keep_order: bool = False,
-) -> list[list[int]]:
-    """Distribute samples over packs; every index comes back exactly once.
+def choose_pack(samples: Sequence[Sized], budgets: Budgets, *, keep_order: bool) -> list[int]:
+    """The samples of the next pack, in their order; the first is always one of them.
 
     Args:
-        keep_order: only ever add to the newest pack, so that the packs read one after the other
-            give the samples in their order.
+        samples: the buffer, at least one, the oldest first: of one epoch, or of an epoch's end and
+            what follows. An epoch is given out to its last sample before another begins; only the
+            pack that its last samples do not fill takes of the next.
+        keep_order: take the first samples, as many as fit.
 
     Raises:
-        ValueError: a sample does not fit an empty pack.
+        ValueError: the first sample does not fit an empty pack.
     """
-    packs: list[_OpenPack] = []
-    num_closed = 0  # packs that hold samples of an earlier epoch, but for the newest
-    for index, sample in enumerate(samples):
-        if keep_order or (index and sample.epoch != samples[index - 1].epoch):
-            num_closed = max(0, len(packs) - 1)
-        candidates = packs[num_closed:]
-        pack = next((pack for pack in candidates if pack.takes(sample)), None)
-        if pack is None:
-            pack = _OpenPack(visual_budget, text_budget, max_samples)
-            if not pack.takes(sample):
-                raise ValueError(
-                    f"sample {index} has {sample.num_visual_tokens} visual and "
-                    f"{sample.num_text_tokens} text tokens; the budgets are {visual_budget} and "
-                    f"{text_budget}"
-                )
-            packs.append(pack)
-        pack.add(index, sample)
-    return [pack.members for pack in packs]
+    sizes = budgets.sizes(samples)
+    if (sizes[:, 0] > 1).any():
+        raise ValueError(
+            f"a sample has {samples[0].num_visual_tokens} visual and {samples[0].num_text_tokens} "
+            f"text tokens; the budgets are {budgets.visual} and {budgets.text}"
+        )
+    fitting = _fitting_from_the_first(sizes[:, : budgets.samples])
+    # Where the number of samples is the limit, no other choice has more of them.
+    if keep_order or fitting == budgets.samples:
+        return list(range(fitting))
+    of_epoch = sum(sample.epoch == samples[0].epoch for sample in samples)
+    pack = _Pack(sizes[:, :of_epoch], budgets.samples, [0])
+    pack.fill()
+    if len(pack.members) == of_epoch < len(samples):
+        pack = _Pack(sizes, budgets.samples, pack.members)
+        pack.fill()
+    return sorted(pack.members)
+
+
+def _fitting_from_the_first(sizes: np.ndarray) -> int:
+    """How many samples fit one pack, from the first on."""
+    return int((np.cumsum(sizes, axis=1) <= 1 + _ROUNDING).all(axis=0).sum())
+
+
+class _Pack:
+    """A pack that is being filled from candidates."""
+
+    def __init__(self, sizes: np.ndarray, max_samples: int, members: Sequence[int]) -> None:
+        """
+        Args:
+            sizes: float64 [2, candidates], shares of the budgets.
+            members: candidates that are in it and stay.
+        """
+        self.sizes = sizes
+        self.members = list(members)
+        self._num_kept = len(members)
+        self._max_samples = max_samples
+        self._free = np.ones(sizes.shape[1], dtype=bool)
+        self._free[self.members] = False
+        self._room = 1 - sizes[:, self.members].sum(axis=1)
+        self._mean = np.maximum(sizes.mean(axis=1), _ROUNDING)
+        shares = self._mean * min(max_samples, 1 / self._mean.max())
+        self._spare = np.where(shares < _LOOSE, 1 - shares, 0.0)  # of the room, to be left free
+
+    def fill(self) -> None:
+        """Add samples, then exchange some for others that fit better."""
+        while self._add():
+            pass
+        for _ in range(_MOST_EXCHANGES):
+            if not self._exchange():
+                return
+            self._add()
+
+    def _add(self) -> bool:
+        """Add the candidate nearest to an even filling of what is left; False if there is none."""
+        fits = self._free & (self.sizes <= self._room[:, None] + _ROUNDING).all(axis=0)
+        candidates = np.flatnonzero(fits)
+        num_more = self._max_samples - len(self.members)
+        if not len(candidates) or not num_more:
+            return False
+        missing = self._room - self._spare
+        # As many as the emptier budget asks for: small ones fit beside a large one.
+        num_wanted = min(num_more, max(1.0, (missing / self._mean).max()))
+        wanted = (missing / num_wanted)[:, None]
+        distances = np.abs(wanted - self.sizes[:, candidates]).sum(axis=0)
+        best = int(np.argmin(distances))
+        if num_wanted == 1 and distances[best] > np.abs(missing).sum():
+            return False  # only where a budget is loose: the pack is nearer to its share without
+        chosen = int(candidates[best])
+        self.members.append(chosen)
+        self._free[chosen] = False
+        self._room = self._room - self.sizes[:, chosen]
+        return True
+
+    def _exchange(self) -> bool:
+        """Make the exchange of one member that leaves the least room; False if none helps."""
+        free = np.flatnonzero(self._free)
+        exchangeable = np.array(self.members[self._num_kept :], dtype=np.int64)
+        if not len(free) or not len(exchangeable):
+            return False
+        without = self._room[:, None] + self.sizes[:, exchangeable]
+        rooms = without[:, :, None] - self.sizes[:, None, free]  # [2, members, candidates]
+        left = np.abs(rooms - self._spare[:, None, None]).sum(axis=0)
+        left[(rooms < -_ROUNDING).any(axis=0)] = np.inf
+        member, candidate = np.unravel_index(int(np.argmin(left)), left.shape)
+        if left[member, candidate] >= np.abs(self._room - self._spare).sum() - _ROUNDING:
+            return False
+        self._free[exchangeable[member]] = True
+        self._free[free[candidate]] = False
+        self.members[self._num_kept + int(member)] = int(free[candidate])
+        self._room = rooms[:, member, candidate]
+        return True
 
 
 def buffer_size(requested: int, max_samples: int) -> int:
-    """Samples looked at together: enough that one pack can be given out and one kept back."""
+    """Samples looked at together: enough that there is a choice."""
     return max(requested, 2 * max_samples)

@@ -8,20 +8,34 @@ Both layouts are Energon's, and give the same records in the same order.
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_dattn.data.dataset import PreparedDataset
-from megatron_dattn.data.energon import CrudeSample, SavableDataset, WorkerConfig
+from megatron_dattn.data.energon import SavableDataset, WorkerConfig
 from megatron_dattn.data.epochs import EpochOrder
 from megatron_dattn.data.image_files import ImageRoot
 from megatron_dattn.data.json_lines import JsonLines
+from megatron_dattn.data.places import first_places
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.data.shard_reader import ShardReader
 
-_KIND = "Row"  # stored in the loader's state, so it keeps its name
 _AT_A_TIME = 128  # records whose order is computed together
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """One record as it is stored."""
+
+    key: str
+    position: int
+    """In the sequence that all streams share."""
+    epoch: int
+    text: bytes | SampleError
+    """Its JSON, or why there is none to be parsed: that is counted where samples are made."""
+    image_root: ImageRoot
 
 
 class RecordSource(SavableDataset):
@@ -33,10 +47,12 @@ class RecordSource(SavableDataset):
         self._readers = [_reader(dataset) for dataset in datasets]
 
     @abstractmethod
-    def __iter__(self) -> Iterator[CrudeSample]: ...
+    def __iter__(self) -> Iterator[RawRecord]: ...
 
     def len_worker(self, worker_idx: int | None = None) -> int:
-        return sum(dataset.num_samples for dataset in self.datasets) // self.num_streams
+        workers = self.worker_config
+        num_streams = workers.world_size * max(1, workers.num_workers)
+        return sum(dataset.num_samples for dataset in self.datasets) // num_streams
 
     def worker_has_samples(self) -> bool:
         return True
@@ -46,12 +62,7 @@ class RecordSource(SavableDataset):
     def config(self) -> dict[str, Any]:
         return {"type": type(self).__qualname__, "worker_config": self.worker_config.config()}
 
-    @property
-    def num_streams(self) -> int:
-        """Processes that share the records: the loader workers of all data-parallel ranks."""
-        return self.worker_config.world_size * max(1, self.worker_config.num_workers)
-
-    def _sample(self, file: int, record: int, *, position: int, epoch: int) -> CrudeSample:
+    def _record(self, file: int, record: int, *, position: int, epoch: int) -> RawRecord:
         dataset = self.datasets[file]
         text: bytes | SampleError
         images: ImageRoot = str(dataset.image_root)
@@ -59,14 +70,14 @@ class RecordSource(SavableDataset):
             found = self._readers[file][record]
             text = found if isinstance(found, bytes) else found.text
             images = images if isinstance(found, bytes) else found.images
-        except SampleError as error:  # counted where samples are made
+        except SampleError as error:
             text = error
-        return CrudeSample(
-            __key__=f"{dataset.name}-{record:09d}",
-            __restore_key__=(_KIND, position),
-            json=text,
-            image_root=images,
+        return RawRecord(
+            key=f"{dataset.name}-{record:09d}",
+            position=position,
             epoch=epoch,
+            text=text,
+            image_root=images,
         )
 
 
@@ -77,9 +88,7 @@ def _reader(dataset: PreparedDataset) -> JsonLines | ShardReader:
 
 
 class TrainingRecords(RecordSource):
-    """This worker's share of an endless sequence of epochs."""
-
-    _savable_fields = ("_taken",)
+    """An endless sequence of epochs, shared by the streams of all data-parallel ranks."""
 
     def __init__(
         self, datasets: Sequence[PreparedDataset], worker_config: WorkerConfig, seed: int
@@ -90,41 +99,29 @@ class TrainingRecords(RecordSource):
             [dataset.weight for dataset in datasets],
             seed,
         )
-        self._taken = 0  # records that this worker has given out
+        self.places = first_places(
+            worker_config.rank, worker_config.world_size, worker_config.num_workers
+        )
+        """Where this rank's streams begin; to be changed before the loader processes start."""
 
-    def reset_state_own(self) -> None:
-        self._taken = 0
-
-    def __iter__(self) -> Iterator[CrudeSample]:
+    def __iter__(self) -> Iterator[RawRecord]:
+        place, drawn = self.places[self.worker_config.rank_worker_id()], 0
         while True:
-            first = self._stream() + self._taken * self.num_streams
-            for sample in self._samples(first, _AT_A_TIME):
-                self._taken += 1
-                yield sample
+            yield from self.at(place.positions(drawn, _AT_A_TIME))
+            drawn += _AT_A_TIME
 
-    def _stream(self) -> int:
-        workers = self.worker_config
-        return workers.rank * max(1, workers.num_workers) + workers.rank_worker_id()
-
-    def _samples(self, first: int, count: int) -> Iterator[CrudeSample]:
-        records = self.order.records(first, self.num_streams, count)
-        columns = np.stack([records.files, records.numbers, records.positions], axis=1).tolist()
+    def at(self, positions: np.ndarray) -> Iterator[RawRecord]:
+        """The records at int64 positions of the sequence."""
+        records = self.order.records(positions)
+        columns = np.stack([records.files, records.numbers, positions], axis=1).tolist()
         for file, record, position in columns:
-            yield self._sample(file, record, position=position, epoch=self.order.epoch(position))
-
-    def can_restore_sample(self) -> bool:
-        return True
-
-    def restore_sample(self, restore_key: tuple[Any, ...]) -> CrudeSample:
-        kind, position = restore_key
-        assert kind == _KIND
-        return next(self._samples(position, 1))
+            yield self._record(file, record, position=position, epoch=self.order.epoch(position))
 
 
 class ValidationRecords(RecordSource):
     """This rank's share of all records, once and in order: neighbouring records stay together."""
 
-    def __iter__(self) -> Iterator[CrudeSample]:
+    def __iter__(self) -> Iterator[RawRecord]:
         ends = np.cumsum([dataset.num_samples for dataset in self.datasets])
         total, workers = int(ends[-1]), self.worker_config
         assert workers.num_workers == 0, "validation loads in the trainer's process"
@@ -134,4 +131,4 @@ class ValidationRecords(RecordSource):
         for position in range(start, stop):
             file = int(np.searchsorted(ends, position, side="right"))
             record = position - int(ends[file]) + self.datasets[file].num_samples
-            yield self._sample(file, record, position=position, epoch=0)
+            yield self._record(file, record, position=position, epoch=0)

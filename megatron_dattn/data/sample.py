@@ -1,11 +1,11 @@
 """What travels from the data workers to the model: encoded samples and the packs made of them.
 
-Energon tracks every object by two attributes, `__key__` and `__restore_key__`; the classes that
-pass through it carry them.
+Energon tracks what its loaders give out by two attributes, `__key__` and `__restore_key__`; so
+packs have them, though nothing is restored by them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ class EncodedSample:
     What a square is: see `ImagePreprocessor`. For the model each is an image.
     """
 
-    __key__: str
-    __restore_key__: tuple[Any, ...]
+    key: str
+    position: int  # in the sequence that all streams share
+    epoch: int  # in which the sample takes its turn, counted from 0
     input_ids: np.ndarray  # int64 [text tokens]
     labels: (
         np.ndarray
@@ -35,7 +36,6 @@ class EncodedSample:
     image_offsets: tuple[int, ...]  # per image: text tokens before it
     images: list[np.ndarray]  # uint8 [image_size, image_size, 3] each
     grid: tuple[int, int]  # patch rows, patch columns of every image
-    epoch: int  # in which the sample takes its turn, counted from 0
 
     @property
     def num_text_tokens(self) -> int:
@@ -50,23 +50,28 @@ class EncodedSample:
 class RejectedSample:
     """A sample that cannot be used; it takes its turn in the stream so that it is counted once."""
 
-    __key__: str
-    __restore_key__: tuple[Any, ...]
+    position: int
     rejection: Rejection
 
 
 @dataclass
 class LoadedPack:
-    """What a worker sends: a batch (None if every sample was rejected), and the rejections.
+    """What a worker sends: a batch, or a rejected sample.
 
     Or the error that ended its work: raised in the worker, it would arrive as a traceback.
     """
 
-    __key__: str
-    __restore_key__: tuple[Any, ...]
-    batch: PackedBatch | None
-    rejections: tuple[Rejection, ...]
+    batch: PackedBatch | None = None
+    rejections: tuple[Rejection, ...] = ()
     failure: UserError | None = None
+    stream: int = 0
+    """Of the rank's streams, the one that it is from."""
+    num_drawn: int = 0
+    """Positions that the stream has drawn since it began, up to this pack."""
+    waiting: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64: those of them that wait in the packing buffer, in their order."""
+    __key__: str = ""
+    __restore_key__: tuple[Any, ...] = ()
 
     def pin_memory(self) -> "LoadedPack":
         return replace(self, batch=self.batch and self.batch.pin_memory())
@@ -99,7 +104,7 @@ def build_batch(
         labels=_padded([sample.labels for sample in samples], text_budget, IGNORED_LABEL),
         pixel_values=preprocessor.stack(images),
         pixel_scale=preprocessor.pixel_scale,
-        sample_keys=[sample.__key__ for sample in samples],
+        sample_keys=[sample.key for sample in samples],
     )
 
 

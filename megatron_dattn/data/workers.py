@@ -1,8 +1,8 @@
-"""Energon's loaders with workers that behave when things go wrong.
+"""Energon's loader with workers that behave when things go wrong.
 
 A worker outlives the signals that end a run: the scheduler sends SIGTERM to the whole process
-group, but only the trainer may decide what happens, since saving the loader's state needs the
-workers. It ends with the trainer, however that ends. A worker that is gone or does not answer is an
+group, but only the trainer may decide what happens, and it goes on to the end of a step. It ends
+with the trainer, however that ends. A worker that is gone or does not answer is an
 error (worker_iterator.py), where Energon would wait for ever.
 
 What workers send goes through pipes as plain bytes. torch would put it into /dev/shm: Docker gives
@@ -16,7 +16,6 @@ import ctypes
 import errno
 import gc
 import os
-import queue
 import signal
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -26,12 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_dattn.data.energon import BasicDataLoader, SavableDataLoader, SavableDataset
-from megatron_dattn.data.worker_iterator import Patience, WatchedIterator
+from megatron_dattn.data.energon import BasicDataLoader, SavableDataset
+from megatron_dattn.data.worker_iterator import WatchedIterator
 from megatron_dattn.errors import DataError
 
 PREFETCHED_PACKS = 2  # per worker
-STATE_INTERVAL = 10.0  # seconds between the states a worker keeps; a resume re-reads at most this
 
 # In the trainer's process the garbage collector and its time are the trainer's.
 _IN_PROCESS: dict[str, Any] = {"gc_collect_every_n_steps": 0, "watchdog_timeout_seconds": None}
@@ -39,13 +37,13 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _SEMAPHORE_FOLDER = "/dev/shm"  # of the C library
 _SEMAPHORES = 8  # torch's: a queue of packs and an event
-_SEMAPHORES_PER_WORKER = 9  # a queue of commands of torch's, and two of Energon's
+_SEMAPHORES_PER_WORKER = 3  # a queue of commands
 
 
-def savable_loader(
+def watched_loader(
     dataset: SavableDataset, worker_timeout_seconds: float | None = None
-) -> "ResumableLoader":
-    """A loader whose state can be saved, for training.
+) -> "WatchedLoader":
+    """A loader of what the dataset gives, by as many processes as its settings say.
 
     Args:
         worker_timeout_seconds: how long a worker may be waited for; None for ever.
@@ -59,18 +57,11 @@ def savable_loader(
         options = _IN_PROCESS
     with _one_error():
         _require_semaphores(dataset.worker_config.num_workers)
-        loader = ResumableLoader(dataset, checkpoint_every_sec=STATE_INTERVAL, **options)
+        loader = WatchedLoader(dataset, **options)
     loader.worker_timeout_seconds = worker_timeout_seconds
     loader.pin_memory = torch.cuda.is_available()
     if loader.num_workers:
         loader.worker_init_fn = _WorkerStart(loader.worker_init_fn)
-    return loader
-
-
-def basic_loader(dataset: SavableDataset) -> BasicDataLoader:
-    """A loader for one pass over the data, in this process."""
-    loader = BasicDataLoader(dataset, **_IN_PROCESS)
-    loader.pin_memory = torch.cuda.is_available()
     return loader
 
 
@@ -131,8 +122,8 @@ def _as_bytes(tensor: torch.Tensor) -> tuple[Any, tuple[np.ndarray]]:
     return torch.from_numpy, (tensor.numpy(),)
 
 
-class ResumableLoader(SavableDataLoader):
-    """SavableDataLoader that notices dead and silent workers, and whose workers end with it.
+class WatchedLoader(BasicDataLoader):
+    """BasicDataLoader that notices dead and silent workers, and whose workers end with it.
 
     The workers end when the loader is no longer used, at the latest when the process ends. torch
     alone would send SIGTERM at the end of the process, which they do not hear, and wait for ever.
@@ -151,24 +142,3 @@ class ResumableLoader(SavableDataLoader):
         # in any other they come after torch's own handler, which waits in vain: hence atexit.
         atexit.register(Finalize(self, iterator._shutdown_workers, exitpriority=0))
         return iterator
-
-    def _worker_command(self, *command: Any) -> list[Any]:
-        patience = Patience(self.worker_timeout_seconds)
-        for commands in self.cmd_queues:
-            commands.put(command)
-        answers: dict[int, Any] = {}
-        for number, results in enumerate(self.result_queues):
-            answers.update(self._answer(number, results, patience))
-        ordered = [answers[worker] for worker in range(len(answers))]
-        for answer in ordered:
-            if isinstance(answer, Exception):
-                raise answer
-        return ordered
-
-    def _answer(self, number: int, results: Any, patience: Patience) -> dict[int, Any]:
-        while True:
-            try:
-                return results.get(timeout=1.0)
-            except queue.Empty:
-                self._iterator.require_living("gave its state to be saved")
-                self._iterator.require_patience(patience, number, "give its state to be saved")

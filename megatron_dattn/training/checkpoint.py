@@ -3,7 +3,7 @@
 `Checkpointer` decides when a checkpoint fits; what of a run it holds is the business of
 `state.py`, how it reaches the disk whole that of megatron_dattn/checkpoint. Resuming restores
 everything (weights, optimizer, schedule, random states, the loader's place, counters) and is
-refused if the model, the tokenizer, the stage or the way the data is split differs. All methods are
+refused if the model, the tokenizer or the stage differs. All methods are
 collective over the world.
 """
 
@@ -22,6 +22,7 @@ from megatron_dattn.checkpoint.files import replace_synced
 from megatron_dattn.checkpoint.load import load_checkpoint
 from megatron_dattn.checkpoint.manifest import read_listed
 from megatron_dattn.config.training import CheckpointConfig
+from megatron_dattn.data.loader_state import deal_states_anew
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.added_parameters import comes_with_preset, holds_preset
 from megatron_dattn.models.model_identity import Purpose, require_same
@@ -67,7 +68,7 @@ class Checkpointer:
             optimizer's rates; equal on resume too.
         data_sets: names of the training data; they are recorded, for those who ask later what a
             model has seen.
-        num_loader_workers: loader processes per data-parallel rank; part of the loader's state.
+        num_loader_workers: loader processes per data-parallel rank.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class Checkpointer:
         self._data_sets = list(data_sets)
         self._num_loader_workers = num_loader_workers
         self._parent: dict[str, Any] | None = None
+        self.resumed_data_parallel_size: int | None = None
+        """Of the run whose checkpoint was resumed; None where none was."""
 
     def save(self, state: TrainState) -> Path:
         """Save everything under the step of `state.progress`, then delete old checkpoints.
@@ -134,9 +137,16 @@ class Checkpointer:
         self.require_own(found)
         progress = self._progress_of(found)
         random_state = self._random_state_note(found)
+        size = parallel_state.get_data_parallel_world_size()
+        loaders = None
+        if found.manifest.facts.get("loader") not in (None, self._loader_facts(size)):
+            # By one rank: a thousand that read a thousand small files each would take minutes.
+            loaders = on_first_rank(
+                f"reading {found.path}", lambda: self.loader_states(found, size)
+            )
         local = on_all_ranks(
             f"reading {found.path}",
-            lambda: self._read_local_files(found, state, random_state == "restored"),
+            lambda: self._read_local_files(found, state, loaders, random_state == "restored"),
         )
         loaded = load_checkpoint(found.path, sharded_state(state, is_loading=True))
         on_all_ranks(
@@ -146,7 +156,9 @@ class Checkpointer:
             setattr(state.progress, name, value)
         state.validation = found.manifest.facts.get("validation")
         self._parent = found.manifest.facts.get("parent")
-        self._report(found, random_state)
+        if (loader := found.manifest.facts.get("loader")) is not None:
+            self.resumed_data_parallel_size = loader["data_parallel_size"]
+        self._report(found, random_state, "dealt anew" if loaders else "restored")
         return True
 
     def load_weights(self, state: TrainState, path: str | Path) -> None:
@@ -236,22 +248,23 @@ class Checkpointer:
         _require_same_run(found, identity, "start from")
         return absent
 
-    def require_split(self, found: FoundCheckpoint, data_parallel_size: int) -> None:
-        """Refuse to resume where the data would be split differently. Local.
+    def loader_states(self, found: FoundCheckpoint, data_parallel_size: int) -> list[bytes]:
+        """The loaders' places of all data-parallel ranks that there are now, by rank. Local.
+
+        Where their number, or that of their loader processes, is another than the checkpoint's,
+        the data is dealt anew.
 
         Raises:
-            CheckpointError: naming the sizes that differ.
+            CheckpointError: the checkpoint does not hold them.
         """
-        if found.manifest.facts.get("loader") is None:
-            raise CheckpointError(f"{found.path} does not hold the loader's place in the data")
-        require_same(
-            {"loader": self._loader_facts(data_parallel_size)},
-            found.manifest.facts,
-            "resume",
-            complaint=f"{found.path}: the data would be split differently",
-            remedy="resume with the same data-parallel size and data.num_workers, or start a stage "
-            "from its weights (checkpoint.load)",
-        )
+        stored = _require_loader(found)
+        states = [
+            read_listed(found.path, found.manifest, loader_file(number))
+            for number in range(stored["data_parallel_size"])
+        ]
+        if stored == self._loader_facts(data_parallel_size):
+            return states
+        return deal_states_anew(states, data_parallel_size, self._num_loader_workers)
 
     def _facts(self, state: TrainState) -> dict[str, Any]:
         loader = None
@@ -297,14 +310,22 @@ class Checkpointer:
         )
 
     def _read_local_files(
-        self, found: FoundCheckpoint, state: TrainState, with_random_state: bool
+        self,
+        found: FoundCheckpoint,
+        state: TrainState,
+        loaders: Sequence[bytes] | None,
+        with_random_state: bool,
     ) -> dict[str, bytes]:
+        """This rank's files; its loader's place is one of `loaders` where it is not stored."""
         local = {}
         if with_random_state:
             local["rng"] = read_listed(found.path, found.manifest, rng_file())
         if state.loader is not None:
-            self.require_split(found, parallel_state.get_data_parallel_world_size())
-            local["loader"] = read_listed(found.path, found.manifest, loader_file())
+            _require_loader(found)
+            if loaders is None:
+                local["loader"] = read_listed(found.path, found.manifest, loader_file())
+            else:
+                local["loader"] = loaders[parallel_state.get_data_parallel_rank()]
         return local
 
     def _prune(self, step: int) -> None:
@@ -315,12 +336,13 @@ class Checkpointer:
         except (OSError, MemoryError) as error:
             logger.warning("old checkpoints are not deleted: %s", shortage(error) or error)
 
-    def _report(self, found: FoundCheckpoint, random_state: str) -> None:
+    def _report(self, found: FoundCheckpoint, random_state: str, data: str) -> None:
         report = {
             "resumed_from": str(found.path),
             "step": found.step,
             "passed_over": list(found.passed_over),
             "random_state": random_state,
+            "data": data,
         }
         folder = found.path.parent
 
@@ -328,13 +350,26 @@ class Checkpointer:
             logger.info("resumed from %s at step %d", found.path, found.step)
             if random_state != "restored":
                 logger.warning("random states are %s", random_state)
-            data = (json.dumps(report, indent=1) + "\n").encode()
+            if data != "restored":
+                logger.warning(
+                    "the rest of the data is dealt anew, as the data-parallel size or "
+                    "data.num_workers changed: no sample is lost or repeated, packs are others"
+                )
+            content = (json.dumps(report, indent=1) + "\n").encode()
             try:
-                replace_synced(folder / REPORT_FILE, data)
+                replace_synced(folder / REPORT_FILE, content)
             except OSError as error:  # it only tells; what is resumed is resumed
                 logger.warning("%s is not written: %s", REPORT_FILE, explain(error))
 
         on_first_rank("writing the resume report", write)
+
+
+def _require_loader(found: FoundCheckpoint) -> dict[str, int]:
+    """What the checkpoint says of its loaders' ranks and processes."""
+    loader = found.manifest.facts.get("loader")
+    if loader is None:
+        raise CheckpointError(f"{found.path} does not hold the loader's place in the data")
+    return loader
 
 
 def nothing_to_load(path: str | Path) -> CheckpointError:

@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from megatron_dattn.attention.backends.select import select_backend
 from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint, steps_of
-from megatron_dattn.checkpoint.manifest import read_listed
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.config.written_folders import check_place
 from megatron_dattn.data.config import DatasetConfig
@@ -33,7 +32,6 @@ from megatron_dattn.runtime.rank_errors import on_first_rank, run_on_all_ranks
 from megatron_dattn.training.checkpoint import nothing_to_load
 from megatron_dattn.training.run import make_checkpointer
 from megatron_dattn.training.run_plan import make_plan
-from megatron_dattn.training.state import loader_file
 from megatron_dattn.training.stream import loader_of_rank
 
 
@@ -174,9 +172,8 @@ class StartChecks:
         """Whether the data goes on where the checkpoint left it."""
         if self._data_parallel_size is None:
             return
-        make_checkpointer(self._config).require_split(found, self._data_parallel_size)
-        loader = self._build_loader(self._config.data.train, training=True)
-        loader.restore_state(read_listed(found.path, found.manifest, loader_file(0)))
+        states = make_checkpointer(self._config).loader_states(found, self._data_parallel_size)
+        self._build_loader(self._config.data.train, training=True).restore_state(states[0])
 
 
 @contextlib.contextmanager

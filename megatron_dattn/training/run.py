@@ -32,7 +32,7 @@ from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.metrics import Metrics
 from megatron_dattn.training.optimizer import build_optimizer, build_scheduler, describe_optimizer
 from megatron_dattn.training.run_folder import describe_again, describe_run
-from megatron_dattn.training.sample_ledger import SampleLedger
+from megatron_dattn.training.sample_ledger import SampleLedger, drop_later_steps
 from megatron_dattn.training.stages import build_training_model, trained_modules
 from megatron_dattn.training.start_facts import start_facts
 from megatron_dattn.training.state import TrainState
@@ -133,7 +133,9 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
         metrics=run_on_all_ranks(lambda: make_metrics(config, state)),
         checkpointer=checkpointer if config.checkpoint.save else None,
         validation=make_validation(config),
-        ledger=run_on_all_ranks(lambda: make_ledger(config, state)),
+        ledger=run_on_all_ranks(
+            lambda: make_ledger(config, state, checkpointer.resumed_data_parallel_size)
+        ),
     )
     try:
         if run.validation is not None:
@@ -233,16 +235,23 @@ def make_validation(config: PretrainConfig) -> Validation | None:
     )
 
 
-def make_ledger(config: PretrainConfig, state: TrainState) -> SampleLedger | None:
-    """The ledger of this data-parallel rank, on the first of the ranks that load its data."""
+def make_ledger(
+    config: PretrainConfig, state: TrainState, resumed_size: int | None = None
+) -> SampleLedger | None:
+    """The ledger of this data-parallel rank, on the first of the ranks that load its data.
+
+    Args:
+        resumed_size: data-parallel size of the run that is gone on with; None where there is none.
+    """
     writes = state.loader is not None and parallel_state.is_pipeline_first_stage()
-    if config.logging.sample_ledger is None or not writes:
+    folder, rank = config.logging.sample_ledger, parallel_state.get_data_parallel_rank()
+    if folder is None or not writes:
         return None
-    return SampleLedger(
-        config.logging.sample_ledger,
-        parallel_state.get_data_parallel_rank(),
-        resumed_step=state.progress.step,
-    )
+    step = state.progress.step
+    if rank == 0:
+        drop_later_steps(folder, parallel_state.get_data_parallel_world_size(), step)
+    is_new = resumed_size is not None and rank >= resumed_size
+    return SampleLedger(folder, rank, resumed_step=step, is_new_rank=is_new)
 
 
 def describe_start(run: Run) -> None:

@@ -41,7 +41,14 @@ class SampleLedger:
     rank that meets it must not leave the others alone in the middle of a step.
     """
 
-    def __init__(self, folder: str | Path, data_parallel_rank: int, resumed_step: int) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        data_parallel_rank: int,
+        resumed_step: int,
+        *,
+        is_new_rank: bool = False,
+    ) -> None:
         """Open the rank's file; lines of steps that a resumed run will do again are dropped.
 
         Steps up to there that the file does not hold are named in a warning. What is no line of a
@@ -49,13 +56,15 @@ class SampleLedger:
 
         Args:
             resumed_step: steps that the loaded checkpoint had done; 0 for a new run.
+            is_new_rank: the run that is gone on with had fewer ranks: this one had no packs in the
+                steps after its file's last one, which is written down.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        self._path = Path(folder) / f"samples-dp{data_parallel_rank:05d}.jsonl"
+        self._path = Path(folder) / _file_name(f"{data_parallel_rank:05d}")
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _Kept(resumed_step)
+        kept = _Kept(resumed_step, is_new_rank)
         temporary = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             with named(self._path), open(temporary, "xb") as file:
@@ -138,6 +147,7 @@ class _Kept:
     """The lines of a former run that a resumed one keeps, and what is wrong with the others."""
 
     resumed_step: int
+    is_new_rank: bool = False
     damage: str | None = None
     """Of the file, as the end of a sentence that begins with its name."""
     missing: list[str] = field(default_factory=list)
@@ -156,7 +166,11 @@ class _Kept:
             if error.errno not in _NO_PLAIN_FILE:
                 raise
             self.damage = f"is no ledger ({error.strerror})"
-        self._miss(self.resumed_step + 1)
+        if self.is_new_rank:
+            for step in range(min(self._last, self.resumed_step) + 1, self.resumed_step + 1):
+                target.write(_encode(step, []).encode())
+        else:
+            self._miss(self.resumed_step + 1)
 
     def _take(self, number: int, line: bytes, target: BinaryIO) -> None:
         if not line.endswith(b"\n") and line.startswith(b"{") and b"\0" not in line:
@@ -180,6 +194,21 @@ class _Kept:
             self.missing.append(str(first) if first == last else f"{first}-{last}")
 
 
+def drop_later_steps(folder: str | Path, num_ranks: int, resumed_step: int) -> None:
+    """Drop the steps that a resumed run does again from the files of ranks that it does not have.
+
+    Args:
+        num_ranks: data-parallel ranks that the resumed run has; their files are their own business.
+
+    Raises:
+        OSError: the folder cannot be read or written.
+    """
+    for path in sorted(Path(folder).glob(_file_name("?????"))):
+        number = path.name[-len("00000.jsonl") : -len(".jsonl")]
+        if number.isdecimal() and int(number) >= num_ranks:
+            SampleLedger(folder, int(number), resumed_step, is_new_rank=True).close()
+
+
 def read_ledger(path: str | Path) -> dict[int, Packs]:
     """Step -> sample keys of its packs, from one rank's file.
 
@@ -198,6 +227,10 @@ def read_ledger(path: str | Path) -> dict[int, Packs]:
                 except ValueError as error:
                     raise DataError(f"{path} is damaged in line {number}: {error}") from error
     return packs
+
+
+def _file_name(rank: str) -> str:
+    return f"samples-dp{rank}.jsonl"
 
 
 def _encode(step: int, packs: Packs) -> str:

@@ -13,10 +13,8 @@ import pytest
 import torch
 
 from megatron_dattn.batch import PackedBatch
-from megatron_dattn.data import loader_state
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import VLMLoader
-from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.rejection import Reason
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
 from tests.unit.data.builders import (
@@ -84,30 +82,6 @@ def test_a_state_saved_before_the_first_batch_restores(
         resumed = make_loader(config, [dataset])
         resumed.restore_state(state)
         assert_equal(take(resumed, 3), take(loader, 3))
-
-
-def test_a_state_of_an_older_version_restores(
-    processor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under the names that a class and a reason had when it was saved."""
-    records = make_records(tmp_path, 20)
-    records[3] = {"no": "record"}
-    config = data_config(processor, max_skipped_fraction=0.5)
-    dataset = make_dataset(tmp_path, records)
-    whole = make_loader(config, [dataset])
-    take(whole, 9)
-    state = whole.save_state()
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            loader_state, "_RENAMED", {new: old for old, new in loader_state._RENAMED.items()}
-        )
-        old = dump_state(load_state(state))
-    assert b"TrainingRows" in old
-    assert b"bad_row" in old
-    resumed = make_loader(config, [dataset])
-    resumed.restore_state(old)
-    assert resumed.counters() == whole.counters()
-    assert_equal(take(resumed, 5), take(whole, 5))
 
 
 def test_bad_samples_are_counted_once_across_a_resume(processor: Path, tmp_path: Path) -> None:
@@ -308,7 +282,6 @@ def test_lines_that_are_no_json_are_skipped(processor: Path, tmp_path: Path) -> 
     ("change", "name"),
     [
         ({"text_budget": 128}, "data.text_budget"),
-        ({"packing_buffer_size": 16}, "data.packing_buffer_size"),
         ({"num_workers": 2}, "data.num_workers"),
         ({"template": "plain"}, "data.template"),
     ],

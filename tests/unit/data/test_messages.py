@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_dattn.data.check import RecordChecker, Report
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.record_source import RawRecord
 from megatron_dattn.data.rejection import Rejection
 from megatron_dattn.data.skipped_samples import LoaderCounters, count_pack
 from megatron_dattn.data.task_encoder import RejectedSample, VLMTaskEncoder, cook_record
@@ -88,8 +89,7 @@ def collected() -> Iterator[list[str]]:
 
 def rejection_of(value: Any, encoder: SampleEncoder, root: Path) -> Rejection | None:
     """What the loader's chain says of a record."""
-    sample = {"__key__": "set-0", "__restore_key__": (), "json": json.dumps(value).encode()}
-    cooked = cook_record({**sample, "image_root": str(root), "epoch": 0})
+    cooked = cook_record(RawRecord("set-0", 0, 0, json.dumps(value).encode(), str(root)))
     encode = VLMTaskEncoder(encoder, max_samples=1, pad_id=0, keep_order=True).encode_sample
     encoded = encode(cooked)
     return encoded.rejection if isinstance(encoded, RejectedSample) else None

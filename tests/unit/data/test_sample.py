@@ -16,13 +16,13 @@ def sample(key: str, length: int, image_offsets: tuple[int, ...] = ()) -> Encode
     ids = np.arange(1, length + 1) + 10 * ord(key)
     return EncodedSample(
         key,
-        (),
+        position=0,
+        epoch=0,
         input_ids=ids,
         labels=np.append(ids[1:], -100),
         image_offsets=image_offsets,
         images=[np.full((4, 4, 3), 5 * ord(key) % 256, np.uint8) for _ in image_offsets],
         grid=(2, 1),
-        epoch=0,
     )
 
 

@@ -19,7 +19,7 @@ from megatron_dattn.data import worker_iterator
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.worker_iterator import describe_end
-from megatron_dattn.errors import ConfigError, DataError
+from megatron_dattn.errors import CheckpointError, ConfigError, DataError
 from megatron_dattn.runtime.signals import SignalWatcher, noted_stop_signal
 from tests.support.time_limit import time_limit
 from tests.unit.data.builders import data_config, make_dataset, make_loader, make_records
@@ -92,12 +92,20 @@ def test_a_dead_worker_is_one_error_for_who_waits_for_a_pack(
     assert "before it sent a pack" in str(seen.value)
 
 
-def test_a_dead_worker_is_one_error_for_who_saves(processor: Path, dataset: DatasetConfig) -> None:
+def test_a_state_is_saved_without_the_workers(processor: Path, dataset: DatasetConfig) -> None:
+    """It is what the trainer has: a dead worker and a frozen one keep nobody from saving."""
     loader, workers = started(processor, dataset)
-    workers[1].kill()
-    workers[1].join()
-    with pytest.raises(DataError, match=r"was killed by SIGKILL .* gave its state to be saved"):
-        loader.save_state()
+    expected = [batch.sample_keys for batch in itertools.islice(iter(loader), 2)]
+    state = loader.save_state()
+    expected += [batch.sample_keys for batch in itertools.islice(iter(loader), 2)]
+    workers[0].kill()
+    freeze(workers[1])
+    resumed = make_loader(data_config(processor), [dataset], data_parallel_size=1)
+    with pytest.raises(CheckpointError, match=r"data\.num_workers"):
+        resumed.restore_state(loader.save_state())
+    resumed = make_loader(data_config(processor, num_workers=2), [dataset])
+    resumed.restore_state(state)
+    assert [batch.sample_keys for batch in itertools.islice(iter(resumed), 2)] == expected[2:]
 
 
 def test_a_death_strikes_nobody_who_does_not_wait(processor: Path, dataset: DatasetConfig) -> None:
@@ -133,18 +141,8 @@ def test_a_frozen_worker_ends_the_wait_for_a_pack(processor: Path, dataset: Data
     assert f"{workers[1].pid} is stopped by a signal" in str(seen.value)
 
 
-def test_a_frozen_worker_ends_the_wait_for_its_state(
-    processor: Path, dataset: DatasetConfig
-) -> None:
-    loader, workers = started(processor, dataset)
-    freeze(workers[0])
-    with pytest.raises(DataError, match=r"did not give its state to be saved within 1 s"):
-        loader.save_state()
-
-
-@pytest.mark.parametrize("saving", [False, True])
 def test_a_stop_signal_ends_a_wait_that_has_no_limit(
-    processor: Path, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch, saving: bool
+    processor: Path, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_iterator, "STOP_SECONDS", 0.3)
     loader, workers = started(processor, dataset, timeout=0)
@@ -152,7 +150,7 @@ def test_a_stop_signal_ends_a_wait_that_has_no_limit(
     with SignalWatcher():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(DataError, match=r"within 0\.3 s after SIGTERM asked the run to stop"):
-            loader.save_state() if saving else drain(loader)
+            drain(loader)
 
 
 def test_a_stop_signal_does_not_end_a_wait_that_succeeds(
@@ -189,14 +187,14 @@ def full_queue(*args: Any) -> None:
 
 def full_volume(path: str) -> Any:
     assert path == "/dev/shm"
-    return SimpleNamespace(f_bavail=16, f_frsize=4096)
+    return SimpleNamespace(f_bavail=8, f_frsize=4096)
 
 
 @pytest.mark.parametrize(
     ("name", "fault", "text"),
     [
-        ("multiprocessing.Queue", full_queue, "No space left"),
-        ("os.statvfs", full_volume, "65536 of 106496 bytes are free: '/dev/shm'"),
+        ("multiprocessing.context.BaseContext.Queue", full_queue, "No space left"),
+        ("os.statvfs", full_volume, "32768 of 57344 bytes are free: '/dev/shm'"),
     ],
 )
 def test_a_full_dev_shm_is_one_error_before_training(
@@ -210,7 +208,7 @@ def test_a_full_dev_shm_is_one_error_before_training(
     """Semaphores are all that still lies there."""
     monkeypatch.setattr(name, fault)
     with pytest.raises(DataError, match=rf"{text}.*--shm-size.*--ipc=host.*num_workers: 0"):
-        make_loader(data_config(processor, num_workers=2), [dataset])
+        next(iter(make_loader(data_config(processor, num_workers=2), [dataset])))
     make_loader(data_config(processor, num_workers=0), [dataset])
 
 
@@ -234,7 +232,7 @@ _LITTLE_MEMORY = 'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"'
 def test_workers_need_no_room_in_dev_shm_and_end_with_a_trainer_that_is_killed(
     processor: Path, dataset: DatasetConfig
 ) -> None:
-    """Of 256 kB there semaphores take 104. No worker waits for somebody who reads its packs."""
+    """Of 256 kB there semaphores take 56. No worker waits for somebody who reads its packs."""
     prefix = ["unshare", "-rm", "sh", "-c", _LITTLE_MEMORY, "sh"]
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
         prefix = []  # no mounts of one's own here

@@ -157,10 +157,6 @@ def test_saving_needs_a_folder() -> None:
             {"recipe": {"train_iters": 30}},
             "recipe.train_iters: this run has 30, the checkpoint 20",
         ),
-        (
-            {"num_loader_workers": 2},
-            "loader.num_workers: this run has 2, the checkpoint 0",
-        ),
     ],
 )
 def test_another_run_is_refused_field_by_field(
