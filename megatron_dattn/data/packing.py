@@ -3,6 +3,9 @@
 A pack has room for so many visual tokens, text tokens and samples. The oldest sample of the buffer
 opens it, so that none waits for ever; the others are chosen from the whole buffer, each so that the
 room that is left is filled evenly, and then exchanged one by one as long as that leaves less of it.
+This is done twice, once with the largest sample that fits beside the oldest, and the fuller pack is
+taken: else large samples would wait until they are the oldest, and the small ones that would have
+filled their packs were gone.
 Packs that are full of both kinds of tokens cost the same whatever each kind costs, which is what
 keeps data-parallel ranks, each packing for itself, from waiting for each other.
 
@@ -74,12 +77,23 @@ def choose_pack(samples: Sequence[Sized], budgets: Budgets, *, keep_order: bool)
     if keep_order or fitting == budgets.samples:
         return list(range(fitting))
     of_epoch = sum(sample.epoch == samples[0].epoch for sample in samples)
-    pack = _Pack(sizes[:, :of_epoch], budgets.samples, [0])
-    pack.fill()
-    if len(pack.members) == of_epoch < len(samples):
-        pack = _Pack(sizes, budgets.samples, pack.members)
-        pack.fill()
-    return sorted(pack.members)
+    members = _fullest(sizes[:, :of_epoch], budgets.samples)
+    if len(members) == of_epoch < len(samples):
+        members = _Pack(sizes, budgets.samples, members).filled().members
+    return sorted(members)
+
+
+def _fullest(sizes: np.ndarray, max_samples: int) -> list[int]:
+    """The fuller pack of the first sample without and with the largest that fits beside it."""
+    pack = _Pack(sizes, max_samples, [0]).filled()
+    beside = (sizes[:, :1] + sizes <= 1 + _ROUNDING).all(axis=0)
+    beside[0] = False
+    if max_samples > 1 and beside.any():
+        largest = int(np.argmax(np.where(beside, sizes.max(axis=0), -1.0)))
+        other = _Pack(sizes, max_samples, [0, largest]).filled()
+        if other.missing < pack.missing - _ROUNDING:
+            pack = other
+    return pack.members
 
 
 def _fitting_from_the_first(sizes: np.ndarray) -> int:
@@ -107,14 +121,20 @@ class _Pack:
         shares = self._mean * min(max_samples, 1 / self._mean.max())
         self._spare = np.where(shares < _LOOSE, 1 - shares, 0.0)  # of the room, to be left free
 
-    def fill(self) -> None:
-        """Add samples, then exchange some for others that fit better."""
+    @property
+    def missing(self) -> float:
+        """Shares of the budgets that are to be filled still, or overfilled, together."""
+        return float(np.abs(self._room - self._spare).sum())
+
+    def filled(self) -> "_Pack":
+        """Itself, after samples were added, then some exchanged for others that fit better."""
         while self._add():
             pass
         for _ in range(_MOST_EXCHANGES):
             if not self._exchange():
-                return
+                break
             self._add()
+        return self
 
     def _add(self) -> bool:
         """Add the candidate nearest to an even filling of what is left; False if there is none."""
@@ -129,7 +149,7 @@ class _Pack:
         wanted = (missing / num_wanted)[:, None]
         distances = np.abs(wanted - self.sizes[:, candidates]).sum(axis=0)
         best = int(np.argmin(distances))
-        if num_wanted == 1 and distances[best] > np.abs(missing).sum():
+        if num_wanted == 1 and distances[best] > self.missing:
             return False  # only where a budget is loose: the pack is nearer to its share without
         chosen = int(candidates[best])
         self.members.append(chosen)
@@ -148,7 +168,7 @@ class _Pack:
         left = np.abs(rooms - self._spare[:, None, None]).sum(axis=0)
         left[(rooms < -_ROUNDING).any(axis=0)] = np.inf
         member, candidate = np.unravel_index(int(np.argmin(left)), left.shape)
-        if left[member, candidate] >= np.abs(self._room - self._spare).sum() - _ROUNDING:
+        if left[member, candidate] >= self.missing - _ROUNDING:
             return False
         self._free[exchangeable[member]] = True
         self._free[free[candidate]] = False
