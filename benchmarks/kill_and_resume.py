@@ -115,7 +115,7 @@ def make_project(folder: Path, steps: int, num_images: int = 30) -> Project:
         },
         "execution": {"precision": "fp32"},
         "checkpoint": {"save_interval": 3},
-        "logging": {"log_interval": 10},
+        "logging": {"log_interval": 1},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return Project(folder, steps, len(records))
