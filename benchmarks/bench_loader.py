@@ -53,6 +53,7 @@ from megatron_dattn.data.config import DataConfig, DatasetConfig  # noqa: E402
 from megatron_dattn.data.encoder import ModelSizes  # noqa: E402
 from megatron_dattn.data.loader import VLMLoader, build_loader  # noqa: E402
 from megatron_dattn.data.prepare import write_jsonl  # noqa: E402
+from megatron_dattn.runtime.tool import ToolParser  # noqa: E402
 
 SIDE, PATCH = 384, 14
 TOKENS_PER_IMAGE = (SIDE // PATCH) ** 2
@@ -299,9 +300,8 @@ def loader_report(arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(prefix="loader-") as folder:
         speeds, ratio = cpu_times(Path(folder), arguments.packs, arguments.rounds)
         memory = worker_memory(Path(folder))
-    command = f"python -m benchmarks.bench_loader {shlex.join(arguments.argv)}".strip()
     parts = [
-        report.header("The loader", command, torch.device("cpu")),
+        report.header("The loader", arguments.command, torch.device("cpu")),
         f"\n## CPU time\n\nConversations of 1 to 4 questions about a JPEG of {SIDE} x {SIDE} "
         f"pixels, {SAMPLES} a pack; {arguments.rounds} rounds of {arguments.packs} packs of each, "
         "in turn. Images per second are as many.\n",
@@ -339,22 +339,22 @@ def loader_report(arguments: argparse.Namespace) -> str:
     return "\n".join(parts)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; `command` is what to type to repeat it."""
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_loader")
     parser.add_argument("--packs", type=int, default=16, help="of a round")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--samples", type=int, default=10_000, help="whose lengths are drawn")
     parser.add_argument("--records", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--steps", type=int, default=120, help="of a training run; 0: none")
-    parser.add_argument("--output", type=Path, default=None, help="Markdown file to write")
-    parsed = parser.parse_args(argv)
-    parsed.argv = argv
+    parser.add_argument("--output", type=Path, help="Markdown file; printed in any case")
+    parsed = parser.parse_args(arguments)
+    parsed.command = f"{parser.prog} {shlex.join(arguments)}".strip()
     return parsed
 
 
-def main(argv: list[str] | None = None) -> int:
-    return report.run(loader_report, parse(sys.argv[1:] if argv is None else argv))
+def main(arguments: list[str] | None = None) -> int:
+    return report.run(loader_report, parse(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from examples.quickstart.make_data import DataOptions, make_data  # noqa: E402
 from examples.quickstart.make_tokenizer import make_tokenizer  # noqa: E402
 from megatron_dattn.checkpoint import find_checkpoint  # noqa: E402
 from megatron_dattn.data.prepare import write_jsonl  # noqa: E402
+from megatron_dattn.runtime.tool import ToolParser  # noqa: E402
 from megatron_dattn.training.sample_ledger import read_ledger  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,7 +263,6 @@ def kills_report(arguments: argparse.Namespace) -> str:
             raise RuntimeError("; ".join(wrong))
         ledger = read_ledger(_ledger(project, "killed"))
     num_shown = sum(len(pack) for packs in ledger.values() for pack in packs)
-    command = f"python -m benchmarks.kill_and_resume {shlex.join(arguments.argv)}"
     rows = [
         ["kills", str(kills.by_target.total())],
         *[[f"- {target}", str(number)] for target, number in sorted(kills.by_target.items())],
@@ -276,7 +276,7 @@ def kills_report(arguments: argparse.Namespace) -> str:
         ["stored weights, moments and loader places that differ", "0"],
         ["seconds of the untouched run", f"{seconds:.0f}"],
     ]
-    head = report.header("Kills at random times", command, torch.device("cpu"))
+    head = report.header("Kills at random times", arguments.command, torch.device("cpu"))
     return f"{head}\n{report.table(['what', 'number'], rows)}"
 
 
@@ -284,19 +284,20 @@ def _counts(counter: Counter[Any]) -> str:
     return ", ".join(f"{value}: {number} times" for value, number in sorted(counter.items()))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run from the command line; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; `command` is what to type to repeat it."""
+    parser = ToolParser(__doc__, prog="python -m benchmarks.kill_and_resume")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=0, help="of the run; 0: enough for the kills")
     parser.add_argument("--seed", type=int, default=0, help="of the times and targets")
-    parser.add_argument("--output", type=Path, default=None, help="Markdown file to write")
-    parsed = parser.parse_args(argv)
-    parsed.argv = sys.argv[1:] if argv is None else argv
-    return report.run(kills_report, parsed)
+    parser.add_argument("--output", type=Path, help="Markdown file; printed in any case")
+    parsed = parser.parse_args(arguments)
+    parsed.command = f"{parser.prog} {shlex.join(arguments)}"
+    return parsed
 
 
-_Formatter = argparse.RawDescriptionHelpFormatter
+def main(arguments: list[str] | None = None) -> int:
+    return report.run(kills_report, parse(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":
