@@ -125,7 +125,7 @@ def _steps_done(folder: Path) -> int:
 def _next_packs(workspace: Workspace, folder: Path) -> list[Any]:
     """What the loaders give next when they are put where the last checkpoint left them.
 
-    Not the bytes of their states: a worker keeps one every ten seconds, and counts from there.
+    Not the bytes of their states, which need not be equal for equal places.
     """
     found = find_checkpoint(folder)
     assert found is not None
