@@ -64,7 +64,7 @@ _OURS, _PLAIN = "our loader", "torch.utils.data, PIL, transformers"
 
 
 class PlainDataset(Dataset[dict[str, Any]]):
-    """What one writes by hand: json, PIL, the image processor, the chat template."""
+    """Reads and encodes as one writes it by hand: json, PIL, the image processor, the chat template."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.folder, self.tokenizer = folder, tokenizer
@@ -92,7 +92,7 @@ class PlainDataset(Dataset[dict[str, Any]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A padded batch."""
+    """Make a padded batch: int64 [samples, tokens], pixels float32 [samples, 3, side, side]."""
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "input_ids": pad([sample["input_ids"] for sample in samples], batch_first=True),

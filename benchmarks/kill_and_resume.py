@@ -75,7 +75,7 @@ class Project:
 
 @dataclass
 class Kills:
-    """What was done to the run, and what became of it."""
+    """Counts of what was done to the run, and of what became of it."""
 
     by_target: Counter[str] = field(default_factory=Counter)
     steps_done_again: int = 0
@@ -210,7 +210,7 @@ def _last_step(project: Project, run: str) -> int:
 
 
 def differences(project: Project, killed: str, untouched: str) -> list[str]:
-    """What is wrong with the killed run, in words; nothing if it equals the untouched one."""
+    """Describe what is wrong with the killed run; nothing if it equals the untouched one."""
     wrong = []
     ledgers = [read_ledger(_ledger(project, run)) for run in (killed, untouched)]
     if ledgers[0] != ledgers[1]:

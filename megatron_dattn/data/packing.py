@@ -41,7 +41,7 @@ class Sized(Protocol):
 
 @dataclass(frozen=True)
 class Budgets:
-    """What a pack has room for."""
+    """Room of an empty pack."""
 
     visual: int
     text: int

@@ -44,7 +44,7 @@ class StreamPlace:
 
 
 def first_places(rank: int, num_ranks: int, num_workers: int) -> list[StreamPlace]:
-    """Where the streams of a rank begin, one per loader process (or one for none)."""
+    """Places where the streams of a rank begin, one per loader process (or one for none)."""
     per_rank = max(1, num_workers)
     nothing = np.empty(0, np.int64)
     return [

@@ -119,7 +119,7 @@ class VLMTaskEncoder:
         )
 
     def select_samples_to_pack(self, samples: list[EncodedSample | RejectedSample]) -> list[int]:
-        """Which samples of the buffer go out next: some of those of a pack, or a rejected one.
+        """Choose what of the buffer goes out next: the samples of a pack, or a rejected one.
 
         A rejected sample goes out by itself when it is the oldest, not earlier: at the start of a
         run with many loaders, the rejected samples of whole buffers would be counted against the
