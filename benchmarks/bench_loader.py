@@ -64,7 +64,7 @@ _OURS, _PLAIN = "our loader", "torch.utils.data, PIL, transformers"
 
 
 class PlainDataset(Dataset[dict[str, Any]]):
-    """Reads and encodes as one writes it by hand: json, PIL, the image processor, the chat template."""
+    """Reads and encodes as one writes it by hand: json, PIL, image processor, chat template."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.folder, self.tokenizer = folder, tokenizer
