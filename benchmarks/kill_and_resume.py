@@ -62,14 +62,16 @@ class Project:
     folder: Path
     steps: int
     num_records: int
+    more_flags: tuple[str, ...] = ()
 
-    def command(self, run: str) -> list[str]:
+    def flags(self, run: str) -> list[str]:
+        """The command line of a run, without the script."""
         folder = self.folder / run
         return [
-            *(sys.executable, str(ROOT / "pretrain_vlm.py")),
             *("--config", str(self.folder / "config.yaml"), "--checkpoint.save", str(folder)),
             *("--logging.sample_ledger", str(folder / "ledger")),
             *("--logging.tensorboard_dir", str(folder / "tensorboard")),
+            *self.more_flags,
         ]
 
 
@@ -136,8 +138,14 @@ def run_to_the_end(project: Project, run: str) -> float:
     return time.monotonic() - started
 
 
-def kill_at_random(project: Project, run: str, num_kills: int, seed: int) -> Kills:
-    """Start the run and kill it, so many times; fewer if it comes to its end."""
+def kill_at_random(
+    project: Project, run: str, num_kills: int, seed: int, most_seconds: float = 2.0
+) -> Kills:
+    """Start the run and kill it, so many times; fewer if it comes to its end.
+
+    Args:
+        most_seconds: from the first step that a run does until it is killed.
+    """
     kills, choice = Kills(), random.Random(seed)
     seconds_of_a_start = SECONDS_OF_A_START
     for _ in range(num_kills):
@@ -151,7 +159,7 @@ def kill_at_random(project: Project, run: str, num_kills: int, seed: int) -> Kil
             while _last_step(project, run) <= before and process.poll() is None:
                 time.sleep(0.01)
             seconds_of_a_start = time.monotonic() - started
-            time.sleep(choice.uniform(0, 2.0))
+            time.sleep(choice.uniform(0, most_seconds))
         if process.poll() is not None:
             break
         done = _last_step(project, run)
@@ -189,7 +197,10 @@ def _start(project: Project, run: str) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with _log(project, run).open("ab") as log:
         return subprocess.Popen(
-            project.command(run), env=environment, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, str(ROOT / "pretrain_vlm.py"), *project.flags(run)],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
 
 

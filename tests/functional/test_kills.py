@@ -7,26 +7,24 @@ import json
 
 import pytest
 
-from benchmarks.kill_and_resume import (
-    Project,
-    differences,
-    kill_at_random,
-    make_project,
-    run_to_the_end,
-)
+from benchmarks.kill_and_resume import Project, differences, kill_at_random
+from tests.functional.workspace import make_workspace, run_main
+from tests.support.distributed import run_distributed
 
-KILLS = 2
+KILLS, STEPS, RECORDS = 2, 60, 40
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """With both runs done."""
-    project = make_project(tmp_path_factory.mktemp("project"), steps=40, num_images=8)
-    run_to_the_end(project, "untouched")
-    kills = kill_at_random(project, "killed", KILLS, seed=3)
-    assert kills.by_target.total() == KILLS, "the run was over before it was killed"
-    assert set(kills.exit_codes) <= {1}
-    run_to_the_end(project, "killed")
+    """With both runs done; both kills are of the kinds that strike while it trains."""
+    folder = tmp_path_factory.mktemp("project")
+    make_workspace(folder, train_iters=STEPS)
+    project = Project(folder, STEPS, RECORDS, ("--num-workers", "1"))
+    assert run_distributed(run_main, 1, project.flags("untouched")) == [(0, "")]
+    kills = kill_at_random(project, "killed", KILLS, seed=1, most_seconds=0.5)
+    assert kills.by_target == {"trainer": 1, "loader process": 1}
+    assert kills.exit_codes == {1: 1}
+    assert run_distributed(run_main, 1, project.flags("killed")) == [(0, "")]
     return project
 
 
