@@ -13,7 +13,7 @@ import pytest
 
 from megatron_dattn.errors import DataError
 from megatron_dattn.runtime.append_file import AppendFile
-from megatron_dattn.training.sample_ledger import SampleLedger, read_ledger
+from megatron_dattn.training.sample_ledger import SampleLedger, drop_later_steps, read_ledger
 from tests.support.time_limit import time_limit
 
 
@@ -108,6 +108,33 @@ def test_a_whole_ledger_is_nothing_to_speak_of(
     path_of(tmp_path).write_text("".join(map(line, (1, 2, 3, 4))))
     assert resume(tmp_path, 3) == packs(1, 2, 3)
     assert not caplog.records
+
+
+def test_a_rank_that_is_new_had_no_packs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also one that was there, was away, and is there again; a hole before that is told."""
+    SampleLedger(tmp_path, 0, resumed_step=2, is_new_rank=True).close()
+    assert read_ledger(path_of(tmp_path)) == {1: [], 2: []}
+    path_of(tmp_path).write_text("".join(map(line, (1, 2, 3))))
+    SampleLedger(tmp_path, 0, resumed_step=2, is_new_rank=True).close()
+    assert read_ledger(path_of(tmp_path)) == packs(1, 2)
+    SampleLedger(tmp_path, 0, resumed_step=4, is_new_rank=True).close()
+    assert read_ledger(path_of(tmp_path)) == {**packs(1, 2), 3: [], 4: []}
+    assert not caplog.records
+    path_of(tmp_path).write_text("".join(map(line, (1, 3))))
+    SampleLedger(tmp_path, 0, resumed_step=4, is_new_rank=True).close()
+    assert read_ledger(path_of(tmp_path)) == {**packs(1, 3), 4: []}
+    assert "lacks steps 2," in caplog.text
+
+
+def test_steps_that_are_done_again_leave_the_files_of_ranks_that_are_gone(tmp_path: Path) -> None:
+    for rank in range(3):
+        ledger = SampleLedger(tmp_path, rank, resumed_step=0)
+        for step in (1, 2, 3):
+            ledger.write(step, [[f"key{step}"]])
+        ledger.close()
+    drop_later_steps(tmp_path, num_ranks=1, resumed_step=2)
+    held = [sorted(read_ledger(tmp_path / f"samples-dp{rank:05d}.jsonl")) for rank in range(3)]
+    assert held == [[1, 2, 3], [1, 2], [1, 2]]
 
 
 DAMAGED = {
