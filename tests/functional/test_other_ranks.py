@@ -1,6 +1,6 @@
 """A stage that goes on with other data-parallel ranks and loader processes: the real program.
 
-2 ranks without loader processes, then 1 rank with 3, then 2 with 1 each: every run goes back to a
+2 ranks without loader processes, then 1 rank with 2, then 2 with 1 each: every run goes back to a
 checkpoint before the end of the former one, as after a crash.
 """
 
@@ -15,7 +15,7 @@ from tests.support.distributed import run_distributed
 
 RECORDS = 40
 STEPS = 12
-RUNS = [(2, 0, 12), (1, 3, 4), (2, 1, 7)]
+RUNS = [(2, 0, 12), (1, 2, 4), (2, 1, 7)]
 """Ranks, loader processes per rank, and the step that the run goes on from, or its last."""
 
 
