@@ -262,6 +262,7 @@ def test_the_resume_is_reported(tmp_path: Path) -> None:
         "resumed_from": str(tmp_path / "step-0000001"),
         "step": 1,
         "random_state": "restored",
+        "data": "restored",
     }
 
 
