@@ -167,23 +167,23 @@ class DecoderLayer(TransformerLayer):
         return torch.cat([self._checkpoint(function, chunk) for chunk in tokens.split(limit)])
 
     def _ffn_of(self, tokens: Tensor) -> Tensor:
-        if self._recomputes_norms_and_activations:
-            added = self._ffn_without_its_activations(tokens)
-        elif torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled():
             added = gated_ffn(self.mlp, self.pre_mlp_layernorm(tokens))
         else:
-            added = self.mlp(self.pre_mlp_layernorm(tokens))[0]
+            added = self._norm_and_ffn(tokens)
         return tokens + self.post_feedforward_layernorm(added)
 
-    def _ffn_without_its_activations(self, tokens: Tensor) -> Tensor:
-        """Norm and FFN; of what lies between tokens and sum, gate and up alone are kept."""
+    def _norm_and_ffn(self, tokens: Tensor) -> Tensor:
+        """With selective recomputation only gate and up are kept of what lies between tokens and
+        sum."""
         normed = self.pre_mlp_layernorm(tokens)
         gate_up, _ = self.mlp.linear_fc1(normed)
         middle = gated_activation(self.mlp, gate_up)
         added, _ = self.mlp.linear_fc2(middle)
-        recompute_in_backward(middle, lambda: gated_activation(self.mlp, gate_up), added)
-        if normed is not tokens:  # as where Transformer Engine has the norm inside linear_fc1
-            recompute_in_backward(normed, lambda: self.pre_mlp_layernorm(tokens), gate_up)
+        if self._recomputes_norms_and_activations:
+            recompute_in_backward(middle, lambda: gated_activation(self.mlp, gate_up), added)
+            if normed is not tokens:  # as where Transformer Engine has the norm inside linear_fc1
+                recompute_in_backward(normed, lambda: self.pre_mlp_layernorm(tokens), gate_up)
         return added
 
     def _part_of_ffn(self, tokens: Tensor, share: float) -> Tensor:

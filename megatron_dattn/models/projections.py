@@ -80,6 +80,10 @@ def gated_activation(mlp: MLP, gate_up: Tensor) -> Tensor:
     [tokens, 1, 2 * width] -> [tokens, 1, width], same dtype."""
     if mlp.config.bias_activation_fusion:
         return bias_swiglu_impl(gate_up, None)
+    if mlp.activation_func is F.silu:
+        out = _GatedSilu.apply(gate_up)
+        assert isinstance(out, Tensor)
+        return out
     gate, up = gate_up.chunk(2, dim=-1)
     return mlp.activation_func(gate) * up
 
@@ -87,6 +91,33 @@ def gated_activation(mlp: MLP, gate_up: Tensor) -> Tensor:
 def fold_output_weight(weight: Tensor, num_groups: int, head_dim: int) -> Tensor:
     """W_o summed over the query heads of each group: [H, Hq * D] to [H, groups * D], same dtype."""
     return weight.unflatten(1, (num_groups, -1, head_dim)).sum(2).flatten(1)
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) * up, bit for bit as autograd has it, which keeps nothing but its input.
+
+    megatron-core's FFN adds an offset of 0.0 to `up` where no kernel fuses the activation; autograd
+    keeps that sum and the activated gate, and joins two gradients by a copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        of_gate, of_up = grad_gate_up.chunk(2, dim=-1)
+        middle = F.silu(gate)
+        torch.mul(grad, middle, out=of_up)
+        torch.mul(grad, up, out=middle)
+        torch.ops.aten.silu_backward.grad_input(middle, gate, grad_input=of_gate)
+        return grad_gate_up
 
 
 class _ProjectTokens(torch.autograd.Function):

@@ -55,7 +55,6 @@ COVERED_BY = {
     "inference/prompt": "unit/inference/test_generate.py",
     # A decoder layer against a slow one, for every preset.
     "models/decomposed_attention": "unit/models/test_decoder_layer.py",
-    "models/projections": "unit/models/test_decoder_layer.py",
     "models/transformer_config": "unit/models/test_layer_specs.py",
     "parallel/config": "unit/training/test_dry_run.py",
     "parallel/sequence": "distributed/test_model_parallel.py",
