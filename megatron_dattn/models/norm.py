@@ -3,10 +3,13 @@
 megatron-core's own wrapper around torch's norms refuses sequence parallelism.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(torch.nn.Module):
@@ -36,7 +39,50 @@ class RMSNorm(torch.nn.Module):
         shape = (self.hidden_size,)
         if hidden_states.is_cuda:
             return F.rms_norm(hidden_states, shape, self.weight, self.eps)
-        return self.weight * F.rms_norm(hidden_states, shape, None, self.eps)
+        if hidden_states.dtype != torch.bfloat16:
+            return self.weight * F.rms_norm(hidden_states, shape, None, self.eps)
+        out = _NormOfHalfPrecision.apply(hidden_states, self.weight, self.eps)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class _NormOfHalfPrecision(torch.autograd.Function):
+    """weight * F.rms_norm(tokens), bit for bit as autograd has it on the host.
+
+    There torch has no kernel for it, and of the chain of operations autograd keeps the fp32 tokens
+    and what is normalized. This keeps the tokens, and works in place. In fp32 it would add up the
+    gradients of tokens and residual in another order than autograd.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = tokens.to(_norm_dtype(tokens))
+        inverse = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(tokens, inverse, weight)
+        return weight * (wide * inverse).to(tokens.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        tokens, inverse, weight = ctx.saved_tensors
+        wide = tokens.to(inverse.dtype)
+        product = wide * inverse
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            normed = product.to(tokens.dtype)
+            grad_weight = (normed * grad).sum(tuple(range(grad.dim() - 1)))
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        scaled = (grad * weight).to(wide.dtype)
+        of_inverse = torch.mul(scaled, wide, out=product).sum(-1, keepdim=True)
+        # Of the mean of squares, spread over the token: its derivative by a value v is 2v / size.
+        of_mean = (-0.5 * of_inverse) * inverse.pow(3) / tokens.shape[-1]
+        grad_tokens = scaled.mul_(inverse).add_(torch.mul(wide, 2.0 * of_mean, out=product))
+        return grad_tokens.to(tokens.dtype), grad_weight, None
+
+
+def _norm_dtype(tokens: Tensor) -> torch.dtype:
+    return torch.promote_types(tokens.dtype, torch.float32)
 
 
 class ZeroCentredRMSNorm(RMSNorm):
@@ -51,7 +97,7 @@ class ZeroCentredRMSNorm(RMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalize the last dimension, [..., hidden_size] -> the same shape and dtype."""
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        dtype = _norm_dtype(hidden_states)
         weight = 1.0 + self.weight.to(dtype)
         normed = F.rms_norm(hidden_states.to(dtype), (self.hidden_size,), weight, self.eps)
         return normed.to(hidden_states.dtype)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
@@ -38,6 +39,20 @@ def test_rms_norm_equals_hugging_face(dtype):
     # The input gradient is a difference of large terms, hence an absolute share of its maximum.
     atol = 4 * tolerance * inputs[1].grad.abs().max().item()
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_half_precision_is_that_of_autograd_bit_for_bit(trained: bool) -> None:
+    ours, _ = _rms_norms(torch.bfloat16)
+    ours.weight.requires_grad_(trained)
+    generator = torch.Generator().manual_seed(1)
+    tokens, grad = (torch.randn(37, 1, 24, generator=generator).bfloat16() for _ in range(2))
+    tokens.requires_grad_()
+    outs = ours(tokens), ours.weight * F.rms_norm(tokens, (24,), None, ours.eps)
+    assert torch.equal(*outs)
+    inputs = (tokens, ours.weight) if trained else (tokens,)
+    found, expected = (torch.autograd.grad(out, inputs, grad) for out in outs)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
