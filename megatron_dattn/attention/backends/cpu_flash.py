@@ -48,7 +48,12 @@ class CpuFlashBackend(DenseBackend):
         self, query: Tensor, key: Tensor, value: Tensor, scores: DenseScores
     ) -> tuple[Tensor, Tensor]:
         mask, causal = _mask(query, scores)
-        return _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scores.function.scale)
+        group = _foldable_group(query, key, scores.causal)
+        out, lse = _forward(
+            _fold(query, group), key, value, 0.0, causal, attn_mask=mask,
+            scale=scores.function.scale,
+        )  # fmt: skip
+        return _unfold(out, group), _unfold(lse, group)
 
     def dense_backward(
         self,
@@ -70,11 +75,12 @@ class CpuFlashBackend(DenseBackend):
 
 
 def _foldable_group(query: Tensor, key: Tensor, causal: bool) -> int:
-    """How many query heads may be the rows of one for the backward pass; 1 for none.
+    """How many query heads may be the rows of one; 1 for none.
 
     Where every query sees every key, the heads of a group differ in nothing but their row. One tall
     head reads keys and values once instead of once per head, which is worth it in BF16 and not in
-    float32. The kernel gives whole heads to its threads, so there must be one left for each.
+    float32. The backward kernel gives whole heads to its threads, so there must be one left for
+    each.
     """
     heads = key.shape[0] * key.shape[1]
     if causal or query.dtype != torch.bfloat16 or heads < torch.get_num_threads():
