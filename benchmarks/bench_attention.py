@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.protocol import DEFAULT_ROUNDS
+from megatron_dattn.errors import ConfigError
 from megatron_dattn.planner.layer_sizes import LayerSizes
 from megatron_dattn.runtime.log import silence_import_warnings
 
@@ -59,6 +60,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compared-up-to", type=int, help="no comparison with float64 above so many visual tokens"
     )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="the process's CPU time, and where it goes, by a profile; on the host, of one thread",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="Markdown file; printed in any case")
     parsed = parser.parse_args(arguments)
@@ -85,6 +91,8 @@ def layer_report(arguments: argparse.Namespace) -> str:
     bench = bench_of(arguments)
     variants = [Variant.parse(text) for text in arguments.variants]
     bench.check(variants)
+    if arguments.cpu_time and (bench.device.type != "cpu" or arguments.threads != 1):
+        raise ConfigError("--cpu-time is of the host, and of one thread: say --threads 1")
     if arguments.memory:
         return memory_report(bench, variants, arguments.visual, arguments.text, arguments.command)
     sizing = Sizing(
@@ -93,6 +101,7 @@ def layer_report(arguments: argparse.Namespace) -> str:
         arguments.rounds,
         arguments.seconds,
         arguments.compared_up_to,
+        arguments.cpu_time,
     )
     initialize_distributed()  # megatron-core's groups of one rank
     return speed_report(bench, variants, sizing, arguments.command)

@@ -1,13 +1,17 @@
 """Time of one decoder layer's step by variant and visual tokens, beside bound and correctness."""
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks import report
 from benchmarks.agreement import Agreement, agree
 from benchmarks.ceilings import describe, measure_machine
 from benchmarks.decoder_layer import GB, Bench, LayerBench, Variant, fits, one_sample
 from benchmarks.layer_memory import peak_of_step
-from benchmarks.protocol import WARM_UP, Spread, Timings, time_rounds, timer_of
+from benchmarks.layer_profile import Profile, profile_layer, profile_table
+from benchmarks.protocol import WARM_UP, Spread, Timer, Timings, time_on_host, time_rounds, timer_of
 from benchmarks.roofline import Machine, Work, bound_seconds, layer_operators, total_work
 
 
@@ -27,6 +31,8 @@ class Result:
     """None on the host, where a long-lived process cannot tell."""
     agreement: Agreement | None
     """None beyond `Sizing.compared_up_to`."""
+    profile: Profile | None
+    """None but under `Sizing.cpu_time`."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,19 @@ class Sizing:
     """No new round after so long, at each number of visual tokens."""
     compared_up_to: int | None = None
     """Visual tokens above which nothing is compared with float64; None compares all."""
+    cpu_time: bool = False
+    """Times are this process's CPU time, and operators are profiled."""
+
+    def timer(self, bench: Bench) -> Timer:
+        """Seconds of one step."""
+        if self.cpu_time:
+            return partial(time_on_host, clock=time.process_time)
+        return timer_of(bench.device)
 
 
 def speed_report(bench: Bench, variants: list[Variant], sizing: Sizing, command: str) -> str:
     """Measure all variants at all numbers of visual tokens; the whole Markdown file."""
-    machine = measure_machine(bench.device, bench.dtype, timer_of(bench.device))
+    machine = measure_machine(bench.device, bench.dtype, sizing.timer(bench))
     results: list[Result] = []
     notes = [bench.describe(sizing.text), describe(machine, bench.dtype)]
     for visual in sizing.visual:
@@ -56,15 +70,17 @@ def speed_report(bench: Bench, variants: list[Variant], sizing: Sizing, command:
         rounds = report.rounds_note(timings.num_rounds, sizing.rounds, WARM_UP)
         floor = f"{fitting[0].name} to itself {report.spread(timings.noise)}"
         notes.append(f"{visual} visual tokens: {rounds}; noise floor, ratio of {floor}")
+    if sizing.cpu_time:
+        notes.append("times are the process's CPU time, which other work leaves nearly alone")
     title = "One decoder layer, forward and backward"
-    return "\n\n".join(
-        (
-            report.header(title, command, bench.device, notes),
-            speed_table(results),
-            "Relative errors before timing, the worse of text and visual tokens:",
-            agreement_table(results),
-        )
-    )
+    sections = [report.header(title, command, bench.device, notes), speed_table(results)]
+    if sizing.cpu_time:
+        sections += where_time_goes(results)
+    sections += [
+        "Relative errors before timing, the worse of text and visual tokens:",
+        agreement_table(results),
+    ]
+    return "\n\n".join(sections)
 
 
 def measure(
@@ -78,17 +94,28 @@ def measure(
     timings = time_rounds(
         {name: layer.step for name, layer in layers.items()},
         rounds=sizing.rounds,
-        timer=timer_of(bench.device),
+        timer=sizing.timer(bench),
         budget_seconds=sizing.seconds,
     )
     results = [
-        _result(layer, timings, machine, agreements.get(name)) for name, layer in layers.items()
+        _result(
+            layer,
+            timings,
+            machine,
+            agreements.get(name),
+            profile_layer(layer) if sizing.cpu_time else None,
+        )
+        for name, layer in layers.items()
     ]
     return results, timings
 
 
 def _result(
-    layer: LayerBench, timings: Timings, machine: Machine, agreement: Agreement | None
+    layer: LayerBench,
+    timings: Timings,
+    machine: Machine,
+    agreement: Agreement | None,
+    profile: Profile | None,
 ) -> Result:
     name, base = layer.variant.name, next(iter(timings.seconds))
     operators = layer_operators(layer.bench.run_of(layer.variant, layer.layout))
@@ -101,6 +128,7 @@ def _result(
         bound_seconds=bound_seconds(operators, machine),
         peak_bytes=peak_of_step(layer) if layer.bench.device.type == "cuda" else None,
         agreement=agreement,
+        profile=profile,
     )
 
 
@@ -128,6 +156,38 @@ def _speed_row(result: Result) -> list[str]:
         f"{bound:.2f}",
         f"{bound / result.time.median:.2f}",
     ]
+
+
+def where_time_goes(results: Sequence[Result]) -> list[str]:
+    """The profile, and what it leaves of the ratios: paragraphs and tables."""
+    profiles = {(r.variant, r.visual): r.profile for r in results if r.profile is not None}
+    return [
+        "## Where the time goes",
+        "CPU ms of a step's operators, forward + backward:",
+        profile_table(profiles),
+        "Time over that of the first variant, as reached and as it would be if nothing but the "
+        "bound's operations and bytes, or nothing but products and attention kernels as they "
+        "are, took time:",
+        ratio_table(results),
+    ]
+
+
+def ratio_table(results: Sequence[Result]) -> str:
+    """Ratios to the first variant beside those of bounds and kernels."""
+    columns = ["variant", "visual tokens", "reached", "of the bounds", "reached / bounds"]
+    columns += ["of the kernels", "reached / kernels"]
+    rows = []
+    for result in results:
+        first = next(r for r in results if r.visual == result.visual)
+        if result is first or result.ratio is None:
+            continue
+        assert result.profile is not None
+        assert first.profile is not None
+        reached, bound = result.ratio.median, result.bound_seconds / first.bound_seconds
+        kernels = result.profile.kernels / first.profile.kernels
+        figures = (reached, bound, reached / bound, kernels, reached / kernels)
+        rows.append([result.variant, str(result.visual), *(f"{x:.2f}" for x in figures)])
+    return report.table(columns, rows)
 
 
 def agreement_table(results: list[Result]) -> str:

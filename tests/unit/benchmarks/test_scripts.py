@@ -1,5 +1,6 @@
 """Both scripts run from their command line to the Markdown file, on sizes that take seconds."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,19 @@ def test_bench_attention(tmp_path: Path, capsys) -> None:
     rows = table_rows(text)
     assert [row[:2] for row in rows] == expected + expected  # times, then errors
     assert all(row[2] == "float64" for row in rows[len(expected) :])
+
+
+def test_bench_attention_says_where_the_time_goes(capsys) -> None:
+    sizes = ["--visual", "12", "--text", "16", *TINY, "--rounds", "1", "--threads", "1"]
+    assert bench_attention.main([*sizes, "--variants", "dattn", "s_attn", "--cpu-time"]) == 0
+    times, profile, ratios, errors = (
+        table_rows(part) for part in re.split(r"\n\n(?=\|)", capsys.readouterr().out)[1:]
+    )
+    assert [row[0] for row in profile] == [row[0] for row in times] == ["dattn", "s_attn"]
+    for row in profile:  # every kind has a forward and a backward pass
+        assert all(len(list(map(float, cell.split(" + ")))) == 2 for cell in row[2:7]), row
+    assert [row[0] for row in ratios] == ["s_attn"]
+    assert len(errors) == 2
 
 
 def test_bench_step(tmp_path: Path) -> None:
@@ -70,6 +84,7 @@ def test_every_preset_has_a_pack_of_its_own(capsys) -> None:
         (bench_attention.main, ["--visual", "0", *TINY], "0 visual"),
         (bench_attention.main, ["--variants", "saisa", *TINY], "variant 'saisa' carries features"),
         (bench_attention.main, ["--threads", "0"], "--threads must be at least 1, got 0"),
+        (bench_attention.main, ["--cpu-time", "--threads", "2"], "--cpu-time is of the host"),
         (bench_step.main, ["--threads", "-1"], "--threads must be at least 1, got -1"),
         (bench_step.main, ["--attention", "attn"], "model.attention 'attn' is unknown"),
     ],
