@@ -23,7 +23,7 @@ from megatron_dattn.planner.layer_sizes import LayerSizes
 PRODUCTS, KERNELS = "products", "attention kernels"
 KINDS = (PRODUCTS, KERNELS, "FFN's activation", "norms, residuals", "rotary, gathers, merges")
 PASSES = ("forward", "backward")
-_STEPS = 3
+_STEPS = 2
 
 
 @dataclass(frozen=True)
