@@ -1,7 +1,8 @@
 """Time and memory of one decoder layer over numbers of visual tokens, preset against preset.
 
     python -m benchmarks.bench_attention --visual 576 2304 4608 9216 \
-        --variants dattn dattn:naive s_attn s_attn:eager --output benchmarks/attention_cpu.md
+        --variants dattn dattn:naive s_attn s_attn:eager --output attention.md
+    python -m benchmarks.bench_attention --cpu-time --threads 1 --variants dattn s_attn
     python -m benchmarks.bench_attention --memory --visual 4096 8192 16384 32768 65536
 
 A variant is a preset with options: `dattn:naive` runs without exact savings, `s_attn:eager` is the
