@@ -129,14 +129,15 @@ def plain_value(text: str, kind: Any) -> Any:
 def is_wordless(kind: Any) -> bool:
     """True if no text can be given to it: numbers, switches, lists, mappings."""
     return all(
-        part in (int, float, bool, types.NoneType) or _is_list(part) or fields_of(part)
+        part in (int, float, bool, types.NoneType) or _is_list(part) or _is_mapping(part)
         for part in _alternatives(kind)
     )
 
 
 def _in_words(kind: Any) -> str:
-    if fields_of(kind):
-        return f"a mapping ({', '.join(list(fields_of(kind))[:3])}, ...)"
+    if _is_mapping(kind):
+        names = [*list(fields_of(kind))[:3], "..."]
+        return f"a mapping ({', '.join(names)})"
     return "a list" if _is_list(kind) else kind.__name__
 
 
@@ -239,6 +240,10 @@ class _TypedReader:
     def _error(self, node: Node, what: str) -> ConfigError:
         line = "" if self.folder is None else f", line {node.start_mark.line + 1}"
         return ConfigError(f"{self.source}{line}: {what}")
+
+
+def _is_mapping(kind: Any) -> bool:
+    return bool(fields_of(kind)) or typing.get_origin(kind) is dict
 
 
 def _is_list(kind: Any) -> bool:

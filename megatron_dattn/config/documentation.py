@@ -99,6 +99,8 @@ def _words(kind: Any) -> str:
         return " | ".join(map(str, parts))
     if origin is list:
         return f"list of {_words(parts[0])}"
+    if origin is dict:
+        return f"mapping of names to {_words(parts[1])}"
     if dataclasses.is_dataclass(kind):
         return f"{{{', '.join(field.name for field in dataclasses.fields(kind))}}}"
     return {types.NoneType: "null", bool: "true | false", str: "text"}.get(kind, kind.__name__)
@@ -107,7 +109,7 @@ def _words(kind: Any) -> str:
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
-        return "none" if value == [] else str(value)
+        return str(value) if value else "none"
     value = field.default
     if value is dataclasses.MISSING:
         return "required"

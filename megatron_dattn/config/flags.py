@@ -73,7 +73,7 @@ def refuse_unknown_flags(argv: Sequence[str], options: Collection[str]) -> None:
     """
     for flag in (token.partition("=")[0] for token in argv if token.startswith("--")):
         name = flag.removesuffix("+")
-        if name in ("--", *options) or _is_inside_a_list(name.removeprefix("--")):
+        if name in ("--", *options) or _is_inside(name.removeprefix("--")):
             continue
         full = {f"--{path.rpartition('.')[2]}".replace("_", "-"): path for path in options}
         full |= {path: path for path in options}
@@ -82,10 +82,13 @@ def refuse_unknown_flags(argv: Sequence[str], options: Collection[str]) -> None:
         raise ConfigError(f"unrecognized arguments: {flag}; {remedy}")
 
 
-def _is_inside_a_list(name: str) -> bool:
-    """True for `data.train.weight`, a field of what `--data.train+` has added last."""
+def _is_inside(name: str) -> bool:
+    """True for `data.train.weight`, a field of what `--data.train+` has added last, and for
+    `data.policies.missing_image`, a key of a mapping, whose own rules say which there are."""
     section, _, field = name.rpartition(".")
-    return any(field in fields_of(item) for item in typing.get_args(kind_at(section)))
+    kind = kind_at(section)
+    is_mapping = typing.get_origin(kind) is dict
+    return is_mapping or any(field in fields_of(item) for item in typing.get_args(kind))
 
 
 def kind_at(name: str) -> Any:

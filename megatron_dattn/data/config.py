@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_dattn.data.policies import Policies, Policy
 from megatron_dattn.data.templates import TemplateName
 from megatron_dattn.errors import ConfigError
 
@@ -57,6 +58,10 @@ class DataConfig:
     ranks give up without knowing why. 0 or null waits for ever."""
     bad_samples: Literal["skip", "fail"] = "skip"
     """What to do with a sample that cannot be used: skip, count and report it, or stop."""
+    policies: dict[str, Policy] = field(default_factory=dict)
+    """What to do about single kinds of problems (`{missing_image: fail, empty_answer: fix}`): stop,
+    skip the sample, or fix it where that is defined. The others are fixed, or left to bad_samples,
+    as the table in docs/data.md says."""
     max_skipped_fraction: float = 0.1
     """Stop when more than this share of the data cannot be used. Judged on the samples of all
     ranks, those since the stage began and the most recent ones, with a margin for chance: see
@@ -104,3 +109,13 @@ class DataConfig:
             raise ConfigError(
                 f"data.max_skipped_fraction must lie in [0, 1], got {self.max_skipped_fraction}"
             )
+        _ = self.resolved_policies  # refuses what is no policy
+
+    @property
+    def resolved_policies(self) -> Policies:
+        """The policies with those that follow from other settings."""
+        return Policies.of(
+            self.policies or {},  # a file may leave the place behind its name empty
+            bad_samples=self.bad_samples,
+            long_samples=self.long_samples,
+        )

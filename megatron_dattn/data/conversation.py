@@ -4,36 +4,34 @@ The rules are LLaVA's: a leading answer is dropped, roles alternate, and a turn'
 is moved to its front on a line of its own. Several placeholders in one turn stay where they are
 (LLaVA-NeXT), because their places carry meaning. The text is otherwise the writer's. Where a record
 has videos, `<video>` is a placeholder too; where it has nothing else, `<image>` may stand for them
-(LLaVA-Video).
+(LLaVA-Video). What else may be fixed, where `data.policies` says so, stands in turn_fixes.py.
 
 A system message comes as a first turn from `system`, or for all turns in the record's `system`
 (ShareGPT's two ways; the turn goes before the key). An empty one is none, and so is an `image` or
 `video` that is there but empty.
 """
 
-import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megatron_dattn.data.chat_messages import IMAGE_TOKEN as IMAGE_TOKEN
-from megatron_dattn.data.chat_messages import VIDEO_TOKEN, as_llava
+from megatron_dattn.data.chat_messages import as_llava
+from megatron_dattn.data.policies import Fixes
+from megatron_dattn.data.problems import FIXED_BY_DEFAULT
 from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.data.turn_fixes import (
+    Role,
+    known_roles,
+    question,
+    with_answers,
+    with_placeholders,
+    with_videos,
+)
+from megatron_dattn.data.turn_fixes import Turn as Turn
 from megatron_dattn.data.videos import Video
 from megatron_dattn.errors import quoted
 
-_PLACEHOLDER = re.compile(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}")
-_ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One utterance; `text` holds `num_images` placeholders."""
-
-    role: Literal["user", "assistant"]
-    text: str
-    num_images: int = 0
+_ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Conversation:
     """What the placeholders stand for, in their order."""
     system: str | None = None
     """What the assistant is told before the first question."""
+    fixed: frozenset[Reason] = field(default=frozenset(), compare=False)
+    """Problems that were fixed on the way here."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -68,8 +68,11 @@ class Conversation:
         return replace(self, turns=turns, images=images)
 
 
-def parse_record(record: Any) -> Conversation:
+def parse_record(record: Any, fixing: frozenset[Reason] = FIXED_BY_DEFAULT) -> Conversation:
     """Normalise one record.
+
+    Args:
+        fixing: problems that are fixed where their fix applies.
 
     Raises:
         SampleError: the record cannot be used; its reason says why.
@@ -78,43 +81,17 @@ def parse_record(record: Any) -> Conversation:
         raise SampleError(
             Reason.BAD_RECORD, f"a record must be an object, got {type(record).__name__}"
         )
-    record = as_llava(record)
-    images, videos = _images(record), _videos(record)
+    fixes = Fixes(fixing)
+    record = as_llava(known_roles(record, fixes))
+    images: tuple[str | Video, ...] = _images(record)
+    videos = _videos(record)
     system, entries = _system(record)
-    utterances = _utterances(entries)
-    shown: tuple[str | Video, ...] = images
+    utterances = _utterances(entries, fixes)
     if videos:
-        asked = (_PLACEHOLDER.findall(text) for role, text in utterances if role == "user")
-        shown = _in_order([found for places in asked for found in places], images, videos)
-        utterances = [
-            (role, text.replace(VIDEO_TOKEN, IMAGE_TOKEN) if role == "user" else text)
-            for role, text in utterances
-        ]
-    turns = tuple(_turn(role, text) for role, text in utterances)
-    placeholders = sum(turn.num_images for turn in turns)
-    if placeholders != len(shown):
-        raise SampleError(
-            Reason.IMAGE_COUNT,
-            f"{placeholders} {IMAGE_TOKEN} placeholders for {len(shown)} images",
-        )
-    return Conversation(turns, shown, system)
-
-
-def _in_order(
-    placeholders: list[str], images: tuple[str, ...], videos: tuple[Video, ...]
-) -> tuple[str | Video, ...]:
-    """Images and videos as a text's placeholders name them."""
-    if not images and VIDEO_TOKEN not in placeholders:
-        return videos
-    counts = Counter(placeholders)
-    if (counts[IMAGE_TOKEN], counts[VIDEO_TOKEN]) != (len(images), len(videos)):
-        raise SampleError(
-            Reason.IMAGE_COUNT,
-            f"{counts[IMAGE_TOKEN]} {IMAGE_TOKEN} for {len(images)} images and "
-            f"{counts[VIDEO_TOKEN]} {VIDEO_TOKEN} for {len(videos)} videos",
-        )
-    left: dict[str, Iterator[str | Video]] = {IMAGE_TOKEN: iter(images), VIDEO_TOKEN: iter(videos)}
-    return tuple(next(left[placeholder]) for placeholder in placeholders)
+        utterances, images = with_videos(utterances, images, videos, fixes)
+    turns = [_turn(role, text, fixes) for role, text in utterances]
+    turns, images = with_answers(with_placeholders(turns, len(images), fixes), images)
+    return Conversation(tuple(turns), images, system, frozenset(fixes.made))
 
 
 def image_paths(record: dict[str, Any]) -> tuple[str, ...]:
@@ -183,10 +160,12 @@ def _system(record: dict[str, Any]) -> tuple[str | None, list[Any]]:
     return text, entries
 
 
-def _utterances(entries: list[Any]) -> list[tuple[Literal["user", "assistant"], str]]:
-    """Roles and texts, checked: they alternate, start with a question and end with an answer."""
+def _utterances(entries: list[Any], fixes: Fixes) -> list[tuple[Role, str]]:
+    """Roles and texts, checked: they alternate, start with a question and end with an answer, or
+    with a question that is to be dropped."""
     utterances = [_utterance(entry) for entry in entries]
     if utterances and utterances[0][0] == "assistant":
+        fixes.settle(Reason.LEADING_ANSWER, "the conversation begins with an answer")
         utterances = utterances[1:]
     if all(role == "user" for role, _ in utterances):
         raise SampleError(Reason.NO_ANSWER, "the conversation has no answer to a question")
@@ -194,11 +173,11 @@ def _utterances(entries: list[Any]) -> list[tuple[Literal["user", "assistant"], 
         if role != ("user", "assistant")[index % 2]:
             raise SampleError(Reason.ODD_ROLES, f"two {role} turns follow each other")
     if utterances[-1][0] == "user":
-        raise SampleError(Reason.NO_ANSWER, "the last question has no answer")
+        fixes.settle(Reason.NO_ANSWER, "the last question has no answer")
     return utterances
 
 
-def _utterance(entry: Any) -> tuple[Literal["user", "assistant"], str]:
+def _utterance(entry: Any) -> tuple[Role, str]:
     text = _text(entry)
     role = entry.get("from")
     if role == "system":
@@ -229,14 +208,11 @@ def require_unicode(text: str) -> None:
         ) from error
 
 
-def _turn(role: Literal["user", "assistant"], text: str) -> Turn:
-    num_images = text.count(IMAGE_TOKEN)
-    if role == "assistant":
-        if num_images:
-            raise SampleError(Reason.CONTROL_TOKEN, f"an answer contains {IMAGE_TOKEN}")
-        if not text.strip():
-            raise SampleError(Reason.EMPTY_ANSWER, "an answer is empty")
-        return Turn(role, text.strip())
-    if num_images == 1:
-        text = f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
-    return Turn(role, text, num_images)
+def _turn(role: Role, text: str, fixes: Fixes) -> Turn:
+    if role == "user":
+        return question(text)
+    if IMAGE_TOKEN in text:
+        raise SampleError(Reason.CONTROL_TOKEN, f"an answer contains {IMAGE_TOKEN}")
+    if not text.strip():
+        fixes.settle(Reason.EMPTY_ANSWER, "an answer is empty")
+    return Turn("assistant", text.strip())

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation
 from megatron_dattn.data.image_files import ImageRoot
 from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.policies import Fixes, Policies
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.squares import count_squares, may_be_several, read_squares
 from megatron_dattn.data.template import ConversationTokenizer, TextTokens
@@ -42,6 +43,8 @@ class EncodedConversation:
     labels: np.ndarray  # int64 [text tokens]
     image_offsets: tuple[int, ...]  # per square: text tokens before it
     images: list[np.ndarray]  # uint8 [image_size, image_size, 3] each
+    fixed: frozenset[Reason] = frozenset()
+    """Problems of the record that were fixed."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class SampleEncoder:
     """Cut a conversation that is too long after an answer, instead of rejecting it."""
     max_images: int | None = None
     """Of one sample, a video's frames among them and no tiles."""
+    policies: Policies = field(default_factory=Policies)
 
     def __call__(self, conversation: Conversation, image_root: ImageRoot) -> EncodedConversation:
         """Encode.
@@ -65,11 +69,12 @@ class SampleEncoder:
         Raises:
             SampleError: the sample cannot be used; its reason says why.
         """
-        tokens, images = self.text_tokens(conversation, image_root)
+        tokens, conversation = self.text_tokens(conversation, image_root)
+        fixes = Fixes(self.policies.fixing, set(conversation.fixed))
         squares = [
             square
-            for image in images
-            for square in read_squares(image, image_root, self.preprocessor)
+            for image in conversation.images
+            for square in read_squares(image, image_root, self.preprocessor, fixes)
         ]
         if len(squares) != len(tokens.image_offsets):
             raise SampleError(Reason.BROKEN_IMAGE, "an image changed while it was read")
@@ -78,12 +83,13 @@ class SampleEncoder:
             labels=np.array(tokens.labels, dtype=np.int64),
             image_offsets=tokens.image_offsets,
             images=squares,
+            fixed=frozenset(fixes.made),
         )
 
     def text_tokens(
         self, conversation: Conversation, image_root: ImageRoot | None = None
-    ) -> tuple[TextTokens, tuple[str | Video, ...]]:
-        """The text tokens and the images that belong to them, within the budgets.
+    ) -> tuple[TextTokens, Conversation]:
+        """The text tokens and what they are of: as much of a conversation as the budgets allow.
 
         Args:
             image_root: where the images are, whose headers say how many squares they become, and
@@ -100,8 +106,9 @@ class SampleEncoder:
             tokens = self.tokenizer(conversation)
         images = conversation.images
         if image_root is None or not any(may_be_several(i, self.preprocessor) for i in images):
-            return tokens, images
-        numbers = [count_squares(image, image_root, self.preprocessor) for image in images]
+            return tokens, conversation
+        fixes = Fixes(self.policies.fixing)  # noted when they are read for their pixels
+        numbers = [count_squares(image, image_root, self.preprocessor, fixes) for image in images]
 
         def too_many(part: Conversation) -> SampleError | None:
             kept = numbers[: len(part.images)]
@@ -114,7 +121,7 @@ class SampleEncoder:
         if (error := too_many(conversation)) is not None:
             conversation = self._beginning(conversation, error, too_many)
             tokens = self.tokenizer(conversation)
-        return tokens.repeated(numbers), conversation.images
+        return tokens.repeated(numbers), conversation
 
     def _bounded(self, conversation: Conversation) -> Conversation:
         """As much of a conversation as may fit, judged by its length alone.
@@ -129,7 +136,7 @@ class SampleEncoder:
         if conversation.num_exchanges > self.text_budget:  # each has the token that ends it
             if not self.truncate:
                 raise self._too_much(f"{conversation.num_exchanges} exchanges")
-            conversation = conversation.first_exchanges(self.text_budget)
+            conversation = _cut(conversation, self.text_budget, Reason.TOO_MUCH_TEXT)
         if (error := self._certain_excess(conversation)) is not None:
             conversation = self._beginning(conversation, error, self._certain_excess)
         return conversation
@@ -157,7 +164,7 @@ class SampleEncoder:
         kept = bisect_left(numbers, True, key=lambda number: excess(first(number)) is not None)
         if kept == 0:
             raise excess(first(1)) or error
-        return first(kept)
+        return _cut(conversation, kept, error.reason)
 
     def _certain_excess(self, conversation: Conversation) -> SampleError | None:
         """Whether a conversation exceeds a budget however its text is tokenised."""
@@ -208,6 +215,12 @@ class SampleEncoder:
         )
 
 
+def _cut(conversation: Conversation, kept: int, reason: Reason) -> Conversation:
+    """The first exchanges, and why no more of them."""
+    fixed = conversation.fixed | {reason}
+    return replace(conversation.first_exchanges(kept), fixed=fixed)
+
+
 def sample_encoder(config: DataConfig, sizes: ModelSizes) -> tuple[SampleEncoder, int]:
     """The encoder that a run's settings ask for, and the id that fills its text.
 
@@ -240,5 +253,6 @@ def sample_encoder(config: DataConfig, sizes: ModelSizes) -> tuple[SampleEncoder
         text_budget=config.text_budget,
         truncate=config.long_samples == "truncate",
         max_images=config.max_images_per_sample,
+        policies=config.resolved_policies,
     )
     return encoder, padding_id(tokenizer)

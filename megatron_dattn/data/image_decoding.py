@@ -101,7 +101,7 @@ def _judged(data: bytes, read: Callable[[bytes], Read]) -> Read:
     except (SampleError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise SampleError(Reason.BROKEN_IMAGE, f"the image is too large: {error}") from error
+        raise SampleError(Reason.HUGE_IMAGE, f"the image is too large: {error}") from error
     except Image.UnidentifiedImageError as error:
         kind = next((name for magic, name in _OTHERS if magic.match(data)), "not an image")
         raise SampleError(
@@ -157,7 +157,7 @@ def require_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise SampleError(
-            Reason.BROKEN_IMAGE,
+            Reason.HUGE_IMAGE,
             f"the image has {width}x{height} pixels; allowed are {max_pixels} pixels "
             f"(data.max_image_pixels) and sides up to {MAX_SIDE}",
         )

@@ -178,5 +178,5 @@ def _read(root: ImageRoot, path: str) -> bytes:
             parts = list(islice(iter(lambda: file.read(_PART_BYTES), b""), _MAX_PARTS))
             size = sum(map(len, parts))
         if size > MAX_FILE_BYTES:
-            raise SampleError(Reason.BROKEN_IMAGE, f"image {quoted(path)} has {size} bytes")
+            raise SampleError(Reason.HUGE_IMAGE, f"image {quoted(path)} has {size} bytes")
         return b"".join(parts)

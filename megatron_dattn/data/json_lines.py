@@ -36,6 +36,16 @@ def require_line_length(length: int) -> None:
         )
 
 
+def parse_line(line: bytes | SampleError) -> Any:
+    """The record of a line. Raises SampleError for a line that holds none, or is one itself."""
+    if isinstance(line, SampleError):
+        raise line
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise SampleError(Reason.BAD_RECORD, f"the line is not valid JSON: {error}") from error
+
+
 class JsonLines:
     """The lines of one file. Files are opened at the first use, in the process that reads."""
 

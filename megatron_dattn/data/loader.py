@@ -31,19 +31,21 @@ from megatron_dattn.data.loader_state import (
 from megatron_dattn.data.older_loader_state import places_from_energon
 from megatron_dattn.data.packing import buffer_size
 from megatron_dattn.data.places import StreamPlace
+from megatron_dattn.data.problems import FIXED_BY_DEFAULT, LENGTH_PROBLEMS
 from megatron_dattn.data.record_source import (
     RecordSource,
     TrainingRecords,
     ValidationRecords,
 )
-from megatron_dattn.data.rejection import Rejection
+from megatron_dattn.data.rejection import Reason, Rejection
 from megatron_dattn.data.sample import LoadedPack
 from megatron_dattn.data.skipped_samples import LoaderCounters, count_pack, most_in_a_row
 from megatron_dattn.data.task_encoder import PackStream, VLMTaskEncoder
 from megatron_dattn.data.workers import WatchedLoader, watched_loader
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
 
-_BEFORE_VIDEOS = {"data.video_frames": DataConfig.video_frames}  # states that do not name it
+_POLICIES = "data.policies that fix or do not fix"
+_OLDER = {"data.video_frames": DataConfig.video_frames, _POLICIES: []}  # in states without them
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +176,7 @@ class VLMLoader:
                 "resume with that version, or start the stage anew from these weights with "
                 "checkpoint.load"
             )
-        _require_same({**_BEFORE_VIDEOS, **state["identity"]}, self._identity)
+        _require_same({**_OLDER, **state["identity"]}, self._identity)
         self._counters = LoaderCounters(**state["counters"])
         if version == STATE_VERSION:
             records.places = places_of(state)
@@ -186,14 +188,14 @@ class VLMLoader:
 
     def _batches(self, loader: Any) -> Iterator[PackedBatch]:
         pack: LoadedPack
-        fail, in_a_row = self._source.config.bad_samples == "fail", 0
+        failing, in_a_row = self._source.task_encoder.encoder.policies.failing, 0
         for pack in loader:
             if pack.failure is not None:
                 raise pack.failure
             self._last[pack.stream] = replace(pack, batch=None)
             self._next_stream = (pack.stream + 1) % max(1, self._source.workers.num_workers)
             used = pack.batch.num_samples if pack.batch is not None else 0
-            count_pack(self._counters, used, pack.rejections, fail=fail)
+            count_pack(self._counters, used, pack.rejections, pack.fixed, failing=failing)
             if pack.batch is not None:
                 in_a_row = 0
                 yield pack.batch
@@ -253,6 +255,13 @@ def _identity(
         "data.image_fit": source.task_encoder.encoder.preprocessor.resolutions,
         "data.max_images_per_sample": config.max_images_per_sample,
         "data.video_frames": config.video_frames,
+        # A sample that is fixed takes its place in a pack; the difference only, as older states
+        # know of no policies.
+        _POLICIES: [
+            str(reason)
+            for reason in Reason
+            if reason in config.resolved_policies.fixing - LENGTH_PROBLEMS ^ FIXED_BY_DEFAULT
+        ],
         "training.micro_batch_size": micro_batch_size,
         "training.seed": seed,
         "data sets": [(dataset.fingerprint, dataset.weight) for dataset in source.datasets],

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_dattn.data.places import StreamPlace
 from megatron_dattn.data.record_source import TrainingRecords
 from megatron_dattn.data.sample import EncodedSample
-from megatron_dattn.data.task_encoder import VLMTaskEncoder, cook_record
+from megatron_dattn.data.task_encoder import VLMTaskEncoder
 
 
 def places_from_energon(
@@ -62,8 +62,8 @@ class _OlderPacking:
 
     def _packs(self, positions: np.ndarray) -> list[list[int]]:
         """The positions of a buffer by pack; every rejected one by itself, at its share."""
-        encode = self.task_encoder.encode_sample
-        samples = [encode(cook_record(record)) for record in self.records.at(positions)]
+        encode = self.task_encoder.encode_record
+        samples = [encode(record) for record in self.records.at(positions)]
         packs = self._first_fit([s for s in samples if isinstance(s, EncodedSample)])
         places = [
             ((number + 1) / len(packs), [sample.position for sample in pack])

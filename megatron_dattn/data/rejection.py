@@ -14,19 +14,27 @@ MAX_MESSAGE = 300  # characters: a rejection is one line of a log or of a table
 
 
 class Reason(StrEnum):
-    """The kinds of unusable samples."""
+    """The kinds of problems that a sample can have; problems.py says what each is and what can be
+    done. Checkpoints count by these names, so they stay as they are."""
 
-    BAD_RECORD = "bad_record"  # no JSON object of LLaVA's form, more than 16 MiB, half a character
+    BAD_RECORD = "bad_record"
     ODD_ROLES = "odd_roles"
+    LEADING_ANSWER = "leading_answer"
     NO_ANSWER = "no_answer"
     EMPTY_ANSWER = "empty_answer"
     NOT_A_CAPTION = "not_a_caption"
     IMAGE_COUNT = "image_count"
+    EXTRA_PLACEHOLDER = "extra_placeholder"
     CONTROL_TOKEN = "control_token"
-    TEMPLATE = "template"  # the model's own chat template refuses it, or changes its texts
-    MISSING_IMAGE = "missing_image"  # not there, or a path that no file below the root can have
-    BROKEN_IMAGE = "broken_image"  # damaged, of another format, too large or too much work
-    BROKEN_VIDEO = "broken_video"  # damaged, of another container or codec, without frames
+    TEMPLATE = "template"
+    MISSING_IMAGE = "missing_image"
+    EMPTY_IMAGE = "empty_image"
+    BROKEN_IMAGE = "broken_image"
+    HUGE_IMAGE = "huge_image"
+    ANIMATED_IMAGE = "animated_image"
+    CMYK_IMAGE = "cmyk_image"
+    SIXTEEN_BIT_IMAGE = "sixteen_bit_image"
+    BROKEN_VIDEO = "broken_video"
     TOO_MUCH_TEXT = "too_much_text"
     TOO_MANY_IMAGES = "too_many_images"
 

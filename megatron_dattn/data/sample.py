@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.data.rejection import Rejection
+from megatron_dattn.data.rejection import Reason, Rejection
 from megatron_dattn.errors import UserError
 
 
@@ -36,6 +36,8 @@ class EncodedSample:
     image_offsets: tuple[int, ...]  # per image: text tokens before it
     images: list[np.ndarray]  # uint8 [image_size, image_size, 3] each
     grid: tuple[int, int]  # patch rows, patch columns of every image
+    fixed: frozenset[Reason] = frozenset()
+    """Problems of the record that were fixed."""
 
     @property
     def num_text_tokens(self) -> int:
@@ -64,6 +66,8 @@ class LoadedPack:
     batch: PackedBatch | None = None
     rejections: tuple[Rejection, ...] = ()
     failure: UserError | None = None
+    fixed: tuple[Reason, ...] = ()
+    """The problems that were fixed in the batch's samples, each as often as in samples."""
     stream: int = 0
     """Of the rank's streams, the one that it is from."""
     num_drawn: int = 0

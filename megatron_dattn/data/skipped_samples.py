@@ -20,7 +20,7 @@ The margins hold for samples that come in random order, as an epoch's do.
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +50,8 @@ class LoaderCounters:
     """Used and skipped samples together."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Skipped samples by reason."""
+    fixed: dict[str, int] = field(default_factory=dict)
+    """Used samples in which a problem was fixed, by problem; one may have several."""
 
     @property
     def num_skipped(self) -> int:
@@ -59,37 +61,53 @@ class LoaderCounters:
         return asdict(self)
 
     def copy(self) -> "LoaderCounters":
-        return LoaderCounters(self.seen, dict(self.skipped))
+        return LoaderCounters(self.seen, dict(self.skipped), dict(self.fixed))
 
 
 def as_counts(counters: LoaderCounters) -> list[float]:
-    """Samples seen and those skipped for each reason, as numbers that can be summed over ranks."""
-    return [counters.seen, *(counters.skipped.get(reason, 0) for reason in Reason)]
+    """The counters as numbers that can be summed over ranks."""
+    skipped, fixed = counters.skipped, counters.fixed
+    return [counters.seen, *(by.get(reason, 0) for by in (skipped, fixed) for reason in Reason)]
 
 
-def from_counts(counts: Sequence[float]) -> tuple[int, dict[str, int]]:
-    """The inverse: samples seen, and those skipped by reason."""
-    seen, *skipped = map(int, counts)
-    return seen, dict(zip(map(str, Reason), skipped, strict=True))
+def from_counts(counts: Sequence[float]) -> LoaderCounters:
+    """The inverse."""
+    seen, *numbers = map(int, counts)
+    skipped, fixed = numbers[: len(Reason)], numbers[len(Reason) :]
+    return LoaderCounters(seen, _by_reason(skipped), _by_reason(fixed))
+
+
+def _by_reason(numbers: Sequence[int]) -> dict[str, int]:
+    named = zip(map(str, Reason), numbers, strict=True)
+    return {reason: number for reason, number in named if number}
 
 
 def count_pack(
-    counters: LoaderCounters, used: int, rejections: tuple[Rejection, ...], *, fail: bool
+    counters: LoaderCounters,
+    used: int,
+    rejections: tuple[Rejection, ...],
+    fixed: tuple[Reason, ...] = (),
+    *,
+    failing: Collection[Reason] = (),
 ) -> None:
     """Add one pack's samples to the counters and report what was skipped.
 
     Args:
-        fail: unusable samples are not allowed.
+        fixed: problems that were fixed in the samples that are used.
+        failing: problems that samples may not have.
 
     Raises:
-        DataError: there is one all the same.
+        DataError: one has such a problem all the same.
     """
     counters.seen += used + len(rejections)
+    for reason in fixed:
+        counters.fixed[str(reason)] = counters.fixed.get(reason, 0) + 1
     for rejection in rejections:
-        if fail:
+        if rejection.reason in failing:
             raise DataError(
                 f"sample {rejection.key} cannot be used ({rejection.reason}): "
-                f"{rejection.message}; data.bad_samples=skip would go on without it"
+                f"{rejection.message}; data.bad_samples=skip would go on without it, or "
+                f"data.policies.{rejection.reason}=skip"
             )
         _skip(counters, rejection)
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 
+from megatron_dattn.data.image_conversions import read_image
 from megatron_dattn.data.image_decoding import decode_image
-from megatron_dattn.data.image_files import ImageRoot, read_image_file
+from megatron_dattn.data.image_files import ImageRoot
 from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.policies import Fixes
 from megatron_dattn.data.videos import Video, evenly, num_frames, read_frames
 
 
@@ -13,10 +15,12 @@ def may_be_several(image: str | Video, preprocessor: ImagePreprocessor) -> bool:
     return isinstance(image, Video) or preprocessor.max_squares > 1
 
 
-def count_squares(image: str | Video, root: ImageRoot, preprocessor: ImagePreprocessor) -> int:
+def count_squares(
+    image: str | Video, root: ImageRoot, preprocessor: ImagePreprocessor, fixes: Fixes
+) -> int:
     """Number of squares that `read_squares` returns; nothing is decoded. Raises as it does."""
     if not isinstance(image, Video):
-        return preprocessor.num_squares(read_image_file(root, image))
+        return preprocessor.num_squares(read_image(root, image, fixes))
     count, pixels = preprocessor.video_frames, preprocessor.max_pixels
     if image.is_file:
         return num_frames(root, image.paths[0], count, max_pixels=pixels)
@@ -24,9 +28,12 @@ def count_squares(image: str | Video, root: ImageRoot, preprocessor: ImagePrepro
 
 
 def read_squares(
-    image: str | Video, root: ImageRoot, preprocessor: ImagePreprocessor
+    image: str | Video, root: ImageRoot, preprocessor: ImagePreprocessor, fixes: Fixes
 ) -> list[np.ndarray]:
     """The squares of an image, or of the frames of a video, which have no tiles.
+
+    Args:
+        fixes: what may be converted, and what is.
 
     Returns:
         uint8 [image_size, image_size, 3] each.
@@ -37,12 +44,12 @@ def read_squares(
         ConfigError: it is a video file, and PyAV is not installed.
     """
     if not isinstance(image, Video):
-        return preprocessor.squares(read_image_file(root, image))
+        return preprocessor.squares(read_image(root, image, fixes))
     count, pixels = preprocessor.video_frames, preprocessor.max_pixels
     if image.is_file:
         return read_frames(root, image.paths[0], count, preprocessor.square, max_pixels=pixels)
     chosen = (image.paths[number] for number in evenly(len(image.paths), count))
     return [
-        preprocessor.square(decode_image(read_image_file(root, path), max_pixels=pixels))
+        preprocessor.square(decode_image(read_image(root, path, fixes), max_pixels=pixels))
         for path in chosen
     ]

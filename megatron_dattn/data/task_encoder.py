@@ -12,7 +12,6 @@ wrappers (MapDataset, PackingDataset) would save and restore each of their steps
 of a stream was up to 10 s old and could only be gone on with by as many ranks and processes.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,7 +24,9 @@ from megatron_dattn.data.conversation import Conversation, parse_record
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.energon import SavableDataset
 from megatron_dattn.data.image_files import EmbeddedImages, ImageRoot
+from megatron_dattn.data.json_lines import parse_line
 from megatron_dattn.data.packing import Budgets, choose_pack
+from megatron_dattn.data.problems import FIXED_BY_DEFAULT
 from megatron_dattn.data.record_source import RawRecord, RecordSource
 from megatron_dattn.data.rejection import Reason, Rejection, SampleError
 from megatron_dattn.data.sample import (
@@ -52,17 +53,23 @@ class CookedSample:
     image_root: ImageRoot
 
 
-def cook_record(record: RawRecord) -> CookedSample | RejectedSample:
-    """Parse and normalise one record's text."""
+def cook_record(
+    record: RawRecord, fixing: frozenset[Reason] = FIXED_BY_DEFAULT
+) -> CookedSample | RejectedSample:
+    """Parse and normalise one record's text.
+
+    Args:
+        fixing: problems that are fixed where their fix applies.
+    """
     key, images = record.key, record.image_root
     try:
-        content = _parse_json(record.text)
+        content = parse_line(record.text)
         if isinstance(images, EmbeddedImages):
             content = as_record(content, images)
         own_key = content.get("key") if isinstance(content, dict) else None
         if _is_key(own_key):
             key = own_key
-        conversation = parse_record(content)
+        conversation = parse_record(content, fixing)
     except SampleError as error:
         return RejectedSample(record.position, Rejection(key, error.reason, str(error)))
     return CookedSample(key, record.position, record.epoch, conversation, images)
@@ -71,15 +78,6 @@ def cook_record(record: RawRecord) -> CookedSample | RejectedSample:
 def _is_key(value: Any) -> TypeGuard[str]:
     """Whether it names a sample in a line of a log; the record's number does otherwise."""
     return isinstance(value, str) and len(value) <= MAX_KEY_LENGTH and value.isprintable()
-
-
-def _parse_json(line: bytes | SampleError) -> Any:
-    if isinstance(line, SampleError):
-        raise line
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SampleError(Reason.BAD_RECORD, f"the line is not valid JSON: {error}") from error
 
 
 class VLMTaskEncoder:
@@ -92,6 +90,10 @@ class VLMTaskEncoder:
         self.max_samples = max_samples
         self.pad_id = pad_id
         self.keep_order = keep_order
+
+    def encode_record(self, record: RawRecord) -> EncodedSample | RejectedSample:
+        """Make a sample of a record as it is stored."""
+        return self.encode_sample(cook_record(record, self.encoder.policies.fixing))
 
     def encode_sample(
         self, sample: CookedSample | RejectedSample
@@ -116,6 +118,7 @@ class VLMTaskEncoder:
             image_offsets=encoded.image_offsets,
             images=encoded.images,
             grid=self.encoder.grid,
+            fixed=encoded.fixed,
         )
 
     def select_samples_to_pack(self, samples: list[EncodedSample | RejectedSample]) -> list[int]:
@@ -139,6 +142,7 @@ class VLMTaskEncoder:
         return LoadedPack(
             batch=self._batch(encoded) if encoded else None,
             rejections=tuple(s.rejection for s in samples if isinstance(s, RejectedSample)),
+            fixed=tuple(reason for sample in encoded for reason in sorted(sample.fixed)),
         )
 
     def _batch(self, samples: list[EncodedSample]) -> PackedBatch:
@@ -174,7 +178,7 @@ class PackStream(SavableDataset):
 
     def _packs(self, stream: int) -> Iterator[LoadedPack]:
         encoder = self.task_encoder
-        samples = (encoder.encode_sample(cook_record(record)) for record in self.records)
+        samples = (encoder.encode_record(record) for record in self.records)
         buffer: list[EncodedSample | RejectedSample] = []
         num_drawn = 0
         while True:

@@ -11,6 +11,8 @@ import torch
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.batch import IGNORED_LABEL, PackedBatch
 from megatron_dattn.data.conversation import IMAGE_TOKEN, Conversation, Turn, require_unicode
+from megatron_dattn.data.policies import Fixes
+from megatron_dattn.data.problems import FIXED_BY_DEFAULT
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.data.squares import read_squares
 from megatron_dattn.data.template import TextTokens
@@ -111,7 +113,7 @@ def read_image(loaded: RunAssets, image: str | Path | Video) -> tuple[np.ndarray
     shown = replace(image, paths=places) if isinstance(image, Video) else places[0]
     name = f"{kind} {quoted(paths[0])}"
     try:
-        return tuple(read_squares(shown, os.sep, loaded.preprocessor))
+        return tuple(read_squares(shown, os.sep, loaded.preprocessor, Fixes(FIXED_BY_DEFAULT)))
     except SampleError as error:
         # The errors of files that are not there name them.
         where = "" if paths[0] in str(error) else f"{name}: "

@@ -8,11 +8,12 @@ second, the learning rate of each module, the share of time spent waiting for da
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from statistics import fmean
 
 from megatron_dattn.config.training import LoggingConfig
+from megatron_dattn.data.skipped_samples import LoaderCounters, describe
 from megatron_dattn.runtime.distributed import is_rank_0
 from megatron_dattn.training.event_file import EventFile
 from megatron_dattn.training.state import Progress
@@ -44,6 +45,8 @@ class StepReport:
     seconds: float
     data_wait_seconds: float
     """Of these, spent waiting for the loader (mean over data-parallel ranks)."""
+    loaded: LoaderCounters = field(default_factory=LoaderCounters)
+    """Samples since the stage began: those that were skipped and what was fixed, by problem."""
     alpha: list[list[float]] | None = None
     """Mean alpha_V by layer and head, NaN where no text sees an image; None in most steps."""
 
@@ -72,6 +75,7 @@ class Metrics:
         self._world_size = world_size
         self._peak = peak_flops
         self._reports: list[StepReport] = []
+        self._problems: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self._interval_start = time.perf_counter()
         self._writer: EventFile | None = None
         if config.tensorboard_dir and is_rank_0():
@@ -106,8 +110,19 @@ class Metrics:
         interval = Interval(self._reports, wall_seconds=now - self._interval_start)
         self._reports, self._interval_start = [], now
         logger.info(self._line(interval, totals))
+        self._say_problems(interval.last)
         if self._writer is not None:
             self._writer.add_scalars(self._scalars(interval, totals), interval.last.step)
+
+    def _say_problems(self, last: StepReport) -> None:
+        """Say what was wrong with samples so far, where that has changed since the last line."""
+        found = (last.loaded.skipped, last.loaded.fixed)
+        if found != self._problems:
+            self._problems = found
+            skipped, fixed = (describe(counts) or "none" for counts in found)
+            logger.info(
+                "iteration %d | skipped samples: %s | fixed problems: %s", last.step, skipped, fixed
+            )
 
     def _write_alpha(self, step: int, weights: list[list[float]]) -> None:
         layers = [_describe_layer(number, heads) for number, heads in enumerate(weights, 1)]
@@ -135,6 +150,7 @@ class Metrics:
             "MFU": "n/a" if self._peak is None else f"{100 * tflops * 1e12 / self._peak:.1f}%",
             "number of skipped iterations": f"{totals.skipped_steps}",
             "number of skipped samples": f"{totals.skipped_samples}",
+            "number of fixed problems": f"{totals.fixed_problems}",
         }
         width = len(str(self._train_iters))
         head = f"iteration {last.step:{width}d}/{self._train_iters} | "
@@ -152,6 +168,8 @@ class Metrics:
             / 1e12,
             "skipped/iterations": totals.skipped_steps,
             "skipped/samples": totals.skipped_samples,
+            **{f"skipped samples/{name}": n for name, n in last.loaded.skipped.items()},
+            **{f"fixed problems/{name}": n for name, n in last.loaded.fixed.items()},
         }
         for name in ("text_tokens", "visual_tokens", "samples"):
             scalars[f"throughput/{name} per s"] = interval.per_second(name)

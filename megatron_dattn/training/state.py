@@ -53,6 +53,8 @@ class Progress:
     visual_tokens: int = 0
     skipped_samples: int = 0
     """Samples that the loader could not use."""
+    fixed_problems: int = 0
+    """Problems of used samples that the loader fixed."""
     skipped_steps: int = 0
     """Steps without an update because the loss or a gradient was not finite."""
     skipped_steps_in_a_row: int = 0

@@ -70,8 +70,9 @@ def train_step(run: Run) -> StepReport:
     squared_norm = measure_gradients(state.optimizer)
     consumed = run.stream.take()
     totals = _sum_over_replicas(run, sums, consumed, squared_norm)
-    check_share(totals.rejected, totals.seen, run.config.data.max_skipped_fraction)
-    run.recent_samples.check(totals.rejected, totals.seen)
+    skipped, seen = totals.loaded.skipped, totals.loaded.seen
+    check_share(skipped, seen, run.config.data.max_skipped_fraction)
+    run.recent_samples.check(skipped, seen)
     # A rank that skipped alone would part from the others without a sound: with the distributed
     # optimizer its shard of every parameter would be a step old.
     if not totals.skip:
@@ -90,6 +91,7 @@ def train_step(run: Run) -> StepReport:
         flops=totals.flops,
         seconds=time.perf_counter() - started,
         data_wait_seconds=totals.wait_seconds / parallel_state.get_data_parallel_world_size(),
+        loaded=totals.loaded,
         alpha=None if meter is None else mean_alpha(meter),
     )
 
@@ -105,10 +107,8 @@ class _Totals:
     visual_tokens: int
     flops: float
     wait_seconds: float
-    seen: int
-    """Samples since the stage began, used and unusable ones."""
-    rejected: dict[str, int]
-    """The unusable ones of them by reason."""
+    loaded: LoaderCounters
+    """Samples since the stage began, with those that were skipped and what was fixed."""
     skip: bool
 
 
@@ -140,7 +140,6 @@ def _sum_over_replicas(
         keys = shortened(str(consumed.sample_keys), 300)  # logging.sample_ledger has them all
         logger.warning("loss %s in step %d, samples %s", own_loss, step, keys)
     mean = mean_loss(loss, num_tokens)
-    seen, rejected = from_counts(counts)
     return _Totals(
         loss=mean,
         grad_norm=math.sqrt(squared),
@@ -149,8 +148,7 @@ def _sum_over_replicas(
         visual_tokens=int(visual),
         flops=flops,
         wait_seconds=wait,
-        seen=seen,
-        rejected=rejected,
+        loaded=from_counts(counts),
         skip=bad > 0 or not math.isfinite(mean),
     )
 
@@ -177,7 +175,8 @@ def _account(run: Run, totals: _Totals, consumed: Consumed) -> None:
     progress.consumed_packs += run.num_microbatches * parallel_state.get_data_parallel_world_size()
     progress.text_tokens += totals.text_tokens
     progress.visual_tokens += totals.visual_tokens
-    progress.skipped_samples = sum(totals.rejected.values())
+    progress.skipped_samples = totals.loaded.num_skipped
+    progress.fixed_problems = sum(totals.loaded.fixed.values())
     progress.skipped_steps += totals.skip
     progress.skipped_steps_in_a_row = progress.skipped_steps_in_a_row + 1 if totals.skip else 0
     if run.ledger is not None:

@@ -79,10 +79,10 @@ class Validation:
             num_packs = stream.load_at_most(1)
         having, *counts = _sum_over_replicas(float(num_packs), *as_counts(_counters(loader)))
         if not having:
-            seen, skipped = from_counts(counts)
+            met = from_counts(counts)
             raise DataError(
-                f"none of the {seen} validation samples can be used ({describe(skipped)}); mend "
-                "data.validation, or set training.eval_interval to 0"
+                f"none of the {met.seen} validation samples can be used ({describe(met.skipped)}); "
+                "mend data.validation, or set training.eval_interval to 0"
             )
         replicas = parallel_state.get_data_parallel_world_size()
         if having < replicas and is_rank_0():
@@ -120,8 +120,8 @@ class Validation:
         loss, num_tokens, *counts = _sum_over_replicas(
             sums.loss, sums.num_tokens, *as_counts(_counters(loader))
         )
-        seen, skipped = from_counts(counts)
-        check_share(skipped, seen, self._max_skipped_fraction)
+        met = from_counts(counts)
+        check_share(met.skipped, met.seen, self._max_skipped_fraction)
         if num_tokens == 0:
             raise DataError("the validation packs hold no labelled token; give other samples")
         return mean_loss(loss, num_tokens)

@@ -43,6 +43,7 @@ COVERED_BY = {
     "data/dataset": "unit/data/test_loader.py",
     "data/image_settings": "unit/data/test_images.py",
     "data/prepare_targets": "unit/data/test_prepare.py",
+    "data/problems": "unit/test_docs.py",
     "data/record_source": "unit/data/test_loader.py",
     "data/task_encoder": "unit/data/test_loader.py",
     "data/worker_iterator": "unit/data/test_workers.py",

@@ -14,6 +14,7 @@ from PIL import Image
 from tests.unit.data.test_image_decoding import chunk, encoded, png_header
 
 GOOD, BROKEN, MISSING = "good", "broken_image", "missing_image"
+HUGE, EMPTY = "huge_image", "empty_image"
 Case = tuple[str, bytes, set[str]]  # name, bytes, what may become of it
 TRUNCATED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PARTS = 20
@@ -50,8 +51,8 @@ def ifd(entries: list[tuple[int, int, int, int]], following: int = 0) -> bytes:
 
 def _bombs() -> Iterator[Case]:
     zeros = zlib.compress(bytes(200_000_000), 9)
-    yield "bomb-pixels.png", png_header(60_000, 60_000), {BROKEN}
-    yield "bomb-side.png", png_header(16_385, 1), {BROKEN}
+    yield "bomb-pixels.png", png_header(60_000, 60_000), {HUGE}
+    yield "bomb-side.png", png_header(16_385, 1), {HUGE}
     yield "bomb-iccp.png", with_png_chunk(b"iCCP", b"x\0\0" + zeros), {GOOD}
     yield "bomb-ztxt.png", with_png_chunk(b"zTXt", b"x\0\0" + zeros), {GOOD}
     yield "bomb-late-ztxt.png", with_png_chunk(b"zTXt", b"x\0\0" + zeros, late=True), {GOOD}
@@ -59,11 +60,11 @@ def _bombs() -> Iterator[Case]:
     yield "text.png", with_png_chunk(b"tEXt", b"x\0" + b"y" * 5_000_000), {GOOD}
     # A row of zeros compresses well: a small file of many pixels, within the limits of a side.
     many = png_header(16_000, 16_000)[:33] + chunk(b"IDAT", zeros) + chunk(b"IEND", b"")
-    yield "bomb-many.png", many, {BROKEN}
+    yield "bomb-many.png", many, {HUGE}
     gif = b"GIF89a\1\0\1\0\0\0\0," + struct.pack("<HHHH", 0, 0, 65_535, 65_535) + b"\0\2\1\0\0;"
-    yield "bomb.gif", gif, {BROKEN}
+    yield "bomb.gif", gif, {HUGE}
     canvas = b"VP8X" + struct.pack("<I", 10) + b"\2\0\0\0" + b"\xfe\xff\xff" * 2
-    yield "bomb.webp", b"RIFF" + struct.pack("<I", 4 + len(canvas)) + b"WEBP" + canvas, {BROKEN}
+    yield "bomb.webp", b"RIFF" + struct.pack("<I", 4 + len(canvas)) + b"WEBP" + canvas, {HUGE}
 
 
 def _notes() -> Iterator[Case]:
@@ -85,6 +86,7 @@ def _truncated() -> Iterator[Case]:
             name = f"cut-{part}.{format.lower()}"
             # A GIF may have all its pixels before its last bytes.
             fates = {BROKEN, GOOD} if format == "GIF" and part == PARTS - 1 else {BROKEN}
+            fates = fates if part else {EMPTY}
             yield name, data[: len(data) * part // PARTS], fates
 
 
@@ -106,8 +108,8 @@ def _kinds() -> Iterator[Case]:
     for format in ("GIF", "WEBP", "PNG"):
         yield f"moves.{format.lower()}", encoded(image, format, **frames), {GOOD}
     yield "gif-named.jpg", encoded(image, "GIF"), {GOOD}
-    yield "empty.png", b"", {BROKEN}
-    yield "no-pixels.png", png_header(0, 0), {BROKEN}
+    yield "empty.png", b"", {EMPTY}
+    yield "no-pixels.png", png_header(0, 0), {EMPTY}
     yield "heic.jpg", b"\0\0\0\x18ftypheic" + bytes(64), {BROKEN}
     yield "avif.jpg", encoded(image, "AVIF"), {BROKEN}
     yield "drawing.svg", b'<?xml version="1.0"?><svg><script/></svg>', {BROKEN}

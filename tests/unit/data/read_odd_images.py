@@ -9,8 +9,10 @@ import json
 import resource
 import sys
 
-from megatron_dattn.data.image_files import read_image_file
+from megatron_dattn.data.image_conversions import read_image
 from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.policies import Fixes
+from megatron_dattn.data.problems import FIXED_BY_DEFAULT
 from megatron_dattn.data.rejection import SampleError
 from megatron_dattn.runtime.log import quiet_libraries
 
@@ -36,7 +38,7 @@ def main() -> None:
         for name in json.load(file):
             message = ""
             try:
-                data = read_image_file(folder, name)
+                data = read_image(folder, name, Fixes(FIXED_BY_DEFAULT))
                 assert len(tiles.squares(data)) == tiles.num_squares(data)
                 fate = "good"
             except SampleError as error:

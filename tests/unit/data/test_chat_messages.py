@@ -85,7 +85,11 @@ def test_system_and_further_turns() -> None:
         (messages(asked("q"), ANSWER), Reason.BAD_RECORD, "parts of type text, image and"),
         (messages(asked({"type": "text"}), ANSWER), Reason.BAD_RECORD, "parts of type text"),
         (messages(asked({**IMAGE, "image": 3}), ANSWER), Reason.BAD_RECORD, "must name a file"),
-        (messages(asked(IMAGE, said("q")), ANSWER), Reason.IMAGE_COUNT, "1 <image> placeholders"),
+        (
+            messages(asked(IMAGE, said("q")), ANSWER),
+            Reason.EXTRA_PLACEHOLDER,
+            "1 <image> placeholders",
+        ),
         (
             messages(asked({**IMAGE, "image": "a"}, IMAGE), ANSWER, images=["b"]),
             Reason.IMAGE_COUNT,

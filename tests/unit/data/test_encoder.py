@@ -12,6 +12,7 @@ from megatron_dattn.data import template
 from megatron_dattn.data.conversation import Conversation, Turn, parse_record
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.images import ImagePreprocessor
+from megatron_dattn.data.problems import LENGTH_PROBLEMS
 from megatron_dattn.data.rejection import Reason, SampleError
 from megatron_dattn.data.template import ConversationTokenizer, TextTokens
 from tests.unit.data.builders import CORPUS, SPECIAL_TOKENS, make_tokenizer, record
@@ -41,7 +42,7 @@ def encoder(name: str, *, text: int, visual: int = 8, truncate: bool = True) -> 
 
 def one_exchange_less_until_it_fits(
     encoder: SampleEncoder, conversation: Conversation
-) -> tuple[TextTokens, tuple[str, ...]]:
+) -> tuple[TextTokens, Conversation]:
     """The slow way, which tokenises everything first."""
     while True:
         records = encoder.tokenizer(conversation)
@@ -50,7 +51,7 @@ def one_exchange_less_until_it_fits(
         elif len(records.image_offsets) * 4 > encoder.visual_budget:
             reason = Reason.TOO_MANY_IMAGES
         else:
-            return records, conversation.images
+            return records, conversation
         if not encoder.truncate or conversation.num_exchanges == 1:
             raise SampleError(reason, "")
         conversation = conversation.first_exchanges(conversation.num_exchanges - 1)
@@ -186,9 +187,10 @@ def test_what_is_cut_off_is_not_tokenised(untouched: Untouched, later: Any) -> N
             "image": ["a.png"] * later["conversations"][0]["value"].count("<image>"),
         }
     )
-    kept, images = limited(untouched, truncate=True).text_tokens(chat)
+    kept, beginning = limited(untouched, truncate=True).text_tokens(chat)
     assert kept == untouched(chat.first_exchanges(2))
-    assert images == ()
+    assert beginning.images == ()
+    assert len(beginning.fixed & LENGTH_PROBLEMS) == len(beginning.fixed) == 1
     with pytest.raises(SampleError):
         limited(untouched, truncate=False).text_tokens(chat)
 
@@ -244,10 +246,10 @@ ASKED_TWICE = {
 
 def test_every_tile_has_its_image_s_place_in_the_text(pictures: str) -> None:
     chat = parse_record(ASKED_TWICE)
-    plain, images = tiled(visual=200).text_tokens(chat)
+    plain, whole = tiled(visual=200).text_tokens(chat)
     first, second, third = plain.image_offsets
     tokens, same = tiled(visual=44).text_tokens(chat, pictures)
-    assert (tokens.input_ids, tokens.labels, same) == (plain.input_ids, plain.labels, images)
+    assert (tokens.input_ids, tokens.labels, same) == (plain.input_ids, plain.labels, whole)
     assert tokens.image_offsets == (first,) * 3 + (second,) * 5 + (third,) * 3
     sample = tiled(visual=44)(chat, pictures)
     assert sample.image_offsets == tokens.image_offsets
@@ -266,8 +268,9 @@ def test_tiles_count_before_an_image_is_decoded(
     with pytest.raises(SampleError, match="11 images and tiles make 44 visual tokens") as caught:
         tiled(visual=43)(chat, pictures)
     assert caught.value.reason == Reason.TOO_MANY_IMAGES
-    tokens, images = tiled(visual=43, truncate=True).text_tokens(chat, pictures)
-    assert (images, len(tokens.image_offsets)) == (("wide.png", "tall.png"), 8)
+    tokens, kept = tiled(visual=43, truncate=True).text_tokens(chat, pictures)
+    assert kept.fixed == {Reason.TOO_MANY_IMAGES}
+    assert (kept.images, len(tokens.image_offsets)) == (("wide.png", "tall.png"), 8)
     with pytest.raises(SampleError, match="8 images and tiles make 32 visual tokens"):
         tiled(visual=31, truncate=True).text_tokens(chat, pictures)
 
@@ -288,8 +291,8 @@ def test_the_number_of_images_has_a_limit_of_its_own(pictures: str) -> None:
         tiled(visual=200, max_images=2).text_tokens(chat)
     assert caught.value.reason == Reason.TOO_MANY_IMAGES
     assert str(caught.value).endswith("data.max_images_per_sample 2")
-    assert tiled(visual=200, max_images=3).text_tokens(chat)[1] == chat.images
-    _, images = tiled(visual=200, max_images=2, truncate=True).text_tokens(chat)
-    assert images == chat.images[:2]
+    assert tiled(visual=200, max_images=3).text_tokens(chat)[1] == chat
+    _, kept = tiled(visual=200, max_images=2, truncate=True).text_tokens(chat)
+    assert kept.images == chat.images[:2]
     text_only = parse_record(record("why?", "so"))
-    assert tiled(visual=200, max_images=0).text_tokens(text_only)[1] == ()
+    assert tiled(visual=200, max_images=0).text_tokens(text_only)[1] == text_only

@@ -32,10 +32,12 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return decode_image(data, max_pixels=max_pixels)
 
 
-def assert_refused(data: bytes, text: str, max_pixels: int = MAX_PIXELS) -> None:
+def assert_refused(
+    data: bytes, text: str, max_pixels: int = MAX_PIXELS, reason: Reason = Reason.BROKEN_IMAGE
+) -> None:
     with pytest.raises(SampleError, match=text) as caught:
         decode(data, max_pixels)
-    assert caught.value.reason == Reason.BROKEN_IMAGE
+    assert caught.value.reason == reason
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -63,11 +65,14 @@ def test_other_formats_are_refused_whatever_their_name(format: str) -> None:
 
 def test_sizes_are_refused_from_the_header() -> None:
     # Decoding would fail on the missing data; the size is named instead, so nothing was decoded.
-    assert_refused(png_header(8000, 8000), "8000x8000")
-    assert_refused(png_header(60_000, 1), "60000x1")
-    assert_refused(png_header(MAX_SIDE + 1, 2), str(MAX_SIDE))
-    assert_refused(encoded(noise(10, 10)), "10x10", max_pixels=99)
-    assert_refused(png_header(20_000, 20_000), "too large|20000x20000")
+    for data, words, max_pixels in (
+        (png_header(8000, 8000), "8000x8000", MAX_PIXELS),
+        (png_header(60_000, 1), "60000x1", MAX_PIXELS),
+        (png_header(MAX_SIDE + 1, 2), str(MAX_SIDE), MAX_PIXELS),
+        (encoded(noise(10, 10)), "10x10", 99),
+        (png_header(20_000, 20_000), "too large|20000x20000", MAX_PIXELS),
+    ):
+        assert_refused(data, words, max_pixels, Reason.HUGE_IMAGE)
 
 
 @pytest.mark.parametrize("format", FORMATS)

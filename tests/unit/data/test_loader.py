@@ -15,6 +15,7 @@ import torch
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.loader import VLMLoader
+from megatron_dattn.data.loader_state import dump_state, load_state
 from megatron_dattn.data.rejection import Reason
 from megatron_dattn.errors import CheckpointError, ConfigError, DataError
 from tests.unit.data.builders import (
@@ -97,6 +98,42 @@ def test_bad_samples_are_counted_once_across_a_resume(processor: Path, tmp_path:
     assert_equal(take(resumed, 20), take(whole, 20))
     assert resumed.counters() == whole.counters()
     assert whole.counters().skipped[Reason.MISSING_IMAGE] > 10
+
+
+def test_fixed_samples_are_used_and_counted_once_across_a_resume(
+    processor: Path, tmp_path: Path
+) -> None:
+    records = make_records(tmp_path, 60)
+    for index in range(0, 60, 6):
+        records[index]["conversations"] += record("why ?", "")["conversations"]
+    config = data_config(processor, policies={"empty_answer": "fix"}, num_workers=2)
+    dataset = make_dataset(tmp_path, records)
+    whole = make_loader(config, [dataset])
+    take(whole, 4)
+    resumed = make_loader(config, [dataset])
+    resumed.restore_state(whole.save_state())
+    assert_equal(take(resumed, 20), take(whole, 20))
+    counters = whole.counters()
+    assert resumed.counters() == counters
+    assert counters.skipped == {}
+    assert counters.fixed["empty_answer"] > 10
+    skipping = make_loader(data_config(processor, num_workers=2), [dataset])
+    with pytest.raises(CheckpointError, match=r"data\.policies that fix or do not fix"):
+        skipping.restore_state(whole.save_state())
+
+
+def test_a_state_from_before_there_were_policies_restores(
+    processor: Path, dataset: DatasetConfig
+) -> None:
+    config = data_config(processor, policies={"missing_image": "fail"})
+    whole = make_loader(config, [dataset])
+    take(whole, 3)
+    state = load_state(whole.save_state())
+    del state["counters"]["fixed"]
+    del state["identity"]["data.policies that fix or do not fix"]
+    resumed = make_loader(config, [dataset])
+    resumed.restore_state(dump_state(state))
+    assert_equal(take(resumed, 5), take(whole, 5))
 
 
 def test_rejected_samples_are_counted_beside_their_neighbours(
@@ -235,6 +272,21 @@ def test_bad_samples_stop_the_run_where_that_is_wanted(processor: Path, tmp_path
     with pytest.raises(DataError, match=r"set-000000010 .*images/none\.png") as caught:
         take(make_loader(config, [dataset]), 20)
     assert "\n" not in str(caught.value)
+
+
+def test_a_problem_may_stop_the_run_while_others_are_skipped(
+    processor: Path, tmp_path: Path
+) -> None:
+    records = [*make_records(tmp_path, 30), record("x", ""), record("<image>", "y", "none.png")]
+    dataset = make_dataset(tmp_path, records)
+    config = data_config(processor, policies={"missing_image": "fail"})
+    loader = make_loader(config, [dataset], training=False)
+    with pytest.raises(DataError, match=r"set-000000031 .*data\.policies\.missing_image=skip"):
+        list(loader)
+    assert loader.counters().skipped == {"empty_answer": 1}
+    config = data_config(processor, bad_samples="fail", policies={"empty_answer": "skip"})
+    with pytest.raises(DataError, match=r"missing_image"):
+        list(make_loader(config, [dataset], training=False))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -30,7 +30,7 @@ def rejections(count: int) -> tuple[Rejection, ...]:
 def test_reports_thin_out(caplog: pytest.LogCaptureFixture) -> None:
     counters = LoaderCounters()
     with caplog.at_level(logging.WARNING):
-        count_pack(counters, 0, rejections(1000), fail=False)
+        count_pack(counters, 0, rejections(1000))
     # 32, 64, 128, 256, 512 beyond the first twenty.
     assert len(caplog.messages) == VERBOSE_SKIPS + 5
     assert counters.skipped == {"no_answer": 1000}
@@ -39,15 +39,15 @@ def test_reports_thin_out(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_fail_names_the_first_sample() -> None:
     with pytest.raises(DataError, match=r"k0 .*no_answer.*because"):
-        count_pack(LoaderCounters(), 0, rejections(2), fail=True)
+        count_pack(LoaderCounters(), 0, rejections(2), failing={Reason.NO_ANSWER})
 
 
 def test_counts_travel_as_numbers() -> None:
     counters = LoaderCounters()
-    count_pack(counters, 5, rejections(2), fail=False)
-    seen, skipped = from_counts(as_counts(counters))
-    assert seen == 7
-    assert {reason: number for reason, number in skipped.items() if number} == counters.skipped
+    fixed = (Reason.EMPTY_ANSWER, Reason.ANIMATED_IMAGE, Reason.ANIMATED_IMAGE)
+    count_pack(counters, 5, rejections(2), fixed, failing={Reason.BAD_RECORD})
+    assert from_counts(as_counts(counters)) == counters
+    assert counters == LoaderCounters(7, {"no_answer": 2}, {"empty_answer": 1, "animated_image": 2})
 
 
 LIMIT = 0.1

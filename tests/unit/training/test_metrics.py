@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dattn.config.training import LoggingConfig
+from megatron_dattn.data.skipped_samples import LoaderCounters
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.planner.hardware import bf16_peak, device_peak
 from megatron_dattn.training.metrics import Interval, Metrics, StepReport
@@ -71,6 +72,28 @@ def test_line_is_written_when_due_and_at_the_end(caplog: pytest.LogCaptureFixtur
     assert fields["throughput per GPU (TFLOP/s/GPU)"] == "2.000"
     assert fields["MFU"] == "20.0%"
     assert fields["number of skipped samples"] == "7"
+
+
+def test_problems_of_samples_are_said_once(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """On a line of their own, where they have changed since the last; TensorBoard has each."""
+    caplog.set_level(logging.INFO)
+    metrics = _metrics(1, tensorboard_dir=str(tmp_path))
+    counts = LoaderCounters(90, {"broken_image": 2, "missing_image": 5}, {"animated_image": 3})
+    for step, loaded in ((1, LoaderCounters()), (2, counts), (3, counts.copy())):
+        metrics.record(
+            replace(_report(step), loaded=loaded), Progress(step, fixed_problems=step - 1)
+        )
+    metrics.close()
+    assert [line for line in caplog.messages if "lm loss" not in line] == [
+        "iteration 2 | skipped samples: missing_image 5, broken_image 2 | "
+        "fixed problems: animated_image 3"
+    ]
+    assert _fields(caplog.messages[-1])["number of fixed problems"] == "2"
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"skipped samples/missing_image" in written
+    assert b"fixed problems/animated_image" in written
 
 
 def test_mfu_has_no_meaning_without_a_peak(caplog: pytest.LogCaptureFixture) -> None:
