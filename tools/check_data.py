@@ -5,10 +5,11 @@
 
 With --config it takes the run's own settings (template, budgets, image size, ...) and, where no
 file is named, checks all its data sets. Reads every record and decodes every image by the rules of
-the data loader; prints a table by reason and, with --report, writes a JSON file. --list names every
-record with a problem, for prepare_data.py --without. Exits with 0 if all is well and with 2
-otherwise; with --missing skip, missing images are reported but do not count. Without a tokenizer,
-lengths and control tokens are not checked.
+the data loader; prints a table by problem, with what training would do about it, and writes it as
+JSON (--report) or as one HTML page with thumbnails and histograms (--html). --list names every
+record that training would not use, for prepare_data.py --without. Exits with 0 if all would be used
+and with 2 otherwise; with --missing skip, missing images are reported but do not count. Without a
+tokenizer, lengths and control tokens are not checked.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from megatron_dattn.runtime.os_errors import named
 from megatron_dattn.runtime.tool import ToolParser, run_tool
 
 if TYPE_CHECKING:
-    from megatron_dattn.data.check import RecordChecker, Report
+    from megatron_dattn.data.check import RecordChecker
+    from megatron_dattn.data.check_report import Report
 
 _BYTES_FOR_PROCESSES = 2**19  # of a file for whose checks it is worth to start them
 _IMAGE_SIZE, _PATCH_SIZE = 384, 14
@@ -50,7 +52,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-root", type=Path, help="images' folder; else each input's own")
     parser.add_argument("--missing", choices=["fail", "skip"], default="fail")
     parser.add_argument("--report", type=Path, help="JSON file to write")
-    parser.add_argument("--list", type=Path, help="file that names every record with a problem")
+    parser.add_argument("--html", type=Path, help="HTML page to write")
+    parser.add_argument("--list", type=Path, help="file that names every record not to be used")
+    parser.add_argument(
+        "--list-duplicates", action="store_true", help="repeated records go into --list too"
+    )
     parser.add_argument("--workers", type=positive, default=cores, help="checks at a time")
     parser.add_argument("--max-image-pixels", type=positive)
     parser.add_argument("--tokenizer", help="folder of the tokenizer")
@@ -106,35 +112,46 @@ def make_checkers(options: argparse.Namespace) -> list[tuple[Path, "RecordChecke
         files = [(path, Path(options.image_root or root or path.parent)) for path, root in entries]
     if not files:
         raise ConfigError("name files to check, or the run's --config files")
-    return [(path, RecordChecker(root, data.max_image_pixels, encoder)) for path, root in files]
+    policies = data.resolved_policies
+    return [
+        (path, RecordChecker(root, data.max_image_pixels, encoder, policies))
+        for path, root in files
+    ]
 
 
 def check_file(
-    path: Path, checker: "RecordChecker", workers: int, listing: TextIO | None
+    path: Path, checker: "RecordChecker", options: argparse.Namespace, listing: TextIO | None
 ) -> "Report":
     from tqdm import tqdm
 
-    from megatron_dattn.data.check import Report, check_records
-    from megatron_dattn.data.record_files import read_records
+    from megatron_dattn.data.check import check_records, records_of
+    from megatron_dattn.data.check_report import Report
+    from megatron_dattn.data.problems import DUPLICATE_RECORD
     from megatron_dattn.runtime.log import quiet_libraries
 
     quiet_libraries()
     large = path.is_file() and path.stat().st_size > _BYTES_FOR_PROCESSES
     checks = check_records(
-        read_records(path), checker, path=str(path), workers=workers, processes=large
+        records_of(path, checker.image_root),
+        checker,
+        path=str(path),
+        workers=options.workers,
+        processes=large,
     )
-    report = Report(str(path))
+    report = Report(str(path), checker.image_root)
+
+    def note(number: int, problems: list[str], message: str) -> None:
+        if listing is not None:
+            entry = {"path": os.path.abspath(path), "record": number, "reasons": problems}
+            listing.write(json.dumps({**entry, "message": message}) + "\n")
+
     # disable=None: no bar where there is no terminal.
-    for grown, number, problems in tqdm(checks, desc=path.name, unit=" records", disable=None):
+    for grown, number, checked in tqdm(checks, desc=path.name, unit=" records", disable=None):
         report = grown
-        if problems and listing is not None:
-            entry = {
-                "path": os.path.abspath(path),
-                "record": number,
-                "reasons": [str(problem.reason) for problem in problems],
-                "message": str(problems[0]),
-            }
-            listing.write(json.dumps(entry) + "\n")
+        if rejections := checked.rejections:
+            note(number, [str(each.problem) for each in rejections], rejections[0].message)
+    for number, first in report.duplicate_records if options.list_duplicates else ():
+        note(number, [DUPLICATE_RECORD], f"as record {first}")
     return report
 
 
@@ -145,16 +162,25 @@ def check(options: argparse.Namespace) -> int:
         if options.list is not None:
             with named(options.list):
                 listing = stack.enter_context(options.list.open("w", encoding="utf-8"))
-        reports = [check_file(path, one, options.workers, listing) for path, one in checkers]
+        reports = [check_file(path, one, options, listing) for path, one in checkers]
     for report in reports:
         print(report.table())
     if options.report is not None:
         content = {"files": [report.as_dict() for report in reports]}
         with named(options.report):
             options.report.write_text(json.dumps(content, indent=2) + "\n")
+    if options.html is not None:
+        write_html(options.html, reports, checkers[0][1].max_pixels)
     ignore_missing = options.missing == "skip"
     failed = any(report.has_problems(ignore_missing=ignore_missing) for report in reports)
     return EXIT_USER_ERROR if failed else 0
+
+
+def write_html(path: Path, reports: list["Report"], max_pixels: int) -> None:
+    from megatron_dattn.data.check_html import page
+
+    with named(path):
+        path.write_text(page(reports, max_pixels=max_pixels), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

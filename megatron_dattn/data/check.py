@@ -1,13 +1,13 @@
 """What is wrong with a data set, found before training: the rules of the loader, without Energon.
 
-Every problem of every record is counted by the loader's own reasons. Without a tokenizer the text
-is not measured.
+A record is read, parsed, tokenised and its images decoded by the loader's own functions and in the
+loader's order, so that the first problem that is found is the one for which training would skip it.
+The others are found too. Without a tokenizer the text is not measured.
 """
 
 import multiprocessing
 import signal
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,26 +17,43 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from megatron_dattn.data.check_report import Finding, RecordCheck, Report
+from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.conversation import Conversation, image_paths, parse_record
+from megatron_dattn.data.dataset import open_dataset
+from megatron_dattn.data.duplicates import content_hash, hash_of, repeated
 from megatron_dattn.data.encoder import SampleEncoder
+from megatron_dattn.data.image_conversions import read_image
 from megatron_dattn.data.image_decoding import decode_image
-from megatron_dattn.data.image_files import ImageRoot, images_of, read_image_file
+from megatron_dattn.data.image_files import EmbeddedImages, ImageRoot, images_of
 from megatron_dattn.data.images import ImagePreprocessor
-from megatron_dattn.data.json_lines import as_line, require_line_length
-from megatron_dattn.data.rejection import Reason, Rejection, SampleError
-from megatron_dattn.data.squares import read_squares
+from megatron_dattn.data.json_lines import (
+    INDEX_SUFFIX,
+    JsonLines,
+    as_line,
+    parse_line,
+    require_line_length,
+)
+from megatron_dattn.data.policies import Fixes, Policies
+from megatron_dattn.data.problems import (
+    DUPLICATE_ID,
+    DUPLICATE_RECORD,
+    LENGTH_PROBLEMS,
+    OF_FILES,
+    PROBLEMS,
+)
+from megatron_dattn.data.record_files import read_records
+from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.data.squares import count_squares, may_be_several, read_squares
 from megatron_dattn.data.system_errors import out_of_memory
 from megatron_dattn.data.videos import Video
 from megatron_dattn.errors import DataError, quoted
 from megatron_dattn.runtime.log import quiet_libraries
 
-MAX_EXAMPLES = 10  # per reason
-
-_OF_FILES = (Reason.MISSING_IMAGE, Reason.BROKEN_IMAGE, Reason.BROKEN_VIDEO)
 _RECORDS_AT_A_TIME = 1024  # handed to the pool at once
 _RECORDS_OF_A_TASK = 32
+_MOST_MEASURED = 200_000  # characters of a text that is too long; more would take seconds
+_FIXES = {problem.name: problem.fix for problem in PROBLEMS}
 _process_checker: "RecordChecker | None" = None  # of a process that only checks
 
 
@@ -47,118 +64,143 @@ class RecordChecker:
     image_root: Path
     max_pixels: int
     encoder: SampleEncoder | None = None
+    policies: Policies = field(default_factory=Policies)
 
-    def __call__(self, record: Any) -> list[SampleError]:
-        """All problems of a record.
+    def __call__(self, record: Any) -> RecordCheck:
+        """All problems of a record, and what training would do with it.
+
+        Args:
+            record: what JSON holds; or a line of a prepared file, or why it cannot be read.
 
         Raises:
             DataError: the system fails, which is no problem of the record.
         """
+        findings: list[Finding] = []
+        lengths: tuple[int | None, int | None] = None, None
+        num_images = 0
         try:
-            require_line_length(len(as_line(record)))
-            conversation = parse_record(record)
+            record = _as_loaded(record)
+            conversation = parse_record(record, self.policies.fixing)
         except SampleError as error:
-            return [error]
-        images = images_of(record, str(self.image_root))
-        return [
-            *self._text_problems(conversation, images),
-            *self._image_problems(conversation, images),
-        ]
+            findings.append(Finding(error.reason, str(error)))
+            num_images = _count_images(record)
+        else:
+            num_images = len(image_paths(record))
+            images = images_of(record, str(self.image_root))
+            conversation, lengths = self._check_text(conversation, images, findings)
+            self._check_images(conversation, images, findings)
+            findings += [_fixed(reason) for reason in sorted(conversation.fixed)]
+        rejected = next((each.problem for each in findings if not each.is_fixed), None)
+        fixed = [each.problem for each in findings if each.is_fixed]
+        record_id = record.get("id") if isinstance(record, dict) else None
+        return RecordCheck(
+            outcome=self.policies.outcome(rejected, fixed),
+            findings=tuple(findings),
+            num_images=num_images,
+            text_tokens=lengths[0],
+            visual_tokens=lengths[1],
+            id_hash=None if record_id is None else hash_of(str(record_id)),
+            shown_id=quoted(record_id, 60) if isinstance(record_id, str | int) else None,
+            content_hash=content_hash(record) if isinstance(record, dict) else None,
+        )
 
-    def _text_problems(
-        self, conversation: Conversation, images: ImageRoot
-    ) -> Iterator[SampleError]:
-        if self.encoder is not None:
-            try:
-                self.encoder.text_tokens(conversation, images)
-            except SampleError as error:
-                if error.reason not in _OF_FILES:  # found below
-                    yield error
+    def _check_text(
+        self, conversation: Conversation, images: ImageRoot, findings: list[Finding]
+    ) -> tuple[Conversation, tuple[int | None, int | None]]:
+        """What of a conversation would be used, and its text and visual tokens."""
+        if self.encoder is None:
+            return conversation, (None, None)
+        try:
+            tokens, conversation = self.encoder.text_tokens(conversation, images)
+            length: int | None = len(tokens.input_ids)
+        except SampleError as error:
+            findings.append(Finding(error.reason, str(error)))
+            if error.reason not in LENGTH_PROBLEMS | OF_FILES:
+                return conversation, (None, None)
+            length = self._length(conversation)
+        return conversation, (length, self._visual_tokens(conversation, images))
 
-    def _image_problems(
-        self, conversation: Conversation, images: ImageRoot
-    ) -> Iterator[SampleError]:
+    def _length(self, conversation: Conversation) -> int | None:
+        """Text tokens of a conversation that is too long, if they can be counted in short time."""
+        assert self.encoder is not None
+        if sum(len(turn.text) for turn in conversation.turns) > _MOST_MEASURED:
+            return None
+        try:
+            return len(self.encoder.tokenizer(conversation).input_ids)
+        except SampleError:
+            return None
+
+    def _visual_tokens(self, conversation: Conversation, images: ImageRoot) -> int | None:
+        """Of all squares; None where a file must tell how many these are, and does not."""
+        assert self.encoder is not None
+        preprocessor, fixes = self.encoder.preprocessor, Fixes(self.policies.fixing)
+        try:
+            numbers = {
+                image: count_squares(image, images, preprocessor, fixes)
+                if may_be_several(image, preprocessor)
+                else 1
+                for image in dict.fromkeys(conversation.images)
+            }
+        except SampleError:
+            return None
+        rows, columns = self.encoder.grid
+        return sum(numbers[image] for image in conversation.images) * rows * columns
+
+    def _check_images(
+        self, conversation: Conversation, images: ImageRoot, findings: list[Finding]
+    ) -> None:
+        # Of several squares an image's header is read with the text, before any image is decoded.
+        first = findings.pop().problem if findings and findings[0].problem in OF_FILES else None
         for image in dict.fromkeys(conversation.images):  # one may be there a thousand times
             kind, name = ("video", image.paths[0]) if isinstance(image, Video) else ("image", image)
+            shown = _thumbnail_path(image, images)
+            fixes = Fixes(self.policies.fixing)
             try:
-                self._check_image(image, images)
+                self._check_image(image, images, fixes)
             except MemoryError as error:
                 raise out_of_memory(f"decoding {kind} {quoted(name)}") from error
             except SampleError as error:
-                yield SampleError(error.reason, f"{kind} {quoted(name)}: {error}")
+                message = f"{kind} {quoted(name)}: {error}"
+                findings.append(Finding(error.reason, message, image=shown))
+            else:
+                findings += [_fixed(reason, name, shown) for reason in sorted(fixes.made)]
+        if first is not None:
+            findings.sort(key=lambda each: each.is_fixed or each.problem != first)
 
-    def _check_image(self, image: str | Video, root: ImageRoot) -> None:
+    def _check_image(self, image: str | Video, root: ImageRoot, fixes: Fixes) -> None:
         preprocessor = ImagePreprocessor(1, max_pixels=self.max_pixels)
         if self.encoder is not None:
             preprocessor = self.encoder.preprocessor
         if isinstance(image, Video) or preprocessor.image_fit == "crop":
-            read_squares(image, root, preprocessor)  # it can fail where decoding does not
+            read_squares(image, root, preprocessor, fixes)  # it can fail where decoding does not
         else:
-            decode_image(read_image_file(root, image), max_pixels=self.max_pixels)
+            decode_image(read_image(root, image, fixes), max_pixels=self.max_pixels)
 
 
-@dataclass
-class Report:
-    """The findings about one file."""
+def _as_loaded(record: Any) -> Any:
+    """A record as the loader would have it from its line.
 
-    path: str
-    num_records: int = 0
-    num_images: int = 0
-    num_bad_records: int = 0
-    duplicate_ids: int = 0
-    """Records whose `id` an earlier record has. Harmless: the loader numbers the records itself."""
-    problems: Counter[Reason] = field(default_factory=Counter)
-    examples: dict[Reason, list[Rejection]] = field(default_factory=dict)
+    Raises:
+        SampleError: the line is none.
+    """
+    if isinstance(record, bytes | SampleError):
+        return parse_line(record)
+    try:
+        require_line_length(len(as_line(record)))
+    except RecursionError as error:
+        raise SampleError(Reason.BAD_RECORD, "the record is nested too deep") from error
+    return record
 
-    def add(self, index: int, record: Any, problems: list[SampleError]) -> None:
-        self.num_records += 1
-        self.num_bad_records += bool(problems)
-        self.num_images += _count_images(record)
-        key = f"record {index}"
-        if isinstance(record, dict) and isinstance(record.get("id"), str | int):
-            key = f"record {index} (id {quoted(record['id'], 60)})"
-        for problem in problems:
-            self.problems[problem.reason] += 1
-            examples = self.examples.setdefault(problem.reason, [])
-            if len(examples) < MAX_EXAMPLES:
-                examples.append(Rejection(key, problem.reason, str(problem)))
 
-    def has_problems(self, *, ignore_missing: bool) -> bool:
-        """True if anything is wrong, apart from missing images if those are expected."""
-        ignored = {Reason.MISSING_IMAGE} if ignore_missing else set()
-        return bool(set(self.problems) - ignored)
+def _fixed(reason: Reason, image: str | None = None, shown: str | None = None) -> Finding:
+    what = f"image {quoted(image)}: " if image is not None else ""
+    return Finding(reason, f"{what}{_FIXES[reason]}", is_fixed=True, image=shown)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the JSON report."""
-        return {
-            "path": self.path,
-            "records": self.num_records,
-            "images": self.num_images,
-            "bad_records": self.num_bad_records,
-            "duplicate_ids": self.duplicate_ids,
-            "problems": {
-                str(reason): {
-                    "count": count,
-                    "examples": [
-                        {"record": example.key, "message": example.message}
-                        for example in self.examples[reason]
-                    ],
-                }
-                for reason, count in self.problems.most_common()
-            },
-        }
 
-    def table(self) -> str:
-        """For people: one line per reason with its first example."""
-        lines = [
-            f"{self.path}: {self.num_records} records, {self.num_images} images, "
-            f"{self.num_bad_records} records with problems, {self.duplicate_ids} repeated ids "
-            "(harmless)"
-        ]
-        for reason, count in self.problems.most_common():
-            first = self.examples[reason][0]
-            lines.append(f"  {reason:<16} {count:>8}   e.g. {first.key}: {first.message}")
-        return "\n".join(lines)
+def _thumbnail_path(image: str | Video, root: ImageRoot) -> str | None:
+    """An image's file for a report, which is written when what came with the record is gone."""
+    brought = isinstance(root, EmbeddedImages) and image in root.files
+    return None if isinstance(image, Video) or brought else image
 
 
 def _count_images(record: Any) -> int:
@@ -168,6 +210,24 @@ def _count_images(record: Any) -> int:
         return 0
 
 
+def records_of(path: Path, image_root: Path) -> Iterator[Any]:
+    """The records of a file; of a prepared one its lines, which the loader parses one by one.
+
+    Raises:
+        DataError: it cannot be read; of another file, a line is no JSON.
+    """
+    if path.suffix != ".jsonl" or not Path(f"{path}{INDEX_SUFFIX}").exists():
+        yield from read_records(path)
+        return
+    dataset = open_dataset(DatasetConfig(str(path), str(image_root)))
+    lines = JsonLines(dataset.path, dataset.num_samples)
+    for number in range(dataset.num_samples):
+        try:
+            yield lines[number]
+        except SampleError as error:
+            yield error
+
+
 def check_records(
     records: Iterable[Any],
     checker: RecordChecker,
@@ -175,32 +235,35 @@ def check_records(
     path: str,
     workers: int = 1,
     processes: bool = False,
-) -> Iterator[tuple[Report, int, list[SampleError]]]:
-    """Check records; yields, for each one, the growing report, its number and its problems.
+) -> Iterator[tuple[Report, int, RecordCheck]]:
+    """Check records; yields, for each one, the growing report, its number and what was found.
+
+    The report is complete, duplicates included, when all have been taken. 16 bytes a record are
+    kept for them.
 
     Args:
         processes: the workers are processes, which take seconds to start but share no interpreter,
             and not threads.
     """
-    report, ids = Report(path), array("q")
+    report = Report.of(path, checker.image_root, checker.encoder)
+    ids, contents = array("q"), array("q")
     numbered = iter(records)
     with _pool(checker, workers, processes) as (pool, check):
         while some := list(islice(numbered, _RECORDS_AT_A_TIME)):
-            checked = pool.map(check, some, chunksize=_RECORDS_OF_A_TASK)
-            for record, problems in zip(some, checked, strict=True):
-                record_id = record.get("id") if isinstance(record, dict) else None
-                if record_id is not None:
-                    ids.append(hash(str(record_id)))
+            for checked in pool.map(check, some, chunksize=_RECORDS_OF_A_TASK):
                 number = report.num_records
-                report.add(number, record, problems)
-                yield report, number, problems
-    report.duplicate_ids = len(ids) - len(np.unique(np.array(ids)))
+                for hashes, own in ((ids, checked.id_hash), (contents, checked.content_hash)):
+                    hashes.append(hash_of(f"nothing but {number}") if own is None else own)
+                report.add(checked)
+                yield report, number, checked
+    report.add_duplicates(DUPLICATE_ID, repeated(ids))
+    report.add_duplicates(DUPLICATE_RECORD, repeated(contents))
 
 
 @contextmanager
 def _pool(
     checker: RecordChecker, workers: int, processes: bool
-) -> Iterator[tuple[Executor, Callable[[Any], list[SampleError]]]]:
+) -> Iterator[tuple[Executor, Callable[[Any], RecordCheck]]]:
     if not processes:
         with ThreadPoolExecutor(workers) as threads:
             yield threads, checker
@@ -226,6 +289,6 @@ def _become(checker: RecordChecker) -> None:
     quiet_libraries()
 
 
-def _check(record: Any) -> list[SampleError]:
+def _check(record: Any) -> RecordCheck:
     assert _process_checker is not None
     return _process_checker(record)

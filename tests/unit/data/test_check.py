@@ -14,11 +14,13 @@ import yaml
 from PIL import Image
 
 from megatron_dattn.data.check import RecordChecker, check_records
+from megatron_dattn.data.check_report import RecordCheck
 from megatron_dattn.data.conversation import parse_record
 from megatron_dattn.data.json_lines import MAX_LINE_BYTES
-from megatron_dattn.data.rejection import Reason, SampleError
+from megatron_dattn.data.rejection import Reason
 from megatron_dattn.errors import DataError
-from tests.unit.data.builders import make_records, record
+from tests.unit.data.builders import make_records, record, save_image
+from tests.unit.data.test_encoder import tiled
 from tests.unit.data.test_loader import bad_records
 from tools import check_data, prepare_data
 
@@ -65,6 +67,41 @@ def test_every_problem_is_reported(
     table = capsys.readouterr().out
     for reason in bad:
         assert reason in table
+
+
+def test_visual_tokens_are_those_of_all_squares(tmp_path: Path) -> None:
+    """A wide image has three of four tokens; of several files the first that fails is named."""
+    Image.effect_noise((40, 20), 90).save(tmp_path / "wide.png")
+    wide, too_wide = (record("<image>" * n + "?", "a", ["wide.png"] * n) for n in (2, 4))
+    check = RecordChecker(tmp_path, 10_000, tiled(visual=24))
+    assert (check(wide).outcome, check(wide).visual_tokens) == ("used", 24)
+    found = check(too_wide)
+    assert (found.outcome, found.visual_tokens) == ("skipped", 48)
+    assert [each.problem for each in found.findings] == [Reason.TOO_MANY_IMAGES]
+    # Cut off behind its header, an image is found broken after others are found missing.
+    data = (tmp_path / "wide.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    found = check(record("<image><image>?", "a", ["cut.png", "none.png"]))
+    reasons = [each.problem for each in found.findings]
+    assert reasons == [Reason.MISSING_IMAGE, Reason.BROKEN_IMAGE]
+    assert found.visual_tokens is None
+
+
+def test_shards_are_checked_as_what_they_were_made_of(tmp_path: Path) -> None:
+    records = [record(f"<image>{n % 3} ?", "a", f"{n % 4}.png") for n in range(11)]
+    for number in range(4):
+        save_image(tmp_path / f"{number}.png", seed=number)
+    (tmp_path / "3.png").write_bytes(b"")
+    path = write(tmp_path / "data.json", [*records, records[0]])
+    output = str(tmp_path / "out")
+    assert prepare_data.main([path, "--output", output, "--layout", "webdataset"]) == 0
+    figures = []
+    for source in (path, f"{output}/data"):
+        report = tmp_path / "report.json"
+        assert check_data.main([source, "--report", str(report)]) == 2
+        (found,) = json.loads(report.read_text())["files"]
+        figures.append([found[name] for name in ("skipped", "images", "duplicate_records")])
+    assert figures == [[{"empty_image": 2}, 12, 1]] * 2
 
 
 def test_missing_images_can_be_accepted(tmp_path: Path) -> None:
@@ -129,9 +166,9 @@ def test_names_that_are_no_text_are_reported(
 
 def test_records_too_long_to_be_read_are_reported(tmp_path: Path) -> None:
     long = {**record("q", "a"), "picture": "A" * MAX_LINE_BYTES}
-    (found,) = RecordChecker(tmp_path, 100)(long)
-    assert found.reason == Reason.BAD_RECORD
-    assert f"at most {MAX_LINE_BYTES}" in str(found)
+    (found,) = RecordChecker(tmp_path, 100)(long).findings
+    assert found.problem == Reason.BAD_RECORD
+    assert f"at most {MAX_LINE_BYTES}" in found.message
 
 
 def test_an_image_of_many_damaged_notes_is_no_flood_of_warnings(tmp_path: Path) -> None:
@@ -193,9 +230,9 @@ def test_the_settings_and_data_sets_of_a_run(
 class Killed(RecordChecker):
     """Checks as a process does that the system kills."""
 
-    def __call__(self, record: Any) -> list[SampleError]:
+    def __call__(self, record: Any) -> RecordCheck:
         os.kill(os.getpid(), signal.SIGKILL)
-        return []
+        raise AssertionError
 
 
 def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:

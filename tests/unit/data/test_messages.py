@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_dattn.data.check import RecordChecker, Report
+from megatron_dattn.data.check import RecordChecker
+from megatron_dattn.data.check_report import Report
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.record_source import RawRecord
-from megatron_dattn.data.rejection import Rejection
+from megatron_dattn.data.rejection import Reason, Rejection
 from megatron_dattn.data.skipped_samples import LoaderCounters, count_pack
 from megatron_dattn.data.task_encoder import RejectedSample, VLMTaskEncoder, cook_record
 from megatron_dattn.data.template import ConversationTokenizer
@@ -111,12 +112,12 @@ def test_hostile_records_give_short_lines(
     rejection = rejection_of(value, encoder, tmp_path)
     if rejection is not None:
         with collected() as lines:
-            count_pack(LoaderCounters(), 0, (rejection,), fail=False)
+            count_pack(LoaderCounters(), 0, (rejection,))
         with pytest.raises(DataError) as caught:
-            count_pack(LoaderCounters(), 0, (rejection,), fail=True)
+            count_pack(LoaderCounters(), 0, (rejection,), failing=set(Reason))
         assert_short([*lines, str(caught.value)])
-    report = Report("set")
-    report.add(0, value, RecordChecker(tmp_path, 100, encoder)(value))
+    report = Report("set", tmp_path)
+    report.add(RecordChecker(tmp_path, 100, encoder)(value))
     assert_short(report.table().splitlines())
 
 

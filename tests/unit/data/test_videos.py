@@ -298,7 +298,7 @@ def test_a_placeholder_is_not_made_of_two_turns() -> None:
     ("written", "reason"),
     [
         (shown("What", video="a.mp4"), Reason.IMAGE_COUNT),
-        (shown("<video><video>", video="a.mp4"), Reason.IMAGE_COUNT),
+        (shown("<video><video>", video="a.mp4"), Reason.EXTRA_PLACEHOLDER),
         (shown("<image>", video="a.mp4", image="x.png"), Reason.IMAGE_COUNT),
         (shown("<video>", video=[["0.png"]]), Reason.BAD_RECORD),
         (shown("<video>", videos=[[]]), Reason.BAD_RECORD),
@@ -360,10 +360,12 @@ def test_checks_know_videos(tmp_path: Path) -> None:
     good, bad = (shown("<video>", video=name) for name in ("a.mp4", "b.mp4"))
     for encoder in (None, make_encoder()):
         check = RecordChecker(tmp_path, 10_000, encoder)
-        assert check(good) == []
-        (problem,) = check(bad)
-        assert problem.reason == Reason.BROKEN_VIDEO
-        assert "video 'b.mp4'" in str(problem)
+        found = check(good)
+        assert (found.outcome, found.findings) == ("used", ())
+        assert found.visual_tokens == (None if encoder is None else 4 * 4)
+        (problem,) = check(bad).findings
+        assert problem.problem == Reason.BROKEN_VIDEO
+        assert "video 'b.mp4'" in problem.message
     assert missing_image(good, str(tmp_path)) is None
     assert missing_image(shown("<video>", video="c.mp4"), str(tmp_path)) == "c.mp4"
     frames = shown("<video>", video=["0.png"])

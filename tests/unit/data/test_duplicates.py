@@ -1,0 +1,42 @@
+"""Records of the same content are found, whatever they are called."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dattn.data.duplicates import content_hash, hash_of, repeated
+from megatron_dattn.data.image_files import RecordWithImages
+
+
+def test_names_and_the_order_of_keys_are_no_content() -> None:
+    one = {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "q"}]}
+    other = {"conversations": [{"value": "q", "from": "human"}], "image": "a.png", "key": "set-3"}
+    assert content_hash(one) == content_hash(other)
+    assert content_hash(one) != content_hash({**one, "image": "b.png"})
+    assert content_hash({"system": "\ud800"}) != content_hash({"system": "\ud801"})
+    deep: list = []
+    for _ in range(10_000):
+        deep = [deep]
+    assert content_hash({"x": deep}) is None
+
+
+def test_images_that_came_with_a_record_are_content() -> None:
+    """In a shard the first image of every record has the same name."""
+    record = {"image": ["0.png"], "conversations": []}
+    one, other, again = (
+        content_hash(RecordWithImages(record, {"0.png": data})) for data in (b"a", b"b", b"a")
+    )
+    assert one == again != other
+
+
+def test_hashes_are_the_same_everywhere() -> None:
+    assert hash_of("a") == 3405396810240292928
+
+
+@given(st.lists(st.integers(-3, 3) | st.integers(-(2**63), 2**63 - 1), max_size=30))
+def test_every_later_one_names_the_first(hashes: list[int]) -> None:
+    expected = [
+        (place, hashes.index(value))
+        for place, value in enumerate(hashes)
+        if hashes.index(value) < place
+    ]
+    assert list(repeated(hashes)) == expected
