@@ -23,6 +23,8 @@ its place if it comes after it on the command line, weights included.
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,7 @@ from megatron_dattn.errors import ConfigError
 from megatron_dattn.runtime.tool import ToolParser, run_tool
 
 if TYPE_CHECKING:
-    from megatron_dattn.data.prepare_targets import Prepared
+    from megatron_dattn.data.prepare_targets import OutputLayout, Prepared
 
 _SHARD_RECORDS = 10_000
 
@@ -71,7 +73,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--without", type=Path, help="list of records to leave out, by check_data.py --list"
     )
-    parser.add_argument("--seed", type=int, default=0, help="for sampling strategy random")
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        help="split off so many of the records (0.01) as validation, by image",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for sampling strategy random and --validation-share"
+    )
     return parser.parse_args(arguments)
 
 
@@ -81,39 +90,54 @@ def run(arguments: argparse.Namespace) -> int:
 
     from megatron_dattn.data.mixture import Source, read_mixture
     from megatron_dattn.data.prepare import prepare
-    from megatron_dattn.data.prepare_targets import Choice, OutputLayout
-    from megatron_dattn.data.prepared_shards import ShardSize
+    from megatron_dattn.data.prepare_targets import Choice
+    from megatron_dattn.data.validation_split import prepare_with_validation
 
     if bool(arguments.inputs) == (arguments.mixture is not None):
         raise ConfigError("name either input files or --mixture")
+    if arguments.mixture is not None:
+        sources = read_mixture(arguments.mixture)
+    else:
+        sources = [Source(path, arguments.image_root) for path in arguments.inputs]
+    choice = Choice(arguments.seed, arguments.drop_missing, arguments.without)
+    share, sections = arguments.validation_share, [arguments.section]
+    start: Callable[..., Iterator[Prepared]] = partial(prepare, section=arguments.section)
+    if share is not None:
+        if arguments.section != "train":
+            raise ConfigError("--validation-share makes both sections; leave --section out")
+        sections = ["train", "validation"]
+        start = partial(prepare_with_validation, share=share)
+    done: list[Prepared] = []
+    # disable=None: no bar where there is no terminal.
+    with tqdm(unit=" records", disable=None) as bar:
+        for file in start(
+            sources,
+            arguments.output,
+            choice=choice,
+            layout=_layout(arguments),
+            on_records=bar.update,
+        ):
+            done.append(file)
+            bar.clear()
+            print(f"[{len(done)}/{len(sources) * len(sections)}] {_line(file)}", flush=True)
+    configs = [f"--config {arguments.output / section}.yaml" for section in sections]
+    print(f"train with {' '.join(configs)}")
+    if all(file.was_there for file in done):
+        print("nothing has changed: all of it was there already", file=sys.stderr)
+    return 0
+
+
+def _layout(arguments: argparse.Namespace) -> "OutputLayout":
+    from megatron_dattn.data.prepare_targets import OutputLayout
+    from megatron_dattn.data.prepared_shards import ShardSize
+
     shards = None
     if arguments.layout == "webdataset":
         records = arguments.shard_records or _SHARD_RECORDS
         shards = ShardSize(records, arguments.shard_megabytes)
     elif arguments.shard_records or arguments.shard_megabytes:
         raise ConfigError("--shard-records and --shard-megabytes need --layout webdataset")
-    if arguments.mixture is not None:
-        sources = read_mixture(arguments.mixture)
-    else:
-        sources = [Source(path, arguments.image_root) for path in arguments.inputs]
-    done: list[Prepared] = []
-    # disable=None: no bar where there is no terminal.
-    with tqdm(unit=" records", disable=None) as bar:
-        for file in prepare(
-            sources,
-            arguments.output,
-            section=arguments.section,
-            choice=Choice(arguments.seed, arguments.drop_missing, arguments.without),
-            layout=OutputLayout(shards, arguments.images_out, arguments.workers),
-            on_records=bar.update,
-        ):
-            done.append(file)
-            bar.clear()
-            print(f"[{len(done)}/{len(sources)}] {_line(file)}", flush=True)
-    print(f"train with --config {arguments.output / arguments.section}.yaml")
-    if all(file.was_there for file in done):
-        print("nothing has changed: all of it was there already", file=sys.stderr)
-    return 0
+    return OutputLayout(shards, arguments.images_out, arguments.workers)
 
 
 def _line(file: "Prepared") -> str:

@@ -74,8 +74,8 @@ def prepare(
             no record is left.
     """
     choice, layout = choice or Choice(), layout or OutputLayout()
-    _require_layout(sources, layout)
-    excluded = _exclusions(sources, choice)
+    require_layout(sources, layout)
+    excluded = exclusions(sources, choice)
     places = targets(sources, output, choice=choice, layout=layout, excluded=excluded)
     content = _section(section, places, output)
     config_path = output / f"{section}.yaml"
@@ -92,14 +92,21 @@ def prepare(
             write_facts(target)
             target.missing_path.unlink(missing_ok=True)
             left_out = excluded.get(os.path.realpath(target.source.path), array("q"))
-            done = _prepare(target, choice, left_out, on_records)
+            try:
+                done = _prepare(target, choice, left_out, on_records)
+            except RecursionError as error:
+                raise DataError(
+                    f"a record of '{target.source.path}' is nested too deep to be written; "
+                    "check_data.py --list names it for --without"
+                ) from error
         yield done
     with named(config_path):
         config_path.write_text(content)
 
 
-def _require_layout(sources: list[Source], layout: OutputLayout) -> None:
-    """Images that come with their records must go somewhere; others stay where they are."""
+def require_layout(sources: list[Source], layout: OutputLayout) -> None:
+    """Raise ConfigError for images that come with their records and have no place to go to, or for
+    a place where there are none."""
     bring = [str(source.path) for source in sources if holds_images(source.path)]
     if bring and layout.shards is None and layout.images_out is None:
         raise ConfigError(
@@ -111,9 +118,14 @@ def _require_layout(sources: list[Source], layout: OutputLayout) -> None:
         raise ConfigError(f"the images {why}; leave --images-out out")
 
 
-def _exclusions(sources: list[Source], choice: Choice) -> dict[str, "array[int]"]:
+def exclusions(sources: list[Source], choice: Choice) -> dict[str, "array[int]"]:
+    """The numbers of the records to leave out, in order, for the real path of each file.
+
+    Raises:
+        DataError: the list cannot be read, or names other files.
+    """
     if choice.without is None:
-        return {}
+        return dict(choice.left_out)
     excluded = read_exclusions(choice.without)
     known = {os.path.realpath(source.path) for source in sources}
     if excluded and not known & excluded.keys():

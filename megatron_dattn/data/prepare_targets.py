@@ -10,7 +10,7 @@ import json
 import os
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -41,6 +41,11 @@ class Choice:
     `<name>.missing.txt`."""
     without: Path | None = None
     """A list of further records to leave out, as `check_data.py --list` writes it."""
+    left_out: "Mapping[str, array[int]]" = field(default_factory=dict)
+    """Those to leave out where there is no list: their numbers in order, for the real path of each
+    file."""
+    suffix: str = ""
+    """Of the names of what is prepared."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ def targets(
             raise DataError(f"image root '{image_root}' of '{source.path}' is not a folder")
         left_out = excluded.get(os.path.realpath(source.path), ())
         facts = _facts(source, image_root, choice, layout, left_out)
-        path = _free_path(output, source, [target.path for target in found], layout, facts)
+        stem = _stem(source.path) + choice.suffix
+        path = _free_path(output, stem, [target.path for target in found], layout, facts)
         found.append(Target(source, image_root, path, facts, layout))
     return found
 
@@ -172,10 +178,10 @@ def _state(path: Path) -> dict[str, int]:
 
 
 def _free_path(
-    output: Path, source: Source, taken: list[Path], layout: OutputLayout, facts: dict[str, Any]
+    output: Path, stem: str, taken: list[Path], layout: OutputLayout, facts: dict[str, Any]
 ) -> Path:
     """The name for a source: its own, or that with a number where something else has it."""
-    stem, ending = _stem(source.path), "" if layout.shards is not None else ".jsonl"
+    ending = "" if layout.shards is not None else ".jsonl"
     for number in count(1):
         path = output / f"{stem if number == 1 else f'{stem}-{number}'}{ending}"
         if path in taken:
@@ -185,7 +191,7 @@ def _free_path(
             return path
         if found and {**found, **_changeable(facts)} == facts:
             raise DataError(
-                f"'{source.path}' was changed since '{path}' was made of it: it had "
+                f"'{facts['file']}' was changed since '{path}' was made of it: it had "
                 f"{found['bytes']} bytes and has {facts['bytes']}, or was written again; remove "
                 f"'{path}' and '{_facts_path(path)}', or choose another --output"
             )

@@ -280,3 +280,13 @@ def test_inputs_and_a_mixture_exclude_each_other(
     arguments = [str(source), "--mixture", "m.yaml", "--output", str(tmp_path / "o")]
     assert prepare_data.main(arguments) == 2
     assert capsys.readouterr().err.count("--mixture") == 2
+
+
+def test_a_record_that_is_too_deep_to_be_written_is_one_error(tmp_path: Path) -> None:
+    """How deep it may be differs by some frames between reading and writing."""
+    codes = set()
+    for depth in range(850, 1000):
+        deep = tmp_path / f"{depth}.json"
+        deep.write_text(f'[{{"conversations": [], "x": {"[" * depth}{"]" * depth}}}]')
+        codes.add(prepare_data.main([str(deep), "--output", str(tmp_path / str(depth))]))
+    assert codes == {0, 2}
