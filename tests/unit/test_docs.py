@@ -10,6 +10,7 @@ import pytest
 
 from megatron_dattn.config.documentation import sections
 from megatron_dattn.config.flags import expand_short_flags
+from megatron_dattn.data.problems import DUPLICATE_ID, DUPLICATE_RECORD, problem_table
 from megatron_dattn.data.rejection import Reason
 from megatron_dattn.training import exit_reason
 from tests.unit.test_imports import ALLOWED, INNER
@@ -110,10 +111,13 @@ def table(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line[1:-2].split("|")] for line in lines[0].split("\n")[2:-1]]
 
 
-def test_every_reason_of_a_rejected_record_has_a_remedy() -> None:
+def test_every_problem_of_a_record_has_its_row() -> None:
     rows = table("data.md", "## Records that are not used")
-    assert [row[0].strip("`") for row in rows] == [str(reason) for reason in Reason]
-    assert all(len(row) == 3 and row[2] for row in rows)
+    names = [*map(str, Reason), DUPLICATE_ID, DUPLICATE_RECORD]
+    assert [row[0].strip("`") for row in rows] == names
+    assert all(len(row) == 5 and all(row) for row in rows)
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert problem_table() in page, "put in what problems.py's problem_table() writes"
 
 
 def test_every_ending_of_a_run_has_its_exit_code() -> None:
