@@ -116,7 +116,8 @@ def read_image(loaded: RunAssets, image: str | Path | Video) -> tuple[np.ndarray
         return tuple(read_squares(shown, os.sep, loaded.preprocessor, Fixes(FIXED_BY_DEFAULT)))
     except SampleError as error:
         # The errors of files that are not there name them.
-        where = "" if paths[0] in str(error) else f"{name}: "
+        is_named = quoted(paths[0]) in str(error) or quoted(places[0]) in str(error)
+        where = "" if is_named else f"{name}: "
         raise DataError(f"{where}{error}") from error
     except MemoryError as error:
         raise DataError(f"memory ran out while decoding {name}") from error
