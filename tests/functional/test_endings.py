@@ -142,7 +142,6 @@ def test_the_dry_run_finds_what_ends_a_start(
     [
         (["--train-iters", "5"], "schedule.train_iters"),
         (["--attention", "s_attn"], "model.attention"),
-        (["--data.num_workers", "1"], "split differently"),
         (["--data.text_budget", "176"], "data.text_budget"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_dattn.config.cli import load_config
@@ -14,6 +16,8 @@ from tests.unit.data.builders import record, save_image, save_processor
 from tools import check_data, prepare_data
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+# The paper's three stages are in tests/functional/test_documented_commands.py.
+COMMANDS = PAGE.partition("### The paper's three stages")[0]
 TOOLS: dict[str, Callable[[list[str]], int]] = {
     "tools/check_data.py": check_data.main,
     "tools/prepare_data.py": prepare_data.main,
@@ -38,6 +42,15 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "data" / f"{name}.json").write_text(json.dumps(records))
     (tmp_path / "data" / "text.json").write_text(json.dumps([record("what ?", "a text")] * 4))
     (tmp_path / "data" / "mixture.yaml").write_text(block("yaml"))
+    image = {"bytes": (tmp_path / "data" / "images" / "1.png").read_bytes(), "path": "1.png"}
+    turns = {"texts": [{"user": "what is it ?", "assistant": "a square", "source": "vqa"}]}
+    for name, row in (
+        ("onevision", {"image": image, "conversations": records[0]["conversations"]}),
+        ("cauldron", {"images": [image], **turns}),
+    ):
+        (tmp_path / "data" / name).mkdir()
+        table = pa.Table.from_pylist([row])
+        pq.write_table(table, tmp_path / "data" / name / "train-00000-of-00001.parquet")
     return tmp_path
 
 
@@ -48,8 +61,8 @@ def test_the_record_is_one() -> None:
 
 
 def test_the_commands(project: Path) -> None:
-    lines = re.findall(r"^python (tools/.+)$", PAGE.replace("\\\n", " "), re.M)
-    assert len(lines) == 5
+    lines = re.findall(r"^python (tools/.+)$", COMMANDS.replace("\\\n", " "), re.M)
+    assert len(lines) == 8
     for line in lines:
         tool, *arguments = shlex.split(line)
         assert TOOLS[tool](arguments) == 0, line
@@ -58,3 +71,6 @@ def test_the_commands(project: Path) -> None:
     assert weights == {"llava": 1.0, "text": 0.5}
     assert load_config("data/validation/validation.yaml").data.validation
     assert (project / "report.json").is_file()
+    for folder in ("shards", "shards_onevision", "lines"):
+        assert len(load_config(f"data/{folder}/train.yaml").data.train) == 1
+    assert (project / "data" / "shards" / "llava" / "shard_00000.tar").is_file()
