@@ -32,6 +32,7 @@ from megatron_dattn.data.config import DataConfig, DatasetConfig
 from megatron_dattn.data.encoder import ModelSizes
 from megatron_dattn.data.loader import build_loader
 from megatron_dattn.errors import EXIT_USER_ERROR
+from megatron_dattn.runtime.tool import ToolParser
 from tests.support.planted_defects import MAX_PIXELS, POLICIES, Planted, plant
 from tests.unit.data.builders import save_processor
 
@@ -186,11 +187,7 @@ def _megabytes(folder: Path) -> str:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; `command` is what to type to repeat it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_check_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(__doc__, prog="python -m benchmarks.bench_check_data")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--records", type=int, default=200_000)
     parser.add_argument("--workers", type=int, default=cores, help="processes that check")

@@ -70,9 +70,8 @@ def train_step(run: Run) -> StepReport:
     squared_norm = measure_gradients(state.optimizer)
     consumed = run.stream.take()
     totals = _sum_over_replicas(run, sums, consumed, squared_norm)
-    skipped, seen = totals.loaded.skipped, totals.loaded.seen
-    check_share(skipped, seen, run.config.data.max_skipped_fraction)
-    run.recent_samples.check(skipped, seen)
+    check_share(totals.loaded.skipped, totals.loaded.seen, run.config.data.max_skipped_fraction)
+    run.recent_samples.check(totals.loaded.skipped, totals.loaded.seen)
     # A rank that skipped alone would part from the others without a sound: with the distributed
     # optimizer its shard of every parameter would be a step old.
     if not totals.skip:
