@@ -62,10 +62,18 @@ def _with_known_role(turn: Any, key: str, names: tuple[str, ...]) -> Any:
 
 
 def question(text: str) -> Turn:
-    """A question; its only placeholder goes to the front, on a line of its own."""
+    """A question; its only placeholder goes to the front, on a line of its own.
+
+    Raises:
+        SampleError: what stood around the placeholder spells another one without it.
+    """
     num_images = text.count(IMAGE_TOKEN)
     if num_images == 1:
-        text = f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
+        rest = text.replace(IMAGE_TOKEN, "")
+        if IMAGE_TOKEN in rest:
+            message = f"a question spells another {IMAGE_TOKEN} around its placeholder"
+            raise SampleError(Reason.CONTROL_TOKEN, message)
+        text = f"{IMAGE_TOKEN}\n{rest.strip()}".strip()
     return Turn("user", text, num_images)
 
 

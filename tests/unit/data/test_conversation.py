@@ -111,6 +111,7 @@ def test_the_first_exchanges_keep_the_system_message() -> None:
         (chat("<image>", "a"), Reason.EXTRA_PLACEHOLDER),
         (chat("<image><image>", "a", image="x.png"), Reason.EXTRA_PLACEHOLDER),
         (chat("q", "see <image>", image="x.png"), Reason.CONTROL_TOKEN),
+        (chat("what <im<image>age>?", "a", image="x.png"), Reason.CONTROL_TOKEN),
         (chat("<image>", "a", image=""), Reason.EXTRA_PLACEHOLDER),
         (chat("<image><image>", "a", image=["x.png", ""]), Reason.EXTRA_PLACEHOLDER),
         (chat("<image>", "a", image=[3]), Reason.BAD_RECORD),
