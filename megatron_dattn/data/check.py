@@ -25,7 +25,12 @@ from megatron_dattn.data.duplicates import content_hash, hash_of, repeated
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.image_conversions import read_image
 from megatron_dattn.data.image_decoding import decode_image
-from megatron_dattn.data.image_files import EmbeddedImages, ImageRoot, images_of
+from megatron_dattn.data.image_files import (
+    EmbeddedImages,
+    ImageRoot,
+    RecordWithImages,
+    images_of,
+)
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.json_lines import (
     INDEX_SUFFIX,
@@ -34,6 +39,7 @@ from megatron_dattn.data.json_lines import (
     parse_line,
     require_line_length,
 )
+from megatron_dattn.data.missing import WITH_IMAGES_AT_A_TIME
 from megatron_dattn.data.policies import Fixes, Policies
 from megatron_dattn.data.problems import (
     DUPLICATE_ID,
@@ -249,8 +255,9 @@ def check_records(
     ids, contents = array("q"), array("q")
     numbered = iter(records)
     with _pool(checker, workers, processes) as (pool, check):
-        while some := list(islice(numbered, _RECORDS_AT_A_TIME)):
-            for checked in pool.map(check, some, chunksize=_RECORDS_OF_A_TASK):
+        while some := _next_of(numbered):
+            task = min(_RECORDS_OF_A_TASK, -(-len(some) // workers))
+            for checked in pool.map(check, some, chunksize=task):
                 number = report.num_records
                 for hashes, own in ((ids, checked.id_hash), (contents, checked.content_hash)):
                     hashes.append(hash_of(f"nothing but {number}") if own is None else own)
@@ -258,6 +265,14 @@ def check_records(
                 yield report, number, checked
     report.add_duplicates(DUPLICATE_ID, repeated(ids))
     report.add_duplicates(DUPLICATE_RECORD, repeated(contents))
+
+
+def _next_of(records: Iterator[Any]) -> list[Any]:
+    """The next records, few where each may hold megabytes of images."""
+    some = list(islice(records, WITH_IMAGES_AT_A_TIME))
+    if not any(isinstance(record, RecordWithImages) for record in some):
+        some += islice(records, _RECORDS_AT_A_TIME - len(some))
+    return some
 
 
 @contextmanager

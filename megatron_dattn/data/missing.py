@@ -23,7 +23,6 @@ from megatron_dattn.errors import DataError
 _THREADS = 16  # waiting for a network's file system, not computing
 RECORDS_AT_A_TIME = 4096
 WITH_IMAGES_AT_A_TIME = 32  # each may hold megabytes
-_WITH_IMAGES_AT_A_TIME = 32
 
 
 def missing_image(record: Any, image_root: str) -> str | None:

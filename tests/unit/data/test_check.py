@@ -6,6 +6,7 @@ import os
 import signal
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from megatron_dattn.data.check import RecordChecker, check_records
 from megatron_dattn.data.check_report import RecordCheck
 from megatron_dattn.data.conversation import parse_record
+from megatron_dattn.data.image_files import RecordWithImages
 from megatron_dattn.data.json_lines import MAX_LINE_BYTES
 from megatron_dattn.data.rejection import Reason
 from megatron_dattn.errors import DataError
@@ -239,3 +241,19 @@ def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
     checks = check_records([1], Killed(tmp_path, 100), path="x", processes=True)
     with pytest.raises(DataError, match=r"was killed.*lower --workers"):
         list(checks)
+
+
+def test_few_records_with_images_are_held_at_a_time(tmp_path: Path) -> None:
+    drawn = 0
+
+    def records(image: dict[str, bytes]) -> Iterator[Any]:
+        nonlocal drawn
+        for number in range(200):
+            drawn += 1
+            yield RecordWithImages(record("what ?", f"{number}"), image) if image else number
+
+    next(check_records(records({"0.jpg": b"bytes"}), RecordChecker(tmp_path, 100), path="x"))
+    assert drawn == 32
+    drawn = 0
+    next(check_records(records({}), RecordChecker(tmp_path, 100), path="x"))
+    assert drawn == 200
