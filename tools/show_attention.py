@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from megatron_dattn.data.templates import TEMPLATE_NAMES
 from megatron_dattn.errors import UserError
 from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
@@ -25,6 +23,7 @@ from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.tool import ToolParser, run_tool
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -90,7 +89,7 @@ def chosen_tokens(maps: "AttentionMaps", token: int | None) -> list[int]:
 
 def draw(
     maps: "AttentionMaps",
-    images: Sequence[np.ndarray],
+    images: "Sequence[np.ndarray]",
     *,
     patch_size: int,
     tokens: Sequence[int],
@@ -122,7 +121,7 @@ def draw(
     return figure
 
 
-def draw_panel(ax: "Axes", image: np.ndarray, heat: np.ndarray, patch_size: int) -> None:
+def draw_panel(ax: "Axes", image: "np.ndarray", heat: "np.ndarray", patch_size: int) -> None:
     """An image under a grid of patches, which starts at its upper left corner."""
     height, width = image.shape[:2]
     bottom, right = (patch_size * count for count in heat.shape)

@@ -124,7 +124,7 @@ def test_every_tool_has_this_frame_and_is_quick_to_reach_it(tool: str) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     ).stderr
     names = {line.rpartition("|")[2].strip() for line in imported.splitlines()}
-    assert not names & {"torch", "transformers", "matplotlib", "megatron"}
+    assert not names & {"torch", "transformers", "matplotlib", "megatron", "numpy"}
 
 
 class Terminal(io.StringIO):
