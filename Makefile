@@ -32,16 +32,17 @@ install:
 demo: install
 	$(RUN) examples/quickstart/demo.py --attention $(ATTENTION) --output $(OUTPUT)
 
+# Four processes, also on two cores: half of a test's time goes in waiting for ranks and launchers.
 test: install
-	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 4 --dist worksteal -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: install
-	$(RUN) -m pytest -n 2 --dist worksteal -m "not gpu" $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 4 --dist worksteal -m "not gpu" $(PYTEST_ARGS)
 
 # megatron-core 0.19 needs Python 3.12, and has an environment of its own.
 test-newest:
 	@ADMITTED=">=3.12,<3.14" tools/make_environment.sh .venv-newest requirements-newest.lock
-	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(PYTEST_ARGS)
+	.venv-newest/bin/python -m pytest -n 4 --dist worksteal -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-pythons:
 	tools/test_pythons.sh $(PYTEST_ARGS)
