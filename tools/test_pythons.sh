@@ -31,7 +31,7 @@ while read -r version python; do
     environment=${environments}/${version}
     echo "== Python ${version}: ${python}"
     PYTHON=${python} tools/make_environment.sh "${environment}"
-    if "${environment}/bin/python" -m pytest -n 2 --dist worksteal -m "not slow and not gpu" \
+    if "${environment}/bin/python" -m pytest -n 4 --dist worksteal -m "not slow and not gpu" \
         "${tests[@]}" "$@" </dev/null; then
         results+=("${version}: passed")
     else
