@@ -9,6 +9,7 @@ struck, as is word of a lost rank: lost_ranks.py tells the others. Of work on a 
 
 import errno
 import logging
+import socket
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar, cast
@@ -17,7 +18,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_dattn.errors import CheckpointError, DiskFullError, OutageError, UserError
-from megatron_dattn.runtime.distributed import host_group, is_rank_0, join_world, world_size
+from megatron_dattn.runtime.distributed import (
+    gather_from_all,
+    host_group,
+    is_rank_0,
+    join_world,
+    world_size,
+)
 from megatron_dattn.runtime.lost_ranks import is_loss
 from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.runtime.rendezvous import RendezvousError
@@ -120,7 +127,7 @@ def all_ranks_agree(error: UserError | str | None) -> None:
 
     Raises:
         UserError: of the class given on the first failing rank, if any rank gave an error. It names
-            that rank, unless all ranks failed alike.
+            that rank and its host, unless all ranks failed alike.
     """
     own = UserError(error) if isinstance(error, str) else error
     if world_size() == 1:
@@ -131,14 +138,14 @@ def all_ranks_agree(error: UserError | str | None) -> None:
     dist.all_reduce(failed, dist.ReduceOp.SUM, group=host_group())
     if not failed.item():
         return
-    errors: list[UserError | None] = [None] * world_size()
-    dist.all_gather_object(errors, own)
-    failures = [(rank, error) for rank, error in enumerate(errors) if error is not None]
-    rank, first = failures[0]
-    if len(failures) == len(errors) and len({str(failure) for _, failure in failures}) == 1:
+    answers = gather_from_all((own, socket.gethostname()))
+    failures = [(rank, *answer) for rank, answer in enumerate(answers) if answer[0] is not None]
+    rank, first, host = failures[0]
+    assert first is not None
+    if len(failures) == len(answers) and len({str(error) for _, error, _ in failures}) == 1:
         raise type(first)(str(first)) from own
     others = f" (and {len(failures) - 1} more failed)" if len(failures) > 1 else ""
-    raise type(first)(f"rank {rank}: {first}{others}") from own
+    raise type(first)(f"rank {rank} (host {host}): {first}{others}") from own
 
 
 def share_refusal(error: UserError) -> UserError:

@@ -7,6 +7,7 @@ learning rate (1e-3), so weights are compared through the norm of the difference
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,8 @@ def test_a_full_disk_below_one_ledger_stops_all_ranks_after_that_step(tmp_path: 
     first, second = run_distributed(_with_a_full_disk_below_one_ledger, 2, str(tmp_path))
     assert first == second
     message, step = first
-    assert message.startswith("rank 1: writing the sample ledger failed: No space left on device")
+    assert message.startswith("rank 1 (host ")
+    assert "): writing the sample ledger failed: No space left on device" in message
     assert "'/dev/full'" in message
     assert step == 1
 
@@ -311,7 +313,7 @@ def _loader_that_fails_on(rank: int) -> str:
 def test_an_error_of_one_loader_reaches_every_rank() -> None:
     first, second = run_distributed(_loader_that_fails_on, 2, 1)
     assert first == second
-    assert first.startswith("1: rank 1: the training data gave 0 of 2 packs")
+    assert re.match(r"1: rank 1 \(host .+\): the training data gave 0 of 2 packs", first)
 
 
 def _with_and_without_validation() -> tuple:

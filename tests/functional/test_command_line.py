@@ -74,8 +74,8 @@ def _main_of_its_own(argvs: list[list[str]]) -> tuple[int, str]:
         (["--optimizer.learning_rates.adapter", "0.5"], ["rates.adapter is 0.5 on rank 1 (host"]),
         (["--tensor-model-parallel-size", "2"], ["tensor_model_parallel_size is 2 on rank 1"]),
         (["--checkpoint.save", "elsewhere"], ['checkpoint.save is "elsewhere" on rank 1']),
-        (["--train-iters", "many"], ["rank 1: ", "train_iters", "many"]),
-        (["--config", "missing.yaml"], ["rank 1: ", "missing.yaml"]),
+        (["--train-iters", "many"], ["rank 1 (host ", "train_iters", "many"]),
+        (["--config", "missing.yaml"], ["rank 1 (host ", "missing.yaml"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )

@@ -1,6 +1,7 @@
 """Errors of one rank that all ranks raise, and those that stay where they struck."""
 
 import os
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,10 @@ from tests.support.distributed import run_distributed
 Outcome = tuple[type, str] | int | None
 
 
+def rank_on_this_host(rank: int) -> str:
+    return f"rank {rank} (host {socket.gethostname()})"
+
+
 def fail_on(*errors: UserError | str | None) -> tuple[type, str] | None:
     try:
         all_ranks_agree(errors[dist.get_rank()])
@@ -28,9 +33,9 @@ def fail_on(*errors: UserError | str | None) -> tuple[type, str] | None:
 def test_a_failure_of_one_rank_is_everybodys() -> None:
     assert run_distributed(fail_on, 2, None, None) == [None, None]
     one = run_distributed(fail_on, 2, None, CheckpointError("disk full"))
-    assert one == [(CheckpointError, "rank 1: disk full")] * 2
+    assert one == [(CheckpointError, f"{rank_on_this_host(1)}: disk full")] * 2
     both = run_distributed(fail_on, 2, "no file", ConfigError("no flag"))
-    assert both == [(UserError, "rank 0: no file (and 1 more failed)")] * 2
+    assert both == [(UserError, f"{rank_on_this_host(0)}: no file (and 1 more failed)")] * 2
     alike = run_distributed(fail_on, 2, ConfigError("no flag"), ConfigError("no flag"))
     assert alike == [(ConfigError, "no flag")] * 2
 
@@ -71,11 +76,11 @@ def test_work_of_one_rank_that_fails_on_all() -> None:
     assert (first.pop(0), second.pop(0)) == (0, 1)
     assert first == second
     assert first == [
-        (DataError, "rank 1: no sample"),
-        (UserError, "rank 1: No such file or directory: 'gone.json'"),
-        (CheckpointError, "rank 1: FileNotFoundError"),
+        (DataError, f"{rank_on_this_host(1)}: no sample"),
+        (UserError, f"{rank_on_this_host(1)}: No such file or directory: 'gone.json'"),
+        (CheckpointError, f"{rank_on_this_host(1)}: FileNotFoundError"),
         7,
-        (UserError, "rank 0: No such file or directory: 'gone.json'"),
+        (UserError, f"{rank_on_this_host(0)}: No such file or directory: 'gone.json'"),
     ]
 
 
