@@ -13,7 +13,7 @@ from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.planner import activations
 from megatron_dattn.planner.activations import FP32, VALUE_BYTES, PackSize, Setup
-from megatron_dattn.planner.parameters import rank_parameters
+from megatron_dattn.planner.parameters import count_parameters, rank_parameters
 
 RESERVE_BYTES = 4 * 10**9
 """Room to leave for what is not counted: context, NCCL, fragmentation. A rule of thumb."""
@@ -99,6 +99,16 @@ def rank_memory(
         # Transformer Engine's takes no such copy.
         update=max(updated.values(), default=0) * FP32 // sharded,
     )
+
+
+def checkpoint_bytes(
+    config: ModelConfig, execution: ExecutionConfig, trained: frozenset[str]
+) -> int:
+    """Bytes that a checkpoint takes on a disk: all weights, and the optimizer's state of some."""
+    counts = count_parameters(config)
+    updated = sum(count for module, count in counts.items() if module in trained)
+    weights = sum(counts.values()) * VALUE_BYTES[execution.precision]
+    return weights + updated * _OPTIMIZER_BYTES[execution.precision]
 
 
 def _layers(setup: Setup, pipeline_stage: int) -> tuple[int, int]:

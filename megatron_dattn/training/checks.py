@@ -8,6 +8,7 @@ What follows from the configuration alone is in `run_plan.py`. Nothing here writ
 import contextlib
 import importlib.util
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from megatron_dattn.data.loader import VLMLoader
 from megatron_dattn.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.models.layer_specs import resolve_implementation
+from megatron_dattn.planner.memory import checkpoint_bytes
 from megatron_dattn.runtime.distributed import get_device
 from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.random_states import untouched_random_states
@@ -32,6 +34,7 @@ from megatron_dattn.runtime.rank_errors import on_first_rank, run_on_all_ranks
 from megatron_dattn.training.checkpoint import nothing_to_load
 from megatron_dattn.training.run import make_checkpointer
 from megatron_dattn.training.run_plan import make_plan
+from megatron_dattn.training.stages import trained_modules
 from megatron_dattn.training.stream import loader_of_rank
 
 
@@ -81,6 +84,7 @@ class StartChecks:
                     for name, folder in written.items()
                     if folder is not None
                 ),
+                self._check_room,
             )
         )
 
@@ -167,6 +171,23 @@ class StartChecks:
             if parent is None:
                 raise nothing_to_load(self._config.checkpoint.load)
             make_checkpointer(self._config).require_parent(parent)
+
+    def _check_room(self) -> None:
+        """Whether the first save can succeed: hours of training would be lost with it."""
+        config, folder = self._config, self._config.checkpoint.save
+        if folder is None:
+            return
+        trained = frozenset(trained_modules(config.optimizer.learning_rates))
+        needed = checkpoint_bytes(config.model, config.execution, trained)
+        there = next(
+            path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists()
+        )
+        free = shutil.disk_usage(there).free
+        if free < needed:
+            raise ConfigError(
+                f"checkpoint.save {folder}: a checkpoint of this stage takes {needed / 1e9:.1f} "
+                f"GB, {free / 1e9:.1f} GB are free there; make room or name another folder"
+            )
 
     def _check_resume(self, found: FoundCheckpoint) -> None:
         """Whether the data goes on where the checkpoint left it."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_dattn.runtime.cpu import enable_cpu_runtime
 
@@ -20,12 +22,15 @@ from megatron_dattn.checkpoint import find_checkpoint, save_checkpoint  # noqa: 
 from megatron_dattn.config.training import CheckpointConfig  # noqa: E402
 from megatron_dattn.errors import CheckpointError  # noqa: E402
 from megatron_dattn.models.added_parameters import comes_with_preset, is_added  # noqa: E402
+from megatron_dattn.models.execution import ExecutionConfig  # noqa: E402
+from megatron_dattn.planner.memory import checkpoint_bytes  # noqa: E402
 from megatron_dattn.runtime.distributed import destroy_distributed  # noqa: E402
 from megatron_dattn.training.checkpoint import Checkpointer  # noqa: E402
 from megatron_dattn.training.optimizer import current_learning_rates, parameter_groups  # noqa: E402
 from megatron_dattn.training.state import Progress  # noqa: E402
 from tests.support.checkpoint_run import MODEL_FACTS, Run, Setup, changed_facts  # noqa: E402
 from tests.support.megatron import init_model_parallel  # noqa: E402
+from tests.support.vlm import tiny_model_config  # noqa: E402
 
 ALL_MODULES = ("vision_model", "adapter", "language_model")
 
@@ -97,6 +102,26 @@ def test_resume_restores_the_whole_state(
     assert other.digests() == saved
     assert other.train(2) == expected
     assert other.digests() == at_the_end
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rates", [(1e-3, 2e-2, 5e-3), (0.0, 2e-2, 0.0)], ids=["all", "adapter"])
+def test_the_room_that_a_checkpoint_needs_is_known_before(
+    tmp_path: Path, bf16: bool, rates: tuple[float, float, float]
+) -> None:
+    run = trained(1, Setup(bf16=bf16, rates=rates))
+    run.checkpointer(tmp_path).save(run.state)
+    (folder,) = tmp_path.glob("step-*")
+    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
+    tensors = [entry for entry in metadata if isinstance(entry, TensorStorageMetadata)]
+    stored = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
+    modules = zip(ALL_MODULES, rates, strict=True)
+    needed = checkpoint_bytes(
+        tiny_model_config(),
+        ExecutionConfig(precision="bf16" if bf16 else "fp32"),
+        frozenset(module for module, rate in modules if rate > 0),
+    )
+    assert needed <= stored < needed + 1000  # counters of steps, and whatever is no parameter
 
 
 def test_resume_keeps_three_learning_rates_apart(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The dry run: what it prints for a run that would start, what it refuses of one that would not."""
 
 import dataclasses
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +19,9 @@ from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.planner.flops import model_flops
+from megatron_dattn.planner.memory import checkpoint_bytes
 from megatron_dattn.planner.parameters import count_parameters
+from megatron_dattn.training.checks import StartChecks
 from megatron_dattn.training.dry_run import dry_run, print_plan
 from megatron_dattn.training.run_plan import make_plan
 from tests.support.vlm import even_model_config
@@ -225,6 +229,24 @@ def test_all_that_a_start_here_would_meet_is_listed(
         assert [line for line in problems if word in line], word
     print_plan(hopeless, "elsewhere")
     assert capsys.readouterr().out == output
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_found_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = ModuleLearningRates(0.0, 1e-3, 1e-3)
+    config = changed(
+        checkpoint={"save": str(tmp_path / "a" / "run")}, optimizer={"learning_rates": rates}
+    )
+    trained = frozenset(["adapter", "language_model"])
+    needed = checkpoint_bytes(config.model, config.execution, trained)
+    for free, problems in ((needed, 0), (needed - 1, 1)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, usage=usage: usage)
+        checks = StartChecks(config, 1)
+        found = [problem for problem in checks.in_shared_folders() if "free there" in str(problem)]
+        assert len(found) == problems
+    assert f"checkpoint.save {tmp_path}/a/run: a checkpoint of this stage takes" in str(found[0])
 
 
 def test_validation_without_data_is_refused_everywhere() -> None:
