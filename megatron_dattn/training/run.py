@@ -31,6 +31,7 @@ from megatron_dattn.runtime.same_facts import all_ranks_have_same
 from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.metrics import Metrics
 from megatron_dattn.training.optimizer import build_optimizer, build_scheduler, describe_optimizer
+from megatron_dattn.training.preflight import check_machines
 from megatron_dattn.training.run_folder import describe_again, describe_run
 from megatron_dattn.training.sample_ledger import SampleLedger, drop_later_steps
 from megatron_dattn.training.stages import build_training_model, trained_modules
@@ -90,7 +91,7 @@ class Run:
 
 
 def join_ranks(config: PretrainConfig) -> None:
-    """Join the process group, compare the ranks, build the model-parallel groups, seed. Collective.
+    """Join the process group, compare the ranks, build their groups and try them, seed. Collective.
 
     Raises:
         UserError: on all ranks: one of them was started wrongly, or otherwise than the others.
@@ -108,6 +109,7 @@ def join_ranks(config: PretrainConfig) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         timeout_seconds=timeout_seconds,
     )
+    check_machines()
     seed_everything(config.training.seed)
 
 
