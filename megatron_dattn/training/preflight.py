@@ -146,7 +146,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 def find_oddities(machines: Sequence[_Machine]) -> list[str]:
-    """What is no mistake but should be known: one line for each kind, naming ranks and hosts."""
+    """Oddities that are no mistakes: one line for each kind, naming ranks and hosts."""
     clock = statistics.median(machine.clock for machine in machines)
     seconds = statistics.median(machine.product_seconds for machine in machines)
     usual = statistics.mode(machine.device for machine in machines)
