@@ -39,6 +39,7 @@ class Part:
     query_cu_seqlens: Tensor  # segment boundaries for variable-length kernels, int32 [segments + 1]
     key_cu_seqlens: Tensor  # the same of the keys
     window: int | None = None  # in a causal part: a query sees this many keys at most, the last
+    is_t2v: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -102,14 +103,6 @@ class AttentionPlan:
     def visual_parts_share_keys(self) -> bool:
         """The same of `visual_parts`."""
         return _share_keys(self.visual_parts)
-
-    @cached_property
-    def sees_images(self) -> Tensor:
-        """True for scored tokens that stand in `visual_parts`, bool [num_scored_tokens]."""
-        sees = torch.zeros(self.num_scored_tokens, dtype=torch.bool, device=self.device)
-        for part in self.visual_parts:
-            part.query_tokens.put(sees, torch.ones_like(part.query_tokens.take(sees)))
-        return sees
 
 
 def plan_attention(
@@ -200,6 +193,7 @@ def build_part(rule: PartRule, scored: TokenRange) -> Part:
         query_cu_seqlens=cu_seqlens(table.query_lengths),
         key_cu_seqlens=cu_seqlens(table.key_lengths),
         window=rule.window,
+        is_t2v=rule.is_t2v,
     )
 
 

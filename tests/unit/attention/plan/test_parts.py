@@ -101,7 +101,9 @@ def test_a_merge_of_two_softmaxes_keeps_t2v_apart() -> None:
     assert [part.name for part in plan.parts] == ["T2T"]
     assert [part.name for part in plan.visual_parts] == ["T2V"]
     # Samples 0, 2 and 3 have images; the last three tokens are padding.
-    assert plan.sees_images.tolist() == [True] * 5 + [False] * 3 + [True] * 5 + [False] * 3
+    readers = plan.visual_parts[0].query_tokens.places
+    assert readers is not None
+    assert (readers >= 0).tolist() == [True] * 5 + [False] * 3 + [True] * 5 + [False] * 3
 
 
 def test_attention_to_the_prompt_needs_a_layout_that_knows_it() -> None:
