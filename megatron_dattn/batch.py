@@ -42,6 +42,8 @@ class PackedBatch:
     sample_keys: list[str]
     pixel_scale: Tensor | None = None  # float32 [2, 3], see `normalise_pixels`; None for floats
     labelled: Tensor | None = None  # int64 [labelled]: of `labelled_tokens`, kept by `to`
+    # Of the whole pack, where the batch holds one context-parallel rank's images of it alone.
+    whole: TokenLayout | None = None
 
     @property
     def num_samples(self) -> int:
