@@ -40,3 +40,15 @@ class PretrainConfig:
                 f"logging.alpha_interval {self.logging.alpha_interval}: model.attention "
                 f"'{attention}' {NO_ALPHA}; set it to 0"
             )
+        if self.logging.alpha_interval and self.parallel.context_parallel_size > 1:
+            raise ConfigError(
+                f"logging.alpha_interval {self.logging.alpha_interval}: under "
+                f"parallel.context_parallel_size {self.parallel.context_parallel_size} no rank has "
+                "all images, whose shares of attention it would report; set it to 0"
+            )
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a pack on one context-parallel rank, padding included."""
+        visual = self.data.visual_budget // self.parallel.context_parallel_size
+        return visual + self.data.text_budget

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_dattn.attention import AttentionConfig
 from megatron_dattn.attention.attention_maps import ReportInputs, ReportPlan, plan_report
 from megatron_dattn.attention.backends.base import Backend, ScoreFunction
+from megatron_dattn.attention.decomposed import ImagesElsewhere
 from megatron_dattn.attention.layers import LayerRule
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.attention.plan.parts import AttentionPlan, plan_attention, plans_to_device
@@ -18,6 +19,7 @@ from megatron_dattn.attention.transfer import to_device
 from megatron_dattn.models.config import LanguageConfig
 from megatron_dattn.models.kv_cache import DecodeStep, KVCache
 from megatron_dattn.models.observer import AttentionObserver
+from megatron_dattn.parallel.context.shares import ContextShare
 from megatron_dattn.parallel.sequence import SequenceLayout
 
 
@@ -35,6 +37,8 @@ class LayerInputs:
     """Of the tokens that pass the layer."""
     backend: Backend
     score_function: ScoreFunction
+    elsewhere: ImagesElsewhere | None = None
+    """The images of other context-parallel ranks; None where there are none to be read."""
     cache: KVCache | None = None
     """Where keys and values stay for later passes (generation); the tokens are on one rank then."""
     step: DecodeStep | None = None
@@ -111,16 +115,20 @@ def prepare_attention(
     device: torch.device,
     observer: AttentionObserver | None = None,
     order: ReadingOrder | None = None,
+    share: ContextShare | None = None,
+    elsewhere: ImagesElsewhere | None = None,
 ) -> AttentionInputs:
     """Plans and rotary tables of a pack.
 
     Args:
-        layout: of the pack.
+        layout: of the pack; of this rank's share where there is one.
         config: of the model; its positions hold in all layers.
         rules: one per layer, see `layer_rules`.
         shards: of the tokens as they pass.
         language: gives the layers' sliding windows, the score function, the rotary angles.
         order: in which the tokens pass, where all layers know one kind.
+        share: what this context-parallel rank has of the pack.
+        elsewhere: what reads the images of the others.
     """
     # A plan is host work and index tensors on the device: one per kind of layer, not per layer.
     layers = [(rule, language.window(number)) for number, rule in enumerate(rules)]
@@ -128,7 +136,7 @@ def prepare_attention(
     passing = layout if order is None else order.layout
     plans, (positions, *order_tokens) = plans_to_device(
         [plan_attention(r.layout(passing), r.attention, window=window) for r, window in kinds],
-        [token_positions(passing, config), *([] if order is None else [order.tokens])],
+        [_positions(passing, config, share), *([] if order is None else [order.tokens])],
         device,
     )
     cos, sin = language.rotary_tables(positions, device)
@@ -143,6 +151,7 @@ def prepare_attention(
             shards=shards if rule.sees_images else shards.text_alone(),
             backend=backend,
             score_function=language.score_function,
+            elsewhere=elsewhere if rule.sees_images else None,
             observer=observer,
             report=None
             if observer is None
@@ -151,3 +160,10 @@ def prepare_attention(
         )
     by_layer = tuple(prepared[layer] for layer in layers)
     return AttentionInputs(by_layer, shards, order, *order_tokens)
+
+
+def _positions(layout: TokenLayout, config: AttentionConfig, share: ContextShare | None) -> Tensor:
+    """Rotary positions, int64 [tokens]. They count tokens that other ranks hold, too."""
+    if share is None:
+        return token_positions(layout, config)
+    return share.take(token_positions(share.whole, config))

@@ -10,6 +10,7 @@ from megatron_dattn.models.config import ModelConfig
 from megatron_dattn.models.execution import ExecutionConfig
 from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.parallel.context.supported import check_preset
 
 
 def build_model(
@@ -52,11 +53,13 @@ def build_model(
 def check_model_sizes(
     model: ModelConfig, parallel: ParallelConfig, execution: ExecutionConfig
 ) -> None:
-    """Refuse a model that the parallel sizes cannot cut into equal shares.
+    """Refuse a model that the parallel sizes cannot cut into equal shares, or whose attention they
+    do not serve.
 
     Raises:
         ConfigError: naming the field, its value and the parallel size.
     """
+    check_preset(model.attention, parallel.context_parallel_size)
     language, vision = model.language, model.vision
     parallel.check_model(
         num_heads=language.num_attention_heads,

@@ -77,6 +77,7 @@ class ImageCrossAttention(MegatronModule):
                 inputs.rotary,
                 score_function=scores,
                 backend=inputs.backend,
+                elsewhere=inputs.elsewhere,
             )
         else:
             step = inputs.step

@@ -59,6 +59,7 @@ class DecomposedCore(torch.nn.Module):
             backend=inputs.backend,
             gate=gate,
             head_mask=head_mask,
+            elsewhere=inputs.elsewhere,
         )
         return out.flatten(1)
 

@@ -139,7 +139,7 @@ class VisionEncoder(MegatronModule):
         self.shares: ImageShares | None = None
         if config.tensor_model_parallel_size < groups.tp.size():
             self.shares = ImageShares(groups.tp)
-            groups.tp = groups.cp  # of this rank alone: there is no context parallelism here
+            groups.tp = groups.ep  # of this rank alone: there are no experts
         self.tp_group = groups.tp
         self.patch_embedding = PatchEmbedding(vision, config.params_dtype)
         # A parameter, not an Embedding: it is used whole, and DDP's pre-forward hooks fire only

@@ -36,6 +36,9 @@ from megatron_dattn.models.transformer_config import (
 )
 from megatron_dattn.models.vision_encoder import VisionEncoder
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.parallel.context.exchange import ContextExchange
+from megatron_dattn.parallel.context.shares import share_of
+from megatron_dattn.parallel.context.softmax import ImagesOfAllRanks, share_gradient
 from megatron_dattn.parallel.sequence import SequenceLayout
 
 
@@ -83,6 +86,10 @@ class DAttnVLM(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
+        # Of context-parallel ranks; None where each has all images.
+        self.exchange: ContextExchange | None = None
+        if self.pg_collection.cp.size() > 1:
+            self.exchange = ContextExchange(self.pg_collection.cp)
 
         implementation = resolve_implementation(execution)
         self.vision_model: VisionEncoder | None = None
@@ -122,18 +129,20 @@ class DAttnVLM(MegatronModule):
         """One micro-batch through this pipeline stage.
 
         Args:
-            batch: tensors on this rank's device. `pixel_values` is read on the first pipeline stage
-                only.
+            batch: tensors on this rank's device; under context parallelism its own share of the
+                images (`take_share`). `pixel_values` is read on the first pipeline stage only.
             observer: is shown the queries and keys of every layer of this pipeline stage.
 
         Returns:
             Hidden states [S, 1, H] (this rank's share of the tokens under sequence parallelism) on
             pipeline stages before the last; there, the fp32 loss of every labelled text token, in
             token order. A batch without labels gives an empty vector that is still connected to the
-            graph.
+            graph. Context-parallel ranks give the same losses, and gradients that sum to the whole.
         """
         order = reading_order(batch.layout) if self.knows_one_kind else None
-        attention = self.attention_inputs(batch.layout, batch.input_ids.device, observer, order)
+        attention = self.attention_inputs(
+            batch.layout, batch.input_ids.device, observer, order, whole=batch.whole
+        )
         features = self.encode(batch.pixel_values)
         visual = self.adapt(features)
         hidden_states = self.decode(visual, batch, attention)
@@ -255,11 +264,13 @@ class DAttnVLM(MegatronModule):
             predicting = attention.order.places[predicting]
         tokens, shards = to_device(predicting, labelled.device), attention.shards
         if self.labelled_logits:
-            return self.language_model.losses(
+            losses = self.language_model.losses(
                 hidden_states, tokens[labelled], batch.labels[labelled], shards
             )
-        any_token = batch.labels.clamp(min=0)  # cross entropy has to look up some logit
-        return self.language_model.losses(hidden_states, tokens, any_token, shards)[labelled]
+        else:
+            any_token = batch.labels.clamp(min=0)  # cross entropy has to look up some logit
+            losses = self.language_model.losses(hidden_states, tokens, any_token, shards)[labelled]
+        return losses if self.exchange is None else share_gradient(losses, self.exchange.ranks)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the previous pipeline stage's hidden states, [S, 1, H], of the model's dtype; the
@@ -319,12 +330,20 @@ class DAttnVLM(MegatronModule):
         device: torch.device,
         observer: AttentionObserver | None = None,
         order: ReadingOrder | None = None,
+        *,
+        whole: TokenLayout | None = None,
     ) -> AttentionInputs:
         """Prepare what the layers need to know about a pack, on that device.
 
-        Tokens pass the layers in packed order, or in reading order where that is given.
+        Tokens pass the layers in packed order, or in reading order where that is given. Under
+        context parallelism the layout is that of this rank's share of the `whole`.
         Raises ConfigError if no backend fits.
         """
+        share, elsewhere = None, None
+        if self.exchange is not None:
+            assert whole is not None, "a context-parallel rank takes its share of a pack"
+            share = share_of(whole, self.exchange.rank, self.exchange.ranks)
+            elsewhere = ImagesOfAllRanks(self.exchange) if whole.images else None
         language = self.model_config.language
         # The activations' dtype, also under FP8, which stays inside the linear layers. Not the
         # configuration's: a model may have been cast (verification of imports runs in fp64).
@@ -345,6 +364,8 @@ class DAttnVLM(MegatronModule):
             device=device,
             observer=observer,
             order=order,
+            share=share,
+            elsewhere=elsewhere,
         )
 
     def _shards(self, layout: TokenLayout) -> SequenceLayout:

@@ -1,4 +1,4 @@
-"""Handing one rank's batches to its whole tensor-parallel group.
+"""Handing one rank's batches to its whole tensor- and context-parallel group.
 
 The group's first rank runs the data loader; the others receive each pack as three broadcasts: a
 header with the sizes, the integers (layout, token ids, labels), the pixels. Only the pixels go from
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.batch import PackedBatch
+from megatron_dattn.parallel.context.shares import take_share
 from megatron_dattn.runtime.distributed import host_group
 
 _HEADER_FIELDS = 5
@@ -26,25 +27,41 @@ def broadcast_batch(
     group: dist.ProcessGroup | None = None,
     pixels: bool | None = None,
 ) -> PackedBatch:
-    """Send a batch from the first rank of a tensor-parallel group to the others.
+    """Send a batch from the first rank of a group to the others.
 
     Args:
         batch: on the first rank, in host memory; ignored on the others.
         device: where the tensors shall be; the group's backend must know it.
-        group: this rank's tensor-parallel group where None.
+        group: this rank's tensor-parallel group where None, or, where there is context parallelism,
+            the ranks that share its tensor- and context-parallel group; each then keeps its own
+            images.
         pixels: whether to keep the pixels; where None, the first pipeline stage alone keeps them.
 
     Returns:
         The batch, on `device`, with float32 pixels. Only the first rank has the sample keys.
     """
-    group = group if group is not None else parallel_state.get_tensor_model_parallel_group()
+    share = None
+    if group is None:
+        group, share = _group_and_share()
     if pixels is None:
         pixels = parallel_state.is_pipeline_first_stage()
     device = torch.device(device)
     if dist.get_rank(group) != 0:
-        return _receive(group, device).normalised()
-    assert batch is not None, "the first rank loads"
-    return _send(batch if pixels else batch.without_pixels(), group, device).normalised()
+        received = _receive(group, device)
+    else:
+        assert batch is not None, "the first rank loads"
+        received = _send(batch if pixels else batch.without_pixels(), group, device)
+    return (take_share(received, *share) if share else received).normalised()
+
+
+def _group_and_share() -> tuple[dist.ProcessGroup, tuple[int, int] | None]:
+    """The ranks that compute one pack's layers, and which of how many shares of its images is this
+    rank's; None if it has them all."""
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks == 1:
+        return parallel_state.get_tensor_model_parallel_group(), None
+    share = parallel_state.get_context_parallel_rank(), ranks
+    return parallel_state.get_tensor_and_context_parallel_group(), share
 
 
 def _send(batch: PackedBatch, group: dist.ProcessGroup, device: torch.device) -> PackedBatch:

@@ -1,5 +1,6 @@
 """How the model is laid out over ranks. Names are Megatron's."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_dattn.errors import ConfigError
@@ -18,6 +19,9 @@ class ParallelConfig:
     pipeline stages share the rest. None for an equal share."""
     num_layers_in_last_pipeline_stage: int | None = None
     """Those of the last pipeline stage, which also has the head."""
+    context_parallel_size: int = 1
+    """Ranks that share the images of a pack, whose text each of them has whole; what they send each
+    other in a layer does not depend on the number of visual tokens."""
     sequence_parallel: bool = False
     """Shard norms and residuals along the tokens inside the tensor-parallel group."""
     use_distributed_optimizer: bool = False
@@ -34,7 +38,8 @@ class ParallelConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"parallel.{name} must be positive, got {getattr(self, name)}")
         uneven_fields = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", *uneven_fields):
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        for name in (*sizes, "context_parallel_size", *uneven_fields):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"parallel.{name} must be at least 1, got {value}")
@@ -50,7 +55,9 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that compute a pack together."""
+        sizes = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        return math.prod((*sizes, self.context_parallel_size))
 
     def check_model(self, *, num_heads: int, num_key_value_heads: int, num_layers: int) -> None:
         """Refuse sizes that the language model cannot be cut into.

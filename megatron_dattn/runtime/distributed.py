@@ -31,6 +31,7 @@ def initialize_distributed(
     *,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
     timeout_seconds: float = 600.0,
     rendezvous_seconds: float = 600.0,
 ) -> None:
@@ -52,6 +53,7 @@ def initialize_distributed(
         dist.get_world_size() if dist.is_initialized() else read_launch().world_size,
         tensor_model_parallel_size,
         pipeline_model_parallel_size,
+        context_parallel_size,
     )
     enable_cpu_runtime()
     join_world(timeout_seconds=timeout_seconds, rendezvous_seconds=rendezvous_seconds)
@@ -61,6 +63,7 @@ def initialize_distributed(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=timeout_seconds / 60,
     )
 
@@ -79,7 +82,9 @@ def join_world(*, timeout_seconds: float = 600.0, rendezvous_seconds: float = 60
         _join_process_group(launch, timeout_seconds, rendezvous_seconds)
 
 
-def check_parallel_sizes(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> int:
+def check_parallel_sizes(
+    world_size: int, tensor_parallel: int, pipeline_parallel: int, context_parallel: int = 1
+) -> int:
     """The data-parallel size that these sizes leave.
 
     Raises:
@@ -88,12 +93,15 @@ def check_parallel_sizes(world_size: int, tensor_parallel: int, pipeline_paralle
     sizes = {
         "tensor_model_parallel_size": tensor_parallel,
         "pipeline_model_parallel_size": pipeline_parallel,
+        "context_parallel_size": context_parallel,
     }
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name} is {size}; it must be at least 1")
-    product = tensor_parallel * pipeline_parallel
+    product = tensor_parallel * pipeline_parallel * context_parallel
     if world_size % product:
+        if context_parallel == 1:
+            del sizes["context_parallel_size"]
         spelled = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise ConfigError(
             f"{spelled} = {product} does not divide the world size {world_size}; start a multiple "
@@ -191,7 +199,7 @@ def seed_everything(seed: int) -> None:
     """Seed Python, NumPy, torch and megatron-core's tensor-parallel random states.
 
     Pipeline stages get different streams, tensor-parallel ranks differ only inside the tracker's
-    model-parallel regions, data-parallel replicas agree.
+    model-parallel regions, data- and context-parallel ranks agree.
     """
     from megatron.core import parallel_state, tensor_parallel
 

@@ -11,11 +11,14 @@ what is missing on the laptop does not matter:
 import os
 from typing import Literal
 
+from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.dataset import open_dataset
 from megatron_dattn.data.epochs import records_per_epoch
 from megatron_dattn.errors import ConfigError, DataError, UserError
+from megatron_dattn.parallel.context.exchange import bytes_per_layer
+from megatron_dattn.parallel.context.shares import share_of
 from megatron_dattn.planner.flops import executed_flops, model_flops
 from megatron_dattn.planner.memory import RESERVE_BYTES, PackSize, RankMemory, rank_memory
 from megatron_dattn.planner.parameters import count_parameters, rank_parameters
@@ -120,8 +123,8 @@ def _layout_section(plan: Plan) -> list[str]:
     return [
         "Layout",
         f"  ranks       tensor {parallel.tensor_model_parallel_size} x pipeline "
-        f"{parallel.pipeline_model_parallel_size} x data {plan.data_parallel_size}"
-        + "".join(f", {extra}" for extra in extras),
+        f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x "
+        f"data {plan.data_parallel_size}" + "".join(f", {extra}" for extra in extras),
         f"  pack        {layout.visual_budget} visual + {layout.text_budget} text = "
         f"{layout.num_tokens} tokens; at most {per_pack} samples",
         f"  image       {tokens} tokens; {layout.visual_budget // tokens} fit a pack",
@@ -235,24 +238,33 @@ def _memory_section(plan: Plan) -> list[str]:
 
 
 def _rank_memory(plan: Plan, pipeline_stage: int) -> RankMemory:
-    layout = plan.layout
+    layout = _layout_on_a_rank(plan)
     return rank_memory(
         plan.config.model,
         plan.config.parallel,
         plan.config.execution,
         PackSize(layout.visual_budget, layout.text_budget, len(layout.images)),
-        data_parallel_size=plan.data_parallel_size,
+        data_parallel_size=_num_replicas_of_weights(plan),
         num_microbatches=plan.num_microbatches,
         trained=plan.trained,
         pipeline_stage=pipeline_stage,
     )
 
 
+def _layout_on_a_rank(plan: Plan) -> TokenLayout:
+    """The full pack on the first context-parallel rank, which has as many images as any."""
+    return share_of(plan.layout, 0, plan.config.parallel.context_parallel_size).layout
+
+
+def _num_replicas_of_weights(plan: Plan) -> int:
+    return plan.data_parallel_size * plan.config.parallel.context_parallel_size
+
+
 def _communication_section(plan: Plan) -> list[str]:
     """Bytes that one rank sends, by ring algorithms."""
     lines = ["Communication, bytes sent per rank"]
     parallel = plan.config.parallel
-    hidden = plan.layout.num_tokens * plan.config.model.language.hidden_size
+    hidden = _layout_on_a_rank(plan).num_tokens * plan.config.model.language.hidden_size
     hidden *= _VALUE_BYTES[plan.config.execution.precision]
     tensor = parallel.tensor_model_parallel_size
     if tensor > 1:
@@ -268,7 +280,19 @@ def _communication_section(plan: Plan) -> list[str]:
     if parallel.pipeline_model_parallel_size > 1:
         share = hidden // tensor if parallel.sequence_parallel else hidden
         lines.append(f"  pipeline    {_bytes(share)} each way, per boundary and micro-batch")
-    if plan.data_parallel_size > 1:
+    if parallel.context_parallel_size > 1:
+        language = plan.config.model.language
+        out, back = bytes_per_layer(
+            plan.layout.text_budget,
+            language.num_attention_heads // tensor,
+            language.head_dim,
+            parallel.context_parallel_size,
+        )
+        lines.append(
+            f"  context     {_bytes(out)} forward, {_bytes(back)} backward, per decoder "
+            "layer and micro-batch, for any number of visual tokens"
+        )
+    if _num_replicas_of_weights(plan) > 1:
         lines.append(f"  data        {_bytes(_data_parallel_bytes(plan))} per step")
     if len(lines) == 1:
         lines.append("  none: one rank")
@@ -278,7 +302,7 @@ def _communication_section(plan: Plan) -> list[str]:
 def _data_parallel_bytes(plan: Plan) -> int:
     """Gradients reduced and, with the distributed optimizer, weights gathered; largest pipeline
     stage."""
-    parallel, size = plan.config.parallel, plan.data_parallel_size
+    parallel, size = plan.config.parallel, _num_replicas_of_weights(plan)
     trained = max(
         sum(
             count

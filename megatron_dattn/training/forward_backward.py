@@ -55,10 +55,12 @@ def mean_loss(loss: float, num_tokens: float) -> float:
 def is_loss_rank() -> bool:
     """True if this rank is the one of its data-parallel replica that contributes to global sums.
 
-    It is tensor-parallel rank 0 of the last pipeline stage: the one that has both loss and data.
+    It is tensor- and context-parallel rank 0 of the last pipeline stage: the one that has both loss
+    and data.
     """
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
         and parallel_state.is_pipeline_last_stage()
     )
 
@@ -120,7 +122,7 @@ def run_micro_batches(
     """Run the pipeline schedule; gradients end up reduced and divided by the global token count.
 
     Args:
-        seq_length: S, the tokens of one pack.
+        seq_length: S, the tokens of one pack on this rank.
         observer: is shown the queries and keys of this rank's layers.
 
     Returns:
@@ -133,7 +135,9 @@ def run_micro_batches(
         num_microbatches=num_microbatches,
         # Shape of what pipeline stages send each other: a pack is one sequence of S tokens, however
         # many samples it holds. Under sequence parallelism the schedule divides S itself.
-        seq_length=seq_length,
+        # It also divides by the context-parallel ranks, which it believes to cut a sequence in
+        # equal shares.
+        seq_length=seq_length * parallel_state.get_context_parallel_world_size(),
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -169,6 +173,7 @@ def finalize_gradients(
         src=parallel_state.get_pipeline_model_parallel_last_rank(),
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
+    # Context-parallel ranks have the same ones.
     dist.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group())
     for chunk in model:
         chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))

@@ -59,7 +59,7 @@ class Run:
     """Only on the ranks that load, if a ledger is kept."""
     num_microbatches: int = field(init=False)
     seq_length: int = field(init=False)
-    """Tokens of one pack, padding included."""
+    """Tokens of one pack on a context-parallel rank, padding included."""
     trained: frozenset[str] = field(init=False)
     """Modules that are not frozen."""
     recent_samples: RecentSamples = field(init=False)
@@ -69,7 +69,7 @@ class Run:
         config = self.config
         replicas = parallel_state.get_data_parallel_world_size()
         self.num_microbatches = config.training.num_microbatches(replicas)
-        self.seq_length = config.data.visual_budget + config.data.text_budget
+        self.seq_length = config.tokens_per_rank
         self.trained = frozenset(trained_modules(config.optimizer.learning_rates))
         self.recent_samples = RecentSamples(config.data.max_skipped_fraction)
 
@@ -107,6 +107,7 @@ def join_ranks(config: PretrainConfig) -> None:
     initialize_distributed(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         timeout_seconds=timeout_seconds,
     )
     check_machines()
@@ -232,7 +233,7 @@ def make_validation(config: PretrainConfig) -> Validation | None:
             lambda: make_loader(config, config.data.validation, training=False)
         ),
         max_microbatches=config.training.eval_iters,
-        seq_length=config.data.visual_budget + config.data.text_budget,
+        seq_length=config.tokens_per_rank,
         max_skipped_fraction=config.data.max_skipped_fraction,
     )
 
@@ -260,11 +261,12 @@ def describe_start(run: Run) -> None:
     """Say what is about to be trained, and how."""
     training, parallel = run.config.training, run.config.parallel
     logger.info(
-        "stage %s: %d ranks = tensor %d x pipeline %d x data %d, %s, attention %s",
+        "stage %s: %d ranks = tensor %d x pipeline %d x context %d x data %d, %s, attention %s",
         training.stage,
         dist.get_world_size(),
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
         parallel_state.get_data_parallel_world_size(),
         run.config.execution.precision,
         run.config.model.attention,

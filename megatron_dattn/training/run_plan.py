@@ -40,6 +40,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
         world_size,
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
     )
     check_model_sizes(config.model, parallel, config.execution)
     num_microbatches = config.training.num_microbatches(data_parallel)
@@ -57,16 +58,29 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
 
 
 def check_budgets(config: PretrainConfig) -> None:
-    """Sequence parallelism cuts a pack's visual and text tokens into equal shares each."""
+    """Context parallelism shares a pack's images, sequence parallelism then cuts visual and text
+    tokens into equal shares each."""
     tp = config.parallel.tensor_model_parallel_size
+    cp = config.parallel.context_parallel_size
+    per_image, visual = config.model.tokens_per_image, config.data.visual_budget
+    if cp > 1 and visual % (cp * per_image):
+        fit = visual - visual % (cp * per_image)
+        nearest = f"{fit} or {fit + cp * per_image}" if fit else f"{fit + cp * per_image}"
+        raise ConfigError(
+            f"parallel.context_parallel_size {cp} gives each rank whole images of {per_image} "
+            f"tokens; data.visual_budget {visual} is not a multiple of {cp} x {per_image} = "
+            f"{cp * per_image}. The nearest values that fit are {nearest}"
+        )
     if not config.parallel.sequence_parallel:
         return
-    for name in ("visual_budget", "text_budget"):
-        tokens = getattr(config.data, name)
+    cut = f"parallel.tensor_model_parallel_size {tp}"
+    budgets = {"visual_budget": visual // cp, "text_budget": config.data.text_budget}
+    for name, tokens in budgets.items():
         if tokens % tp:
+            shares = f"of {tokens} tokens on each context-parallel rank " * (cp > 1)
             raise ConfigError(
-                f"data.{name} {tokens} is not a multiple of parallel.tensor_model_parallel_size "
-                f"{tp}, which parallel.sequence_parallel needs"
+                f"data.{name} {getattr(config.data, name)} {shares}is not a multiple of {cut}, "
+                "which parallel.sequence_parallel needs"
             )
 
 
@@ -84,7 +98,7 @@ def check_fp8_sizes(config: PretrainConfig) -> None:
     _check_fp8_widths(config)
     ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     multiple = math.lcm(16, 8 * ranks)
-    text, both = data.text_budget, data.visual_budget + data.text_budget
+    text, both = data.text_budget, config.tokens_per_rank
     chunk = execution.savings.ffn_chunk_tokens
     calls = {"data.visual_budget": (data.visual_budget, both)}
     # With all visual tokens in all layers, text tokens are never alone.
@@ -94,13 +108,16 @@ def check_fp8_sizes(config: PretrainConfig) -> None:
         calls["execution.savings.ffn_chunk_tokens"] = (chunk, chunk)
     for name, (value, tokens) in calls.items():
         if tokens % multiple:
-            fit = value - tokens % multiple
-            nearest = f"{fit} or {fit + multiple}" if fit > 0 else f"{fit + multiple}"
+            # Of a visual budget each context-parallel rank has its share.
+            ranks_of = parallel.context_parallel_size if name == "data.visual_budget" else 1
+            step = multiple * ranks_of
+            fit = value - tokens % multiple * ranks_of
+            nearest = f"{fit} or {fit + step}" if fit > 0 else f"{fit + step}"
             raise ConfigError(
                 f"execution.fp8 '{execution.fp8}' needs multiples of 8 tokens per rank and of 16 "
                 f"in a tensor-parallel group for Transformer Engine's linear layers; {name} "
                 f"{value} makes {tokens} tokens, {tokens / ranks:g} per rank. The nearest values "
-                f"that fit are {nearest} (every {multiple})"
+                f"that fit are {nearest} (every {step})"
             )
 
 

@@ -1,9 +1,9 @@
 """Micro-batches for this rank, whoever loads them, and a count of what was consumed.
 
-The loader runs on tensor-parallel rank 0 of every pipeline stage, each stage with the same
-data-parallel rank and therefore the same packs; the other tensor-parallel ranks get theirs by
-broadcast. A step's packs are fetched before the step begins: that is where a broken data set is
-noticed, and where all ranks can still agree to stop.
+The loader runs on tensor- and context-parallel rank 0 of every pipeline stage, each stage with the
+same data-parallel rank and therefore the same packs; the other ranks get theirs by broadcast. A
+step's packs are fetched before the step begins: that is where a broken data set is noticed, and
+where all ranks can still agree to stop.
 """
 
 import itertools
@@ -59,7 +59,7 @@ class BatchStream(Iterator[PackedBatch]):
     ) -> None:
         """
         Args:
-            loader: None on tensor-parallel ranks above 0.
+            loader: None on tensor- and context-parallel ranks above 0.
             name: of the data, for errors.
         """
         self._loader = loader
@@ -92,11 +92,14 @@ class BatchStream(Iterator[PackedBatch]):
             UserError: on all ranks, if the loader of any rank failed.
         """
         all_ranks_agree(self._fetch(num_packs))
-        # Ranks above tensor-parallel rank 0 do not load; those that do have the same packs.
+        # Not every rank of a replica loads; those that do have the same packs.
         available = num_packs if self._loader is None else len(self._waiting)
         fewest = torch.tensor([available])
-        group = host_group(parallel_state.get_model_parallel_group())
-        dist.all_reduce(fewest, dist.ReduceOp.MIN, group=group)
+        groups = [parallel_state.get_model_parallel_group()]
+        if parallel_state.get_context_parallel_world_size() > 1:
+            groups.append(parallel_state.get_context_parallel_group())
+        for group in groups:
+            dist.all_reduce(fewest, dist.ReduceOp.MIN, group=host_group(group))
         return int(fewest.item())
 
     def _fetch(self, num_packs: int) -> UserError | None:
@@ -122,7 +125,7 @@ class BatchStream(Iterator[PackedBatch]):
             assert self._waiting, "more packs asked for than were loaded"
             mine = self._waiting.popleft()
         batch = broadcast_batch(mine, self._device)
-        self._consumed.layouts.append(batch.layout)
+        self._consumed.layouts.append(batch.whole or batch.layout)
         self._consumed.sample_keys.append([] if mine is None else mine.sample_keys)
         return batch
 
@@ -135,8 +138,11 @@ class BatchStream(Iterator[PackedBatch]):
 def make_loader(
     config: PretrainConfig, datasets: list[DatasetConfig], *, training: bool
 ) -> VLMLoader | None:
-    """The loader of this rank's data-parallel replica; None on tensor-parallel ranks above 0."""
+    """The loader of this rank's data-parallel replica; None on tensor- and context-parallel ranks
+    above 0."""
     if parallel_state.get_tensor_model_parallel_rank() > 0:
+        return None
+    if parallel_state.get_context_parallel_rank() > 0:
         return None
     return loader_of_rank(
         config,

@@ -24,6 +24,7 @@ from megatron_dattn.attention import PRESETS
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.models.execution import ExactSavings
 from megatron_dattn.parallel.config import ParallelConfig
+from megatron_dattn.parallel.context.shares import take_share
 from megatron_dattn.training.forward_backward import finalize_gradients
 from tests.support.distributed import run_distributed
 from tests.support.megatron import global_parameters, init_model_parallel
@@ -43,10 +44,11 @@ NAIVE = ExactSavings(
 )
 CHUNKED = ExactSavings(ffn_chunk_tokens=16)
 Joined = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, whole gradients
+Ranks = tuple[int, int, int, int]
 
 
 # What of a case is the same in one process.
-_MODEL_FIELDS = ("preset", "frozen", "tie", "family", "vision", "layers", "heads")
+_MODEL_FIELDS = ("preset", "frozen", "tie", "family", "vision", "layers", "heads", "double")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
     sequence_parallel: bool = False
     preset: str = "dattn"
     recompute: str = "none"
@@ -71,11 +74,13 @@ class Case:
     """Query and key heads of the language model, if not its own."""
     first_stage: int | None = None
     """Layers of the first pipeline stage, if not its equal share."""
+    double: bool = False
+    """Whether to compute in float64, not float32."""
 
     @property
-    def ranks(self) -> tuple[int, int, int]:
-        """Sizes of the tensor-, pipeline- and data-parallel axes."""
-        return self.tensor, self.pipeline, self.data
+    def ranks(self) -> Ranks:
+        """Sizes of the tensor-, pipeline-, context- and data-parallel axes."""
+        return self.tensor, self.pipeline, self.context, self.data
 
     @property
     def alone(self) -> "Case":
@@ -90,6 +95,7 @@ class Case:
             tensor_model_parallel_size=self.tensor,
             pipeline_model_parallel_size=self.pipeline,
             num_layers_in_first_pipeline_stage=self.first_stage,
+            context_parallel_size=self.context,
             sequence_parallel=self.sequence_parallel,
         )
 
@@ -140,18 +146,29 @@ def _model(case: Case) -> DistributedDataParallel:
     for name in case.frozen:
         if getattr(model, name) is not None:
             getattr(model, name).requires_grad_(False)
+    if case.double:
+        model.double()
+        model.config.pipeline_dtype = torch.float64
     # Overlapped reduction waits for every parameter's gradient in the last backward pass.
-    settings = DistributedDataParallelConfig(overlap_grad_reduce=case.data > 1)
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=_overlaps(case))
     model.config.finalize_model_grads_func = finalize_gradients
     ddp = DistributedDataParallel(model.config, settings, model)
     model.config.no_sync_func = ddp.no_sync
     return ddp
 
 
+def _overlaps(case: Case) -> bool:
+    return case.data * case.context > 1
+
+
 def _train_step(case: Case) -> Result:
     ddp = _model(case)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    mine = _batches(case.preset)[parallel_state.get_data_parallel_rank() :: case.data]
+    share = parallel_state.get_context_parallel_rank(), case.context
+    mine = [
+        take_share(batch, *share)
+        for batch in _batches(case.preset)[parallel_state.get_data_parallel_rank() :: case.data]
+    ]
     losses: dict[str, Tensor] = {}
 
     def loss_function(batch: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -164,14 +181,14 @@ def _train_step(case: Case) -> Result:
         return output, partial(loss_function, batch)
 
     # Overlapped, DDP learns in its first step which gradients come, and in the second relies on it.
-    for batches in (mine[::-1], mine) if case.data > 1 else (mine,):
+    for batches in (mine[::-1], mine) if _overlaps(case) else (mine,):
         ddp.zero_grad_buffer()
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(batches),
             model=[ddp],
             num_microbatches=len(batches),
-            seq_length=batches[0].layout.num_tokens,
+            seq_length=batches[0].layout.num_tokens * case.context,
             micro_batch_size=1,
             forward_only=False,
         )
@@ -213,17 +230,17 @@ def _joined(results: Iterable[Result]) -> Joined:
     return losses, gradients
 
 
-def _train_cases(ranks: tuple[int, int, int], cases: Sequence[Case]) -> list[Result]:
-    init_model_parallel(*ranks[:2])
+def _train_cases(ranks: Ranks, cases: Sequence[Case]) -> list[Result]:
+    init_model_parallel(*ranks[:3])
     return [_train_step(case) for case in cases]
 
 
 @cache
-def _results(
-    ranks: tuple[int, int, int],
-) -> dict[Case, Joined]:
-    """Losses and gradients of all cases of one layout, from one start of its ranks."""
-    cases = list(dict.fromkeys(c for case in CASES for c in (case, case.alone) if c.ranks == ranks))
+def results_of(ranks: Ranks, cases: tuple[Case, ...]) -> dict[Case, Joined]:
+    """Losses and gradients of those of the cases, alone or not, that have this layout, from one
+    start of its ranks."""
+    cases = tuple(dict.fromkeys(c for case in cases for c in (case, case.alone)))
+    cases = tuple(case for case in cases if case.ranks == ranks)
     by_rank = run_distributed(_train_cases, math.prod(ranks), ranks, cases, timeout=300)
     return {case: _joined(r[i] for r in by_rank) for i, case in enumerate(cases)}
 
@@ -279,12 +296,23 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_equals_one_process(case: Case) -> None:
-    losses, gradients = _results(case.ranks)[case]
-    expected_losses, expected = _results(case.alone.ranks)[case.alone]
+    # fp32: the same products, summed in another order across ranks.
+    assert_step_equals_one_process(case, CASES, of_losses=1e-5, of_gradients=2e-5)
+
+
+def assert_step_equals_one_process(
+    case: Case, cases: Sequence[Case], *, of_losses: float, of_gradients: float
+) -> None:
+    """Losses and gradients within shares of themselves.
+
+    Args:
+        cases: all of the module, which are run together.
+    """
+    losses, gradients = results_of(case.ranks, tuple(cases))[case]
+    expected_losses, expected = results_of(case.alone.ranks, tuple(cases))[case.alone]
     assert losses.keys() == expected_losses.keys()
     for key, loss in expected_losses.items():
-        # fp32: the same products, summed in another order across ranks.
-        torch.testing.assert_close(losses[key], loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(losses[key].to(loss), loss, rtol=of_losses, atol=of_losses)
     if case.tie and case.pipeline > 1:  # the last stage's copy of the embedding
         assert "language_model.output_layer.weight" in gradients
         tied = gradients.pop("language_model.output_layer.weight")
@@ -292,16 +320,16 @@ def test_a_step_equals_one_process(case: Case) -> None:
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         # A share of the parameter's largest entry: single entries may nearly cancel.
-        atol = 2e-5 * gradient.abs().max().item() + 1e-9
+        atol = of_gradients * gradient.abs().max().item() + 5e-5 * of_gradients
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=atol, msg=name)
         assert gradient.abs().max() > 0, name
 
 
 def _sharded_tensors(
-    ranks: tuple[int, int, int], cases: Sequence[Case]
+    ranks: Ranks, cases: Sequence[Case]
 ) -> list[list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]]:
     """Per case (key, global shape, global offset, values) of everything this rank would store."""
-    init_model_parallel(*ranks[:2])
+    init_model_parallel(*ranks[:3])
     return [list(_stored(_model(case))) for case in cases]
 
 
@@ -333,7 +361,7 @@ def test_checkpoints_do_not_know_the_layout() -> None:
         dataclasses.replace(layout, tie=True, **gemma2),
     ]
     by_rank = run_distributed(_sharded_tensors, 4, cases[0].ranks, cases)
-    one_process = run_distributed(_sharded_tensors, 1, (1, 1, 1), [case.alone for case in cases])
+    one_process = run_distributed(_sharded_tensors, 1, (1, 1, 1, 1), [case.alone for case in cases])
     for index in range(len(cases)):
         stored = _assembled(result[index] for result in by_rank)
         expected = _assembled(result[index] for result in one_process)

@@ -70,8 +70,13 @@ def one_process() -> tuple:
         (2, {}),
         (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True}),
         (2, {"tensor": 2, "recompute": "full"}),
+        (2, {"context_parallel_size": 2}),
+        (4, {"context_parallel_size": 2, "use_distributed_optimizer": True}),
     ],
-    ids=["tp2+sp", "pp2", "dp2", "dp2-distributed-overlapped", "tp2+sp-recompute"],
+    ids=[
+        *("tp2+sp", "pp2", "dp2", "dp2-distributed-overlapped", "tp2+sp-recompute"),
+        *("cp2", "cp2-dp2-distributed"),
+    ],
 )
 def test_layouts_train_alike(ranks: int, settings: dict[str, Any], one_process: tuple) -> None:
     for result in run_distributed(_train, ranks, settings):

@@ -12,12 +12,16 @@ from megatron_dattn.runtime.distributed import initialize_distributed, seed_ever
 
 
 def init_model_parallel(
-    tensor_parallel: int = 1, pipeline_parallel: int = 1, seed: int = 1234
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    context_parallel: int = 1,
+    seed: int = 1234,
 ) -> None:
     """Model-parallel groups and random states on the ranks of `run_distributed`, or in-process."""
     initialize_distributed(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
+        context_parallel_size=context_parallel,
         timeout_seconds=60,
     )
     seed_everything(seed)

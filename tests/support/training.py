@@ -138,7 +138,8 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     fill_parameters(unwrap_model(model), stage * config.model.language.num_hidden_layers // stages)
     replicas = parallel_state.get_data_parallel_world_size()
     loader = None
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
+    first = parallel_state.get_context_parallel_rank() == 0
+    if first and parallel_state.get_tensor_model_parallel_rank() == 0:
         replica = parallel_state.get_data_parallel_rank()
         loader = PackLoader(packs[replica::replicas], replica)
     state = build_state(config, model, loader)

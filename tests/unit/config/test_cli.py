@@ -160,6 +160,11 @@ def test_a_file_with_the_older_name_of_the_adapters_norm(tmp_path: Path) -> None
             ["--attention", "dattn_cascade", "--alpha-interval", "5"],
             ["logging.alpha_interval 5", "'dattn_cascade'", "no alpha_V", "set it to 0"],
         ),
+        (
+            ["--context-parallel-size", "2", "--alpha-interval", "5"],
+            ["logging.alpha_interval 5", "context_parallel_size 2", "set it to 0"],
+        ),
+        (["--context-parallel-size", "0"], ["parallel.context_parallel_size", "at least 1", "0"]),
         (["--config", "missing.yaml"], ["missing.yaml", "not exist"]),
         (["--train-iters", "1:30"], ["training.train_iters", "int", "1:30"]),
         (["--adam-eps", ".nan"], ["optimizer.adam_eps", "float", ".nan"]),

@@ -133,6 +133,20 @@ def test_communication_follows_the_layout() -> None:
     assert "heaviest pipeline stage: 0" in report
 
 
+def test_context_parallel_ranks_share_images_and_send_text() -> None:
+    reports = {}
+    for visual in (64, 640):
+        data = {"visual_budget": visual, "text_budget": 24}
+        config = changed(data=data, parallel={"context_parallel_size": 2})
+        reports[visual] = dry_run(config, world_size=4)
+    assert "context 2 x data 2" in line_of(reports[64], "ranks")
+    sent = [line_of(report.split("Communication")[1], "context") for report in reports.values()]
+    assert sent[0] == sent[1]
+    alone = dry_run(changed(data={"visual_budget": 320}), world_size=1)
+    name = "activations of the decoder"
+    assert line_of(reports[640], name) == line_of(alone, name)
+
+
 @pytest.mark.parametrize(
     ("sections", "world_size", "words"),
     [
@@ -148,6 +162,13 @@ def test_communication_follows_the_layout() -> None:
             },
             2,
             "text_budget 23 is not a multiple",
+        ),
+        ({"parallel": {"context_parallel_size": 2}}, 3, "context_parallel_size 2 = 2 does not"),
+        ({"parallel": {"context_parallel_size": 2}}, 2, "visual_budget 40 is not a multiple"),
+        (
+            {"parallel": {"context_parallel_size": 2}, "model": {"attention": "s_attn"}},
+            2,
+            "'s_attn': its visual tokens attend .* nearest preset that it serves is 'ee_mllm'",
         ),
     ],
 )

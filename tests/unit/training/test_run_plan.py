@@ -1,4 +1,4 @@
-"""What FP8 asks of widths and numbers of tokens."""
+"""What the layouts ask of a pack's budgets, and FP8 of widths and numbers of tokens."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import LanguageConfig, ModelConfig
 from megatron_dattn.models.execution import ExactSavings, ExecutionConfig
 from megatron_dattn.parallel.config import ParallelConfig
-from megatron_dattn.training.run_plan import check_fp8_sizes
+from megatron_dattn.training.run_plan import check_budgets, check_fp8_sizes
 
 
 def recipe(tp: int, visual: int = 5888, text: int = 2048, chunk: int = 0, fp8: str = "hybrid"):
@@ -91,3 +91,32 @@ def test_widths_that_fp8_cannot_cut_are_refused() -> None:
     narrow = ModelConfig(language=LanguageConfig(intermediate_size=1040))
     with pytest.raises(ConfigError, match=r"intermediate_size makes 520 on each of 2"):
         check_fp8_sizes(dataclasses.replace(config, model=narrow))
+
+
+def shared(cp: int, visual: int, tp: int = 1) -> PretrainConfig:
+    """Images of 729 tokens over context-parallel ranks."""
+    parallel = ParallelConfig(
+        context_parallel_size=cp, tensor_model_parallel_size=tp, sequence_parallel=tp > 1
+    )
+    return PretrainConfig(
+        data=DataConfig(visual_budget=visual, text_budget=2048), parallel=parallel
+    )
+
+
+def test_every_context_parallel_rank_has_room_for_whole_images() -> None:
+    check_budgets(shared(1, visual=6000))
+    check_budgets(shared(2, visual=8 * 729))
+    check_budgets(shared(2, visual=8 * 729, tp=4))
+    with pytest.raises(ConfigError, match=r"multiple of 2 x 729 = 1458.* are 5832 or 7290"):
+        check_budgets(shared(2, visual=6000))
+    with pytest.raises(ConfigError, match="values that fit are 2916"):
+        check_budgets(shared(4, visual=729))
+    with pytest.raises(ConfigError, match="of 2916 tokens on each context-parallel rank is not"):
+        check_budgets(shared(2, visual=8 * 729, tp=8))
+
+
+def test_fp8_counts_a_context_parallel_ranks_tokens() -> None:
+    config = shared(2, visual=16 * 729)
+    config = dataclasses.replace(config, execution=ExecutionConfig(fp8="hybrid"))
+    with pytest.raises(ConfigError, match=r"visual_budget 11664 makes 7880 .* 11648 or 11680 \("):
+        check_fp8_sizes(config)
