@@ -33,7 +33,7 @@ NOTES = (
     "MALLOC_ARENA_MAX=1, MALLOC_MMAP_THRESHOLD_=65536, MALLOC_TRIM_THRESHOLD_=0",
 )
 # One arena, large blocks mapped and unmapped one by one, the heap's end returned when free.
-_ALLOCATOR = {
+ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
@@ -53,9 +53,9 @@ def peak_of_step(layer: LayerBench) -> int:
         layer.step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    before = _reset_resident_peak()
+    before = reset_resident_peak()
     layer.step()
-    return _resident_peak() - before
+    return resident_peak() - before
 
 
 def peak_in_new_process(bench: Bench, variant: str, visual: int, text: int) -> int:
@@ -76,7 +76,7 @@ def peak_in_new_process(bench: Bench, variant: str, visual: int, text: int) -> i
         "threads": torch.get_num_threads(),
     }
     command = [sys.executable, "-m", "benchmarks.layer_memory", json.dumps(order)]
-    environment = {**os.environ, **_ALLOCATOR}
+    environment = {**os.environ, **ALLOCATOR}
     ended = subprocess.run(
         command, env=environment, cwd=_ROOT, capture_output=True, text=True, check=False
     )
@@ -163,14 +163,14 @@ def _fitted(line: Line) -> tuple[str, str]:
     return f"{line.per_token / 1e3:.2f}", f"{100 * line.deviation:.1f} %"
 
 
-def _reset_resident_peak() -> int:
+def reset_resident_peak() -> int:
     """Start a new peak, where Linux allows it; the resident set (or peak) from which to count."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return _resident_peak()
+    return resident_peak()
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
     """Bytes. The kernel's own count: getrusage would include the parent's peak."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
