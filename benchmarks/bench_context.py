@@ -27,7 +27,7 @@ from megatron_dattn.errors import UserError
 from megatron_dattn.parallel.context.exchange import bytes_per_layer
 from megatron_dattn.runtime.tool import ToolParser
 
-TEXT, LAYERS, HEADS, KEY_HEADS, HEAD_DIM = 256, 4, 8, 4, 32
+TEXT, LAYERS, HEADS, KEY_HEADS, HEAD_DIM = 512, 4, 8, 4, 64
 _VALUE_BYTES = 4
 _ROOT = Path(__file__).resolve().parents[1]
 _NETWORK = ("unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"')
@@ -105,10 +105,9 @@ def memory_report(arguments: argparse.Namespace) -> str:
                 f"{max(found['before']) / 1e6:.0f}",
                 f"{points[visual] / 1e6:.0f} ({min(found['peak']) / 1e6:.0f})",
                 f"{found['loss']:.4f}",
-                f"{found['seconds']:.0f}",
             ]
         )
-    columns = ("visual tokens", "MB before the step", "peak MB", "loss", "seconds of the step")
+    columns = ("visual tokens", "MB before the step", "peak MB", "loss")
     title = f"A step of one sample on {ranks} context-parallel ranks"
     text = f"{report.header(title, arguments.command, _cpu(), notes)}\n\n"
     text += report.table(columns, rows)

@@ -124,7 +124,6 @@ def measure_memory(order: dict[str, Any]) -> dict[str, Any]:
         "before": [before for before, _ in peaks],
         "peak": [peak for _, peak in peaks],
         "loss": report.loss,
-        "seconds": report.seconds,
         "visual_tokens": report.visual_tokens,
     }
 
