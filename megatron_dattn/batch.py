@@ -84,4 +84,5 @@ class PackedBatch:
 
     def without_pixels(self) -> "PackedBatch":
         """For the pipeline stages behind the vision encoder; the layout still knows the images."""
-        return replace(self, pixel_values=self.pixel_values[:0])
+        pixels = self.pixel_values
+        return replace(self, pixel_values=torch.empty(0, *pixels.shape[1:], dtype=pixels.dtype))

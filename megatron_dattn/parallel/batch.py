@@ -1,57 +1,111 @@
-"""Handing one rank's batches to its whole tensor- and context-parallel group.
+"""Handing one rank's packs to all ranks that work on them.
 
-The group's first rank runs the data loader; the others receive each pack as three broadcasts: a
-header with the sizes, the integers (layout, token ids, labels), the pixels. Only the pixels go from
-device to device, as the bytes that were loaded: what the host plans by is exchanged on the host,
-which else had to wait until the device has it. A loader that fails is no matter of this file: the
-ranks agree on that before the step (training/stream.py), when its packs are there.
+One rank of a data-parallel replica runs the data loader: tensor- and context-parallel rank 0 of the
+first pipeline stage. Every stage plans its attention by the layout, so all packs of a step go to
+the whole replica before the step begins, without their pixels: text of a few kB each. Not when a
+stage takes them: stages wait for each other's activations in the order of the schedule, and a
+broadcast that waits for other stages would deadlock with it. Pixels follow pack by pack, among the
+first stage's ranks, as the bytes that were loaded, from device to device. What the host plans by is
+exchanged on the host, which else had to wait until the device has it. A loader that fails is no
+matter of this file: the ranks agree on that before (training/stream.py).
 """
+
+import io
+import pickle
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.parallel.context.shares import take_share
 from megatron_dattn.runtime.distributed import host_group
 
-_HEADER_FIELDS = 5
+
+def is_loading_rank() -> bool:
+    """True if this rank is the one of its data-parallel replica that runs the data loader."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+        and parallel_state.is_pipeline_first_stage()
+    )
 
 
-def broadcast_batch(
-    batch: PackedBatch | None,
+def share_packs(
+    packs: Sequence[PackedBatch], *, group: dist.ProcessGroup | None = None
+) -> list[PackedBatch]:
+    """Send packs from the first rank of a group to the others, without the pixels. Collective.
+
+    Args:
+        packs: on the first rank, in host memory; ignored on the others.
+        group: all ranks that work on these packs; where None, first the context-parallel group and
+            then each of its ranks' model-parallel group.
+
+    Returns:
+        The packs. On the other ranks their pixels are on the device "meta": shape and dtype alone.
+    """
+    if group is None:
+        packs = share_packs(packs, group=parallel_state.get_context_parallel_group())
+        group = parallel_state.get_model_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return list(packs)
+    is_first = dist.get_rank(group) == 0
+    group = host_group(group)
+    content = bytearray(_pickled(packs) if is_first else b"")
+    size = _broadcast(torch.tensor(len(content)), group)
+    if not is_first:
+        content = bytearray(int(size))
+    _broadcast(torch.frombuffer(content, dtype=torch.uint8), group)
+    return list(packs) if is_first else pickle.loads(content)
+
+
+def pack_on_device(
+    pack: PackedBatch,
     device: torch.device | str,
     *,
     group: dist.ProcessGroup | None = None,
     pixels: bool | None = None,
 ) -> PackedBatch:
-    """Send a batch from the first rank of a group to the others.
+    """Bring a pack that `share_packs` gave to the device, with its pixels where they are read.
+
+    Collective over the group where there are pixels.
 
     Args:
-        batch: on the first rank, in host memory; ignored on the others.
         device: where the tensors shall be; the group's backend must know it.
-        group: this rank's tensor-parallel group where None, or, where there is context parallelism,
-            the ranks that share its tensor- and context-parallel group; each then keeps its own
-            images.
-        pixels: whether to keep the pixels; where None, the first pipeline stage alone keeps them.
+        group: whose first rank has the pixels; where None, this rank's tensor-parallel group, or,
+            where there is context parallelism, its tensor- and context-parallel group, of which
+            each rank then keeps its own images.
+        pixels: whether this rank reads them; where None, the first pipeline stage alone does.
 
     Returns:
-        The batch, on `device`, with float32 pixels. Only the first rank has the sample keys.
+        The pack, on `device`, with float32 pixels, of which there are none where nobody reads them.
     """
+    if pixels is None:
+        pixels = parallel_state.is_pipeline_first_stage()
     share = None
     if group is None:
         group, share = _group_and_share()
-    if pixels is None:
-        pixels = parallel_state.is_pipeline_first_stage()
-    device = torch.device(device)
-    if dist.get_rank(group) != 0:
-        received = _receive(group, device)
+    if pixels:
+        pack = _with_pixels(pack, torch.device(device), group)
     else:
-        assert batch is not None, "the first rank loads"
-        received = _send(batch if pixels else batch.without_pixels(), group, device)
-    return (take_share(received, *share) if share else received).normalised()
+        pack = pack.without_pixels().to(device)
+    return (take_share(pack, *share) if share else pack).normalised()
+
+
+def _with_pixels(pack: PackedBatch, device: torch.device, group: dist.ProcessGroup) -> PackedBatch:
+    if dist.get_rank(group) != 0:
+        room = torch.empty_like(pack.pixel_values, device=device)
+        pack = replace(pack, pixel_values=room)
+    pack = pack.to(device)
+    # The layout told every rank that there is no image, so all of them leave the broadcast out.
+    if dist.get_world_size(group) > 1 and pack.pixel_values.numel():
+        _broadcast(pack.pixel_values, group)
+    return pack
 
 
 def _group_and_share() -> tuple[dist.ProcessGroup, tuple[int, int] | None]:
@@ -64,53 +118,24 @@ def _group_and_share() -> tuple[dist.ProcessGroup, tuple[int, int] | None]:
     return parallel_state.get_tensor_and_context_parallel_group(), share
 
 
-def _send(batch: PackedBatch, group: dist.ProcessGroup, device: torch.device) -> PackedBatch:
-    if dist.get_world_size(group) == 1:
-        return batch.to(device)
-    # Collectives need equal shapes on every rank, and packs differ: so sizes go first.
-    layout = batch.layout.encode()
-    num_images, _, image_size, _ = batch.pixel_values.shape
-    scale = _as_integers(batch.pixel_scale)
-    sizes = (len(layout), batch.layout.text_budget, num_images, image_size, len(scale))
-    _broadcast(torch.tensor(sizes), host_group(group))
-    _broadcast(torch.cat([layout, batch.input_ids, batch.labels, scale]), host_group(group))
-    batch = batch.to(device)
-    _broadcast(batch.pixel_values, group)
-    return batch
+def _pickled(packs: Sequence[PackedBatch]) -> bytes:
+    """The packs with the shapes of their pixels in the place of these."""
+    content = io.BytesIO()
+    pickler = pickle.Pickler(content)
+    pickler.dispatch_table = {Tensor: _made_of}
+    pickler.dump([replace(pack, pixel_values=pack.pixel_values.to("meta")) for pack in packs])
+    return content.getvalue()
 
 
-def _receive(group: dist.ProcessGroup, device: torch.device) -> PackedBatch:
-    header = _broadcast(torch.empty(_HEADER_FIELDS, dtype=torch.int64), host_group(group))
-    layout_length, text_budget, num_images, image_size, scale_length = header.tolist()
-    lengths = [layout_length, text_budget, text_budget, scale_length]
-    integers = _broadcast(torch.empty(sum(lengths), dtype=torch.int64), host_group(group))
-    layout, input_ids, labels, scale = integers.split(lengths)
-    shape = (num_images, 3, image_size, image_size)
-    dtype = torch.uint8 if scale_length else torch.float32
-    pixel_values = torch.empty(shape, dtype=dtype, device=device)
-    return PackedBatch(
-        layout=TokenLayout.decode(layout),
-        input_ids=input_ids,
-        labels=labels,
-        pixel_values=_broadcast(pixel_values, group),
-        pixel_scale=_from_integers(scale) if scale_length else None,
-        sample_keys=[],
-    ).to(device)
-
-
-def _as_integers(scale: Tensor | None) -> Tensor:
-    """The bits of float32 values as int64, one each; none of None."""
-    scale = torch.empty(0) if scale is None else scale
-    return scale.flatten().view(torch.int32).long()
-
-
-def _from_integers(bits: Tensor) -> Tensor:
-    return bits.int().view(torch.float32).view(2, -1)
+def _made_of(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """What a tensor is unpickled from. torch would write an archive with all of its storage."""
+    if tensor.is_meta:
+        shape = tuple(tensor.shape)
+        return partial(torch.empty, shape, dtype=tensor.dtype, device="meta"), ()
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 def _broadcast(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Broadcast from the group's first rank, in place."""
-    # The header told every rank that a tensor is empty, so all of them leave the broadcast out.
-    if tensor.numel():
-        dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+    dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
     return tensor

@@ -55,8 +55,7 @@ def mean_loss(loss: float, num_tokens: float) -> float:
 def is_loss_rank() -> bool:
     """True if this rank is the one of its data-parallel replica that contributes to global sums.
 
-    It is tensor- and context-parallel rank 0 of the last pipeline stage: the one that has both loss
-    and data.
+    It is tensor- and context-parallel rank 0 of the last pipeline stage: there the loss is.
     """
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0

@@ -241,14 +241,13 @@ def make_validation(config: PretrainConfig) -> Validation | None:
 def make_ledger(
     config: PretrainConfig, state: TrainState, resumed_size: int | None = None
 ) -> SampleLedger | None:
-    """The ledger of this data-parallel rank, on the first of the ranks that load its data.
+    """The ledger of this data-parallel rank, on the rank that loads its data.
 
     Args:
         resumed_size: data-parallel size of the run that is gone on with; None where there is none.
     """
-    writes = state.loader is not None and parallel_state.is_pipeline_first_stage()
     folder, rank = config.logging.sample_ledger, parallel_state.get_data_parallel_rank()
-    if folder is None or not writes:
+    if folder is None or state.loader is None:
         return None
     step = state.progress.step
     if rank == 0:

@@ -100,7 +100,7 @@ class TrainState:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     loader: StatefulLoader | None = None
-    """None on ranks that get their batches from another one (tensor-parallel ranks above 0)."""
+    """None on ranks that get their packs from another one: one of a data-parallel replica loads."""
     progress: Progress = field(default_factory=Progress)
     validation: dict[str, float] | None = None
     """The last validation: its `step` and its `loss`."""
@@ -121,11 +121,7 @@ def loader_file(data_parallel_rank: int | None = None) -> str:
 def local_files(state: TrainState) -> dict[str, bytes]:
     """Files that this rank adds to the shards: its random states, and one loader per data rank."""
     local = {rng_file(): capture_rng()}
-    first_of_its_data_rank = (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_pipeline_model_parallel_rank() == 0
-    )
-    if first_of_its_data_rank and state.loader is not None:
+    if state.loader is not None:
         local[loader_file()] = state.loader.save_state()
     return local
 

@@ -124,12 +124,12 @@ def _sum_over_replicas(
         consumed.text_tokens,
         consumed.visual_tokens,
         _flops(run, sums, consumed),
-        consumed.wait_seconds,
-        *_loader_counts(run),
     ]
-    # Tensor-parallel ranks hold the same loss and the same pack: each replica counts once.
+    # All ranks of a replica hold the same packs, and several the same loss: each replica counts
+    # once. What its loader counts it has once anyway.
     if not is_loss_rank():
         mine = [0.0] * len(mine)
+    mine += [consumed.wait_seconds, *_loader_counts(run)]
     # Any rank may have met a non-finite gradient, so this flag is summed over all of them.
     bad_here = ~squared_norm.isfinite()
     totals = sum_over_world(sums.loss, *mine, bad_here, own=(squared_norm, sums.loss))

@@ -1,7 +1,6 @@
 """Micro-batches for this rank, whoever loads them, and a count of what was consumed.
 
-The loader runs on tensor- and context-parallel rank 0 of every pipeline stage, each stage with the
-same data-parallel rank and therefore the same packs; the other ranks get theirs by broadcast. A
+One rank of a data-parallel replica loads; the others get the packs from it (parallel/batch.py). A
 step's packs are fetched before the step begins: that is where a broken data set is noticed, and
 where all ranks can still agree to stop.
 """
@@ -13,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dattn.attention.layout import TokenLayout
@@ -23,8 +21,7 @@ from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.encoder import ModelSizes
 from megatron_dattn.data.loader import VLMLoader, build_loader
 from megatron_dattn.errors import DataError, UserError
-from megatron_dattn.parallel.batch import broadcast_batch
-from megatron_dattn.runtime.distributed import host_group
+from megatron_dattn.parallel.batch import is_loading_rank, pack_on_device, share_packs
 from megatron_dattn.runtime.random_states import untouched_random_states
 from megatron_dattn.runtime.rank_errors import all_ranks_agree
 
@@ -35,8 +32,9 @@ class Consumed:
 
     layouts: list[TokenLayout] = field(default_factory=list)
     sample_keys: list[list[str]] = field(default_factory=list)
-    """Per pack; empty lists on ranks that do not load."""
+    """Per pack."""
     wait_seconds: float = 0.0
+    """Of the rank that loads; 0 on the others."""
 
     @property
     def num_samples(self) -> int:
@@ -59,7 +57,7 @@ class BatchStream(Iterator[PackedBatch]):
     ) -> None:
         """
         Args:
-            loader: None on tensor- and context-parallel ranks above 0.
+            loader: None on ranks that do not load.
             name: of the data, for errors.
         """
         self._loader = loader
@@ -82,6 +80,7 @@ class BatchStream(Iterator[PackedBatch]):
                 "samples"
             )
         all_ranks_agree(error)
+        self._waiting = deque(share_packs(self._waiting))
 
     def load_at_most(self, num_packs: int) -> int:
         """Fetch up to that many packs; how many this data-parallel replica has.
@@ -92,15 +91,8 @@ class BatchStream(Iterator[PackedBatch]):
             UserError: on all ranks, if the loader of any rank failed.
         """
         all_ranks_agree(self._fetch(num_packs))
-        # Not every rank of a replica loads; those that do have the same packs.
-        available = num_packs if self._loader is None else len(self._waiting)
-        fewest = torch.tensor([available])
-        groups = [parallel_state.get_model_parallel_group()]
-        if parallel_state.get_context_parallel_world_size() > 1:
-            groups.append(parallel_state.get_context_parallel_group())
-        for group in groups:
-            dist.all_reduce(fewest, dist.ReduceOp.MIN, group=host_group(group))
-        return int(fewest.item())
+        self._waiting = deque(share_packs(self._waiting))
+        return len(self._waiting)
 
     def _fetch(self, num_packs: int) -> UserError | None:
         """Wait for packs until there are that many or no more; errors are handed back."""
@@ -120,13 +112,10 @@ class BatchStream(Iterator[PackedBatch]):
         return None
 
     def __next__(self) -> PackedBatch:
-        mine = None
-        if self._loader is not None:
-            assert self._waiting, "more packs asked for than were loaded"
-            mine = self._waiting.popleft()
-        batch = broadcast_batch(mine, self._device)
+        assert self._waiting, "more packs asked for than were loaded"
+        batch = pack_on_device(self._waiting.popleft(), self._device)
         self._consumed.layouts.append(batch.whole or batch.layout)
-        self._consumed.sample_keys.append([] if mine is None else mine.sample_keys)
+        self._consumed.sample_keys.append(batch.sample_keys)
         return batch
 
     def take(self) -> Consumed:
@@ -138,11 +127,8 @@ class BatchStream(Iterator[PackedBatch]):
 def make_loader(
     config: PretrainConfig, datasets: list[DatasetConfig], *, training: bool
 ) -> VLMLoader | None:
-    """The loader of this rank's data-parallel replica; None on tensor- and context-parallel ranks
-    above 0."""
-    if parallel_state.get_tensor_model_parallel_rank() > 0:
-        return None
-    if parallel_state.get_context_parallel_rank() > 0:
+    """The loader of this rank's data-parallel replica; None on ranks that do not load."""
+    if not is_loading_rank():
         return None
     return loader_of_rank(
         config,

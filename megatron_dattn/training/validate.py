@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.data.skipped_samples import (
@@ -22,7 +22,6 @@ from megatron_dattn.runtime.distributed import get_device, is_rank_0
 from megatron_dattn.runtime.random_states import untouched_random_states
 from megatron_dattn.training.forward_backward import (
     LossSum,
-    is_loss_rank,
     mean_loss,
     run_micro_batches,
     sum_over_world,
@@ -77,7 +76,8 @@ class Validation:
             loader = self._make_loader()
             stream = BatchStream(loader, get_device(), "validation")
             num_packs = stream.load_at_most(1)
-        having, *counts = _sum_over_replicas(float(num_packs), *as_counts(_counters(loader)))
+        has_packs = float(loader is not None and num_packs)
+        having, *counts = sum_over_world(has_packs, *as_counts(_counters(loader)))
         if not having:
             met = from_counts(counts)
             raise DataError(
@@ -117,7 +117,7 @@ class Validation:
                     seq_length=self._seq_length,
                     forward_only=True,
                 )
-        loss, num_tokens, *counts = _sum_over_replicas(
+        loss, num_tokens, *counts = sum_over_world(
             sums.loss, sums.num_tokens, *as_counts(_counters(loader))
         )
         met = from_counts(counts)
@@ -129,10 +129,6 @@ class Validation:
 
 def _counters(loader: CountingLoader | None) -> LoaderCounters:
     return LoaderCounters() if loader is None else loader.counters()
-
-
-def _sum_over_replicas(*values: float | Tensor) -> list[float]:
-    return sum_over_world(*(values if is_loss_rank() else [0.0] * len(values)))
 
 
 @contextlib.contextmanager

@@ -41,9 +41,8 @@ def _two_depths(settings: dict[str, Any]) -> tuple[Counter[str], Counter[str]]:
 TRAINED = {"all-gather": 2 + 2 + 2, "reduce-scatter": 2 + 2}
 FROZEN = {"all-gather": 2 + 2, "reduce-scatter": 2 + 2}
 # Besides: features of the images, and gradients of what enters the decoder; embedding, adapter
-# (forward and backward), labelled tokens and their gradient, three in the loss; sizes, integers and
-# pixels of the pack.
-STAGE_1 = {"all-gather": 1 + 1, "all-reduce": 1 + 2 + 2 + 3, "broadcast_": 3}
+# (forward and backward), labelled tokens and their gradient, three in the loss; pixels of the pack.
+STAGE_1 = {"all-gather": 1 + 1, "all-reduce": 1 + 2 + 2 + 3, "broadcast_": 1}
 # Gradients of the decoder's norms, and of the encoder.
 STAGE_2 = {**STAGE_1, "all-reduce": STAGE_1["all-reduce"] + 1 + 1}
 # Two layers of two messages forward and two backward; no features to gather, no gradients to sum.
@@ -66,3 +65,22 @@ def test_messages_of_a_step(
     for three, four in run_distributed(_two_depths, 2, settings):
         assert four - three == per_layer
         assert three - Counter({kind: 3 * number for kind, number in per_layer.items()}) == besides
+
+
+def _messages_of_packs(settings: dict[str, Any]) -> int:
+    """Broadcasts of a step to all ranks that work on the same packs."""
+    from megatron_dattn.training.step import train_step
+    from tests.support.collectives import Collectives
+    from tests.support.training import build_run, training_config
+    from tests.support.vlm import make_batch
+
+    packs = [make_batch([9, 7], [(2,), ()], seed=i) for i in range(settings["num_packs"])]
+    run = build_run(training_config(**settings), packs)
+    with Collectives(parallel_state.get_model_parallel_group()) as collectives:
+        train_step(run)
+    return collectives.found["broadcast_"]
+
+
+@pytest.mark.parametrize("num_packs", [1, 3])
+def test_packs_of_a_step_are_one_message_behind_its_length(num_packs: int) -> None:
+    assert run_distributed(_messages_of_packs, 2, {"num_packs": num_packs, "pipeline": 2}) == [2, 2]

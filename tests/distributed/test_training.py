@@ -298,30 +298,51 @@ def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         assert torch.equal(found[name], expected[name]), name
 
 
-def _loader_that_fails_on(rank: int) -> str:
+def _loader_that_fails_on(rank: int, settings: dict[str, Any], outage: bool = False) -> str:
     import torch.distributed as dist
 
-    from megatron_dattn.errors import DataError
+    from megatron_dattn.errors import OutageError, UserError
     from megatron_dattn.training.step import train_step
     from tests.support.training import build_run, training_config
 
     packs = _packs(4 if dist.get_rank() == rank else 8)  # too few for the third step
-    run = build_run(training_config(num_packs=4, train_iters=3), packs)
+    run = build_run(training_config(num_packs=4, train_iters=3, **settings), packs)
+    if outage and dist.get_rank() == rank:
+        run.stream._source = _then_an_outage(packs, OutageError("the file system is gone"))
     try:
         for _ in range(3):
             train_step(run)
-    except DataError as error:
-        return f"{run.state.progress.step}: {error}"
+    except UserError as error:
+        return f"{run.state.progress.step}: {type(error).__name__}: {error}"
     return "trained on"
 
 
-def test_an_error_of_one_loader_reaches_every_rank() -> None:
-    first, second = run_distributed(_loader_that_fails_on, 2, 1)
+def _then_an_outage(packs: list, error: Exception) -> Any:
+    yield from packs
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("rank", "settings", "packs"),
+    [(1, {}, "0 of 2"), (0, {"pipeline": 2}, "0 of 4"), (0, {"tensor": 2}, "0 of 4")],
+    ids=["dp2", "pp2", "tp2"],
+)
+def test_an_error_of_one_loader_reaches_every_rank(
+    rank: int, settings: dict[str, Any], packs: str
+) -> None:
+    first, second = run_distributed(_loader_that_fails_on, 2, rank, settings)
     assert first == second
-    assert re.match(r"1: rank 1 \(host .+\): the training data gave 0 of 2 packs", first)
+    where = rf"1: DataError: rank {rank} \(host .+\): "
+    assert re.match(f"{where}the training data gave {packs} packs", first)
 
 
-def _with_and_without_validation() -> tuple:
+def test_an_outage_of_the_rank_that_loads_reaches_every_pipeline_stage() -> None:
+    first, second = run_distributed(_loader_that_fails_on, 2, 0, {"pipeline": 2}, True)
+    assert first == second
+    assert re.fullmatch(r"1: OutageError: rank 0 \(host .+\): the file system is gone", first)
+
+
+def _with_and_without_validation(settings: dict[str, Any]) -> tuple:
     """Weights and random state of two runs, one of which validates, and its validation losses."""
     from megatron_dattn.training.step import train_step
     from megatron_dattn.training.validate import Validation
@@ -330,7 +351,7 @@ def _with_and_without_validation() -> tuple:
     outcomes = []
     losses: list[float] = []
     for validates in (False, True):
-        run = build_run(training_config(num_packs=PACKS), _packs(3 * PACKS))
+        run = build_run(training_config(num_packs=PACKS, **settings), _packs(3 * PACKS))
         loads = run.state.loader is not None
         validation = Validation(
             lambda loads=loads: PackLoader(_packs(3)) if loads else None,
@@ -348,9 +369,13 @@ def _with_and_without_validation() -> tuple:
     return outcomes, losses
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_validation_leaves_no_trace(ranks: int) -> None:
-    results = run_distributed(_with_and_without_validation, ranks)
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(1, {}), (2, {}), (2, {"pipeline": 2}), (2, {"tensor": 2})],
+    ids=["one", "dp2", "pp2", "tp2"],
+)
+def test_validation_leaves_no_trace(ranks: int, settings: dict[str, Any]) -> None:
+    results = run_distributed(_with_and_without_validation, ranks, settings)
     for ((weights, rng), (other_weights, other_rng)), losses in results:
         _assert_equal(other_weights, weights)
         assert torch.equal(rng, other_rng)

@@ -165,7 +165,7 @@ def _main_with_log(argv: list[str]) -> tuple[int, str]:
 
 
 def test_a_stage_starts_from_another_ones_weights_under_any_layout(workspace: Workspace) -> None:
-    """The whole way (loader on every stage, broadcast, resharded weights) gives the same losses.
+    """The whole way (one loader, broadcast, resharded weights) gives the same losses.
 
     fp32 sums in another order differ by about 1e-7 relative, which three AdamW steps amplify.
     """

@@ -24,6 +24,7 @@ from megatron_dattn.config.training import (
 from megatron_dattn.data.config import DataConfig
 from megatron_dattn.data.skipped_samples import LoaderCounters
 from megatron_dattn.models.execution import ExecutionConfig
+from megatron_dattn.parallel.batch import is_loading_rank
 from megatron_dattn.parallel.config import ParallelConfig
 from megatron_dattn.runtime.distributed import get_device, seed_everything
 from megatron_dattn.training.metrics import Metrics
@@ -138,8 +139,7 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     fill_parameters(unwrap_model(model), stage * config.model.language.num_hidden_layers // stages)
     replicas = parallel_state.get_data_parallel_world_size()
     loader = None
-    first = parallel_state.get_context_parallel_rank() == 0
-    if first and parallel_state.get_tensor_model_parallel_rank() == 0:
+    if is_loading_rank():
         replica = parallel_state.get_data_parallel_rank()
         loader = PackLoader(packs[replica::replicas], replica)
     state = build_state(config, model, loader)
