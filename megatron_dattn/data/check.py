@@ -25,12 +25,7 @@ from megatron_dattn.data.duplicates import content_hash, hash_of, repeated
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.image_conversions import read_image
 from megatron_dattn.data.image_decoding import decode_image
-from megatron_dattn.data.image_files import (
-    EmbeddedImages,
-    ImageRoot,
-    RecordWithImages,
-    images_of,
-)
+from megatron_dattn.data.image_files import ImageRoot, RecordWithImages, images_of
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.data.json_lines import (
     INDEX_SUFFIX,
@@ -159,7 +154,7 @@ class RecordChecker:
         first = findings.pop().problem if findings and findings[0].problem in OF_FILES else None
         for image in dict.fromkeys(conversation.images):  # one may be there a thousand times
             kind, name = ("video", image.paths[0]) if isinstance(image, Video) else ("image", image)
-            shown = _thumbnail_path(image, images)
+            shown = None if isinstance(image, Video) and image.is_file else name
             fixes = Fixes(self.policies.fixing)
             try:
                 self._check_image(image, images, fixes)
@@ -201,12 +196,6 @@ def _as_loaded(record: Any) -> Any:
 def _fixed(reason: Reason, image: str | None = None, shown: str | None = None) -> Finding:
     what = f"image {quoted(image)}: " if image is not None else ""
     return Finding(reason, f"{what}{_FIXES[reason]}", is_fixed=True, image=shown)
-
-
-def _thumbnail_path(image: str | Video, root: ImageRoot) -> str | None:
-    """An image's file for a report, which is written when what came with the record is gone."""
-    brought = isinstance(root, EmbeddedImages) and image in root.files
-    return None if isinstance(image, Video) or brought else image
 
 
 def _count_images(record: Any) -> int:

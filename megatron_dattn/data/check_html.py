@@ -1,13 +1,14 @@
 """The findings about a data set as one HTML page, which needs no network and no other file.
 
 It shows text, names and pictures that nobody has checked: texts are escaped, pictures are decoded
-here by the loader's rules and drawn anew as small PNGs, and the page allows no script.
+here by the loader's rules and drawn anew as small PNGs, and the page allows no script. Those that
+came with their records are read again, for the few records that are shown.
 """
 
 import base64
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from PIL import Image
 
 from megatron_dattn.data.check_report import Example, ProblemCount, Report, describe_lengths
 from megatron_dattn.data.image_decoding import decode_image
-from megatron_dattn.data.image_files import read_image_file
+from megatron_dattn.data.image_files import ImageRoot, images_of, read_image_file
 from megatron_dattn.data.problems import PROBLEMS
+from megatron_dattn.data.record_files import open_rows
 from megatron_dattn.errors import DataError
 
 THUMBNAIL_SIDE = 64
@@ -68,12 +70,20 @@ class _Thumbnails:
         self._max_pixels = max_pixels
         self._left = MAX_THUMBNAILS
 
-    def of(self, root: Path, path: str) -> str:
-        """An image as an element of the page; nothing where it cannot be decoded."""
+    def of_examples(self, report: Report, examples: Iterable[Example]) -> dict[Example, str]:
+        """Elements of the page for examples that have an image."""
+        shown = sorted((each for each in examples if each.image), key=lambda each: each.number)
+        try:
+            return {each: self._of(root, each.image or "") for each, root in _roots(report, shown)}
+        except (DataError, OSError):  # it has been read before, but that is no reason to fail
+            return {}
+
+    def _of(self, root: ImageRoot, path: str) -> str:
+        """An image as an element; nothing where it cannot be decoded."""
         if self._left == 0:
             return ""
         try:
-            image = decode_image(read_image_file(str(root), path), max_pixels=self._max_pixels)
+            image = decode_image(read_image_file(root, path), max_pixels=self._max_pixels)
         except (DataError, MemoryError):
             return ""
         self._left -= 1
@@ -82,6 +92,20 @@ class _Thumbnails:
         image.save(buffer, format="PNG")
         data = base64.b64encode(buffer.getvalue()).decode()
         return f'<img alt="" src="data:image/png;base64,{data}">'
+
+
+def _roots(report: Report, examples: Sequence[Example]) -> Iterator[tuple[Example, ImageRoot]]:
+    """Where the images of examples are, which ascend by record."""
+    root = str(report.image_root)
+    rows = open_rows(Path(report.path)) if examples else None
+    if rows is None:
+        yield from ((each, root) for each in examples)
+        return
+    numbers = dict.fromkeys(each.number for each in examples)
+    for number, record in rows.rows(numbers):
+        for each in examples:
+            if each.number == number:
+                yield each, images_of(record, root)
 
 
 def _section(report: Report, thumbnails: _Thumbnails) -> Iterator[str]:
@@ -104,10 +128,13 @@ def _section(report: Report, thumbnails: _Thumbnails) -> Iterator[str]:
     for what, lengths, budget in report.lengths():
         yield f"<h3>{what} of a record</h3>\n<p>{describe_lengths(lengths, budget)}</p>"
         yield "\n".join(histogram(lengths, budget))
+    examples = (example for _, count in found for example in count.examples)
+    pictures = thumbnails.of_examples(report, examples)
     for name, count in found:
         yield f"<h3>{_text(name)}: {count.count}</h3>\n<ul>"
         for example in count.examples:
-            yield _item(example, report.image_root, thumbnails)
+            text = f"{_text(example.record)}: {_text(example.message)}"
+            yield f"<li>{pictures.get(example, '')}{text}</li>"
         yield "</ul>"
 
 
@@ -115,11 +142,6 @@ def _row(name: str, count: ProblemCount) -> str:
     numbers = [count.count, *(count.records[each] for each in ("fixed", "skipped", "failed"))]
     cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
     return f"<tr><td>{_text(name)}</td><td>{_text(_ABOUT[name])}</td>{cells}</tr>"
-
-
-def _item(example: Example, root: Path, thumbnails: _Thumbnails) -> str:
-    picture = "" if example.image is None else thumbnails.of(root, example.image)
-    return f"<li>{picture}{_text(example.record)}: {_text(example.message)}</li>"
 
 
 def _text(text: str) -> str:

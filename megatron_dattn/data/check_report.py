@@ -56,7 +56,9 @@ class RecordCheck:
 class Example:
     """A record that has a problem."""
 
+    number: int
     record: str
+    """Its number and id in words."""
     message: str
     image: str | None = None
 
@@ -121,12 +123,13 @@ class Report:
         key = f"record {self.num_records}"
         if checked.shown_id is not None:
             key += f" (id {checked.shown_id})"
+        number = self.num_records
         self.num_records += 1
         self.num_images += checked.num_images
         self.outcomes[checked.outcome] += 1
         for finding in checked.findings:
             count = self.problems.setdefault(str(finding.problem), ProblemCount())
-            count.add(Example(key, finding.message, finding.image))
+            count.add(Example(number, key, finding.message, finding.image))
         for problem in {str(finding.problem) for finding in checked.findings}:
             self.problems[problem].records[checked.outcome] += 1
         self.rejecting.update(str(finding.problem) for finding in checked.rejections)
@@ -143,7 +146,7 @@ class Report:
         """Take the records that an earlier one equals in some way."""
         count = ProblemCount()
         for number, first in pairs:
-            count.add(Example(f"record {number}", f"as record {first}"))
+            count.add(Example(number, f"record {number}", f"as record {first}"))
             if problem == DUPLICATE_RECORD:
                 self.duplicate_records.append((number, first))
         self.duplicates[problem] = count

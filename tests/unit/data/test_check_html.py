@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_dattn.data import check_html
+from megatron_dattn.data.check import RecordChecker, check_records, records_of
 from megatron_dattn.data.check_html import THUMBNAIL_SIDE, histogram, page
 from megatron_dattn.data.check_report import Finding, RecordCheck, Report
 from megatron_dattn.data.problems import DUPLICATE_RECORD
 from megatron_dattn.data.rejection import Reason
+from tests.unit.data.builders import make_shards, record, save_image
 
 ELEMENTS = set(
     re.findall(
@@ -92,6 +95,46 @@ def test_thumbnails_are_small_pictures_of_what_can_be_decoded(
     assert len(Reader(page([report] * 3, max_pixels=10**6)).pictures) == 3
     monkeypatch.setattr(check_html, "MAX_THUMBNAILS", 2)
     assert len(Reader(page([report] * 3, max_pixels=10**6)).pictures) == 2
+
+
+def _parquet(folder: Path, images: list[bytes]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turns = record("<image>?", "yes")["conversations"]
+    rows = [{"image": {"bytes": data, "path": None}, "conversations": turns} for data in images]
+    path = folder / "train.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def _shards(folder: Path, images: list[bytes]) -> Path:
+    for number, data in enumerate(images):
+        (folder / f"{number}.png").write_bytes(data)
+    records = [record("<image>?", "yes", f"{number}.png") for number in range(len(images))]
+    return Path(make_shards(folder, records).path)
+
+
+@pytest.mark.parametrize("make", [_parquet, _shards])
+def test_images_that_came_with_their_records_have_thumbnails(
+    tmp_path: Path, make: Callable[[Path, list[bytes]], Path]
+) -> None:
+    if make is _parquet:
+        pytest.importorskip("pyarrow")
+    save_image(tmp_path / "sound.png", 0)
+    sound = (tmp_path / "sound.png").read_bytes()
+    first, second = (Image.new("RGB", (80, 40), colour) for colour in ("red", "blue"))
+    moving = io.BytesIO()
+    first.save(moving, "GIF", save_all=True, append_images=[second])
+    path = make(tmp_path, [sound, moving.getvalue(), b"no image", sound])
+    checks = check_records(
+        records_of(path, tmp_path), RecordChecker(tmp_path, 10**6), path=str(path)
+    )
+    *_, (report, _, _) = checks
+    assert set(report.problems) == {"animated_image", "broken_image"}
+    (source,) = Reader(page([report], max_pixels=10**6)).pictures
+    image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")
+    assert image.getpixel((5, 5)) == pytest.approx((255, 0, 0), abs=8)
 
 
 @given(
