@@ -57,6 +57,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--list-duplicates", action="store_true", help="repeated records go into --list too"
     )
+    parser.add_argument(
+        "--list-duplicate-images",
+        action="store_true",
+        help="records with an image of an earlier one under another name go into --list too",
+    )
     parser.add_argument("--workers", type=positive, default=cores, help="checks at a time")
     parser.add_argument("--max-image-pixels", type=positive)
     parser.add_argument("--tokenizer", help="folder of the tokenizer")
@@ -126,7 +131,7 @@ def check_file(
 
     from megatron_dattn.data.check import check_records, records_of
     from megatron_dattn.data.check_report import Report
-    from megatron_dattn.data.problems import DUPLICATE_RECORD
+    from megatron_dattn.data.problems import DUPLICATE_IMAGE, DUPLICATE_RECORD
     from megatron_dattn.runtime.log import quiet_libraries
 
     quiet_libraries()
@@ -150,8 +155,12 @@ def check_file(
         report = grown
         if rejections := checked.rejections:
             note(number, [str(each.problem) for each in rejections], rejections[0].message)
-    for number, first in report.duplicate_records if options.list_duplicates else ():
-        note(number, [DUPLICATE_RECORD], f"as record {first}")
+    for problem, wanted in (
+        (DUPLICATE_RECORD, options.list_duplicates),
+        (DUPLICATE_IMAGE, options.list_duplicate_images),
+    ):
+        for number, first in report.repeats[problem] if wanted else ():
+            note(int(number), [problem], f"as record {first}")
     return report
 
 

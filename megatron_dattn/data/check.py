@@ -21,7 +21,13 @@ from megatron_dattn.data.check_report import Finding, RecordCheck, Report
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.conversation import Conversation, image_paths, parse_record
 from megatron_dattn.data.dataset import open_dataset
-from megatron_dattn.data.duplicates import content_hash, hash_of, repeated
+from megatron_dattn.data.duplicates import (
+    ImageHashes,
+    SeenImages,
+    content_hash,
+    hash_of,
+    repeated,
+)
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.image_conversions import read_image
 from megatron_dattn.data.image_decoding import decode_image
@@ -38,6 +44,7 @@ from megatron_dattn.data.missing import WITH_IMAGES_AT_A_TIME
 from megatron_dattn.data.policies import Fixes, Policies
 from megatron_dattn.data.problems import (
     DUPLICATE_ID,
+    DUPLICATE_IMAGE,
     DUPLICATE_RECORD,
     LENGTH_PROBLEMS,
     OF_FILES,
@@ -79,6 +86,7 @@ class RecordChecker:
         findings: list[Finding] = []
         lengths: tuple[int | None, int | None] = None, None
         num_images = 0
+        hashes: list[ImageHashes] = []
         try:
             record = _as_loaded(record)
             conversation = parse_record(record, self.policies.fixing)
@@ -89,7 +97,7 @@ class RecordChecker:
             num_images = len(image_paths(record))
             images = images_of(record, str(self.image_root))
             conversation, lengths = self._check_text(conversation, images, findings)
-            self._check_images(conversation, images, findings)
+            hashes = self._check_images(conversation, images, findings)
             findings += [_fixed(reason) for reason in sorted(conversation.fixed)]
         rejected = next((each.problem for each in findings if not each.is_fixed), None)
         fixed = [each.problem for each in findings if each.is_fixed]
@@ -103,6 +111,7 @@ class RecordChecker:
             id_hash=None if record_id is None else hash_of(str(record_id)),
             shown_id=quoted(record_id, 60) if isinstance(record_id, str | int) else None,
             content_hash=content_hash(record) if isinstance(record, dict) else None,
+            image_hashes=tuple(hashes),
         )
 
     def _check_text(
@@ -149,7 +158,8 @@ class RecordChecker:
 
     def _check_images(
         self, conversation: Conversation, images: ImageRoot, findings: list[Finding]
-    ) -> None:
+    ) -> list[ImageHashes]:
+        hashes: list[ImageHashes] = []
         # Of several squares an image's header is read with the text, before any image is decoded.
         first = findings.pop().problem if findings and findings[0].problem in OF_FILES else None
         for image in dict.fromkeys(conversation.images):  # one may be there a thousand times
@@ -157,7 +167,7 @@ class RecordChecker:
             shown = None if isinstance(image, Video) and image.is_file else name
             fixes = Fixes(self.policies.fixing)
             try:
-                self._check_image(image, images, fixes)
+                hashes += self._check_image(image, images, fixes)
             except MemoryError as error:
                 raise out_of_memory(f"decoding {kind} {quoted(name)}") from error
             except SampleError as error:
@@ -167,15 +177,24 @@ class RecordChecker:
                 findings += [_fixed(reason, name, shown) for reason in sorted(fixes.made)]
         if first is not None:
             findings.sort(key=lambda each: each.is_fixed or each.problem != first)
+        return hashes
 
-    def _check_image(self, image: str | Video, root: ImageRoot, fixes: Fixes) -> None:
+    def _check_image(
+        self, image: str | Video, root: ImageRoot, fixes: Fixes
+    ) -> tuple[ImageHashes, ...]:
+        """Decode it; its hashes, which a video has none of."""
         preprocessor = ImagePreprocessor(1, max_pixels=self.max_pixels)
         if self.encoder is not None:
             preprocessor = self.encoder.preprocessor
-        if isinstance(image, Video) or preprocessor.image_fit == "crop":
-            read_squares(image, root, preprocessor, fixes)  # it can fail where decoding does not
+        if isinstance(image, Video):
+            read_squares(image, root, preprocessor, fixes)
+            return ()
+        data = read_image(root, image, fixes)
+        if preprocessor.image_fit == "crop":
+            preprocessor.squares(data)  # it can fail where decoding does not
         else:
-            decode_image(read_image(root, image, fixes), max_pixels=self.max_pixels)
+            decode_image(data, max_pixels=self.max_pixels)
+        return (ImageHashes.of(data, root, image),)
 
 
 def _as_loaded(record: Any) -> Any:
@@ -233,15 +252,15 @@ def check_records(
 ) -> Iterator[tuple[Report, int, RecordCheck]]:
     """Check records; yields, for each one, the growing report, its number and what was found.
 
-    The report is complete, duplicates included, when all have been taken. 16 bytes a record are
-    kept for them.
+    The report is complete, duplicates included, when all have been taken. 16 bytes a record and 16
+    an image are kept for them.
 
     Args:
         processes: the workers are processes, which take seconds to start but share no interpreter,
             and not threads.
     """
     report = Report.of(path, checker.image_root, checker.encoder)
-    ids, contents = array("q"), array("q")
+    ids, contents, images = array("q"), array("q"), SeenImages()
     numbered = iter(records)
     with _pool(checker, workers, processes) as (pool, check):
         while some := _next_of(numbered):
@@ -250,10 +269,12 @@ def check_records(
                 number = report.num_records
                 for hashes, own in ((ids, checked.id_hash), (contents, checked.content_hash)):
                     hashes.append(hash_of(f"nothing but {number}") if own is None else own)
+                images.add(number, checked.image_hashes)
                 report.add(checked)
                 yield report, number, checked
     report.add_duplicates(DUPLICATE_ID, repeated(ids))
     report.add_duplicates(DUPLICATE_RECORD, repeated(contents))
+    report.add_duplicates(DUPLICATE_IMAGE, images.repeated())
 
 
 def _next_of(records: Iterator[Any]) -> list[Any]:

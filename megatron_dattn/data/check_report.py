@@ -6,15 +6,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from megatron_dattn.data.duplicates import ImageHashes
 from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.policies import Outcome
-from megatron_dattn.data.problems import DUPLICATE_ID, DUPLICATE_RECORD, PROBLEMS
+from megatron_dattn.data.problems import (
+    DUPLICATE_ID,
+    DUPLICATE_IMAGE,
+    DUPLICATE_RECORD,
+    PROBLEMS,
+)
 from megatron_dattn.data.rejection import Reason
 
 MAX_EXAMPLES = 10  # per problem
 
 _OUTCOMES: tuple[Outcome, ...] = ("fixed", "skipped", "failed")
-_DUPLICATES = (DUPLICATE_ID, DUPLICATE_RECORD)
+_DUPLICATES = (DUPLICATE_ID, DUPLICATE_RECORD, DUPLICATE_IMAGE)
+_NO_PAIRS = np.empty((0, 2), np.int64)
 _PLACES = {problem.name: place for place, problem in enumerate(PROBLEMS)}
 
 
@@ -46,6 +55,8 @@ class RecordCheck:
     shown_id: str | None
     """The record's id, fit for a line of a report."""
     content_hash: int | None
+    image_hashes: tuple[ImageHashes, ...] = ()
+    """Of the images that can be used."""
 
     @property
     def rejections(self) -> list[Finding]:
@@ -105,8 +116,10 @@ class Report:
     duplicates: dict[str, ProblemCount] = field(
         default_factory=lambda: {name: ProblemCount() for name in _DUPLICATES}
     )
-    duplicate_records: list[tuple[int, int]] = field(default_factory=list)
-    """Each repeated record with the first that is equal."""
+    repeats: dict[str, np.ndarray] = field(
+        default_factory=lambda: dict.fromkeys(_DUPLICATES, _NO_PAIRS)
+    )
+    """By what they repeat, records with the first that is equal there, int64 [records, 2]."""
     text_tokens: Counter[int] = field(default_factory=Counter)
     """Records by their number of text tokens."""
     visual_tokens: Counter[int] = field(default_factory=Counter)
@@ -144,12 +157,13 @@ class Report:
 
     def add_duplicates(self, problem: str, pairs: Iterable[tuple[int, int]]) -> None:
         """Take the records that an earlier one equals in some way."""
-        count = ProblemCount()
-        for number, first in pairs:
-            count.add(Example(number, f"record {number}", f"as record {first}"))
-            if problem == DUPLICATE_RECORD:
-                self.duplicate_records.append((number, first))
-        self.duplicates[problem] = count
+        found = np.fromiter(pairs, np.dtype((np.int64, 2)))
+        examples = [
+            Example(number, f"record {number}", f"as record {first}")
+            for number, first in found[:MAX_EXAMPLES].tolist()
+        ]
+        self.repeats[problem] = found
+        self.duplicates[problem] = ProblemCount(len(found), examples=examples)
 
     @property
     def num_unused(self) -> int:
@@ -177,6 +191,7 @@ class Report:
             "fixed": dict(self.fixed),
             "duplicate_ids": self.duplicates[DUPLICATE_ID].count,
             "duplicate_records": self.duplicates[DUPLICATE_RECORD].count,
+            "duplicate_images": self.duplicates[DUPLICATE_IMAGE].count,
             "problems": {name: count.as_dict() for name, count in self.in_order()},
             "duplicates": {name: each.as_dict() for name, each in self.duplicates.items()},
             "text_tokens": _lengths(self.text_tokens, self.text_budget),
@@ -189,7 +204,8 @@ class Report:
         lines = [
             f"{self.path}: {self.num_records} records, {self.num_images} images, "
             f"{self.num_unused} records with problems, {self.duplicates[DUPLICATE_ID].count} "
-            f"repeated ids (harmless), {self.duplicates[DUPLICATE_RECORD].count} repeated records",
+            f"repeated ids (harmless), {self.duplicates[DUPLICATE_RECORD].count} repeated records, "
+            f"{self.duplicates[DUPLICATE_IMAGE].count} with an image of an earlier one",
             f"  training would use {outcomes['used'] + outcomes['fixed']} ({outcomes['fixed']} "
             f"after a fix), skip {outcomes['skipped']}, stop at {outcomes['failed']}",
         ]

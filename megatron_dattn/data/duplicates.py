@@ -1,23 +1,31 @@
-"""Records that say the same, found by a hash of eight bytes each.
+"""Records that say the same, and images of the same bytes, found by a hash of eight bytes each.
 
-Two of a hundred million different records have the same hash with a probability of 3e-4.
+Two of a hundred million different ones have the same hash with a probability of 3e-4.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
-from megatron_dattn.data.image_files import RecordWithImages
+from megatron_dattn.data.image_files import (
+    EmbeddedImages,
+    ImageRoot,
+    RecordWithImages,
+    locate_image,
+)
 
 _NAMES = ("id", "key")  # of a record; they say nothing about what is in it
 
 
-def hash_of(text: str) -> int:
+def hash_of(content: str | bytes) -> int:
     """A signed 64-bit hash that is the same in every process and on every machine."""
-    data = text.encode(errors="surrogatepass")  # half a character has a hash too
+    # Half a character has a hash too.
+    data = content.encode(errors="surrogatepass") if isinstance(content, str) else content
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
@@ -37,6 +45,52 @@ def content_hash(record: Any) -> int | None:
         return hash_of(json.dumps([record, brought] if brought else record, sort_keys=True))
     except RecursionError:
         return None
+
+
+@dataclass(frozen=True)
+class ImageHashes:
+    """What tells an image apart."""
+
+    content: int
+    """A hash of its bytes."""
+    place: int | None
+    """A hash of where its file is; None where it came with its record."""
+
+    @classmethod
+    def of(cls, data: bytes, root: ImageRoot, path: str) -> "ImageHashes":
+        """Of an image that was read from there."""
+        if isinstance(root, EmbeddedImages):
+            if path in root.files or root.root is None:
+                return cls(hash_of(data), None)
+            root = root.root
+        return cls(hash_of(data), hash_of(locate_image(root, path)))
+
+
+class SeenImages:
+    """Remembers the images of records; 16 bytes each."""
+
+    def __init__(self) -> None:
+        self._contents = array("q")
+        self._places = array("I")
+        self._records = array("I")
+
+    def add(self, record: int, images: Iterable[ImageHashes]) -> None:
+        """Take the images of the next record; one that came with it is nowhere else."""
+        for image in images:
+            self._contents.append(image.content)
+            # Half a hash will do, as it is compared among images of the same bytes alone.
+            self._places.append((record if image.place is None else image.place) & 0xFFFFFFFF)
+            self._records.append(record)
+
+    def repeated(self) -> Iterator[tuple[int, int]]:
+        """Each record with an image whose bytes an earlier record has in another place, and the
+        first such record."""
+        last = -1
+        for image, first in repeated(self._contents):
+            record, other = self._records[image], self._records[first]
+            if self._places[image] != self._places[first] and record not in (last, other):
+                yield record, other
+                last = record
 
 
 def repeated(hashes: Sequence[int]) -> Iterator[tuple[int, int]]:

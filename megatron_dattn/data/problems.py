@@ -11,6 +11,7 @@ from megatron_dattn.data.rejection import Reason
 
 DUPLICATE_ID = "duplicate_id"
 DUPLICATE_RECORD = "duplicate_record"
+DUPLICATE_IMAGE = "duplicate_image"
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,13 @@ PROBLEMS = (
         DUPLICATE_RECORD,
         "an earlier record of the file has the same turns and images",
         "`check_data.py --list-duplicates`, then `prepare_data.py --without`",
+        checked_only=True,
+    ),
+    Problem(
+        DUPLICATE_IMAGE,
+        "an image (no video) has the bytes of one of an earlier record that has another name or "
+        "came with that record",
+        "nothing need be done; or `--list-duplicate-images` in the same way",
         checked_only=True,
     ),
 )

@@ -10,7 +10,12 @@ import pytest
 
 from megatron_dattn.config.documentation import sections
 from megatron_dattn.config.flags import expand_short_flags
-from megatron_dattn.data.problems import DUPLICATE_ID, DUPLICATE_RECORD, problem_table
+from megatron_dattn.data.problems import (
+    DUPLICATE_ID,
+    DUPLICATE_IMAGE,
+    DUPLICATE_RECORD,
+    problem_table,
+)
 from megatron_dattn.data.rejection import Reason
 from megatron_dattn.training import exit_reason
 from tests.unit.test_imports import ALLOWED, INNER
@@ -113,7 +118,7 @@ def table(page: str, heading: str) -> list[list[str]]:
 
 def test_every_problem_of_a_record_has_its_row() -> None:
     rows = table("data.md", "## Records that are not used")
-    names = [*map(str, Reason), DUPLICATE_ID, DUPLICATE_RECORD]
+    names = [*map(str, Reason), DUPLICATE_ID, DUPLICATE_RECORD, DUPLICATE_IMAGE]
     assert [row[0].strip("`") for row in rows] == names
     assert all(len(row) == 5 and all(row) for row in rows)
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -106,6 +106,30 @@ def test_shards_are_checked_as_what_they_were_made_of(tmp_path: Path) -> None:
     assert figures == [[{"empty_image": 2}, 12, 1]] * 2
 
 
+def test_equal_images_of_other_names_are_counted_and_listed_where_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("a", 0), ("b", 1), ("copy", 0)):
+        save_image(tmp_path / f"{name}.png", seed=seed)
+    records = [record("<image>?", f"{n}", f"{name}.png") for n, name in enumerate("aab")]
+    records.append(record("<image><image>?", "yes", ["b.png", "copy.png"]))
+    path, listed = write(tmp_path / "data.json", records), tmp_path / "bad.jsonl"
+    report = tmp_path / "report.json"
+    outputs = ["--list", str(listed), "--report", str(report)]
+    assert check_data.main([path, *outputs, "--list-duplicates"]) == 0
+    assert listed.read_text() == ""
+    (found,) = json.loads(report.read_text())["files"]
+    assert found["duplicate_images"] == 1
+    assert found["bad_records"] == 0
+    assert found["duplicates"]["duplicate_image"]["examples"] == [
+        {"record": "record 3", "message": "as record 0"}
+    ]
+    assert "1 with an image of an earlier one" in capsys.readouterr().out
+    assert check_data.main([path, *outputs, "--list-duplicate-images"]) == 0
+    (line,) = map(json.loads, listed.read_text().splitlines())
+    assert (line["record"], line["reasons"]) == (3, ["duplicate_image"])
+
+
 def test_missing_images_can_be_accepted(tmp_path: Path) -> None:
     records = [*make_records(tmp_path, 5), record("<image>", "y", "none.png")]
     path = write(tmp_path / "data.json", records)

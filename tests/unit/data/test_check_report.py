@@ -58,9 +58,10 @@ def test_duplicates() -> None:
     report = report_of(checked("used"), checked("used"))
     report.add_duplicates(DUPLICATE_ID, [])
     report.add_duplicates(DUPLICATE_RECORD, [(1, 0)])
-    assert report.duplicate_records == [(1, 0)]
+    assert report.repeats[DUPLICATE_RECORD].tolist() == [[1, 0]]
+    assert report.repeats[DUPLICATE_ID].tolist() == []
     assert report.as_dict()["duplicate_records"] == 1
-    assert "0 repeated ids (harmless), 1 repeated records" in report.table()
+    assert "0 repeated ids (harmless), 1 repeated records, 0 with an image of" in report.table()
 
 
 def test_lengths_are_described() -> None:

@@ -3,8 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dattn.data.duplicates import content_hash, hash_of, repeated
-from megatron_dattn.data.image_files import RecordWithImages
+from megatron_dattn.data.duplicates import (
+    ImageHashes,
+    SeenImages,
+    content_hash,
+    hash_of,
+    repeated,
+)
+from megatron_dattn.data.image_files import EmbeddedImages, RecordWithImages
 
 
 def test_names_and_the_order_of_keys_are_no_content() -> None:
@@ -40,3 +46,28 @@ def test_every_later_one_names_the_first(hashes: list[int]) -> None:
         if hashes.index(value) < place
     ]
     assert list(repeated(hashes)) == expected
+
+
+def test_images_of_the_same_bytes_in_other_places_are_repeated() -> None:
+    """One file of several records is none, however it is spelled."""
+    book, below = SeenImages(), "/data"
+    for number, images in enumerate(
+        [
+            [("a.png", b"a"), ("b.png", b"b")],
+            [("a.png", b"a")],
+            [("./x/../a.png", b"a"), ("/data/b.png", b"b")],
+            [("other.png", b"a"), ("third.png", b"b")],
+            [("new.png", b"c"), ("newer.png", b"c")],
+        ]
+    ):
+        book.add(number, [ImageHashes.of(data, below, path) for path, data in images])
+    assert list(book.repeated()) == [(3, 0)]
+
+
+def test_images_that_came_with_their_records_are_in_other_places() -> None:
+    book = SeenImages()
+    for number, data in enumerate((b"a", b"b", b"a")):
+        brought = EmbeddedImages({"0.png": data}, "/data")
+        book.add(number, [ImageHashes.of(data, brought, "0.png")])
+    book.add(3, [ImageHashes.of(b"b", EmbeddedImages({}, "/data"), "0.png")])
+    assert list(book.repeated()) == [(2, 0), (3, 1)]
