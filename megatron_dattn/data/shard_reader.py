@@ -28,7 +28,8 @@ from megatron_dattn.errors import DataError
 
 TEXT_PART = "json"
 IMAGE_PARTS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "img"))
-"""Endings of image files; `img` is one whose kind is not known."""
+"""Endings of image files; `img` is a file whose kind is not known."""
+VIDEO_PARTS = frozenset(("mp4", "mov", "mkv", "webm", "avi"))
 
 _MAX_RECORD_BYTES = 2**30  # more than that a system call does not read at once
 _OPEN_TARS = 128
@@ -123,23 +124,27 @@ def _sample(parts: Mapping[str, bytes], what: str) -> ShardSample:
             Reason.BAD_RECORD, f"{what} has no '{TEXT_PART}'; its parts are {', '.join(parts)}"
         )
     require_line_length(len(parts[TEXT_PART]))
-    images = {name: data for name, data in parts.items() if _is_image(name)}
+    kinds = IMAGE_PARTS | VIDEO_PARTS
+    images = {name: data for name, data in parts.items() if _ending(name) in kinds}
     return ShardSample(parts[TEXT_PART], EmbeddedImages(images))
 
 
-def _is_image(part: str) -> bool:
-    return part.rpartition(".")[2].lower() in IMAGE_PARTS
+def _ending(part: str) -> str:
+    return part.rpartition(".")[2].lower()
 
 
 def as_record(value: Any, images: EmbeddedImages) -> Any:
     """The record of a sample of somebody else's tars, which name images in other ways.
 
     Megatron-LM's example stores the list of turns alone beside `jpg`; others leave the record as it
-    was, with the path that its image had. What names its images by their parts stays as it is.
+    was, with the path that its image had. What names its images by their parts stays as it is. A
+    video beside it is called likewise.
     """
     names = list(images.files)
+    videos = [name for name in names if _ending(name) in VIDEO_PARTS]
     if isinstance(value, list):
-        return {"conversations": value, "image": names}
+        pictures = [name for name in names if name not in videos]
+        return {"conversations": value, "image": pictures, "videos": videos}
     if not isinstance(value, dict) or len(names) != 1:
         return value
     try:
@@ -147,7 +152,8 @@ def as_record(value: Any, images: EmbeddedImages) -> Any:
     except SampleError:
         return value
     if not paths or (len(paths) == 1 and paths[0] not in images.files):
-        return {**{k: v for k, v in value.items() if k != "images"}, "image": names}
+        several, own = ("video", "videos") if videos else ("images", "image")
+        return {**{k: v for k, v in value.items() if k != several}, own: names}
     return value
 
 

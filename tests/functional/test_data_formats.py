@@ -34,6 +34,7 @@ from tests.unit.data.builders import (
     save_processor,
 )
 from tests.unit.data.test_loader import assert_equal
+from tests.unit.data.test_videos import make_video
 from tools import check_data, prepare_data
 
 LAYOUTS = ("jsonl", "webdataset")
@@ -264,27 +265,85 @@ def messages_parquet(folder: Path) -> Source:
     return Source(parquet(folder, rows), records)
 
 
+def write_tar(path: Path, parts: dict[int, dict[str, bytes]]) -> None:
+    """A shard of records, each the bytes of its files by their endings."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number, files in parts.items():
+            for name, data in files.items():
+                member = tarfile.TarInfo(f"{number:09d}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
 def webdataset(folder: Path) -> Source:
     """Megatron-LM's example: a list of turns beside `jpg`."""
     records = [record("<image>\nwhat ?", f"number {n}", f"images/{n}.jpg") for n in range(4)]
     output = folder / "wds"
-    output.mkdir()
-    for shard in range(2):
-        with tarfile.open(output / f"pretrain-{shard}.tar", "w") as tar:
-            for number in (2 * shard, 2 * shard + 1):
-                image = embedded(folder, number)["bytes"]
-                text = json.dumps(records[number]["conversations"]).encode()
-                for name, data in (("jpg", image), ("json", text)):
-                    member = tarfile.TarInfo(f"{number:09d}.{name}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+    parts = [
+        {
+            "jpg": embedded(folder, number)["bytes"],
+            "json": json.dumps(value["conversations"]).encode(),
+        }
+        for number, value in enumerate(records)
+    ]
+    write_tar(output / "pretrain-0.tar", {0: parts[0], 1: parts[1]})
+    write_tar(output / "pretrain-1.tar", {2: parts[2], 3: parts[3]})
     write_index(output, ["pretrain-0.tar", "pretrain-1.tar"], 1)
     return Source(output, records)
+
+
+def frames_of_videos(folder: Path) -> Source:
+    """Videos as lists of frames: LLaVA-Video's placeholder, and several beside an image."""
+    frames = [f"frames/{number}.jpg" for number in range(6)]
+    for number, frame in enumerate(frames):
+        save_image(folder / frame, seed=number)
+    between = record("<video> then <video> and <image>", "left", frames[5])
+    records = [
+        {**record("<video>\nwhat ?", "a square"), "video": frames[:3]},
+        {**record("<image>\nwhat ?", "a circle"), "video": frames[2:4]},
+        {**between, "videos": [frames[:2], frames[3:4]]},
+        {**record("<video>\nwhat ?", "a square again"), "video": frames[:3]},
+    ]
+    path = folder / "frames.json"
+    path.write_text(json.dumps(records))
+    return Source(path, records)
+
+
+def videos(folder: Path) -> Source:
+    """Video files, one of which is wanted twice, and one beside an image."""
+    (folder / "clips").mkdir()
+    for number in range(2):
+        make_video(folder / f"clips/{number}.mp4", 2 + number)
+    save_image(folder / "0.jpg", seed=0)
+    between = record("<image> and <video> ?", "left", "0.jpg")
+    records = [
+        {**record("<video>\nwhat ?", "a square"), "video": "clips/0.mp4"},
+        {**between, "videos": ["clips/1.mp4"]},
+        {**record("<image>\nwhere ?", "right"), "video": "clips/0.mp4"},
+    ]
+    path = folder / "videos.json"
+    path.write_text(json.dumps(records))
+    return Source(path, records)
+
+
+def webdataset_of_videos(folder: Path) -> Source:
+    """Tars of other makers: `mp4` beside turns, or beside a record as it was published."""
+    records = videos(folder).records[::2]
+    texts: list[Any] = [records[0]["conversations"], {**records[1], "video": "elsewhere/9.mp4"}]
+    parts = [
+        {"mp4": (folder / records[n]["video"]).read_bytes(), "json": json.dumps(text).encode()}
+        for n, text in enumerate(texts)
+    ]
+    write_tar(folder / "wds" / "clips-0.tar", dict(enumerate(parts)))
+    write_index(folder / "wds", ["clips-0.tar"], 1)
+    return Source(folder / "wds", records)
 
 
 SOURCES: list[Callable[[Path], Source]] = [
     *(blip_558k, share_captioner_1246k, mix665k, cap100k, several_images, chat_messages),
     *(onevision_parquet, cauldron_parquet, messages_parquet, webdataset),
+    *(frames_of_videos, videos, webdataset_of_videos),
 ]
 
 
