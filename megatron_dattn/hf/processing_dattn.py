@@ -4,6 +4,7 @@ This file travels with the exported weights.
 """
 
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .versions_dattn import check_transformers
 check_transformers()
 
 _CHANNELS = (1, 3, 4)
+_VIDEO_TOKEN = "<video>"
 
 
 class DAttnProcessor(ProcessorMixin):
@@ -28,7 +30,9 @@ class DAttnProcessor(ProcessorMixin):
     Texts are complete prompts, as the chat template writes them: no token is added. Batches are
     padded on the left, so that generation continues every prompt. Images are resized with Pillow
     as in training, whatever else is installed: Pillow images, paths, URLs, or arrays and tensors of
-    uint8 with channels first or last.
+    uint8 with channels first or last. A video is the list of its frames, of which some are taken
+    evenly; each becomes an image, without tiles, where `<video>` stands in the text. Where there
+    are videos alone, `<image>` may stand for them.
 
     Args:
         image_fit: "resize" distorts an image to a square, "crop" cuts out its middle (the image
@@ -36,6 +40,7 @@ class DAttnProcessor(ProcessorMixin):
             "anyres" (LLaVA-NeXT) adds tiles of the distorted image's size, cut from one that keeps
             its proportions. Every tile has an `<image>` in the text, behind its image's own.
         image_grid_pinpoints: with "anyres", [height, width] of the resolutions to choose from.
+        video_frames: how many of a video's frames are taken; all of a shorter one.
     """
 
     text_kwargs = {"padding_side": "left", "add_special_tokens": False}  # noqa: RUF012
@@ -48,11 +53,13 @@ class DAttnProcessor(ProcessorMixin):
         image_token: str = "<image>",
         image_fit: str = "resize",
         image_grid_pinpoints: list[list[int]] | None = None,
+        video_frames: int = 8,
     ) -> None:
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_fit = image_fit
         self.image_grid_pinpoints = image_grid_pinpoints
+        self.video_frames = video_frames
         super().__init__(_with_pillow(image_processor), tokenizer, chat_template=chat_template)
 
     def replace_image_token(
@@ -86,37 +93,61 @@ class DAttnProcessor(ProcessorMixin):
     ) -> Any:
         """As of every processor; images are prepared before the base class opens paths its way.
 
+        Args:
+            videos: one, a list of them, or a list of these for each text.
+
         Raises:
-            ValueError: videos or audio, which the base class would leave out in silence, or what is
-                not certainly an image; tiles are wanted, and the text has another number of
-                `<image>` than there are images.
+            ValueError: audio, which the base class would leave out in silence, or what is not
+                certainly an image or the frames of a video; tiles or videos are given, and the text
+                has another number of `<image>` or `<video>` than there are.
         """
-        for name, given in (("videos", videos), ("audio", audio)):
-            if given is not None:
-                raise ValueError(f"{name} were given, but this model reads images and text only")
+        if audio is not None:
+            raise ValueError("audio was given, but this model reads images, videos and text only")
+        films = [] if videos is None else [self._frames(video) for video in _videos(videos)]
         images = None if images is None else self._prepared(images)
-        if images is not None and self.image_fit == "anyres":
-            tiles = [self._tiled(image) for image in _flat(images)]
-            images = [tile for of_image in tiles for tile in of_image]
-            text = self._with_places(text, [len(of_image) for of_image in tiles])
+        tiled = self.image_fit == "anyres"
+        if films or (images is not None and tiled):
+            shown = _flat([] if images is None else images)
+            squares = [self._tiled(image) if tiled else [image] for image in shown]
+            text, images = self._with_places(text, squares, films)
         return super().__call__(images=images, text=text, **kwargs)
 
-    def _with_places(self, text: Any, numbers: list[int]) -> Any:
-        """The texts with each `<image>` as often as the image has squares."""
+    def _frames(self, video: list[Any]) -> list[Image.Image]:
+        """Frames of a video, the first and the last among them."""
+        last, count = len(video) - 1, self.video_frames
+        if last >= count:
+            video = [video[number * last // max(count - 1, 1)] for number in range(count)]
+        return [self._prepared(frame) for frame in video]
+
+    def _with_places(
+        self, text: Any, images: list[list[Image.Image]], videos: list[list[Image.Image]]
+    ) -> tuple[Any, list[Image.Image]]:
+        """The texts with an `<image>` for each square of an image and each frame of a video, and
+        these in their order."""
         if text is None:
-            return None
-        pieces = [
-            one.split(self.image_token) for one in ([text] if isinstance(text, str) else text)
-        ]
-        places = sum(map(len, pieces)) - len(pieces)
-        if places != len(numbers):
-            raise ValueError(f"the text has {places} {self.image_token} for {len(numbers)} images")
-        left = iter(numbers)
-        texts = [
-            first + "".join(self.image_token * next(left) + piece for piece in others)
-            for first, *others in pieces
-        ]
-        return texts[0] if isinstance(text, str) else texts
+            return None, [square for some in (*images, *videos) for square in some]
+        texts = [text] if isinstance(text, str) else text
+        given = {self.image_token: images, _VIDEO_TOKEN: videos}
+        if not videos:
+            given = {self.image_token: images}  # a text may speak of the tag <video>
+        elif not images and not any(_VIDEO_TOKEN in one for one in texts):
+            given = {self.image_token: videos}
+        for token, some in given.items():
+            places = sum(one.count(token) for one in texts)
+            if places != len(some):
+                what = "images" if some is images else "videos"
+                raise ValueError(f"the text has {places} {token} for {len(some)} {what}")
+        left = {token: iter(some) for token, some in given.items()}
+        squares: list[Image.Image] = []
+
+        def places_of(found: re.Match[str]) -> str:
+            some = next(left[found[0]])
+            squares.extend(some)
+            return self.image_token * len(some)
+
+        pattern = "|".join(map(re.escape, given))
+        texts = [re.sub(pattern, places_of, one) for one in texts]
+        return (texts[0] if isinstance(text, str) else texts), squares
 
     def _tiled(self, image: Image.Image) -> list[Image.Image]:
         """The image, resized to the encoder's square, and its tiles row by row, as
@@ -157,6 +188,23 @@ class DAttnProcessor(ProcessorMixin):
         square = Image.new("RGB", (side, side), fill)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
+
+
+def _videos(given: Any) -> list[list[Any]]:
+    """Videos as lists of frames in one list.
+
+    Raises:
+        ValueError: it is neither a list of frames nor one of videos.
+    """
+    if getattr(given, "ndim", 0) == 4:
+        return [list(given)]
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"a video of type {type(given).__name__}: pass the list of its frames")
+    if given and not any(
+        isinstance(each, list | tuple) or getattr(each, "ndim", 0) == 4 for each in given
+    ):
+        return [list(given)]
+    return [video for some in given for video in _videos(some)]
 
 
 def _flat(images: Any) -> list[Any]:

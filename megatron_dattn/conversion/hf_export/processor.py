@@ -32,6 +32,8 @@ def write_processor(
         }
         if preprocessor.resolutions is not None:
             config["image_grid_pinpoints"] = [list(each) for each in preprocessor.resolutions]
+        if preprocessor.video_frames != ImagePreprocessor.video_frames:
+            config["video_frames"] = preprocessor.video_frames
     else:
         config |= {
             "processor_class": "LlavaProcessor",

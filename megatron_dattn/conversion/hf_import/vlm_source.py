@@ -119,12 +119,12 @@ def _modules(
 
 
 def _exported_fit(folder: Path) -> dict[str, Any]:
-    """How our exported processor makes squares: it can pad and cut tiles, which no image processor
-    says."""
+    """How our exported processor makes squares: it can pad, cut tiles and take frames, which no
+    image processor says."""
     path = folder / "processor_config.json"
     settings = read_json(path) if path.is_file() else {}
     fit = settings.get("image_fit")
     if fit not in ("resize", "pad", "crop", "anyres", None):
         raise CheckpointError(f"{path} has image_fit '{fit}', which is not known")
-    names = ("image_fit", "image_grid_pinpoints")
+    names = ("image_fit", "image_grid_pinpoints", "video_frames")
     return {name: settings[name] for name in names if settings.get(name) is not None}

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, SiglipImageProces
 
 from megatron_dattn.conversion.hf_export.run import export_checkpoint
 from megatron_dattn.conversion.hf_import.vlm_source import vlm_source
+from megatron_dattn.data.conversation import parse_record
+from megatron_dattn.data.encoder import SampleEncoder
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.hf.modeling_dattn import DAttnForConditionalGeneration
 from megatron_dattn.hf.processing_dattn import DAttnProcessor
@@ -252,3 +254,99 @@ def test_tiles_are_counted_from_sizes_and_placed_in_every_text(tiled):
 def test_the_way_of_making_tiles_is_imported_again(tiled):
     source = vlm_source(tiled[1], None)
     assert source.data == {"image_fit": "anyres", "image_grid_pinpoints": [[28, 56], [84, 28]]}
+
+
+def frames_of_videos(folder, count):
+    """Files of frames of different sizes."""
+    for number in range(count):
+        shape = (20 + number, 40 - number, 3)
+        pixels = np.random.default_rng(number).integers(0, 255, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return [f"{number}.png" for number in range(count)]
+
+
+VIDEOS = [
+    ("<video>\nwhat?", [range(11)], []),
+    ("<image>\nwhat?", [range(3)], []),  # LLaVA-Video's way
+    ("<video>a<image><image>,<video>", [range(2), range(11)], [2, 3]),
+    ("<image>\nand <video>", [range(9)], [0]),
+    ("what is the tag <video>?", [], []),
+]
+
+
+@pytest.mark.parametrize(("question", "videos", "images"), VIDEOS)
+@pytest.mark.parametrize("case", ["run", "tiled"])
+def test_videos_are_those_of_training_s_packs(exported, tmp_path, case, question, videos, images):
+    run, folder = exported("dattn")
+    loaded = load_model(run)
+    processor = DAttnProcessor.from_pretrained(folder)
+    preprocessor = loaded.preprocessor
+    if case == "tiled":
+        grid = [[28, 56], [84, 28]]
+        processor.image_fit, processor.image_grid_pinpoints = "anyres", grid
+        preprocessor = ImagePreprocessor(SIDE, image_fit="anyres", image_grid_pinpoints=grid)
+    names = frames_of_videos(tmp_path, 11)
+    record = {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "so."}],
+        "videos": [[names[number] for number in video] for video in videos],
+        "image": [names[number] for number in images],
+    }
+    encoder = SampleEncoder(loaded.conversations, preprocessor, (2, 2), 10**4, 10**4)
+    sample = encoder(parse_record(record), str(tmp_path))
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "so."}]
+    shown = {
+        "videos": [[str(tmp_path / names[n]) for n in video] for video in videos] or None,
+        "images": [Image.open(tmp_path / names[n]) for n in images] or None,
+    }
+    inputs = processor(
+        text=processor.apply_chat_template(chat, tokenize=False), return_tensors="pt", **shown
+    )
+    ids = inputs["input_ids"][0]
+    is_text = ids != IMAGE_ID
+    assert ids[is_text].tolist() == sample.input_ids.tolist()
+    assert tuple(is_text.cumsum(0)[~is_text].tolist()) == sample.image_offsets
+    if sample.images:
+        expected = preprocessor.normalise(sample.images)
+        torch.testing.assert_close(inputs["pixel_values"], expected, atol=1e-6, rtol=0)
+    destroy_distributed()
+
+
+def test_videos_come_in_any_lists(exported):
+    processor = DAttnProcessor.from_pretrained(exported("dattn")[1])
+    one = [Image.new("RGB", (20, 44), colour) for colour in ("red", "blue")]
+    as_array = np.stack([np.asarray(frame) for frame in one])
+    alone = processor(text="<video>", videos=one, return_tensors="pt")
+    for given in ([one], as_array, [as_array], torch.from_numpy(as_array), [[one]]):
+        inputs = processor(text="<video>", videos=given, return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"], alone["pixel_values"])
+        assert inputs["input_ids"].tolist() == [[IMAGE_ID, IMAGE_ID]]
+    texts = ["<video>a", "<image>b<video>"]
+    batch = processor(text=texts, images=[one[0]], videos=[[one], [one[:1]]])
+    assert [row.count(IMAGE_ID) for row in batch["input_ids"]] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("videos", "images", "message"),
+    [
+        ("a.mp4", None, "a video of type str: pass the list of its frames"),
+        ([["a"], "b.mp4"], None, "a video of type str"),
+        ([[Image.new("RGB", (9, 9))]] * 2, None, "the text has 1 <video> for 2 videos"),
+        ([Image.new("RGB", (9, 9))], [Image.new("RGB", (9, 9))], "has 0 <image> for 1 images"),
+    ],
+)
+def test_what_does_not_fit_the_places_of_videos_is_refused(exported, videos, images, message):
+    processor = DAttnProcessor.from_pretrained(exported("dattn")[1])
+    with pytest.raises(ValueError, match=message):
+        processor(text="<video>", videos=videos, images=images)
+
+
+def test_the_number_of_frames_is_exported_and_imported_again(exported, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(exported("dattn")[0], run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["video_frames"] = 3
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    export_checkpoint(run, tmp_path / "export")
+    destroy_distributed()
+    assert DAttnProcessor.from_pretrained(tmp_path / "export").video_frames == 3
+    assert vlm_source(tmp_path / "export", None).data == {"image_fit": "resize", "video_frames": 3}
