@@ -60,6 +60,7 @@ def build_loader(
     data_parallel_size: int,
     seed: int,
     training: bool,
+    packs_per_step: int = 1,
 ) -> "VLMLoader":
     """Build the loader of one data-parallel rank.
 
@@ -68,6 +69,7 @@ def build_loader(
         sizes: the model's, whose inputs the samples become.
         micro_batch_size: the most samples in one pack.
         training: endless and shuffled; otherwise every sample once, in order.
+        packs_per_step: are taken together; loader processes make as many ahead.
 
     Raises:
         ConfigError: settings that do not fit each other.
@@ -90,7 +92,7 @@ def build_loader(
     )
     if training and data_parallel_rank == 0:
         _describe(config, opened)
-    source = _PackSource(config, opened, workers, task_encoder, seed, training)
+    source = _PackSource(config, opened, workers, task_encoder, seed, training, packs_per_step)
     return VLMLoader(source, _identity(config, source, micro_batch_size, seed))
 
 
@@ -228,6 +230,7 @@ class _PackSource:
     task_encoder: VLMTaskEncoder
     seed: int
     training: bool
+    packs_per_step: int
 
     def records(self) -> TrainingRecords | ValidationRecords:
         if self.training:
@@ -237,7 +240,8 @@ class _PackSource:
     def loader(self, records: RecordSource) -> WatchedLoader:
         size = buffer_size(self.config.packing_buffer_size, self.task_encoder.max_samples)
         stream = PackStream(records, self.task_encoder, buffer_size=size)
-        return watched_loader(stream, self.config.worker_timeout_seconds or None)
+        timeout = self.config.worker_timeout_seconds or None
+        return watched_loader(stream, timeout, packs_at_a_time=self.packs_per_step)
 
 
 def _identity(

@@ -29,8 +29,6 @@ from megatron_dattn.data.energon import BasicDataLoader, SavableDataset
 from megatron_dattn.data.worker_iterator import WatchedIterator
 from megatron_dattn.errors import DataError
 
-PREFETCHED_PACKS = 2  # per worker
-
 # In the trainer's process the garbage collector and its time are the trainer's.
 _IN_PROCESS: dict[str, Any] = {"gc_collect_every_n_steps": 0, "watchdog_timeout_seconds": None}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -41,22 +39,27 @@ _SEMAPHORES_PER_WORKER = 3  # a queue of commands
 
 
 def watched_loader(
-    dataset: SavableDataset, worker_timeout_seconds: float | None = None
+    dataset: SavableDataset,
+    worker_timeout_seconds: float | None = None,
+    *,
+    packs_at_a_time: int = 1,
 ) -> "WatchedLoader":
     """A loader of what the dataset gives, by as many processes as its settings say.
 
     Args:
+        packs_at_a_time: how many are taken in a row: so many are made meanwhile, and one more by
+            each worker, as what goes out may be a rejected sample.
         worker_timeout_seconds: how long a worker may be waited for; None for ever.
 
     Raises:
         DataError: this host cannot have the workers.
     """
-    if dataset.worker_config.num_workers:
-        options: dict[str, Any] = {"prefetch_factor": PREFETCHED_PACKS}
-    else:
-        options = _IN_PROCESS
+    workers = dataset.worker_config.num_workers
+    options = _IN_PROCESS
+    if workers:
+        options = {"prefetch_factor": 1 + -(-packs_at_a_time // workers)}
     with _one_error():
-        _require_semaphores(dataset.worker_config.num_workers)
+        _require_semaphores(workers)
         loader = WatchedLoader(dataset, **options)
     loader.worker_timeout_seconds = worker_timeout_seconds
     loader.pin_memory = torch.cuda.is_available()

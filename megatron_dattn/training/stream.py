@@ -149,6 +149,7 @@ def loader_of_rank(
 ) -> VLMLoader:
     """The loader of one data-parallel replica; errors as of `build_loader`. Local."""
     model = config.model
+    packs = config.training.num_microbatches(data_parallel_size) if training else 1
     return build_loader(
         config.data,
         datasets=datasets,
@@ -158,4 +159,5 @@ def loader_of_rank(
         data_parallel_size=data_parallel_size,
         seed=config.training.seed,
         training=training,
+        packs_per_step=packs,
     )

@@ -92,6 +92,17 @@ def test_a_dead_worker_is_one_error_for_who_waits_for_a_pack(
     assert "before it sent a pack" in str(seen.value)
 
 
+def test_all_packs_of_a_step_are_made_ahead(processor: Path, dataset: DatasetConfig) -> None:
+    config = data_config(processor, num_workers=1)
+    loader = make_loader(config, [dataset], packs_per_step=5)
+    next(iter(loader))
+    assert loader._loader is not None
+    ready = loader._loader._iterator._data_queue
+    while ready.qsize() < 6:
+        time.sleep(0.01)
+    assert len(list(itertools.islice(iter(loader), 5))) == 5
+
+
 def test_a_state_is_saved_without_the_workers(processor: Path, dataset: DatasetConfig) -> None:
     """It is what the trainer has: a dead worker and a frozen one keep nobody from saving."""
     loader, workers = started(processor, dataset)
