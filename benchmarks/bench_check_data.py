@@ -5,8 +5,9 @@
 The set is made first (`tests/support/planted_defects.py`): images of 64 pixels, so that the time is
 that of the records rather than of decoding. Each tool runs as a process of its own, by the command
 that a user types. CPU seconds are those of all processes together: on a machine with other work
-they say what an idle one would take. What the check finds and what a loader counts over one epoch
-must be what was planted, or there is no report.
+they say what an idle one would take. Memory is that of its processes together at the peak, read
+every 50 ms, pages that several share counted once. What the check finds and what a loader counts
+over one epoch must be what was planted, or there is no report.
 """
 
 import argparse
@@ -19,11 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -38,6 +40,7 @@ from tests.unit.data.builders import save_processor
 
 _ROOT = Path(__file__).resolve().parents[1]
 _IMAGE_SIZE, _PATCH_SIZE, _VOCAB_SIZE = 16, 8, 512
+_POLL_SECONDS = 0.05
 _RECORDS_OF_A_DEFECT = 2000  # one in so many
 
 
@@ -64,7 +67,7 @@ def check_data_report(arguments: argparse.Namespace) -> str:
         ]
     head = report.header("Checking a data set", arguments.command, torch.device("cpu"), notes)
     rows = [[name, *cost.cells(arguments.records)] for name, cost in costs.items()]
-    columns = ["what", "seconds", "CPU seconds", "records per second"]
+    columns = ["what", "seconds", "CPU seconds", "records per second", "MB at the peak"]
     return f"{head}\n\n{report.table(columns, rows)}"
 
 
@@ -74,11 +77,14 @@ class Cost:
 
     seconds: float
     cpu_seconds: float
+    megabytes: float | None = None
+    """At its peak; None where it is shared with other work."""
 
     def cells(self, records: int) -> list[str]:
         """As figures of a table."""
         speed = f"{records / self.seconds:.0f}"
-        return [f"{self.seconds:.1f}", f"{self.cpu_seconds:.1f}", speed]
+        memory = "" if self.megabytes is None else f"{self.megabytes:.0f}"
+        return [f"{self.seconds:.1f}", f"{self.cpu_seconds:.1f}", speed, memory]
 
 
 def _run_tools(folder: Path, workers: int) -> dict[str, Cost]:
@@ -129,12 +135,28 @@ def _run(tool: str, arguments: list[str], expected: int) -> Cost:
     command = [sys.executable, str(_ROOT / "tools" / tool), *arguments]
     started = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    done, peak = 0, 0
+    while not done:
+        # Not the usage's own maximum: it begins with what this process has, which forks.
+        peak = max(peak, _bytes_of(process.pid))
+        time.sleep(_POLL_SECONDS)
+        done, status, usage = os.wait4(process.pid, os.WNOHANG)
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != expected:
         raise RuntimeError(f"{tool} ended with {process.returncode} instead of {expected}")
-    return Cost(seconds, usage.ru_utime + usage.ru_stime)
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, peak / 1e6)
+
+
+def _bytes_of(pid: int) -> int:
+    """Memory of a process and all below it."""
+    total = 0
+    with suppress(psutil.Error):  # it has just ended
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                total += each.memory_full_info().pss
+    return total
 
 
 def _load_an_epoch(folder: Path, planted: Planted) -> Cost:

@@ -16,6 +16,7 @@ def test_bench_check_data(tmp_path: Path, records: int) -> None:
     assert f"{records} records" in text
     for name in ("prepare_data.py", "check_data.py", "an epoch of the loader, one process"):
         assert f"| {name} | " in text
+    assert "MB at the peak" in text
     assert list(tmp_path.iterdir()) == [output]
 
 
