@@ -1,11 +1,13 @@
-"""Reads one stored chunk from a shard straight to where it belongs.
+"""Reads one stored chunk from a shard straight to where it belongs; memory of the host for chunks.
 
 A shard holds every chunk as a small archive of its own (`torch.save`). Unpickling one allocates it,
 and copying it to its place reads it once more; at 15 GB those passes through fresh memory cost more
-than the disk. Here the archive only tells where its values begin.
+than the disk. Here the archive only tells where its values begin. Copies that a save is written
+from are made in the same pages every time, for the same reason.
 """
 
 import os
+from collections.abc import Sequence
 from io import IOBase
 from pathlib import Path
 from typing import IO, BinaryIO, cast
@@ -14,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_dattn.errors import CheckpointError
+
+_ALIGNMENT = 64
 
 
 def read_chunk_into(target: Tensor, shard: Path, offset: int, length: int) -> bool:
@@ -73,3 +78,46 @@ def empty_on_host(size: torch.Size, dtype: torch.dtype) -> Tensor:
     for these."""
     num_bytes = size.numel() * dtype.itemsize
     return torch.from_numpy(np.empty(num_bytes, np.uint8)).view(dtype).reshape(size)
+
+
+class HostMemory:
+    """Memory for copies of tensors, kept from one use to the next; pinned where there is a GPU.
+
+    Fresh pages cost more than the copy into them, and pinned ones much more than that.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are held."""
+        return self._bytes.nbytes
+
+    def places(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors to copy these into: any shape and dtype, the same for each, without overlap.
+
+        Those that an earlier call has given are overwritten. Each has a storage of its own bytes
+        alone, as torch.save writes whole storages.
+        """
+        ends = [0]
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            ends.append(ends[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+        self._grow(ends[-1])
+        return [
+            torch.from_numpy(self._bytes[start:][: tensor.numel() * tensor.element_size()])
+            .view(tensor.dtype)
+            .view(tensor.shape)
+            for start, tensor in zip(ends, tensors, strict=False)
+        ]
+
+    def _grow(self, size: int) -> None:
+        if size <= self.num_bytes:
+            return
+        if torch.cuda.is_available() and self.num_bytes > 0:
+            unpin_memory(self._bytes.ctypes.data)
+        self._bytes = np.empty(0, np.uint8)  # both at a time would not fit
+        self._bytes = np.empty(size, np.uint8)
+        if torch.cuda.is_available():
+            pin_memory(self._bytes.ctypes.data, size)

@@ -1,13 +1,16 @@
 """The commit protocol: a checkpoint exists completely or not at all.
 
-    step-N.tmp-.../  shards, common state, per-rank extra files, all synced
-                     every rank hashes its own files, rank 0 writes manifest.json, folder synced
+    step-N.tmp-.../  every rank writes and hashes its shards and small files, all synced
+                     rank 0 joins them by an index, writes manifest.json, folder synced
     step-N/          by one rename, parent synced: from here on the checkpoint exists
     latest.json      by temporary file and rename: a hint for people and scripts
 
 Nothing is ever overwritten. A death before the rename leaves a temporary folder that the next save
 removes; every rank's failures are exchanged before the next collective, so an error of one is one
 CheckpointError on all, the temporary folder is removed and older checkpoints are untouched.
+
+`save_steps` is the protocol. What the ranks do together happens in it; what each does by itself it
+hands out, to be done at once (`run_to_end`) or by a thread beside training (background.py).
 """
 
 import json
@@ -15,16 +18,19 @@ import logging
 import os
 import re
 import shutil
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_dattn.checkpoint import files, writer
+from megatron_dattn.checkpoint.chunk_bytes import HostMemory
 from megatron_dattn.checkpoint.manifest import (
     FileRecord,
     Manifest,
@@ -32,15 +38,36 @@ from megatron_dattn.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from megatron_dattn.errors import CheckpointError, DiskFullError
-from megatron_dattn.runtime.distributed import gather_from_all, rank, world_size
+from megatron_dattn.checkpoint.share import Share, Values
+from megatron_dattn.errors import CheckpointError, DiskFullError, UserError
+from megatron_dattn.runtime.distributed import (
+    gather_from_all,
+    gather_on_first_rank,
+    rank,
+    world_size,
+)
 from megatron_dattn.runtime.os_errors import explain, room_in
-from megatron_dattn.runtime.rank_errors import on_all_ranks, on_first_rank
+from megatron_dattn.runtime.rank_errors import on_all_ranks, on_first_rank, told_as
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _EXTRA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z0-9]+")
 _RESERVED_NAMES = ("common.pt", "metadata.json", "manifest.json")
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """Work of this rank alone, on its files: no collectives, so any thread may do it."""
+
+    purpose: str
+    """The beginning of the message if it fails."""
+    do: Callable[[], Any]
+
+
+Steps = Generator[LocalWork, Any, T]
+"""Collective work that hands out local work, and is given its result or the error of any rank."""
 
 
 def save_checkpoint(
@@ -50,10 +77,67 @@ def save_checkpoint(
     *,
     facts: Mapping[str, Any],
     extra_files: Mapping[str, bytes] | None = None,
-    values: writer.Values | None = None,
+    values: Values | None = None,
     quiet: bool = False,
 ) -> Path:
     """Save one checkpoint as `<directory>/step-<step>/`. Collective over the world.
+
+    Args:
+        values: of the tensors on the meta device, if there are any; each is asked for once, when
+            its turn comes to be written.
+        quiet: leave it to the caller to say that it is saved.
+
+    The rest is as for `save_steps`.
+    """
+    path = run_to_end(
+        save_steps(
+            directory, step, sharded_state_dict, facts=facts, extra_files=extra_files, values=values
+        )
+    )
+    if rank() == 0 and not quiet:
+        logger.info("saved %s", path)
+    return path
+
+
+def run_to_end(steps: Steps[T]) -> T:
+    """Do all of it now, in this thread. Collective over the world."""
+    work = next(steps)
+    while True:
+        try:
+            work = go_on(steps, work.purpose, work.do)
+        except StopIteration as end:
+            return end.value
+
+
+def go_on(steps: Steps[Any], purpose: str, result: Callable[[], Any]) -> LocalWork:
+    """Hand over how this rank's work went, as soon as it has ended on all ranks. Collective.
+
+    Returns:
+        The next work of this rank.
+
+    Raises:
+        StopIteration: that was the last; its value is the result of all.
+        UserError: on all ranks, if the work failed on any.
+    """
+    try:
+        outcome = on_all_ranks(purpose, result)
+    except UserError as error:
+        return steps.throw(error)
+    return steps.send(outcome)
+
+
+def save_steps(
+    directory: str | os.PathLike[str],
+    step: int,
+    sharded_state_dict: ShardedStateDict,
+    *,
+    facts: Mapping[str, Any],
+    extra_files: Mapping[str, bytes] | None = None,
+    values: Values | None = None,
+    memory: HostMemory | None = None,
+    cancelled: threading.Event | None = None,
+) -> Steps[Path]:
+    """Save one checkpoint as `<directory>/step-<step>/`, step by step. Collective over the world.
 
     Args:
         directory: the run folder, on a file system that all ranks share; made if missing.
@@ -61,9 +145,10 @@ def save_checkpoint(
         sharded_state_dict: megatron-core's sharded state dict of this rank.
         facts: JSON facts for the manifest, the same on every rank (rank 0's are stored).
         extra_files: this rank's own small files, by name; names are unique over the ranks.
-        values: of the tensors on the meta device, if there are any; each is asked for once, when
-            its turn comes to be written.
-        quiet: leave it to the caller to say that it is saved.
+        values: of the tensors on the meta device.
+        memory: of the host, for a copy of this rank's share: once the first work is handed out, the
+            state may change. None: it stays as it is until the end.
+        cancelled: once it is set, this rank writes no more shards; not for one that goes on.
 
     Returns:
         The folder of the checkpoint.
@@ -73,31 +158,46 @@ def save_checkpoint(
     """
     assert dist.is_initialized(), "initialize_distributed first (a world of one is fine)"
     folder = Path(directory)
-    extra = dict(extra_files or {})
+    facts, extra = dict(facts), dict(extra_files or {})
     final = folder / files.step_folder_name(step)
     on_first_rank(f"preparing {folder}", lambda: _prepare(folder, final))
     on_all_ranks("checking the names of extra files", lambda: _check_names(extra))
-    needed = _check_space(folder, sharded_state_dict, extra)
+    share = on_all_ranks("checking the shards", lambda: Share(sharded_state_dict, values))
+    needed = _check_space(folder, share, extra)
     temporary = Path(on_first_rank("making a folder", lambda: _make_temporary(folder, step)))
     try:
-        _fill(temporary, step, sharded_state_dict, dict(facts), extra, values)
-        on_first_rank(f"committing {final}", lambda: _commit(temporary, final))
-    except CheckpointError as error:
-        older = on_first_rank(f"removing {temporary}", lambda: _discard(temporary))
-        stays = "; the previous checkpoint stays the latest" if older else ""
-        # No one can look for the temporary folder: it is gone when the message is read.
-        reason = str(error).replace(str(temporary), str(final))
-        if isinstance(error, DiskFullError):
-            # Measured once: others write meanwhile, and the error is the same on all ranks.
-            room = on_first_rank("measuring the free space", lambda: room_in(folder))
-            raise DiskFullError(
-                f"disk full: {final} needs {_gib(needed)}, {folder} {room} ({reason}){stays}"
-            ) from error
-        raise type(error)(f"{reason}{stays}") from error
-    on_first_rank("updating the pointer", lambda: _publish(folder, final, step))
-    if rank() == 0 and not quiet:
-        logger.info("saved %s", final)
+        if memory is not None:
+            on_all_ranks("copying the state to host memory", lambda: share.copy_to(memory))
+        own = yield LocalWork("writing", lambda: _write_own(temporary, share, extra, cancelled))
+        all_own = gather_on_first_rank(own)
+        layout = parallel_layout()
+        yield _on_first_rank(
+            f"committing {final}", lambda: _finish(temporary, final, step, facts, layout, all_own)
+        )
+    except UserError as error:
+        raise _undone(error, temporary, final, needed) from error
+    yield _on_first_rank("updating the pointer", lambda: _publish(folder, final, step))
     return final
+
+
+def _on_first_rank(purpose: str, do: Callable[[], Any]) -> LocalWork:
+    return LocalWork(purpose, do if rank() == 0 else lambda: None)
+
+
+def _undone(error: UserError, temporary: Path, final: Path, needed: int) -> UserError:
+    """Remove what was written; the error to raise in place of the one that ended the save."""
+    older = on_first_rank(f"removing {temporary}", lambda: _discard(temporary))
+    stays = "; the previous checkpoint stays the latest" if older else ""
+    # No one can look for the temporary folder: it is gone when the message is read.
+    reason = str(error).replace(str(temporary), str(final))
+    if not isinstance(error, DiskFullError):
+        return type(error)(f"{reason}{stays}")
+    # Measured once: others write meanwhile, and the error is the same on all ranks.
+    folder = final.parent
+    room = on_first_rank("measuring the free space", lambda: room_in(folder))
+    return DiskFullError(
+        f"disk full: {final} needs {_gib(needed)}, {folder} {room} ({reason}){stays}"
+    )
 
 
 def _prepare(folder: Path, final: Path) -> None:
@@ -141,8 +241,8 @@ def _check_names(extra: Mapping[str, bytes]) -> None:
             raise CheckpointError(f"{name!r} cannot be the name of an extra file")
 
 
-def _check_space(folder: Path, state: ShardedStateDict, extra: Mapping[str, bytes]) -> int:
-    own = writer.estimate_bytes(state) + sum(map(len, extra.values()))
+def _check_space(folder: Path, share: Share, extra: Mapping[str, bytes]) -> int:
+    own = share.num_bytes + sum(map(len, extra.values()))
     needed = sum(gather_from_all(own))
 
     def check() -> None:
@@ -167,23 +267,37 @@ def _make_temporary(folder: Path, step: int) -> str:
     return str(temporary)
 
 
-def _fill(
+def _write_own(
     temporary: Path,
-    step: int,
-    state: ShardedStateDict,
-    facts: dict[str, Any],
+    share: Share,
     extra: Mapping[str, bytes],
-    values: writer.Values | None,
+    cancelled: threading.Event | None,
+) -> writer.WrittenShare:
+    written = writer.write_share(share, temporary, cancelled)
+    with told_as("writing the extra files"):
+        _write_extra(temporary, extra)
+    with told_as("hashing"):
+        hashed = _hash_own(temporary, [*writer.small_files(), *extra])
+    return replace(written, files=written.files | hashed)
+
+
+def _finish(
+    temporary: Path,
+    final: Path,
+    step: int,
+    facts: dict[str, Any],
+    layout: dict[str, int],
+    shares: list[writer.WrittenShare],
 ) -> None:
-    shards = writer.write_distributed_checkpoint(state, temporary, values)
-    on_all_ranks("writing the extra files", lambda: _write_extra(temporary, extra))
-    records = on_all_ranks("hashing", lambda: shards | _hash_own(temporary, extra))
-    gathered = gather_from_all(records)
-    layout = parallel_layout()
-    on_first_rank(
-        "writing the manifest",
-        lambda: _write_manifest(temporary, step, facts, layout, gathered),
-    )
+    """What the first rank does when all have written their shares."""
+    writer.write_index(temporary, shares)
+    with told_as("hashing"):
+        records = _hash_own(temporary, [writer.INDEX_FILE])
+    for share in shares:
+        records |= share.files
+    with told_as("writing the manifest"):
+        _write_manifest(temporary, Manifest(step=step, facts=facts, layout=layout, files=records))
+    _commit(temporary, final)
 
 
 def _write_extra(temporary: Path, extra: Mapping[str, bytes]) -> None:
@@ -191,28 +305,18 @@ def _write_extra(temporary: Path, extra: Mapping[str, bytes]) -> None:
         files.write_synced(temporary / name, data)
 
 
-def _hash_own(temporary: Path, extra: Mapping[str, bytes]) -> dict[str, FileRecord]:
-    names = [*writer.small_files(), *extra]
+def _hash_own(temporary: Path, names: Sequence[str]) -> dict[str, FileRecord]:
     return {name: FileRecord(*files.size_and_sha256(temporary / name)) for name in names}
 
 
-def _write_manifest(
-    temporary: Path,
-    step: int,
-    facts: dict[str, Any],
-    layout: dict[str, int],
-    gathered: list[dict[str, FileRecord]],
-) -> None:
-    records: dict[str, FileRecord] = {}
-    for owner in gathered:
-        records |= owner
+def _write_manifest(temporary: Path, manifest: Manifest) -> None:
     present = {entry.name for entry in temporary.iterdir()}
-    if present != records.keys():
+    if present != manifest.files.keys():
         raise CheckpointError(
             f"{temporary.parent} is not shared by all ranks: rank 0 sees {len(present)} of the "
-            f"{len(records)} files; save on a file system that every node mounts"
+            f"{len(manifest.files)} files; save on a file system that every node mounts"
         )
-    write_manifest(temporary, Manifest(step=step, facts=facts, layout=layout, files=records))
+    write_manifest(temporary, manifest)
     files.sync_folder(temporary)
 
 

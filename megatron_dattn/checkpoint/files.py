@@ -118,13 +118,17 @@ class HashBeside:
     A thread may die before it begins, or not begin at all, where memory is short; `threading` and
     `concurrent.futures` then wait for it for ever, in the middle of a save. Here a block that the
     helper has not taken by the time its sum is needed is hashed by whoever needs it.
+
+    Args:
+        alone: ask for no helper.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
         self._digest = hashlib.sha256()
         self._blocks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._hashed = _thread.allocate_lock()  # held from `begin` until the block is hashed
         self._failure: BaseException | None = None
+        self._alone = alone
         self._asked_for_help = False
 
     def __enter__(self) -> "HashBeside":
@@ -136,7 +140,7 @@ class HashBeside:
 
     def begin(self, block: Any) -> None:
         """Hand over the next block: bytes, or anything with their interface."""
-        if memoryview(block).nbytes >= _WORTH_HELP and not self._asked_for_help:
+        if not (self._alone or self._asked_for_help) and memoryview(block).nbytes >= _WORTH_HELP:
             self._ask_for_help()
         self._hashed.acquire()
         self._blocks.put(block)

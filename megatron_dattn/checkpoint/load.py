@@ -7,7 +7,7 @@ with the model: the entry points end.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,8 @@ from megatron.core.msc_utils import MultiStorageClientFeature
 
 from megatron_dattn.checkpoint import reader
 from megatron_dattn.checkpoint.manifest import Manifest, read_manifest, require_listed
-from megatron_dattn.checkpoint.writer import first_failure
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.rank_errors import on_all_ranks, on_first_rank
+from megatron_dattn.runtime.rank_errors import as_checkpoint_error, on_all_ranks, on_first_rank
 from megatron_dattn.runtime.untrusted_file import open_plain, read_json_object
 
 _SHOWN = 8
@@ -48,6 +47,7 @@ _FORMAT_FIELDS = {
 }
 
 Shapes = dict[str, tuple[int, ...] | None]
+OlderNames = Callable[[ShardedStateDict, Mapping[str, torch.dtype | None]], set[str]]
 
 
 def load_checkpoint(
@@ -56,6 +56,7 @@ def load_checkpoint(
     *,
     modules: Sequence[str] | None = None,
     without: Callable[[str], bool] | None = None,
+    older_names: OlderNames | None = None,
 ) -> StateDict:
     """Load what a sharded state dict asks for. Collective over the world; verify first.
 
@@ -66,6 +67,9 @@ def load_checkpoint(
             leave out everything else on both sides. None: request and checkpoint must agree fully.
             Transformer Engine's `_extra_state` may differ either way.
         without: of these modules' keys, which to leave out on both sides.
+        older_names: is given the request and the dtypes of all that is stored (None for objects),
+            may change keys of the request, and returns those of the checkpoint that need not be
+            asked for.
 
     Returns:
         The state dict with values in place of shards, and the checkpoint's common state.
@@ -82,6 +86,9 @@ def load_checkpoint(
         f"reading {folder}", lambda: _read_small_files(folder, manifest)
     )
     request, stored = sharded_state_dict, reader.stored_shapes(metadata)
+    if older_names is not None:
+        spare = older_names(request, reader.stored_dtypes(metadata))
+        stored = {key: shape for key, shape in stored.items() if key not in spare}
     if modules is not None:
         wanted = _selection(modules, without)
         request, _ = extract_matching_values(request, lambda v: wanted(getattr(v, "key", "")))
@@ -109,8 +116,20 @@ def _read_into(
     try:
         merge(state, reader.read_shards(shards, folder, metadata))
     except dcp.CheckpointException as error:
-        raise first_failure(f"loading {folder}", error) from error
+        raise _first_failure(f"loading {folder}", error) from error
     return apply_factory_merges(state, factories)
+
+
+def _first_failure(purpose: str, error: dcp.CheckpointException) -> CheckpointError:
+    """torch's report of all failing ranks (a BaseException) as one error of this package."""
+    if not error.failures:
+        return CheckpointError(f"{purpose} failed: {error.args[0]}")
+    failing = min(error.failures)
+    reason = error.failures[failing][0]
+    if not isinstance(reason, Exception):
+        raise reason  # an interrupt, not a failure
+    local = as_checkpoint_error(purpose, reason)
+    return type(local)(f"rank {failing}: {local}")
 
 
 def _check_folder(folder: Path) -> Manifest:

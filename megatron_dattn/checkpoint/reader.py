@@ -161,3 +161,11 @@ def stored_shapes(metadata: dcp.Metadata) -> dict[str, tuple[int, ...] | None]:
         else:
             shapes[key] = tuple(entry.size)
     return shapes
+
+
+def stored_dtypes(metadata: dcp.Metadata) -> dict[str, torch.dtype | None]:
+    """Dtype of every stored tensor by key; None for stored objects."""
+    return {
+        key: None if isinstance(entry, BytesStorageMetadata) else entry.properties.dtype
+        for key, entry in metadata.state_dict_metadata.items()
+    }

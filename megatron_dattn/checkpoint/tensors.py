@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_dattn.checkpoint.chunk_bytes import empty_on_host, read_chunk_into
 from megatron_dattn.checkpoint.manifest import read_manifest
 from megatron_dattn.checkpoint.reader import check_trusted, read_index
-from megatron_dattn.checkpoint.writer import Values
+from megatron_dattn.checkpoint.share import Values
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.runtime.engine_imports import TE_NORMS
 

@@ -1,78 +1,73 @@
-"""Writes a megatron-core distributed checkpoint inside this process.
+"""Writes this rank's share of a megatron-core distributed checkpoint, inside this process.
 
-megatron-core 0.16.1 forks its writers: if one dies, the save waits for ever, and rank 0's own
-files are written outside any agreement between the ranks. Here the same format
+megatron-core forks its writers: if one dies, the save waits for ever. Here the same format
 (`torch_dist`, version 1: `.distcp` shards, `.metadata`, `common.pt`, `metadata.json`) is produced
-with torch.distributed.checkpoint's public writer and exchanges, so an error of one rank reaches
-all of them, and `megatron.core.dist_checkpointing.load` reads the result.
+with torch's own archives and index, and `megatron.core.dist_checkpointing.load` reads the result.
 
-Tensors without memory (on the meta device) may be given for a state that is larger than the
-machine: each one's values are asked for when its turn comes to be written. Shards are hashed on
+No rank speaks to another here; the first one joins what all have written (`write_index`). So
+another thread may write while the state is trained on, from a copy of it. Shards are hashed on
 their way to the disk, not read again for it.
 """
 
 import contextlib
 import io
 import os
-from collections.abc import Callable, Generator
+import threading
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedStateDict,
-    ShardedTensor,
-    is_main_replica,
-)
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from megatron.core.msc_utils import MultiStorageClientFeature
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_dattn.checkpoint.files import PAGES_KEPT, HashBeside, forget_pages, sync_file
 from megatron_dattn.checkpoint.manifest import FileRecord
-from megatron_dattn.errors import CheckpointError
+from megatron_dattn.checkpoint.share import Share
 from megatron_dattn.runtime.distributed import rank
 from megatron_dattn.runtime.os_errors import named
-from megatron_dattn.runtime.rank_errors import as_checkpoint_error, on_all_ranks, on_first_rank
+from megatron_dattn.runtime.rank_errors import as_checkpoint_error, told_as
 
-# A tensor is stored as a small zip archive; this covers its headers and alignment.
-_BYTES_PER_RECORD = 4096
-_PURPOSE = "writing the shards"
+INDEX_FILE = ".metadata"
+_BLOCK = 4 * 2**20
+"""Bytes that are hashed and written in one go: what is hashed is still in the cache then."""
 
-Values = Callable[[str, tuple[int, ...]], Tensor]
-"""The values of a tensor on the meta device, by its key and its offset in the global tensor."""
+
+class SaveCancelledError(Exception):
+    """The save was given up while its files were written."""
 
 
 class _WatchedFileSystem(FileSystem):
     """Remembers the first failing write, and size and sha256 of every file.
 
     torch's archive writer hides the operating system's reason behind `unexpected pos 704 vs 598`.
+
+    Args:
+        alone: hash in this thread; a helper would take the processor from training.
+        cancelled: once it is set no more is written.
     """
 
-    def __init__(self) -> None:
-        self.error: OSError | None = None
+    def __init__(self, *, alone: bool = False, cancelled: threading.Event | None = None) -> None:
+        self.error: Exception | None = None
         self.written: dict[str, FileRecord] = {}
+        self.cancelled = cancelled
+        self._alone = alone
 
     @contextlib.contextmanager
     def create_stream(
         self, path: str | os.PathLike, mode: str
     ) -> Generator[io.BufferedWriter, None, None]:
-        with HashBeside() as digest, _WatchedStream(path, mode, self, digest) as stream:
+        digest = HashBeside(alone=self._alone)
+        with digest, _WatchedStream(path, mode, self, digest) as stream:
             yield stream
         self.written[Path(path).name] = FileRecord(stream.size, digest.hexdigest())
 
@@ -96,18 +91,25 @@ class _WatchedStream(io.BufferedWriter):
 
     def write(self, data: Any) -> int:
         assert self.tell() == self.size, "written in another order than hashed"
-        self._digest.begin(data)  # hashed beside the write
-        try:
-            with self._failures_noted():
-                count = super().write(data)
-        finally:
-            self._digest.finish()
-        self.size += count
-        self._kept += count
+        whole = memoryview(data).cast("B")
+        for start in range(0, len(whole), _BLOCK):
+            self._write_block(whole[start : start + _BLOCK])
+        return len(whole)
+
+    def _write_block(self, block: memoryview) -> None:
+        with self._failures_noted():
+            if self._owner.cancelled is not None and self._owner.cancelled.is_set():
+                raise SaveCancelledError
+            self._digest.begin(block)  # hashed beside the write
+            try:
+                super().write(block)
+            finally:
+                self._digest.finish()
+        self.size += len(block)
+        self._kept += len(block)
         if self._kept >= PAGES_KEPT:
             forget_pages(self.fileno())
             self._kept = 0
-        return count
 
     def flush(self) -> None:  # `close` calls it too
         with self._failures_noted():
@@ -118,17 +120,24 @@ class _WatchedStream(io.BufferedWriter):
         try:
             with named(self._path):
                 yield
-        except OSError as error:
+        except (OSError, SaveCancelledError) as error:
             self._owner.error = self._owner.error or error
             raise
 
 
 class ShardWriter(dcp.FileSystemWriter):
-    """One file per rank that has something to write, in this process, synced."""
+    """One file per rank that has something to write, in this process, synced.
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
-        self.fs = self._watched = _WatchedFileSystem()
+    torch's own loop keeps every tensor until the file is whole, and copies those that are parts of
+    larger ones, as the distributed optimizer's are. Its index is what is taken of it.
+    """
+
+    def __init__(
+        self, folder: Path, *, alone: bool = False, cancelled: threading.Event | None = None
+    ) -> None:
+        super().__init__(folder, sync_files=True, overwrite=False)
+        self._folder = folder
+        self.fs = self._watched = _WatchedFileSystem(alone=alone, cancelled=cancelled)
 
     @property
     def written(self) -> dict[str, FileRecord]:
@@ -136,73 +145,96 @@ class ShardWriter(dcp.FileSystemWriter):
         return {k: v for k, v in self._watched.written.items() if k.endswith(".distcp")}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        if not plan.items:
-            nothing: Future[list[WriteResult]] = Future()
-            nothing.set_result([])
-            return nothing
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            raise self._in_words(error) from error
+        done: Future[list[WriteResult]] = Future()
+        write = partial(self._write_items, plan.items, planner)
+        done.set_result(self._in_words("writing the shards", write) if plan.items else [])
+        return done
+
+    def _write_items(self, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        results = []
+        name = f"__{rank()}_0.distcp"
+        with self._watched.create_stream(self._folder / name, "xb") as stream, _without_crc():
+            for item in items:
+                data, offset = planner.resolve_data(item), stream.tell()
+                if isinstance(data, io.BytesIO):
+                    stream.write(data.getbuffer())
+                else:
+                    torch.save(_with_own_storage(data.cpu()), stream)
+                size = stream.tell() - offset
+                results.append(WriteResult(item.index, size, _StorageInfo(name, offset, size)))
+            stream.flush()
+            with named(self._folder / name):
+                os.fsync(stream.fileno())
+        return results
 
     def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
-        try:
-            super().finish(metadata, results)
-        except Exception as error:
-            raise self._in_words(error) from error
+        self._in_words("writing the index", partial(super().finish, metadata, results))
 
-    def _in_words(self, error: Exception) -> CheckpointError:
+    def _in_words(self, purpose: str, work: Callable[[], Any]) -> Any:
         """Said here: the limits of this process and disk are not those of the rank that tells."""
-        return as_checkpoint_error(_PURPOSE, self._watched.error or error)
+        try:
+            return work()
+        except Exception as error:
+            reason = self._watched.error or error
+            if isinstance(reason, SaveCancelledError):
+                raise reason from error
+            raise as_checkpoint_error(purpose, reason) from error
 
 
-class _SavePlanner(MCoreSavePlanner):
-    """Asks for the values of tensors on the meta device one by one."""
+def _with_own_storage(tensor: Tensor) -> Tensor:
+    """The same values, in the same memory, as a tensor that torch.save does not take for a part.
 
-    def __init__(self, values: Values | None) -> None:
-        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._values = values
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = super().lookup_object(index)
-        if not (isinstance(found, Tensor) and found.is_meta):
-            return found
-        assert self._values is not None, f"{index.fqn} has no values"
-        assert index.offset is not None
-        value = self._values(index.fqn, tuple(index.offset))
-        assert value.dtype == found.dtype, (index, value.dtype, found.dtype)
-        return value.reshape(found.shape)
-
-
-def write_distributed_checkpoint(
-    state: ShardedStateDict, folder: Path, values: Values | None = None
-) -> dict[str, FileRecord]:
-    """Write a sharded state dict into an empty folder. Collective over the world.
+    It writes the whole of what a tensor is a part of.
 
     Args:
-        state: megatron-core's sharded state dict; what is not sharded is stored by rank 0.
-        values: of the tensors on the meta device, if there are any; each is asked for once.
+        tensor: on the host, contiguous, any shape and dtype.
+    """
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    values = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy())
+    return values.view(tensor.dtype).view(tensor.shape)
 
-    Returns:
-        Size and sha256 of the shards that this rank wrote.
+
+@dataclass(frozen=True)
+class WrittenShare:
+    """What one rank has written, as the first rank must know it."""
+
+    plan: SavePlan
+    results: list[WriteResult]
+    files: dict[str, FileRecord]
+    """By name."""
+
+
+def write_share(
+    share: Share, folder: Path, cancelled: threading.Event | None = None
+) -> WrittenShare:
+    """Write this rank's shards, and the first rank's common state, into an empty folder. Local.
 
     Raises:
-        CheckpointError: on all ranks, if any of them failed; the folder is then worthless.
+        CheckpointError: it cannot be written.
+        SaveCancelledError: the event was set meanwhile.
     """
-    MultiStorageClientFeature.disable()  # it is on wherever its package is installed
-    # Its last step, the integrity check, raises on rank 0 alone.
-    sharded, common = on_all_ranks("checking the shards", lambda: save_preprocess(state))
-    on_first_rank("writing the common state", lambda: _write_common(common, folder))
-    flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    tensors = mcore_to_pyt_state_dict(flat, is_loading=False)
-    shards = ShardWriter(folder)
-    try:
-        with _without_crc():
-            dcp.save(tensors, storage_writer=shards, planner=_SavePlanner(values))
-    except dcp.CheckpointException as error:
-        raise first_failure(_PURPOSE, error) from error
-    on_first_rank("writing the format marker", lambda: _write_marker(folder))
-    return shards.written
+    shards = ShardWriter(folder, alone=share.is_copied, cancelled=cancelled)
+    plan = share.save_plan
+    results = shards.write_data(plan, share).value()
+    if rank() == 0:
+        with told_as("writing the common state"):
+            _write_common(share.common, folder)
+        with told_as("writing the format marker"):
+            _write_marker(folder)
+    return WrittenShare(plan, results, shards.written)
+
+
+def write_index(folder: Path, shares: Sequence[WrittenShare]) -> None:
+    """Write where everything is, on the first rank, after all have written their shares.
+
+    Raises:
+        CheckpointError: it cannot be written, or a part of a tensor is missing or there twice.
+    """
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    with told_as("joining the shards"):
+        _, metadata = planner.create_global_plan([share.plan for share in shares])
+    ShardWriter(folder).finish(metadata, [share.results for share in shares])
 
 
 @contextlib.contextmanager
@@ -231,29 +263,6 @@ def _write_marker(folder: Path) -> None:
     sync_file(folder / "metadata.json")
 
 
-def first_failure(purpose: str, error: dcp.CheckpointException) -> CheckpointError:
-    """torch's report of all failing ranks (a BaseException) as one error of this package."""
-    if not error.failures:
-        return CheckpointError(f"{purpose} failed: {error.args[0]}")
-    failing = min(error.failures)
-    reason = error.failures[failing][0]
-    if not isinstance(reason, Exception):
-        raise reason  # an interrupt, not a failure
-    local = as_checkpoint_error(purpose, reason)
-    return type(local)(f"rank {failing}: {local}")
-
-
 def small_files() -> list[str]:
-    """The files of a written checkpoint, other than shards, that this rank is to hash."""
-    return [COMMON_STATE_FNAME, ".metadata", "metadata.json"] if rank() == 0 else []
-
-
-def estimate_bytes(state: ShardedStateDict) -> int:
-    """Bytes that this rank will write, headers included; objects other than tensors are small."""
-    total = 0
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensor) and is_main_replica(value.replica_id):
-            assert value.data is not None, value.key
-            total += value.data.numel() * value.data.element_size()
-        total += _BYTES_PER_RECORD
-    return total
+    """The files of a written share, other than shards, that this rank is to hash."""
+    return [COMMON_STATE_FNAME, "metadata.json"] if rank() == 0 else []

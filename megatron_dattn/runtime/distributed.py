@@ -241,6 +241,15 @@ def gather_from_all(value: T) -> list[T]:
     return values
 
 
+def gather_on_first_rank(value: T) -> list[T]:
+    """This value of every rank, by rank, on rank 0; an empty list on the others. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[T] | None = [value] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=host_group())
+    return values or []
+
+
 def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     """The same ranks over gloo, for what only the host needs to know: flags, sizes, plans.
 

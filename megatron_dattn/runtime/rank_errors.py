@@ -7,10 +7,11 @@ struck, as is word of a lost rank: lost_ranks.py tells the others. Of work on a 
 (`on_all_ranks`, `on_first_rank`) every error counts.
 """
 
+import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar, cast
 
@@ -114,6 +115,17 @@ def as_checkpoint_error(purpose: str, error: Exception) -> CheckpointError:
         translated = CheckpointError(f"{purpose} failed: {type(error).__name__}: {error}")
     translated.__cause__ = error
     return translated
+
+
+@contextlib.contextmanager
+def told_as(purpose: str) -> Iterator[None]:
+    """Raise what goes wrong inside as a CheckpointError, as `as_checkpoint_error` makes it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise as_checkpoint_error(purpose, error) from error
 
 
 def all_ranks_agree(error: UserError | str | None) -> None:

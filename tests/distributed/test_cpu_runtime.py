@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
-from megatron_dattn.checkpoint.writer import write_distributed_checkpoint
+from megatron_dattn.checkpoint import save_checkpoint
 from tests.support.distributed import run_distributed
 from tests.support.gpt import Layout, Steps, build_engine, train, train_plainly
 from tests.support.megatron import init_model_parallel
@@ -105,14 +105,15 @@ def save_and_go_on(folder: str, layout: Layout) -> Steps:
     engine = build_engine(layout)
     for step in range(2):
         engine.train_step(step)
-    write_distributed_checkpoint(engine.sharded_state_dict(), Path(folder))
+    save_checkpoint(folder, 1, engine.sharded_state_dict(), facts={})
     return [engine.train_step(step) for step in range(2, 5)]
 
 
 def load_and_go_on(folder: str, layout: Layout) -> tuple[Steps, list[int]]:
     init_model_parallel(layout.tensor_parallel, layout.pipeline_parallel)
     engine = build_engine(layout)
-    state = dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), folder)
+    path = str(Path(folder) / "step-0000001")
+    state = dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), path)
     engine.load_state_dict(state)
     steps = [engine.train_step(step) for step in range(2, 5)]
     groups = [g for o in engine.optimizer.chained_optimizers for g in o.optimizer.param_groups]
