@@ -29,6 +29,7 @@ from megatron_dattn.models.model_identity import Purpose, require_same
 from megatron_dattn.runtime.distributed import rank
 from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.runtime.rank_errors import on_all_ranks, on_first_rank
+from megatron_dattn.training.flat_state import older_names
 from megatron_dattn.training.stages import MODULES
 from megatron_dattn.training.state import (
     Progress,
@@ -148,7 +149,9 @@ class Checkpointer:
             f"reading {found.path}",
             lambda: self._read_local_files(found, state, loaders, random_state == "restored"),
         )
-        loaded = load_checkpoint(found.path, sharded_state(state, is_loading=True))
+        loaded = load_checkpoint(
+            found.path, sharded_state(state, is_loading=True), older_names=older_names
+        )
         on_all_ranks(
             f"restoring {found.path}", lambda: restore_state(state, loaded, local, found.path)
         )

@@ -30,6 +30,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer import (
     OptimizerConfig as MegatronOptimizerConfig,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -37,6 +38,7 @@ from torch import nn
 
 from megatron_dattn.config.training import OptimizerConfig
 from megatron_dattn.errors import ConfigError
+from megatron_dattn.training.flat_state import sharded_flat_state
 from megatron_dattn.training.stages import (
     MODULES,
     learning_rate_of,
@@ -180,11 +182,11 @@ def sharded_optimizer_state(
     holds the state of every trained parameter.
     """
     part = single_optimizer(optimizer)
-    if not is_loading and part.optimizer is not None:
+    if part.optimizer is not None:
         part.init_state_fn(part.optimizer, part.config)
+    if isinstance(part, DistributedOptimizer) and part.optimizer is not None:
+        return {**part.state_dict(), "param_state": sharded_flat_state(part, model_state)}
     state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-    if state.get("param_state", ...) is None:
-        del state["param_state"]  # gathered on another data-parallel rank
     if _MASTER_WEIGHTS in state:
         state[_MASTER_WEIGHTS] = {
             str(group): {str(place): shard for place, shard in enumerate(shards)}
@@ -197,13 +199,18 @@ def sharded_optimizer_state(
 def restore_optimizer(optimizer: MegatronOptimizer, loaded: StateDict) -> None:
     """Hand a loaded state to the optimizer; the inverse of `sharded_optimizer_state`.
 
+    It may be that of an optimizer which was distributed, or was not, where this one is the other.
+
     Raises:
         ConfigError: it was trained with other peak rates, naming the module and both.
     """
     part = single_optimizer(optimizer)
     _check_peak_rates(optimizer, loaded)
     loaded.pop("grad_scaler", None)  # a constant 1.0 in older checkpoints
-    if isinstance(part, Float16OptimizerWithFloat16Params):
+    if isinstance(part, DistributedOptimizer):
+        # What is sharded has been read into its place.
+        loaded = {"optimizer": {"param_groups": _groups(loaded)}}
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
         loaded["optimizer"].setdefault("state", {})
         by_place = loaded.get(_MASTER_WEIGHTS, {})
         loaded[_MASTER_WEIGHTS] = [
@@ -211,8 +218,18 @@ def restore_optimizer(optimizer: MegatronOptimizer, loaded: StateDict) -> None:
             for group, parameters in enumerate(part.fp32_from_float16_groups)
         ]
     elif isinstance(part, FP32Optimizer):
-        loaded.setdefault("state", {})
+        own = part.optimizer.state_dict()["param_groups"]
+        groups = [
+            {**group, "params": now["params"]}
+            for group, now in zip(_groups(loaded), own, strict=True)
+        ]
+        loaded = {"state": loaded.get("state", {}), "param_groups": groups}
     optimizer.load_state_dict(loaded)
+
+
+def _groups(loaded: StateDict) -> list[dict[str, Any]]:
+    """Of a loaded state, as it was saved: FP32's has them at its top, the others one below."""
+    return loaded.get("optimizer", loaded)["param_groups"]
 
 
 def _check_peak_rates(optimizer: MegatronOptimizer, loaded: StateDict) -> None:
@@ -221,8 +238,7 @@ def _check_peak_rates(optimizer: MegatronOptimizer, loaded: StateDict) -> None:
     megatron-core 0.16 takes them as they were saved, rates included, without a word; 0.19 looks
     for groups of the same rates, and says of others that there are none.
     """
-    groups = loaded.get("optimizer", loaded)["param_groups"]
-    saved = {group["lr_mult"]: group["max_lr"] for group in groups}
+    saved = {group["lr_mult"]: group["max_lr"] for group in _groups(loaded)}
     for group in parameter_groups(optimizer):
         rate = saved.get(_GROUP_MARK[group.module], group.peak_rate)
         if rate != group.peak_rate:

@@ -31,14 +31,9 @@ from megatron_dattn.training.stages import module_of_parameter
 
 _OLDER_NAMES = {"visual_rows": "visual_tokens"}  # in checkpoints
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-# Stores the distributed optimizer's state as if it were not distributed: it then loads under any
-# tensor-, pipeline- and data-parallel size. It is gathered in host memory, on the first rank of the
-# data-parallel group: gathered on the device it might not fit in the middle of a run.
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-}
+# The distributed optimizer's state is stored as if it were not distributed, by flat_state.py: it
+# loads under any tensor-, pipeline- and data-parallel size.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass
