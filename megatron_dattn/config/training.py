@@ -125,6 +125,10 @@ class CheckpointConfig:
     """Start from the weights alone of this checkpoint folder (a conversion or earlier stage)."""
     save_interval: int = 500
     """Save every so many steps and at the end; 0 saves at the end only."""
+    asynchronous: bool = True
+    """Write checkpoints beside training, from a copy in host memory that is kept from save to save:
+    as large as this rank's share of weights and optimizer. False: training waits for the disk, and
+    nothing is copied. The last checkpoint, and that of a run that is stopped, are waited for."""
     keep_last: int = 2
     """Older checkpoints are deleted; at least the two newest verified ones always stay."""
     verify: bool = True

@@ -9,21 +9,30 @@ collective over the world.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
-from megatron_dattn.checkpoint.commit import parallel_layout, save_checkpoint
+from megatron_dattn.checkpoint.background import Background
+from megatron_dattn.checkpoint.chunk_bytes import HostMemory
+from megatron_dattn.checkpoint.commit import (
+    LocalWork,
+    Steps,
+    parallel_layout,
+    run_to_end,
+    save_steps,
+)
 from megatron_dattn.checkpoint.discovery import FoundCheckpoint, find_checkpoint_together, prune
-from megatron_dattn.checkpoint.files import replace_synced
+from megatron_dattn.checkpoint.files import replace_synced, step_folder_name
 from megatron_dattn.checkpoint.load import load_checkpoint
 from megatron_dattn.checkpoint.manifest import read_listed
 from megatron_dattn.config.training import CheckpointConfig
 from megatron_dattn.data.loader_state import deal_states_anew
-from megatron_dattn.errors import CheckpointError
+from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.added_parameters import comes_with_preset, holds_preset
 from megatron_dattn.models.model_identity import Purpose, require_same
 from megatron_dattn.runtime.distributed import rank
@@ -51,6 +60,8 @@ REPORT_FILE = "resume_report.json"
 # A conversion of Hugging Face models has no adapter (nor what a preset adds to the decoder layers,
 # which counts as the adapter's): stage 1 trains it from its initial values.
 _MAY_BE_ABSENT = {"adapter"}
+# For a block to be written, or the index, by a disk that may hang.
+_PATIENCE_SECONDS = 10.0
 # What a stage remembers of the checkpoint that it started from, and so of all that came before.
 _OF_A_PARENT = ("stage", "data_sets", "sources", "parent")
 
@@ -94,11 +105,20 @@ class Checkpointer:
         self._data_sets = list(data_sets)
         self._num_loader_workers = num_loader_workers
         self._parent: dict[str, Any] | None = None
+        self._memory = HostMemory()
+        self._under_way: Background[Path] | None = None
+        self._has_waited = False
         self.resumed_data_parallel_size: int | None = None
         """Of the run whose checkpoint was resumed; None where none was."""
 
-    def save(self, state: TrainState) -> Path:
+    def save(self, state: TrainState, *, beside: bool = False) -> Path:
         """Save everything under the step of `state.progress`, then delete old checkpoints.
+
+        A save that is still under way is waited for.
+
+        Args:
+            beside: return as soon as the state is copied, if `checkpoint.asynchronous`; `advance`,
+                once per step, or `finish` does the rest.
 
         Returns:
             The folder of the checkpoint.
@@ -109,17 +129,87 @@ class Checkpointer:
         """
         if self._folder is None:
             raise CheckpointError("checkpoint.save is not set: there is no folder to save into")
+        beside = beside and self._config.asynchronous
+        self._finish_before(state.progress.step, is_slow=beside)
         on_all_ranks("checking the parameters", lambda: check_finite(state.model))
         extra_files = on_all_ranks("collecting the state", lambda: local_files(state))
-        path = save_checkpoint(
+        cancelled = threading.Event()
+        steps = self._save_steps(state, extra_files, cancelled if beside else None)
+        if not beside:
+            return run_to_end(steps)
+        self._under_way = Background(steps, cancelled)
+        return self._folder / step_folder_name(state.progress.step)
+
+    def _save_steps(
+        self,
+        state: TrainState,
+        extra_files: Mapping[str, bytes],
+        cancelled: threading.Event | None,
+    ) -> Steps[Path]:
+        assert self._folder is not None
+        step = state.progress.step
+        path = yield from save_steps(
             self._folder,
-            state.progress.step,
+            step,
             sharded_state(state, is_loading=False),
             facts=self._facts(state),
             extra_files=extra_files,
+            memory=None if cancelled is None else self._memory,
+            cancelled=cancelled,
         )
-        on_first_rank("deleting old checkpoints", lambda: self._prune(state.progress.step))
+        if rank() == 0:
+            logger.info("saved %s", path)
+        prune_here = (lambda: self._prune(step)) if rank() == 0 else (lambda: None)
+        yield LocalWork("deleting old checkpoints", prune_here)
         return path
+
+    def _finish_before(self, step: int, *, is_slow: bool) -> None:
+        """Wait for the save before this one; say once that training waits, if it is too slow."""
+        if self.advance():
+            return
+        if rank() == 0 and is_slow and not self._has_waited:
+            logger.warning(
+                "the save before that of step %d is still being written: training waits for it; "
+                "raise checkpoint.save_interval or use a faster disk (said once)",
+                step,
+            )
+        self._has_waited = self._has_waited or is_slow
+        self.finish()
+
+    def advance(self) -> bool:
+        """Go on with a save that is under way, without waiting for it. Collective.
+
+        Returns:
+            Whether none is under way any more.
+
+        Raises:
+            CheckpointError: on all ranks, if it has failed; older checkpoints are untouched.
+        """
+        return self._under_way is None or self._has_ended(self._under_way.advance)
+
+    def finish(self) -> None:
+        """Wait for a save that is under way; errors as for `advance`. Collective."""
+        if self._under_way is not None:
+            self._has_ended(self._under_way.finish)
+
+    def _has_ended(self, go_on: Callable[[], object]) -> bool:
+        try:
+            has_ended = bool(go_on())
+        except UserError:
+            self._under_way = None
+            raise
+        if has_ended:
+            self._under_way = None
+        return has_ended
+
+    def close(self) -> None:
+        """Give up a save that is under way, without the other ranks, who may be gone.
+
+        What it leaves behind is removed by the next save.
+        """
+        if self._under_way is not None:
+            self._under_way.abandon(_PATIENCE_SECONDS)
+            self._under_way = None
 
     def resume(self, state: TrainState) -> bool:
         """Restore the newest sound checkpoint of the own folder into `state`.

@@ -84,7 +84,9 @@ class Run:
             self.ledger.sync()
 
     def close(self) -> None:
-        """Close what has open files."""
+        """Close what has open files, and give up what is still being saved."""
+        if self.checkpointer is not None:
+            self.checkpointer.close()
         self.metrics.close()
         if self.ledger is not None:
             self.ledger.close()

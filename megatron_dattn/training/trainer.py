@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Literal
 
 from tqdm import tqdm
@@ -10,7 +11,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.runtime.distributed import is_rank_0
-from megatron_dattn.runtime.lost_ranks import named_lost_ranks
+from megatron_dattn.runtime.lost_ranks import LostRankError, named_lost_ranks
 from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.rank_errors import all_ranks_agree, on_all_ranks, on_first_rank
 from megatron_dattn.runtime.signals import SignalWatcher
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 def train(run: Run, signals: SignalWatcher) -> ExitReason:
     """Train to the end of the stage, or until some rank is asked to stop.
 
-    A request that came before the first step, or while a checkpoint was saved, counts as well.
+    A request that came before the first step, or while a checkpoint was saved, counts as well. At
+    the end nothing is being saved any more.
 
     Raises:
         UserError: on all ranks: the data, or the disk for checkpoints, failed.
@@ -37,7 +39,7 @@ def train(run: Run, signals: SignalWatcher) -> ExitReason:
     )
     with named_lost_ranks(lambda: "the start of the run"):
         stop = signals.requested_anywhere()
-    with bar:
+    with bar, saves_finished(run):
         while progress.step < last_step and stop is None:
             with named_lost_ranks(lambda: f"iteration {progress.step + 1}"):
                 report = train_step(run)
@@ -103,8 +105,27 @@ def ledger_failure(run: Run) -> UserError | None:
     return None
 
 
+@contextlib.contextmanager
+def saves_finished(run: Run) -> Iterator[None]:
+    """Let a save that is under way end before an error does that all ranks have: its state is from
+    before."""
+    try:
+        yield
+    except (UserError, NumericsError) as error:
+        if run.checkpointer is not None and not isinstance(error, LostRankError):
+            with named_lost_ranks(lambda: "the end of a save"):
+                try:
+                    run.checkpointer.finish()
+                except CheckpointError as failure:
+                    if is_rank_0():
+                        logger.error("%s", failure)
+        raise
+
+
 def save_if_due(run: Run, *, at_once: bool = False, lost: UserError | None = None) -> None:
     """Save every `save_interval` steps, after the last one, and when the run is to stop.
+
+    All but these last ones may be written beside the steps that follow; here they go on.
 
     Args:
         lost: why the ledger cannot be written. If it still cannot, that ends the run: steps that
@@ -116,7 +137,10 @@ def save_if_due(run: Run, *, at_once: bool = False, lost: UserError | None = Non
     step = run.state.progress.step
     interval = run.config.checkpoint.save_interval
     is_last = step == run.config.training.train_iters
-    is_due = at_once or lost is not None or is_last or (interval and step % interval == 0)
+    must_wait = at_once or lost is not None or is_last
+    is_due = must_wait or (interval and step % interval == 0)
+    if run.checkpointer is not None:
+        run.checkpointer.advance()
     if run.checkpointer is not None and is_due:
         on_first_rank("looking after the run folder", run.describe_again)
         try:
@@ -126,7 +150,7 @@ def save_if_due(run: Run, *, at_once: bool = False, lost: UserError | None = Non
         except CheckpointError as error:
             lost = error
         try:
-            path = run.checkpointer.save(run.state)
+            path = run.checkpointer.save(run.state, beside=not must_wait)
         except CheckpointError as error:
             raise error if lost is None else CheckpointError(f"{lost}; {error}") from error
         if lost is not None:

@@ -1,9 +1,12 @@
 """Checkpoints of real training runs: exact resume, other parallel layouts, failures on one rank."""
 
+import contextlib
 import errno
+import hashlib
 import json
 import os
 import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from megatron_dattn.checkpoint import commit, files, find_checkpoint, writer
 from megatron_dattn.errors import CheckpointError
+from megatron_dattn.training import state
+from megatron_dattn.training.checkpoint import Checkpointer
+from megatron_dattn.training.flat_state import sharded_flat_state
+from megatron_dattn.training.optimizer import single_optimizer
 from tests.support.checkpoint_run import Run, Setup
 from tests.support.distributed import run_distributed
 
@@ -145,14 +153,236 @@ def raising(error: Exception) -> Callable[..., Any]:
     return fail
 
 
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    stored = dist_checkpointing.load_plain_tensors(str(path))
+    return {k: v for k, v in stored.items() if isinstance(v, torch.Tensor)}
+
+
+def gathered_state(optimizer: Any, model_state: Any, *, is_loading: bool, metadata: dict) -> Any:
+    """The distributed optimizer's state as older versions saved it: gathered by megatron-core."""
+    part = single_optimizer(optimizer)
+    part.init_state_fn(part.optimizer, part.config)
+    metadata = {**metadata, "distrib_optim_fully_reshardable_mem_efficient": True}
+    state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    if state["param_state"] is None:
+        del state["param_state"]
+    for shard in nested_values(state.get("param_state", {})):
+        shard.replica_id = int(any(shard.replica_id[:-1]))  # no other rank has it any more
+    return state
+
+
+def switch_optimizers(folder: str, bf16: bool) -> list[str]:
+    """Save with either optimizer (and as older versions did), go on with the other one."""
+    wrong = []
+    for name, distributed in (("plain", False), ("parts", True), ("gathered", True)):
+        place = Path(folder) / name
+        first = Run(Setup(bf16=bf16, distributed_optimizer=distributed))
+        first.train(2)
+        older = mock.patch.object(state, "sharded_optimizer_state", gathered_state)
+        with older if name == "gathered" else contextlib.nullcontext():
+            saved = tensors_of(first.checkpointer(place).save(first.state))
+        expected = first.train(2)
+        older_masters = {k for k in saved if k.startswith("optimizer.state.param.")}
+        if (older_masters != set()) is not (name == "gathered"):
+            wrong.append(f"{name} has {len(older_masters)} masters of older versions")
+        for key in older_masters:
+            masters = saved.pop(key)
+            if bf16:
+                saved[key.replace(".param.", ".fp32_param.")] = masters
+        for target in (False, True):
+            second = Run(Setup(bf16=bf16, distributed_optimizer=target), seed=99)
+            second.train(1)
+            assert second.checkpointer(place).resume(second.state)
+            again = tensors_of(second.checkpointer(place / str(target)).save(second.state))
+            if saved.keys() != again.keys():
+                wrong.append(f"{name} to {target}: {sorted(saved.keys() ^ again.keys())}")
+            wrong += [
+                f"{name} to {target}: {key}"
+                for key in saved.keys() & again.keys()
+                if not torch.equal(saved[key], again[key])
+            ]
+            losses = second.train(2)
+            if losses != pytest.approx(expected, rel=2e-2 if bf16 else 1e-5):
+                wrong.append(f"{name} to {target}: {losses} instead of {expected}")
+            groups = second.state.optimizer.chained_optimizers[0].optimizer.param_groups
+            if {group["step"] for group in groups if group["params"]} != {4}:
+                wrong.append(f"{name} to {target}: {[group['step'] for group in groups]}")
+    return wrong
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_either_optimizer_goes_on_from_the_other_s_state(tmp_path: Path, bf16: bool) -> None:
+    for ranks in (1, 2):
+        for wrong in run_distributed(switch_optimizers, ranks, f"{tmp_path}/{ranks}", bf16):
+            assert wrong == []
+
+
+def other_sizes(folder: str, save: bool, tensor_parallel: int) -> dict[str, str]:
+    """A sum over each tensor of a checkpoint that is saved, or saved at once after resuming."""
+    setup = Setup(tensor_parallel, bf16=True, distributed_optimizer=True, with_loader=False)
+    run = Run(setup, seed=1234 if save else 99)
+    run.train(2 if save else 1)
+    checkpointer = run.checkpointer(folder)
+    if not save:
+        assert checkpointer.resume(run.state)
+        checkpointer = run.checkpointer(f"{folder}/{dist.get_world_size()}-{tensor_parallel}")
+    stored = tensors_of(checkpointer.save(run.state))
+    return {key: hashlib.sha256(repr(t.tolist()).encode()).hexdigest() for key, t in stored.items()}
+
+
+def test_the_distributed_optimizer_s_state_loads_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    saved = run_distributed(other_sizes, 2, str(tmp_path), True, 1)[0]
+    assert any(key.startswith("optimizer.state.fp32_param.") for key in saved)
+    for ranks, tensor_parallel in ((1, 1), (2, 2), (4, 2)):
+        again = run_distributed(other_sizes, ranks, str(tmp_path), False, tensor_parallel)[0]
+        assert again == saved
+
+
+def share_the_writing(folder: str) -> list[list[int]]:
+    sizes = []
+    for distributed in (False, True):
+        run = Run(Setup(distributed_optimizer=distributed))
+        run.train(1)
+        path = run.checkpointer(f"{folder}/{distributed}").save(run.state)
+        sizes.append([(path / f"__{rank}_0.distcp").stat().st_size for rank in range(2)])
+    return sizes
+
+
+def test_replicas_share_the_writing(tmp_path: Path) -> None:
+    plain, distributed = run_distributed(share_the_writing, 2, str(tmp_path))[0]
+    for first, second in (plain, distributed):
+        # Whole tensors are dealt out, of which the tiny model has few; headers add to each.
+        assert 0.45 < first / (first + second) < 0.55
+    assert sum(plain) == pytest.approx(sum(distributed), rel=0.2)
+
+
+def no_gathering(folder: str) -> int:
+    """The bytes that a save of the distributed optimizer holds beyond its state."""
+    run = Run(Setup(bf16=True, distributed_optimizer=True))
+    run.train(1)
+    refused = mock.patch.object(dist, "gather", side_effect=AssertionError("the state is gathered"))
+    with refused, mock.patch.object(dist, "all_gather", side_effect=AssertionError):
+        run.checkpointer(folder).save(run.state)
+    part = single_optimizer(run.state.optimizer)
+    held = {
+        tensor.untyped_storage().data_ptr()
+        for states in part.optimizer.state.values()
+        for tensor in states.values()
+    }
+    held |= {
+        parameter.untyped_storage().data_ptr()
+        for group in part.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    shards = sharded_flat_state(part, state.model_state(run.state.model)["model"])
+    return sum(
+        shard.data.nbytes
+        for shard in nested_values(shards)
+        if shard.data.untyped_storage().data_ptr() not in held
+    )
+
+
+def test_nothing_of_the_distributed_optimizer_is_gathered_or_copied(tmp_path: Path) -> None:
+    assert run_distributed(no_gathering, 2, str(tmp_path)) == [0, 0]
+
+
+def save_beside(folder: str, setup: Setup) -> tuple[list[float], list[float]]:
+    """The same run twice: saved while training waits, and beside three more steps."""
+    first = Run(setup)
+    first.train(2)
+    first.checkpointer(f"{folder}/sync").save(first.state)
+    expected = first.train(3)
+    second = Run(setup)
+    second.train(2)
+    checkpointer = second.checkpointer(f"{folder}/async")
+    gate = threading.Event()
+    write = writer.write_share
+
+    def write_later(*arguments: Any) -> Any:
+        assert gate.wait(60)
+        return write(*arguments)
+
+    with mock.patch.object(writer, "write_share", write_later):
+        checkpointer.save(second.state, beside=True)
+        losses = []
+        for _ in range(3):
+            losses += second.train(1)
+            assert not checkpointer.advance()
+        gate.set()
+        checkpointer.finish()
+    return expected, losses
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_save_beside_training_is_the_one_that_training_waits_for(
+    tmp_path: Path, kind: dict[str, bool]
+) -> None:
+    for expected, losses in run_distributed(save_beside, 2, str(tmp_path), Setup(**kind)):
+        assert losses == expected
+    paths = [find_checkpoint(tmp_path / name).path for name in ("sync", "async")]
+    files = [json.loads((path / "manifest.json").read_text())["files"] for path in paths]
+    assert files[0].keys() == files[1].keys()
+    assert {f"__{rank}_0.distcp" for rank in range(2)} <= files[0].keys()
+    for name in files[0].keys() - {".metadata"}:  # that one holds an id of its own
+        assert files[0][name] == files[1][name], name
+
+
+def train_until_saved(run: Run, checkpointer: Checkpointer) -> None:
+    while not checkpointer.advance():
+        run.train(1)
+
+
+def fail_beside(folder: str, rank: int) -> tuple[str, list[str]]:
+    run = Run(Setup())
+    run.train(1)
+    checkpointer = run.checkpointer(folder)
+    checkpointer.save(run.state)
+    run.train(1)
+    waits = threading.Event()
+
+    def fail_or_hang(stream: Any, block: memoryview) -> None:
+        """The rank that does not fail must hear of the other's failure while it writes."""
+        with stream._failures_noted():
+            if dist.get_rank() == rank:
+                raise NO_SPACE
+            while not stream._owner.cancelled.wait(0.01):
+                waits.set()
+            raise writer.SaveCancelledError
+
+    with mock.patch.object(writer._WatchedStream, "_write_block", fail_or_hang):
+        checkpointer.save(run.state, beside=True)
+        with pytest.raises(CheckpointError) as failure:
+            train_until_saved(run, checkpointer)
+    assert waits.is_set() or dist.get_rank() == rank
+    dist.barrier()
+    names = sorted(os.listdir(folder))
+    assert checkpointer.advance()
+    dist.barrier()
+    checkpointer.save(run.state)
+    return str(failure.value), names
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failure_of_one_rank_ends_a_save_beside_training_on_all(
+    tmp_path: Path, rank: int
+) -> None:
+    first, second = run_distributed(fail_beside, 2, str(tmp_path), rank)
+    assert first == second
+    text, names = first
+    assert text.startswith(f"disk full: {tmp_path}/step-0000002 needs")
+    assert f"rank {rank} (host " in text
+    assert "): writing the shards failed: No space left on device" in text
+    assert names == ["latest.json", "step-0000001"]
+
+
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 # Where it strikes, on which rank, with what, and what the error says.
 FAULTS = {
     "first look": (commit, "_prepare", 0, PermissionError(13, "Permission denied"), "Permission"),
     "temporary folder": (commit, "_make_temporary", 0, NO_SPACE, "No space left"),
     "common state": (writer, "_write_common", 0, NO_SPACE, "disk full"),
-    "shard of rank 0": (writer.dcp.FileSystemWriter, "write_data", 0, NO_SPACE, "disk full"),
-    "shard of rank 1": (writer.dcp.FileSystemWriter, "write_data", 1, NO_SPACE, "disk full"),
+    "shard of rank 0": (writer.ShardWriter, "_write_items", 0, NO_SPACE, "disk full"),
+    "shard of rank 1": (writer.ShardWriter, "_write_items", 1, NO_SPACE, "disk full"),
     "index": (writer.dcp.FileSystemWriter, "finish", 0, NO_SPACE, "disk full"),
     "format marker": (writer, "_write_marker", 0, NO_SPACE, "disk full"),
     "extra file": (commit, "_write_extra", 1, NO_SPACE, "disk full"),
@@ -161,8 +391,8 @@ FAULTS = {
     "rename": (commit, "_commit", 0, OSError(errno.EIO, "Input/output error"), "Input/output"),
     "memory": (commit, "_hash_own", 1, MemoryError(), "not enough memory"),
     "memory for a shard": (
-        writer.dcp.FileSystemWriter,
-        "write_data",
+        writer.ShardWriter,
+        "_write_items",
         1,
         MemoryError(),
         "ulimit -v",
@@ -203,7 +433,7 @@ def test_a_failure_of_one_rank_is_one_error_on_all(tmp_path: Path) -> None:
     assert first == second
     for name, (*_, rank, _error, text) in FAULTS.items():
         assert text in first[name], name
-        assert f"rank {rank}:" in first[name], name
+        assert f"rank {rank} (host " in first[name], name
     assert find_checkpoint(tmp_path).step == 2
 
 
@@ -216,7 +446,6 @@ def limit_file_size_on_rank_1(folder: str) -> str:
     run.train(1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 0:
-        # Both ranks hold replicas, and rank 0 writes them all.
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))
     try:
         with pytest.raises(CheckpointError) as failure:

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from megatron_dattn.errors import CheckpointError, UserError
+from megatron_dattn.runtime.lost_ranks import LostRankError
+from megatron_dattn.training.exit_reason import NumericsError
 from megatron_dattn.training.trainer import (
     ProgressBar,
     ledger_failure,
     save_if_due,
+    saves_finished,
     validate_if_due,
 )
 
@@ -48,8 +51,8 @@ def run_that_saves(
         if ledger_fails:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/logs/samples")
 
-    def save(state: object) -> str:
-        done.append("checkpoint")
+    def save(state: object, *, beside: bool) -> str:
+        done.append("checkpoint beside training" if beside else "checkpoint")
         if save_fails:
             raise CheckpointError("disk full: /runs")
         return f"/runs/step-{step}"
@@ -61,7 +64,7 @@ def run_that_saves(
             checkpoint=SimpleNamespace(save_interval=10),
             logging=SimpleNamespace(sample_ledger="/logs"),
         ),
-        checkpointer=SimpleNamespace(save=save),
+        checkpointer=SimpleNamespace(save=save, advance=lambda: done.append("advance")),
         ledger=SimpleNamespace(failure="No space left" if ledger_fails else None),
         sync_ledger=sync,
         describe_again=lambda: None,
@@ -73,7 +76,38 @@ def test_the_ledger_reaches_the_disk_before_the_checkpoint() -> None:
     run = run_that_saves(done)
     assert ledger_failure(run) is None
     save_if_due(run)
-    assert done == ["ledger", "checkpoint"]
+    assert done == ["advance", "ledger", "checkpoint beside training"]
+
+
+@pytest.mark.parametrize(("step", "at_once"), [(25, False), (10, True), (13, True)])
+def test_the_last_save_is_waited_for(step: int, at_once: bool) -> None:
+    done: list[str] = []
+    save_if_due(run_that_saves(done, step=step), at_once=at_once)
+    assert done == ["advance", "ledger", "checkpoint"]
+
+
+def test_between_saves_one_that_is_under_way_goes_on() -> None:
+    done: list[str] = []
+    save_if_due(run_that_saves(done, step=13))
+    assert done == ["advance"]
+
+
+@pytest.mark.parametrize(
+    ("error", "finished"),
+    [
+        (UserError("no data"), True),
+        (NumericsError("no numbers", 13), True),
+        (LostRankError("rank 1 does not answer"), False),
+        (KeyError("a bug of one rank"), False),
+    ],
+)
+def test_an_error_of_all_ranks_lets_a_save_end(error: Exception, finished: bool) -> None:
+    done: list[str] = []
+    run = SimpleNamespace(checkpointer=SimpleNamespace(finish=lambda: done.append("finish")))
+    with pytest.raises(type(error)) as caught, saves_finished(run):  # type: ignore[arg-type]
+        raise error
+    assert caught.value is error
+    assert done == ["finish"] * finished
 
 
 @pytest.mark.parametrize("step", [10, 13])
@@ -86,7 +120,7 @@ def test_a_ledger_that_fails_is_an_error_with_a_saved_checkpoint(step: int) -> N
         save_if_due(run, lost=lost)
     assert str(caught.value).startswith("writing the sample ledger failed: No space left on device")
     assert f"everything up to iteration {step} is saved as /runs/step-{step}" in str(caught.value)
-    assert done == ["ledger", "checkpoint"]
+    assert done == ["advance", "ledger", "checkpoint"]
 
 
 def test_one_full_disk_is_one_error() -> None:
@@ -98,7 +132,7 @@ def test_one_full_disk_is_one_error() -> None:
 def test_a_ledger_that_is_whole_again_ends_nothing() -> None:
     done: list[str] = []
     save_if_due(run_that_saves(done), lost=UserError("writing the sample ledger failed"))
-    assert done == ["ledger", "checkpoint"]
+    assert done == ["advance", "ledger", "checkpoint"]
 
 
 def test_a_ledger_without_checkpoints_ends_the_run_too() -> None:
