@@ -7,6 +7,12 @@ from megatron_dattn.config.written_folders import check_name, check_run_folder
 from megatron_dattn.errors import ConfigError
 
 
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The positive multiples of a divisor below and above a value that is none, for a remedy."""
+    below = value - value % divisor
+    return " and ".join(str(fit) for fit in (below, below + divisor) if fit > 0)
+
+
 @dataclass(frozen=True)
 class ModuleLearningRates:
     """Peak learning rate per module; 0.0 freezes the module (it has no optimizer state).
@@ -110,7 +116,8 @@ class TrainingConfig:
             raise ConfigError(
                 f"training.global_batch_size {self.global_batch_size} is not a multiple of "
                 f"micro_batch_size {self.micro_batch_size} * data-parallel size "
-                f"{data_parallel_size} = {per_pass}"
+                f"{data_parallel_size} = {per_pass}; the nearest are "
+                f"{nearest_multiples(self.global_batch_size, per_pass)}"
             )
         return self.global_batch_size // per_pass
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 
 import torch
 
@@ -61,28 +62,38 @@ def check_model_sizes(
     """
     check_preset(model.attention, parallel.context_parallel_size)
     language, vision = model.language, model.vision
-    parallel.check_model(
-        num_heads=language.num_attention_heads,
-        num_key_value_heads=language.num_key_value_heads,
-        num_layers=language.num_hidden_layers,
-    )
+    parallel.layers_per_pipeline_stage(language.num_hidden_layers)
     tp = parallel.tensor_model_parallel_size
     if model.preset.visual.source == "reproject":
-        middle = ("language.hidden_size", language.hidden_size)  # of every layer's projector
+        middle = ("model.language.hidden_size", language.hidden_size)  # of each layer's projector
     else:
-        middle = ("adapter.hidden_size", model.adapter.hidden_size or language.hidden_size)
+        middle = ("model.adapter.hidden_size", model.adapter.hidden_size or language.hidden_size)
     sizes = [
-        ("language.vocab_size (padded)", language.padded_vocab_size),
-        ("language.intermediate_size", language.intermediate_size),
+        ("language.num_attention_heads", language.num_attention_heads),
+        ("language.num_key_value_heads", language.num_key_value_heads),
+        ("model.language.vocab_size (padded)", language.padded_vocab_size),
+        ("model.language.intermediate_size", language.intermediate_size),
         middle,
     ]
+    encoder = [
+        ("model.vision.num_attention_heads", vision.num_attention_heads),
+        ("model.vision.intermediate_size", vision.intermediate_size),
+    ]
     if execution.encoder_tp_mode == "weights":
-        sizes += [
-            ("vision.num_attention_heads", vision.num_attention_heads),
-            ("vision.intermediate_size", vision.intermediate_size),
-        ]
+        sizes += encoder
     for name, size in sizes:
         if size % tp:
+            in_data = "execution.encoder_tp_mode 'data', which cuts no encoder, or "
             raise ConfigError(
-                f"parallel.tensor_model_parallel_size {tp} does not divide model.{name} {size}"
+                f"parallel.tensor_model_parallel_size {tp} does not divide {name} {size}; choose "
+                f"{in_data if (name, size) in encoder else ''}"
+                f"{_nearest_divisors(tp, math.gcd(*(size for _, size in sizes)))}, which divides "
+                "all that is cut"
             )
+
+
+def _nearest_divisors(size: int, number: int) -> str:
+    """The largest divisor of a number below a size and the smallest above it, if there is one."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = [d for d in divisors if d < size], [d for d in divisors if d > size]
+    return " or ".join(str(d) for d in (*below[-1:], *above[:1]))

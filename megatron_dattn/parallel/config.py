@@ -46,11 +46,13 @@ class ParallelConfig:
         uneven = [name for name in uneven_fields if getattr(self, name) is not None]
         if uneven and self.pipeline_model_parallel_size == 1:
             raise ConfigError(
-                f"parallel.{uneven[0]} needs parallel.pipeline_model_parallel_size > 1"
+                f"parallel.{uneven[0]} needs parallel.pipeline_model_parallel_size > 1; leave it "
+                "out"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
-                "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1"
+                "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1, whose "
+                "ranks share the tokens; leave it out"
             )
 
     @property
@@ -58,24 +60,6 @@ class ParallelConfig:
         """Ranks that compute a pack together."""
         sizes = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         return math.prod((*sizes, self.context_parallel_size))
-
-    def check_model(self, *, num_heads: int, num_key_value_heads: int, num_layers: int) -> None:
-        """Refuse sizes that the language model cannot be cut into.
-
-        Raises:
-            ConfigError: naming the flag, both numbers and the sizes that would work.
-        """
-        tp = self.tensor_model_parallel_size
-        for name, count in (
-            ("num_attention_heads", num_heads),
-            ("num_key_value_heads", num_key_value_heads),
-        ):
-            if count % tp:
-                raise ConfigError(
-                    f"parallel.tensor_model_parallel_size {tp} does not divide "
-                    f"language.{name} {count}"
-                )
-        self.layers_per_pipeline_stage(num_layers)
 
     def layers_per_pipeline_stage(self, num_layers: int) -> tuple[int, ...]:
         """Decoder layers of every pipeline stage.
@@ -108,6 +92,8 @@ class ParallelConfig:
         if self.num_layers_in_last_pipeline_stage is not None:
             uneven += f", of which the last has {self.num_layers_in_last_pipeline_stage}"
         ends = num_layers - (num_pipeline_stages - 2) * -(-num_layers // num_pipeline_stages)
+        if num_pipeline_stages > num_layers:
+            return f"{uneven}; choose at most {num_layers}"
         if num_pipeline_stages < 2 or ends < 2:
             return uneven
         return (

@@ -103,9 +103,11 @@ def check_parallel_sizes(
         if context_parallel == 1:
             del sizes["context_parallel_size"]
         spelled = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        below = world_size - world_size % product
+        nearest = " or ".join(str(fit) for fit in (below, below + product) if fit)
         raise ConfigError(
             f"{spelled} = {product} does not divide the world size {world_size}; start a multiple "
-            f"of {product} processes (torchrun --nproc-per-node) or lower the sizes"
+            f"of {product} processes, {nearest} (torchrun --nproc-per-node), or lower the sizes"
         )
     return world_size // product
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_dattn.attention.layout import ImageSpan, TokenLayout
 from megatron_dattn.config.pretrain import PretrainConfig
+from megatron_dattn.config.training import nearest_multiples
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.build import check_model_sizes
@@ -74,13 +75,14 @@ def check_budgets(config: PretrainConfig) -> None:
     if not config.parallel.sequence_parallel:
         return
     cut = f"parallel.tensor_model_parallel_size {tp}"
-    budgets = {"visual_budget": visual // cp, "text_budget": config.data.text_budget}
-    for name, tokens in budgets.items():
+    for name, ranks in {"visual_budget": cp, "text_budget": 1}.items():
+        tokens = getattr(config.data, name) // ranks
         if tokens % tp:
-            shares = f"of {tokens} tokens on each context-parallel rank " * (cp > 1)
+            shares = f"of {tokens} tokens on each context-parallel rank " * (ranks > 1)
             raise ConfigError(
                 f"data.{name} {getattr(config.data, name)} {shares}is not a multiple of {cut}, "
-                "which parallel.sequence_parallel needs"
+                "which parallel.sequence_parallel needs; the nearest are "
+                f"{nearest_multiples(getattr(config.data, name), tp * ranks)}"
             )
 
 
