@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_dattn.config.written_folders import check_name, check_run_folder
-from megatron_dattn.errors import ConfigError
+from megatron_dattn.errors import ConfigError, nearest_name
+
+COMPARED_ON_RESUME = (
+    *("training.train_iters", "training.global_batch_size"),
+    *("optimizer.learning_rates", "optimizer.min_lr_ratio", "optimizer.warmup_ratio"),
+    *("optimizer.weight_decay", "optimizer.adam_beta1", "optimizer.adam_beta2"),
+    "optimizer.adam_eps",
+)
+"""Settings that go on shaping the weights in a resumed run: another value is refused there unless
+`checkpoint.change_on_resume` names it."""
 
 
 def nearest_multiples(value: int, divisor: int) -> str:
@@ -140,6 +149,10 @@ class CheckpointConfig:
     """Older checkpoints are deleted; at least the two newest verified ones always stay."""
     verify: bool = True
     """Compare sha256 sums before loading (sizes are always compared)."""
+    change_on_resume: list[str] = field(default_factory=list)
+    """Full names of settings that shall change where this run resumes (training.train_iters makes
+    it longer, optimizer.learning_rates). What these settings are in the checkpoint would otherwise
+    be required; a name that changes nothing does no harm."""
 
     def __post_init__(self) -> None:
         check_run_folder("checkpoint.save", self.save)
@@ -148,6 +161,15 @@ class CheckpointConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"checkpoint.{name} must not be negative, got {getattr(self, name)}"
+                )
+        for name in self.change_on_resume:
+            if name not in COMPARED_ON_RESUME:
+                by_end = [full for full in COMPARED_ON_RESUME if full.endswith(f".{name}")]
+                nearest = by_end[0] if by_end else nearest_name(name, COMPARED_ON_RESUME)
+                remedy = f"the nearest is {nearest}" if nearest else "leave it out"
+                raise ConfigError(
+                    f"checkpoint.change_on_resume names {name}, which is none of the settings that "
+                    f"a resume compares ({', '.join(COMPARED_ON_RESUME)}); {remedy}"
                 )
 
 

@@ -34,11 +34,12 @@ from megatron_dattn.config.training import CheckpointConfig
 from megatron_dattn.data.loader_state import deal_states_anew
 from megatron_dattn.errors import CheckpointError, UserError
 from megatron_dattn.models.added_parameters import comes_with_preset, holds_preset
-from megatron_dattn.models.model_identity import Purpose, require_same
+from megatron_dattn.models.model_identity import require_same
 from megatron_dattn.runtime.distributed import rank
 from megatron_dattn.runtime.os_errors import explain, shortage
 from megatron_dattn.runtime.rank_errors import on_all_ranks, on_first_rank
 from megatron_dattn.training.flat_state import older_names
+from megatron_dattn.training.resume_changes import RunSettings
 from megatron_dattn.training.stages import MODULES
 from megatron_dattn.training.state import (
     Progress,
@@ -77,7 +78,9 @@ class Checkpointer:
         recipe: further plain data that must be equal on resume but not between stages: batch
             size, optimizer settings.
         schedule: what the learning rates and the stage's end follow from: `train_iters` and the
-            optimizer's rates; equal on resume too.
+            optimizer's rates; equal on resume too. `checkpoint.change_on_resume` names what of
+            recipe and schedule may differ.
+        settings: of the run, by full name; what a resume changes of them is told and recorded.
         data_sets: names of the training data; they are recorded, for those who ask later what a
             model has seen.
         num_loader_workers: loader processes per data-parallel rank.
@@ -92,6 +95,7 @@ class Checkpointer:
         stage: str,
         recipe: Mapping[str, Any] | None = None,
         schedule: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
         data_sets: Sequence[str] = (),
         num_loader_workers: int = 0,
     ) -> None:
@@ -100,8 +104,9 @@ class Checkpointer:
         self._model = dict(model)
         self._tokenizer = tokenizer
         self._stage = stage
-        self._recipe = dict(recipe or {})
-        self._schedule = dict(schedule or {})
+        self._run_settings = RunSettings(
+            recipe or {}, schedule or {}, settings or {}, config.change_on_resume
+        )
         self._data_sets = list(data_sets)
         self._num_loader_workers = num_loader_workers
         self._parent: dict[str, Any] | None = None
@@ -243,10 +248,14 @@ class Checkpointer:
             found.path, sharded_state(state, is_loading=True), older_names=older_names
         )
         on_all_ranks(
-            f"restoring {found.path}", lambda: restore_state(state, loaded, local, found.path)
+            f"restoring {found.path}",
+            lambda: restore_state(
+                state, self._run_settings.adopt(state, loaded, found), local, found.path
+            ),
         )
         for name, value in progress.to_json().items():
             setattr(state.progress, name, value)
+        self._run_settings.tell(state)
         state.validation = found.manifest.facts.get("validation")
         self._parent = found.manifest.facts.get("parent")
         if (loader := found.manifest.facts.get("loader")) is not None:
@@ -311,17 +320,7 @@ class Checkpointer:
             CheckpointError: naming the settings that differ.
         """
         identity = {"model": self._model, "tokenizer": self._tokenizer}
-        identity |= {"stage": self._stage, "recipe": self._recipe}
-        _require_same_run(found, identity, "resume")
-        if found.manifest.facts.get("schedule"):  # older checkpoints do not tell
-            require_same(
-                {"schedule": self._schedule},
-                found.manifest.facts,
-                "resume",
-                complaint=f"{found.path} was trained with another learning-rate schedule",
-                remedy="resume with the same settings, or start a new stage from its weights "
-                "(checkpoint.load)",
-            )
+        self._run_settings.require_same_run(found, {**identity, "stage": self._stage})
 
     def require_parent(self, found: FoundCheckpoint) -> set[str]:
         """Refuse a checkpoint from whose weights this stage cannot start. Local.
@@ -338,7 +337,13 @@ class Checkpointer:
                 f"{found.path} holds no weights of {', '.join(sorted(absent - _MAY_BE_ABSENT))}"
             )
         identity = {"model": self._model, "tokenizer": self._tokenizer}
-        _require_same_run(found, identity, "start from")
+        require_same(
+            identity,
+            found.manifest.facts,
+            "start from",
+            complaint=f"{found.path} belongs to another run",
+            remedy="correct the configuration, or give another checkpoint folder",
+        )
         return absent
 
     def loader_states(self, found: FoundCheckpoint, data_parallel_size: int) -> list[bytes]:
@@ -368,8 +373,7 @@ class Checkpointer:
             "modules": list(MODULES),
             "tokenizer": self._tokenizer,
             "stage": self._stage,
-            "recipe": self._recipe,
-            "schedule": self._schedule,
+            **self._run_settings.facts(),
             "data_sets": self._data_sets,
             "step": state.progress.step,
             "progress": state.progress.to_json(),
@@ -470,18 +474,6 @@ def nothing_to_load(path: str | Path) -> CheckpointError:
     return CheckpointError(
         f"there is no checkpoint in {path}; convert the models or train the earlier stage first, "
         "or correct checkpoint.load"
-    )
-
-
-def _require_same_run(
-    found: FoundCheckpoint, identity: Mapping[str, Any], purpose: Purpose
-) -> None:
-    require_same(
-        identity,
-        found.manifest.facts,
-        purpose,
-        complaint=f"{found.path} belongs to another run",
-        remedy="correct the configuration, or give another checkpoint folder",
     )
 
 

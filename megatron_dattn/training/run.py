@@ -32,10 +32,11 @@ from megatron_dattn.training.checkpoint import Checkpointer
 from megatron_dattn.training.metrics import Metrics
 from megatron_dattn.training.optimizer import build_optimizer, build_scheduler, describe_optimizer
 from megatron_dattn.training.preflight import check_machines
+from megatron_dattn.training.resume_changes import compared_settings
 from megatron_dattn.training.run_folder import describe_again, describe_run
 from megatron_dattn.training.sample_ledger import SampleLedger, drop_later_steps
 from megatron_dattn.training.stages import build_training_model, trained_modules
-from megatron_dattn.training.start_facts import start_facts
+from megatron_dattn.training.start_facts import settings_of, start_facts
 from megatron_dattn.training.state import TrainState
 from megatron_dattn.training.stream import BatchStream, make_loader
 from megatron_dattn.training.validate import Validation
@@ -160,25 +161,15 @@ def make_checkpointer(config: PretrainConfig, tokenizer: str | None = None) -> C
     Raises:
         ConfigError: there is no tokenizer.
     """
-    optimizer = dataclasses.asdict(config.optimizer)
-    # What a resumed run must not change and nothing else compares (the loader's state compares what
-    # shapes the samples): megatron-core would take the checkpoint's betas and eps without a word.
-    fixed = ("adam_beta1", "adam_beta2", "adam_eps")
-    # What the learning rates and the end of a stage follow from.
-    scheduled = ("learning_rates", "min_lr_ratio", "warmup_ratio", "weight_decay")
+    compared = compared_settings(config)
     return Checkpointer(
         config.checkpoint,
         model=dataclasses.asdict(config.model),
         tokenizer=tokenizer or tokenizer_sha256(config.data.tokenizer),
         stage=config.training.stage,
-        recipe={
-            "training": {"global_batch_size": config.training.global_batch_size},
-            "optimizer": {name: optimizer[name] for name in fixed},
-        },
-        schedule={
-            "train_iters": config.training.train_iters,
-            **{name: optimizer[name] for name in scheduled},
-        },
+        recipe=compared["recipe"],
+        schedule=compared["schedule"],
+        settings=settings_of(config),
         data_sets=[Path(data.path).name for data in config.data.train],
         num_loader_workers=config.data.num_workers,
     )

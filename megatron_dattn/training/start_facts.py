@@ -51,10 +51,11 @@ _PACKAGE = Path(__file__).parents[1]
 
 def start_facts(config: PretrainConfig) -> dict[str, Any]:
     """Facts of this rank by name, comparable between ranks."""
-    return {**_settings(config), **_versions(), **_contents(config)}
+    return {**settings_of(config), **_versions(), **_contents(config)}
 
 
-def _settings(config: PretrainConfig) -> dict[str, Any]:
+def settings_of(config: PretrainConfig) -> dict[str, Any]:
+    """All settings by full name but those that name what one host reads or writes."""
     flat = dict(_flatten(dataclasses.asdict(config)))
     return {name: value for name, value in flat.items() if _pattern(name) not in MAY_DIFFER}
 
