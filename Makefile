@@ -14,12 +14,13 @@ export TOKENIZERS_PARALLELISM := false
 # Given on the command line or in the environment, for the scripts below.
 export PYTHON TORCH_ARGS
 
-.PHONY: demo test test-all test-newest test-pythons test-readers gpu-check lint install clean help
+.PHONY: demo test test-all test-parallel test-newest test-pythons test-readers gpu-check lint install clean help
 
 help:
 	@echo "make demo                    train and evaluate a small model here (about 15 minutes)"
 	@echo "make demo ATTENTION=s_attn   the same with conventional causal attention"
 	@echo "make test                    the test suite (about 12 minutes on two cores)"
+	@echo "make test-parallel           every parallel layout against one process (about 6 minutes)"
 	@echo "make test-newest             the test suite with the newest megatron-core, on Python 3.12 up"
 	@echo "make test-pythons            saving, loading and resuming under every Python found"
 	@echo "make test-readers            exports under several versions of transformers (about 2 minutes)"
@@ -38,6 +39,10 @@ test: install
 
 test-all: install
 	$(RUN) -m pytest -n 4 --dist worksteal -m "not gpu" $(PYTEST_ARGS)
+
+# Writes the tables of docs/parallelism.md.
+test-parallel: install
+	$(RUN) tools/compare_layouts.py --write
 
 # megatron-core 0.19 needs Python 3.12, and has an environment of its own.
 test-newest:

@@ -134,9 +134,7 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     join_ranks(config)
     seed_everything(config.training.seed)
     model = build_training_model(config)
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    stages = config.parallel.pipeline_model_parallel_size
-    fill_parameters(unwrap_model(model), stage * config.model.language.num_hidden_layers // stages)
+    fill_parameters(unwrap_model(model), _layer_offset(config))
     replicas = parallel_state.get_data_parallel_world_size()
     loader = None
     if is_loading_rank():
@@ -159,15 +157,28 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     )
 
 
-def local_weights(run: Run) -> dict[str, tuple[torch.Tensor, int | None, int]]:
-    """This rank's weights under names of the whole model: (shard, partition axis, stride)."""
-    model = unwrap_model(run.state.model)
+def _layer_offset(config: PretrainConfig) -> int:
+    """Decoder layers of the pipeline stages before this one."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    stages = run.config.parallel.pipeline_model_parallel_size
-    offset = stage * run.config.model.language.num_hidden_layers // stages
+    layers = config.model.language.num_hidden_layers
+    return sum(config.parallel.layers_per_pipeline_stage(layers)[:stage])
+
+
+Shard = tuple[torch.Tensor, int | None, int]
+"""Values, partition axis, stride."""
+
+
+def local_weights(run: Run, *, gradients: bool = False) -> dict[str, Shard]:
+    """This rank's weights under names of the whole model; or the reduced gradients of those that
+    are trained."""
+    model = unwrap_model(run.state.model)
     return {
-        name: (parameter.detach().clone(), *partition_of(parameter))
-        for name, parameter in global_parameters(model, offset)
+        name: (
+            (parameter.main_grad if gradients else parameter).detach().clone(),
+            *partition_of(parameter),
+        )
+        for name, parameter in global_parameters(model, _layer_offset(run.config))
+        if parameter.requires_grad or not gradients
     }
 
 
@@ -176,13 +187,17 @@ def whole_weights(run: Run) -> dict[str, torch.Tensor]:
 
     Collective. Replicated weights must be equal bit for bit.
     """
-    gathered: list[dict] = [{} for _ in range(parallel_state.get_model_parallel_group().size())]
-    torch.distributed.all_gather_object(
-        gathered, local_weights(run), group=parallel_state.get_model_parallel_group()
-    )
-    shards: dict[str, list] = {}
-    for weights in gathered:
-        for name, shard in weights.items():
+    return whole_tensors(local_weights(run))
+
+
+def whole_tensors(local: dict[str, Shard]) -> dict[str, torch.Tensor]:
+    """Join shards as `whole_weights` does. Collective over the model-parallel group."""
+    group = parallel_state.get_model_parallel_group()
+    gathered: list[dict[str, Shard]] = [{} for _ in range(group.size())]
+    torch.distributed.all_gather_object(gathered, local, group=group)
+    shards: dict[str, list[Shard]] = {}
+    for tensors in gathered:
+        for name, shard in tensors.items():
             shards.setdefault(name, []).append(shard)
     return {
         name: join_shards([tensor for tensor, _, _ in parts], parts[0][1], parts[0][2])
