@@ -22,6 +22,17 @@ RESERVE_BYTES = 4 * 10**9
 # weights need an fp32 copy of themselves.
 _GRADIENT_BYTES = 4
 _OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
+_IN_WORDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "buffers": "buffers",
+    "update": "the update",
+    "head": "logits",
+    "at_work": "a layer's backward pass",
+    "decoder": "the decoder's activations",
+    "vision": "the encoder's activations",
+}
 
 
 @dataclass(frozen=True)
@@ -50,10 +61,46 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer + self.buffers
 
     @property
+    def moments(self) -> dict[str, int]:
+        """Bytes besides the states at each moment that may need most."""
+        kept = self.decoder + self.vision
+        return {
+            "at the loss": kept + self.head,
+            "in a layer's backward pass": kept + self.at_work,
+            "in the update": self.update,
+        }
+
+    @property
+    def worst_moment(self) -> str:
+        return max(self.moments, key=lambda moment: self.moments[moment])
+
+    @property
     def total(self) -> int:
         """At the moment that needs most."""
-        kept = self.decoder + self.vision
-        return self.states + max(kept + self.head, kept + self.at_work, self.update)
+        return self.states + max(self.moments.values())
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """Bytes at the moment that needs most, by what they hold."""
+        terms = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "buffers": self.buffers,
+        }
+        match self.worst_moment:
+            case "in the update":
+                return terms | {"update": self.update}
+            case "at the loss":
+                terms["head"] = self.head
+            case _:
+                terms["at_work"] = self.at_work
+        return terms | {"decoder": self.decoder, "vision": self.vision}
+
+    @property
+    def largest(self) -> str:
+        """The largest of the terms, in words."""
+        return _IN_WORDS[max(self.terms, key=lambda name: self.terms[name])]
 
 
 def rank_memory(

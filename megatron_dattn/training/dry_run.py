@@ -18,13 +18,12 @@ from megatron_dattn.data.dataset import open_dataset
 from megatron_dattn.data.epochs import records_per_epoch
 from megatron_dattn.errors import ConfigError, DataError, UserError
 from megatron_dattn.parallel.context.exchange import bytes_per_layer
-from megatron_dattn.parallel.context.shares import share_of
 from megatron_dattn.planner.flops import executed_flops, model_flops
-from megatron_dattn.planner.memory import RESERVE_BYTES, PackSize, RankMemory, rank_memory
+from megatron_dattn.planner.memory import RESERVE_BYTES
 from megatron_dattn.planner.parameters import count_parameters, rank_parameters
 from megatron_dattn.runtime.launcher import read_launch
 from megatron_dattn.training.checks import StartChecks
-from megatron_dattn.training.run_plan import Plan, make_plan
+from megatron_dattn.training.run_plan import Plan, make_plan, stage_memory
 from megatron_dattn.training.stages import learning_rate_of
 
 GPU_SIZES_GB = (24, 40, 48, 80, 141)
@@ -209,16 +208,10 @@ def _flops_section(plan: Plan) -> list[str]:
 
 def _memory_section(plan: Plan) -> list[str]:
     pipeline_stages = range(plan.config.parallel.pipeline_model_parallel_size)
-    memories = [_rank_memory(plan, pipeline_stage) for pipeline_stage in pipeline_stages]
+    memories = [stage_memory(plan, pipeline_stage) for pipeline_stage in pipeline_stages]
     heaviest = max(pipeline_stages, key=lambda pipeline_stage: memories[pipeline_stage].total)
     memory = memories[heaviest]
     where = f" (heaviest pipeline stage: {heaviest})" if len(memories) > 1 else ""
-    moments = {
-        "at the loss": memory.decoder + memory.vision + memory.head,
-        "in a layer's backward pass": memory.decoder + memory.vision + memory.at_work,
-        "in the update": memory.update,
-    }
-    worst = max(moments, key=lambda moment: moments[moment])
     lines = [f"Memory per rank{where}; every text token has a label"]
     for label, held in (
         ("weights", memory.weights),
@@ -227,44 +220,21 @@ def _memory_section(plan: Plan) -> list[str]:
         ("buffers", memory.buffers),
         ("activations of the decoder", memory.decoder),
         ("activations of encoder and adapter", memory.vision),
-        *((f"together, {moment}", memory.states + held) for moment, held in moments.items()),
+        *((f"together, {moment}", memory.states + held) for moment, held in memory.moments.items()),
     ):
         lines.append(f"  {label:<37}{_bytes(held):>10}")
-    lines.append(f"  {'most, ' + worst:<37}{_bytes(memory.total):>10}")
+    lines.append(f"  {'most, ' + memory.worst_moment:<37}{_bytes(memory.total):>10}")
     needed = memory.total + RESERVE_BYTES
     verdicts = [f"{size} GB {'yes' if needed <= size * 10**9 else 'NO'}" for size in GPU_SIZES_GB]
     lines.append(f"  fits, with {_bytes(RESERVE_BYTES)} to spare: " + ", ".join(verdicts))
     return lines
 
 
-def _rank_memory(plan: Plan, pipeline_stage: int) -> RankMemory:
-    layout = _layout_on_a_rank(plan)
-    return rank_memory(
-        plan.config.model,
-        plan.config.parallel,
-        plan.config.execution,
-        PackSize(layout.visual_budget, layout.text_budget, len(layout.images)),
-        data_parallel_size=_num_replicas_of_weights(plan),
-        num_microbatches=plan.num_microbatches,
-        trained=plan.trained,
-        pipeline_stage=pipeline_stage,
-    )
-
-
-def _layout_on_a_rank(plan: Plan) -> TokenLayout:
-    """The full pack on the first context-parallel rank, which has as many images as any."""
-    return share_of(plan.layout, 0, plan.config.parallel.context_parallel_size).layout
-
-
-def _num_replicas_of_weights(plan: Plan) -> int:
-    return plan.data_parallel_size * plan.config.parallel.context_parallel_size
-
-
 def _communication_section(plan: Plan) -> list[str]:
     """Bytes that one rank sends, by ring algorithms."""
     lines = ["Communication, bytes sent per rank"]
     parallel = plan.config.parallel
-    hidden = _layout_on_a_rank(plan).num_tokens * plan.config.model.language.hidden_size
+    hidden = plan.layout_on_a_rank.num_tokens * plan.config.model.language.hidden_size
     hidden *= _VALUE_BYTES[plan.config.execution.precision]
     tensor = parallel.tensor_model_parallel_size
     if tensor > 1:
@@ -292,7 +262,7 @@ def _communication_section(plan: Plan) -> list[str]:
             f"  context     {_bytes(out)} forward, {_bytes(back)} backward, per decoder "
             "layer and micro-batch, for any number of visual tokens"
         )
-    if _num_replicas_of_weights(plan) > 1:
+    if plan.num_replicas_of_weights > 1:
         lines.append(f"  data        {_bytes(_data_parallel_bytes(plan))} per step")
     if len(lines) == 1:
         lines.append("  none: one rank")
@@ -302,7 +272,7 @@ def _communication_section(plan: Plan) -> list[str]:
 def _data_parallel_bytes(plan: Plan) -> int:
     """Gradients reduced and, with the distributed optimizer, weights gathered; largest pipeline
     stage."""
-    parallel, size = plan.config.parallel, _num_replicas_of_weights(plan)
+    parallel, size = plan.config.parallel, plan.num_replicas_of_weights
     trained = max(
         sum(
             count

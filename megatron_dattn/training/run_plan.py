@@ -13,6 +13,8 @@ from megatron_dattn.config.training import nearest_multiples
 from megatron_dattn.data.images import ImagePreprocessor
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.build import check_model_sizes
+from megatron_dattn.parallel.context.shares import share_of
+from megatron_dattn.planner.memory import PackSize, RankMemory, rank_memory
 from megatron_dattn.runtime.distributed import check_parallel_sizes
 from megatron_dattn.training.stages import trained_modules
 
@@ -28,6 +30,36 @@ class Plan:
     layout: TokenLayout
     """A full pack: as many one-image samples as fit, the text tokens shared out among them."""
     trained: frozenset[str]
+
+    @property
+    def layout_on_a_rank(self) -> TokenLayout:
+        """The full pack on the first context-parallel rank, which has as many images as any."""
+        return share_of(self.layout, 0, self.config.parallel.context_parallel_size).layout
+
+    @property
+    def num_replicas_of_weights(self) -> int:
+        """Context-parallel ranks hold the same weights as data-parallel ones."""
+        return self.data_parallel_size * self.config.parallel.context_parallel_size
+
+    @property
+    def pack(self) -> PackSize:
+        """What a rank has of a full pack."""
+        layout = self.layout_on_a_rank
+        return PackSize(layout.visual_budget, layout.text_budget, len(layout.images))
+
+
+def stage_memory(plan: Plan, pipeline_stage: int) -> RankMemory:
+    """Bytes on a rank of a pipeline stage, under full packs."""
+    return rank_memory(
+        plan.config.model,
+        plan.config.parallel,
+        plan.config.execution,
+        plan.pack,
+        data_parallel_size=plan.num_replicas_of_weights,
+        num_microbatches=plan.num_microbatches,
+        trained=plan.trained,
+        pipeline_stage=pipeline_stage,
+    )
 
 
 def make_plan(config: PretrainConfig, world_size: int) -> Plan:
