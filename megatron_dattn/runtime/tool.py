@@ -43,7 +43,9 @@ class ToolParser(argparse.ArgumentParser):
         return super().parse_known_args(given, namespace)
 
     def _own(self, words: list[str]) -> Iterable[str]:
-        """Those that are certainly not of a subcommand, which has its own parser, or a command."""
+        """Those that are certainly not of a subcommand, which has its own parser, or a command, and
+        do not stand behind `--`."""
+        words = list(takewhile(lambda word: word != "--", words))
         rests = (argparse.PARSER, argparse.REMAINDER)
         is_whole = all(action.nargs not in rests for action in self._actions)
         return words if is_whole else takewhile(lambda word: word.startswith("--"), words)
