@@ -8,7 +8,6 @@ under srun, mpirun and as one process. docs/ explains the settings; `--help` lis
 
 import os
 import sys
-from typing import Literal
 
 from megatron_dattn.runtime.signals import SignalWatcher
 
@@ -17,7 +16,7 @@ if __name__ == "__main__":
     SIGNALS.__enter__()  # noted from here on: imports take seconds
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # why, say the scripts in examples
 
-from megatron_dattn.config.cli import parse_command_line  # noqa: E402
+from megatron_dattn.config.cli import CommandLine, parse_command_line  # noqa: E402
 from megatron_dattn.config.pretrain import PretrainConfig  # noqa: E402
 from megatron_dattn.errors import EXIT_USER_ERROR, UserError  # noqa: E402
 from megatron_dattn.runtime.error_report import refuse, report_error  # noqa: E402
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> int:
     silence_import_warnings()
     if command.dry_run is None:
         return pretrain(command.config, launch)
-    return run_tool(lambda: plan(command.config, launch, command.dry_run or "here"))
+    return run_tool(lambda: plan(command, launch))
 
 
 def pretrain(config: PretrainConfig, launch: Launch) -> int:
@@ -58,12 +57,12 @@ def pretrain(config: PretrainConfig, launch: Launch) -> int:
     return 0
 
 
-def plan(config: PretrainConfig, launch: Launch, place: Literal["here", "elsewhere"]) -> int:
+def plan(command: CommandLine, launch: Launch) -> int:
     """Print what the run would be, and what would end its start; nothing is started."""
     from megatron_dattn.training.dry_run import print_plan
 
     try:
-        print_plan(config, place)
+        print_plan(command.config, command.dry_run or "here", command.dry_run_rank)
     except UserError as error:
         return report_error(launch, str(error), EXIT_USER_ERROR)
     return 0

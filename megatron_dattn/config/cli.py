@@ -44,6 +44,8 @@ class CommandLine:
     dry_run: Literal["here", "elsewhere"] | None
     """Print the plan of the run (parameters, tokens, FLOPs, memory per rank) and stop: of a run on
     this machine, or of one on another whose packages and files are not here."""
+    dry_run_rank: int | None = None
+    """Build this rank, too, without memory and without the others."""
 
 
 def parse_command_line(argv: Sequence[str], prog: str = "pretrain_vlm.py") -> CommandLine:
@@ -58,10 +60,12 @@ def parse_command_line(argv: Sequence[str], prog: str = "pretrain_vlm.py") -> Co
         words = expand_short_flags(argv)
         refuse_unknown_flags(words, parser._option_string_actions)
         parsed = parser.parse_args(_values_as_meant(words))
-        dry_run = parsed.pop("dry_run")
+        dry_run, rank = parsed.pop("dry_run"), parsed.pop("dry_run_rank")
+        if rank is not None and dry_run is None:
+            raise ConfigError(f"--dry-run-rank {rank} is a part of a dry run: add --dry-run")
         built = parser.instantiate(parsed)
         sections = {f.name: built[f.name] for f in dataclasses.fields(PretrainConfig)}
-        return CommandLine(PretrainConfig(**sections), dry_run)
+        return CommandLine(PretrainConfig(**sections), dry_run, rank)
     except ConfigError:
         raise
     except (argparse.ArgumentError, TypeError, ValueError, OSError) as error:
@@ -156,6 +160,9 @@ Pretrain a vision-language model with Decomposed Attention.
   --dry-run [here | elsewhere]
       Print the plan of the run and what would end its start, and stop. `elsewhere` plans for
       another machine: packages and files that are missing here are only mentioned.
+  --dry-run-rank N
+      Besides, build rank N of the environment's WORLD_SIZE and pass a micro-batch through it,
+      without memory and without the other ranks. This machine is not checked then.
 
 A setting's last part alone will do where only one section has it: --seed is --training.seed."""
 
@@ -191,6 +198,7 @@ def _build_parser(prog: str) -> jsonargparse.ArgumentParser:
         choices=["here", "elsewhere"],
         const="here",
     )
+    parser.add_argument("--dry-run-rank", type=int)
     parser.add_class_arguments(PretrainConfig, None)
     return parser
 

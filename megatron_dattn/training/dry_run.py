@@ -31,10 +31,17 @@ _VALUE_BYTES = {"bf16": 2, "fp32": 4}
 _GRADIENT_BYTES = 4  # gradients are accumulated and reduced in fp32
 
 
-def print_plan(config: PretrainConfig, where: Literal["here", "elsewhere"] = "here") -> None:
+def print_plan(
+    config: PretrainConfig,
+    where: Literal["here", "elsewhere"] = "here",
+    rank: int | None = None,
+) -> None:
     """Print the dry run, once, for the ranks that a launcher started or that WORLD_SIZE names.
 
     Where neither is there, for the smallest world that the parallel sizes allow.
+
+    Args:
+        rank: is built besides; this machine is not checked then, as its GPUs are hidden.
 
     Raises:
         ConfigError: the run could not start here; or, planned for elsewhere, nowhere.
@@ -47,6 +54,9 @@ def print_plan(config: PretrainConfig, where: Literal["here", "elsewhere"] = "he
         raise ConfigError(f"environment variable WORLD_SIZE is {given!r}, not a number of ranks")
     world_size = int(given) if given else config.parallel.model_parallel_size
     print(dry_run(config, world_size))
+    if rank is not None:
+        _print_rank(config, world_size, rank)
+        return
     if not given:
         print("\nFor the plan on 8 ranks, say: set the environment variable WORLD_SIZE=8.")
     problems = start_problems(config, world_size if given else None)
@@ -59,6 +69,13 @@ def print_plan(config: PretrainConfig, where: Literal["here", "elsewhere"] = "he
             f"the run could not start here: {count} listed above, first: {problems[0]} (to plan "
             "for another machine: --dry-run elsewhere)"
         )
+
+
+def _print_rank(config: PretrainConfig, world_size: int, rank: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first call of CUDA: none is needed
+    from megatron_dattn.training.dry_rank import dry_rank
+
+    print(f"\n{dry_rank(config, world_size, rank)}")
 
 
 def start_problems(config: PretrainConfig, world_size: int | None) -> list[UserError]:

@@ -89,6 +89,9 @@ def test_dry_run_flag() -> None:
     assert parse_command_line(["--dry-run", "elsewhere"]).dry_run == "elsewhere"
     with pytest.raises(ConfigError, match="dry-run"):
         parse_command_line(["--dry-run", "mars"])
+    assert parse_command_line(["--dry-run", "--dry-run-rank", "517"]).dry_run_rank == 517
+    with pytest.raises(ConfigError, match="--dry-run-rank 3 is a part of a dry run"):
+        parse_command_line(["--dry-run-rank", "3"])
 
 
 def test_resolved_config_reads_back(tmp_path: Path) -> None:

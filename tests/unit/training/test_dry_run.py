@@ -212,6 +212,18 @@ def test_world_size_comes_from_the_environment(
 
 
 @pytest.mark.usefixtures("no_launcher")
+def test_a_rank_is_built_besides(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    print_plan(changed(parallel={"pipeline_model_parallel_size": 2}), "elsewhere", rank=3)
+    said = capsys.readouterr().out
+    assert "4 ranks" in said
+    assert "Rank 3 of 4" in said
+
+
+@pytest.mark.usefixtures("no_launcher")
 def test_all_that_a_start_here_would_meet_is_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
