@@ -8,7 +8,7 @@
 # MASTER_ADDR    name or address of machine 0, reachable from all       (required)
 # MASTER_PORT    free port on machine 0 (29500)
 # RENDEZVOUS_SECONDS   how long machines wait for each other at the start (600)
-# GPUS_PER_NODE, STAGES, WORK_DIR, LOG_DIR   as in train_single_node.sh
+# GPUS_PER_NODE, STAGES, WORK_DIR, LOG_DIR, RECIPE   as in train_single_node.sh
 #
 # WORK_DIR must be a folder that all machines share: checkpoints are written by every rank.
 # Under Slurm use examples/slurm instead.
@@ -18,12 +18,13 @@ set -euo pipefail
 : "${NODE_RANK:?set NODE_RANK to the number of this machine, counted from 0}"
 : "${MASTER_ADDR:?set MASTER_ADDR to the name or address of machine 0}"
 
-recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-repository=$(cd "${recipe}/../.." && pwd)
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+recipe=$(cd "${RECIPE:-${here}}" && pwd)
+repository=$(cd "${here}/../.." && pwd)
 read -ra stages <<<"${STAGES:-stage1 stage2 stage3}"
 
 cd "${WORK_DIR:-${repository}}"
-logs=${LOG_DIR:-${PWD}/logs/mistral_7b}
+logs=${LOG_DIR:-${PWD}/logs/$(basename "${recipe}")}
 export PYTHONPATH="${repository}${PYTHONPATH:+:${PYTHONPATH}}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 # One hardware queue: kernels start in the order of their calls. Tensor parallelism relies on it to

@@ -6,17 +6,19 @@
 # GPUS_PER_NODE  processes to start (8)
 # STAGES         stages to run, in order ("stage1 stage2 stage3")
 # WORK_DIR       folder that holds data/ and checkpoints/ (the repository)
-# LOG_DIR        one log per rank is written below it (WORK_DIR/logs/mistral_7b)
+# LOG_DIR        one log per rank is written below it (WORK_DIR/logs/<recipe>)
+# RECIPE         folder with model.yaml and the stages' files (that of this script)
 #
 # Run it again after an interruption: finished stages end at once, the others resume.
 set -euo pipefail
 
-recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-repository=$(cd "${recipe}/../.." && pwd)
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+recipe=$(cd "${RECIPE:-${here}}" && pwd)
+repository=$(cd "${here}/../.." && pwd)
 read -ra stages <<<"${STAGES:-stage1 stage2 stage3}"
 
 cd "${WORK_DIR:-${repository}}"
-logs=${LOG_DIR:-${PWD}/logs/mistral_7b}
+logs=${LOG_DIR:-${PWD}/logs/$(basename "${recipe}")}
 # The package runs from the checkout; an installed one is not needed.
 export PYTHONPATH="${repository}${PYTHONPATH:+:${PYTHONPATH}}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
