@@ -11,7 +11,6 @@ what is missing on the laptop does not matter:
 import os
 from typing import Literal
 
-from megatron_dattn.attention.layout import TokenLayout
 from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.data.config import DatasetConfig
 from megatron_dattn.data.dataset import open_dataset
