@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .caches_dattn import DAttnCache
 from .configuration_dattn import DAttnConfig
+from .norms_dattn import RMSNorm
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, fp32 [batch, tokens, head_dim] each
 KeyValue = tuple[Tensor, Tensor]  # [batch, key heads, tokens, head_dim] each
@@ -78,9 +79,13 @@ def rotate(states: Tensor, rotary: Rotary) -> Tensor:
 
 
 class Projections(nn.Module):
-    """Query, key, value and output projections, and what the language model does to scores."""
+    """Query, key, value and output projections, and what the language model does to scores.
 
-    def __init__(self, config: DAttnConfig) -> None:
+    Args:
+        bias: of queries, keys and values.
+    """
+
+    def __init__(self, config: DAttnConfig, bias: bool = False) -> None:
         super().__init__()
         text = config.text_config
         self.config = config
@@ -91,14 +96,21 @@ class Projections(nn.Module):
         self.softcap = getattr(text, "attn_logit_softcapping", None)
         queries = text.num_attention_heads * self.head_dim
         keys = text.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(text.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(text.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(text.hidden_size, keys, bias=False)
+        self.q_proj = nn.Linear(text.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(text.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(text.hidden_size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, text.hidden_size, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+
+    def queries(self, tokens: Tensor) -> Tensor:
+        """Of normalized tokens, [batch, tokens, hidden], in their dtype, without rotation:
+        [batch, heads, tokens, head_dim]."""
+        return self.q_norm(self._heads(self.q_proj(tokens)))
 
     def keys_values(self, tokens: Tensor) -> KeyValue:
         """Of normalized tokens, [batch, tokens, hidden], in their dtype; keys without rotation."""
-        return self._heads(self.k_proj(tokens)), self._heads(self.v_proj(tokens))
+        return self.k_norm(self._heads(self.k_proj(tokens))), self._heads(self.v_proj(tokens))
 
     def _heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -153,7 +165,7 @@ class CrossAttention(Projections):
     def forward(self, tokens: Tensor, images: KeyValue, seen: Seen) -> Tensor:
         """The images' share of tokens, [batch, tokens, hidden], same dtype; arguments as of
         `Attention`."""
-        query = self._heads(self.q_proj(tokens))
+        query = self.queries(tokens)
         out = [
             self._attend(query[:, :, block], *images, seen_here.images)
             for block, seen_here in seen.blocks(self.num_heads)
@@ -165,8 +177,11 @@ class Attention(Projections):
     """T2V and T2T of the text tokens; for visual tokens, keys, values and the diagonal V2V."""
 
     def __init__(self, config: DAttnConfig, number: int) -> None:
-        super().__init__(config)
+        super().__init__(config, bias=config.has_qkv_bias)
         self.number = number
+        if config.has_qk_norms:
+            eps = config.text_config.rms_norm_eps
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim, eps), RMSNorm(self.head_dim, eps)
         self.slides = config.slides(number)
         self.merge, self.rotates_t2v = config.merge, config.t2v_rotary
         if config.merge in ("tanh", "sigmoid"):
@@ -190,7 +205,7 @@ class Attention(Projections):
             cache: gives the text before these tokens, and takes theirs; None where they are all the
                 text, and nothing is to be remembered.
         """
-        query, (key, value) = self._heads(self.q_proj(tokens)), self.keys_values(tokens)
+        query, (key, value) = self.queries(tokens), self.keys_values(tokens)
         rotated = rotate(query, rotary)
         text: KeyValue = (rotate(key, rotary), value)
         if cache is not None:

@@ -17,12 +17,20 @@ from transformers import (  # noqa: E402
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 
 # By model type, the default first. A model whose layers differ from these needs code in
 # decoder_dattn.py or vision_dattn.py before its type may stand here.
-TEXT_CONFIGS = {"mistral": MistralConfig, "llama": LlamaConfig, "gemma2": Gemma2Config}
+TEXT_CONFIGS = {
+    "mistral": MistralConfig,
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+}
 VISION_CONFIGS = {
     "siglip_vision_model": SiglipVisionConfig,
     "clip_vision_model": CLIPVisionConfig,
@@ -61,7 +69,7 @@ class DAttnConfig(PreTrainedConfig):
 
     Args:
         vision_config: of the whole encoder (SigLIP or CLIP), as it was trained.
-        text_config: of the language model (Mistral, Llama or Gemma-2).
+        text_config: of the language model (Mistral, Llama, Qwen2, Qwen3 or Gemma-2).
         image_token_id: id of `<image>`. One such token in the text marks one image's place; it is
             no token of the language model.
         vision_feature_layer: which of the encoder's hidden states feeds the adapter, from the end:
@@ -166,6 +174,16 @@ class DAttnConfig(PreTrainedConfig):
     def is_gemma2(self) -> bool:
         """True if the language model has Gemma-2's norms and scales its embeddings."""
         return self.text_config.model_type == "gemma2"
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """True if the projections of queries, keys and values have biases."""
+        return self.text_config.model_type == "qwen2"
+
+    @property
+    def has_qk_norms(self) -> bool:
+        """True if every head's queries and keys are normalized."""
+        return self.text_config.model_type == "qwen3"
 
     @property
     def head_dim(self) -> int:

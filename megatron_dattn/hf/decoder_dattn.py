@@ -3,8 +3,8 @@
 Visual tokens of an image depend on that image alone: a layer adds to each its own value (V2V
 diagonal) and its FFN, and no token of another image or of the text. So `DecoderLayer.images` runs
 over images without any text, and `DecoderLayer.forward` runs over text tokens that read the keys
-and values which the images left. Layers are Mistral's and Llama's, or Gemma-2's; parameters have
-their names in Hugging Face's models.
+and values which the images left. Layers are Mistral's, Llama's and Qwen's, or Gemma-2's; parameters
+have their names in Hugging Face's models.
 
 This file travels with the exported weights.
 """

@@ -26,6 +26,8 @@ AdapterNorm = Literal["before", "behind", "both", "none"]
 _FOREIGN_FIELDS = {
     "mistral": _GEMMA2_FIELDS,
     "llama": (*_GEMMA2_FIELDS, "sliding_window"),
+    "qwen2": (*_GEMMA2_FIELDS, "sliding_window"),
+    "qwen3": (*_GEMMA2_FIELDS, "sliding_window"),
     "gemma2": (),
 }
 # Tensor-parallel sizes that divide this divide every vocabulary, once padded.
@@ -173,12 +175,13 @@ def default_norm(attention: str) -> AdapterNorm:
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """A Mistral, Llama or Gemma-2 decoder (defaults: Mistral-7B-v0.3)."""
+    """A Mistral, Llama, Qwen or Gemma-2 decoder (defaults: Mistral-7B-v0.3)."""
 
-    family: Literal["mistral", "llama", "gemma2"] = "mistral"
-    """Gemma-2 adds to the others' layer a norm behind attention and FFN, counts all its norms'
-    weights from one, multiplies embeddings by sqrt(hidden_size) and lets every other layer's
-    attention slide; see `docs/language_models.md`."""
+    family: Literal["mistral", "llama", "qwen2", "qwen3", "gemma2"] = "mistral"
+    """Qwen2 and 2.5 add biases to the projections of queries, keys and values, Qwen3 norms to the
+    queries and keys of every head. Gemma-2 adds to the others' layer a norm behind attention and
+    FFN, counts all its norms' weights from one, multiplies embeddings by sqrt(hidden_size) and lets
+    every other layer's attention slide; see `docs/language_models.md`."""
     hidden_size: int = 4096
     """Width of the decoder's layers."""
     num_hidden_layers: int = 32
@@ -275,6 +278,16 @@ class LanguageConfig:
 
         scale = (self.query_pre_attn_scalar or self.head_dim) ** -0.5
         return ScoreFunction(scale, self.attn_logit_softcapping)
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """True if the projections of queries, keys and values have biases."""
+        return self.family == "qwen2"
+
+    @property
+    def has_qk_norms(self) -> bool:
+        """True if every head's queries and keys are normalized before they are rotated."""
+        return self.family == "qwen3"
 
     @property
     def has_post_norms(self) -> bool:

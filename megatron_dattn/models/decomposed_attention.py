@@ -128,6 +128,8 @@ class DecomposedSelfAttention(SelfAttention):
             self.hidden_size_per_attention_head,
         )
         plain = heads[:, :, :-1]
+        if self.q_layernorm is not None:
+            plain = torch.cat(self._normed(plain[:, :, :-1], plain[:, :, -1:]), dim=2)
         rotated = apply_rotary(plain, step.rotary)
         out = attend_newest(
             (rotated if inputs.rule.attention.t2v.rotary else plain)[:, :, :-1],
@@ -147,12 +149,28 @@ class DecomposedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query of the scored tokens, key and value of all that pass, and the values of those whose
         output is their own value."""
+        query, key, value, own = self._projected(hidden_states, inputs)
+        return *self._normed(query, key), value, own
+
+    def _normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [..., head_dim] as they are scored, in their dtype: normalized head by head, as
+        Qwen3 has it, whatever tokens they are of."""
+        if self.q_layernorm is None:
+            return query, key
+        return self.q_layernorm(query), self.k_layernorm(key)
+
+    def _projected(
+        self, hidden_states: Tensor, inputs: LayerInputs
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same as the linear layer makes them."""
         # Not the plan's number of the first one, which counts the tokens of a cache, too.
         first_scored = inputs.shards.num_tokens - inputs.plan.num_scored_tokens
         if self.savings.visual_queries and first_scored:
             return project_queries_keys_values(
                 hidden_states,
                 self.linear_qkv.weight,
+                # Transformer Engine's layers have an empty tensor where there is none.
+                self.linear_qkv.bias if self.config.add_qkv_bias else None,
                 inputs.shards,
                 self.num_query_groups_per_partition,
                 self.hidden_size_per_attention_head,

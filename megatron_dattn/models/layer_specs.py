@@ -94,6 +94,7 @@ def language_block_spec(
     # A partial FFN multiplies normalized tokens with a part of the weight, out of the module.
     fused_ffn = implementation == "transformer_engine" and preset.visual.ffn in (0.0, 1.0)
     norm = _rms_norm(implementation, language)
+    head_norm = norm if language.has_qk_norms else None
     column, row = _linears(implementation)
     layers = [
         ModuleSpec(
@@ -116,7 +117,11 @@ def language_block_spec(
                         "savings": savings,
                     },
                     submodules=SelfAttentionSubmodules(
-                        linear_qkv=column, core_attention=DecomposedCore, linear_proj=row
+                        linear_qkv=column,
+                        core_attention=DecomposedCore,
+                        linear_proj=row,
+                        q_layernorm=head_norm,
+                        k_layernorm=head_norm,
                     ),
                 ),
                 # TransformerLayer builds both residual adds; our forward pass adds by itself, as

@@ -29,6 +29,7 @@ from megatron_dattn.parallel.sequence import SequenceLayout
 def project_queries_keys_values(
     local: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     shards: SequenceLayout,
     num_groups: int,
     head_dim: int,
@@ -40,6 +41,7 @@ def project_queries_keys_values(
         local: normalized tokens of this rank, `[V_r | T_r]`, [tokens, 1, H].
         weight: this rank's share of the fused weight, [groups * (queries + 2) * head_dim, H]; in
             every group stand its query heads, then its key, then its value.
+        bias: this rank's share of the biases, [groups * (queries + 2) * head_dim]; None without.
         num_groups: key heads of this rank.
         num_diagonal: leading tokens whose output is their own value.
 
@@ -47,8 +49,9 @@ def project_queries_keys_values(
         Query [text tokens, query heads, head_dim]; key and value [all tokens, groups, head_dim];
         and the diagonal tokens' values once more, [num_diagonal, groups, head_dim].
     """
-    heads = weight.unflatten(0, (num_groups, -1, head_dim))
-    outputs = _ProjectTokens.apply(local.squeeze(1), heads, shards, num_diagonal)
+    sizes = (num_groups, -1, head_dim)
+    heads, added = weight.unflatten(0, sizes), None if bias is None else bias.unflatten(0, sizes)
+    outputs = _ProjectTokens.apply(local.squeeze(1), heads, added, shards, num_diagonal)
     assert isinstance(outputs, tuple)
     return outputs
 
@@ -62,8 +65,7 @@ def project(layer: Any, tokens: Tensor) -> Tensor:
     """
     megatron = isinstance(layer, ColumnParallelLinear | RowParallelLinear)
     if megatron and torch.is_inference_mode_enabled() and layer.tp_group.size() == 1:
-        assert layer.bias is None, "decoder layers have no biases"
-        return F.linear(tokens, layer.weight)
+        return F.linear(tokens, layer.weight, layer.bias)
     out, _ = layer(tokens)
     return out
 
@@ -134,15 +136,21 @@ class _ProjectTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, local: Tensor, heads: Tensor, shards: SequenceLayout, num_diagonal: int
+        ctx: Any,
+        local: Tensor,
+        heads: Tensor,
+        bias: Tensor | None,
+        shards: SequenceLayout,
+        num_diagonal: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # The weight's gradient alone reads the tokens: a frozen language model keeps none.
         ctx.save_for_backward(local if ctx.needs_input_grad[1] else None, heads)
         ctx.shards, ctx.num_diagonal = shards, num_diagonal
         ctx.set_materialize_grads(False)  # of diagonal values that nobody reads
         tokens = shards.all_gather(local)
-        query = _product_by_group(tokens[-shards.text :], heads[:, :-2]).flatten(1, 2)
-        key, value = _product_by_group(tokens, heads[:, -2:]).unbind(2)
+        of_query, of_key_value = (None, None) if bias is None else (bias[:, :-2], bias[:, -2:])
+        query = _product_by_group(tokens[-shards.text :], heads[:, :-2], of_query).flatten(1, 2)
+        key, value = _product_by_group(tokens, heads[:, -2:], of_key_value).unbind(2)
         # A slice taken outside would have a backward pass of its own: zeros for all tokens, filled
         # in and added.
         return query, key, value, value[:num_diagonal]
@@ -151,10 +159,10 @@ class _ProjectTokens(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, grad_own: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         local, heads = ctx.saved_tensors
         shards: SequenceLayout = ctx.shards
-        scattering, grad_heads = None, None
+        scattering, grad_heads, grad_bias = None, None, None
         if ctx.needs_input_grad[1]:  # not where the language model is frozen
             gathering = shards.start_all_gather(local)
         grad_query = grad_query.unflatten(1, (len(heads), -1))
@@ -173,17 +181,22 @@ class _ProjectTokens(torch.autograd.Function):
             grad_heads = torch.empty_like(heads)
             _add_up_by_group(grad_query, tokens[-shards.text :], grad_heads[:, :-2])
             _add_up_by_group(grad_key_value, tokens, grad_heads[:, -2:])
+        if ctx.needs_input_grad[2]:
+            grad_bias = torch.cat((grad_query.sum(0), grad_key_value.sum(0)), dim=1)
         grad_local = None if scattering is None else scattering.wait()
-        return grad_local, grad_heads, None, None
+        return grad_local, grad_heads, grad_bias, None, None
 
 
-def _product_by_group(tokens: Tensor, heads: Tensor) -> Tensor:
-    """Products of [N, H] with some heads of every group, [groups, heads, D, H]:
-    [N, groups, heads, D]."""
+def _product_by_group(tokens: Tensor, heads: Tensor, bias: Tensor | None) -> Tensor:
+    """Products of [N, H] with some heads of every group, [groups, heads, D, H], plus their biases
+    [groups, heads, D]: [N, groups, heads, D]."""
     groups, num_heads, head_dim, _ = heads.shape
     out = tokens.new_empty(len(tokens), groups, num_heads * head_dim)
-    rows = heads.flatten(1, 2).mT
-    torch.bmm(tokens.expand(groups, -1, -1), rows, out=out.transpose(0, 1))
+    each, rows = tokens.expand(groups, -1, -1), heads.flatten(1, 2).mT
+    if bias is None:
+        torch.bmm(each, rows, out=out.transpose(0, 1))
+    else:  # in one rounding
+        torch.baddbmm(bias.flatten(1, 2).unsqueeze(1), each, rows, out=out.transpose(0, 1))
     return out.unflatten(2, (num_heads, head_dim))
 
 

@@ -51,6 +51,10 @@ def language_transformer_config(
         layernorm_epsilon=language.rms_norm_eps,
         layernorm_zero_centered_gamma=language.zero_centred_norms,
         add_bias_linear=False,
+        add_qkv_bias=language.has_qkv_bias,
+        # Also tells `finalize_model_grads` to add up the gradients of these norms, which every
+        # tensor-parallel rank has of its own heads.
+        qk_layernorm=language.has_qk_norms,
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[language.hidden_activation],
         # megatron-core's fused gated activations have no tanh-GELU, which Gemma has.

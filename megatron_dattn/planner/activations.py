@@ -106,6 +106,8 @@ def _attention(setup: Setup, rule: LayerRule, tokens: int) -> int:
     if not apart and setup.token_ranks == 1:
         # Keys and values are views of the product [queries, keys, values], which is kept whole.
         kept += setup.cut(tokens, query)
+    if language.has_qk_norms:  # what the norms read, besides what they write
+        kept += setup.cut(scored, query) + setup.cut(tokens, key_value)
     softmaxes = 1 if attention.merge in ("alpha", "cascade") else 2
     kept += softmaxes * setup.cut(scored, query)  # their outputs
     kept += softmaxes * scored * language.num_attention_heads * FP32 // setup.tensor  # log-sum-exps

@@ -128,11 +128,14 @@ def _language_blocks(config: ModelConfig) -> list[ParameterBlock]:
     d, f, layers = language.hidden_size, language.intermediate_size, language.num_hidden_layers
     query, key_value = attention_widths(language)
     sharded = d * (query + 2 * key_value) + query * d + 3 * d * f
-    norms = 4 if language.has_post_norms else 2
+    sharded += (query + 2 * key_value) * language.has_qkv_bias
+    norms = (
+        4 if language.has_post_norms else 2
+    ) * d + 2 * language.head_dim * language.has_qk_norms
     head = 0 if language.tie_word_embeddings else _embedding_size(language)
     return [
         ParameterBlock("language_model", "first", _embedding_size(language), 0),
-        ParameterBlock("language_model", "layers", layers * sharded, layers * norms * d),
+        ParameterBlock("language_model", "layers", layers * sharded, layers * norms),
         ParameterBlock("language_model", "last", head, d),
     ]
 

@@ -30,6 +30,11 @@ MODELS = {
     "gates": tiny_model_config("dattn_tanh", vision=CLIP, family="llama", vocab_size=65),
     "cascade": tiny_model_config("dattn_cascade", family="gemma2"),
     "saisa": tiny_model_config("saisa", vision=CLIP, tie_word_embeddings=True, vocab_size=65),
+    "qwen2": tiny_model_config(family="qwen2", tie_word_embeddings=True),
+    "qwen3": replace(
+        tiny_model_config("s_attn", family="qwen3", vocab_size=65),
+        adapter=AdapterConfig(norm="none"),
+    ),
     "llava": replace(
         tiny_model_config("s_attn", vision=CLIP, family="llama", tie_word_embeddings=True),
         adapter=AdapterConfig(norm="none"),

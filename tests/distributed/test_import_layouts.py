@@ -24,7 +24,7 @@ from tests.unit.conversion.hf_models import IMAGE_SIZE, PATCH_SIZE
 from tests.unit.conversion.llava_models import IMAGE_ID, save_llava
 
 LAYOUTS = {"one process": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2-PP2": (2, 2)}
-MODELS = (("clip", "llama"), ("siglip", "mistral"))
+MODELS = (("clip", "llama"), ("siglip", "mistral"), ("siglip", "qwen2"), ("clip", "qwen3"))
 IDS = [1, 9, 20, 33, 8, 60, 41, 17]
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 

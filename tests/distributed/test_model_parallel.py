@@ -285,6 +285,14 @@ CASES = [
         for p in GEMMA2_PRESETS
     ),
     Case(tensor=2, pipeline=2, sequence_parallel=True, recompute="full", family="gemma2", tie=True),
+    # Every rank has a part of the gradients of Qwen3's norms, and all of those of Qwen2's biases.
+    *(
+        Case(tensor=2, sequence_parallel=sp, preset=preset, family=family)
+        for family in ("qwen2", "qwen3")
+        for sp, preset in ((False, "dattn"), (True, "dattn"), (True, "s_attn"), (True, "yopo"))
+    ),
+    Case(pipeline=2, recompute="selective", family="qwen2", tie=True),
+    Case(pipeline=2, recompute="full", family="qwen3", tie=True),
     *(Case(tensor=2, sequence_parallel=True, preset=preset) for preset in OTHER_PRESETS),
     *(Case(pipeline=2, preset=preset, recompute="full") for preset in OTHER_PRESETS),
     # A pack without images must send a gradient, of zero, to what a preset adds.

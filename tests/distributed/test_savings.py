@@ -53,6 +53,7 @@ MODELS: tuple[Model, ...] = (
     *(("gemma2", name, 3) for name in GEMMA2_PRESETS),
     # The last layer that sees images is one with a window.
     *(("gemma2", name, 2) for name in ("exit", "yopo")),
+    *((family, name, 3) for family in ("qwen2", "qwen3") for name in ("dattn", "saisa", "yopo")),
 )
 
 

@@ -49,6 +49,8 @@ CLIP = replace(VISION, family="clip", hidden_act="quick_gelu", layer_norm_eps=1e
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {},
     "llama": {"family": "llama"},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3"},
     "gemma2": {
         "family": "gemma2",
         "hidden_activation": "gelu_pytorch_tanh",

@@ -134,20 +134,11 @@ def one_norm(config: LanguageConfig, ours: str, theirs: str) -> Rule:
 
 
 def attention_and_ffn(config: LanguageConfig, ours: str, theirs: str) -> list[Rule]:
-    """The linear layers of one layer: grouped attention and a gated FFN, without biases."""
+    """The linear layers of one layer, and what belongs to its attention."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
     return [
-        Rule(
-            f"{ours}.self_attention.linear_qkv.weight",
-            {
-                f"{theirs}.self_attn.q_proj.weight": (queries, hidden),
-                f"{theirs}.self_attn.k_proj.weight": (keys, hidden),
-                f"{theirs}.self_attn.v_proj.weight": (keys, hidden),
-            },
-            GroupedQKV(config.num_attention_heads, config.num_key_value_heads, config.head_dim),
-        ),
+        *_qkv(config, f"{ours}.self_attention", f"{theirs}.self_attn"),
         Rule(
             f"{ours}.self_attention.linear_proj.weight",
             {f"{theirs}.self_attn.o_proj.weight": (hidden, queries)},
@@ -162,3 +153,24 @@ def attention_and_ffn(config: LanguageConfig, ours: str, theirs: str) -> list[Ru
         ),
         Rule(f"{ours}.mlp.linear_fc2.weight", {f"{theirs}.mlp.down_proj.weight": (hidden, ffn)}),
     ]
+
+
+def _qkv(config: LanguageConfig, ours: str, theirs: str) -> list[Rule]:
+    """Grouped queries, keys and values; with biases and norms in the families that have them."""
+    layout = GroupedQKV(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    keys = config.num_key_value_heads * config.head_dim
+    rows = {"q": config.num_attention_heads * config.head_dim, "k": keys, "v": keys}
+
+    def joined(kind: str, *columns: int) -> Rule:
+        parts = {f"{theirs}.{name}_proj.{kind}": (rows[name], *columns) for name in rows}
+        return Rule(f"{ours}.linear_qkv.{kind}", parts, layout)
+
+    rules = [joined("weight", config.hidden_size)]
+    if config.has_qkv_bias:
+        rules.append(joined("bias"))
+    if config.has_qk_norms:
+        norm, size = "{}.{}_norm.weight", (config.head_dim,)
+        rules += [
+            Rule(f"{ours}.{x}_layernorm.weight", {norm.format(theirs, x): size}) for x in "qk"
+        ]
+    return rules

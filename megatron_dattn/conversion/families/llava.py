@@ -1,7 +1,7 @@
 """LLaVA-1.5 as Hugging Face stores it (`LlavaForConditionalGeneration`): config and weights.
 
-A CLIP or SigLIP encoder, a two-layer MLP and a Llama or Mistral decoder: our model with the preset
-`s_attn` and an adapter without a norm. Both sets of names (`key_names.py`) are read.
+A CLIP or SigLIP encoder, a two-layer MLP and a Llama, Mistral or Qwen decoder: our model with the
+preset `s_attn` and an adapter without a norm. Both sets of names (`key_names.py`) are read.
 """
 
 from typing import Any
@@ -81,7 +81,7 @@ def _language_config(config: dict[str, Any]) -> LanguageConfig:
         raise CheckpointError(
             "a LLaVA with a language model of type 'gemma2' is not supported: versions of "
             "transformers differ in whether they scale its visual tokens as Gemma-2's own "
-            "embeddings are; supported: llama, mistral"
+            "embeddings are; supported: llama, mistral, qwen2, qwen3"
         )
     tied = any(_values(place).flag("tie_word_embeddings") for place in (config, section))
     full = with_required(section, family.DEFAULTS)

@@ -5,7 +5,7 @@ A family is a module. Adding one is writing the module and naming it here.
 
 from typing import Any, Protocol, TypeVar
 
-from megatron_dattn.conversion.families import clip, gemma2, llama, mistral, siglip
+from megatron_dattn.conversion.families import clip, gemma2, llama, mistral, qwen2, qwen3, siglip
 from megatron_dattn.conversion.families.weight_map import Rule
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import LanguageConfig, VisionConfig
@@ -53,7 +53,13 @@ class VisionFamily(Protocol):
 
 _Family = TypeVar("_Family", LanguageFamily, VisionFamily)
 
-LANGUAGE: dict[str, LanguageFamily] = {"gemma2": gemma2, "llama": llama, "mistral": mistral}
+LANGUAGE: dict[str, LanguageFamily] = {
+    "gemma2": gemma2,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+}
 """By `LanguageConfig.family`."""
 VISION: dict[str, VisionFamily] = {"clip": clip, "siglip": siglip}
 """By `VisionConfig.family`."""

@@ -16,6 +16,8 @@ _NAMES = {
     "clip": "CLIP",
     "mistral": "Mistral",
     "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
     "gemma2": "Gemma-2",
 }
 _DATTN_USAGE = f"""\

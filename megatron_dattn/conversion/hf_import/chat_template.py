@@ -36,6 +36,9 @@ _BY_FAMILY: dict[str, tuple[TemplateName, ...]] = {
     "mistral": ("mistral_v3", "mistral_v1"),
     "llama": ("llama3", "vicuna_v1"),
     "gemma2": ("gemma",),
+    # ChatML, which their tokenizers bring.
+    "qwen2": (),
+    "qwen3": (),
 }
 
 _TEKKEN = TemplateChoice(
@@ -103,7 +106,7 @@ def _guess(family: str) -> TemplateChoice:
         (name for name in _BY_FAMILY[family] if not TEMPLATES[name].control), "plain"
     )
     controls = [", ".join(TEMPLATES[n].control) for n in _BY_FAMILY[family] if TEMPLATES[n].control]
-    lacks = f"its tokenizer lacks {' and '.join(controls)}"
+    lacks = f"its tokenizer lacks {' and '.join(controls) or 'a chat template'}"
     loss = "; the questions themselves are not shown to the model then" if name == "plain" else ""
     return TemplateChoice(name, f"a guess for a model of family {family}: {lacks}{loss}")
 

@@ -18,6 +18,10 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -47,6 +51,8 @@ LANGUAGE_SIZES = {
 LANGUAGE_MODELS = {
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
     "gemma2": (
         Gemma2ForCausalLM,
         Gemma2Config,
@@ -69,6 +75,14 @@ def vary_norms(model: PreTrainedModel) -> None:
     """Norms start all alike, so that one in another's place would not be noticed."""
     for name, parameter in model.named_parameters():
         if "norm" in name or "layrnorm" in name:
+            parameter += 0.2 * torch.randn_like(parameter)
+
+
+@torch.no_grad()
+def vary_biases(model: PreTrainedModel) -> None:
+    """Biases of a decoder start at zero, so that one that is left out would not be noticed."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
             parameter += 0.2 * torch.randn_like(parameter)
 
 
@@ -119,6 +133,7 @@ def save_language(
     model_class, config_class, of_family = LANGUAGE_MODELS[family]
     spread = {"initializer_range": 0.3} if varied else {}
     model = model_class(config_class(**{**LANGUAGE_SIZES, **of_family, **spread, **changes}))
+    vary_biases(model)
     if varied:
         vary_norms(model)
         with torch.no_grad():

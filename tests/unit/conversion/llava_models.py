@@ -10,6 +10,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 
@@ -24,7 +26,12 @@ from tests.unit.conversion.hf_models import (
 
 IMAGE_ID = len(SPECIAL_TOKENS) - 1
 LLAVA_VISION = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
-LLAVA_LANGUAGE = {"llama": LlamaConfig, "mistral": MistralConfig}
+LLAVA_LANGUAGE = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
 
 
 def llava_model(

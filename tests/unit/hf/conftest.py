@@ -45,6 +45,12 @@ CASES = {
     "dattn_sigmoid": Case("dattn_sigmoid", "clip", "gemma2", {"norm": "none"}),
     "dattn_cascade": Case("dattn_cascade", language="gemma2"),
     "saisa": Case("saisa", "clip", "gemma2"),
+    "dattn-qwen2": Case("dattn", language="qwen2"),
+    "dattn_biased-qwen2": Case("dattn_biased", "clip", "qwen2"),
+    "saisa-qwen2": Case("saisa", language="qwen2"),
+    "dattn_sum-qwen3": Case("dattn_sum", language="qwen3"),
+    "vidi-qwen3": Case("vidi", "clip", "qwen3"),
+    "dattn_cascade-qwen3": Case("dattn_cascade", language="qwen3"),
 }
 # Windows are shorter than the questions; 67 tokens are padded in training; some heads are tied.
 LANGUAGES = {
@@ -52,6 +58,8 @@ LANGUAGES = {
     "mistral-v0.1": {"family": "mistral", "sliding_window": 5, "tie_word_embeddings": True},
     "llama": {"family": "llama", "vocab_size": 67},
     "gemma2": {"family": "gemma2", "vocab_size": 67},
+    "qwen2": {"family": "qwen2", "vocab_size": 67, "tie_word_embeddings": True},
+    "qwen3": {"family": "qwen3", "tie_word_embeddings": True},
 }
 
 QUESTIONS = ["what is this?", "a longer question about it.", "why?", "what of these?"]

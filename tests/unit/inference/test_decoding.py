@@ -110,6 +110,12 @@ def test_with_windows_softcap_and_norms_behind(preset: str) -> None:
     assert_same(loaded_model(preset, family="gemma2"), make_prompts(PROMPTS["mixed pack"]))
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_with_biases_and_norms_of_queries_and_keys(preset: str, family: str) -> None:
+    assert_same(loaded_model(preset, family=family), make_prompts(PROMPTS["mixed pack"]))
+
+
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "inherit" in name])
 def test_images_fall_out_of_an_inherited_window(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They do so while the answer grows, and in the layers with a window alone."""

@@ -32,7 +32,12 @@ STORIES = {
     "exit": ["whole"] * 3 + ["gone"] * 2,
     "yopo": ["half"] * 3 + ["gone"] * 2,
 }
-FAMILIES = {"mistral": {"sliding_window": 6}, "gemma2": {"family": "gemma2", "sliding_window": 5}}
+FAMILIES = {
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"family": "gemma2", "sliding_window": 5},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3"},
+}
 NOTHING = ExactSavings(visual_queries=False, folded_output=False, unread_tokens=False)
 LAYOUT = make_batch([9, 5, 8], [(3,), (), (0, 5)], grid=(2, 3), budgets=(20, 24)).layout
 VISUAL = LAYOUT.visual_budget

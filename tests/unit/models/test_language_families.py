@@ -14,9 +14,15 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from megatron_dattn.attention.rotary_scaling import RotaryScaling
 from megatron_dattn.batch import PackedBatch
@@ -28,6 +34,8 @@ pytestmark = pytest.mark.usefixtures("one_process")
 _CLASSES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
 }
 # `max_position_embeddings` changes nothing here, and None is not Hugging Face's word for it.
@@ -46,7 +54,7 @@ def long_batch() -> PackedBatch:
 
 
 def hugging_face(language: LanguageConfig) -> PreTrainedModel:
-    """Hugging Face's model with random weights, in which every norm matters."""
+    """Hugging Face's model with random weights, in which every norm and bias matters."""
     fields = {n: v for n, v in vars(language).items() if n not in _OWN_NAMES}
     scaling = language.rope_scaling
     rope = (
@@ -61,9 +69,9 @@ def hugging_face(language: LanguageConfig) -> PreTrainedModel:
     config_class, model_class = _CLASSES[language.family]
     torch.manual_seed(11)
     model = model_class(config_class(**fields, attn_implementation="eager"))
-    with torch.no_grad():  # norms start at one, or at zero: let them matter
+    with torch.no_grad():  # norms start at one, or at zero, and biases at zero: let them matter
         for name, param in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 param.add_(torch.randn_like(param) * 0.3)
     return model.eval()
 
@@ -93,6 +101,10 @@ def _logits(language: dict[str, Any], dtype: torch.dtype = torch.float32) -> lis
         {"family": "llama"},
         {"family": "llama", "rope_scaling": LLAMA3},
         {"family": "llama", "vocab_size": 67, "tie_word_embeddings": True},  # padded
+        {"family": "qwen2"},
+        {"family": "qwen2", "tie_word_embeddings": True},
+        {"family": "qwen3"},
+        {"family": "qwen3", "tie_word_embeddings": True},
         {"family": "gemma2"},
         {"family": "gemma2", "tie_word_embeddings": True},
         {"family": "gemma2", "attn_logit_softcapping": None, "final_logit_softcapping": None},
@@ -119,12 +131,22 @@ def follow_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         return scores.softmax(dim)
 
     monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", llama_norm)
+    monkeypatch.setattr(modeling_qwen2.Qwen2RMSNorm, "forward", llama_norm)
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", llama_norm)
     monkeypatch.setattr(modeling_gemma2.Gemma2RMSNorm, "forward", gemma2_norm)
     monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
 
 
 @pytest.mark.parametrize(
-    "language", [{"family": "gemma2"}, {"family": "llama", "rope_scaling": LLAMA3}], ids=str
+    "language",
+    [
+        {"family": "gemma2"},
+        {"family": "llama", "rope_scaling": LLAMA3},
+        {"family": "llama", "tie_word_embeddings": True},
+        {"family": "qwen2", "tie_word_embeddings": True},
+        {"family": "qwen3", "tie_word_embeddings": True},
+    ],
+    ids=str,
 )
 def test_logits_equal_hugging_face_in_float64(monkeypatch, language):
     """Angles are float32 on both sides, by the same operations."""

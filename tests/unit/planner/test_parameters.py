@@ -99,6 +99,8 @@ def test_gemma2_9b_has_its_published_size() -> None:
     ("section", "changes", "parallel"),
     [
         ("language", {"family": "gemma2"}, {}),
+        ("language", {"family": "qwen2"}, {"tensor_model_parallel_size": 2}),
+        ("language", {"family": "qwen3"}, {"tensor_model_parallel_size": 2}),
         ("language", {"vocab_size": 129}, {"tensor_model_parallel_size": 2}),
         (
             "language",

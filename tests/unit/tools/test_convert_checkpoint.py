@@ -124,7 +124,12 @@ def test_verify_tells_how_far_it_is(converted, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("family", "vision", "template"),
-    [("gemma2", "clip", "plain: a guess"), ("llama", "siglip", "vicuna_v1: a guess")],
+    [
+        ("gemma2", "clip", "plain: a guess"),
+        ("llama", "siglip", "vicuna_v1: a guess"),
+        ("qwen2", "siglip", "plain: a guess"),
+        ("qwen3", "clip", "plain: a guess"),
+    ],
 )
 def test_other_families_are_imported_and_verified(tmp_path, family, vision, template, capsys):
     save_vision(tmp_path / "vision", family=vision, varied=True)

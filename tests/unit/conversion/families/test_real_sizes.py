@@ -14,10 +14,16 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -49,6 +55,34 @@ GEMMA2_9B = Gemma2Config(
     num_attention_heads=16,
     num_hidden_layers=42,
     num_key_value_heads=8,
+)
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+QWEN25_05B = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+QWEN3_06B = Qwen3Config(
+    vocab_size=151936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
 )
 
 
@@ -91,8 +125,11 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # The sizes on their pages; SigLIP adds 397,745,440 without its last layer and its head.
         (MistralForCausalLM, MISTRAL_7B_V03, "7,248,023,552", "15.29 GB"),
         (Gemma2ForCausalLM, GEMMA2_9B, "9,241,705,984", "19.28 GB"),
+        (LlamaForCausalLM, SMOLLM2_135M, "134,515,008", "1.06 GB"),
+        (Qwen2ForCausalLM, QWEN25_05B, "494,032,768", "1.78 GB"),
+        (Qwen3ForCausalLM, QWEN3_06B, "596,049,920", "1.99 GB"),
     ],
-    ids=["mistral-7b-v0.3", "gemma-2-9b"],
+    ids=["mistral-7b-v0.3", "gemma-2-9b", "smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b"],
 )
 def test_inspect_and_dry_run(vision, tmp_path, monkeypatch, capsys, kind, config, parameters, size):
     language = tmp_path / "language"
@@ -109,7 +146,7 @@ def test_inspect_and_dry_run(vision, tmp_path, monkeypatch, capsys, kind, config
     assert f"language_model: {parameters} parameters" in said
     assert "vision_model: 397,745,440 parameters" in said
     assert f"{size} as bf16" in said
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1.5 * 10**10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     assert main(command) == 2
     assert "disk full: the checkpoint needs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

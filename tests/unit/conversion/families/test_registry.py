@@ -15,11 +15,25 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
-from megatron_dattn.conversion.families import clip, dattn, gemma2, llama, llava, mistral, siglip
+from megatron_dattn.conversion.families import (
+    clip,
+    dattn,
+    gemma2,
+    llama,
+    llava,
+    mistral,
+    qwen2,
+    qwen3,
+    siglip,
+)
 from megatron_dattn.conversion.families.key_names import KeyNames, key_names
 from megatron_dattn.conversion.families.registry import (
     WHOLE_MODELS,
@@ -53,6 +67,8 @@ LANGUAGE_MODELS = {
     "mistral": (MistralForCausalLM, MistralConfig),
     "llama": (LlamaForCausalLM, LlamaConfig),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
 }
 VISION_MODELS = {
     "clip": (CLIPVisionModel, CLIPVisionConfig),
@@ -150,7 +166,13 @@ def test_padding_is_zeros():
 
 @pytest.mark.parametrize(
     ("module", "config_class"),
-    [(mistral, MistralConfig), (llama, LlamaConfig), (gemma2, Gemma2Config)],
+    [
+        (mistral, MistralConfig),
+        (llama, LlamaConfig),
+        (gemma2, Gemma2Config),
+        (qwen2, Qwen2Config),
+        (qwen3, Qwen3Config),
+    ],
 )
 def test_language_defaults_are_hugging_faces(module, config_class):
     assert_defaults(module.DEFAULTS, config_class().to_dict())
@@ -180,8 +202,9 @@ def test_whole_models_are_sent_to_their_flag():
 
 
 def test_what_is_supported_is_named():
-    with pytest.raises(CheckpointError, match="'qwen2'; supported: gemma2, llama, mistral"):
-        language_family({"model_type": "qwen2"})
+    supported = "gemma2, llama, mistral, qwen2, qwen3"
+    with pytest.raises(CheckpointError, match=f"'phi3'; supported: {supported}"):
+        language_family({"model_type": "phi3"})
     with pytest.raises(CheckpointError, match="'siglip2'; supported: clip, clip_vision_model"):
         vision_family({"model_type": "siglip2"})
     with pytest.raises(CheckpointError, match="of type 'None'"):
@@ -197,6 +220,10 @@ def test_what_is_supported_is_named():
         (gemma2, {"hidden_activation": "gelu"}, "only gelu_pytorch_tanh"),
         (gemma2, {"layer_types": ["full_attention"] * 3}, "only sliding and full attention in"),
         (gemma2, {"vocab_size": None}, "lacks vocab_size"),
+        (qwen2, {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        (qwen2, {"layer_types": ["sliding_attention"]}, "only full_attention"),
+        (qwen3, {"attention_bias": True}, "attention_bias True"),
+        (qwen3, {"layer_types": ["sliding_attention"]}, "only full_attention"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(module, changes, message):
@@ -351,7 +378,7 @@ SIGLIP_SECTION = {"model_type": "siglip_vision_model"}
         ({"tie_word_embeddings": 1}, "has tie_word_embeddings 1"),
         ({"vision_config": None}, "has vision_config null, but it must be an object"),
         ({"text_config": {"model_type": "gemma2"}}, "'gemma2' is not supported: versions"),
-        ({"text_config": {"model_type": "qwen2"}}, "'qwen2'; supported: gemma2"),
+        ({"text_config": {"model_type": "phi3"}}, "'phi3'; supported: gemma2"),
     ],
     ids=str,
 )

@@ -36,6 +36,7 @@ MISTRAL = make_tokenizer()
         (VICUNA, "llama", "vicuna_v1"),
         (GEMMA, "gemma2", "gemma"),
         (VICUNA, "gemma2", "plain"),
+        (VICUNA, "qwen2", "plain"),
     ],
 )
 def test_the_family_s_template_if_the_tokenizer_can_write_it(tmp_path, tokenizer, family, template):
@@ -94,6 +95,7 @@ def test_a_model_s_template_that_training_cannot_use_is_told(tmp_path, caplog):
         ("llama", r"vicuna_v1, a guess .* family llama: .* lacks <\|start_header_id\|>"),
         ("mistral", r"mistral_v1, a guess .* lacks \[INST\], \[/INST\]; if it"),
         ("gemma2", r"plain, a guess .* lacks <start_of_turn>.* questions themselves are not shown"),
+        ("qwen3", r"plain, a guess .* family qwen3: its tokenizer lacks a chat template;"),
     ],
 )
 def test_a_guess_is_not_silent(tmp_path, caplog, family, guess):

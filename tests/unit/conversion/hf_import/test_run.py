@@ -134,7 +134,7 @@ def add_token(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda v, m: edit_config(m, model_type="qwen2"), "'qwen2'; supported: gemma2, ll"),
+        (lambda v, m: edit_config(m, model_type="phi3"), "'phi3'; supported: gemma2, ll"),
         (lambda v, m: edit_config(v, model_type="siglip2"), "'siglip2'; supported: clip"),
         (lambda v, m: edit_config(m, attention_bias=True), "attention_bias True"),
         (lambda v, m: edit_config(m, hidden_size=None), "lacks hidden_size"),

@@ -221,7 +221,10 @@ def test_an_export_comes_back_bitwise(base, tmp_path, preset, adapter, caplog):
     assert loaded.tokenizer.get_vocab()["<image>"] == IMAGE_ID
 
 
-@pytest.mark.parametrize(("language", "vision"), [("gemma2", "clip"), ("llama", "siglip")])
+@pytest.mark.parametrize(
+    ("language", "vision"),
+    [("gemma2", "clip"), ("llama", "siglip"), ("qwen2", "clip"), ("qwen3", "siglip")],
+)
 def test_exports_of_other_families_come_back_bitwise(tmp_path, language, vision):
     save_vision(tmp_path / "vision", family=vision)
     save_language(tmp_path / "language", family=language)
@@ -324,7 +327,7 @@ PROJECTOR = "model.multi_modal_projector.linear_1.bias"
         (lambda f: drop(f, PROJECTOR), rf"missing {PROJECTOR} \[48\]"),
         (lambda f: edit(f, "config.json", model_type="llava_next"), "'llava_next'; --model takes"),
         (lambda f: edit_text(f, model_type="gemma2"), "language model of type 'gemma2'"),
-        (lambda f: edit_text(f, model_type="qwen2"), "'qwen2'; supported: gemma2, llama"),
+        (lambda f: edit_text(f, model_type="phi3"), "'phi3'; supported: gemma2, llama"),
         (lambda f: edit_text(f, vocab_size=80), r"embed_tokens.weight has shape \[64, 48\]"),
         (add_tokens, "has ids up to .* vocab_size is 64"),
         (lambda f: edit(f, "config.json", image_token_index="5"), 'has image_token_index "5"'),

@@ -59,6 +59,17 @@ def test_random_texts_and_answers_with_images_in_every_place_agree(base, name, c
     assert all(line.endswith(": agree") for line in lines)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_llava_of_another_family_agrees(tmp_path, family, capsys):
+    save_vision(tmp_path / "vision", family="clip")
+    sizes = {"tie_word_embeddings": True, "vocab_size": 67}
+    save_language(tmp_path / "language", family=family, varied=True, **sizes)
+    make_run_folder(tmp_path, tmp_path / "run", "s_attn", norm="none")
+    export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    assert verify(tmp_path, "run", "hf") == 0
+    assert capsys.readouterr().out.count(": agree") == len(COMPARED)
+
+
 def test_answers_from_another_column_are_noticed(base, monkeypatch, capsys):
     """As of a reader that begins an answer one column too early."""
 
