@@ -105,7 +105,8 @@ def check_tokenizer(
             )
     if tokenizer.eos_token is None or (tokenizer.bos_token is None and template != "model"):
         raise ConfigError(f"the tokenizer in '{folder}' lacks a bos_token or an eos_token")
-    highest = max(tokenizer.get_vocab().values())
+    # `<image>` is taken out before tokens are embedded, so it needs no row.
+    highest = max(index for token, index in tokenizer.get_vocab().items() if token != IMAGE_TOKEN)
     if vocab_size is not None and highest >= vocab_size:
         raise ConfigError(
             f"the tokenizer in '{folder}' has ids up to {highest}, but the model's vocab_size is "

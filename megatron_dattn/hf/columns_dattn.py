@@ -3,8 +3,11 @@
 This file travels with the exported weights.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 
 def token_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -55,3 +58,19 @@ def check_has_text(is_text: Tensor, is_image: Tensor) -> None:
             f"sample {int(wordless.nonzero()[0])} of the batch is <image> without any text; put "
             "the begin token in front, as the chat template does"
         )
+
+
+class TextProcessors(LogitsProcessorList):
+    """Processors of logits, for a model in whose vocabulary `<image>` is not.
+
+    Some look up the logits of the prompt's tokens, to make their repetition less likely. They are
+    shown the sample's first token where an image stands.
+    """
+
+    image_token_id: int
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Processed scores, [batch, vocabulary], of the same dtype, of int64 ids [batch,
+        columns]."""
+        shown: Any = torch.where(input_ids == self.image_token_id, input_ids[:, :1], input_ids)
+        return super().__call__(shown.clamp(max=scores.shape[-1] - 1), scores, **kwargs)

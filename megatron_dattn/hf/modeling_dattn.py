@@ -32,7 +32,7 @@ from .caches_dattn import (
     given_cache,
 )
 from .checkpointing_dattn import checkpointed, is_checkpointing
-from .columns_dattn import answering_columns, check_has_text, token_mask
+from .columns_dattn import TextProcessors, answering_columns, check_has_text, token_mask
 from .configuration_dattn import DAttnConfig
 from .decoder_dattn import LanguageModel
 from .loss_dattn import next_token_loss
@@ -185,7 +185,9 @@ class DAttnModel(DAttnPreTrainedModel):
         assert visual is not None
         seen = self._seen(memory.extend_text(is_text), input_ids.shape[1], visual)
         rotary = self._rotary(positions)
-        tokens = language.scaled(language.embed_tokens(input_ids))
+        # `<image>` is no token of the language model and may lie behind its vocabulary.
+        is_image = input_ids == self.config.image_token_id
+        tokens = language.scaled(language.embed_tokens(input_ids.masked_fill(is_image, 0)))
         states = []
         for layer, key, value in zip(language.layers, visual.keys, visual.values, strict=True):
             states.append(tokens)
@@ -398,6 +400,13 @@ class DAttnForConditionalGeneration(DAttnPreTrainedModel, GenerationMixin):
             inputs.pop("image_cache", None)
             inputs.pop("pixel_values", None)
         return inputs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        if self.config.image_token_id >= self.config.text_config.vocab_size:
+            processors = TextProcessors(processors)
+            processors.image_token_id = self.config.image_token_id
+        return processors
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self,

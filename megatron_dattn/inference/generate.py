@@ -56,7 +56,7 @@ def generate_tokens(
     running = list(range(len(prompts)))
     logits = decoding.prefill()
     while True:
-        logits[:, image_id] = -torch.inf
+        logits[:, image_id : image_id + 1] = -torch.inf  # it may lie behind the vocabulary
         for index, token in zip(running, logits.argmax(dim=-1).tolist(), strict=True):
             answers[index].append(token)
         running = [

@@ -24,6 +24,12 @@ def is_llava(model: ModelConfig) -> bool:
     return preset.attends_in_reading_order and preset.visual == VisualTokensConfig()
 
 
+def image_rows(model: ModelConfig, image_token_id: int) -> int:
+    """Rows that Hugging Face's embedding needs behind the vocabulary's: LLaVA looks `<image>` up
+    before it puts the image in its place, our exported code does not."""
+    return max(0, image_token_id + 1 - model.language.vocab_size) if is_llava(model) else 0
+
+
 def check_exportable(model: ModelConfig) -> None:
     """Refuse what neither our exported code nor Hugging Face's LLaVA computes.
 

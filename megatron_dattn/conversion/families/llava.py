@@ -4,6 +4,7 @@ A CLIP or SigLIP encoder, a two-layer MLP and a Llama, Mistral or Qwen decoder: 
 preset `s_attn` and an adapter without a norm. Both sets of names (`key_names.py`) are read.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_dattn.conversion.families.decoder import with_required
@@ -17,7 +18,7 @@ from megatron_dattn.conversion.families.registry import (
     vision_family,
     vision_rules,
 )
-from megatron_dattn.conversion.families.weight_map import Rule, renamed
+from megatron_dattn.conversion.families.weight_map import Rule, renamed, with_more_rows
 from megatron_dattn.conversion.io.hf_folder import ConfigValues
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
@@ -25,6 +26,9 @@ from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelCon
 MODEL_TYPE = "llava"
 # What LLaVA's sections are where they do not say it.
 _VISION_TYPE, _TEXT_TYPE = "clip_vision_model", "llama"
+ADDED_ROWS = "image_rows_added"
+"""In our exports' config.json: so many rows of the vocabulary, its last, are there for `<image>`
+alone and are left out again."""
 # Which places of the encoder are features: all, or all but the first, a class token.
 SELECT_STRATEGIES = {"clip": "default", "siglip": "full"}
 
@@ -85,22 +89,39 @@ def _language_config(config: dict[str, Any]) -> LanguageConfig:
         )
     tied = any(_values(place).flag("tie_word_embeddings") for place in (config, section))
     full = with_required(section, family.DEFAULTS)
-    return family.language_config({**full, "tie_word_embeddings": tied})
+    language = family.language_config({**full, "tie_word_embeddings": tied})
+    return replace(language, vocab_size=language.vocab_size - added_rows(config))
+
+
+def added_rows(config: dict[str, Any]) -> int:
+    """Number of rows of embedding and head that an export has added for `<image>`.
+
+    Raises:
+        CheckpointError: it is no such number.
+    """
+    rows = _values(config).whole_or_none(ADDED_ROWS) or 0
+    if rows < 0:
+        raise CheckpointError(f"the model's config.json has {ADDED_ROWS} {rows}")
+    return rows
 
 
 def _values(config: dict[str, Any]) -> ConfigValues:
     return ConfigValues(config, "the model's config.json")
 
 
-def weight_rules(model: ModelConfig, keys: KeyNames) -> dict[str, list[Rule]]:
+def weight_rules(model: ModelConfig, keys: KeyNames, rows: int = 0) -> dict[str, list[Rule]]:
     """Rules for every parameter of `vision_model`, `adapter` and `language_model`, by module.
 
     Positions that a preset adds to the adapter have none: they keep their initial values.
+
+    Args:
+        rows: of the vocabulary that are left out, see `added_rows`.
     """
+    language = with_more_rows(language_rules(model.language), rows)
     return {
         "vision_model": renamed(vision_rules(model.vision), keys.vision),
         "adapter": renamed(projector_rules(model), keys.projector),
-        "language_model": renamed(language_rules(model.language), keys.language),
+        "language_model": renamed(language, keys.language),
     }
 
 

@@ -7,20 +7,31 @@ Hugging Face's terms are fixed here and in megatron_dattn/hf.
 from megatron_dattn.conversion.families import registry
 from megatron_dattn.conversion.families.exportable import is_llava
 from megatron_dattn.conversion.families.key_names import DEEPER_ENCODER, KeyNames
-from megatron_dattn.conversion.families.weight_map import GroupedKV, Rule, below, renamed
+from megatron_dattn.conversion.families.weight_map import (
+    GroupedKV,
+    Rule,
+    below,
+    renamed,
+    with_more_rows,
+)
 from megatron_dattn.models.config import AdapterNorm, LanguageConfig, ModelConfig
 
 LLAVA_NAMES = KeyNames(vision_module=DEEPER_ENCODER)
 """transformers 4 knows a LLaVA's encoder by these names alone; 5 reads them too."""
 
 
-def export_rules(model: ModelConfig) -> list[Rule]:
-    """Rules for every parameter of the model, both sides with full names."""
-    return [
+def export_rules(model: ModelConfig, image_rows: int = 0) -> list[Rule]:
+    """Rules for every parameter of the model, both sides with full names.
+
+    Args:
+        image_rows: as of `exportable.image_rows`.
+    """
+    rules = [
         rule
         for module, rules in rules_by_module(model).items()
         for rule in renamed(rules, megatron=below(f"{module}."))
     ]
+    return with_more_rows(rules, image_rows)
 
 
 def rules_by_module(model: ModelConfig) -> dict[str, list[Rule]]:

@@ -57,18 +57,25 @@ class Stacked(Layout):
 
 @dataclass(frozen=True)
 class PaddedVocabulary(Layout):
-    """One matrix with rows of zeros behind its own: a vocabulary that is padded."""
+    """One matrix with rows of zeros behind its own: a vocabulary that is padded.
+
+    Args:
+        more: rows of zeros behind the vocabulary in Hugging Face's tensor, too.
+    """
 
     rows: int
     padded_rows: int
+    more: int = 0
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         (part,) = parts
         padding = self.padded_rows - self.rows
+        part = part[: self.rows]
         return F.pad(part, (0, 0, 0, padding)) if padding else part
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        return [whole[: self.rows]]
+        part = whole[: self.rows]
+        return [F.pad(part, (0, 0, 0, self.more)) if self.more else part]
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,18 @@ def renamed(
         )
         for rule in rules
     ]
+
+
+def with_more_rows(rules: Iterable[Rule], more: int) -> list[Rule]:
+    """The same rules where Hugging Face's embedding and head have so many more rows, of zeros."""
+    return [_with_more(rule, more) for rule in rules]
+
+
+def _with_more(rule: Rule, more: int) -> Rule:
+    if not isinstance(rule.layout, PaddedVocabulary):
+        return rule
+    sources = {name: (rows + more, *others) for name, (rows, *others) in rule.sources.items()}
+    return replace(rule, sources=sources, layout=replace(rule.layout, more=more))
 
 
 def below(prefix: str) -> Callable[[str], str]:

@@ -7,8 +7,8 @@ from typing import Any
 import transformers
 from transformers import GenerationConfig, LlavaConfig
 
-from megatron_dattn.conversion.families.exportable import is_llava
-from megatron_dattn.conversion.families.llava import SELECT_STRATEGIES
+from megatron_dattn.conversion.families.exportable import image_rows, is_llava
+from megatron_dattn.conversion.families.llava import ADDED_ROWS, SELECT_STRATEGIES
 from megatron_dattn.conversion.families.registry import LANGUAGE, VISION
 from megatron_dattn.conversion.io.hf_folder import AUTO_MAP
 from megatron_dattn.hf.configuration_dattn import DAttnConfig
@@ -25,7 +25,8 @@ class TokenIds:
     """Of the tokens that programs look up in configs."""
 
     image: int
-    bos: int
+    bos: int | None
+    """Some models, Qwen's, begin a text with none."""
     eos: int
     pad: int
 
@@ -52,13 +53,16 @@ def config_from_model(model: ModelConfig, *, tokens: TokenIds, dtype: str) -> di
     return {**content, "dtype": dtype, "transformers_version": transformers.__version__}
 
 
-def generation_config(stop_ids: list[int], tokens: TokenIds) -> GenerationConfig:
+def generation_config(
+    stop_ids: list[int], tokens: TokenIds, model: ModelConfig
+) -> GenerationConfig:
     """Greedy; an answer never holds `<image>`."""
+    rows = model.language.vocab_size + image_rows(model, tokens.image)
     return GenerationConfig(
         bos_token_id=tokens.bos,
         eos_token_id=stop_ids,
         pad_token_id=tokens.pad,
-        suppress_tokens=[tokens.image],
+        suppress_tokens=[tokens.image] if tokens.image < rows else None,
     )
 
 
@@ -88,9 +92,13 @@ def _dattn_config(model: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
 
 def _llava_config(model: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
     """The encoder ends at the feature layer: those above it are not in the checkpoint."""
+    rows = image_rows(model, tokens.image)
+    text = _text_config(model.language) | _text_tokens(tokens)
+    text["vocab_size"] += rows
     return {
+        **({ADDED_ROWS: rows} if rows else {}),
         "vision_config": _vision_config(model.vision, model.vision.num_used_layers),
-        "text_config": _text_config(model.language) | _text_tokens(tokens),
+        "text_config": text,
         **_special_tokens(tokens),
         "image_token_index": tokens.image,
         "image_seq_length": model.vision.num_patches,
@@ -108,7 +116,7 @@ def _text_config(language: LanguageConfig) -> dict[str, Any]:
     return LANGUAGE[language.family].hf_config(language)
 
 
-def _special_tokens(tokens: TokenIds) -> dict[str, int]:
+def _special_tokens(tokens: TokenIds) -> dict[str, int | None]:
     return {
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,

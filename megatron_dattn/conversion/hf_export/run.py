@@ -19,7 +19,11 @@ from torch import Tensor
 from megatron_dattn import hf
 from megatron_dattn.checkpoint import steps_of
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
-from megatron_dattn.conversion.families.exportable import check_exportable, is_llava
+from megatron_dattn.conversion.families.exportable import (
+    check_exportable,
+    image_rows,
+    is_llava,
+)
 from megatron_dattn.conversion.families.model_rules import LLAVA_NAMES, export_rules
 from megatron_dattn.conversion.families.weight_map import Rule
 from megatron_dattn.conversion.hf_export.config import (
@@ -98,7 +102,8 @@ def export_checkpoint(
     check_exportable(read_config(run_folder).model)  # before gigabytes are read
     found, config = find_run(run_folder, step, progress)
     assets = load_assets(run_folder, config)
-    planned = plan_tensors(open_tensors(found.path), config.model)
+    rows = image_rows(config.model, token_id(assets.tokenizer, IMAGE_TOKEN))
+    planned = plan_tensors(open_tensors(found.path), config.model, rows)
     num_bytes = sum(part.num_bytes for part in planned)
     check_room(output, num_bytes + _SMALL_FILES_BYTES, "export")
     is_newest = found.step == max(steps_of(run_folder), default=found.step)
@@ -117,13 +122,18 @@ def export_checkpoint(
     logger.info("exported step %d to %s", found.step, output)
 
 
-def plan_tensors(stored: dict[str, StoredTensor], config: ModelConfig) -> list[PlannedTensors]:
+def plan_tensors(
+    stored: dict[str, StoredTensor], config: ModelConfig, image_rows: int = 0
+) -> list[PlannedTensors]:
     """Every parameter of a checkpoint, as the Hugging Face tensors that it is made of.
+
+    Args:
+        image_rows: as of `exportable.image_rows`.
 
     Raises:
         CheckpointError: the checkpoint's parameters are not those of the configured model.
     """
-    rules = export_rules(config)
+    rules = export_rules(config, image_rows)
     missing = [rule.megatron for rule in rules if rule.megatron not in stored]
     unknown = sorted(stored.keys() - {rule.megatron for rule in rules})
     misshapen = [
@@ -181,7 +191,7 @@ def _write_small_files(
     llava = is_llava(config.model)
     tokens = TokenIds(
         image=token_id(tokenizer, IMAGE_TOKEN),
-        bos=int(tokenizer.bos_token_id),
+        bos=tokenizer.bos_token_id,
         eos=int(tokenizer.eos_token_id),
         pad=padding_id(tokenizer),
     )
@@ -196,7 +206,7 @@ def _write_small_files(
     content = config_from_model(config.model, tokens=tokens, dtype=_DTYPE_NAMES[dtype])
     (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stops = sorted(assets.stop_ids)
-    generation_config(stops, tokens).save_pretrained(target)
+    generation_config(stops, tokens, config.model).save_pretrained(target)
 
 
 def _copy_code(target: Path) -> None:

@@ -17,7 +17,11 @@ import torch
 from megatron_dattn.conversion.families.model_rules import added_rules
 from megatron_dattn.conversion.hf_import.chat_template import TemplateChoice, choose_template
 from megatron_dattn.conversion.hf_import.source import ImportSource, two_model_source
-from megatron_dattn.conversion.hf_import.tokenizer import check_special_tokens, copy_tokenizer
+from megatron_dattn.conversion.hf_import.tokenizer import (
+    begin_token,
+    check_special_tokens,
+    copy_tokenizer,
+)
 from megatron_dattn.conversion.hf_import.vlm_source import vlm_source
 from megatron_dattn.conversion.io.output_folder import check_output, check_room
 from megatron_dattn.data.image_settings import PROCESSOR_FILES, read_image_settings
@@ -39,6 +43,8 @@ class ImportPlan:
     """One of `DTYPES`."""
     choice: TemplateChoice
     """In which the run folder's model is asked, unless the user says otherwise."""
+    image_token_id: int
+    """Of `<image>`; maybe one that the embedding does not have."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of the parameters to be written, by name."""
     initial: tuple[str, ...]
@@ -82,6 +88,12 @@ class ImportPlan:
             counts = ", ".join(f"{count} of {dtype}" for dtype, count in self.num_rounded.items())
             remedy = "; --dtype fp32 keeps all their digits" if self.dtype == "bf16" else ""
             lines.append(f"tensors that are rounded to {self.dtype}: {counts}{remedy}")
+        rows = self.source.model.language.vocab_size
+        if self.image_token_id >= rows:
+            lines.append(
+                f"<image> has id {self.image_token_id}, behind the vocabulary of {rows}: it is "
+                "never embedded, so nothing is grown; an export as LLaVA adds a row of zeros"
+            )
         lines.append(f"conversations are written as {self.choice.name}: {self.choice.reason}")
         size = f"{self.num_bytes / 1e9:.2f} GB as {self.dtype}"
         lines.append(f"{self.output}: {len(self.shapes)} tensors, {size}")
@@ -116,11 +128,11 @@ def plan_whole_import(
 
 
 def _plan(source: ImportSource, output: Path, dtype: str) -> ImportPlan:
-    template = _check_tokenizer(source)
+    template, image_token_id = _check_tokenizer(source)
     processor_files(source.image_processor)
     read_image_settings(source.image_processor, source.model.vision.image_size)
     shapes = {f"{m.name}.{rule.megatron}": rule.shape for m in source.modules for rule in m.rules}
-    plan = ImportPlan(source, output, dtype, template, shapes, _initial(source))
+    plan = ImportPlan(source, output, dtype, template, image_token_id, shapes, _initial(source))
     check_room(output, plan.num_bytes, "checkpoint")
     return plan
 
@@ -135,13 +147,17 @@ def processor_files(folder: Path) -> list[Path]:
     return found
 
 
-def _check_tokenizer(source: ImportSource) -> TemplateChoice:
-    """Try on a copy whether the tokenizer can be used with this model, and with which template."""
-    language = source.model.language
+def _check_tokenizer(source: ImportSource) -> tuple[TemplateChoice, int]:
+    """Try on a copy whether the tokenizer can be used with this model, and with which template.
+
+    Returns:
+        The template and the id of `<image>`.
+    """
+    language, begin = source.model.language, begin_token(source.special_tokens)
     with tempfile.TemporaryDirectory() as trial:
         try:
-            image_id = copy_tokenizer(source.tokenizer, Path(trial), vocab_size=language.vocab_size)
-            tokenizer = load_tokenizer(trial, template="plain", vocab_size=language.vocab_size)
+            image_id = copy_tokenizer(source.tokenizer, Path(trial), begin=begin)
+            tokenizer = load_tokenizer(trial, template="model", vocab_size=language.vocab_size)
             generation_ends(trial, tokenizer)  # raises if it cannot be read
         except (CheckpointError, ConfigError) as error:
             raise CheckpointError(str(error).replace(trial, str(source.tokenizer))) from error
@@ -151,7 +167,13 @@ def _check_tokenizer(source: ImportSource) -> TemplateChoice:
             f"the tokenizer it is {image_id}; they belong to different models"
         )
     check_special_tokens(source.special_tokens, tokenizer, source.tokenizer)
-    return choose_template(source.tokenizer, tokenizer, language.family)
+    choice = choose_template(source.tokenizer, tokenizer, language.family)
+    if choice.name != "model" and tokenizer.bos_token is None:
+        raise CheckpointError(
+            f"{source.tokenizer}: neither tokenizer nor config.json names a token that begins a "
+            f"text, which template '{choice.name}' writes; set bos_token in tokenizer_config.json"
+        )
+    return choice, image_id
 
 
 def _initial(source: ImportSource) -> tuple[str, ...]:

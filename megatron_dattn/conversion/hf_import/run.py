@@ -30,7 +30,7 @@ from megatron_dattn.conversion.hf_import.plan import (
     processor_files,
 )
 from megatron_dattn.conversion.hf_import.source import ModuleWeights
-from megatron_dattn.conversion.hf_import.tokenizer import copy_tokenizer
+from megatron_dattn.conversion.hf_import.tokenizer import begin_token, copy_tokenizer
 from megatron_dattn.conversion.io.output_folder import new_folder
 from megatron_dattn.conversion.io.weight_values import ZeroTensors, check_finite
 from megatron_dattn.data.tokenizer import tokenizer_sha256
@@ -112,8 +112,7 @@ def write_import(plan: ImportPlan, written: Callable[[int], object] | None = Non
 def _write_assets(plan: ImportPlan, folder: Path) -> None:
     """Everything of the run folder but the checkpoint."""
     source, tokenizer = plan.source, folder / "tokenizer"
-    vocab_size = source.model.language.vocab_size
-    image_id = copy_tokenizer(source.tokenizer, tokenizer, vocab_size=vocab_size)
+    copy_tokenizer(source.tokenizer, tokenizer, begin=begin_token(source.special_tokens))
     for processor in processor_files(source.image_processor):
         shutil.copyfile(processor, tokenizer / processor.name)
     data = {"tokenizer": f"{CONFIG_DIR}/{tokenizer.name}", "template": plan.template, **source.data}
@@ -124,7 +123,10 @@ def _write_assets(plan: ImportPlan, folder: Path) -> None:
         "execution": {"precision": plan.dtype},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    logger.info("token <image> has id %d; conversations are written as %s", image_id, plan.template)
+    logger.info(
+        "token <image> has id %d; conversations are written as %s",
+        *(plan.image_token_id, plan.template),
+    )
 
 
 def _write_weights(plan: ImportPlan, folder: Path, written: Callable[[int], object]) -> None:

@@ -1,10 +1,10 @@
 """The tokenizer: an `<image>` entry without a larger vocabulary, and whether it is the model's.
 
-A vision-language model needs one token that marks an image's place. Growing the vocabulary would
-change the embedding's shape, so a reserved entry that no text needs is renamed: Mistral v0.3 ships
-`[control_8]` and hundreds more, Nemo `<SPECIAL_n>`, Llama-3 `<|reserved_special_token_0|>`, Gemma
-`<unused0>`. Llama-2 and Vicuna reserve nothing; there an entry is added behind the others, if the
-embedding has a row for it, as the padded ones of LLaVA's checkpoints do.
+A vision-language model needs one token that marks an image's place. A reserved entry that no text
+needs is renamed: Mistral v0.3 ships `[control_8]` and hundreds more, Nemo `<SPECIAL_n>`, Llama-3
+`<|reserved_special_token_0|>`, Gemma `<unused0>`. Llama-2, Vicuna, Qwen and SmolLM2 reserve
+nothing; there an entry is added behind the others. Its id may lie behind the embedding's last row:
+images take the token's place before anything is embedded, in training and in our exported code.
 
 A tokenizer of another model is often smaller than the embedding and fits it, so that nothing but
 the ids that config.json names tells the two apart: which begin and end a text. Where only the
@@ -30,6 +30,7 @@ from megatron_dattn.conversion.io.tokenizer_files import (
     rename_piece,
 )
 from megatron_dattn.data.conversation import IMAGE_TOKEN
+from megatron_dattn.data.tokenizer import load_tokenizer
 from megatron_dattn.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -54,42 +55,48 @@ TOKENIZER_FILES = (
 )
 
 
-def copy_tokenizer(source: Path, target: Path, *, vocab_size: int | None = None) -> int:
+def copy_tokenizer(source: Path, target: Path, *, begin: int | None = None) -> int:
     """Copy a fast tokenizer and make sure that it knows `<image>` as a special token.
 
     Args:
-        vocab_size: rows of the model's embedding, which the tokenizer may fill; as many as it has
-            entries where None.
+        begin: the token that begins a text, by the model's config.json, for a tokenizer that names
+            none, as Qwen's.
 
     Returns:
         The id of `<image>`.
 
     Raises:
-        CheckpointError: no tokenizer.json, or one that is damaged or is no tokenizer; neither an
-            entry to rename nor room for one more.
+        CheckpointError: no tokenizer.json, or one that is damaged or is no tokenizer.
+        ConfigError: the copy cannot be loaded.
     """
     if not (source / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{source} holds no tokenizer.json; save a fast tokenizer there "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
-    tokenizer = _read_tokenizer(source / "tokenizer.json")
+    content = _read_tokenizer(source / "tokenizer.json")
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     entry = IMAGE_TOKEN if IMAGE_TOKEN in added else _reserved_entry(added)
     if entry is None:
-        image_id = _append(source, target, vocab_size)
+        image_id = _append(target / "tokenizer.json")
     else:
         image_id = added[entry]
         for path in (target / name for name in TOKENIZER_FILES):
             if path.suffix == ".json" and path.is_file():
                 _rewrite(path, lambda content: _renamed(content, entry))
         rename_piece(target / SENTENCEPIECE_FILE, image_id, IMAGE_TOKEN)
-    if (target / "tokenizer_config.json").is_file():
-        _rewrite(target / "tokenizer_config.json", lambda content: _listed(content, image_id))
+    settings = target / "tokenizer_config.json"
+    if settings.is_file():
+        _rewrite(settings, lambda content: _listed(content, image_id))
+    if begin is not None:
+        tokenizer = load_tokenizer(str(target), template="model")
+        first = tokenizer.convert_ids_to_tokens(begin)
+        if tokenizer.bos_token is None and settings.is_file():
+            _rewrite(settings, lambda content: content | {"bos_token": first})
     return image_id
 
 
@@ -111,22 +118,12 @@ def _reserved_entry(added: dict[str, int]) -> str | None:
     return "[control_8]" if "[control_8]" in names else min(names, key=lambda name: added[name])
 
 
-def _append(source: Path, target: Path, vocab_size: int | None) -> int:
-    """Give `<image>` the id behind the last one, which must have a row in the embedding."""
-    path = str(target / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(path)
-    rows = vocab_size or tokenizer.get_vocab_size()
+def _append(path: Path) -> int:
+    """Give `<image>` the id behind the last one."""
+    tokenizer = Tokenizer.from_file(str(path))
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    image_id = tokenizer.get_vocab()[IMAGE_TOKEN]
-    if image_id >= rows:
-        raise CheckpointError(
-            f"{source}/tokenizer.json has no '{IMAGE_TOKEN}', no reserved entry to rename (such as "
-            f"[control_8] or <unused0>), and the embedding's {rows} rows are all taken; grow the "
-            "model first: model.resize_token_embeddings(n, pad_to_multiple_of=64) with n = "
-            f"{image_id + 1}, and save it again"
-        )
-    tokenizer.save(path)
-    return image_id
+    tokenizer.save(str(path))
+    return tokenizer.get_vocab()[IMAGE_TOKEN]
 
 
 def _listed(config: dict[str, Any], image_id: int) -> dict[str, Any]:
@@ -182,6 +179,11 @@ def special_tokens(*configs: Mapping[str, Any]) -> SpecialTokens:
     return named
 
 
+def begin_token(named: SpecialTokens) -> int | None:
+    """The id of the token that begins a text."""
+    return next(iter(named.get("bos", ())), None)
+
+
 def _ids(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
     """One or several; negative ones say that there is none."""
     value = config.get(name)
@@ -208,7 +210,7 @@ def check_special_tokens(
                 f"no token {_spell(absent)} (its {kind}_token is {own[kind]}); they belong to "
                 "different models"
             )
-        if own[kind] not in ids:
+        if own[kind] is not None and own[kind] not in ids:
             spelled = ", ".join(str(tokenizer.convert_ids_to_tokens(index)) for index in ids)
             logger.warning(
                 "%s: config.json has %s_token_id %s (%s), the tokenizer %s (%s): the tokenizer's "

@@ -73,7 +73,7 @@ def _llava_source(folder: Path, config: dict[str, Any], attention: str) -> Impor
     weights = SafetensorsFolder(folder)
     check_num_layers(_num_layers(model), weights)
     keys = key_names(weights.shapes)
-    rules = llava.weight_rules(model, keys)
+    rules = llava.weight_rules(model, keys, llava.added_rows(config))
     unused = llava.unused_prefixes(model, keys)
     unused += repeated_head(weights, model.language, keys.language(HEAD), keys.language(EMBEDDING))
     return ImportSource(

@@ -178,12 +178,14 @@ def _their_outputs(
         seen = pixels if len(asked.pixels) else {}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seen}
 
+    rows = assets.config.model.language.vocab_size  # a LLaVA may have one more, for `<image>`
     texts = []
     for asked in inputs.texts:
         columns = given(asked)
-        logits = model(**columns).logits[0]
+        logits = model(**columns).logits[0, :, :rows]
         texts.append(logits[columns["input_ids"][0] != image].cpu())
-    return _Outputs(texts, [_their_answer(model, given(asked)) for asked in inputs.prompts])
+    answers = (_their_answer(model, given(asked)) for asked in inputs.prompts)
+    return _Outputs(texts, [_Answer(each.tokens, each.logits[:, :rows]) for each in answers])
 
 
 def _their_answer(model: Any, columns: dict[str, Tensor]) -> _Answer:

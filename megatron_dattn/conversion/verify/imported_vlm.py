@@ -149,6 +149,8 @@ def _llava_outputs(
         LlavaForConditionalGeneration, folder, pixels.dtype, rounded_to=rounded_to
     )
     outputs = _logits(model, ids, pixels, image_id, config.vision.num_patches)
+    # Without rows that an export of ours added for `<image>`.
+    outputs = {name: each[:, : config.language.vocab_size] for name, each in outputs.items()}
     tower = model.model.vision_tower(pixels.to(get_device()), output_hidden_states=True)
     layer = model.config.vision_feature_layer
     # A class token, where there is one, comes first and is not for the adapter.

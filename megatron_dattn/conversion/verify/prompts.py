@@ -85,7 +85,8 @@ def _random(assets: RunAssets, what: str, length: int, offsets: tuple[int, ...])
     # Not the whole vocabulary: `<image>` is no text.
     ids = torch.randint(model.language.vocab_size - 1, (length,), generator=generator)
     ids += ids >= token_id(assets.tokenizer, IMAGE_TOKEN)
-    ids[0] = int(assets.tokenizer.bos_token_id)
+    if assets.tokenizer.bos_token_id is not None:
+        ids[0] = assets.tokenizer.bos_token_id
     size = (len(offsets), side, side, 3)
     images = torch.randint(256, size, dtype=torch.uint8, generator=generator).numpy()
     tokens = TextTokens(ids.tolist(), [IGNORED_LABEL] * length, offsets)

@@ -7,7 +7,7 @@ import pytest
 from megatron_dattn.attention import PRESETS, AttentionConfig
 from megatron_dattn.attention.config import TextToVisual
 from megatron_dattn.attention.visual_config import VisualTokensConfig
-from megatron_dattn.conversion.families.exportable import check_exportable
+from megatron_dattn.conversion.families.exportable import check_exportable, image_rows
 from megatron_dattn.errors import ConfigError
 from megatron_dattn.models.config import AdapterConfig, LanguageConfig, ModelConfig
 
@@ -40,6 +40,13 @@ def test_all_other_presets_can_be_exported():
 GEMMA2 = LanguageConfig(
     family="gemma2", hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=144.5
 )
+
+
+def test_llava_alone_looks_image_up():
+    llama = LanguageConfig(family="llama", vocab_size=100)
+    llava = ModelConfig(language=llama, adapter=AdapterConfig(norm="none"), attention="s_attn")
+    assert [image_rows(llava, index) for index in (5, 99, 100, 101)] == [0, 0, 1, 2]
+    assert image_rows(ModelConfig(language=llama), 100) == 0
 
 
 def test_what_hugging_face_s_classes_cannot_hold_is_refused():

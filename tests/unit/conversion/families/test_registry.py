@@ -379,6 +379,7 @@ SIGLIP_SECTION = {"model_type": "siglip_vision_model"}
         ({"vision_config": None}, "has vision_config null, but it must be an object"),
         ({"text_config": {"model_type": "gemma2"}}, "'gemma2' is not supported: versions"),
         ({"text_config": {"model_type": "phi3"}}, "'phi3'; supported: gemma2"),
+        ({"image_rows_added": -1}, "has image_rows_added -1"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""`<image>` takes a reserved or a padded row, and another model's tokenizer is noticed."""
+"""`<image>` takes a reserved entry or a new one, and another model's tokenizer is noticed."""
 
 import json
 
@@ -14,7 +14,7 @@ from megatron_dattn.conversion.hf_import.tokenizer import (
     special_tokens,
 )
 from megatron_dattn.data.tokenizer import load_tokenizer, special_token_ids
-from megatron_dattn.errors import CheckpointError
+from megatron_dattn.errors import CheckpointError, ConfigError
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.conversion.llava_models import save_llava
 from tests.unit.data.builders import make_tokenizer
@@ -81,11 +81,11 @@ def test_gemma_s_unused_entry_becomes_special(tmp_path):
     assert len(after) == len(before)
 
 
-def test_a_padded_vocabulary_has_room_for_image(tmp_path):
-    """Llama-2 and Vicuna reserve nothing; LLaVA's embedding has 64 rows more than entries."""
+def test_image_is_added_where_nothing_is_reserved(tmp_path):
+    """As in Llama-2, Vicuna, Qwen and SmolLM2."""
     source, target = tmp_path / "source", tmp_path / "target"
     save_tokenizer(source, ["<unk>", "<s>"])
-    assert copy_tokenizer(source, target, vocab_size=6) == 5
+    assert copy_tokenizer(source, target) == 5
     before, after = (AutoTokenizer.from_pretrained(path) for path in (source, target))
     assert after.convert_tokens_to_ids("<image>") == 5
     assert 5 in special_token_ids(after)
@@ -126,13 +126,13 @@ def test_both_styles_of_a_llama_tokenizer_get_image(
 ):
     source, target = tmp_path / "source", tmp_path / "target"
     save_llama_tokenizer(source, lists_added_tokens=lists_added_tokens, special=special)
-    assert copy_tokenizer(source, target, vocab_size=9) == image_id
+    assert copy_tokenizer(source, target) == image_id
     after = load_tokenizer(str(target), template="plain", vocab_size=9)
     assert type(after).__name__.startswith("LlamaTokenizer")
     assert after.convert_tokens_to_ids("<image>") == image_id
     assert image_id in special_token_ids(after)
     assert image_id in after("ab<image>a").input_ids
-    assert copy_tokenizer(target, tmp_path / "again", vocab_size=9) == image_id
+    assert copy_tokenizer(target, tmp_path / "again") == image_id
 
 
 def test_an_image_entry_that_the_list_of_added_tokens_lacks_is_listed(tmp_path):
@@ -145,11 +145,31 @@ def test_an_image_entry_that_the_list_of_added_tokens_lacks_is_listed(tmp_path):
     assert load_tokenizer(str(tmp_path / "target"), template="plain")("<image>").input_ids[-1] == 7
 
 
-def test_no_room_for_image_is_an_error_with_the_remedy(tmp_path):
-    save_tokenizer(tmp_path / "source", ["<unk>"])
-    for rows in (None, 4):
-        with pytest.raises(CheckpointError, match=r"no reserved entry.* 4 rows .*n = 5"):
-            copy_tokenizer(tmp_path / "source", tmp_path / "target", vocab_size=rows)
+def test_image_alone_may_lie_behind_the_embedding(tmp_path):
+    save_llama_tokenizer(tmp_path / "source", lists_added_tokens=False)
+    assert copy_tokenizer(tmp_path / "source", tmp_path / "target") == 7
+    load_tokenizer(str(tmp_path / "target"), template="plain", vocab_size=7)
+    with pytest.raises(ConfigError, match=r"has ids up to 6, but the model's vocab_size is 6"):
+        load_tokenizer(str(tmp_path / "target"), template="plain", vocab_size=6)
+
+
+def test_a_begin_token_that_only_the_model_names_is_the_tokenizer_s(tmp_path):
+    """Qwen's tokenizers begin a text with none, and their config.json names one."""
+    source = tmp_path / "source"
+    save_llama_tokenizer(source, lists_added_tokens=True)
+    path = source / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings | {"bos_token": None, "add_bos_token": False}))
+    copy_tokenizer(source, tmp_path / "without")
+    assert load_tokenizer(str(tmp_path / "without"), template="model").bos_token is None
+    copy_tokenizer(source, tmp_path / "named", begin=2)
+    assert load_tokenizer(str(tmp_path / "named"), template="plain").bos_token == "</s>"
+    path.write_text(json.dumps(settings))
+    copy_tokenizer(source, tmp_path / "own", begin=2)
+    assert load_tokenizer(str(tmp_path / "own"), template="plain").bos_token == "<s>"
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         copy_tokenizer(tmp_path / "empty", tmp_path / "target")
 
