@@ -1,6 +1,7 @@
 """Convert checkpoints between Hugging Face and Megatron, look into both, and compare them.
 
     python tools/convert_checkpoint.py import --vision siglip/ --language mistral/ --output base/
+    python tools/convert_checkpoint.py import --vision siglip/ --language a.gguf --output base/
     python tools/convert_checkpoint.py import --model llava-1.5/ --output base/
     python tools/convert_checkpoint.py export --checkpoint run/ --output model/
     python tools/convert_checkpoint.py inspect base/
@@ -8,9 +9,10 @@
     python tools/convert_checkpoint.py verify run/ --against model/
 
 Import: the inputs are Hugging Face folders (config.json and safetensors). Of two, the language
-folder also holds the tokenizer, the vision folder the image processor; a single one is a model of
-LLaVA-1.5's format or an export of ours. The output starts a stage: pass it to pretrain_vlm.py as
-`--checkpoint.load base/` together with `--config base/config.yaml`.
+folder, or a GGUF file in its place, also holds the tokenizer, the vision folder the image
+processor; a single one is a model of LLaVA-1.5's format or an export of ours. The output starts a
+stage: pass it to pretrain_vlm.py as `--checkpoint.load base/` together with `--config
+base/config.yaml`.
 
 Export: a run's checkpoint, by default the newest, becomes a folder that transformers loads, see
 docs/huggingface.md.
@@ -29,6 +31,7 @@ from megatron_dattn.runtime.log import setup_logging, silence_import_warnings
 from megatron_dattn.runtime.tool import ToolParser, bar, run_tool
 
 if TYPE_CHECKING:
+    from megatron_dattn.conversion.hf_import.plan import ImportPlan
     from megatron_dattn.conversion.verify.verdict import Comparison
 
 # The package is imported inside the commands: --help should not wait for torch and megatron-core.
@@ -42,7 +45,7 @@ def add_import(commands: "argparse._SubParsersAction[ToolParser]") -> None:
     parser = commands.add_parser("import", help="Hugging Face to Megatron")
     parser.set_defaults(run=run_import)
     parser.add_argument("--vision", type=Path, help="encoder's folder")
-    parser.add_argument("--language", type=Path, help="language model's folder")
+    parser.add_argument("--language", type=Path, help="language model's folder, or GGUF file")
     parser.add_argument("--model", type=Path, help="instead of both: a vision-language model's")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument(
@@ -59,24 +62,31 @@ def add_import(commands: "argparse._SubParsersAction[ToolParser]") -> None:
 
 def run_import(options: argparse.Namespace) -> int:
     from megatron_dattn.conversion.hf_import.plan import plan_import, plan_whole_import
-    from megatron_dattn.conversion.hf_import.run import write_import
+    from megatron_dattn.conversion.hf_import.source import language_folder
 
     vision, language, whole = options.vision, options.language, options.model
     chosen = {"dtype": options.dtype}
     if options.attention is not None:
         chosen["attention"] = options.attention
     if whole is not None and vision is None and language is None:
-        plan = plan_whole_import(whole, options.output, **chosen)
+        _carry_out(plan_whole_import(whole, options.output, **chosen), options.dry_run)
     elif whole is None and vision is not None and language is not None:
-        plan = plan_import(vision, language, options.output, **chosen)
+        with language_folder(language) as folder:
+            plan = plan_import(vision, folder, options.output, origin=language, **chosen)
+            _carry_out(plan, options.dry_run)
     else:
         raise ConfigError("import takes either --vision and --language, or --model alone")
+    return 0
+
+
+def _carry_out(plan: "ImportPlan", dry_run: bool) -> None:
+    from megatron_dattn.conversion.hf_import.run import write_import
+
     print(plan.summary())
-    if options.dry_run:
-        return 0
+    if dry_run:
+        return
     with bar("importing", plan.num_bytes) as advance:
         write_import(plan, advance)
-    return 0
 
 
 def add_export(commands: "argparse._SubParsersAction[ToolParser]") -> None:

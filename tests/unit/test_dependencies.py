@@ -94,7 +94,7 @@ def test_python_has_two_ends_and_this_one_lies_between() -> None:
 def test_whatever_is_imported_is_declared() -> None:
     declared = {
         canonicalize_name(requirement.name)
-        for requirement in requirements("demo", "parquet", "video")
+        for requirement in requirements("demo", "parquet", "video", "gguf")
     }
     folders = ("megatron_dattn", "tools", "examples")
     unknown = {

@@ -104,11 +104,18 @@ class ImportPlan:
 
 
 def plan_import(
-    vision: Path, language: Path, output: Path, *, attention: str = "dattn", dtype: str = "bf16"
+    vision: Path,
+    language: Path,
+    output: Path,
+    *,
+    attention: str = "dattn",
+    dtype: str = "bf16",
+    origin: Path | None = None,
 ) -> ImportPlan:
     """Check the inputs, the output and the room for it; nothing is written.
 
-    The arguments are those of `import_checkpoint`.
+    The arguments are those of `import_checkpoint`, but that `language` is always a folder, and
+    `origin` the GGUF file that it was made of, if it was.
 
     Raises:
         CheckpointError: an input does not fit or is damaged, the output folder is not empty, or the
@@ -116,7 +123,7 @@ def plan_import(
         ConfigError: sizes or a preset that do not fit each other.
     """
     output = check_output(output)
-    return _plan(two_model_source(vision, language, attention), output, dtype)
+    return _plan(two_model_source(vision, language, attention, origin), output, dtype)
 
 
 def plan_whole_import(

@@ -29,7 +29,7 @@ from megatron_dattn.conversion.hf_import.plan import (
     plan_whole_import,
     processor_files,
 )
-from megatron_dattn.conversion.hf_import.source import ModuleWeights
+from megatron_dattn.conversion.hf_import.source import ModuleWeights, language_folder
 from megatron_dattn.conversion.hf_import.tokenizer import begin_token, copy_tokenizer
 from megatron_dattn.conversion.io.output_folder import new_folder
 from megatron_dattn.conversion.io.weight_values import ZeroTensors, check_finite
@@ -52,7 +52,8 @@ def import_checkpoint(
     Args:
         vision: folder of an encoder that `families/` knows: config.json, safetensors,
             preprocessor_config.json.
-        language: folder of a language model: config.json, safetensors, tokenizer.json.
+        language: folder of a language model: config.json, safetensors, tokenizer.json; or a GGUF
+            file.
         output: the new run folder; it must not hold anything yet.
         attention: the preset that the configuration names (the weights do not depend on it).
         dtype: "bf16" or "fp32", of the stored weights.
@@ -65,8 +66,11 @@ def import_checkpoint(
             checkpoint exists then.
         ConfigError: sizes or a preset that do not fit each other.
     """
-    plan = plan_import(vision, language, output, attention=attention, dtype=dtype)
-    write_import(plan)
+    with language_folder(language) as folder:
+        plan = plan_import(
+            vision, folder, output, attention=attention, dtype=dtype, origin=language
+        )
+        write_import(plan)
     return plan.source.model
 
 

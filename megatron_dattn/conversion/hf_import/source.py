@@ -5,7 +5,8 @@ model (`vlm_source.py`). Both are described by an `ImportSource`, and everything
 same. Only configurations and headers are read here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,29 @@ class ImportSource:
     """What the config says about the tokenizer."""
 
 
-def two_model_source(vision: Path, language: Path, attention: str) -> ImportSource:
+@contextmanager
+def language_folder(path: Path) -> Iterator[Path]:
+    """The folder of a language model: the given one, or what a GGUF file holds, until the end.
+
+    Raises:
+        CheckpointError: a GGUF file that cannot be read.
+    """
+    if path.suffix != ".gguf":
+        yield path
+        return
+    from megatron_dattn.conversion.io.gguf_file import unpacked
+
+    with unpacked(path) as folder:
+        yield folder
+
+
+def two_model_source(
+    vision: Path, language: Path, attention: str, origin: Path | None = None
+) -> ImportSource:
     """An encoder and a language model.
+
+    Args:
+        origin: what the language model's folder was made of, where it is a temporary one.
 
     Raises:
         CheckpointError: a folder does not hold what its config.json describes.
@@ -74,7 +96,7 @@ def two_model_source(vision: Path, language: Path, attention: str) -> ImportSour
         _vision_weights(vision, vision_json, model),
         _language_weights(language, language_json, model),
     ]
-    folders = {"vision_model": vision, "language_model": language}
+    folders = {"vision_model": vision, "language_model": origin or language}
     return ImportSource(
         model,
         modules,

@@ -42,7 +42,7 @@ _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("*.gguf",),
-        "which is llama.cpp's format; download the model that it was made from, in safetensors",
+        "which is llama.cpp's format; name the file itself: --language MODEL.gguf",
     ),
     (
         ("zero_to_fp32.py", "global_step*", "*_optim_states.pt"),

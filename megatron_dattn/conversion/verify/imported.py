@@ -19,6 +19,7 @@ from megatron_dattn.attention.rotary_scaling import RotaryScaling
 from megatron_dattn.checkpoint import FoundCheckpoint, find_checkpoint
 from megatron_dattn.checkpoint.tensors import StoredTensor, open_tensors
 from megatron_dattn.conversion.families.registry import language_family, vision_family
+from megatron_dattn.conversion.hf_import.source import language_folder
 from megatron_dattn.conversion.io.hf_folder import read_model_config
 from megatron_dattn.conversion.verify.float64 import arithmetic
 from megatron_dattn.conversion.verify.imported_vlm import verify_whole_model
@@ -99,13 +100,15 @@ def verify_checkpoint(
             tolerance=tolerance,
             progress=progress,
         )
-    _check_parts(config, *originals)
-    ids = token_ids(tokens, config.language.vocab_size)
+    vision, language = originals
+    with language_folder(language) as folder:
+        _check_parts(config, vision, folder)
+        ids = token_ids(tokens, config.language.vocab_size)
 
-    def run(dtype: str) -> list[Pair]:
-        return _both_sides(tensors, config, *originals, ids, dtype, progress)
+        def run(dtype: str) -> list[Pair]:
+            return _both_sides(tensors, config, vision, folder, ids, dtype, progress)
 
-    return judge(run, dtype, tolerance, rounding(tensors, dtype))
+        return judge(run, dtype, tolerance, rounding(tensors, dtype))
 
 
 def _originals(

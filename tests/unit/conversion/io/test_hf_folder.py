@@ -25,7 +25,7 @@ FOLDERS: list[tuple[dict[str, Any], str]] = [
     ({"mm_projector.bin": ""}, "which is a part of a model in LLaVA's own format"),
     ({"latest.json": "", "config.yaml": ""}, "which is a run of this program, .* export it first"),
     ({"step-0000001/manifest.json": ""}, "which is a run of this program"),
-    ({"llama-Q4_K_M.gguf": ""}, "which is llama.cpp's format; download"),
+    ({"llama-Q4_K_M.gguf": ""}, "which is llama.cpp's format; name the file"),
     ({"zero_to_fp32.py": "", "global_step5/x_optim_states.pt": ""}, "join the shards first"),
     ({"pytorch_model_fsdp_0/__0_0.distcp": ""}, "shards of torch's distributed checkpoints"),
     ({"__0_0.distcp": "", ".metadata": ""}, "join them first"),
