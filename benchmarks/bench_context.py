@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parsed.command = f"python -m benchmarks.bench_context {shlex.join(words)}".strip()
     if parsed.memory:
         parsed.ranks = parsed.ranks or [4]
-        parsed.visual = parsed.visual or [2**16, 2**17, 2**18, 2**19, 2**20]
+        parsed.visual = parsed.visual or [2**16, 2**18, 2**20]
     else:
         parsed.ranks = parsed.ranks or [2, 4]
         parsed.visual = parsed.visual or [1024, 4096, 16384]
