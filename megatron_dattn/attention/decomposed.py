@@ -319,13 +319,15 @@ class _Attend(torch.autograd.Function):
             out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)  # of the log-sum-exp
+        ctx.set_materialize_grads(False)  # else a kernel writes zeros for the log-sum-exp
         ctx.softmax, ctx.elsewhere = softmax, elsewhere
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 5
         softmax: JointSoftmax = ctx.softmax
         saved = ctx.saved_tensors
         query, key = saved[:2]
