@@ -122,7 +122,7 @@ def memory_report(arguments: argparse.Namespace) -> str:
 
 
 def run_ranks(what: str, order: dict[str, Any], *, network: bool = False) -> dict[str, Any]:
-    """What new ranks find.
+    """Start ranks, and take what they find.
 
     Args:
         network: whether they get a network of their own.

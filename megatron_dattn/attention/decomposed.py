@@ -244,7 +244,7 @@ class JointSoftmax:
         saved: Sequence[Tensor],
         dtype: torch.dtype,
     ) -> tuple[Tensor, list[KeyGradients]]:
-        """What the gradient of the whole softmax's output is to some of the parts.
+        """The gradients of some parts, from that of the whole softmax's output.
 
         Args:
             grad_out: [N, Hq, D], any floating dtype.

@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def pack(self) -> PackSize:
-        """What a rank has of a full pack."""
+        """A rank's share of a full pack."""
         layout = self.layout_on_a_rank
         return PackSize(layout.visual_budget, layout.text_budget, len(layout.images))
 

@@ -25,7 +25,7 @@ def check_preset(name: str, context_parallel_size: int) -> None:
 
 
 def unserved(config: AttentionConfig) -> str | None:
-    """Why the images of a pack cannot be spread over ranks; None if they can."""
+    """The reason for which the images of a pack cannot be spread over ranks; None if they can."""
     if config.scores_visual_tokens:
         sees = "and text " if config.v2t != "none" else ""
         return (
