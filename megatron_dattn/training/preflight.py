@@ -101,6 +101,7 @@ def _groups() -> Mapping[str, dist.ProcessGroup]:
     return {
         "all ranks": world,
         "a tensor-parallel group": parallel_state.get_tensor_model_parallel_group(),
+        "a context-parallel group": parallel_state.get_context_parallel_group(),
         "a pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "a data-parallel group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
