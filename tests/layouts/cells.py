@@ -7,6 +7,7 @@ beside others, two images in one text, a pack without any image, a pack without 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from itertools import product
+from typing import Any
 
 from megatron_dattn.batch import PackedBatch
 from megatron_dattn.config.pretrain import PretrainConfig
@@ -22,7 +23,11 @@ STEPS = 5
 PACKS_PER_STEP = 4
 ALONE = Layout("dp1")
 # Four layers make a pipeline of four; eight and four heads are cut by four ranks.
-_SIZES = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+_SIZES: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 _RATES = {1: ModuleLearningRates(adapter=2e-3), 2: ALL_RATES, 3: ALL_RATES}
 
 LAYOUTS = ("tp2", "tp2+sp", "tp4+sp", "pp2", "pp4", "tp2xpp2+sp", "dp2", "dp2+distopt")
@@ -75,7 +80,11 @@ class Cell:
         model = tiny_model_config(
             self.attention, family=self.family, tie_word_embeddings=self.is_tied, **_SIZES
         )
-        settings = {"train_iters": STEPS, "num_packs": PACKS_PER_STEP, "weight_decay": 0.1}
+        settings: dict[str, Any] = {
+            "train_iters": STEPS,
+            "num_packs": PACKS_PER_STEP,
+            "weight_decay": 0.1,
+        }
         settings |= {"rates": _RATES[self.stage], **self.layout.settings, **changes}
         return dataclasses.replace(training_config(**settings), model=model)
 

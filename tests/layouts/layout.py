@@ -60,7 +60,8 @@ class Layout:
     @property
     def settings(self) -> dict[str, Any]:
         """Fields of the sections `parallel` and `execution`, by name."""
-        sizes = {SIZES[name]: size for name, size in self._named_sizes().items() if SIZES[name]}
+        named = ((SIZES[name], size) for name, size in self._named_sizes().items())
+        sizes = {field: size for field, size in named if field is not None}
         # Sequence parallelism of some harnesses is on by default; a name says all.
         settings: dict[str, Any] = {**sizes, "sequence_parallel": False}
         for option in self.options:

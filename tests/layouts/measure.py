@@ -112,8 +112,8 @@ def use_float64() -> None:
     """
     torch.set_default_dtype(torch.float64)
     transformer_config._DTYPES["fp32"] = torch.float64
-    stages.DistributedDataParallelConfig = (  # type: ignore[attr-defined,misc,assignment]
-        lambda **options: DistributedDataParallelConfig(**{**options, "grad_reduce_in_fp32": False})
+    stages.DistributedDataParallelConfig = lambda **options: DistributedDataParallelConfig(
+        **{**options, "grad_reduce_in_fp32": False}
     )
     as_fp32, type_name = torch.Tensor.float, torch.Tensor.type
 

@@ -112,7 +112,7 @@ def _collect(ranks: list[_Rank], timeout: float) -> list[Any]:
             stacks = "".join(f"\n--- rank {r.rank}\n{r.output()}" for r in waiting.values())
             raise RankError(f"no answer after {timeout} s from {len(waiting)} ranks{stacks}")
         for pipe in ready:
-            rank = waiting.pop(pipe)  # type: ignore[arg-type]
+            rank = waiting.pop(pipe)  # type: ignore[call-overload]
             values[rank.rank] = _value_of(rank)
     return [values[rank] for rank in range(len(ranks))]
 

@@ -136,7 +136,7 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     model = build_training_model(config)
     fill_parameters(unwrap_model(model), _layer_offset(config))
     replicas = parallel_state.get_data_parallel_world_size()
-    loader = None
+    loader: Any = None  # it acts as a VLMLoader
     if is_loading_rank():
         replica = parallel_state.get_data_parallel_rank()
         loader = PackLoader(packs[replica::replicas], replica)
@@ -174,7 +174,7 @@ def local_weights(run: Run, *, gradients: bool = False) -> dict[str, Shard]:
     model = unwrap_model(run.state.model)
     return {
         name: (
-            (parameter.main_grad if gradients else parameter).detach().clone(),
+            getattr(parameter, "main_grad" if gradients else "data").detach().clone(),
             *partition_of(parameter),
         )
         for name, parameter in global_parameters(model, _layer_offset(run.config))

@@ -82,7 +82,7 @@ def tiny_model_config(
 def even_model_config() -> ModelConfig:
     """Round sizes, and images of 4 x 4 patches: for sums that a test does by hand."""
     vision = replace(VISION, num_attention_heads=4, image_size=28, patch_size=7)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 96}
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 96}
     config = tiny_model_config(vision=vision, vocab_size=128, **sizes)
     return replace(config, adapter=AdapterConfig(max_grid=8))
 
