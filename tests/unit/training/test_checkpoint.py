@@ -259,6 +259,13 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path).step == 1
 
 
+def test_finite_values_are_saved_though_their_sum_is_not(tmp_path: Path) -> None:
+    run = trained(1)
+    next(run.state.model.parameters()).data.fill_(3e38)
+    run.checkpointer(tmp_path).save(run.state)
+    assert find_checkpoint(tmp_path).step == 1
+
+
 def test_old_checkpoints_go(tmp_path: Path) -> None:
     run = Run(Setup())
     checkpointer = run.checkpointer(tmp_path, keep_last=3)
