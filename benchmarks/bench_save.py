@@ -3,7 +3,7 @@
     python -m benchmarks.bench_save --output benchmarks/save_cpu.md
 
 Ranks of one machine (one, two, two with the distributed optimizer) save the state of the demo's
-model and of a wide one: weights, FP32 masters and Adam's moments, random values. In every round
+model and of a wide one, all of it trained: weights, FP32 masters and Adam's moments. In every round
 each rank
 
 - writes what is its share with torch.distributed.checkpoint's own writer: no sums, no commit;
@@ -48,7 +48,12 @@ silence_import_warnings()  # before megatron-core is imported
 
 from megatron_dattn.checkpoint.share import Share  # noqa: E402
 from megatron_dattn.config.pretrain import PretrainConfig  # noqa: E402
-from megatron_dattn.config.training import CheckpointConfig, TrainingConfig  # noqa: E402
+from megatron_dattn.config.training import (  # noqa: E402
+    CheckpointConfig,
+    ModuleLearningRates,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from megatron_dattn.models.config import ModelConfig  # noqa: E402
 from megatron_dattn.models.execution import ExecutionConfig  # noqa: E402
 from megatron_dattn.parallel.config import ParallelConfig  # noqa: E402
@@ -100,6 +105,8 @@ def save_report(arguments: argparse.Namespace) -> str:
             "one process", "one process per rank, gloo"
         ),
         f"{arguments.precision}, below {arguments.folder or tempfile.gettempdir()}",
+        "copies for saves beside training take as many bytes as the rank writes, from the first "
+        "save on; they are not in the growth",
         *notes,
     ]
     head = report.header("Saving", arguments.command, torch.device("cpu"), notes)
@@ -163,6 +170,7 @@ def _measure_rank(
     torch.set_num_threads(arguments.threads)
     config = PretrainConfig(
         model=model,
+        optimizer=OptimizerConfig(learning_rates=ModuleLearningRates(1e-4, 1e-4, 1e-4)),
         training=TrainingConfig(micro_batch_size=1, global_batch_size=ranks),
         parallel=ParallelConfig(use_distributed_optimizer=distributed),
         execution=ExecutionConfig(precision=arguments.precision),
