@@ -85,8 +85,8 @@ def _final_state(folder: Path) -> dict[str, Any]:
             state[name] = record.sha256
         elif name.startswith("rng-"):
             state[name] = torch.load(found.path / name, weights_only=True)
-    random = {f"rng-{rank:05d}.pt" for rank in range(RANKS)}
-    assert state.keys() == {"common", "__0_0.distcp", "__1_0.distcp", *random}
+    own = {name for rank in range(RANKS) for name in (f"rng-{rank:05d}.pt", f"__{rank}_0.distcp")}
+    assert state.keys() == {"common", *own}
     return state
 
 
