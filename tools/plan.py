@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dattn.errors import ConfigError, UserError
 from megatron_dattn.planner.hardware import GPUS, Assumptions, Cluster
+from megatron_dattn.runtime.log import silence_import_warnings
 from megatron_dattn.runtime.os_errors import explain
 from megatron_dattn.runtime.tool import ToolParser, run_tool
 
@@ -39,6 +40,7 @@ def _plan(options: argparse.Namespace) -> int:
     if len(options.gpus) > 1 and (options.json or options.picture or options.yaml):
         raise ConfigError("--json, --picture and --yaml are of one number of GPUs: name one")
     # Imported late: --help should not wait for torch.
+    silence_import_warnings()
     from megatron_dattn.training.layout_report import table
 
     for num_gpus in options.gpus:
@@ -49,6 +51,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _recommend(options: argparse.Namespace, cluster: Cluster) -> int:
+    silence_import_warnings()
     from megatron_dattn.training.layout_report import MODELLED, assumed, recommendations
 
     model, stages = options.recipe / "model.yaml", sorted(options.recipe.glob("stage*.yaml"))

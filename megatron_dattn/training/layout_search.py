@@ -100,8 +100,15 @@ def search_layouts(
     """All layouts of a run on so many GPUs.
 
     Raises:
-        ConfigError: none fits, with the most frequent reason.
+        ConfigError: none fits, with the most frequent reason; or the run is context-parallel, whose
+            messages and images per rank the model of time does not know.
     """
+    if config.parallel.context_parallel_size > 1:
+        raise ConfigError(
+            f"parallel.context_parallel_size {config.parallel.context_parallel_size}: the time of "
+            "context-parallel ranks is not modelled; plan with 1. --dry-run of pretrain_vlm.py "
+            "tells their memory and bytes"
+        )
     fitting: list[PlannedLayout] = []
     refused = Refusals()
     for ways in _ways(config, num_gpus, cluster, min_text_budget):

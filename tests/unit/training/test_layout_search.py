@@ -46,6 +46,12 @@ def test_every_layout_is_refused_or_planned_and_the_fastest_is_first() -> None:
     assert "tensor_model_parallel_size 4" in heads
 
 
+def test_context_parallel_runs_are_refused_as_their_time_is_not_modelled() -> None:
+    parallel = dataclasses.replace(TINY.parallel, context_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"context_parallel_size 2: the time .* is not modelled"):
+        search_layouts(dataclasses.replace(TINY, parallel=parallel), 4, H100)
+
+
 def test_distinct_layouts_differ_in_sizes() -> None:
     search = search_layouts(TINY, 4, H100)
     sizes = [
