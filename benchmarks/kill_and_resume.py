@@ -52,7 +52,7 @@ PREPROCESSOR = {
     "rescale_factor": 1 / 255,
 }
 SECONDS_OF_A_START = 30.0  # at least; the first start is measured
-PATIENCE = 600.0  # seconds until a run is thought to hang
+PATIENCE = 600.0  # seconds without a step, or to end, until a run is thought to hang
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,28 @@ def run_to_the_end(project: Project, run: str) -> float:
     """Seconds that it took.
 
     Raises:
-        RuntimeError: it did not end well.
+        RuntimeError: it did not end well, or hangs.
     """
     started = time.monotonic()
     process = _start(project, run)
-    code = process.wait(PATIENCE)
+    code = _wait(project, run, process)
     if code:
         raise RuntimeError(f"the run ended with {code}:\n{_log(project, run).read_text()[-3000:]}")
     return time.monotonic() - started
+
+
+def _wait(project: Project, run: str, process: "subprocess.Popen[bytes]") -> int:
+    """The exit code, however long the run is, as long as it goes on."""
+    step = _last_step(project, run)
+    while True:
+        try:
+            return process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            before, step = step, _last_step(project, run)
+            if step <= before:
+                process.kill()
+                log = _log(project, run).read_text()[-3000:]
+                raise RuntimeError(f"the run hangs after step {step}:\n{log}") from None
 
 
 def kill_at_random(
@@ -157,7 +171,7 @@ def kill_at_random(
             time.sleep(choice.uniform(0, seconds_of_a_start))
         else:
             while _last_step(project, run) <= before and process.poll() is None:
-                time.sleep(0.01)
+                time.sleep(0.05)  # each look reads the ledger
             seconds_of_a_start = time.monotonic() - started
             time.sleep(choice.uniform(0, most_seconds))
         if process.poll() is not None:
