@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dattn.checkpoint import find_checkpoint, save_checkpoint
-from megatron_dattn.checkpoint.tensors import open_tensors, parameter_shards, values_by_name
+from megatron_dattn.checkpoint.share import parameter_shards, values_by_name
+from megatron_dattn.checkpoint.tensors import open_tensors
 from megatron_dattn.config.cli import load_config
 from megatron_dattn.conversion.families.mistral import language_rules
 from megatron_dattn.conversion.families.model_rules import export_rules

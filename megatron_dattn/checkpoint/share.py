@@ -3,12 +3,15 @@
 No rank speaks to another here: what it writes follows from its sharded state dict, and replicas of
 data parallelism deal out what they all hold by one rule. Tensors without memory (on the meta
 device) may be given for a state that is larger than the machine: each one's values are asked for
-when its turn comes to be written.
+when its turn comes to be written. `parameter_shards` makes such a state of whole parameters, as an
+import has them.
 """
 
 import copy
 import io
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -37,9 +40,13 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_dattn.checkpoint.chunk_bytes import HostMemory
+from megatron_dattn.runtime.engine_imports import TE_NORMS
 
 # A tensor is stored as a small zip archive; this covers its headers and alignment.
 _BYTES_PER_RECORD = 4096
+# megatron-core stacks the layers along a new first axis; the key then has no layer number.
+_STACKED = re.compile(r"(?<=\blayers\.)(?!\d)")
+_LAYER = re.compile(r"(?<=\blayers\.)(\d+)\.")
 
 Values = Callable[[str, tuple[int, ...]], Tensor]
 """The values of a tensor on the meta device, by its key and its offset in the global tensor."""
@@ -157,3 +164,62 @@ def _replicas() -> tuple[int, int]:
 
 def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def parameter_shards(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, ShardedTensor]:
+    """The sharded state dict of whole parameters, as one rank without parallelism has it.
+
+    Under the same keys as the model's own, which need not be built for it; on the meta device.
+
+    Args:
+        shapes: by name, as `parameter_names` has them; of all layers or of none.
+    """
+    num_layers = Counter(_key_of(name) for name in shapes)
+    shards: dict[str, ShardedTensor] = {}
+    for name, shape in shapes.items():
+        key, layer = _key_of(name), _LAYER.search(name)
+        place = () if layer is None else ((0, int(layer[1]), num_layers[key]),)
+        shards[name] = ShardedTensor.from_rank_offsets(
+            key, torch.empty(shape, dtype=dtype, device="meta"), *place, prepend_axis_num=len(place)
+        )
+    return shards
+
+
+def values_by_name(shards: Mapping[str, ShardedTensor], load: Callable[[str], Tensor]) -> Values:
+    """The values of such shards for `save_checkpoint`; each is loaded when its turn comes.
+
+    Args:
+        load: a parameter by its name, on the CPU: any shape and dtype that its shard has.
+    """
+    names = {(shard.key, tuple(shard.global_offset)): name for name, shard in shards.items()}
+    return lambda key, offset: load(names[key, offset])
+
+
+def parameter_names(key: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int | None]]:
+    """The parameters that are stored under a key.
+
+    Args:
+        shape: of the stored tensor, whose first axis may be one of layers.
+
+    Yields:
+        Name, as in `named_parameters()` of the model with local layers on one pipeline stage, and
+        index along the axis of layers; None if there is no such axis.
+    """
+    name = key
+    for fused, apart in TE_NORMS.items():
+        name = name.replace(fused, apart)
+    if not _STACKED.search(key):
+        yield name, None
+        return
+    for layer in range(shape[0]):
+        yield _STACKED.sub(f"{layer}.", name), layer
+
+
+def _key_of(name: str) -> str:
+    """Under which a parameter is stored: the inverse of `parameter_names`."""
+    key = _LAYER.sub("", name)
+    for fused, apart in TE_NORMS.items():
+        key = key.replace(apart, fused)
+    return key

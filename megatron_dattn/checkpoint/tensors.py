@@ -1,22 +1,18 @@
-"""Single parameters out of, and into, checkpoints, without a model's worth of memory.
+"""Single parameters out of checkpoints, without a model's worth of memory.
 
-`open_tensors` reads them from a checkpoint of any parallel layout: a key's chunks are joined, a
-layer is cut out of the tensor that stacks all layers. `parameter_shards` is the other direction:
-what `save_checkpoint` takes of whole parameters, whose values are loaded one at a time. Neither
-needs megatron-core's model; that its names are those of here is tested with every preset.
+`open_tensors` finds them in a checkpoint of any parallel layout: a key's chunks are joined, a layer
+is cut out of the tensor that stacks all layers. `parameter_shards` (share.py) is the other
+direction. Neither needs megatron-core's model; that its names are those of here is tested with
+every preset.
 """
 
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.metadata import (
@@ -30,13 +26,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_dattn.checkpoint.chunk_bytes import empty_on_host, read_chunk_into
 from megatron_dattn.checkpoint.manifest import read_manifest
 from megatron_dattn.checkpoint.reader import check_trusted, read_index
-from megatron_dattn.checkpoint.share import Values
+from megatron_dattn.checkpoint.share import parameter_names
 from megatron_dattn.errors import CheckpointError
-from megatron_dattn.runtime.engine_imports import TE_NORMS
-
-# megatron-core stacks the layers along a new first axis; the key then has no layer number.
-_STACKED = re.compile(r"(?<=\blayers\.)(?!\d)")
-_LAYER = re.compile(r"(?<=\blayers\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -127,53 +118,7 @@ def open_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         if not key.startswith(modules) or not isinstance(stored, TensorStorageMetadata):
             continue  # the optimizer's state, or an object
         size, dtype = tuple(stored.size), stored.properties.dtype
-        stacked, name = _STACKED.search(key), _name_of(key)
-        for layer in range(size[0]) if stacked else (None,):
-            own = name if layer is None else _STACKED.sub(f"{layer}.", name)
+        for name, layer in parameter_names(key, size):
             shape = size if layer is None else size[1:]
-            tensors[own] = StoredTensor(own, shape, dtype, stored, key, layer, reader)
+            tensors[name] = StoredTensor(name, shape, dtype, stored, key, layer, reader)
     return tensors
-
-
-def _name_of(key: str) -> str:
-    for fused, apart in TE_NORMS.items():
-        key = key.replace(fused, apart)
-    return key
-
-
-def _key_of(name: str) -> str:
-    key = _LAYER.sub("", name)
-    for fused, apart in TE_NORMS.items():
-        key = key.replace(apart, fused)
-    return key
-
-
-def parameter_shards(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> dict[str, ShardedTensor]:
-    """The sharded state dict of whole parameters, as one rank without parallelism has it.
-
-    Under the same keys as the model's own, which need not be built for it; on the meta device.
-
-    Args:
-        shapes: by name, as `open_tensors` names them; of all layers or of none.
-    """
-    num_layers = Counter(_key_of(name) for name in shapes)
-    shards: dict[str, ShardedTensor] = {}
-    for name, shape in shapes.items():
-        key, layer = _key_of(name), _LAYER.search(name)
-        place = () if layer is None else ((0, int(layer[1]), num_layers[key]),)
-        shards[name] = ShardedTensor.from_rank_offsets(
-            key, torch.empty(shape, dtype=dtype, device="meta"), *place, prepend_axis_num=len(place)
-        )
-    return shards
-
-
-def values_by_name(shards: Mapping[str, ShardedTensor], load: Callable[[str], Tensor]) -> Values:
-    """The values of such shards for `save_checkpoint`; each is loaded when its turn comes.
-
-    Args:
-        load: a parameter by its name, on the CPU: any shape and dtype that its shard has.
-    """
-    names = {(shard.key, tuple(shard.global_offset)): name for name, shard in shards.items()}
-    return lambda key, offset: load(names[key, offset])

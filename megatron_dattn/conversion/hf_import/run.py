@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from megatron_dattn.checkpoint import save_checkpoint
-from megatron_dattn.checkpoint.tensors import parameter_shards, values_by_name
+from megatron_dattn.checkpoint.share import parameter_shards, values_by_name
 from megatron_dattn.conversion.families.weight_map import Rule
 from megatron_dattn.conversion.hf_import.plan import (
     DTYPES,

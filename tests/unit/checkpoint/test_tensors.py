@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_dattn.attention import PRESETS
 from megatron_dattn.checkpoint import load_checkpoint, save_checkpoint, verify
-from megatron_dattn.checkpoint.tensors import open_tensors, parameter_shards, values_by_name
+from megatron_dattn.checkpoint.share import parameter_shards, values_by_name
+from megatron_dattn.checkpoint.tensors import open_tensors
 from megatron_dattn.conversion.families.model_rules import export_rules
 from megatron_dattn.errors import CheckpointError
 from megatron_dattn.models.build import build_model
