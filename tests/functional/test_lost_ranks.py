@@ -38,7 +38,7 @@ def test_the_other_rank_ends_in_one_line(
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    flags = workspace.flags(train_iters=5000, distributed_timeout_minutes=0.05)
+    flags = workspace.flags(train_iters=5000, distributed_timeout_minutes=0.15)
     logs = [tmp_path / f"rank-{rank}.log" for rank in range(2)]
     ranks = [_start_rank(rank, port, flags, log) for rank, log in enumerate(logs)]
     try:

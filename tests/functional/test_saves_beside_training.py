@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from unittest import mock
 import pytest
 
 from megatron_dattn.checkpoint import find_checkpoint, steps_of, writer
+from megatron_dattn.checkpoint.background import Background
 from megatron_dattn.runtime import signals
 from megatron_dattn.runtime.signals import SignalWatcher
 from megatron_dattn.training.sample_ledger import read_ledger
@@ -22,6 +24,9 @@ from tests.functional.workspace import Workspace, make_workspace, run_main
 from tests.support.distributed import RankError, run_distributed
 
 Interfere = Callable[[Path, str], None]
+
+training_waits = threading.Event()
+"""Set while this rank waits for a save to end."""
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +40,23 @@ def run_with_a_writer_that(interfere: Interfere, argv: list[str]) -> tuple[int, 
     Args:
         interfere: is given the temporary folder of the checkpoint and the run folder.
     """
-    write = writer.write_share
+    write, finish = writer.write_share, Background.finish
 
     def write_share(share: Any, folder: Path, *rest: Any) -> Any:
         if share.is_copied:  # not the save that training waits for
             interfere(folder, argv[argv.index("--checkpoint.save") + 1])
         return write(share, folder, *rest)
 
+    def wait_for_it(background: Background[Any]) -> Any:
+        training_waits.set()
+        return finish(background)
+
     stdout, watcher = io.StringIO(), SignalWatcher()
     with (
         watcher,  # the entry script makes it, but hears only where it is started as a program
         mock.patch.object(signals, "SignalWatcher", return_value=watcher),
         mock.patch.object(writer, "write_share", write_share),
+        mock.patch.object(Background, "finish", wait_for_it),
         contextlib.redirect_stdout(stdout),
     ):
         code, stderr = run_main(argv)
@@ -67,10 +77,9 @@ def wait_for_step(number: int, folder: str) -> None:
 
 
 def be_slow(temporary: Path, folder: str) -> None:
-    """Three steps later, when the next save waits for this one."""
-    step = int(temporary.name.split(".")[0].removeprefix("step-"))
-    wait_for_step(min(step + 2, 8), folder)
-    time.sleep(0.3)
+    """Two steps later, when the next save, or the end of the run, waits for this one."""
+    assert training_waits.wait(60), f"nobody waits for {temporary}"
+    training_waits.clear()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

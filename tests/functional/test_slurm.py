@@ -79,8 +79,8 @@ def test_job_outlives_a_preemption_and_a_killed_rank(training_cluster: Cluster) 
 
 
 def assert_goes_on_from(step: int, log: str) -> None:
-    assert f"iteration {step + 1:2d}/{TRAIN_ITERS} |" in log
-    assert f"iteration {step:2d}/{TRAIN_ITERS} |" not in log
+    assert f"iteration {step + 1:3d}/{TRAIN_ITERS} |" in log
+    assert f"iteration {step:3d}/{TRAIN_ITERS} |" not in log
 
 
 def test_all_nodes_meet_at_the_first_host(cluster: Cluster) -> None:

@@ -16,7 +16,7 @@ from tests.support.hosts import ADDRESSES, DEVICE, NAMES, Hosts, gives_namespace
 from tests.support.slurm import Cluster, newest_step, start_attempt, wait_for, write_recipe
 
 TRAIN_ITERS = 400
-TIMEOUT_SECONDS = 6
+TIMEOUT_SECONDS = 10
 # Then asks who is missing (three times 10 s at most), and torchrun ends what is left on its host.
 ENDS_WITHIN_SECONDS = TIMEOUT_SECONDS + 60
 

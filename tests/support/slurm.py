@@ -20,7 +20,7 @@ from tests.unit.data.builders import make_dataset, make_records, save_processor
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "examples" / "slurm"
-TRAIN_ITERS = 60
+TRAIN_ITERS = 150  # more than are done between a look at them and a signal
 
 STANDINS = {
     "srun": """

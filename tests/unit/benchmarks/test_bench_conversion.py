@@ -42,7 +42,7 @@ def test_a_random_checkpoint_has_shards_that_convert(tmp_path: Path) -> None:
 
 
 def test_the_peak_of_another_process_is_seen() -> None:
-    script = "import time; block = bytearray(10**8); time.sleep(0.5)"
+    script = "import time; block = bytearray(10**8); time.sleep(2)"
     measured = run_watched(["-c", script])
     assert measured.peak_bytes is not None
     if sys.platform == "linux":

@@ -68,11 +68,11 @@ def test_missing_ranks_are_named_to_all_who_came(
     everybody = launches(4)
     port = everybody[0].port
     with caplog.at_level("INFO"):
-        said = outcomes([everybody[0], everybody[2]], 2.0)
+        said = outcomes([everybody[0], everybody[2]], 5.0)
     assert said[0] == said[1]
     assert said[0].startswith(
         f"RendezvousError: ranks 1, 3 of 4 did not come to 127.0.0.1:{port} (MASTER_ADDR, "
-        "MASTER_PORT) in 2 s"
+        "MASTER_PORT) in 5 s"
     )
     assert "\n" not in said[0]
     assert len(said[0]) < 400
@@ -86,7 +86,7 @@ def test_no_answer_from_rank_0(
     monkeypatch.setattr(rendezvous, "REMINDER_SECONDS", 0.3)
     launch = launches(2)[1]
     started = time.monotonic()
-    said = outcome(launch, 1.0)
+    said = outcome(launch, 3.0)
     assert time.monotonic() - started < 20
     assert f"rank 1 on {socket.gethostname()} got no answer from rank 0 at 127.0.0.1" in said
     assert "rendezvous_timeout_minutes" in said
