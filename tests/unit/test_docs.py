@@ -31,13 +31,16 @@ every_page = pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.
 # Of files that are named without a folder too. Others (.json, .yaml) are users' as a rule.
 KINDS = (".py", ".sh", ".sbatch")
 SECTIONS = ("model", "parallel", "data", "optimizer", "training", "checkpoint", "logging")
-ROOMS = ("megatron_dattn", "tools", "tests", "docs", "examples", "benchmarks")
+FOLDERS = ("megatron_dattn", "tools", "tests", "docs", "examples", "benchmarks")
 
 
 @cache
 def files() -> frozenset[str]:
-    """The files of the rooms and of the root, as paths from the root."""
-    found = [*ROOT.glob("*.*"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.*"))]
+    """The files of the folders and of the root, as paths from the root."""
+    found = [
+        *ROOT.glob("*.*"),
+        *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")),
+    ]
     return frozenset(str(path.relative_to(ROOT)) for path in found if path.suffix != ".pyc")
 
 
@@ -58,7 +61,7 @@ def spoken(page: Path) -> list[str]:
 def is_there(name: str) -> bool:
     """Whether a file or folder of this name is in the repository, in whatever folder."""
     name = name.rstrip("/")
-    if name.split("/")[0] in ROOMS and (ROOT / name).exists():
+    if name.split("/")[0] in FOLDERS and (ROOT / name).exists():
         return True
     return any(fnmatch(file, pattern) for file in files() for pattern in (name, f"*/{name}"))
 
@@ -77,8 +80,8 @@ def test_files_exist(page: Path) -> None:
     for word in spoken(page):
         path = word.split(":")[0].split(" ")[-1 if word.startswith("python ") else 0]
         is_path = re.fullmatch(r"[\w./*-]+", path) is not None
-        in_room = path.split("/")[0] in ROOMS and "/" in path and "..." not in path
-        if is_path and (path.endswith(KINDS) or in_room):
+        in_folder = path.split("/")[0] in FOLDERS and "/" in path and "..." not in path
+        if is_path and (path.endswith(KINDS) or in_folder):
             found.append(path)
     assert [path for path in found if not is_there(path)] == []
 
@@ -132,10 +135,10 @@ def test_every_ending_of_a_run_has_its_exit_code() -> None:
     assert written == {ending.reason: ending.exit_code for ending in endings}
 
 
-def test_every_room_stands_in_the_plan_of_the_house() -> None:
-    rows = [row[0].strip("-` /") for row in table("design.md", "## The house")]
-    inner = [f"{room}/{name}" for room, folders in INNER.items() for name in folders]
-    outer = [room for room in ALLOWED if (ROOT / "megatron_dattn" / room).is_dir()]
+def test_every_package_stands_in_the_design() -> None:
+    rows = [row[0].strip("-` /") for row in table("design.md", "## The packages")]
+    inner = [f"{package}/{name}" for package, folders in INNER.items() for name in folders]
+    outer = [package for package in ALLOWED if (ROOT / "megatron_dattn" / package).is_dir()]
     assert sorted(rows) == sorted([*outer, *inner])
 
 

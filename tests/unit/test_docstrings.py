@@ -27,7 +27,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_dattn"
 FOLDERS = ("tools", "benchmarks", "examples")
-ROOMS = [*sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")}), *FOLDERS]
+PACKAGES = [
+    *sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")}),
+    *FOLDERS,
+]
 
 # A bracket behind a name or another bracket is an index, a type, `list[int]`, or an argument.
 _SHAPE = re.compile(r"(?<![\w\])(])\[[^\[\]\"':=]*\]")
@@ -127,28 +130,28 @@ def lacks(function: Function, gives: Callable[[str], bool]) -> bool:
     return not any(map(gives, _inherited_docs(function.owner, function.node.name, in_hf)))
 
 
-def _functions_of(room: str) -> list[Function]:
+def _functions_of(package: str) -> list[Function]:
     return [
         function
         for path, tree in TREES.items()
-        if room in path.relative_to(ROOT).parts[:2]
+        if package in path.relative_to(ROOT).parts[:2]
         for function in _functions(tree, str(path.relative_to(ROOT)))
     ]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_tensors_have_shapes(room: str) -> None:
-    assert not [f.place for f in _functions_of(room) if lacks(f, gives_shapes)]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tensors_have_shapes(package: str) -> None:
+    assert not [f.place for f in _functions_of(package) if lacks(f, gives_shapes)]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_tensors_have_dtypes(room: str) -> None:
-    assert not [f.place for f in _functions_of(room) if lacks(f, gives_dtypes)]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tensors_have_dtypes(package: str) -> None:
+    assert not [f.place for f in _functions_of(package) if lacks(f, gives_dtypes)]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_docstrings_do_not_begin_with_a_question_word(room: str) -> None:
-    assert not [f.place for f in _functions_of(room) if _QUESTION.match(f.doc)]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_docstrings_do_not_begin_with_a_question_word(package: str) -> None:
+    assert not [f.place for f in _functions_of(package) if _QUESTION.match(f.doc)]
 
 
 @pytest.mark.parametrize(

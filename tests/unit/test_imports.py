@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: imports run one way, and nothing is long."""
+"""The rules that a reader relies on: imports run one way, and nothing is long."""
 
 import ast
 import graphlib
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_dattn"
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
-# What each room may import of ours, besides itself.
+# What each package may import of ours, besides itself.
 LEAVES = {"errors", "runtime", "yaml_files"}
 BELOW_TRAINING = LEAVES | {
     *("attention", "batch", "parallel", "data", "models", "planner", "config", "checkpoint"),
@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": BELOW_TRAINING,
     "training": BELOW_TRAINING,
 }
-# The rooms within a room: what each may import of the others. Files beside them are free.
+# Subpackages: what each may import of the others. Files beside them are free.
 INNER: dict[str, dict[str, set[str]]] = {
     "attention": {"plan": set(), "backends": {"plan"}},
     "conversion": {
@@ -70,24 +70,24 @@ def _imported(path: Path) -> set[str]:
 
 
 def _violations(path: Path) -> list[str]:
-    room = _module_name(path).split(".")[1:2]
-    if not room:  # the package itself: only its version
+    package = _module_name(path).split(".")[1:2]
+    if not package:  # the package itself: only its version
         return []
     found = []
     for name in sorted(_imported(path)):
         inner = name.removeprefix(f"{PACKAGE}.")
         target = inner.split(".")[0]
-        if target != room[0] and target not in ALLOWED[room[0]]:
+        if target != package[0] and target not in ALLOWED[package[0]]:
             found.append(f"{_module_name(path)} imports {name}")
     return found
 
 
-def test_every_room_is_known() -> None:
-    rooms = {path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py") for path in SOURCES}
-    assert rooms - {"__init__"} <= set(ALLOWED)
+def test_every_package_is_known() -> None:
+    packages = {path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py") for path in SOURCES}
+    assert packages - {"__init__"} <= set(ALLOWED)
 
 
-def test_the_table_of_rooms_runs_one_way() -> None:
+def test_the_table_of_packages_runs_one_way() -> None:
     graphlib.TopologicalSorter(ALLOWED).prepare()  # raises CycleError
 
 
@@ -96,23 +96,23 @@ def test_imports_run_one_way() -> None:
     assert not violations, "\n".join(violations)
 
 
-def _inner_violations(path: Path, room: str) -> list[str]:
+def _inner_violations(path: Path, package: str) -> list[str]:
     here = path.parent.name
-    closed = set(INNER[room]) - INNER[room][here] - {here}
+    closed = set(INNER[package]) - INNER[package][here] - {here}
     return [
         f"{_module_name(path)} imports {name}"
         for name in sorted(_imported(path))
-        if name.startswith(f"{PACKAGE}.{room}.") and name.split(".")[2] in closed
+        if name.startswith(f"{PACKAGE}.{package}.") and name.split(".")[2] in closed
     ]
 
 
-@pytest.mark.parametrize("room", INNER)
-def test_imports_between_inner_rooms_run_one_way(room: str) -> None:
-    files = [path for path in SOURCES if path.is_relative_to(ROOT / PACKAGE / room)]
-    folders = {path.parent.name for path in files} - {room}
-    assert folders <= set(INNER[room])
-    inner = [path for path in files if path.parent.name != room]
-    violations = [line for path in inner for line in _inner_violations(path, room)]
+@pytest.mark.parametrize("package", INNER)
+def test_imports_between_subpackages_run_one_way(package: str) -> None:
+    files = [path for path in SOURCES if path.is_relative_to(ROOT / PACKAGE / package)]
+    folders = {path.parent.name for path in files} - {package}
+    assert folders <= set(INNER[package])
+    inner = [path for path in files if path.parent.name != package]
+    violations = [line for path in inner for line in _inner_violations(path, package)]
     assert not violations, "\n".join(violations)
 
 

@@ -1,4 +1,4 @@
-"""The layer's operators against the attention room's own count, and against counts by hand."""
+"""The layer's operators against `attention`'s own count, and against counts by hand."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Small real things for the tests of the data room: a tokenizer, images, data sets, a config."""
+"""Small real things for the tests of `data`: a tokenizer, images, data sets, a config."""
 
 import json
 from collections.abc import Sequence

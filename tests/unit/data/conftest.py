@@ -1,4 +1,4 @@
-"""Fixtures of the data room."""
+"""Fixtures of `data`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Counted operations against torch's FlopCounterMode, the attention room and published formulas.
+"""Counted operations against torch's FlopCounterMode, `attention` and published formulas.
 
 Products with weights must agree exactly: they are seen as mm, addmm, or bmm into given memory.
 Attention is counted by pairs, as kernels differ in the pairs they compute.
