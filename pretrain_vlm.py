@@ -70,6 +70,7 @@ def plan(command: CommandLine, launch: Launch) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
+    SIGNALS.ignore_requests()
     give_up_unwritable_output()
     if code == EXIT_INTERRUPTED:
         os._exit(code)  # at once: not waiting for what the loader's processes were about to say

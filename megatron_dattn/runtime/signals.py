@@ -84,6 +84,17 @@ class SignalWatcher:
         finally:
             self._interruptible = False
 
+    def ignore_requests(self) -> None:
+        """From now on a request to stop asks for nothing: this process is ending by itself.
+
+        Python gives its handlers back some time before a process has ended, and a SIGTERM that is
+        repeated meanwhile would kill what has done all it was asked for: torchrun would call that a
+        crash. SIGINT is left as it is, for whoever cannot wait.
+        """
+        for number in self._signals:
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_IGN)
+
     def watch_launcher(self) -> None:
         """From now on, an end of the process that started this one is a request to stop.
 

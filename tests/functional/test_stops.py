@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,13 @@ import pytest
 
 from megatron_dattn.checkpoint import find_checkpoint
 from megatron_dattn.training.sample_ledger import read_ledger
-from tests.functional.workspace import Workspace, make_workspace, start_pretraining
+from tests.functional.workspace import (
+    Workspace,
+    command,
+    environment,
+    make_workspace,
+    start_pretraining,
+)
 
 TIMEOUT = 120.0
 
@@ -41,10 +48,30 @@ def steps_done(folder: Path) -> int:
     return max(read_ledger(path), default=0) if path.exists() else 0
 
 
+# What is given to on_exit runs when Python has ended. It calls kill(exit status, signal), and a
+# status of 0 means all of this process's group.
+LAST_OF_ALL = """
+import ctypes, runpy, signal, sys
+libc = ctypes.CDLL(None)
+libc.on_exit(libc.kill, signal.SIGTERM)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_sigterm_while_modules_are_imported(workspace: Workspace, tmp_path: Path) -> None:
-    """Heard from the first lines on, seconds before there is anything to stop."""
+    """Heard from the first lines on, seconds before there is anything to stop; and ignored at the
+    very end, where Python has given its handlers back: schedulers repeat it."""
     log, folder = tmp_path / "log", workspace.folder / "early"
-    process = start_pretraining(workspace.flags("early"), ranks=0, log=log)
+    script, *flags = command(workspace.flags("early"), ranks=0)[1:]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAST_OF_ALL, script, *flags],
+            env=environment(),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     wait_for(lambda: hears(process, signal.SIGTERM) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT) == 0, log.read_text()

@@ -25,6 +25,16 @@ def test_a_signal_is_a_note(number: signal.Signals) -> None:
     assert SignalWatcher.from_flag(0) is None
 
 
+def test_a_process_that_ends_ignores_requests() -> None:
+    with SignalWatcher() as watcher:
+        watcher.ignore_requests()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert watcher.received is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watcher.received == signal.SIGINT, "for whoever cannot wait"
+
+
 def test_the_first_signal_is_kept() -> None:
     with SignalWatcher() as watcher:
         os.kill(os.getpid(), signal.SIGUSR1)
