@@ -42,7 +42,7 @@ test-all: install
 
 # Writes the tables of docs/parallelism.md.
 test-parallel: install
-	$(RUN) tools/compare_layouts.py --write
+	$(RUN) -m tests.layouts.run --write
 
 # megatron-core 0.19 needs Python 3.12, and has an environment of its own.
 test-newest:

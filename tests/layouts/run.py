@@ -1,25 +1,22 @@
 """Compare training under parallel layouts with one process: loss, every gradient, weights.
 
-    python tools/compare_layouts.py --write                        all of it, and the page's tables
-    python tools/compare_layouts.py                                all layouts, models and stages
-    python tools/compare_layouts.py --resharding                   checkpoints under other layouts
-    python tools/compare_layouts.py tp2xpp2+sp dp4+distopt         these layouts
-    python tools/compare_layouts.py tp2+sp --attention dattn --family gemma2 --stage 1
+    python -m tests.layouts.run --write                        all of it, and the page's tables
+    python -m tests.layouts.run                                all layouts, models and stages
+    python -m tests.layouts.run --resharding                   checkpoints under other layouts
+    python -m tests.layouts.run tp2xpp2+sp dp4+distopt         these layouts
+    python -m tests.layouts.run tp2+sp --attention dattn --family gemma2 --stage 1
 
 Starts the ranks itself, one to four on this machine, over gloo. A tiny model trains a few steps in
 float64 by the product's own step; the largest relative differences are printed. Ends with 1 if one
-is too large. The models are those of the tests, so it runs in the source tree.
+is too large.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_dattn.runtime.tool import ToolParser, run_tool
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    sys.path.insert(0, str(ROOT))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks of one machine, over gloo, in float64
     # Imported late: --help should not wait for torch.
     from megatron_dattn.runtime.cpu import enable_cpu_runtime
