@@ -12,6 +12,7 @@ from tests.layouts.resharding import TOLERANCE, Move, reshard
 
 SHORT_MOVES = (
     Move("tp2+sp", "pp2"),
+    Move("tp2+sp", "cp2"),
     Move("tp2xdp2+sp+distopt", "dp2+distopt"),
     Move("tp2+sp", "dp1", new_stage=True),
 )

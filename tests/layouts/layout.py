@@ -15,6 +15,7 @@ from megatron_dattn.models.execution import ExactSavings
 SIZES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
     "dp": None,  # what is left of the ranks
 }
 OPTIONS: dict[str, dict[str, Any]] = {

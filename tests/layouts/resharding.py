@@ -42,10 +42,12 @@ RESUMED = (
     *(("tp2xpp2+sp", "dp1"), ("dp1", "tp4+sp"), ("tp4+sp", "pp4"), ("pp4", "tp2xpp2+sp")),
     *(("dp2+distopt", "dp4+distopt"), ("dp4+distopt", "tp2xdp2+sp+distopt")),
     *(("tp2xdp2+sp+distopt", "pp2xdp2+distopt"), ("pp2xdp2+distopt", "dp2+distopt")),
+    *(("dp2", "dp2+distopt"), ("dp2+distopt", "dp2"), ("cp2", "dp2"), ("tp2", "cp2")),
+    *(("cp2+distopt", "dp2+distopt"), ("dp4+distopt", "cp2xdp2+distopt")),
 )
 BEGUN = (
     *(("tp2+sp", "pp2xdp2+distopt"), ("pp4", "tp2+sp"), ("dp2+distopt", "dp1")),
-    ("dp1", "tp2xpp2+sp"),
+    *(("dp1", "tp2xpp2+sp"), ("cp4", "cp2xtp2+sp")),
 )
 MOVES = (*(Move(*pair) for pair in RESUMED), *(Move(*pair, new_stage=True) for pair in BEGUN))
 

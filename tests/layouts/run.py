@@ -1,9 +1,10 @@
 """Compare training under parallel layouts with one process: loss, every gradient, weights.
 
-    python -m tests.layouts.run --write                        all of it, and the page's tables
-    python -m tests.layouts.run                                all layouts, models and stages
-    python -m tests.layouts.run --resharding                   checkpoints under other layouts
-    python -m tests.layouts.run tp2xpp2+sp dp4+distopt         these layouts
+    python -m tests.layouts.run --write                   all of it, into the page's tables
+    python -m tests.layouts.run                           all layouts, models and stages
+    python -m tests.layouts.run --resharding              checkpoints under other layouts
+    python -m tests.layouts.run cp2 cp4 --write           these layouts, into their lines
+    python -m tests.layouts.run cp2 cp4 --resharding      checkpoints from and to these
     python -m tests.layouts.run tp2+sp --attention dattn --family gemma2 --stage 1
 
 Starts the ranks itself, one to four on this machine, over gloo. A tiny model trains a few steps in
@@ -38,7 +39,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     found: dict[Cell, Deviation] = {}
     moves: dict[Move, float] = {}
-    if options.write or not options.resharding:
+    if not options.resharding:
         chosen = options.attention, options.family, options.stage
         found = compare(matrix(options.layouts or None, *chosen), _say)
     for cell, deviation in found.items():
@@ -47,9 +48,11 @@ def _compare(options: argparse.Namespace) -> int:
             f"  gradients {deviation.gradients:.1e}  weights {deviation.weights:.1e}  "
             f"({deviation.worst})"
         )
-    if options.write or options.resharding:
-        _say(f"{len(MOVES)} checkpoints under other layouts")
-        moves = reshard()
+    if options.resharding or (options.write and not options.layouts):
+        named = options.layouts
+        of_these = [m for m in MOVES if not named or {m.source, m.target} & {*named}]
+        _say(f"{len(of_these)} checkpoints under other layouts")
+        moves = reshard(of_these)
     for move, loss in moves.items():
         word = "ok    " if loss <= TOLERANCE else "WRONG "
         print(f"{word} {move.source} -> {move.target}{' (new stage)' * move.new_stage}: {loss:.1e}")
@@ -75,8 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=(1, 2, 3),
         help="1 trains the adapter, 3 everything; by default those that a layout is listed for",
     )
-    parser.add_argument("--resharding", action="store_true", help="these comparisons alone")
-    parser.add_argument("--write", action="store_true", help="all into docs/parallelism.md")
+    parser.add_argument(
+        "--resharding", action="store_true", help="of these layouts, checkpoints under others alone"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="what was compared, into docs/parallelism.md"
+    )
     return parser
 
 
