@@ -72,11 +72,11 @@ class EngineVariant:
 
     def __init__(self, config: PretrainConfig, batch: PackedBatch) -> None:
         seed_everything(config.training.seed)
-        model = build_training_model(config)
-        self.model = unwrap_model(model)
+        chunks = build_training_model(config)
+        self.model = unwrap_model(chunks[0])
         self.run = Run(
             config=config,
-            state=build_state(config, model),
+            state=build_state(config, chunks),
             stream=BatchStream(itertools.repeat(batch), get_device()),
             metrics=Metrics(
                 LoggingConfig(),

@@ -21,6 +21,7 @@ def build_model(
     *,
     pre_process: bool = True,
     post_process: bool = True,
+    chunk: int | None = None,
     device: torch.device | str | None = None,
 ) -> DAttnVLM:
     """This pipeline stage's share of the model, randomly initialized.
@@ -29,6 +30,8 @@ def build_model(
     depend on the tensor-parallel size; pipeline stages draw from their own random streams.
 
     Args:
+        chunk: which of this rank's chunks, where `virtual_pipeline_model_parallel_size` makes
+            several; `pre_process` and `post_process` are of the chunk then.
         device: where the parameters live; the CUDA device, or else the CPU, by default. On "meta"
             they have shapes but no memory and no values.
 
@@ -48,6 +51,7 @@ def build_model(
             execution,
             pre_process=pre_process,
             post_process=post_process,
+            chunk=chunk,
         )
 
 

@@ -34,6 +34,7 @@ class DAttnLanguageModel(GPTModel):
         feature_size: width of the vision encoder's features.
         pre_process: this pipeline stage has the embedding.
         post_process: this pipeline stage has the head.
+        chunk: of this pipeline rank's layers, where it has several groups of them; else None.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class DAttnLanguageModel(GPTModel):
         feature_size: int,
         pre_process: bool = True,
         post_process: bool = True,
+        chunk: int | None = None,
     ) -> None:
-        num_layers = get_num_layers_to_build(config)
+        num_layers = get_num_layers_to_build(config, chunk)
         super().__init__(
             config=config,
             transformer_layer_spec=language_block_spec(
@@ -67,6 +69,7 @@ class DAttnLanguageModel(GPTModel):
             position_embedding_type="none",  # GPTModel's rotary tables count one sequence of text
             # Tokens are scattered after the visual ones have joined them.
             scatter_embedding_sequence_parallel=False,
+            vp_stage=chunk,
         )
         self.language = language
         if post_process:

@@ -61,6 +61,9 @@ def language_transformer_config(
         bias_activation_fusion=is_swiglu and torch.cuda.is_available(),
         init_method_std=language.initializer_range,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_more_than_one(
+            parallel.virtual_pipeline_model_parallel_size
+        ),
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel,
@@ -95,16 +98,27 @@ def vision_transformer_config(
     )
 
 
+def _more_than_one(size: int) -> int | None:
+    """megatron-core's way to say that there is one."""
+    return size if size > 1 else None
+
+
 def _common(parallel: ParallelConfig, execution: ExecutionConfig) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     on_meta = torch.get_default_device().type == "meta"  # shapes only, for --dry-run
     dtype = _DTYPES[execution.precision]
+    interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,  # of the hidden states that a pipeline stage allocates to receive
         # Its default waits for the whole device after each message, a remedy for older torch.
         "batch_p2p_sync": False,
+        # Interleaved, a pipeline of two sends activations and gradients from the same rank to the
+        # same rank in one batch, gradients first, and the other rank receives activations first:
+        # they come in each other's place, without an error, as they have one shape.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
         "autocast_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         # Initialized on the host, a weight does not depend on how it is cut into shards.
@@ -120,7 +134,9 @@ def _common(parallel: ParallelConfig, execution: ExecutionConfig) -> dict[str, A
         # `finalize_model_grads`. A mean per micro-batch would weigh packs of few labels more.
         "calculate_per_token_loss": True,
         # Once sent, an output is but the root of its backward pass, which reads no values of it.
-        "deallocate_pipeline_outputs": True,
+        # Interleaved, it may be on its way still: NCCL's streams keep the memory, gloo reads what
+        # has been freed.
+        "deallocate_pipeline_outputs": on_gpu or not interleaved,
         **_recompute(execution),
     }
 

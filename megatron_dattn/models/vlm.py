@@ -63,6 +63,7 @@ class DAttnVLM(MegatronModule):
         pre_process: this pipeline stage has the vision encoder, the embedding and, unless every
             layer projects the features anew, the adapter.
         post_process: this pipeline stage has the head.
+        chunk: of this pipeline rank's layers, where it has several groups of them; else None.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DAttnVLM(MegatronModule):
         *,
         pre_process: bool = True,
         post_process: bool = True,
+        chunk: int | None = None,
     ) -> None:
         # The outermost module's config is what megatron-core's schedules and DDP read.
         super().__init__(config=language_transformer_config(model.language, parallel, execution))
@@ -114,6 +116,7 @@ class DAttnVLM(MegatronModule):
             feature_size=model.vision.hidden_size,
             pre_process=pre_process,
             post_process=post_process,
+            chunk=chunk,
         )
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> ShardedStateDict:

@@ -14,6 +14,9 @@ class ParallelConfig:
     """Ranks that share every layer's weights, by heads and by FFN neurons."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the layers, a pipeline stage of neighbouring layers each."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Groups of neighbouring layers of each pipeline rank. With more than one the ranks take turns
+    along the layers (Megatron's interleaved schedule): smaller bubbles, more messages."""
     num_layers_in_first_pipeline_stage: int | None = None
     """Decoder layers of the first pipeline stage, which also has encoder and embedding; the other
     pipeline stages share the rest. None for an equal share."""
@@ -38,8 +41,9 @@ class ParallelConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"parallel.{name} must be positive, got {getattr(self, name)}")
         uneven_fields = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-        for name in (*sizes, "context_parallel_size", *uneven_fields):
+        pipeline = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+        sizes = ("tensor_model_parallel_size", *pipeline, "context_parallel_size")
+        for name in (*sizes, *uneven_fields):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"parallel.{name} must be at least 1, got {value}")
@@ -48,6 +52,12 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.{uneven[0]} needs parallel.pipeline_model_parallel_size > 1; leave it "
                 "out"
+            )
+        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                "parallel.virtual_pipeline_model_parallel_size "
+                f"{self.virtual_pipeline_model_parallel_size} needs "
+                "parallel.pipeline_model_parallel_size > 1; leave it out"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
@@ -82,7 +92,18 @@ class ParallelConfig:
             )
         layers = [share] * num_pipeline_stages
         layers[0], layers[-1] = first or layers[0], last or layers[-1]
+        self._check_chunks(layers)
         return tuple(layers)
+
+    def _check_chunks(self, layers: list[int]) -> None:
+        chunks = self.virtual_pipeline_model_parallel_size
+        if any(here % chunks for here in layers):
+            fit = [n for n in range(1, chunks) if not any(here % n for here in layers)]
+            raise ConfigError(
+                f"parallel.virtual_pipeline_model_parallel_size {chunks} does not divide the "
+                f"{', '.join(map(str, layers))} layers of the pipeline stages; the nearest that "
+                f"does is {fit[-1]}"
+            )
 
     def _split_that_works(self, num_layers: int) -> str:
         """Of nearly equal pipeline stages, the first and the last taking less than the others."""

@@ -136,7 +136,7 @@ class Checkpointer:
             raise CheckpointError("checkpoint.save is not set: there is no folder to save into")
         beside = beside and self._config.asynchronous
         self._finish_before(state.progress.step, is_slow=beside)
-        on_all_ranks("checking the parameters", lambda: check_finite(state.model))
+        on_all_ranks("checking the parameters", lambda: check_finite(state.chunks))
         extra_files = on_all_ranks("collecting the state", lambda: local_files(state))
         cancelled = threading.Event()
         steps = self._save_steps(state, extra_files, cancelled if beside else None)
@@ -283,12 +283,12 @@ class Checkpointer:
         present = [name for name in MODULES if name not in absent]
         loaded = load_checkpoint(
             found.path,
-            model_state(state.model),
+            model_state(state.chunks),
             modules=present,
             without=comes_with_preset if plain else None,
         )
         on_all_ranks(
-            "loading the weights", lambda: load_modules(state.model, loaded, present, plain)
+            "loading the weights", lambda: load_modules(state.chunks, loaded, present, plain)
         )
         scale = unwrap_model(state.model).start_at_text_scale() if plain else None
         state.optimizer.reload_model_params()
@@ -303,7 +303,7 @@ class Checkpointer:
                 logger.warning("NO %s IN %s: IT STARTS FROM RANDOM VALUES", name, found.path)
             if scale is not None:
                 logger.info("visual tokens start at the scale of the token embeddings, %.4g", scale)
-            added = added_parameters(state.model, absent) if plain else {}
+            added = added_parameters(state.chunks, absent) if plain else {}
             if added:
                 logger.warning(
                     "%s parameters (on this rank) that the attention preset adds are not in %s: "

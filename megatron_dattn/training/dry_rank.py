@@ -46,6 +46,13 @@ def dry_rank(config: PretrainConfig, world_size: int, rank: int) -> str:
     if not 0 <= rank < world_size:
         raise ConfigError(f"--dry-run-rank {rank} is none of 0 to {world_size - 1} (WORLD_SIZE)")
     parallel = config.parallel
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            "--dry-run-rank passes a micro-batch through one group of layers, and a rank has "
+            f"parallel.virtual_pipeline_model_parallel_size "
+            f"{parallel.virtual_pipeline_model_parallel_size} of them; set that to 1, which keeps "
+            "the number of its layers"
+        )
     with absent_ranks(
         rank,
         world_size,

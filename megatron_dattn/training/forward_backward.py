@@ -10,6 +10,7 @@ a token, is anything infinite, what is the norm), and without Transformer Engine
 tensor (utils.py:1205 of 0.16.1).
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -110,7 +111,7 @@ def sum_losses(losses: Tensor) -> LossOutput:
 
 
 def run_micro_batches(
-    model: nn.Module,
+    chunks: Sequence[nn.Module],
     batches: Iterator[PackedBatch],
     *,
     num_microbatches: int,
@@ -121,17 +122,27 @@ def run_micro_batches(
     """Run the pipeline schedule; gradients end up reduced and divided by the global token count.
 
     Args:
+        chunks: this rank's model, in one piece or, with interleaved pipeline stages, in several.
+            These want as many micro-batches as a multiple of the pipeline stages; a forward pass
+            alone repeats the last one for what is missing and drops what comes of it.
         seq_length: S, the tokens of one pack on this rank.
         observer: is shown the queries and keys of this rank's layers.
 
     Returns:
         This data-parallel replica's sums on its loss rank, zeros elsewhere.
     """
-    outputs = get_forward_backward_func()(
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    interleaved = len(chunks) > 1
+    padding = -num_microbatches % stages if interleaved and forward_only else 0
+    if padding:
+        batches = _with_last_repeated(batches, num_microbatches, padding)
+    # Every chunk reads every pack, the first one first: `tee` keeps a pack until all have.
+    data = list(itertools.tee(batches, len(chunks))) if interleaved else batches
+    outputs = get_forward_backward_func(stages, len(chunks) if interleaved else None)(
         forward_step_func=partial(forward_step, observer=observer),
-        data_iterator=batches,
-        model=model,
-        num_microbatches=num_microbatches,
+        data_iterator=data,
+        model=list(chunks),
+        num_microbatches=num_microbatches + padding,
         # Shape of what pipeline stages send each other: a pack is one sequence of S tokens, however
         # many samples it holds. Under sequence parallelism the schedule divides S itself.
         # It also divides by the context-parallel ranks, which it believes to cut a sequence in
@@ -142,8 +153,17 @@ def run_micro_batches(
     )
     if not (outputs and is_loss_rank()):
         return LossSum.nothing()
-    losses, counts = zip(*outputs, strict=True)
+    losses, counts = zip(*outputs[:num_microbatches], strict=True)
     return LossSum(torch.stack(losses).double().sum(), sum(counts))
+
+
+def _with_last_repeated(
+    batches: Iterator[PackedBatch], number: int, times: int
+) -> Iterator[PackedBatch]:
+    for _ in range(number):
+        batch = next(batches)
+        yield batch
+    yield from itertools.repeat(batch, times)
 
 
 def finalize_gradients(
@@ -155,7 +175,7 @@ def finalize_gradients(
     whose division asks the host whether there is a token. Without one all gradients are zero.
 
     Args:
-        model: the wrapped pipeline stage.
+        model: the wrapped pipeline stage, or its chunks.
         num_tokens: of this replica, int32 [], right on the last pipeline stage; overwritten.
         options: handed on.
     """

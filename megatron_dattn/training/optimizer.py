@@ -13,7 +13,7 @@ their own keys on disk), and lists again after.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -66,12 +66,12 @@ class ParameterGroup:
 
 def build_optimizer(
     settings: OptimizerConfig,
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     *,
     bf16: bool,
     use_distributed_optimizer: bool,
 ) -> MegatronOptimizer:
-    """megatron-core's optimizer over the wrapped model; frozen parameters get no state."""
+    """megatron-core's optimizer over the wrapped chunks; frozen parameters get no state."""
     peak = max(learning_rate_of(settings.learning_rates, name) for name in MODULES)
     config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -88,7 +88,7 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(config)
     overrides.update(_module_overrides(settings))
-    return get_megatron_optimizer(config, [model], config_overrides=overrides)
+    return get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
 
 
 def build_scheduler(

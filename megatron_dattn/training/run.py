@@ -176,17 +176,19 @@ def make_checkpointer(config: PretrainConfig, tokenizer: str | None = None) -> C
 
 
 def build_state(
-    config: PretrainConfig, model: DistributedDataParallel, loader: VLMLoader | None = None
+    config: PretrainConfig,
+    chunks: list[DistributedDataParallel],
+    loader: VLMLoader | None = None,
 ) -> TrainState:
     """A model that is there, with a new optimizer and schedule. Collective."""
     optimizer = build_optimizer(
         config.optimizer,
-        model,
+        chunks,
         bf16=config.execution.precision == "bf16",
-        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+        use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
     )
     scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iters)
-    return TrainState(model, optimizer, scheduler, loader)
+    return TrainState(chunks, optimizer, scheduler, loader)
 
 
 def restore(config: PretrainConfig, checkpointer: Checkpointer, state: TrainState) -> None:

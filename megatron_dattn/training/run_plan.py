@@ -77,6 +77,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
     )
     check_model_sizes(config.model, parallel, config.execution)
     num_microbatches = config.training.num_microbatches(data_parallel)
+    check_interleaving(config, num_microbatches, data_parallel)
     check_budgets(config)
     check_fp8_sizes(config)
     check_validation(config)
@@ -88,6 +89,23 @@ def make_plan(config: PretrainConfig, world_size: int) -> Plan:
         layout=_full_pack(config),
         trained=frozenset(trained_modules(config.optimizer.learning_rates)),
     )
+
+
+def check_interleaving(
+    config: PretrainConfig, num_microbatches: int, data_parallel_size: int
+) -> None:
+    """Interleaved pipeline stages pass micro-batches on in groups of as many as there are."""
+    parallel, training = config.parallel, config.training
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_model_parallel_size > 1 and num_microbatches % stages:
+        samples = training.micro_batch_size * data_parallel_size * stages
+        raise ConfigError(
+            f"parallel.virtual_pipeline_model_parallel_size "
+            f"{parallel.virtual_pipeline_model_parallel_size} needs packs in multiples of "
+            f"parallel.pipeline_model_parallel_size {stages} per data-parallel rank and step, not "
+            f"{num_microbatches}; the nearest values of training.global_batch_size are "
+            f"{nearest_multiples(training.global_batch_size, samples)}"
+        )
 
 
 def check_budgets(config: PretrainConfig) -> None:

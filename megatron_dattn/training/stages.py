@@ -4,7 +4,9 @@ The paper's three stages (adapter; everything on captions; everything on instruc
 nothing but data, horizon and these rates, so a stage is a recipe and not code.
 """
 
+import itertools
 import logging
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from megatron_dattn.config.pretrain import PretrainConfig
 from megatron_dattn.config.training import ModuleLearningRates
 from megatron_dattn.models.added_parameters import is_added
 from megatron_dattn.models.build import build_model
+from megatron_dattn.models.vlm import DAttnVLM
 from megatron_dattn.runtime.distributed import get_device, is_rank_0
 from megatron_dattn.training.forward_backward import finalize_gradients
 
@@ -57,14 +60,14 @@ def freeze_modules(model: nn.Module, rates: ModuleLearningRates) -> None:
         parameter.requires_grad_(learning_rate_of(rates, module_of_parameter(name)) > 0)
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
+def count_parameters(chunks: Sequence[nn.Module]) -> dict[str, int]:
     """Parameters of each module over all model-parallel ranks, replicas counted once.
 
     Collective over the model-parallel group. Tied embeddings count once.
     """
     counts = dict.fromkeys(MODULES, 0)
     first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in _named_parameters(chunks):
         is_shard = getattr(parameter, "tensor_model_parallel", False)
         if (is_shard or first_tensor_rank) and not getattr(parameter, "shared", False):
             counts[module_of_parameter(name)] += parameter.numel()
@@ -82,52 +85,74 @@ def describe_modules(rates: ModuleLearningRates, counts: dict[str, int]) -> list
     ]
 
 
-def every_pipeline_stage_trains(model: nn.Module) -> bool:
+def _named_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    return itertools.chain.from_iterable(chunk.named_parameters() for chunk in chunks)
+
+
+def every_pipeline_stage_trains(chunks: Sequence[nn.Module]) -> bool:
     """True if every rank holds at least one trainable parameter; the same answer everywhere."""
-    trains = any(parameter.requires_grad for parameter in model.parameters())
+    trains = any(parameter.requires_grad for _, parameter in _named_parameters(chunks))
     flag = torch.tensor([int(trains)], device=get_device())
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag.item())
 
 
-def build_training_model(config: PretrainConfig) -> DistributedDataParallel:
+def build_training_model(config: PretrainConfig) -> list[DistributedDataParallel]:
     """This rank's share of the model, frozen where it is not trained and wrapped for training.
 
-    Collective.
+    It is one model, or, with interleaved pipeline stages, one chunk after the other. Collective.
     """
-    model = build_model(
-        config.model,
-        config.parallel,
-        config.execution,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    freeze_modules(model, config.optimizer.learning_rates)
-    counts = count_parameters(model)
-    for line in describe_modules(config.optimizer.learning_rates, counts):
+    rates = config.optimizer.learning_rates
+    chunks = [_build_chunk(config, chunk) for chunk in _chunks(config)]
+    for chunk in chunks:
+        freeze_modules(chunk, rates)
+    for line in describe_modules(rates, count_parameters(chunks)):
         logger.info(line)
-    transformer_config = model.config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        use_distributed_optimizer=uses_distributed_optimizer(config, model),
+        use_distributed_optimizer=uses_distributed_optimizer(config, chunks),
     )
-    inner = model if config.execution.precision == "fp32" else Float16Module(model.config, model)
-    wrapped = DistributedDataParallel(transformer_config, ddp_config, inner)
-    transformer_config.finalize_model_grads_func = finalize_gradients
-    if config.parallel.overlap_grad_reduce:
-        transformer_config.no_sync_func = wrapped.no_sync
+    in_fp32 = config.execution.precision == "fp32"
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config, ddp_config, chunk if in_fp32 else Float16Module(chunk.config, chunk)
+        )
+        for chunk in chunks
+    ]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_gradients
+        if config.parallel.overlap_grad_reduce:
+            no_sync = [each.no_sync for each in wrapped]
+            chunk.config.no_sync_func = no_sync if wrapped[1:] else no_sync[0]
     return wrapped
 
 
-def uses_distributed_optimizer(config: PretrainConfig, model: nn.Module) -> bool:
+def _chunks(config: PretrainConfig) -> Sequence[int | None]:
+    number = config.parallel.virtual_pipeline_model_parallel_size
+    return range(number) if number > 1 else [None]
+
+
+def _build_chunk(config: PretrainConfig, chunk: int | None) -> DAttnVLM:
+    last = config.parallel.virtual_pipeline_model_parallel_size - 1
+    return build_model(
+        config.model,
+        config.parallel,
+        config.execution,
+        pre_process=parallel_state.is_pipeline_first_stage() and chunk in (None, 0),
+        post_process=parallel_state.is_pipeline_last_stage() and chunk in (None, last),
+        chunk=chunk,
+    )
+
+
+def uses_distributed_optimizer(config: PretrainConfig, chunks: Sequence[nn.Module]) -> bool:
     """True if the optimizer's state is spread over data-parallel ranks. Collective.
 
     Not if a whole pipeline stage is frozen: megatron-core's distributed optimizer cannot save the
     state of a rank that has none. Little is lost, as then only a small part of the model trains.
     """
     wanted = config.parallel.use_distributed_optimizer
-    if not wanted or every_pipeline_stage_trains(model):
+    if not wanted or every_pipeline_stage_trains(chunks):
         return wanted
     if is_rank_0():
         logger.warning(

@@ -90,8 +90,9 @@ class StatefulLoader(Protocol):
 class TrainState:
     """Everything that changes while training, on this rank."""
 
-    model: DistributedDataParallel
-    """This rank's share of the model, wrapped for training."""
+    chunks: list[DistributedDataParallel]
+    """This rank's share of the model, wrapped for training: one piece, or several where pipeline
+    stages are interleaved."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     loader: StatefulLoader | None = None
@@ -99,6 +100,12 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     validation: dict[str, float] | None = None
     """The last validation: its `step` and its `loss`."""
+
+    @property
+    def model(self) -> DistributedDataParallel:
+        """The first chunk, which on the first pipeline stage has encoder and adapter; all of this
+        rank's model where pipeline stages are not interleaved."""
+        return self.chunks[0]
 
 
 def rng_file() -> str:
@@ -121,26 +128,35 @@ def local_files(state: TrainState) -> dict[str, bytes]:
     return local
 
 
-def check_finite(model: DistributedDataParallel) -> None:
+def check_finite(chunks: Sequence[DistributedDataParallel]) -> None:
     """Raises CheckpointError for a parameter with an infinite value or none."""
     # A sum over such a value is not finite either: one pass, without tensors of the same size, and
     # one wait for the device. Finite values may have a sum that is not, so that proves nothing.
-    sums = [parameter.detach().sum(dtype=torch.float32) for parameter in model.parameters()]
+    named = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    sums = [parameter.detach().sum(dtype=torch.float32) for _, parameter in named]
     if torch.stack(sums).isfinite().all():
         return
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if not torch.isfinite(parameter).all():
             raise CheckpointError(f"parameter {name} is not finite: the state is not saved")
 
 
-def model_state(model: DistributedDataParallel) -> ShardedStateDict:
+def model_state(chunks: Sequence[DistributedDataParallel]) -> ShardedStateDict:
     """The weights alone, as megatron-core shards them."""
-    return {"model": unwrap_model(model).sharded_state_dict(metadata=dict(_SHARDING))}
+    return {
+        _chunk_name(number): unwrap_model(chunk).sharded_state_dict(metadata=dict(_SHARDING))
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def _chunk_name(number: int) -> str:
+    """Nothing of it is stored: tensors go by their names in the whole model."""
+    return f"model{number or ''}"
 
 
 def sharded_state(state: TrainState, *, is_loading: bool) -> ShardedStateDict:
     """Weights and optimizer; to be saved, the schedule too, which is plain."""
-    sharded = model_state(state.model)
+    sharded = model_state(state.chunks)
     sharded["optimizer"] = sharded_optimizer_state(
         state.optimizer, copy.copy(sharded), is_loading=is_loading, metadata=dict(_SHARDING)
     )
@@ -162,7 +178,7 @@ def restore_state(
     missing = [name for name in ("optimizer", "scheduler") if name not in loaded]
     if missing:
         raise CheckpointError(f"{path} does not hold the state of {' and '.join(missing)}")
-    load_modules(state.model, loaded, None)
+    load_modules(state.chunks, loaded, None)
     with _one_error(f"{path} does not hold this optimizer's state"):
         restore_optimizer(state.optimizer, loaded["optimizer"])
     state.scheduler.num_steps = 0  # loading adds the saved steps to those already made
@@ -196,10 +212,11 @@ def _one_error(meaning: str) -> Iterator[None]:
         raise CheckpointError(f"{meaning}: {type(error).__name__}: {error}") from error
 
 
-def added_parameters(model: DistributedDataParallel, absent: set[str]) -> dict[str, int]:
+def added_parameters(chunks: Sequence[DistributedDataParallel], absent: set[str]) -> dict[str, int]:
     """Sizes of what the preset adds to the modules that are there, by name; layers together."""
     sizes: dict[str, int] = {}
-    for name, parameter in unwrap_model(model).named_parameters():
+    parameters = (pair for chunk in chunks for pair in unwrap_model(chunk).named_parameters())
+    for name, parameter in parameters:
         if comes_with_preset(name) and name.partition(".")[0] not in absent:
             every = _LAYER_NUMBER.sub("*", name)
             sizes[every] = sizes.get(every, 0) + parameter.numel()
@@ -207,7 +224,7 @@ def added_parameters(model: DistributedDataParallel, absent: set[str]) -> dict[s
 
 
 def load_modules(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     loaded: StateDict,
     modules: Sequence[str] | None,
     plain: bool = False,
@@ -221,16 +238,20 @@ def load_modules(
     Raises:
         CheckpointError: some are missing, or there are others.
     """
-    result = unwrap_model(model).load_state_dict(loaded.get("model", {}), strict=False)
+    results = [
+        unwrap_model(chunk).load_state_dict(loaded.get(_chunk_name(number), {}), strict=False)
+        for number, chunk in enumerate(chunks)
+    ]
+    unexpected = [key for result in results for key in result.unexpected_keys]
     missing = [
         key
+        for result in results
         for key in result.missing_keys
         if not key.endswith("_extra_state")
         and (modules is None or module_of_parameter(key) in modules)
         and not (plain and comes_with_preset(key))
     ]
-    if missing or result.unexpected_keys:
+    if missing or unexpected:
         raise CheckpointError(
-            f"the weights do not fit the model: missing {missing}, unexpected "
-            f"{result.unexpected_keys}"
+            f"the weights do not fit the model: missing {missing}, unexpected {unexpected}"
         )

@@ -52,7 +52,8 @@ def train_step(run: Run) -> StepReport:
     rates = current_learning_rates(state.optimizer)
     # Gradients live twice: autograd hangs them on `.grad`, DDP's hooks add them to one buffer
     # (`main_grad`) that is reduced as a whole. Clear but one, and the last step's are added again.
-    state.model.zero_grad_buffer()
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
 
     # All packs now: a loader that fails while pipeline stages wait for each other's activations
@@ -60,7 +61,7 @@ def train_step(run: Run) -> StepReport:
     run.stream.load(run.num_microbatches)
     meter = meter_if_due(run)
     sums = run_micro_batches(
-        state.model,
+        state.chunks,
         run.stream,
         num_microbatches=run.num_microbatches,
         seq_length=run.seq_length,

@@ -88,7 +88,7 @@ def validate_if_due(run: Run) -> None:
         return
     step, settings = run.state.progress.step, run.config.training
     if step % settings.eval_interval == 0 or step == settings.train_iters:
-        loss = run.validation.loss(run.state.model)
+        loss = run.validation.loss(run.state.chunks)
         run.state.validation = {"step": step, "loss": loss}
         run.metrics.record_validation(step, loss)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -93,7 +93,7 @@ class Validation:
                 replicas,
             )
 
-    def loss(self, model: nn.Module) -> float:
+    def loss(self, chunks: Sequence[nn.Module]) -> float:
         """Loss per labelled token over all ranks, the same number on every rank.
 
         Collective over the world.
@@ -104,14 +104,14 @@ class Validation:
         """
         # torch's DataLoader draws a seed from the process's random state for every iterator: were
         # it not put back, dropout would differ between runs that validate and runs that do not.
-        with untouched_random_states(), _evaluation_mode(model), torch.no_grad():
+        with untouched_random_states(), _evaluation_mode(chunks), torch.no_grad():
             loader = self._make_loader()
             stream = BatchStream(loader, get_device(), "validation")
             num_microbatches = stream.load_at_most(self._max_microbatches)
             sums = LossSum.nothing()
             if num_microbatches:  # megatron-core's schedules begin with a first micro-batch
                 sums = run_micro_batches(
-                    model,
+                    chunks,
                     stream,
                     num_microbatches=num_microbatches,
                     seq_length=self._seq_length,
@@ -132,9 +132,11 @@ def _counters(loader: CountingLoader | None) -> LoaderCounters:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    model.eval()
+def _evaluation_mode(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    for chunk in chunks:
+        chunk.eval()
     try:
         yield
     finally:
-        model.train()
+        for chunk in chunks:
+            chunk.train()

@@ -274,7 +274,7 @@ def no_gathering(folder: str) -> int:
         for group in part.optimizer.param_groups
         for parameter in group["params"]
     }
-    shards = sharded_flat_state(part, state.model_state(run.state.model)["model"])
+    shards = sharded_flat_state(part, state.model_state(run.state.chunks)["model"])
     return sum(
         shard.data.nbytes
         for shard in nested_values(shards)

@@ -3,16 +3,22 @@
 import copy
 import math
 
+import pytest
 import torch
 
-from tests.layouts.cells import IN_EVERY_TEST_RUN, Cell
+from megatron_dattn.training.validate import Validation
+from tests.layouts.cells import IN_EVERY_TEST_RUN, Cell, make_packs
 from tests.layouts.compare import compare, deviation
+from tests.layouts.layout import Layout
 from tests.layouts.measure import EMBEDDING, TIED_COPY, Measured
 from tests.layouts.resharding import TOLERANCE, Move, reshard
+from tests.support.distributed import run_distributed
+from tests.support.training import PackLoader, build_run, leave
 
 SHORT_MOVES = (
     Move("tp2+sp", "pp2"),
     Move("tp2+sp", "cp2"),
+    Move("tp2+sp", "pp2xvp2"),
     Move("tp2xdp2+sp+distopt", "dp2+distopt"),
     Move("tp2+sp", "dp1", new_stage=True),
 )
@@ -26,6 +32,27 @@ def test_layouts_are_as_exact_as_one_process() -> None:
 def test_checkpoints_go_on_under_other_layouts() -> None:
     found = reshard(SHORT_MOVES)
     assert {move: loss for move, loss in found.items() if loss > TOLERANCE} == {}
+
+
+def _validate(layout: str) -> tuple[float, float]:
+    """The validation loss of three packs, and again of what a run would validate on next."""
+    run = build_run(Cell(Layout(layout), "dattn", "mistral", 3).config(), make_packs())
+    loads = run.state.loader is not None
+    validation = Validation(
+        lambda: PackLoader(make_packs()[:3]) if loads else None,
+        max_microbatches=5,
+        seq_length=run.seq_length,
+        max_skipped_fraction=0.1,
+    )
+    losses = validation.loss(run.state.chunks), validation.loss(run.state.chunks)
+    leave()
+    return losses
+
+
+def test_interleaved_stages_validate_on_any_number_of_packs() -> None:
+    ((expected, _),) = run_distributed(_validate, 1, "dp1")
+    for losses in run_distributed(_validate, 2, "pp2xvp2"):
+        assert losses == pytest.approx((expected, expected), rel=1e-5)
 
 
 def _measured() -> Measured:

@@ -363,7 +363,7 @@ def _with_and_without_validation(settings: dict[str, Any]) -> tuple:
         for _ in range(3):
             train_step(run)
             if validates:
-                losses += [validation.loss(run.state.model), validation.loss(run.state.model)]
+                losses += [validation.loss(run.state.chunks), validation.loss(run.state.chunks)]
         outcomes.append((whole_weights(run), torch.get_rng_state()))
         leave()
     return outcomes, losses

@@ -33,7 +33,7 @@ _SIZES: dict[str, Any] = {
 _RATES = {1: ModuleLearningRates(adapter=2e-3), 2: ALL_RATES, 3: ALL_RATES}
 
 LAYOUTS = (
-    *("tp2", "tp2+sp", "tp4+sp", "pp2", "pp4", "tp2xpp2+sp", "dp2", "dp2+distopt"),
+    *("tp2", "tp2+sp", "tp4+sp", "pp2", "pp4", "pp2xvp2", "tp2xpp2+sp", "dp2", "dp2+distopt"),
     *("cp2", "cp4", "cp2xtp2+sp", "cp2xpp2"),
 )
 """For all models and stages; of attentions, context parallelism serves `dattn` alone."""
@@ -42,6 +42,7 @@ FURTHER_LAYOUTS = (
     *("pp2+full", "pp2+selective", "pp2+chunks", "pp2+uneven", "pp2+tied", "pp4+tied"),
     *("tp2xpp2+sp+full", "tp2xpp2+sp+tied", "tp4+sp+tied"),
     *("dp2+overlap", "dp2+distopt+overlap", "dp4+distopt", "tp2xdp2+sp+distopt"),
+    *("pp2xvp2+tied", "tp2xpp2xvp2+sp+full", "pp2xvp2xdp2+distopt+overlap", "cp2xpp2xvp2"),
     *("pp2xdp2+distopt", "pp2xdp2+overlap", "pp2xdp2+distopt+overlap+full"),
     *("cp2+full", "cp2+distopt", "cp2xdp2+distopt+overlap", "cp2xpp2+tied"),
 )
@@ -49,7 +50,7 @@ FURTHER_LAYOUTS = (
 IN_EVERY_TEST_RUN = (
     *("tp2+sp/dattn/gemma2/3", "pp2/s_attn/mistral/1", "pp2+uneven/dattn/mistral/3"),
     *("dp2+distopt/dattn/mistral/3", "tp2xpp2+sp+tied/dattn/gemma2/3", "pp4/dattn/mistral/1"),
-    *("tp4+sp/s_attn/gemma2/3", "pp2xdp2+distopt/dattn/mistral/3"),
+    *("tp4+sp/s_attn/gemma2/3", "pp2xdp2+distopt/dattn/mistral/3", "pp2xvp2/dattn/gemma2/3"),
     *("cp2xtp2+sp/dattn/gemma2/3", "cp2xpp2/dattn/mistral/1"),
 )
 """Cells of `make test`; `make test-parallel` runs all."""

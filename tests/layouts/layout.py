@@ -15,6 +15,7 @@ from megatron_dattn.models.execution import ExactSavings
 SIZES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
+    "vp": "virtual_pipeline_model_parallel_size",
     "cp": "context_parallel_size",
     "dp": None,  # what is left of the ranks
 }
@@ -56,7 +57,7 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        return math.prod(self._named_sizes().values())
+        return math.prod(size for name, size in self._named_sizes().items() if name != "vp")
 
     @property
     def settings(self) -> dict[str, Any]:

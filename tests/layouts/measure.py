@@ -79,7 +79,8 @@ def measure(cell: Cell, packs: Sequence[PackedBatch]) -> Measured:
         """Look at the gradients where they are reduced and divided, but not yet clipped."""
         number = run.state.progress.step + 1
         if number in (1, STEPS):
-            _complete(run.state.model)
+            for chunk in run.state.chunks:
+                _complete(chunk)
             found = whole_tensors(local_weights(run, gradients=True))
             gradients.update({f"step {number}, {name}": found[name] for name in found})
         return measure_gradients(optimizer)

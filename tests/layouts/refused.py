@@ -36,6 +36,17 @@ REFUSED = (
     Refused("an encoder whose heads cannot be cut", 4, {"tensor": 4, "encoder_tp_mode": "weights"}),
     Refused("layers that the pipeline stages cannot share", 3, {"pipeline": 3}),
     Refused("more pipeline stages than layers", 8, {"pipeline": 8}),
+    Refused("groups of layers without a pipeline", 1, {"virtual_pipeline_model_parallel_size": 2}),
+    Refused(
+        "groups that the layers of a pipeline stage cannot make",
+        2,
+        {"pipeline": 2, "virtual_pipeline_model_parallel_size": 3},
+    ),
+    Refused(
+        "packs that interleaved pipeline stages cannot pass on in groups",
+        2,
+        {"pipeline": 2, "virtual_pipeline_model_parallel_size": 2, "num_packs": 5},
+    ),
     Refused("an uneven stage without pipeline", 1, {"num_layers_in_first_pipeline_stage": 1}),
     Refused(
         "uneven stages that leave none to the others",

@@ -40,6 +40,7 @@ class Move:
 RESUMED = (
     *(("tp2+sp", "pp2"), ("pp2", "dp2"), ("dp2", "tp2"), ("pp2+uneven", "pp2")),
     *(("tp2xpp2+sp", "dp1"), ("dp1", "tp4+sp"), ("tp4+sp", "pp4"), ("pp4", "tp2xpp2+sp")),
+    *(("pp2", "pp2xvp2"), ("pp2xvp2", "tp2+sp")),
     *(("dp2+distopt", "dp4+distopt"), ("dp4+distopt", "tp2xdp2+sp+distopt")),
     *(("tp2xdp2+sp+distopt", "pp2xdp2+distopt"), ("pp2xdp2+distopt", "dp2+distopt")),
     *(("dp2", "dp2+distopt"), ("dp2+distopt", "dp2"), ("cp2", "dp2"), ("tp2", "cp2")),

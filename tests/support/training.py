@@ -133,14 +133,15 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     """A run on this rank over the global list of packs, step after step."""
     join_ranks(config)
     seed_everything(config.training.seed)
-    model = build_training_model(config)
-    fill_parameters(unwrap_model(model), _layer_offset(config))
+    chunks = build_training_model(config)
+    for number, chunk in enumerate(chunks):
+        fill_parameters(unwrap_model(chunk), _layer_offset(config, number))
     replicas = parallel_state.get_data_parallel_world_size()
     loader: Any = None  # it acts as a VLMLoader
     if is_loading_rank():
         replica = parallel_state.get_data_parallel_rank()
         loader = PackLoader(packs[replica::replicas], replica)
-    state = build_state(config, model, loader)
+    state = build_state(config, chunks, loader)
     state.optimizer.reload_model_params()
     return Run(
         config=config,
@@ -157,11 +158,13 @@ def build_run(config: PretrainConfig, packs: Sequence[PackedBatch]) -> Run:
     )
 
 
-def _layer_offset(config: PretrainConfig) -> int:
-    """Decoder layers of the pipeline stages before this one."""
+def _layer_offset(config: PretrainConfig, chunk: int) -> int:
+    """Decoder layers before those of this pipeline rank's chunk."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    layers = config.model.language.num_hidden_layers
-    return sum(config.parallel.layers_per_pipeline_stage(layers)[:stage])
+    parallel, layers = config.parallel, config.model.language.num_hidden_layers
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    sizes = [here // chunks for here in parallel.layers_per_pipeline_stage(layers)]
+    return chunk * sum(sizes) + sum(sizes[:stage])
 
 
 Shard = tuple[torch.Tensor, int | None, int]
@@ -171,13 +174,15 @@ Shard = tuple[torch.Tensor, int | None, int]
 def local_weights(run: Run, *, gradients: bool = False) -> dict[str, Shard]:
     """This rank's weights under names of the whole model; or the reduced gradients of those that
     are trained."""
-    model = unwrap_model(run.state.model)
     return {
         name: (
             getattr(parameter, "main_grad" if gradients else "data").detach().clone(),
             *partition_of(parameter),
         )
-        for name, parameter in global_parameters(model, _layer_offset(run.config))
+        for number, chunk in enumerate(run.state.chunks)
+        for name, parameter in global_parameters(
+            unwrap_model(chunk), _layer_offset(run.config, number)
+        )
         if parameter.requires_grad or not gradients
     }
 

@@ -24,11 +24,12 @@ from tests.layouts.table import BEGIN, DOCUMENT, END, key, lines_of_all, write
 
 
 def test_a_name_says_all_settings() -> None:
-    layout = Layout("tp2xpp3xcp5xdp4+sp+distopt")
+    layout = Layout("tp2xpp3xvp2xcp5xdp4+sp+distopt")
     assert layout.num_ranks == 120
     assert layout.settings == {
         "tensor_model_parallel_size": 2,
         "pipeline_model_parallel_size": 3,
+        "virtual_pipeline_model_parallel_size": 2,
         "context_parallel_size": 5,
         "sequence_parallel": True,
         "use_distributed_optimizer": True,

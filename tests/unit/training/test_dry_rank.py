@@ -88,6 +88,13 @@ def test_ranks_that_are_not_there_are_refused() -> None:
             dry_rank(TINY, 16, rank)
 
 
+def test_interleaved_pipeline_stages_are_refused() -> None:
+    parallel = dataclasses.replace(TINY.parallel, virtual_pipeline_model_parallel_size=2)
+    model = tiny_model_config(num_hidden_layers=4)
+    with pytest.raises(ConfigError, match="virtual_pipeline_model_parallel_size 2 of them; set"):
+        dry_rank(dataclasses.replace(TINY, model=model, parallel=parallel), 16, 0)
+
+
 def test_what_does_not_fit_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the comparison with the plan is able to fail."""
     monkeypatch.setattr(dry_rank_module, "rank_parameters", lambda *_: {"adapter": 1})
