@@ -5,6 +5,9 @@
 VENV ?= .venv
 ATTENTION ?= dattn
 OUTPUT ?= runs/demo-$(ATTENTION)
+SEED ?= 1
+SMOLLM2_OUTPUT ?= runs/smollm2_135m
+SMOLLM2_ARGS ?=
 PYTEST_ARGS ?=
 READERS ?=
 
@@ -14,11 +17,12 @@ export TOKENIZERS_PARALLELISM := false
 # Given on the command line or in the environment, for the scripts below.
 export PYTHON TORCH_ARGS
 
-.PHONY: demo test test-all test-parallel test-newest test-pythons test-readers gpu-check lint install clean help
+.PHONY: demo demo-smollm2 test test-all test-parallel test-newest test-pythons test-readers gpu-check lint install clean help
 
 help:
 	@echo "make demo                    train and evaluate a small model here (about 15 minutes)"
 	@echo "make demo ATTENTION=s_attn   the same with conventional causal attention"
+	@echo "make demo-smollm2            a published language model learns to see here (30 minutes on idle cores)"
 	@echo "make test                    the test suite (about 15 minutes on two cores)"
 	@echo "make test-parallel           every parallel layout against one process (about 6 minutes)"
 	@echo "make test-newest             the test suite with the newest megatron-core, on Python 3.12 up"
@@ -32,6 +36,11 @@ install:
 
 demo: install
 	$(RUN) examples/quickstart/demo.py --attention $(ATTENTION) --output $(OUTPUT)
+
+# SEED and ATTENTION name the run; weights and data come with two packages (108 MB).
+demo-smollm2: install
+	$(RUN) examples/smollm2_135m/demo.py --attention $(ATTENTION) --seed $(SEED) \
+		--output $(SMOLLM2_OUTPUT) $(SMOLLM2_ARGS)
 
 # Four processes, also on two cores: half of a test's time goes in waiting for ranks and launchers.
 test: install
