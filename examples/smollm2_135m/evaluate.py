@@ -95,9 +95,8 @@ def perplexity(loaded: LoadedModel, text: str) -> float:
     return math.exp(loss / count)
 
 
-def text_scores(folder: Path, batch_size: int) -> tuple[float, list[list[int]]]:
-    """Perplexity and answers to text alone of a run's newest checkpoint."""
-    loaded = load_model(folder, template="model")
+def text_scores(loaded: LoadedModel, batch_size: int) -> tuple[float, list[list[int]]]:
+    """Perplexity, and answers to text alone."""
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
     return perplexity(loaded, plain_text()), answer_prompts(loaded, prompts, batch_size)
 
@@ -106,12 +105,14 @@ def evaluate(options: Any) -> dict[str, Any]:
     """All scores of a run, as they are written to scores.json."""
     rows = json.loads((options.data / "test.json").read_text(encoding="utf-8"))
     questions = choose([TestQuestion(**row) for row in rows], options.questions, options.seed)
+    before, original = text_scores(
+        load_model(options.original, template="model"), options.batch_size
+    )
+    destroy_distributed()  # each model makes its process groups
     loaded = load_model(options.checkpoint)
+    after, now = text_scores(loaded, options.batch_size)
     answers = answer_questions(loaded, questions, options.images, options.batch_size)
     (options.output / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
-    scores = by_type(questions, answers)
-    before, original = text_scores(options.original, options.batch_size)
-    after, now = text_scores(options.checkpoint, options.batch_size)
     return {
         "attention": loaded.config.model.attention,
         "precision": loaded.config.execution.precision,
@@ -120,7 +121,7 @@ def evaluate(options: Any) -> dict[str, Any]:
             "everything": loaded.config.training.train_iters,
         },
         "questions": {"asked": len(questions), "of": len(rows), "seed": options.seed},
-        "accuracy": {name: asdict(one) for name, one in scores.items()},
+        "accuracy": {name: asdict(one) for name, one in by_type(questions, answers).items()},
         "text": f"Python {platform.python_version()}, pydoc_data.topics: {', '.join(TOPICS)}",
         "perplexity": {"before": before, "after": after},
         "agreement": asdict(agreement(original, now)),
