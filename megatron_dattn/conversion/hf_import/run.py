@@ -176,8 +176,10 @@ def _convert(
         CheckpointError: a value is NaN or infinite, or becomes so in that dtype.
     """
     parts = {name: module.weights.load(name) for name in rule.sources}
-    for name, part in parts.items():
-        zeros[module.name].add(name, part)
+    # Learnable positions start at zero, and those behind an image's grid stay so.
+    if not rule.megatron.startswith("positions."):
+        for name, part in parts.items():
+            zeros[module.name].add(name, part)
     whole = rule.layout.join(list(parts.values())).to(dtype)
     check_finite(whole, parts.items(), str(module.weights.folder))
     return whole

@@ -16,6 +16,7 @@ from megatron_dattn.conversion.hf_import.run import import_checkpoint, import_wh
 from megatron_dattn.conversion.io.safetensors_reader import SafetensorsFolder
 from megatron_dattn.conversion.io.weight_values import ZeroTensors, check_finite, is_finite
 from megatron_dattn.errors import CheckpointError
+from tests.support.run_folders import make_run_folder
 from tests.unit.conversion.hf_models import save_language, save_vision
 from tests.unit.conversion.llava_models import save_llava
 
@@ -166,3 +167,21 @@ def test_an_import_of_half_a_file_names_its_tensors(
     named = record.message.partition(": ")[2].partition(" and ")[0].split(", ")
     assert set(named) <= set(tensors.shapes)
     assert "get it again" in record.message
+
+
+def test_positions_that_training_has_not_moved_are_no_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They start at zero, and those behind an image's grid stay so."""
+    save_vision(tmp_path / "vision")
+    save_language(tmp_path / "language")
+    make_run_folder(tmp_path, tmp_path / "run", "dattn")
+    export_checkpoint(tmp_path / "run", tmp_path / "export")
+    path = tmp_path / "export" / "model.safetensors"
+    tensors = load_file(path)
+    positions = [name for name in tensors if ".positions." in name]
+    assert len(positions) == 2  # of rows and of columns
+    zeros = {name: torch.zeros_like(tensors[name]) for name in positions}
+    save_file(tensors | zeros, path, metadata={"format": "pt"})
+    import_whole_model(tmp_path / "export", tmp_path / "again")
+    assert "zero" not in caplog.text
