@@ -46,6 +46,8 @@ LANGUAGES: dict[str, dict[str, Any]] = {
     "mistral": {"family": "mistral"},
     "llama": {"family": "llama", "tie_word_embeddings": True},
     "gemma2": {"family": "gemma2"},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "tie_word_embeddings": True},
 }
 
 
@@ -63,7 +65,7 @@ def make_exports(folder: Path) -> list[str]:
     names = ["s_attn", *_exportable(read_config(folder / "run-s_attn").model)]
     languages = list(LANGUAGES)
     for number, name in enumerate(names[1:]):
-        _make_export(name, ENCODERS[number % 2], languages[number % 3], folder)
+        _make_export(name, ENCODERS[number % 2], languages[number % len(languages)], folder)
     return names
 
 
