@@ -129,7 +129,7 @@ def _sentence(question: str) -> str:
 
 
 def _record(name: str, image: int, turns: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    messages = []
+    messages: list[dict[str, str]] = []
     for question, answer in turns:
         value = question if messages else f"<image>\n{question}"
         messages += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]

@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def table(runs: dict[str, dict[int, Scores]]) -> str:
     for key, title in {**TYPES, "all": "all"}.items():
         if key in first["accuracy"]:
             asked = first["accuracy"][key]["asked"]
-            cells = [_spread(runs[n], lambda one, key=key: _accuracy(one, key)) for n in names]
+            cells = [_spread(runs[n], partial(_accuracy, key)) for n in names]
             lines.append(_row([f"{title} ({asked})", *cells, f"{_blind(first, key):.1f}"]))
     rows: list[tuple[str, Callable[[Scores], float], int]] = [
         ("perplexity before", lambda one: one["perplexity"]["before"], 2),
@@ -68,7 +69,7 @@ def _notes(first: Scores) -> str:
     )
 
 
-def _accuracy(scores: Scores, key: str) -> float:
+def _accuracy(key: str, scores: Scores) -> float:
     return 100 * scores["accuracy"][key]["correct"] / scores["accuracy"][key]["asked"]
 
 

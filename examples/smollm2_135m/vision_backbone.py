@@ -80,7 +80,7 @@ class Heads(nn.Module):
 
 
 def mirrored(pixels: Tensor, rng: random.Random) -> Tensor:
-    """Flipped and turned: shapes and colours stay what they are."""
+    """Flip and turn pictures fp32 [n, 3, s, s]: shapes and colours stay what they are."""
     axes = [axis for axis in (2, 3) if rng.random() < 0.5]
     pixels = pixels.flip(axes) if axes else pixels
     return pixels.transpose(2, 3) if rng.random() < 0.5 else pixels
