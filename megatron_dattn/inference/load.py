@@ -81,7 +81,14 @@ def load_model(run_folder: str | Path, *, template: str | None = None) -> Loaded
         ConfigError: the folder's configuration or tokenizer does not fit.
     """
     folder, step = run_and_step(Path(run_folder))
-    found, config = find_run(folder, step)
+    return load_found(folder, *find_run(folder, step), template=template)
+
+
+def load_found(
+    folder: Path, found: FoundCheckpoint, config: PretrainConfig, *, template: str | None = None
+) -> LoadedModel:
+    """`load_model` for a checkpoint that `find_run` has found in a run folder. Collective: where
+    there are several ranks, each has the whole model."""
     assets = load_assets(folder, config, template=template)
     initialize_distributed()
     seed_everything(config.training.seed)
