@@ -1,7 +1,7 @@
 """The numbers that an evaluation has left, for the model card.
 
-A JSON object of numbers by name, or of objects with a number `accuracy`, as the quickstart's
-evaluation writes them; everything else in it is passed over.
+A JSON object of numbers by name, or of objects with a number `accuracy` or `score`, as the
+quickstart's evaluation and `tools/evaluate.py` write them; everything else in it is passed over.
 """
 
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "accuracy.json"
 """Where an evaluation may leave them in a run folder."""
-_NESTED = "accuracy"
+_NESTED = ("accuracy", "score")
 
 Metrics = dict[str, float]
 
@@ -57,8 +57,8 @@ def read_metrics(path: Path) -> Metrics:
         raise DataError(f"metrics file {error}") from error
     metrics: Metrics = {}
     for name, value in content.items():
-        if isinstance(value, dict) and _is_number(value.get(_NESTED)):
-            metrics[f"{name}, {_NESTED}"] = value[_NESTED]
+        if isinstance(value, dict):
+            metrics |= {f"{name}, {of}": value[of] for of in _NESTED if _is_number(value.get(of))}
         elif _is_number(value):
             metrics[name] = value
     if not metrics:
@@ -66,7 +66,7 @@ def read_metrics(path: Path) -> Metrics:
             "%s gives the model card no line: it holds neither numbers by name nor objects with a "
             "number '%s'",
             path,
-            _NESTED,
+            "' or '".join(_NESTED),
         )
     return metrics
 
