@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "conversion": BELOW_TRAINING | {"inference", "hf"},
     "hf": set(),  # travels with exported weights, where nothing of ours is installed
     "inference": BELOW_TRAINING,
-    "training": BELOW_TRAINING,
+    "evaluation": BELOW_TRAINING | {"inference"},
+    "training": BELOW_TRAINING | {"evaluation"},
 }
 # Subpackages: what each may import of the others. Files beside them are free.
 INNER: dict[str, dict[str, set[str]]] = {

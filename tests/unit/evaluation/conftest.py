@@ -1,0 +1,47 @@
+"""A run folder of a tiny model, three pictures, and questions about them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.run_folders import make_run_folder
+from tests.unit.conversion.hf_models import save_language, save_vision
+
+NUM_IMAGES = 3
+
+
+def save_questions(folder: Path, count: int = 10, **fields: Any) -> Path:
+    """Questions of LLaVA's format in two categories, the last without an image."""
+    for index in range(NUM_IMAGES):
+        pixels = np.random.default_rng(index).integers(0, 255, (28, 28, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    records = [
+        {
+            "question_id": number,
+            "image": f"{number % NUM_IMAGES}.png",
+            "text": "what is " + "this " * (1 + number % 4),
+            "answer": "a",
+            "category": "even" if number % 2 == 0 else "odd",
+            **fields,
+        }
+        for number in range(count)
+    ]
+    del records[-1]["image"]
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Has the run folder `dattn` and the questions."""
+    base = tmp_path_factory.mktemp("evaluation")
+    save_vision(base / "vision")
+    save_language(base / "language")
+    make_run_folder(base, base / "dattn", "dattn")
+    save_questions(base)
+    return base
