@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 
 from tests.support.run_folders import make_run_folder
+from tests.unit.conversion.conftest import own_modules
 from tests.unit.conversion.hf_models import save_language, save_vision
+
+__all__ = ["own_modules"]
 
 NUM_IMAGES = 3
 

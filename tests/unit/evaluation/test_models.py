@@ -13,6 +13,8 @@ from megatron_dattn.evaluation.questions import read_questions
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.run_folders import make_run_folder
 
+pytestmark = pytest.mark.usefixtures("own_modules")
+
 
 @pytest.fixture(scope="module", params=["dattn", "s_attn"])
 def both(base: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:

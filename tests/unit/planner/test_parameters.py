@@ -191,7 +191,7 @@ def _built_counts() -> dict[str, dict[str, int]]:
     execution = ExecutionConfig(transformer_impl="local")
     return {
         name: count_built(
-            build_model(dataclasses.replace(TINY, attention=name), ParallelConfig(), execution)
+            [build_model(dataclasses.replace(TINY, attention=name), ParallelConfig(), execution)]
         )
         for name in PRESETS
     }

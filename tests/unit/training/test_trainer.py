@@ -22,8 +22,8 @@ from megatron_dattn.training.trainer import (
 def run_at(step: int, recorded: list[Any]) -> Any:
     """As much of a run as a validation touches: every tenth step and the last of 25."""
     return SimpleNamespace(
-        validation=SimpleNamespace(loss=lambda model: 0.5),
-        state=SimpleNamespace(progress=SimpleNamespace(step=step), model=[], validation=None),
+        validation=SimpleNamespace(loss=lambda chunks: 0.5),
+        state=SimpleNamespace(progress=SimpleNamespace(step=step), chunks=[], validation=None),
         config=SimpleNamespace(training=SimpleNamespace(eval_interval=10, train_iters=25)),
         metrics=SimpleNamespace(record_validation=lambda *values: recorded.append(values)),
     )
