@@ -126,8 +126,9 @@ class ExportedModel:
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 self._folder, dtype="auto", use_safetensors=True, **where
             )
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise CheckpointError(f"transformers cannot load {self._folder}: {error}") from error
+        except Exception as error:  # a damaged file, or the folder's own code, can raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"transformers cannot load {self._folder}: {reason}") from error
         model = model.to(get_device()).eval()
         return lambda questions, most: _exported_answers(model, processor, questions, most)
 

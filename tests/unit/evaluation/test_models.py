@@ -52,6 +52,18 @@ def test_a_model_has_its_own_identity(both: tuple[Path, Path], tmp_path: Path) -
     assert find_model(copy).identity != find_model(export).identity
 
 
+def test_a_truncated_export_is_one_error(both: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(both[1], tmp_path / both[1].name)
+    (weights, *_) = copy.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    try:
+        with pytest.raises(CheckpointError, match=r"transformers cannot load .*") as seen:
+            find_model(copy).load()
+    finally:
+        destroy_distributed()
+    assert "\n" not in str(seen.value)
+
+
 def test_what_is_no_model_is_refused(both: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no config\.yaml"):
         find_model(tmp_path)
