@@ -37,7 +37,7 @@ def chosen_letter(answer: str, options: Mapping[str, str]) -> str | None:
     first = _LETTER_FIRST.match(answer)
     if first and _is_offered(first[1].upper(), options):
         return first[1].upper()
-    same = [letter for letter, text in options.items() if _plain(text) == _plain(answer)]
+    same = [letter for letter, text in options.items() if plain(text) == plain(answer)]
     if len(same) == 1:
         return same[0]
     named = {letter for letter in _LETTER_NAMED.findall(answer) if _is_offered(letter, options)}
@@ -48,7 +48,7 @@ def right_letter(expected: str, options: Mapping[str, str]) -> str | None:
     """Return the letter that a data set gives: as such, as an option's number, or as its text."""
     if len(expected) == 1 and _is_offered(expected.upper(), options):
         return expected.upper()
-    same = [letter for letter, text in options.items() if _plain(text) == _plain(expected)]
+    same = [letter for letter, text in options.items() if plain(text) == plain(expected)]
     if len(same) == 1:
         return same[0]
     if expected.isdecimal() and int(expected) < len(options):
@@ -60,5 +60,6 @@ def _is_offered(letter: str, options: Mapping[str, str]) -> bool:
     return letter in options if options else letter in ascii_uppercase
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Return a text without what does not count: case, white space, full stops at the end."""
     return " ".join(text.casefold().split()).rstrip(".")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_dattn.errors import ConfigError, nearest_name
-from megatron_dattn.evaluation.choices import chosen_letter, right_letter
+from megatron_dattn.evaluation.choices import chosen_letter, plain, right_letter
 from megatron_dattn.evaluation.vqa_words import normalised
 
 _RELATIVE_ERROR = 0.05
@@ -21,7 +21,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 def exact(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> float:
     """1 for any of the right answers, but for case, white space and a full stop at the end."""
-    return float(any(_plain(answer) == _plain(right) for right in expected))
+    return float(any(plain(answer) == plain(right) for right in expected))
 
 
 def relaxed(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> float:
@@ -113,10 +113,6 @@ def metric_of(name: str) -> Metric:
         remedy = f"; the nearest is {nearest}" if nearest else ""
         raise ConfigError(f"there is no metric '{name}', only {', '.join(METRICS)}{remedy}")
     return METRICS[name]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".")
 
 
 def _is_near(answer: str, right: str) -> bool:

@@ -8,9 +8,7 @@ from megatron_dattn.errors import UserError
 from megatron_dattn.evaluation.run import Evaluation, evaluate
 from megatron_dattn.runtime.distributed import destroy_distributed
 from tests.support.distributed import run_distributed
-from tests.support.run_folders import make_run_folder
-from tests.unit.conversion.hf_models import save_language, save_vision
-from tests.unit.evaluation.conftest import save_questions
+from tests.unit.evaluation.conftest import save_run_and_questions
 
 
 def tables(wanted: Evaluation) -> str:
@@ -26,10 +24,7 @@ def tables(wanted: Evaluation) -> str:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("evaluation")
-    save_vision(base / "vision")
-    save_language(base / "language")
-    make_run_folder(base, base / "run", "dattn")
-    save_questions(base)
+    save_run_and_questions(base, "run")
     return base
 
 

@@ -8,9 +8,7 @@ import pytest
 
 from megatron_dattn.runtime.append_file import AppendFile
 from tests.support.distributed import fork_server_process
-from tests.support.run_folders import make_run_folder
-from tests.unit.conversion.hf_models import save_language, save_vision
-from tests.unit.evaluation.conftest import save_questions
+from tests.unit.evaluation.conftest import save_run_and_questions
 from tools.evaluate import main
 
 BATCHES, KILLED_IN = 3, 2
@@ -34,10 +32,7 @@ def killed(flags: list[str]) -> None:
 
 
 def test_a_killed_evaluation_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_vision(tmp_path / "vision")
-    save_language(tmp_path / "language")
-    make_run_folder(tmp_path, tmp_path / "run", "dattn")
-    questions = save_questions(tmp_path)
+    questions = save_run_and_questions(tmp_path, "run")
     flags = ["--checkpoint", str(tmp_path / "run"), "--data", str(questions)]
     flags += ["--metric", "anls", "--max-new-tokens", "5", "--batch-size", "4", "--output"]
     assert main([*flags, str(tmp_path / "whole")]) == 0

@@ -39,12 +39,17 @@ def save_questions(folder: Path, count: int = 10, **fields: Any) -> Path:
     return path
 
 
+def save_run_and_questions(folder: Path, run: str) -> Path:
+    """The run folder of a tiny `dattn` under that name, and the file of the questions."""
+    save_vision(folder / "vision")
+    save_language(folder / "language")
+    make_run_folder(folder, folder / run, "dattn")
+    return save_questions(folder)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Has the run folder `dattn` and the questions."""
     base = tmp_path_factory.mktemp("evaluation")
-    save_vision(base / "vision")
-    save_language(base / "language")
-    make_run_folder(base, base / "dattn", "dattn")
-    save_questions(base)
+    save_run_and_questions(base, "dattn")
     return base
