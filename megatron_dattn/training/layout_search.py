@@ -100,9 +100,15 @@ def search_layouts(
     """All layouts of a run on so many GPUs.
 
     Raises:
-        ConfigError: none fits, with the most frequent reason; or the run is context-parallel, whose
-            messages and images per rank the model of time does not know.
+        ConfigError: none fits, with the most frequent reason; or the run is context-parallel or has
+            interleaved pipeline stages, whose time is not modelled.
     """
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    if chunks > 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline_model_parallel_size {chunks}: the bubbles and messages of "
+            "interleaved pipeline stages are not modelled; plan with 1"
+        )
     if config.parallel.context_parallel_size > 1:
         raise ConfigError(
             f"parallel.context_parallel_size {config.parallel.context_parallel_size}: the time of "

@@ -52,6 +52,13 @@ def test_context_parallel_runs_are_refused_as_their_time_is_not_modelled() -> No
         search_layouts(dataclasses.replace(TINY, parallel=parallel), 4, H100)
 
 
+def test_interleaved_stages_are_refused_as_their_time_is_not_modelled() -> None:
+    sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    parallel = dataclasses.replace(TINY.parallel, **sizes)
+    with pytest.raises(ConfigError, match=r"virtual_pipeline_model_parallel_size 2: .* modelled"):
+        search_layouts(dataclasses.replace(TINY, parallel=parallel), 4, H100)
+
+
 def test_distinct_layouts_differ_in_sizes() -> None:
     search = search_layouts(TINY, 4, H100)
     sizes = [
