@@ -22,8 +22,8 @@ export PYTHON TORCH_ARGS
 help:
 	@echo "make demo                    train and evaluate a small model here (about 15 minutes)"
 	@echo "make demo ATTENTION=s_attn   the same with conventional causal attention"
-	@echo "make demo-smollm2            a published language model learns to see here (30 minutes on idle cores)"
-	@echo "make test                    the test suite (about 15 minutes on two cores)"
+	@echo "make demo-smollm2            a published language model learns to see here (half an hour once its encoder is made)"
+	@echo "make test                    the test suite (about 21 minutes on two cores)"
 	@echo "make test-parallel           every parallel layout against one process (about 6 minutes)"
 	@echo "make test-newest             the test suite with the newest megatron-core, on Python 3.12 up"
 	@echo "make test-pythons            saving, loading and resuming under every Python found"
